@@ -1,0 +1,57 @@
+"""The files around the weights: where the HF model's folder is, its config, and what is copied from it."""
+
+import json
+import re
+from pathlib import Path
+
+from .errors import ExportError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_MADE_HERE = re.compile(r"config\.json|.*hf_quant_config\.json|.*\.index\.json")
+_DOWNLOADED = [f"*{suffix}" for suffix in _COPIED]
+
+
+def find_model(hf_model: str | Path, *, weights: bool) -> Path:
+    """The folder of an HF model: a local path, or a hub id, which is fetched into the hub's cache.
+
+    `weights`: whether its safetensors files are wanted too. Nothing is fetched for a path that exists or cannot be an id.
+    """
+    folder = Path(hf_model)
+    if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
+        folder = _fetch(str(hf_model), weights=weights)
+    if not folder.is_dir():
+        raise ExportError(f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name")
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint")
+    return folder
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as a dict; refuses a model that is quantized already."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise ExportError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
+    return config
+
+
+def files_to_copy(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config, remote code and licence: all small top-level files but the weights
+    and those that are made here. Python files are copied, never run.
+    """
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not _MADE_HERE.fullmatch(path.name))
+    return [path for path in files if path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))]
+
+
+def _fetch(hub_id: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_DOWNLOADED, "LICENSE*", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:
+        raise ExportError(f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})") from error

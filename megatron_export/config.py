@@ -1,0 +1,65 @@
+"""The settings of one export. The command's flags are derived from the fields, their help from the text under each."""
+
+import ast
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Everything `launch/export.py` can be told."""
+
+    output: Path | None = None
+    """folder to write, which must not exist or be empty; needed unless --dry-run"""
+    tp: int = 1
+    """tensor-parallel size"""
+    pp: int = 1
+    """pipeline-parallel size; the world size must be tp * pp * dp, data-parallel ranks share the calibration data"""
+    hf_model: str | None = None
+    """HF model folder or hub id: weights, config, tokenizer (default: the example model in this repository)"""
+    format: Literal["bf16", "fp8", "nvfp4"] = "fp8"
+    """format of the linears' weights and activations"""
+    kv_cache: Literal["none", "fp8"] = "none"
+    """format of the KV cache"""
+    calib_data: Path | None = None
+    """.txt, .jsonl or .parquet with a column `text`, or .safetensors with `input_ids` [samples, tokens], used as they are (default: text in this repository)"""
+    calib_samples: int = 128
+    """calibration samples"""
+    calib_seq_len: int = 512
+    """tokens of a sample"""
+    calib_batch_size: int = 4
+    """samples of a micro-batch"""
+    save_calibration: Path | None = None
+    """write the statistics to this .safetensors file"""
+    load_calibration: Path | None = None
+    """read the statistics from this file instead of running calibration data"""
+    overwrite: bool = False
+    """replace a folder that is not empty, in the moment the new one is complete"""
+    max_shard_size: str = "5GB"
+    """largest safetensors file"""
+    exclude: tuple[str, ...] = ()
+    """globs over HF module names to leave in bfloat16"""
+    dry_run: bool = False
+    """print what would be written, read no weights, write nothing"""
+    device: Literal["cuda", "cpu"] | None = None
+    """cuda (NCCL) or cpu (gloo) (default: cuda where there is one)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "calib_samples", "calib_seq_len", "calib_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.output is None and not self.dry_run:
+            raise ValueError("--output DIR is needed (or --dry-run)")
+        if self.load_calibration and (self.save_calibration or self.calib_data):
+            raise ValueError("--load-calibration replaces calibration: --save-calibration and --calib-data have no effect")
+        if self.format == "bf16" and (self.load_calibration or self.save_calibration or self.calib_data):
+            raise ValueError("--format bf16 needs no calibration: --calib-data, --save- and --load-calibration have no effect")
+
+
+def helps() -> dict[str, str]:
+    """Field name -> the text under the field."""
+    body = ast.parse(inspect.getsource(ExportConfig)).body[0].body
+    pairs = zip(body, body[1:], strict=False)
+    return {f.target.id: t.value.value for f, t in pairs if isinstance(f, ast.AnnAssign) and isinstance(t, ast.Expr)}

@@ -1,0 +1,44 @@
+"""What Megatron-Core needs in order to run on a machine without CUDA; nothing at all happens where CUDA is available.
+
+Megatron-Core's CPU path is complete but for a few lines that name the CUDA device: buffers are created on
+`torch.cuda.current_device()` (pipeline receives, vocabulary-parallel masks) or on "cuda" (token counts of the
+schedules), tied embeddings are moved with `.cuda()` under pipeline parallelism, `torch.cuda.synchronize()` is called,
+and attention forks the CUDA random state around its dropout. `without_cuda()` answers those with the CPU, only inside
+its `with`, and leaves torch and Megatron as they were.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from torch.overrides import TorchFunctionMode
+
+
+class _OnCpu(TorchFunctionMode):
+    """Turns device="cuda" into the CPU, and `tensor.cuda()` into the tensor itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Run Megatron-Core code on the CPU when, and only when, this machine has no CUDA."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(CudaRNGStatesTracker, "fork", lambda tracker, name=None: nullcontext()),
+        _OnCpu(),
+    ):
+        yield

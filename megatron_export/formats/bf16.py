@@ -1,0 +1,20 @@
+"""BF16: the weights as they are, `weight` bfloat16 [out, in]. Also how every format writes what it does not quantize."""
+
+from torch import Tensor, bfloat16
+
+from ..piece import Amax, Axis, Piece
+
+NAME = "bf16"
+TILE = (1, 1)
+CALIBRATED = False
+QUANTIZATION: dict = {}
+
+
+def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
+    """A tensor of any rank -> the same in bfloat16; its first dim follows OUT, its second IN."""
+    return {"weight": Piece(weight.to(bfloat16), (Axis.OUT, Axis.IN)[: weight.dim()])}
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 weight that an engine multiplies with."""
+    return pieces["weight"].data.float()

@@ -1,0 +1,47 @@
+"""FP8: e4m3 weights with one scale per tensor, e4m3 activations with one scale per tensor.
+
+On disk, for a linear `[out, in]`:
+
+    weight        float8_e4m3fn [out, in]
+    weight_scale  float32 []     weight amax / 448
+    input_scale   float32 []     input amax / 448
+
+The byte of an element is e4m3(bfloat16(float32(w) / weight_scale)): two roundings, each to nearest even, as ModelOpt
+does on the CPU; the quotient saturates at +-448. An amax of zero is replaced by 448, so that its scale is 1.
+`weight_scale` is shared by the linears that engines fuse (q, k, v; gate, up). Value: weight * weight_scale.
+Source: ModelOpt 0.47 unified checkpoint, quant_algo FP8.
+"""
+
+import torch
+from torch import Tensor
+
+from ..piece import Amax, Axis, Piece
+
+NAME = "fp8"
+TILE = (1, 1)
+CALIBRATED = True
+QUANTIZATION = {"quant_algo": "FP8"}
+NUMBERS = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+E4M3_MAX = 448.0
+
+
+def scale_of(amax: Tensor) -> Tensor:
+    """amax / 448 in float32, [] -> []; 1 where amax is zero."""
+    return torch.where(amax == 0, E4M3_MAX, amax.float()) / E4M3_MAX
+
+
+def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
+    scale = scale_of(amax.weight)
+    scaled = (weight.float() / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX)
+    return {
+        "weight": Piece(scaled.to(torch.float8_e4m3fn), (Axis.OUT, Axis.IN)),
+        "weight_scale": Piece(scale, ()),
+        "input_scale": Piece(scale_of(amax.input), ()),
+    }
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 [out, in] weight that an engine multiplies with."""
+    return pieces["weight"].data.float() * pieces["weight_scale"].data

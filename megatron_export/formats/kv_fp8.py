@@ -1,0 +1,21 @@
+"""FP8 KV cache: two float32 scalars a layer, beside the projections that make keys and values.
+
+    self_attn.k_proj.k_scale  float32 []  amax of the keys after rotation / 448
+    self_attn.v_proj.v_scale  float32 []  amax of the values / 448
+
+An amax of zero gives scale 1. Scales below 1 are written as they are: ModelOpt's HF route does the same, its Megatron
+route raises them to 1. Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant_algo FP8.
+"""
+
+from torch import Tensor
+
+from .fp8 import scale_of
+
+NAME = "fp8"
+ALGORITHM = "FP8"
+SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+def encode(k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
+    """Two amax scalars -> the tensors above, by their name under `self_attn`."""
+    return {"k_proj.k_scale": scale_of(k_amax), "v_proj.v_scale": scale_of(v_amax)}

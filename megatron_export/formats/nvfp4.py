@@ -1,0 +1,76 @@
+"""NVFP4: e2m1 weights in blocks of 16 along the input, e4m3 block scales, one float32 scale per tensor.
+
+On disk, for a linear `[out, in]`, `in` a multiple of 16:
+
+    weight          uint8 [out, in/2]           element 2c in the low nibble, 2c+1 in the high nibble
+    weight_scale    float8_e4m3fn [out, in/16]  per block, not swizzled
+    weight_scale_2  float32 []                  weight amax / (6 * 448)
+    input_scale     float32 []                  input amax / (6 * 448)
+
+A block's scale is e4m3(block amax / (6 * weight_scale_2)), 1 for a block of zeros, never below 2^-9 nor above 448.
+The code of an element is e2m1(float32(w) / (float32(weight_scale) * weight_scale_2)): magnitudes 0 .5 1 1.5 2 3 4 6
+are codes 0 to 7, ties go to the even code, larger values to 6, and codes of negative elements have bit 8 set (a small
+negative becomes -0, code 8). An amax of zero is replaced by 6 * 448, so that its scale is 1.
+`weight_scale_2` is shared by the linears that engines fuse (q, k, v; gate, up): block scales depend on it, so it is
+agreed before they are computed. Value: e2m1 * weight_scale * weight_scale_2.
+Source: ModelOpt 0.47 unified checkpoint, quant_algo NVFP4; e2m1 as in the OCP Microscaling specification 1.0.
+"""
+
+import torch
+from torch import Tensor
+
+from ..piece import Amax, Axis, Piece
+
+NAME = "nvfp4"
+BLOCK = 16
+TILE = (1, BLOCK)
+CALIBRATED = True
+QUANTIZATION = {"quant_algo": "NVFP4", "group_size": BLOCK}
+NUMBERS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9
+
+
+def scale_of(amax: Tensor) -> Tensor:
+    """amax / (6 * 448) in float32, [] -> []; 1 where amax is zero."""
+    return torch.where(amax == 0, E2M1_MAX * E4M3_MAX, amax.float()) / (E2M1_MAX * E4M3_MAX)
+
+
+def e2m1_codes(scaled: Tensor) -> Tensor:
+    """Round float32 values to e2m1 codes, uint8 of the same shape: the code is the number of midpoints below."""
+    size = scaled.abs()
+    code = (size > 0.25).to(torch.uint8)
+    code += size >= 0.75
+    code += size > 1.25
+    code += size >= 1.75
+    code += size > 2.5
+    code += size >= 3.5
+    code += size > 5.0
+    return code + (scaled < 0).to(torch.uint8) * 8
+
+
+def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
+    blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
+    tensor_scale = scale_of(amax.weight)
+    block_scale = blocks.abs().amax(dim=2) / (E2M1_MAX * tensor_scale)
+    block_scale = torch.where(block_scale == 0, 1.0, block_scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
+    return {
+        "weight": Piece(codes[:, 0::2] | codes[:, 1::2] << 4, (Axis.OUT, Axis.IN)),
+        "weight_scale": Piece(block_scale, (Axis.OUT, Axis.IN)),
+        "weight_scale_2": Piece(tensor_scale, ()),
+        "input_scale": Piece(scale_of(amax.input), ()),
+    }
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 [out, in] weight that an engine multiplies with."""
+    packed = pieces["weight"].data
+    codes = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).int()  # [out, in]
+    values = torch.tensor(E2M1, device=packed.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    scale = pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data
+    return (values.unflatten(1, (-1, BLOCK)) * scale.unsqueeze(2)).flatten(1)

@@ -1,0 +1,162 @@
+"""All that ranks say to one another: where parameters live, agreed maxima, encoded bytes to the writer, failures.
+
+Messages carry bytes: each sender packs the tensors of a bucket into one uint8 tensor in the plan's order, and the
+receiver, who has the same plan, unpacks it. A rank's failure becomes every rank's, with one message, at the next
+`together`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ExportError
+from .piece import Piece
+from .plan import Held, Item, Output
+from .topology import Topology
+
+ALIGNMENT = 16
+
+
+@contextmanager
+def together(here: Topology, stage: str) -> Iterator[None]:
+    """Run a stage that talks to no other rank; if it fails anywhere, it fails everywhere with the same message."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - every failure must reach the other ranks, which wait for this one
+        failure = error
+    failed = torch.tensor([0 if failure is None else 1])
+    dist.all_reduce(failed, group=here.control)
+    if not failed.item():
+        return
+    messages = everyone(here, None if failure is None else _message(failure))
+    first = next(rank for rank, message in enumerate(messages) if message is not None)
+    if messages.count(messages[first]) == here.world:
+        raise ExportError(messages[first]) from failure
+    raise ExportError(f"rank {first} failed to {stage}: {messages[first]}") from failure
+
+
+def everyone(here: Topology, mine: object) -> list:
+    """One small object from every rank, in rank order."""
+    theirs = [None] * here.world
+    dist.all_gather_object(theirs, mine, group=here.control)
+    return theirs
+
+
+def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
+    """Where every canonical parameter of the whole model lives; of data-parallel replicas, only the first counts."""
+    mine = {name: tuple(shard.shape) for name, shard in shards.items()} if here.dp_rank == 0 else {}
+    found: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+    for rank, (tp_rank, shapes) in enumerate(everyone(here, (here.tp_rank, mine))):
+        for name, shape in shapes.items():
+            found.setdefault(name, []).append((tp_rank, rank, shape))
+    held = {}
+    for name, places in found.items():
+        places.sort()
+        if len({tp_rank for tp_rank, _, _ in places}) < len(places):
+            raise ExportError(f"{name} lives on several pipeline stages: ranks {[rank for _, rank, _ in places]}")
+        if len({shape for _, _, shape in places}) > 1:
+            raise ExportError(f"{name} has a different shape on every rank: {[(rank, shape) for _, rank, shape in places]}")
+        held[name] = Held(tuple(rank for _, rank, _ in places), places[0][2])
+    return held
+
+
+def largest(here: Topology, values: Tensor) -> Tensor:
+    """Element-wise maximum of a float32 vector over the tensor-parallel group."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=here.tp_group)
+    return values
+
+
+def to_first_holder(here: Topology, item: Item, parts: dict[str, Piece] | None) -> dict[str, Piece] | None:
+    """Bring the bfloat16 shards of an item to the first rank that holds it; the others get None."""
+    messages = [item.raw_message(index) for index in range(len(item.ranks))]
+    sizes = {rank: _size(message) for rank, message in zip(item.ranks, messages, strict=True)}
+    mine = None if parts is None else _pack(messages[item.ranks.index(here.rank)], parts)
+    received = _send(here, item.ranks[0], sizes, mine)
+    if received is None:
+        return None
+    return item.join([_unpack(received[rank], 0, message)[0] for rank, message in zip(item.ranks, messages, strict=True)])
+
+
+def to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]) -> dict[str, Tensor] | None:
+    """Bring the encoded tensors of a bucket to rank 0, whole, by HF name, on this device; the other ranks get None.
+
+    `encoded` maps the canonical names of this rank's items to what it made of them.
+    """
+    sizes: dict[int, int] = {}
+    outgoing = []
+    for item in bucket:
+        for index, rank in enumerate(item.ranks):
+            message = item.message(index)
+            sizes[rank] = sizes.get(rank, 0) + _size(message)
+            if rank == here.rank and message:
+                outgoing.append(_pack(message, encoded[item.source.canonical]))
+    mine = torch.cat(outgoing) if outgoing else None
+    received = _send(here, 0, {rank: size for rank, size in sizes.items() if size}, mine)
+    if received is None:
+        return None
+    whole: dict[str, Tensor] = {}
+    offsets = dict.fromkeys(received, 0)
+    for item in bucket:
+        shards = []
+        for index, rank in enumerate(item.ranks):
+            if message := item.message(index):
+                shard, offsets[rank] = _unpack(received[rank], offsets[rank], message)
+                shards.append(shard)
+        whole |= {name: piece.data for name, piece in item.join(shards).items()}
+    return whole
+
+
+def _send(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> dict[int, Tensor] | None:
+    """Move one packed message from each rank in `sizes` (bytes) to rank `to`; others than `to` get None."""
+    if here.rank != to:
+        if mine is not None:
+            _wait([dist.P2POp(dist.isend, mine, to)])
+        return None
+    received = {rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in sizes.items() if rank != to}
+    _wait([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in received.items()])
+    if to in sizes:
+        received[to] = mine
+    return received
+
+
+def _wait(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _size(message: tuple[Output, ...]) -> int:
+    return sum(_padded(output.nbytes) for output in message)
+
+
+def _pack(message: tuple[Output, ...], pieces: dict[str, Piece]) -> Tensor:
+    """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype."""
+    device = next(iter(pieces.values())).data.device
+    packed = torch.zeros(_size(message), dtype=torch.uint8, device=device)
+    offset = 0
+    for output in message:
+        data = pieces[output.name].data
+        assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), output
+        packed[offset : offset + output.nbytes] = data.contiguous().reshape(-1).view(torch.uint8)
+        offset += _padded(output.nbytes)
+    return packed
+
+
+def _unpack(packed: Tensor, offset: int, message: tuple[Output, ...]) -> tuple[dict[str, Piece], int]:
+    pieces = {}
+    for output in message:
+        data = packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
+        pieces[output.name] = Piece(data, output.axes)
+        offset += _padded(output.nbytes)
+    return pieces, offset
+
+
+def _message(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, ExportError) else f"{type(failure).__name__}: {failure}"

@@ -1,0 +1,122 @@
+"""The command's story: an HF checkpoint becomes a Megatron model on this topology, is calibrated, and is exported."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from . import assets, build, calibration_data, gather, statistics, topology
+from .calibration import calibrate
+from .config import ExportConfig
+from .errors import ExportError
+from .formats import FORMATS
+from .gather import together
+from .pipeline import Report, check_calibration, export_hf_checkpoint
+from .plan import Plan, assumed, make_plan
+from .sizes import parse_size
+from .topology import Topology
+from .writer import check_target
+
+Progress = Callable[[str, Iterable], Iterable]
+
+
+@dataclass
+class Job:
+    """What has been settled and done so far; `report` is None after a dry run."""
+
+    plan: Plan | None = None
+    report: Report | None = None
+    bytes_read: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
+    """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
+    job = Job()
+    with topology.started(config.tp, config.pp, config.device), topology.current() as here:
+        with together(here, "check the settings"):
+            folder = _model_folder(config, example_model)
+            hf_config = assets.read_config(folder)
+            build.check_divides(hf_config, here)
+            job.plan = _plan(config, hf_config)
+            _check(config, job.plan, here)
+            known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
+            if known:
+                check_calibration(job.plan, known)
+            samples = None if known or not FORMATS[config.format].CALIBRATED else _samples(config, folder, example_model)
+        if config.dry_run:
+            return job
+        with job.stage("load"):
+            model = _load(job, hf_config, folder, samples, here, progress)
+        if samples is not None:
+            with job.stage("calibrate"):
+                share = samples[here.dp_rank :: here.dp_size].split(config.calib_batch_size)
+                known = calibrate(model, share, format=config.format, progress=progress)
+        with together(here, "save the calibration"):
+            if config.save_calibration and here.first:
+                statistics.save(known, config.save_calibration, hf_config)
+        with job.stage("export"):
+            job.report = export_hf_checkpoint(
+                model,
+                config.output,
+                hf_model=folder,
+                format=config.format,
+                calibration=known,
+                kv_cache=config.kv_cache,
+                exclude=config.exclude,
+                max_shard_size=config.max_shard_size,
+                overwrite=config.overwrite,
+                progress=progress,
+            )
+    return job
+
+
+def _model_folder(config: ExportConfig, example_model: Path) -> Path:
+    if config.hf_model is None and not example_model.is_dir():
+        raise ExportError("no example model beside this installation: give --hf-model, or run from a clone of the repository")
+    return assets.find_model(config.hf_model or example_model, weights=not config.dry_run)
+
+
+def _plan(config: ExportConfig, hf_config: dict) -> Plan:
+    return make_plan(
+        hf_config,
+        assumed(hf_config, config.tp),
+        format=config.format,
+        kv_cache=config.kv_cache,
+        exclude=config.exclude,
+        max_shard_bytes=parse_size(config.max_shard_size),
+    )
+
+
+def _check(config: ExportConfig, plan: Plan, here: Topology) -> None:
+    if plan.kv and not plan.form.CALIBRATED:
+        check_calibration(plan, {})
+    if config.output and here.first:
+        check_target(config.output, plan, overwrite=config.overwrite)
+    if config.save_calibration and not config.save_calibration.absolute().parent.is_dir():
+        raise ExportError(f"--save-calibration: no folder {config.save_calibration.absolute().parent}")
+
+
+def _samples(config: ExportConfig, folder: Path, example_model: Path) -> Tensor:
+    text = config.calib_data or example_model / "calibration.txt"
+    return calibration_data.read_samples(text, folder, samples=config.calib_samples, length=config.calib_seq_len)
+
+
+def _load(job: Job, hf_config: dict, folder: Path, samples: Tensor | None, here: Topology, progress: Progress) -> object:
+    with together(here, "build the model"):
+        length = 1 if samples is None else samples.shape[1]
+        model = build.build_model(hf_config, here, max_sequence_length=length)
+    with together(here, "load the weights"):
+        read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps))
+    job.bytes_read = sum(gather.everyone(here, read))
+    return model

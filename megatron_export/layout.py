@@ -1,0 +1,105 @@
+"""Pure surgery between one Megatron tensor and the HF tensors it holds; every layout is invertible.
+
+`split` takes a shard (index `index` of `count` equal cuts along the output rows, or the whole tensor as shard 0 of 1)
+and returns, per HF part, the rows that this shard holds. `join` is its inverse. `source` says which rows of an HF
+part the shard holds, so that a reader fetches just those.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Layout(Protocol):
+    """How one Megatron tensor is made of HF parts. A part's name fills `{part}` in the rule's HF name."""
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]: ...
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor: ...
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice: ...
+
+
+def even_rows(part_rows: int, index: int, count: int) -> slice:
+    """The rows of shard `index` of `count` equal cuts."""
+    return slice(index * part_rows // count, (index + 1) * part_rows // count)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The same tensor under another name."""
+
+    parts: tuple[str, ...] = ("",)
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        return {"": shard}
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        return parts[""]
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        return even_rows(part_rows, index, count)
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """Rows padded by Megatron to a multiple of its own choice; HF has the first `vocab` rows."""
+
+    vocab: int
+    parts: tuple[str, ...] = ("",)
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        real = self.source(self.vocab, index, count, shard.shape[0])
+        return {"": shard[: real.stop - real.start]}
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        real = parts[""]
+        return torch.nn.functional.pad(real, (0, 0) * (real.dim() - 1) + (0, rows - real.shape[0]))
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        start = min(index * shard_rows, self.vocab)
+        return slice(start, min(start + shard_rows, self.vocab))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Equal blocks of rows, one per part: gate over up. Each rank holds its rows of every part, stacked."""
+
+    parts: tuple[str, ...]
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        return dict(zip(self.parts, shard.chunk(len(self.parts)), strict=True))
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        return torch.cat([parts[part] for part in self.parts])
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        return even_rows(part_rows, index, count)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Rows grouped by query group: the group's queries, its key, its value, each `head_dim` rows; then the next group."""
+
+    queries_per_group: int
+    head_dim: int
+    parts: tuple[str, ...] = ("q", "k", "v")
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        q_rows = self.queries_per_group * self.head_dim
+        groups = shard.view(-1, q_rows + 2 * self.head_dim, *shard.shape[1:])  # [groups, (queries + 2) * head_dim, ...]
+        blocks = groups.split((q_rows, self.head_dim, self.head_dim), dim=1)
+        return {part: block.reshape(-1, *shard.shape[1:]) for part, block in zip(self.parts, blocks, strict=True)}
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        groups = parts["k"].shape[0] // self.head_dim
+        blocks = [parts[part].reshape(groups, -1, *parts[part].shape[1:]) for part in self.parts]
+        return torch.cat(blocks, dim=1).reshape(-1, *parts["k"].shape[1:])
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        return even_rows(part_rows, index, count)

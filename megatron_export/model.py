@@ -1,0 +1,84 @@
+"""A Megatron-Core model seen as shards under canonical names: the only file that knows Megatron's modules."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExportError
+from .names import canonical, is_linear_weight
+
+
+def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
+    """The bare `GPTModel`s of this rank, one per virtual pipeline stage, out of DDP, Float16Module and the like."""
+    chunks = []
+    for chunk in model if isinstance(model, list) else [model]:
+        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+            chunk = chunk.module
+        if not hasattr(chunk, "decoder"):
+            raise ExportError(f"a {type(chunk).__name__} is not a Megatron-Core GPTModel: it has no decoder")
+        chunks.append(chunk)
+    return chunks
+
+
+def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
+    """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
+
+    Left out: the copy of tied embeddings that Megatron keeps on the last pipeline stage as `output_layer.weight`.
+    """
+    shards: dict[str, Tensor] = {}
+    for chunk in chunks_of(model):
+        numbers = _layer_numbers(chunk)
+        for name, tensor in _tensors(chunk):
+            full = canonical(name, numbers)
+            if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                continue
+            if full in shards:
+                raise ExportError(f"two parameters of this rank are both {full}")
+            shards[full] = tensor.detach()
+    return shards
+
+
+def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
+    """Canonical module name -> module, for every linear that a format may quantize."""
+    linears = {}
+    for chunk in chunks_of(model):
+        numbers = _layer_numbers(chunk)
+        for name, module in chunk.named_modules():
+            full = canonical(f"{name}.weight", numbers)
+            if is_linear_weight(full):
+                linears[full.removesuffix(".weight")] = module
+    return linears
+
+
+def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
+    """Canonical name of a layer's self attention -> its core attention, which is called with (query, key, value, ...)."""
+    return {
+        f"decoder.layers.{layer.layer_number - 1}.self_attention": layer.self_attention.core_attention
+        for chunk in chunks_of(model)
+        for layer in chunk.decoder.layers
+    }
+
+
+def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
+    """What a linear multiplies with its weight, given what the module was called with.
+
+    Transformer Engine's fused modules are called with the input of the norm that they contain.
+    """
+    if getattr(module, "layer_norm_weight", None) is None:
+        return hidden
+    if module.normalization != "RMSNorm" or module.zero_centered_gamma:
+        raise ExportError(f"calibration of a fused {module.normalization} is not supported; only RMSNorm is")
+    return torch.rms_norm(hidden, hidden.shape[-1:], module.layer_norm_weight, module.eps)
+
+
+def _layer_numbers(chunk: nn.Module) -> list[int]:
+    return [layer.layer_number - 1 for layer in chunk.decoder.layers]
+
+
+def _tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from chunk.named_parameters()
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

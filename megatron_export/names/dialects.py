@@ -1,0 +1,30 @@
+"""One canonical name per Megatron parameter, whichever layer spec built the model and wherever the layer lives.
+
+Canonical names are those of the local spec, with global layer numbers from 0. The Transformer Engine spec keeps the
+norms inside the linear that follows them; a rank's own layer numbers restart at 0 on every pipeline stage and chunk.
+"""
+
+import re
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def canonical(name: str, layer_numbers: list[int]) -> str:
+    """The canonical name of parameter `name` of one model chunk; `layer_numbers[i]` is its layer i's global number."""
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    local = name[found.end() :]
+    return f"decoder.layers.{layer_numbers[int(found[1])]}.{_FUSED_NORMS.get(local, local)}"
+
+
+def template(canonical_name: str) -> tuple[str, int | None]:
+    """Take a canonical name apart into its row of the tables, with {l} for the layer, and the layer's number."""
+    found = _LAYER.match(canonical_name)
+    if found is None:
+        return canonical_name, None
+    return f"decoder.layers.{{l}}.{canonical_name[found.end() :]}", int(found[1])

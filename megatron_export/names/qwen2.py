@@ -1,0 +1,7 @@
+"""Qwen2ForCausalLM: Qwen 2 and 2.5. Biases on q, k and v, none on o."""
+
+from .fragments import DENSE, GQA, QKV_BIAS, TOP
+
+RULES = TOP | GQA | QKV_BIAS | DENSE
+SETTINGS = {"add_qkv_bias": True}
+ONLY = {"use_sliding_window": (False, None), "hidden_act": ("silu", None)}

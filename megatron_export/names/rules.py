@@ -1,0 +1,35 @@
+"""What a rule is: the HF name of a Megatron parameter, and the surgery between the two."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..layout import QKV, Identity, Layout, Split, Vocab
+from .shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a table. `hf` is the HF tensor name, with {l} for the layer and {part} for the layout's part."""
+
+    hf: str
+    layout: Callable[[ModelShape], Layout]
+
+
+def same(hf: str) -> Rule:
+    """The tensor as it is."""
+    return Rule(hf, lambda shape: Identity())
+
+
+def vocab(hf: str) -> Rule:
+    """The first `vocab_size` rows."""
+    return Rule(hf, lambda shape: Vocab(shape.vocab))
+
+
+def gated(hf: str) -> Rule:
+    """gate_proj over up_proj."""
+    return Rule(hf, lambda shape: Split(("gate", "up")))
+
+
+def qkv(hf: str) -> Rule:
+    """q_proj, k_proj and v_proj, interleaved by query group."""
+    return Rule(hf, lambda shape: QKV(shape.heads // shape.groups, shape.head_dim))

@@ -1,0 +1,190 @@
+"""The whole story of an export on one page: plan, agree on maxima, then encode, gather and write bucket by bucket."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import assets, gather, topology
+from .errors import ExportError, report
+from .gather import together
+from .model import shards_of
+from .names import is_linear_weight
+from .piece import Amax
+from .plan import Item, Plan, make_plan
+from .quant_config import config_json, hf_quant_config
+from .sizes import parse_size
+from .topology import Topology
+from .writer import CheckpointWriter, check_target
+
+Progress = Callable[[str, Iterable], Iterable]
+
+
+def quiet(stage: str, steps: Iterable) -> Iterable:
+    """A progress display that shows nothing."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU."""
+
+    folder: Path
+    plan: Plan
+    seconds: float
+    peak_host: tuple[int, ...]
+    peak_gpu: tuple[int, ...]
+
+
+def export_hf_checkpoint(
+    model: nn.Module | list[nn.Module],
+    export_dir: str | Path,
+    *,
+    hf_model: str | Path,
+    format: str = "fp8",
+    calibration: dict[str, Tensor] | None = None,
+    kv_cache: str = "none",
+    exclude: Iterable[str] = (),
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> Report:
+    """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
+
+    model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
+                    not; quantized as the bfloat16 of its weights
+    hf_model        folder or hub id of the original HF model: config and tokenizer only, its weights are not read
+    format          bf16, fp8 or nvfp4; kv_cache: none or fp8
+    calibration     what `calibrate` returned; every format but bf16 needs it
+    exclude         globs over HF module names to leave in bfloat16
+    max_shard_size  largest shard, as bytes or like "5GB"
+    Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
+    message, when it cannot be done; then nothing was published and `export_dir` is as it was.
+    """
+    started = time.monotonic()
+    export_dir = Path(export_dir)
+    with topology.current() as here:
+        with together(here, "read the model's shapes"):
+            folder = assets.find_model(hf_model, weights=False)
+            config = assets.read_config(folder)
+            shards = shards_of(model)
+        held = gather.locate(here, shards)
+        with together(here, "plan the export"):
+            plan = make_plan(
+                config,
+                held,
+                format=format,
+                kv_cache=kv_cache,
+                exclude=exclude,
+                max_shard_bytes=parse_size(max_shard_size),
+            )
+            check_calibration(plan, calibration)
+            if here.first:
+                check_target(export_dir, plan, overwrite=overwrite)
+        amaxes = _amaxes(here, plan, shards, calibration or {})
+        _write(here, plan, shards, amaxes, calibration or {}, export_dir, folder, progress)
+        peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
+    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu)
+
+
+def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None:
+    """Raise unless the statistics hold every number that the plan needs, finite and not negative."""
+    if plan.kv and not plan.form.CALIBRATED:
+        raise ExportError(
+            f"--kv-cache {plan.kv.NAME} with --format {plan.form.NAME}: vLLM refuses a checkpoint that quantizes the KV "
+            "cache alone. Export without it, and serve with the engine's own FP8 KV cache"
+        )
+    needed = [name for item in plan.items for name in _statistics_of(item)]
+    if needed and calibration is None:
+        raise ExportError(f"format {plan.form.NAME} needs calibration: pass what calibrate() returned, or load a file")
+    calibration = calibration or {}
+    report([f"the calibration has no {name}: it is for another model" for name in needed if name not in calibration])
+    report([f"the calibration's {name} is {float(calibration[name])}" for name in needed if not 0 <= calibration[name] < torch.inf])
+
+
+def _statistics_of(item: Item) -> list[str]:
+    module = item.source.canonical.removesuffix(".weight")
+    attention = module.rpartition(".")[0]
+    names = [f"{module}.input_amax"] if item.form else []
+    return names + ([f"{attention}.k_amax", f"{attention}.v_amax"] if item.kv else [])
+
+
+def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Amax]:
+    """The maxima that this rank's linears are quantized with, agreed over the ranks that share each of them.
+
+    One pass over this rank's weights, which also refuses NaN and Inf in any of them. Weights are rounded to bfloat16
+    before they are quantized, so their maxima are too.
+    """
+    mine = [item for item in plan.items if here.rank in item.ranks]
+    with together(here, "read the weights"):
+        largest = [_largest(item, shards[item.source.canonical], item.ranks.index(here.rank)) for item in mine]
+        values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
+        report(
+            [
+                f"NaN or Inf in {', '.join(item.source.names().values())}"
+                for item, finite in zip(mine, values.isfinite().tolist(), strict=True)
+                if not finite
+            ]
+        )
+    quantized = [number for number, item in enumerate(mine) if item.form]
+    agreed = gather.largest(here, values[quantized])
+    return {
+        mine[number].source.canonical: Amax(amax, calibration[_statistics_of(mine[number])[0]].to(here.device))
+        for number, amax in zip(quantized, agreed, strict=True)
+    }
+
+
+def _largest(item: Item, shard: Tensor, index: int) -> Tensor:
+    real = item.source.layout.split(shard, index, len(item.ranks))[""] if item.source.padded else shard
+    if real.numel() == 0:
+        return torch.zeros((), device=shard.device)
+    low, high = torch.aminmax(real)
+    return torch.maximum(-low, high).to(torch.bfloat16).float()
+
+
+def _write(
+    here: Topology,
+    plan: Plan,
+    shards: dict[str, Tensor],
+    amaxes: dict[str, Amax],
+    calibration: dict[str, Tensor],
+    export_dir: Path,
+    source: Path,
+    progress: Progress,
+) -> None:
+    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
+    with CheckpointWriter(export_dir, plan) if here.first else nullcontext() as writer:
+        for bucket in progress("export", plan.buckets):
+            mine = [item for item in bucket if here.rank in item.ranks]
+            parts = {i.source.canonical: i.split(shards[i.source.canonical], i.ranks.index(here.rank)) for i in mine}
+            for item in (item for item in mine if item.gather_first):
+                parts[item.source.canonical] = gather.to_first_holder(here, item, parts[item.source.canonical])
+            with together(here, "quantize"):
+                encoded = {
+                    item.source.canonical: item.encode(
+                        parts[item.source.canonical],
+                        amaxes.get(item.source.canonical),
+                        tuple(calibration[name].to(here.device) for name in _statistics_of(item)[-2:]) if item.kv else None,
+                    )
+                    for item in mine
+                    if parts[item.source.canonical] is not None
+                }
+            whole = gather.to_writer(here, bucket, encoded)
+            with together(here, "write"):
+                if writer:
+                    writer.write(whole)
+        with together(here, "publish"):
+            if writer:
+                quant = hf_quant_config(plan)
+                jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
+                writer.publish(jsons, assets.files_to_copy(source))
+
+
+def _peaks(here: Topology) -> tuple[int, int]:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host, torch.cuda.max_memory_allocated(here.device) if here.device.type == "cuda" else 0

@@ -1,0 +1,97 @@
+"""Which rank this is and which ranks share what with it: the only reader of Megatron's parallel state."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from .cpu import without_cuda
+from .errors import ExportError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place. Groups are torch process groups; `control` is a gloo group of all ranks for small messages."""
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    pp_size: int
+    control: ProcessGroup
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def current() -> Iterator[Topology]:
+    """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves."""
+    if not parallel_state.model_parallel_is_initialized():
+        raise ExportError("Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel")
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    try:
+        yield Topology(
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            control=control,
+            device=torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu"),
+        )
+    finally:
+        dist.destroy_process_group(control)
+
+
+def _on_cuda() -> bool:
+    return "nccl" in dist.get_backend()
+
+
+@contextmanager
+def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
+    """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, and end them.
+
+    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ExportError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
+    if "RANK" not in os.environ:
+        raise ExportError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        world = dist.get_world_size()
+        if world % (tp * pp):
+            raise ExportError(
+                f"world size {world} is not tp * pp * dp: it is no multiple of --tp {tp} x --pp {pp} = {tp * pp}. "
+                f"Start torchrun with --nproc-per-node {tp * pp}, or a multiple of it"
+            )
+        with without_cuda():
+            parallel_state.initialize_model_parallel(tp, pp)
+        if device == "cuda":
+            model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,141 @@
+"""Safetensors shards, index and JSON files, written beside the target and published by one rename.
+
+A shard's header is known from the plan, so tensors are written at their final offsets as they arrive, in any order, and
+host memory holds one bucket, never a shard. Source: safetensors file format 0.3 (8-byte header length, JSON, data).
+"""
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import ExportError
+from .plan import Output, Plan
+
+SPARE_BYTES = 64 << 20
+_DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32"}
+
+
+def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Refuse, before any work, a target that is taken, cannot be replaced by a rename, or has too small a disk."""
+    if export_dir.is_file():
+        raise ExportError(f"{export_dir} is a file; give a folder")
+    if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
+        raise ExportError(f"{export_dir} is not empty. Give another --output, or --overwrite to replace it when done")
+    if os.path.ismount(export_dir) or export_dir.is_symlink():
+        raise ExportError(f"{export_dir} is a mount point or a link, which cannot be replaced in one step; give a folder in it")
+    parent = _existing(export_dir.parent)
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"{parent} is not writable")
+    free = shutil.disk_usage(parent).free
+    if free < plan.nbytes + SPARE_BYTES:
+        raise ExportError(f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free")
+
+
+class CheckpointWriter:
+    """Use as a context: leaving it by an exception removes all it wrote; `publish` gives the folder its name."""
+
+    def __init__(self, export_dir: Path, plan: Plan) -> None:
+        self.target = export_dir
+        self.plan = plan
+        self.staging = export_dir.parent / f".{export_dir.name}.{os.getpid()}.partial"
+        self.places: dict[str, tuple[int, int, Output]] = {}  # name -> file descriptor, offset, tensor
+        self.written: set[str] = set()
+
+    def __enter__(self) -> "CheckpointWriter":
+        self.staging.mkdir(parents=True)
+        try:
+            for file, outputs in self.plan.files.items():
+                self._start(self.staging / file, outputs)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._abandon()
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Write whole tensors, on any device, into the shards that the plan gave them."""
+        for name, tensor in tensors.items():
+            descriptor, offset, output = self.places[name]
+            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (name, tensor.shape, output)
+            assert name not in self.written, name
+            data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            while data:
+                count = os.pwrite(descriptor, data, offset)
+                data, offset = data[count:], offset + count
+            self.written.add(name)
+
+    def publish(self, jsons: dict[str, dict], copies: list[Path]) -> None:
+        """Add the JSON files, copies of `copies`, and the index; sync all of it; give the folder its final name."""
+        if missing := sorted(self.places.keys() - self.written):
+            raise ExportError(f"{len(missing)} tensors were never written, first {missing[0]}")
+        for path in copies:
+            shutil.copyfile(path, self.staging / path.name)
+        for name, content in jsons.items():
+            (self.staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if len(self.plan.files) > 1:
+            names = {output.name: file for file, outputs in self.plan.files.items() for output in outputs}
+            index = {"metadata": {"total_size": self.plan.nbytes}, "weight_map": names}
+            (self.staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path in [*self.staging.iterdir(), self.staging]:
+            _sync(path)
+        self._replace()
+
+    def _start(self, path: Path, outputs: tuple[Output, ...]) -> None:
+        header: dict = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        ordered = sorted(outputs, key=lambda o: (-o.dtype.itemsize, o.name))  # keeps every tensor aligned
+        for output in ordered:
+            header[output.name] = {
+                "dtype": _DTYPES[output.dtype],
+                "shape": list(output.shape),
+                "data_offsets": [offset, offset + output.nbytes],
+            }
+            offset += output.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        for output in ordered:
+            start = header[output.name]["data_offsets"][0] + 8 + len(text)
+            self.places[output.name] = (descriptor, start, output)
+        os.write(descriptor, struct.pack("<Q", len(text)) + text)
+        os.truncate(path, 8 + len(text) + offset)
+
+    def _replace(self) -> None:
+        old = self.staging.with_suffix(".old")
+        if self.target.exists():
+            self.target.rename(old)
+        try:
+            self.staging.rename(self.target)
+        except OSError:
+            if old.exists():
+                old.rename(self.target)
+            raise
+        _sync(self.target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        for descriptor in {descriptor for descriptor, _, _ in self.places.values()}:
+            os.close(descriptor)
+        self.places.clear()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
