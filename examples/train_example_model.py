@@ -68,7 +68,7 @@ def main() -> None:
     flags = parse_flags()
     if flags.output.exists() and any(flags.output.iterdir()):
         raise SystemExit(f"{flags.output} is not empty. Name a new folder")
-    texts = corpus()
+    texts = corpus(flags.library)
     heldout, calibration = take(texts, HELDOUT_BYTES), take(texts, CALIBRATION_BYTES)
     tokenizer = train_tokenizer(texts)
     with tempfile.TemporaryDirectory() as staging, topology.started(1, 1, flags.device), topology.current() as here:
@@ -106,6 +106,10 @@ def parse_flags() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument(
+        "--library", type=Path, default=library, help="folder to learn from; default: this Python's own"
+    )
     parser.add_argument("--minutes", type=float, default=7.0, help="time to train for, without set-up and export")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--batch-size", type=int, default=128, help=f"windows of {WINDOW} tokens a step")
@@ -114,9 +118,8 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def corpus() -> list[str]:
+def corpus(root: Path) -> list[str]:
     """The library's sources and documentation, each text once, ordered by hash."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     texts = {}
     for path in root.rglob("*"):
         text = read(path) if wanted(path.relative_to(root)) else ""

@@ -7,9 +7,22 @@ from pathlib import Path
 from .errors import ExportError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-_MADE_HERE = re.compile(r"config\.json|.*hf_quant_config\.json|.*\.index\.json")
-_DOWNLOADED = [f"*{suffix}" for suffix in _COPIED]
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def find_model(hf_model: str | Path, *, weights: bool) -> Path:
@@ -40,17 +53,15 @@ def read_config(folder: Path) -> dict:
 
 
 def files_to_copy(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, remote code and licence: all small top-level files but the weights
-    and those that are made here. Python files are copied, never run.
-    """
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not _MADE_HERE.fullmatch(path.name))
-    return [path for path in files if path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))]
+    """Tokenizer, chat template, generation config, remote code and licence. Python files are copied, never run."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [path for path in files if any(path.match(pattern) for pattern in _COPIED)]
 
 
 def _fetch(hub_id: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*_DOWNLOADED, "LICENSE*", *(["*.safetensors"] if weights else [])]
+    patterns = ["config.json", *_COPIED, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:

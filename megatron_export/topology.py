@@ -45,6 +45,8 @@ def current() -> Iterator[Topology]:
     if not parallel_state.model_parallel_is_initialized():
         raise ExportError("Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel")
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    if _on_cuda():
+        dist.barrier()  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
     try:
         yield Topology(
             rank=dist.get_rank(),
@@ -66,6 +68,13 @@ def _on_cuda() -> bool:
     return "nccl" in dist.get_backend()
 
 
+def _take_gpu() -> None:
+    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if ranks > gpus and "NCCL_HOSTID" not in os.environ:  # with a host id per rank, NCCL lets ranks share a GPU
+        raise ExportError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+
+
 @contextmanager
 def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
     """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, and end them.
@@ -78,7 +87,7 @@ def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
     if "RANK" not in os.environ:
         raise ExportError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        _take_gpu()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         world = dist.get_world_size()
