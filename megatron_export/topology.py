@@ -45,8 +45,8 @@ def current() -> Iterator[Topology]:
     if not parallel_state.model_parallel_is_initialized():
         raise ExportError("Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel")
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    if _on_cuda():
-        dist.barrier()  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
+    if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
+        dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
     try:
         yield Topology(
             rank=dist.get_rank(),

@@ -28,7 +28,8 @@ E4M3_MAX = 448.0
 
 def scale_of(amax: Tensor) -> Tensor:
     """amax / 448 in float32, [] -> []; 1 where amax is zero."""
-    return torch.where(amax == 0, E4M3_MAX, amax.float()) / E4M3_MAX
+    largest = torch.full_like(amax, E4M3_MAX, dtype=torch.float32)  # a tensor: CUDA multiplies by 1/x when x is a number
+    return torch.where(amax == 0, largest, amax.float()) / largest
 
 
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
