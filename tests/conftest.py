@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests: the ranks, and one small checkpoint per architecture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .models import ARCHITECTURES, make_model
+from .ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[list[Ranks]]:
+    """The one pool of ranks that is alive, in a list, so that a test that broke it can put a new one there."""
+    alive: list[Ranks] = []
+    yield alive
+    for ranks in alive:
+        ranks.close()
+
+
+@pytest.fixture
+def ranks(pool: list[Ranks]) -> Ranks:
+    """Four ranks; new ones if an earlier test left one hanging or dead."""
+    if not pool or not all(process.is_alive() for process, _ in pool[0].workers):
+        pool[:] = [Ranks(4)]
+    return pool[0]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> folder of a small checkpoint; the token ids to calibrate with are in ../ids/calibration.safetensors."""
+    return {name: make_model(tmp_path_factory.mktemp("models"), name) for name in ARCHITECTURES}

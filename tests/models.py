@@ -1,0 +1,88 @@
+"""Small random HF checkpoints of every architecture, made by transformers itself, and what tests read back."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "model"
+
+_SMALL = {
+    "vocab_size": 500,  # not a multiple of anything that Megatron pads to
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,  # 16 divides a half of it, and no quarter of it
+    "max_position_embeddings": 128,
+    "initializer_range": 0.08,
+}
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ARCHITECTURES = {
+    "llama31": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": _LLAMA3 | {"factor": 8.0}},
+    "llama32": {
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling": _LLAMA3 | {"factor": 32.0},
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+}
+SAMPLES, LENGTH = 8, 24
+
+
+def make_model(folder: Path, name: str, **changes: object) -> Path:
+    """A checkpoint as its publisher would have it, in bfloat16, with norms and biases that are not trivial; and
+    `ids/calibration.safetensors` beside it, for calibration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    source = folder / name
+    settings = _SMALL | ARCHITECTURES[name] | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    model.save_pretrained(source)
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "ids").mkdir(exist_ok=True)
+    ids = torch.randint(0, settings["vocab_size"], (SAMPLES, LENGTH))
+    save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
+    return source
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, read file by file as an engine does, ignoring the index."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                assert name not in found, f"{name} is in two files"
+                found[name] = opened.get_tensor(name)
+    return found
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Equal dtype, shape and bytes; NaN equals itself."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Equal names, and every tensor the same to the bit."""
+    assert sorted(left) == sorted(right)
+    assert [name for name in left if not same(left[name], right[name])] == []
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())

@@ -1,0 +1,87 @@
+"""A pool of processes that play the ranks of a `torchrun`: they import once, and every call is a new little world."""
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class RankFailed(AssertionError):
+    """A rank raised something, or said nothing within the time."""
+
+
+class Ranks:
+    """`size` processes on this machine; `call` runs a function on the first `world` of them, as a torchrun would."""
+
+    def __init__(self, size: int) -> None:
+        context = get_context("spawn")
+        self.workers = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+    def call(self, world: int, function: Callable, *args: Any, seconds: float = 120, **kwargs: Any) -> list[Any]:
+        """What `function(*args, **kwargs)` returned on every rank, in rank order."""
+        assert all(process.is_alive() for process, _ in self.workers), "a rank of an earlier test hangs or died"
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for _, pipe in self.workers[:world]:
+            pipe.send((world, port, function, args, kwargs))
+        results = []
+        for rank, (_, pipe) in enumerate(self.workers[:world]):
+            if not pipe.poll(seconds):
+                self.close()
+                raise RankFailed(f"rank {rank} said nothing for {seconds} s")
+            failed, result = pipe.recv()
+            results.append(RankFailed(f"rank {rank}: {result}") if failed else result)
+        if failures := [result for result in results if isinstance(result, RankFailed)]:
+            raise failures[0]
+        return results
+
+    def close(self) -> None:
+        for process, _ in self.workers:
+            process.kill()
+
+
+def _serve(pipe: Connection, rank: int) -> None:
+    import torch
+
+    from megatron_export import cli
+
+    torch.set_num_threads(1)
+    cli._let_rank_0_speak = lambda: None  # there is no torchrun here that would end rank 0 early
+    while True:
+        world, port, function, args, kwargs = pipe.recv()
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        try:
+            answer = (False, function(*args, **kwargs))
+            pickle.dumps(answer)
+        except BaseException:  # noqa: BLE001 - whatever a rank did wrong is the test's to judge
+            answer = (True, traceback.format_exc())
+        pipe.send(answer)
+
+
+def command(*flags: object) -> tuple[int, str]:
+    """Run the command in this rank with `flags`; returns its exit status and all it said."""
+    from megatron_export import cli
+
+    said: list[str] = []
+    try:
+        status = cli.main(lambda *words, **_: said.append(" ".join(map(str, words))), [str(flag) for flag in flags])
+    except SystemExit as exit:
+        status = exit.code
+    return status, "\n".join(said)
