@@ -1,0 +1,54 @@
+"""Layouts: `join` undoes `split` at every cut, shards hold the rows that `source` names, and rows land where HF has them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_export.layout import QKV, Identity, Layout, Split, Vocab
+
+LAYOUTS = {"identity": (Identity(), 48), "split": (Split(("gate", "up")), 48), "qkv": (QKV(2, 3), 48)}
+
+
+def shards_of(layout: Layout, whole: Tensor, count: int) -> list[Tensor]:
+    """What Megatron's ranks hold: plain rows, but for gate over up, of which every rank holds its rows of each."""
+    if not isinstance(layout, Split):
+        return list(whole.chunk(count))
+    parts = [part.chunk(count) for part in whole.chunk(len(layout.parts))]
+    return [torch.cat([part[index] for part in parts]) for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("columns", [(), (5,)])
+def test_shards_split_into_the_rows_that_source_names_and_join_again(name: str, count: int, columns: tuple) -> None:
+    layout, rows = LAYOUTS[name]
+    whole = torch.arange(rows * (columns[0] if columns else 1)).reshape(rows, *columns)
+    parts = layout.split(whole, 0, 1)
+    assert torch.equal(layout.join(parts, rows), whole)
+    for index, shard in enumerate(shards_of(layout, whole, count)):
+        held = layout.split(shard, index, count)
+        for part, tensor in held.items():
+            assert torch.equal(tensor, parts[part][layout.source(parts[part].shape[0], index, count, shard.shape[0])])
+        assert torch.equal(layout.join(held, shard.shape[0]), shard)
+
+
+def test_qkv_rows_are_queries_key_value_of_one_group_after_another() -> None:
+    rows = torch.tensor([10, 11, 20, 30, 12, 13, 21, 31])  # two groups of two queries, one row a head
+    parts = QKV(2, 1).split(rows, 0, 1)
+    assert {part: tensor.tolist() for part, tensor in parts.items()} == {
+        "q": [10, 11, 12, 13],
+        "k": [20, 21],
+        "v": [30, 31],
+    }
+
+
+@pytest.mark.parametrize(("vocab", "held"), [(10, [4, 4, 2, 0]), (16, [4, 4, 4, 4]), (3, [3, 0, 0, 0])])
+def test_padded_vocabulary_rows_belong_to_no_shard(vocab: int, held: list[int]) -> None:
+    layout, padded = Vocab(vocab), torch.arange(32).reshape(16, 2)
+    parts = [layout.split(shard, index, 4)[""] for index, shard in enumerate(padded.chunk(4))]
+    assert [part.shape[0] for part in parts] == held
+    assert torch.equal(torch.cat(parts), padded[:vocab])
+    for index, part in enumerate(parts):
+        assert torch.equal(part, padded[:vocab][layout.source(vocab, index, 4, 4)])
+        assert torch.equal(layout.join({"": part}, 4)[: part.shape[0]], part)
+        assert not layout.join({"": part}, 4)[part.shape[0] :].any()

@@ -1,0 +1,80 @@
+"""Tables and dialects: every parameter has one rule, one shape and one cut; both layer specs come to one name."""
+
+import pytest
+
+from megatron_export.errors import ExportError
+from megatron_export.names import (
+    ARCHITECTURES,
+    architecture_of,
+    canonical,
+    parameters_of,
+    rope_settings,
+    shape_of,
+    template,
+)
+from megatron_export.names.parameters import PARAMETERS
+
+from ..models import EXAMPLE, read_json
+
+
+def config(**changes: object) -> dict:
+    return read_json(EXAMPLE / "config.json") | changes
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_rule_has_a_shape_and_a_cut(name: str) -> None:
+    assert set(ARCHITECTURES[name].RULES) <= set(PARAMETERS)
+
+
+def test_no_two_parameters_become_the_same_hf_tensor() -> None:
+    names = [name for source in parameters_of(config()).values() for name in source.names().values()]
+    assert len(names) == len(set(names)) == 2 + 4 * 11
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.7.input_layernorm.weight"),
+        ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.3.pre_mlp_layernorm.weight"),
+        ("decoder.layers.1.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+    ],
+)
+def test_both_specs_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
+    assert canonical(name, [3, 7]) == expected
+
+
+def test_template_takes_the_layer_out() -> None:
+    assert template("decoder.layers.12.mlp.linear_fc2.weight") == ("decoder.layers.{l}.mlp.linear_fc2.weight", 12)
+    assert template("output_layer.weight") == ("output_layer.weight", None)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ExportError, match="Did you mean 'LlamaForCausalLM'.*Qwen2ForCausalLM, Qwen3ForCausalLM"):
+        architecture_of({"architectures": ["LlamaForCausalLm"]})
+
+
+def test_a_variant_that_the_rules_are_wrong_for_is_refused() -> None:
+    with pytest.raises(ExportError, match="attention_bias = True is not supported"):
+        architecture_of(config(attention_bias=True))
+
+
+def test_rope_is_read_in_both_spellings() -> None:
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 8192
+    old = {"rope_theta": 5e5, "rope_scaling": llama3}
+    new = {"rope_parameters": llama3 | {"rope_theta": 5e5}}
+    assert rope_settings(old) == rope_settings(new)
+    assert rope_settings(old) == {
+        "position_embedding_type": "rope",
+        "rotary_base": 5e5,
+        "rope_scaling": True,
+        "rope_scaling_factor": 8.0,
+    }
+    with pytest.raises(ExportError, match="yarn"):
+        rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+
+
+def test_head_dim_need_not_be_hidden_over_heads() -> None:
+    shape = shape_of(config())
+    assert (shape.head_dim, shape.hidden // shape.heads) == (64, 32)

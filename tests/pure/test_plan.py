@@ -1,0 +1,154 @@
+"""The plan: files and buckets, what is left alone, what is refused; and the two quantization configs made from it."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+
+from megatron_export.errors import ExportError
+from megatron_export.plan import BUCKET_BYTES, Held, Plan, assumed, make_plan
+from megatron_export.quant_config import config_json, hf_quant_config
+
+from ..models import EXAMPLE, GOLDEN, read_json, tensors
+
+CONFIG = read_json(EXAMPLE / "config.json")
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def plan(config: dict = CONFIG, tp: int = 1, **settings: object) -> Plan:
+    return make_plan(config, assumed(config, tp), **{"format": "fp8", **settings})
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "nvfp4"])
+def test_the_plan_is_the_same_for_every_tensor_parallel_size(form: str) -> None:
+    alone = plan(format=form)
+    for tp in (2, 4):
+        parallel = plan(tp=tp, format=form)
+        assert parallel.files == alone.files
+        assert (parallel.quantized, parallel.excluded) == (alone.quantized, alone.excluded)
+
+
+def test_a_70b_model_is_cut_into_files_and_buckets_of_bounded_size() -> None:
+    large = plan(LLAMA_70B, tp=8, format="nvfp4", max_shard_bytes=5_000_000_000)
+    sizes = [sum(output.nbytes for output in outputs) for outputs in large.files.values()]
+    assert max(sizes) <= 5_000_000_000
+    assert sum(sizes) == large.nbytes
+    assert list(large.files) == [f"model-{k:05d}-of-{len(sizes):05d}.safetensors" for k in range(1, len(sizes) + 1)]
+    assert large.source_nbytes == 2 * 70_553_706_496  # parameters of the published model
+    largest = max(sum(output.nbytes for output in item.outputs) for item in large.items)
+    for bucket in large.buckets:
+        assert len(bucket) == 1 or sum(o.nbytes for item in bucket for o in item.outputs) <= BUCKET_BYTES
+    assert largest < 3e9  # the embedding: the most that one bucket holds
+    assert [item for bucket in large.buckets for item in bucket] == list(large.items)
+
+
+def test_a_module_and_its_scales_are_never_parted() -> None:
+    small = plan(max_shard_bytes=400_000)
+    homes: dict[str, set[str]] = {}
+    for file, outputs in small.files.items():
+        for output in outputs:
+            homes.setdefault(output.name.rpartition(".")[0], set()).add(file)
+    assert len(small.files) > 5
+    assert all(len(files) == 1 for files in homes.values())
+
+
+def test_bytes_over_the_wire_are_the_bytes_of_the_shards_once() -> None:
+    parallel = plan(tp=4, format="nvfp4")
+    for item in parallel.items:
+        sent = sum(output.nbytes for index in range(len(item.ranks)) for output in item.message(index))
+        assert sent == sum(output.nbytes for output in item.outputs)
+
+
+def test_excluded_modules_are_left_alone_and_listed() -> None:
+    partial = plan(exclude=("model.layers.0.*", "*.down_proj"))
+    kept = [output.name for outputs in partial.files.values() for output in outputs if output.dtype == torch.bfloat16]
+    linears = sorted(name.removesuffix(".weight") for name in kept if "_proj.weight" in name)
+    assert linears == sorted(set(partial.excluded) - {"lm_head", "model.embed_tokens"})
+    assert "model.layers.0.self_attn.q_proj" in linears
+    assert "model.layers.3.mlp.down_proj" in linears
+    assert not set(partial.quantized) & set(partial.excluded)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exclude": ("*.q_proj",)}, "must name all of .*q_proj, .*k_proj, .*v_proj, which engines fuse"),
+        ({"exclude": ("*.w1",)}, "'\\*.w1' matches no module"),
+        ({"exclude": ("*",), "format": "bf16"}, "no effect with --format bf16"),
+        ({"config": CONFIG | {"intermediate_size": 1000}, "format": "nvfp4"}, "down_proj.weight has 1000 inputs.*--exclude"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        plan(**settings)
+
+
+def test_all_problems_of_a_model_are_told_at_once() -> None:
+    held = assumed(CONFIG, 1)
+    held["decoder.layers.0.mlp.linear_fc3.weight"] = Held((0,), (1, 1))
+    del held["decoder.final_layernorm.weight"]
+    held["decoder.layers.1.mlp.linear_fc2.weight"] = Held((0, 1), (256, 1024))
+    with pytest.raises(ExportError) as refused:
+        make_plan(CONFIG, held, format="fp8")
+    for part in ("3 problems", "linear_fc3", "decoder.final_layernorm.weight", "(256, 1024) on each of 2 ranks"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "form", "kv"), [("llama-FP8-KVFP8", "fp8", "fp8"), ("llama-FP8-mcore", "fp8", "none"), ("llama-NVFP4", "nvfp4", "none")]
+)  # fmt: skip
+def test_both_configs_equal_modelopt(folder: str, form: str, kv: str) -> None:
+    source = read_json(GOLDEN / "models" / "llama-bf16" / "config.json")
+    made = plan(source, format=form, kv_cache=kv)
+    golden = GOLDEN / "models" / folder
+    assert hf_quant_config(made) == read_json(golden / "hf_quant_config.json")
+    flat = config_json(made)["quantization_config"]
+    group_size = {"group_size": 16} if form == "nvfp4" else {}  # ours alone: vLLM and SGLang look for it here
+    assert flat == read_json(golden / "config.json")["quantization_config"] | group_size
+
+
+def test_config_json_is_the_source_with_the_quantization_added() -> None:
+    made = config_json(plan())
+    assert {key: made[key] for key in CONFIG} == CONFIG
+    assert made.keys() - CONFIG.keys() == {"quantization_config"}
+    assert config_json(plan(format="bf16")) == CONFIG
+
+
+@pytest.mark.parametrize("settings", [{}, {"exclude": ("model.layers.1.*",)}, {"format": "nvfp4", "kv_cache": "fp8"}])
+def test_every_engine_understands_the_exclude_list_as_meant(settings: dict) -> None:
+    """vLLM: exact, or the entry anywhere inside its name, fused names by all their parts. SGLang: exact or glob.
+    TensorRT-LLM: a glob over the name or any of its parents. Source: their loaders, see the constraints X1 to X4.
+    """
+    made = plan(**settings)
+    quantized, excluded = set(made.quantized), made.excluded
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for module in quantized:
+        assert not any(entry in module for entry in excluded)
+        parents = [module.rsplit(".", k)[0] for k in range(module.count(".") + 1)]
+        assert not any(fnmatchcase(parent, entry) for parent in parents for entry in excluded)
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for name, parts in fused.items():
+            prefix = f"model.layers.{layer}." + ("self_attn." if name == "qkv_proj" else "mlp.")
+            assert len({prefix + part in excluded for part in parts}) == 1
+            if prefix + parts[0] in quantized:
+                assert not any(entry in prefix + name for entry in excluded)
+    assert "lm_head" in excluded
+
+
+def test_planned_tensors_are_those_of_modelopt() -> None:
+    for folder, form, kv in (("qwen3-FP8-KVFP8", "fp8", "fp8"), ("qwen3-NVFP4", "nvfp4", "none")):
+        made = plan(read_json(GOLDEN / "models" / "qwen3-bf16" / "config.json"), format=form, kv_cache=kv)
+        golden = tensors(GOLDEN / "models" / folder)
+        planned = {output.name: output for outputs in made.files.values() for output in outputs}
+        assert sorted(planned) == sorted(golden)
+        for name, tensor in golden.items():
+            assert (planned[name].dtype, planned[name].shape) == (tensor.dtype, tuple(tensor.shape)), name

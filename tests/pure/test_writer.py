@@ -1,0 +1,99 @@
+"""The writer: files that safetensors reads, a target that appears whole or not at all, an old one that survives failure."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_export.errors import ExportError
+from megatron_export.plan import Plan, assumed, make_plan
+from megatron_export.writer import CheckpointWriter, check_target
+
+from ..models import EXAMPLE, assert_same, read_json, tensors
+
+CONFIG = read_json(EXAMPLE / "config.json")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", kv_cache="fp8", max_shard_bytes=2_000_000)
+
+
+def content(plan: Plan) -> dict[str, torch.Tensor]:
+    outputs = [output for outputs in plan.files.values() for output in outputs]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        o.name: torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8).view(o.dtype).reshape(o.shape)
+        for o in outputs
+    }
+
+
+def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) -> None:
+    written = content(plan)
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        for name in reversed(written):
+            writer.write({name: written[name]})
+        assert not (tmp_path / "out").exists()
+        writer.publish({"config.json": CONFIG}, [EXAMPLE / "tokenizer.json"])
+    assert_same(tensors(tmp_path / "out"), written)
+    index = read_json(tmp_path / "out" / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
+    for file in {*index["weight_map"].values()}:
+        with safe_open(tmp_path / "out" / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert {name for name, home in index["weight_map"].items() if home == file} == set(opened.keys())
+        assert (tmp_path / "out" / file).stat().st_size <= 2_000_000 + 100_000  # the header
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing_behind_and_the_old_folder_as_it_was(plan: Plan, tmp_path: Path) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "precious").write_text("old")
+    with pytest.raises(OSError, match="no more"), CheckpointWriter(old, plan) as writer:
+        writer.write(dict(list(content(plan).items())[:3]))
+        raise OSError("no more")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (old / "precious").read_text() == "old"
+
+
+def test_publishing_replaces_the_old_folder_whole(plan: Plan, tmp_path: Path) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "stale.safetensors").write_text("old")
+    with CheckpointWriter(old, plan) as writer:
+        writer.write(content(plan))
+        writer.publish({}, [])
+    assert not (old / "stale.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tensor_that_never_came_stops_publication(plan: Plan, tmp_path: Path) -> None:
+    written = content(plan)
+    del written["model.norm.weight"]
+    with pytest.raises(ExportError, match="1 tensors were never written, first model.norm.weight"):
+        with CheckpointWriter(tmp_path / "out", plan) as writer:
+            writer.write(written)
+            writer.publish({}, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_are_checked_before_work_starts(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    with pytest.raises(ExportError, match="taken is not empty.*--overwrite"):
+        check_target(taken, plan, overwrite=False)
+    check_target(taken, plan, overwrite=True)
+    with pytest.raises(ExportError, match="is a file"):
+        check_target(taken / "file", plan, overwrite=True)
+    (tmp_path / "link").symlink_to(taken)
+    with pytest.raises(ExportError, match="a mount point or a link"):
+        check_target(tmp_path / "link", plan, overwrite=True)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, plan.nbytes))
+    with pytest.raises(ExportError, match="bytes, but its disk has"):
+        check_target(tmp_path / "new" / "deep", plan, overwrite=False)
