@@ -34,7 +34,9 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
         folder = _fetch(str(hf_model), weights=weights)
     if not folder.is_dir():
-        raise ExportError(f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name")
+        raise ExportError(
+            f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
+        )
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint")
     return folder
@@ -65,4 +67,6 @@ def _fetch(hub_id: str, *, weights: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:
-        raise ExportError(f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})") from error
+        raise ExportError(
+            f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})"
+        ) from error

@@ -62,7 +62,9 @@ def _check(batches: list[Tensor], vocab: int) -> None:
         raise ExportError("the calibration data holds no batch")
     for number, batch in enumerate(batches):
         if batch.dim() != 2 or batch.numel() == 0 or batch.dtype not in (torch.int64, torch.int32):
-            raise ExportError(f"calibration batch {number} is {batch.dtype} {tuple(batch.shape)}, not integer [batch, tokens]")
+            raise ExportError(
+                f"calibration batch {number} is {batch.dtype} {tuple(batch.shape)}, not integer [batch, tokens]"
+            )
         if batch.min() < 0 or batch.max() >= vocab:
             raise ExportError(
                 f"calibration batch {number} holds token ids {int(batch.min())} to {int(batch.max())}, outside the "
@@ -71,7 +73,10 @@ def _check(batches: list[Tensor], vocab: int) -> None:
 
 
 def _forward(
-    model: nn.Module | list[nn.Module], batches: list[Tensor], here: Topology, progress: Callable[[str, Iterable], Iterable]
+    model: nn.Module | list[nn.Module],
+    batches: list[Tensor],
+    here: Topology,
+    progress: Callable[[str, Iterable], Iterable],
 ) -> None:
     """Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time."""
     chunks = chunks_of(model)
@@ -144,5 +149,11 @@ def _agreed(here: Topology, maxima: Maxima) -> Statistics:
     for theirs in everyone(here, {name: value.item() for name, value in maxima.items()}):
         for name, value in theirs.items():
             merged[name] = max(merged.get(name, 0.0), value if isfinite(value) else inf)
-    report([f"NaN or Inf in the activations of {name.rpartition('.')[0]}" for name, value in merged.items() if value == inf])
+    report(
+        [
+            f"NaN or Inf in the activations of {name.rpartition('.')[0]}"
+            for name, value in merged.items()
+            if value == inf
+        ]
+    )
     return {name: torch.tensor(merged[name]) for name in sorted(merged)}

@@ -86,7 +86,9 @@ class _Parser(argparse.ArgumentParser):
     """Speaks on rank 0 only; the other ranks leave a little later, so that rank 0 is heard before torchrun ends it."""
 
     def __init__(self, first: bool) -> None:
-        super().__init__(prog="export.py", description="Export a Megatron-Core model as a quantized HuggingFace checkpoint.")
+        super().__init__(
+            prog="export.py", description="Export a Megatron-Core model as a quantized HuggingFace checkpoint."
+        )
         self.first = first
 
     def error(self, message: str) -> NoReturn:

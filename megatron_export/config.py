@@ -3,6 +3,7 @@
 import ast
 import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ class ExportConfig:
     kv_cache: Literal["none", "fp8"] = "none"
     """format of the KV cache"""
     calib_data: Path | None = None
-    """.txt, .jsonl or .parquet with a column `text`, or .safetensors with `input_ids` [samples, tokens], used as they are (default: text in this repository)"""
+    """.txt, .jsonl or .parquet with a column `text`, or .safetensors with `input_ids` [samples, tokens], used as they
+    are (default: text in this repository)"""
     calib_samples: int = 128
     """calibration samples"""
     calib_seq_len: int = 512
@@ -53,13 +55,20 @@ class ExportConfig:
         if self.output is None and not self.dry_run:
             raise ValueError("--output DIR is needed (or --dry-run)")
         if self.load_calibration and (self.save_calibration or self.calib_data):
-            raise ValueError("--load-calibration replaces calibration: --save-calibration and --calib-data have no effect")
+            raise ValueError(
+                "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
+            )
         if self.format == "bf16" and (self.load_calibration or self.save_calibration or self.calib_data):
-            raise ValueError("--format bf16 needs no calibration: --calib-data, --save- and --load-calibration have no effect")
+            raise ValueError(
+                "--format bf16 needs no calibration: --calib-data, --save- and --load-calibration have no effect"
+            )
 
 
 def helps() -> dict[str, str]:
     """Field name -> the text under the field."""
     body = ast.parse(inspect.getsource(ExportConfig)).body[0].body
-    pairs = zip(body, body[1:], strict=False)
-    return {f.target.id: t.value.value for f, t in pairs if isinstance(f, ast.AnnAssign) and isinstance(t, ast.Expr)}
+    texts = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[field.target.id] = " ".join(text.value.value.split())
+    return texts

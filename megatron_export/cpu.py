@@ -3,8 +3,9 @@
 Megatron-Core's CPU path is complete but for a few lines that name the CUDA device: buffers are created on
 `torch.cuda.current_device()` (pipeline receives, vocabulary-parallel masks) or on "cuda" (token counts of the
 schedules), tied embeddings are moved with `.cuda()` under pipeline parallelism, `torch.cuda.synchronize()` is called,
-and attention forks the CUDA random state around its dropout. `without_cuda()` answers those with the CPU, only inside
-its `with`, and leaves torch and Megatron as they were.
+attention forks the CUDA random state around its dropout, and DDP looks up the current stream, which it then needs only
+for CUDA graphs. `without_cuda()` answers those with the CPU, only inside its `with`, and leaves torch and Megatron as
+they were.
 """
 
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def without_cuda() -> Iterator[None]:
         return
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
         mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
         mock.patch.object(CudaRNGStatesTracker, "fork", lambda tracker, name=None: nullcontext()),
         _OnCpu(),

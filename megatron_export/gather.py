@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ExportError
+from .item import Item, Output
 from .piece import Piece
-from .plan import Held, Item, Output
+from .plan import Held
 from .topology import Topology
 
 ALIGNMENT = 16
@@ -59,7 +60,9 @@ def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
         if len({tp_rank for tp_rank, _, _ in places}) < len(places):
             raise ExportError(f"{name} lives on several pipeline stages: ranks {[rank for _, rank, _ in places]}")
         if len({shape for _, _, shape in places}) > 1:
-            raise ExportError(f"{name} has a different shape on every rank: {[(rank, shape) for _, rank, shape in places]}")
+            raise ExportError(
+                f"{name} has a different shape on every rank: {[(rank, shape) for _, rank, shape in places]}"
+            )
         held[name] = Held(tuple(rank for _, rank, _ in places), places[0][2])
     return held
 
@@ -78,10 +81,14 @@ def to_first_holder(here: Topology, item: Item, parts: dict[str, Piece] | None) 
     received = _send(here, item.ranks[0], sizes, mine)
     if received is None:
         return None
-    return item.join([_unpack(received[rank], 0, message)[0] for rank, message in zip(item.ranks, messages, strict=True)])
+    return item.join(
+        [_unpack(received[rank], 0, message)[0] for rank, message in zip(item.ranks, messages, strict=True)]
+    )
 
 
-def to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]) -> dict[str, Tensor] | None:
+def to_writer(
+    here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]
+) -> dict[str, Tensor] | None:
     """Bring the encoded tensors of a bucket to rank 0, whole, by HF name, on this device; the other ranks get None.
 
     `encoded` maps the canonical names of this rank's items to what it made of them.
@@ -116,7 +123,9 @@ def _send(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -
         if mine is not None:
             _wait([dist.P2POp(dist.isend, mine, to)])
         return None
-    received = {rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in sizes.items() if rank != to}
+    received = {
+        rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in sizes.items() if rank != to
+    }
     _wait([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in received.items()])
     if to in sizes:
         received[to] = mine

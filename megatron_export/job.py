@@ -53,7 +53,9 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
             if known:
                 check_calibration(job.plan, known)
-            samples = None if known or not FORMATS[config.format].CALIBRATED else _samples(config, folder, example_model)
+            samples = (
+                None if known or not FORMATS[config.format].CALIBRATED else _samples(config, folder, example_model)
+            )
         if config.dry_run:
             return job
         with job.stage("load"):
@@ -83,7 +85,9 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
 
 def _model_folder(config: ExportConfig, example_model: Path) -> Path:
     if config.hf_model is None and not example_model.is_dir():
-        raise ExportError("no example model beside this installation: give --hf-model, or run from a clone of the repository")
+        raise ExportError(
+            "no example model beside this installation: give --hf-model, or run from a clone of the repository"
+        )
     return assets.find_model(config.hf_model or example_model, weights=not config.dry_run)
 
 
@@ -112,7 +116,9 @@ def _samples(config: ExportConfig, folder: Path, example_model: Path) -> Tensor:
     return calibration_data.read_samples(text, folder, samples=config.calib_samples, length=config.calib_seq_len)
 
 
-def _load(job: Job, hf_config: dict, folder: Path, samples: Tensor | None, here: Topology, progress: Progress) -> object:
+def _load(
+    job: Job, hf_config: dict, folder: Path, samples: Tensor | None, here: Topology, progress: Progress
+) -> object:
     with together(here, "build the model"):
         length = 1 if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from . import assets, gather, topology
 from .errors import ExportError, report
 from .gather import together
+from .item import Item
 from .model import shards_of
-from .names import is_linear_weight
 from .piece import Amax
-from .plan import Item, Plan, make_plan
+from .plan import Plan, make_plan
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
 from .topology import Topology
@@ -104,7 +104,13 @@ def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None
         raise ExportError(f"format {plan.form.NAME} needs calibration: pass what calibrate() returned, or load a file")
     calibration = calibration or {}
     report([f"the calibration has no {name}: it is for another model" for name in needed if name not in calibration])
-    report([f"the calibration's {name} is {float(calibration[name])}" for name in needed if not 0 <= calibration[name] < torch.inf])
+    report(
+        [
+            f"the calibration's {name} is {float(calibration[name])}"
+            for name in needed
+            if not 0 <= calibration[name] < torch.inf
+        ]
+    )
 
 
 def _statistics_of(item: Item) -> list[str]:
@@ -169,7 +175,9 @@ def _write(
                     item.source.canonical: item.encode(
                         parts[item.source.canonical],
                         amaxes.get(item.source.canonical),
-                        tuple(calibration[name].to(here.device) for name in _statistics_of(item)[-2:]) if item.kv else None,
+                        tuple(calibration[name].to(here.device) for name in _statistics_of(item)[-2:])
+                        if item.kv
+                        else None,
                     )
                     for item in mine
                     if parts[item.source.canonical] is not None

@@ -1,24 +1,18 @@
 """What becomes what, in which order, between whom, in which file: decided from names and shapes, never from tensors.
 
-Every rank computes the same plan, so all take the same branches and the same collectives in the same order. Shapes are
-not written down a second time: the plan runs the real surgery and the real encoders on meta tensors.
+Every rank computes the same plan, so all take the same branches and the same collectives in the same order.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
-from . import formats
 from .errors import report
 from .formats import FORMATS, KV_FORMATS, bf16
-from .layout import Layout
-from .names import Source, is_linear_weight, parameters_of, shape_of
-from .piece import Amax, Axis, Piece, join
+from .item import Item, Output
+from .names import Source, is_linear_weight, parameters_of
+from .piece import Axis
 
 BUCKET_BYTES = 256 << 20
 
@@ -29,94 +23,6 @@ class Held:
 
     ranks: tuple[int, ...]
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor of the checkpoint, or of a message between ranks."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    axes: tuple[Axis, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Item:
-    """One canonical parameter and the HF tensors it becomes.
-
-    `form` is the format it is quantized with, None for one that stays bfloat16; `kv` the format of the cache scales
-    that go beside it. `gather_first`: a tile of the format straddles two shards, so the shards travel to the first
-    rank in bfloat16 and are encoded there.
-    """
-
-    source: Source
-    ranks: tuple[int, ...]
-    shard_shape: tuple[int, ...]
-    form: ModuleType | None
-    kv: ModuleType | None
-    gather_first: bool
-
-    def split(self, shard: Tensor, index: int) -> dict[str, Piece]:
-        """The bfloat16 part of every HF tensor that shard `index` holds, by HF tensor name."""
-        parts = self.source.layout.split(shard, index, len(self.ranks))
-        names = self.source.names()
-        return {names[part]: bf16.encode(tensor)["weight"] for part, tensor in parts.items()}
-
-    def encode(self, parts: dict[str, Piece], amax: Amax | None, kv_amax: tuple[Tensor, Tensor] | None) -> dict[str, Piece]:
-        """HF parts (of one shard, or whole) -> the tensors of the checkpoint, by name."""
-        encoded = {}
-        for name, part in parts.items():
-            if self.form is None:
-                encoded[name] = part
-                continue
-            for suffix, piece in formats.encode(self.form, part.data, amax).items():
-                encoded[name.removesuffix("weight") + suffix] = piece
-        if self.kv is not None:
-            attention = next(iter(parts)).rsplit(".", 2)[0]
-            for name, scale in self.kv.encode(*kv_amax).items():
-                encoded[f"{attention}.{name}"] = Piece(scale, ())
-        return encoded
-
-    def join(self, shards: list[dict[str, Piece]]) -> dict[str, Piece]:
-        """Whole tensors from what the ranks sent, in shard order."""
-        return {name: join([shard[name] for shard in shards if name in shard], self.source.cut) for name in shards[0]}
-
-    def raw_message(self, index: int) -> tuple[Output, ...]:
-        """What shard `index` sends to the first rank when the item is gathered first."""
-        specs = _split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
-        names = self.source.names()
-        return tuple(Output(names[part], torch.bfloat16, shape, axes) for part, shape, axes in specs)
-
-    def message(self, index: int) -> tuple[Output, ...]:
-        """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
-        if self.gather_first:
-            return self.outputs if index == 0 else ()
-        return tuple(o for o in self._encoded(self.raw_message(index)) if index == 0 or self.source.cut in o.axes)
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The tensors of the checkpoint that this item becomes."""
-        whole = self.join([_meta(self.raw_message(index)) for index in range(len(self.ranks))])
-        parts = (Output(name, torch.bfloat16, tuple(p.data.shape), p.axes) for name, p in whole.items())
-        return self._encoded(tuple(parts))
-
-    def _encoded(self, parts: tuple[Output, ...]) -> tuple[Output, ...]:
-        scalar = torch.empty((), device="meta")
-        encoded: list[Output] = []
-        kv = self.kv
-        for part in parts if self.form else ():
-            prefix = part.name.removesuffix("weight")
-            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form.NAME, part.shape)]
-        encoded += parts if self.form is None else ()
-        if kv is not None:
-            attention = parts[0].name.rsplit(".", 2)[0]
-            encoded += [Output(f"{attention}.{name}", s.dtype, (), ()) for name, s in kv.encode(scalar, scalar).items()]
-        return tuple(encoded)
 
 
 @dataclass(frozen=True)
@@ -140,7 +46,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the same model in bfloat16."""
-        return sum(2 * torch.Size(shape).numel() for item in self.items for shape in _part_shapes(item))
+        return sum(part.nbytes for item in self.items for part in item.parts)
 
 
 def make_plan(
@@ -215,8 +121,12 @@ def _item(source: Source, held: Held, form: ModuleType | None, kv: ModuleType | 
 
 
 def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[str]:
-    problems = [f"the model has no parameter {name}, which config.json calls for" for name in sources if name not in held]
-    problems += [f"the model has a parameter {name} that config.json does not call for" for name in held if name not in sources]
+    problems = [
+        f"the model has no parameter {name}, which config.json calls for" for name in sources if name not in held
+    ]
+    problems += [
+        f"the model has a parameter {name} that config.json does not call for" for name in held if name not in sources
+    ]
     for name in sources.keys() & held.keys():
         source, shard = sources[name], held[name]
         dim = 1 if source.cut is Axis.IN else 0
@@ -235,7 +145,9 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
 def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleType) -> tuple[set[str], list[str]]:
     """The canonical linears that `exclude` (globs over HF module names) takes out, and what is wrong with the globs."""
     known = (*linears, *_OUTSIDE_LAYERS)
-    problems = [f"--exclude {glob!r} matches no module" for glob in exclude if not any(fnmatchcase(m, glob) for m in known)]
+    problems = [
+        f"--exclude {glob!r} matches no module" for glob in exclude if not any(fnmatchcase(m, glob) for m in known)
+    ]
     if form is bf16 and exclude:
         problems.append("--exclude has no effect with --format bf16")
     out = {module for module in linears if any(fnmatchcase(module, glob) for glob in exclude)}
@@ -243,7 +155,9 @@ def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleT
     for name in sorted(touched):
         fused = [module for module, owner in linears.items() if owner == name]
         if kept := [module for module in fused if module not in out]:
-            problems.append(f"--exclude must name all of {', '.join(fused)}, which engines fuse: {', '.join(kept)} left out")
+            problems.append(
+                f"--exclude must name all of {', '.join(fused)}, which engines fuse: {', '.join(kept)} left out"
+            )
     return touched, problems
 
 
@@ -254,36 +168,9 @@ def _tile_problems(item: Item) -> list[str]:
     return [
         f"{part.name} has {part.shape[1]} inputs, which blocks of {block} ({item.form.NAME}) do not divide. "
         f"Leave it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
-        for part in item.raw_message(0)
-        if part.shape[1] * (len(item.ranks) if item.source.cut is Axis.IN else 1) % block
+        for part in item.parts
+        if part.shape[1] % block
     ]
-
-
-def _part_shapes(item: Item) -> list[tuple[int, ...]]:
-    whole = item.join([_meta(item.raw_message(index)) for index in range(len(item.ranks))])
-    return [tuple(piece.data.shape) for piece in whole.values()]
-
-
-def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
-    return {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in outputs}
-
-
-@lru_cache(maxsize=None)
-def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
-    parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
-    pieces = {part: bf16.encode(tensor)["weight"] for part, tensor in parts.items()}
-    return tuple((part, tuple(piece.data.shape), piece.axes) for part, piece in pieces.items())
-
-
-@lru_cache(maxsize=None)
-def _encode_specs(form: str, shape: tuple[int, ...]) -> tuple:
-    tile = FORMATS[form].TILE
-    if any(size % block for size, block in zip(shape, tile, strict=True)):
-        return ()  # reported as a problem, or gathered first
-    scalar = torch.empty((), device="meta")
-    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    pieces = formats.encode(FORMATS[form], weight, Amax(scalar, scalar))
-    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in pieces.items())
 
 
 def _buckets(items: list[Item]) -> tuple[tuple[Item, ...], ...]:

@@ -57,7 +57,13 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     if metadata.get("kind") != KIND:
         raise ExportError(f"{file}: not a calibration file written by --save-calibration")
     theirs, ours = json.loads(metadata["model"]), asdict(shape_of(config))
-    report([f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {v!r}" for k, v in ours.items() if theirs.get(k) != v])
+    report(
+        [
+            f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {v!r}"
+            for k, v in ours.items()
+            if theirs.get(k) != v
+        ]
+    )
     keys = hf_keys(config)
     report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
     return {name: torch.stack([found[hf] for hf in on_disk]).amax(0) for name, on_disk in keys.items()}

@@ -43,7 +43,9 @@ class Topology:
 def current() -> Iterator[Topology]:
     """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves."""
     if not parallel_state.model_parallel_is_initialized():
-        raise ExportError("Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel")
+        raise ExportError(
+            "Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel"
+        )
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
         dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))

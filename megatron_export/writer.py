@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import ExportError
-from .plan import Output, Plan
+from .item import Output
+from .plan import Plan
 
 SPARE_BYTES = 64 << 20
 _DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32"}
@@ -27,7 +28,9 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
     if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
         raise ExportError(f"{export_dir} is not empty. Give another --output, or --overwrite to replace it when done")
     if os.path.ismount(export_dir) or export_dir.is_symlink():
-        raise ExportError(f"{export_dir} is a mount point or a link, which cannot be replaced in one step; give a folder in it")
+        raise ExportError(
+            f"{export_dir} is a mount point or a link, which cannot be replaced in one step; give a folder in it"
+        )
     parent = _existing(export_dir.parent)
     if not os.access(parent, os.W_OK):
         raise ExportError(f"{parent} is not writable")

@@ -21,7 +21,12 @@ _SMALL = {
     "max_position_embeddings": 128,
     "initializer_range": 0.08,
 }
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 ARCHITECTURES = {
     "llama31": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": _LLAMA3 | {"factor": 8.0}},
     "llama32": {

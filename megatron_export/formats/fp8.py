@@ -28,7 +28,9 @@ E4M3_MAX = 448.0
 
 def scale_of(amax: Tensor) -> Tensor:
     """amax / 448 in float32, [] -> []; 1 where amax is zero."""
-    largest = torch.full_like(amax, E4M3_MAX, dtype=torch.float32)  # a tensor: CUDA multiplies by 1/x when x is a number
+    largest = torch.full_like(
+        amax, E4M3_MAX, dtype=torch.float32
+    )  # a tensor: CUDA multiplies by 1/x when x is a number
     return torch.where(amax == 0, largest, amax.float()) / largest
 
 

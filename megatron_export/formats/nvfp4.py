@@ -36,7 +36,9 @@ E4M3_TINY = 2.0**-9
 
 def scale_of(amax: Tensor) -> Tensor:
     """amax / (6 * 448) in float32, [] -> []; 1 where amax is zero."""
-    largest = torch.full_like(amax, E2M1_MAX * E4M3_MAX, dtype=torch.float32)  # a tensor: CUDA multiplies by 1/x when x is a number
+    largest = torch.full_like(
+        amax, E2M1_MAX * E4M3_MAX, dtype=torch.float32
+    )  # a tensor: CUDA multiplies by 1/x when x is a number
     return torch.where(amax == 0, largest, amax.float()) / largest
 
 

@@ -15,7 +15,7 @@ from ..piece import Axis
 from . import llama, qwen2, qwen3
 from .dialects import canonical, template
 from .parameters import PADDED, PARAMETERS, is_linear_weight
-from .shape import ModelShape, rope_settings, shape_of, transformer_settings
+from .shape import rope_settings, shape_of, transformer_settings
 
 __all__ = [
     "ARCHITECTURES",

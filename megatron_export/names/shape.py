@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from ..errors import ExportError, report
 
-REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,11 @@ def rope_settings(config: dict) -> dict:
         return settings
     if kind == "linear":
         return settings | {"seq_len_interpolation_factor": rope["factor"]}
-    constants = (rope.get("low_freq_factor"), rope.get("high_freq_factor"), rope.get("original_max_position_embeddings"))
+    constants = (
+        rope.get("low_freq_factor"),
+        rope.get("high_freq_factor"),
+        rope.get("original_max_position_embeddings"),
+    )
     if kind == "llama3" and constants == (1.0, 4.0, 8192):
         return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise ExportError(

@@ -84,7 +84,10 @@ def test_excluded_modules_are_left_alone_and_listed() -> None:
         ({"exclude": ("*.q_proj",)}, "must name all of .*q_proj, .*k_proj, .*v_proj, which engines fuse"),
         ({"exclude": ("*.w1",)}, "'\\*.w1' matches no module"),
         ({"exclude": ("*",), "format": "bf16"}, "no effect with --format bf16"),
-        ({"config": CONFIG | {"intermediate_size": 1000}, "format": "nvfp4"}, "down_proj.weight has 1000 inputs.*--exclude"),
+        (
+            {"config": CONFIG | {"intermediate_size": 1000}, "format": "nvfp4"},
+            "down_proj.weight has 1000 inputs.*--exclude",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
@@ -104,8 +107,13 @@ def test_all_problems_of_a_model_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "form", "kv"), [("llama-FP8-KVFP8", "fp8", "fp8"), ("llama-FP8-mcore", "fp8", "none"), ("llama-NVFP4", "nvfp4", "none")]
-)  # fmt: skip
+    ("folder", "form", "kv"),
+    [
+        ("llama-FP8-KVFP8", "fp8", "fp8"),
+        ("llama-FP8-mcore", "fp8", "none"),
+        ("llama-NVFP4", "nvfp4", "none"),
+    ],
+)
 def test_both_configs_equal_modelopt(folder: str, form: str, kv: str) -> None:
     source = read_json(GOLDEN / "models" / "llama-bf16" / "config.json")
     made = plan(source, format=form, kv_cache=kv)

@@ -26,7 +26,9 @@ def content(plan: Plan) -> dict[str, torch.Tensor]:
     outputs = [output for outputs in plan.files.values() for output in outputs]
     generator = torch.Generator().manual_seed(0)
     return {
-        o.name: torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8).view(o.dtype).reshape(o.shape)
+        o.name: torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8)
+        .view(o.dtype)
+        .reshape(o.shape)
         for o in outputs
     }
 
@@ -74,9 +76,9 @@ def test_publishing_replaces_the_old_folder_whole(plan: Plan, tmp_path: Path) ->
 def test_a_tensor_that_never_came_stops_publication(plan: Plan, tmp_path: Path) -> None:
     written = content(plan)
     del written["model.norm.weight"]
-    with pytest.raises(ExportError, match="1 tensors were never written, first model.norm.weight"):
-        with CheckpointWriter(tmp_path / "out", plan) as writer:
-            writer.write(written)
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        writer.write(written)
+        with pytest.raises(ExportError, match="1 tensors were never written, first model.norm.weight"):
             writer.publish({}, [])
     assert list(tmp_path.iterdir()) == []
 
