@@ -38,7 +38,7 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
             f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
         )
     if not (folder / "config.json").is_file():
-        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint")
+        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
     return folder
 
 
@@ -47,8 +47,12 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"{folder / 'config.json'}: not JSON ({error})") from error
-    if "quantization_config" in config:
+        raise ExportError(f"{folder / 'config.json'}: not JSON ({error}). Fetch it again") from error
+    if not isinstance(config, dict):
+        raise ExportError(
+            f"{folder / 'config.json'}: not the settings of a model but a {type(config).__name__}. Fetch it again"
+        )
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ExportError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
     return config

@@ -23,6 +23,7 @@ from .piece import Axis
 from .topology import Topology
 
 PAD_VOCAB_TO = 128
+_PLAIN = ("BF16", "F16", "F32")
 
 
 def check_divides(config: dict, topology: Topology) -> None:
@@ -35,20 +36,27 @@ def check_divides(config: dict, topology: Topology) -> None:
         ("intermediate_size", shape.ffn, "--tp", topology.tp_size),
         ("num_hidden_layers", shape.layers, "--pp", topology.pp_size),
     )
-    report([f"{name} {size} does not divide by {flag} {by}" for name, size, flag, by in divided if size % by])
+    report(
+        [
+            f"{name} {size} does not divide by {flag} {by}. Give a {flag} that divides it"
+            for name, size, flag, by in divided
+            if size % by
+        ]
+    )
 
 
 def build_model(
     config: dict,
     topology: Topology,
     *,
-    max_sequence_length: int,
+    max_sequence_length: int | None,
     dtype: torch.dtype = torch.bfloat16,
     initialize: bool = False,
 ) -> GPTModel:
     """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`.
 
-    Weights are left as allocated unless `initialize`. Sizes that this topology does not divide raise `ExportError`.
+    Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not know
+    is no obstacle. Weights are left as allocated unless `initialize`. Sizes that this topology does not divide raise `ExportError`.
     """
     check_divides(config, topology)
     shape = shape_of(config)
@@ -78,11 +86,11 @@ def build_model(
             config=settings,
             transformer_layer_spec=spec,
             vocab_size=-(-shape.vocab // padding) * padding,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=max_sequence_length or 1,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied,
-            **rope_settings(config),
+            **(rope_settings(config) if max_sequence_length else {"position_embedding_type": "rope"}),
         )
         return model.to(device=topology.device, dtype=dtype)
 
@@ -100,9 +108,12 @@ def load_hf_weights(
         shards[name] = model.output_layer.weight.detach()
     read = 0
     with SourceWeights(folder) as weights:
-        weights.check_names({name for source in sources.values() for name in source.names().values()})
+        weights.check({name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()})
         for name, shard in progress(shards.items()):
             loaded = _shard(weights, sources[name], shard, topology)
+            if not loaded.isfinite().all():
+                names = ", ".join(sources[name].names().values())
+                raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
             read += loaded.nbytes
             shard.copy_(loaded)
     return read
@@ -118,14 +129,13 @@ def _shard(weights: "SourceWeights", source: Source, shard: Tensor, topology: To
             parts[part] = weights.read(name, (slice(None), columns))
         else:
             parts[part] = weights.read(name, (source.layout.source(whole[0], index, count, shard.shape[0]),))
-    loaded = source.layout.join(parts, shard.shape[0])
-    if loaded.shape != shard.shape:
-        names = ", ".join(source.names().values())
-        raise ExportError(
-            f"{weights.folder}: {names} make {tuple(loaded.shape)} for {source.canonical} at tensor-parallel rank "
-            f"{index} of {count}, but config.json means {tuple(shard.shape)}"
-        )
-    return loaded
+    return source.layout.join(parts, shard.shape[0])
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    return {name: tuple(parts[part].shape) for part, name in source.names().items()}
 
 
 class SourceWeights:
@@ -144,17 +154,41 @@ class SourceWeights:
     def __exit__(self, *error: object) -> None:
         self.open.clear()
 
-    def check_names(self, expected: set[str]) -> None:
-        """Raise unless the checkpoint holds what the tables expect; rotary buffers of old files may be there too."""
-        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
-        missing, extra = sorted(expected - found), sorted(found - expected - {"lm_head.weight"})
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized.
+
+        Rotary buffers of old files may be there too, and the output layer of a tied model.
+        """
+        names = {path: set(file.keys()) for path, file in self.open.items()}
+        lacking = sorted(name for name, path in self.files.items() if name not in names[path])
         report(
-            [f"{self.folder}: tensor {name} is missing" for name in missing]
-            + [f"{self.folder}: tensor {name} is not part of this architecture" for name in extra]
+            [f"{self.files[name]}: the index says that {name} is here. Fetch file and index again" for name in lacking]
         )
+        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
+        missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys() - {"lm_head.weight"})
+        problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
+        problems += [
+            f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
+        ]
+        for name in sorted(expected.keys() & found):
+            if tuple(self.shape(name)) != expected[name]:
+                problems.append(
+                    f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
+                    "Give the config.json that belongs to these weights"
+                )
+            if self.dtype(name) not in _PLAIN:
+                problems.append(
+                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
+                    "already? Give the original model"
+                )
+        report(problems)
 
     def shape(self, name: str) -> list[int]:
         return self.open[self.files[name]].get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it."""
+        return self.open[self.files[name]].get_slice(name).get_dtype()
 
     def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """The part of tensor `name` that `where` selects, in bfloat16."""
@@ -164,10 +198,17 @@ class SourceWeights:
 def _files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExportError(
+                f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). Fetch it again"
+            ) from error
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise ExportError(f"{folder}: no weights: neither {single.name} nor {index.name} is there")
+        raise ExportError(
+            f"{folder}: no weights: neither {single.name} nor {index.name} is there. Give a checkpoint in safetensors format"
+        )
     return dict.fromkeys(_opened(single).keys(), single)
 
 

@@ -11,7 +11,7 @@ A maximum does not depend on the order of samples, batches or ranks.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby, islice
 from math import inf, isfinite
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from . import topology
 from .cpu import without_cuda
-from .errors import ExportError, report
-from .formats import FORMATS
+from .errors import ExportError
+from .formats import FORMATS, chosen
 from .gather import everyone, together
 from .model import attentions_of, chunks_of, linear_input, linears_of
 from .topology import Topology
@@ -45,16 +45,30 @@ def calibrate(
     Collective: all ranks call it. Raises `ExportError` for tokens outside the vocabulary, and for NaN or Inf in
     activations, naming the module. A format that needs no activations (bf16) returns {} at once.
     """
-    if not FORMATS[format].CALIBRATED:
+    if not chosen(FORMATS, format).CALIBRATED:
         return {}
     with topology.current() as here:
         with together(here, "check the calibration data"):
             batches = list(batches)
+            _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
         maxima: Maxima = {}
         with _evaluating(model), _watching(model, maxima), without_cuda(), torch.no_grad():
             _forward(model, batches, here, progress)
         return _agreed(here, maxima)
+
+
+def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
+    if here.cp_size > 1:
+        raise ExportError(
+            f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
+            "statistics, and load them here"
+        )
+    lengths = {batch.shape[-1] for batch in batches}
+    if chunk.config.sequence_parallel and any(length % here.tp_size for length in lengths):
+        raise ExportError(
+            f"sequence parallelism cuts samples of {sorted(lengths)} tokens in {here.tp_size}: give a length that divides"
+        )
 
 
 def _check(batches: list[Tensor], vocab: int) -> None:
@@ -78,16 +92,23 @@ def _forward(
     here: Topology,
     progress: Callable[[str, Iterable], Iterable],
 ) -> None:
-    """Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time."""
+    """Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time.
+
+    The interleaved schedule takes them in whole groups. The last one is repeated to fill its group: a maximum does not
+    change by seeing a batch twice.
+    """
     chunks = chunks_of(model)
+    group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
     steps = iter(progress("calibrate", batches))
     for shape, run in groupby(batches, key=lambda batch: tuple(batch.shape)):
         run = list(run)
+        repeated = run[-1:] * (-len(run) % group)
+        shown = chain(islice(steps, len(run)), repeated)
         get_forward_backward_func()(
-            forward_step_func=partial(_step, here, steps),
-            data_iterator=[iter(run) for _ in chunks] if len(chunks) > 1 else iter(run),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(run),
+            forward_step_func=partial(_step, here),
+            data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
+            model=chunks,
+            num_microbatches=len(run) + len(repeated),
             seq_length=shape[1],
             micro_batch_size=shape[0],
             forward_only=True,
@@ -95,9 +116,8 @@ def _forward(
     next(steps, None)
 
 
-def _step(here: Topology, steps: Iterator, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
+def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
     ids = next(batches).to(here.device)
-    next(steps, None)
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).expand_as(ids)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
@@ -107,15 +127,20 @@ def _step(here: Topology, steps: Iterator, batches: Iterator[Tensor], chunk: nn.
 
 @contextmanager
 def _evaluating(model: nn.Module | list[nn.Module]) -> Iterator[None]:
+    """While open, the model is in evaluation mode; afterwards every attribute of every module is what it was.
+
+    That takes more than the mode: the schedules leave numbers of micro-batches and received activations in modules.
+    """
     modules = [module for chunk in chunks_of(model) for module in chunk.modules()]
-    training = [module.training for module in modules]
+    attributes = [dict(vars(module)) for module in modules]
     for module in modules:
         module.training = False
     try:
         yield
     finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
+        for module, were in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(were)
 
 
 @contextmanager
@@ -149,11 +174,10 @@ def _agreed(here: Topology, maxima: Maxima) -> Statistics:
     for theirs in everyone(here, {name: value.item() for name, value in maxima.items()}):
         for name, value in theirs.items():
             merged[name] = max(merged.get(name, 0.0), value if isfinite(value) else inf)
-    report(
-        [
-            f"NaN or Inf in the activations of {name.rpartition('.')[0]}"
-            for name, value in merged.items()
-            if value == inf
-        ]
-    )
+    if bad := list(dict.fromkeys(name.rpartition(".")[0] for name, value in merged.items() if value == inf)):
+        others = f" and of {len(bad) - 1} other modules" if bad[1:] else ""
+        raise ExportError(
+            f"NaN or Inf in the activations of {bad[0]}{others}. Check the weights, and that the model runs on this "
+            "data in bfloat16"
+        )
     return {name: torch.tensor(merged[name]) for name in sorted(merged)}

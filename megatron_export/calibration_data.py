@@ -20,14 +20,14 @@ def read_samples(file: Path, tokenizer_folder: Path, *, samples: int, length: in
     padded. `ExportError` when the file is missing, empty, not text, or too short.
     """
     if not file.is_file():
-        raise ExportError(f"no calibration file {file}")
+        raise ExportError(f"no calibration file {file}. Give --calib-data one that exists")
     if file.suffix not in SUFFIXES:
         raise ExportError(f"{file}: calibration data must be one of {', '.join(SUFFIXES)}")
     if file.suffix == ".safetensors":
         return _ids(file, samples)
     texts = [text for text in _texts(file) if text.strip()]
     if not texts:
-        raise ExportError(f"{file}: no text in it")
+        raise ExportError(f"{file}: no text in it. Give --calib-data a file with text")
     tokens = _tokenize(texts, tokenizer_folder, enough=samples * length)
     if len(tokens) < samples * length:
         raise ExportError(
@@ -41,12 +41,13 @@ def _ids(file: Path, samples: int) -> Tensor:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{file}: not a readable safetensors file ({error})") from error
+        raise ExportError(f"{file}: not a readable safetensors file ({error}). Write or fetch it again") from error
     ids = tensors.get("input_ids")
-    if ids is None or ids.dim() != 2 or ids.is_floating_point():
-        raise ExportError(f"{file}: needs an integer tensor `input_ids` [samples, tokens]; it holds {sorted(tensors)}")
+    if ids is None or ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+        found = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
+        raise ExportError(f"{file}: needs an integer tensor `input_ids` [samples, tokens]; it holds {found}")
     if ids.shape[0] < samples:
-        raise ExportError(f"{file}: {ids.shape[0]} samples, fewer than --calib-samples {samples}")
+        raise ExportError(f"{file}: {ids.shape[0]} samples, fewer than --calib-samples {samples}. Ask for fewer")
     return ids[:samples].long()
 
 
@@ -57,9 +58,12 @@ def _texts(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".txt":
             return [text]
-        return [_row_text(json.loads(line)) for line in text.splitlines() if line.strip()]
+        return [_row_text(json.loads(line)) for line in text.split("\n") if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ExportError(f"{file}: not {file.suffix} text ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ExportError(
+            f"{file}: not {file.suffix} with a `text` in every row ({reason}). Give another file"
+        ) from error
 
 
 def _row_text(row: dict) -> str:
@@ -73,9 +77,10 @@ def _parquet(file: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        return [text or "" for text in pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()]
-    except pyarrow.ArrowInvalid as error:
-        raise ExportError(f"{file}: not a parquet file with a text column ({error})") from error
+        texts = pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ExportError(f"{file}: not a parquet file with a column `text` ({error}). Give another file") from error
+    return [_row_text({"text": text}) for text in texts if text is not None]
 
 
 def _tokenize(texts: list[str], folder: Path, *, enough: int) -> list[int]:
@@ -83,8 +88,11 @@ def _tokenize(texts: list[str], folder: Path, *, enough: int) -> list[int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}: no tokenizer that loads, to tokenize calibration text with ({error})") from error
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        raise ExportError(
+            f"{folder}: no tokenizer that loads, to tokenize calibration text with ({error}). Add one, or give "
+            "--calib-data token ids in a .safetensors file"
+        ) from error
     tokens: list[int] = []
     for text in texts:
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

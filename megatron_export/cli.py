@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from .config import ExportConfig, helps
 from .errors import ExportError
-from .sizes import readable
+from .sizes import parse_size, readable
 
 EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
 
@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None, first: bool) -> ExportConfig:
         parser.add_argument(flag, help=texts[field.name] + default, **_argument(field.type, field.default))
     values = vars(parser.parse_args(arguments))
     try:
+        parse_size(values["max_shard_size"])
         return ExportConfig(**values | {"exclude": tuple(values["exclude"])})
     except ValueError as error:
         parser.error(str(error))
@@ -75,8 +76,8 @@ def table(job: Any, config: ExportConfig) -> list[str]:
     rows += [
         ("read", f"{job.bytes_read:,} bytes by all ranks"),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.seconds.items())),
-        ("peak host memory", f"{readable(max(report.peak_host))} on the largest of {len(report.peak_host)} ranks"),
-        ("peak GPU memory", f"{readable(max(report.peak_gpu))} on the largest" if any(report.peak_gpu) else "no GPU"),
+        ("peak host memory", _peaks(report.peak_host)),
+        ("peak GPU memory", _peaks(report.peak_gpu) if any(report.peak_gpu) else "no GPU"),
         ("folder", str(report.folder)),
     ]
     return _aligned(rows)
@@ -103,12 +104,18 @@ def _let_rank_0_speak() -> None:
 
 
 def _aligned(rows: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
+    return [f"{name:<16}  {value}" for name, value in rows]
 
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _peaks(peaks: tuple[int, ...]) -> str:
+    """One number per rank; of many ranks, the range."""
+    if len(peaks) <= 8:
+        return ", ".join(readable(peak) for peak in peaks) + " by rank"
+    return f"{readable(min(peaks))} to {readable(max(peaks))} on {len(peaks)} ranks"
 
 
 def _argument(kind: Any, default: Any) -> dict:

@@ -14,11 +14,12 @@ from .config import ExportConfig
 from .errors import ExportError
 from .formats import FORMATS
 from .gather import together
+from .names import architecture_of, shape_of
 from .pipeline import Report, check_calibration, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
 from .sizes import parse_size
 from .topology import Topology
-from .writer import check_target
+from .writer import check_apart, check_target
 
 Progress = Callable[[str, Iterable], Iterable]
 
@@ -47,15 +48,16 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
+            architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
             build.check_divides(hf_config, here)
             job.plan = _plan(config, hf_config)
-            _check(config, job.plan, here)
+            _check(config, job.plan, folder, here)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
             if known:
                 check_calibration(job.plan, known)
-            samples = (
-                None if known or not FORMATS[config.format].CALIBRATED else _samples(config, folder, example_model)
-            )
+            samples = None
+            if not known and FORMATS[config.format].CALIBRATED:
+                samples = _samples(config, hf_config, folder, example_model, here)
         if config.dry_run:
             return job
         with job.stage("load"):
@@ -102,25 +104,46 @@ def _plan(config: ExportConfig, hf_config: dict) -> Plan:
     )
 
 
-def _check(config: ExportConfig, plan: Plan, here: Topology) -> None:
+def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
     if plan.kv and not plan.form.CALIBRATED:
         check_calibration(plan, {})
     if config.output and here.first:
         check_target(config.output, plan, overwrite=config.overwrite)
-    if config.save_calibration and not config.save_calibration.absolute().parent.is_dir():
-        raise ExportError(f"--save-calibration: no folder {config.save_calibration.absolute().parent}")
+        check_apart(config.output, folder)
+    if config.save_calibration:
+        _check_save(config.save_calibration.resolve(), config.output)
 
 
-def _samples(config: ExportConfig, folder: Path, example_model: Path) -> Tensor:
-    text = config.calib_data or example_model / "calibration.txt"
-    return calibration_data.read_samples(text, folder, samples=config.calib_samples, length=config.calib_seq_len)
+def _check_save(file: Path, output: Path | None) -> None:
+    if file.is_dir() or not file.parent.is_dir():
+        raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
+    if output and file.is_relative_to(output.resolve()):
+        raise ExportError(
+            f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"
+        )
+
+
+def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
+    if config.calib_samples < here.dp_size:
+        raise ExportError(
+            f"--calib-samples {config.calib_samples} is fewer than the {here.dp_size} data-parallel ranks. Ask for more"
+        )
+    file = config.calib_data or example_model / "calibration.txt"
+    samples = calibration_data.read_samples(file, folder, samples=config.calib_samples, length=config.calib_seq_len)
+    vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
+    if samples.min() < 0 or samples.max() >= vocab:
+        raise ExportError(
+            f"{file}: token ids {int(samples.min())} to {int(samples.max())}, outside the model's vocabulary of {vocab}. "
+            "Tokenize it for this model"
+        )
+    return samples
 
 
 def _load(
     job: Job, hf_config: dict, folder: Path, samples: Tensor | None, here: Topology, progress: Progress
 ) -> object:
     with together(here, "build the model"):
-        length = 1 if samples is None else samples.shape[1]
+        length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length)
     with together(here, "load the weights"):
         read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps))

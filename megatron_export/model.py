@@ -65,7 +65,7 @@ def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
 
     Transformer Engine's fused modules are called with the input of the norm that they contain.
     """
-    if getattr(module, "layer_norm_weight", None) is None:
+    if not hasattr(module, "layer_norm_weight"):
         return hidden
     if module.normalization != "RMSNorm" or module.zero_centered_gamma:
         raise ExportError(f"calibration of a fused {module.normalization} is not supported; only RMSNorm is")

@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .plan import Plan, make_plan
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
 from .topology import Topology
-from .writer import CheckpointWriter, check_target
+from .writer import CheckpointWriter, check_apart, check_target
 
 Progress = Callable[[str, Iterable], Iterable]
 
@@ -86,6 +86,7 @@ def export_hf_checkpoint(
             check_calibration(plan, calibration)
             if here.first:
                 check_target(export_dir, plan, overwrite=overwrite)
+                check_apart(export_dir, folder)
         amaxes = _amaxes(here, plan, shards, calibration or {})
         _write(here, plan, shards, amaxes, calibration or {}, export_dir, folder, progress)
         peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
@@ -164,7 +165,9 @@ def _write(
     progress: Progress,
 ) -> None:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
-    with CheckpointWriter(export_dir, plan) if here.first else nullcontext() as writer:
+    with ExitStack() as stack:
+        with together(here, "start writing"):
+            writer = stack.enter_context(CheckpointWriter(export_dir, plan)) if here.first else None
         for bucket in progress("export", plan.buckets):
             mine = [item for item in bucket if here.rank in item.ranks]
             parts = {i.source.canonical: i.split(shards[i.source.canonical], i.ranks.index(here.rank)) for i in mine}

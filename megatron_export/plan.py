@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from types import ModuleType
 
 from .errors import report
-from .formats import FORMATS, KV_FORMATS, bf16
+from .formats import FORMATS, KV_FORMATS, bf16, chosen
 from .item import Item, Output
 from .names import Source, is_linear_weight, parameters_of
 from .piece import Axis
@@ -62,7 +62,7 @@ def make_plan(
 
     Raises one `ExportError` with every reason why it cannot be done.
     """
-    form, kv = FORMATS[format], KV_FORMATS[kv_cache]
+    form, kv = chosen(FORMATS, format), chosen(KV_FORMATS, kv_cache)
     sources = parameters_of(config)
     report(_held_problems(sources, held))
     linears = {module: name for name in sources if is_linear_weight(name) for module in _modules(sources[name])}
@@ -146,7 +146,9 @@ def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleT
     """The canonical linears that `exclude` (globs over HF module names) takes out, and what is wrong with the globs."""
     known = (*linears, *_OUTSIDE_LAYERS)
     problems = [
-        f"--exclude {glob!r} matches no module" for glob in exclude if not any(fnmatchcase(m, glob) for m in known)
+        f"--exclude {glob!r} matches no module; they are named like {known[0]}"
+        for glob in exclude
+        if not any(fnmatchcase(module, glob) for module in known)
     ]
     if form is bf16 and exclude:
         problems.append("--exclude has no effect with --format bf16")

@@ -47,13 +47,15 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
 def load(file: Path, config: dict) -> dict[str, Tensor]:
     """Read statistics back. `ExportError` when the file is not one, or was measured on a model of other sizes."""
     if not file.is_file():
-        raise ExportError(f"no calibration file {file}")
+        raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{file}: not a readable safetensors file ({error})") from error
+        raise ExportError(
+            f"{file}: not a readable safetensors file ({error}). Write it again with --save-calibration"
+        ) from error
     if metadata.get("kind") != KIND:
         raise ExportError(f"{file}: not a calibration file written by --save-calibration")
     theirs, ours = json.loads(metadata["model"]), asdict(shape_of(config))

@@ -20,7 +20,10 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place. Groups are torch process groups; `control` is a gloo group of all ranks for small messages."""
+    """One rank's place. Groups are torch process groups; `control` is a gloo group of all ranks for small messages.
+
+    Data-parallel ranks include those of context parallelism, which hold the same weights too.
+    """
 
     rank: int
     world: int
@@ -30,6 +33,7 @@ class Topology:
     dp_size: int
     tp_group: ProcessGroup
     pp_size: int
+    cp_size: int
     control: ProcessGroup
     device: torch.device
 
@@ -55,10 +59,11 @@ def current() -> Iterator[Topology]:
             world=dist.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
             control=control,
             device=torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu"),
         )

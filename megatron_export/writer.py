@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,11 +34,22 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
             f"{export_dir} is a mount point or a link, which cannot be replaced in one step; give a folder in it"
         )
     parent = _existing(export_dir.parent)
+    if not parent.is_dir():
+        raise ExportError(f"{export_dir}: {parent} is a file, so no folder can be made in it. Give another --output")
     if not os.access(parent, os.W_OK):
-        raise ExportError(f"{parent} is not writable")
+        raise ExportError(f"{parent} is not writable. Give another --output")
     free = shutil.disk_usage(parent).free
     if free < plan.nbytes + SPARE_BYTES:
-        raise ExportError(f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free")
+        raise ExportError(
+            f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free. Make room for "
+            f"{plan.nbytes + SPARE_BYTES - free:,} more, or give an --output on another disk"
+        )
+
+
+def check_apart(export_dir: Path, source: Path) -> None:
+    """Refuse a target that is the source model's own folder, or holds it: replacing it would delete the model."""
+    if source.resolve().is_relative_to(export_dir.resolve()):
+        raise ExportError(f"{export_dir} holds the model that is exported, {source}. Give another --output")
 
 
 class CheckpointWriter:
@@ -50,17 +63,20 @@ class CheckpointWriter:
         self.written: set[str] = set()
 
     def __enter__(self) -> "CheckpointWriter":
-        self.staging.mkdir(parents=True)
-        try:
+        with ExitStack() as undo, _naming(self.target):
+            for folder in reversed(self.target.parents):
+                if not folder.exists():
+                    undo.callback(_remove_empty, folder)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir()
+            undo.callback(self._abandon)
             for file, outputs in self.plan.files.items():
                 self._start(self.staging / file, outputs)
-        except BaseException:
-            self._abandon()
-            raise
+            self.undo = undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._abandon()
+        self.undo.close()
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Write whole tensors, on any device, into the shards that the plan gave them."""
@@ -70,7 +86,8 @@ class CheckpointWriter:
             assert name not in self.written, name
             data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             while data:
-                count = os.pwrite(descriptor, data, offset)
+                with _naming(self.target):
+                    count = os.pwrite(descriptor, data, offset)
                 data, offset = data[count:], offset + count
             self.written.add(name)
 
@@ -78,6 +95,11 @@ class CheckpointWriter:
         """Add the JSON files, copies of `copies`, and the index; sync all of it; give the folder its final name."""
         if missing := sorted(self.places.keys() - self.written):
             raise ExportError(f"{len(missing)} tensors were never written, first {missing[0]}")
+        with _naming(self.target):
+            self._finish(jsons, copies)
+            self._replace()
+
+    def _finish(self, jsons: dict[str, dict], copies: list[Path]) -> None:
         for path in copies:
             shutil.copyfile(path, self.staging / path.name)
         for name, content in jsons.items():
@@ -88,7 +110,6 @@ class CheckpointWriter:
             (self.staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path in [*self.staging.iterdir(), self.staging]:
             _sync(path)
-        self._replace()
 
     def _start(self, path: Path, outputs: tuple[Output, ...]) -> None:
         header: dict = {"__metadata__": {"format": "pt"}}
@@ -130,8 +151,22 @@ class CheckpointWriter:
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """The system's own errors seldom say which folder they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot write {target} ({error}). Make room there, or give another --output") from error
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty: the checkpoint was published into it
+        folder.rmdir()
+
+
 def _existing(folder: Path) -> Path:
-    while not folder.is_dir():
+    while not folder.exists():
         folder = folder.parent
     return folder
 

@@ -3,10 +3,11 @@
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -34,16 +35,23 @@ class Ranks:
             port = free.getsockname()[1]
         for _, pipe in self.workers[:world]:
             pipe.send((world, port, function, args, kwargs))
-        results = []
-        for rank, (_, pipe) in enumerate(self.workers[:world]):
-            if not pipe.poll(seconds):
-                self.close()
-                raise RankFailed(f"rank {rank} said nothing for {seconds} s")
-            failed, result = pipe.recv()
-            results.append(RankFailed(f"rank {rank}: {result}") if failed else result)
-        if failures := [result for result in results if isinstance(result, RankFailed)]:
+        results: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:world])}
+        deadline = time.monotonic() + seconds
+        while waiting and time.monotonic() < deadline:
+            for pipe in wait(list(waiting), timeout=1):
+                failed, result = pipe.recv()
+                rank = waiting.pop(pipe)
+                results[rank] = RankFailed(f"rank {rank}: {result}") if failed else result
+                if failed:  # the others may wait for it in a collective: they get a moment to end too
+                    deadline = min(deadline, time.monotonic() + 10)
+        if waiting:
+            self.close()
+        if failures := [result for _, result in sorted(results.items()) if isinstance(result, RankFailed)]:
             raise failures[0]
-        return results
+        if waiting:
+            raise RankFailed(f"ranks {sorted(waiting.values())} said nothing for {seconds} s")
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process, _ in self.workers:

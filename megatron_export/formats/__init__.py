@@ -13,6 +13,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..errors import ExportError
 from ..piece import Amax, Axis, Piece, join
 from . import bf16, fp8, kv_fp8, nvfp4
 
@@ -20,6 +21,13 @@ FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (bf16, fp8, 
 KV_FORMATS: dict[str, ModuleType | None] = {"none": None, "fp8": kv_fp8}
 
 STRIP_ELEMENTS = 1 << 22
+
+
+def chosen(formats: dict, name: str) -> ModuleType | None:
+    """The format of that name; `ExportError` with the known ones when there is none."""
+    if name not in formats:
+        raise ExportError(f"unknown format {name!r}. Known: {', '.join(formats)}")
+    return formats[name]
 
 
 def encode(form: ModuleType, weight: Tensor, amax: Amax) -> dict[str, Piece]:

@@ -83,8 +83,8 @@ def parameters_of(config: dict) -> dict[str, Source]:
 
     Tied models have no output layer: Megatron's duplicate on the last pipeline stage is not a parameter of its own.
     """
+    rules = dict(architecture_of(config).RULES)  # first: of an unknown architecture, no key of config.json is known
     shape = shape_of(config)
-    rules = dict(architecture_of(config).RULES)
     if shape.tied:
         del rules["output_layer.weight"]
     per_layer = [name for name in rules if "{l}" in name]

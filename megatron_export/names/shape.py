@@ -16,6 +16,7 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
+OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def shape_of(config: dict) -> ModelShape:
     architectures = config.get("architectures") or ["(none)"]
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
+    counts = [key for key in (*REQUIRED, *OPTIONAL) if key != "rms_norm_eps" and config.get(key) is not None]
+    wrong = [key for key in counts if not isinstance(config[key], int) or config[key] < 1]
+    report([f"config.json: {key} is {config[key]!r}, not a whole number above 0" for key in wrong])
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads") or heads
     problems = []

@@ -117,7 +117,7 @@ def leave_alone(source: Path, out: Path, tp: int, pp: int) -> tuple[int, list[st
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_the_model_is_left_exactly_as_it_was(tp: int, pp: int, models: dict, ranks: Ranks, tmp_path: Path) -> None:
     for compared, changed in ranks.call(2, leave_alone, models["qwen3"], tmp_path / "out", tp, pp):
-        assert compared > 1000
+        assert compared > 500
         assert changed == []
 
 
@@ -203,7 +203,7 @@ def build_chunks(source: Path, here: Topology, group: int) -> list[GPTModel]:
                 share_embeddings_and_output_weights=whole.share_embeddings_and_output_weights,
                 position_embedding_type="rope",
                 vp_stage=stage,
-            )
+            ).to(torch.bfloat16)
         load_hf_weights(chunk, source, config, here)
         chunks.append(chunk)
     return chunks
