@@ -108,7 +108,7 @@ def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> No
     if plan.kv and not plan.form.CALIBRATED:
         check_calibration(plan, {})
     if config.output and here.first:
-        check_target(config.output, plan, overwrite=config.overwrite)
+        check_target(config.output.resolve(), plan, overwrite=config.overwrite)
         check_apart(config.output, folder)
     if config.save_calibration:
         _check_save(config.save_calibration.resolve(), config.output)

@@ -67,7 +67,7 @@ def export_hf_checkpoint(
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
     started = time.monotonic()
-    export_dir = Path(export_dir)
+    export_dir = Path(export_dir).resolve()
     with topology.current() as here:
         with together(here, "read the model's shapes"):
             folder = assets.find_model(hf_model, weights=False)

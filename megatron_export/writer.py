@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -29,10 +30,8 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
         raise ExportError(f"{export_dir} is a file; give a folder")
     if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
         raise ExportError(f"{export_dir} is not empty. Give another --output, or --overwrite to replace it when done")
-    if os.path.ismount(export_dir) or export_dir.is_symlink():
-        raise ExportError(
-            f"{export_dir} is a mount point or a link, which cannot be replaced in one step; give a folder in it"
-        )
+    if os.path.ismount(export_dir):
+        raise ExportError(f"{export_dir} is a mount point, which cannot be replaced in one step; give a folder in it")
     parent = _existing(export_dir.parent)
     if not parent.is_dir():
         raise ExportError(f"{export_dir}: {parent} is a file, so no folder can be made in it. Give another --output")
@@ -58,7 +57,7 @@ class CheckpointWriter:
     def __init__(self, export_dir: Path, plan: Plan) -> None:
         self.target = export_dir
         self.plan = plan
-        self.staging = export_dir.parent / f".{export_dir.name}.{os.getpid()}.partial"
+        self.staging = export_dir.parent / f".{export_dir.name}.{token_hex(4)}.partial"
         self.places: dict[str, tuple[int, int, Output]] = {}  # name -> file descriptor, offset, tensor
         self.written: set[str] = set()
 

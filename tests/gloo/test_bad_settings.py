@@ -77,10 +77,10 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...], tuple[
         ("--overwrite",),
         ("{output}: {output.parent} is a file", "Give another --output"),
     ),
-    "a link": (
+    "a link to the source": (
         lambda source, output: output.symlink_to(source),
-        ("--overwrite",),
-        ("{output} is a mount point or a link", "give a folder in it"),
+        ("--overwrite", "--hf-model", "{output}"),
+        ("{output} holds the model that is exported", "Give another --output"),
     ),
     "the source": (
         lambda source, output: shutil.copytree(source, output),

@@ -116,6 +116,15 @@ def test_overwrite_replaces_the_old_checkpoint_whole(ranks: Ranks, tmp_path: Pat
     assert json.loads((out / "config.json").read_text()) == read_json(EXAMPLE / "config.json")
 
 
+def test_an_output_behind_a_link_is_written_where_the_link_points(ranks: Ranks, tmp_path: Path) -> None:
+    real = tmp_path / "disk" / "out"
+    real.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(real)
+    run(ranks, 1, "--device", "cpu", "--format", "bf16", "--output", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert_same(tensors(real), tensors(EXAMPLE))
+
+
 def test_a_float32_source_is_written_as_bfloat16(ranks: Ranks, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -92,9 +92,8 @@ def test_targets_are_checked_before_work_starts(plan: Plan, tmp_path: Path, monk
     check_target(taken, plan, overwrite=True)
     with pytest.raises(ExportError, match="is a file"):
         check_target(taken / "file", plan, overwrite=True)
-    (tmp_path / "link").symlink_to(taken)
-    with pytest.raises(ExportError, match="a mount point or a link"):
-        check_target(tmp_path / "link", plan, overwrite=True)
+    with pytest.raises(ExportError, match="a mount point"):
+        check_target(Path("/proc"), plan, overwrite=True)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, plan.nbytes))
     with pytest.raises(ExportError, match="bytes, but its disk has"):
