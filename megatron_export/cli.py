@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from .config import ExportConfig, helps
 from .errors import ExportError
 from .sizes import parse_size, readable
+
+if TYPE_CHECKING:
+    from .job import Job
 
 EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
 
@@ -34,7 +37,7 @@ def main(say: Callable[..., None], arguments: list[str] | None = None) -> int:
         say(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     if first:
-        say("\n".join(table(job, config)), flush=True)
+        say("\n".join(table(job)), flush=True)
     return 0
 
 
@@ -61,7 +64,7 @@ def bar(stage: str, steps: Iterable) -> Iterable:
     return tqdm(steps, bar_format=f"{stage:>9} {{bar:30}} {{n_fmt}}/{{total_fmt}} {{elapsed}}")
 
 
-def table(job: Any, config: ExportConfig) -> list[str]:
+def table(job: "Job") -> list[str]:
     """The lines shown at the end: what was written, from what, in how long, with how much memory."""
     plan, report = job.plan, job.report
     rows = [

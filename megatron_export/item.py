@@ -54,9 +54,7 @@ class Item:
         names = self.source.names()
         return {names[part]: bf16.encode(tensor)["weight"] for part, tensor in parts.items()}
 
-    def encode(
-        self, parts: dict[str, Piece], amax: Amax | None, kv_amax: tuple[Tensor, Tensor] | None
-    ) -> dict[str, Piece]:
+    def encode(self, parts: dict[str, Piece], amax: Amax | None, kv_amax: tuple[Tensor, ...]) -> dict[str, Piece]:
         """HF parts (of one shard, or whole) -> the tensors of the checkpoint, by name."""
         encoded = {}
         for name, part in parts.items():

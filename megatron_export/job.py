@@ -105,8 +105,6 @@ def _plan(config: ExportConfig, hf_config: dict) -> Plan:
 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
-    if plan.kv and not plan.form.CALIBRATED:
-        check_calibration(plan, {})
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite)
         check_apart(config.output, folder)

@@ -15,7 +15,7 @@ from .errors import ExportError, report
 from .gather import together
 from .item import Item
 from .model import shards_of
-from .piece import Amax
+from .piece import Amax, Piece
 from .plan import Plan, make_plan
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
@@ -95,12 +95,8 @@ def export_hf_checkpoint(
 
 def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None:
     """Raise unless the statistics hold every number that the plan needs, finite and not negative."""
-    if plan.kv and not plan.form.CALIBRATED:
-        raise ExportError(
-            f"--kv-cache {plan.kv.NAME} with --format {plan.form.NAME}: vLLM refuses a checkpoint that quantizes the KV "
-            "cache alone. Export without it, and serve with the engine's own FP8 KV cache"
-        )
-    needed = [name for item in plan.items for name in _statistics_of(item)]
+    needed = [_input_statistic_of(item) for item in plan.items if item.form]
+    needed += [name for item in plan.items for name in _kv_statistics_of(item)]
     if needed and calibration is None:
         raise ExportError(f"format {plan.form.NAME} needs calibration: pass what calibrate() returned, or load a file")
     calibration = calibration or {}
@@ -114,11 +110,13 @@ def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None
     )
 
 
-def _statistics_of(item: Item) -> list[str]:
-    module = item.source.canonical.removesuffix(".weight")
-    attention = module.rpartition(".")[0]
-    names = [f"{module}.input_amax"] if item.form else []
-    return names + ([f"{attention}.k_amax", f"{attention}.v_amax"] if item.kv else [])
+def _input_statistic_of(item: Item) -> str:
+    return item.source.canonical.removesuffix("weight") + "input_amax"
+
+
+def _kv_statistics_of(item: Item) -> list[str]:
+    attention = item.source.canonical.rsplit(".", 2)[0]
+    return [f"{attention}.k_amax", f"{attention}.v_amax"] if item.kv else []
 
 
 def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Amax]:
@@ -141,7 +139,7 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
     quantized = [number for number, item in enumerate(mine) if item.form]
     agreed = gather.largest(here, values[quantized])
     return {
-        mine[number].source.canonical: Amax(amax, calibration[_statistics_of(mine[number])[0]].to(here.device))
+        mine[number].source.canonical: Amax(amax, calibration[_input_statistic_of(mine[number])].to(here.device))
         for number, amax in zip(quantized, agreed, strict=True)
     }
 
@@ -169,21 +167,16 @@ def _write(
         with together(here, "start writing"):
             writer = stack.enter_context(CheckpointWriter(export_dir, plan)) if here.first else None
         for bucket in progress("export", plan.buckets):
-            mine = [item for item in bucket if here.rank in item.ranks]
-            parts = {i.source.canonical: i.split(shards[i.source.canonical], i.ranks.index(here.rank)) for i in mine}
-            for item in (item for item in mine if item.gather_first):
-                parts[item.source.canonical] = gather.to_first_holder(here, item, parts[item.source.canonical])
+            parts = _parts(here, bucket, shards)
             with together(here, "quantize"):
                 encoded = {
                     item.source.canonical: item.encode(
                         parts[item.source.canonical],
                         amaxes.get(item.source.canonical),
-                        tuple(calibration[name].to(here.device) for name in _statistics_of(item)[-2:])
-                        if item.kv
-                        else None,
+                        _kv_amax(here, item, calibration),
                     )
-                    for item in mine
-                    if parts[item.source.canonical] is not None
+                    for item in bucket
+                    if item.source.canonical in parts
                 }
             whole = gather.to_writer(here, bucket, encoded)
             with together(here, "write"):
@@ -194,6 +187,23 @@ def _write(
                 quant = hf_quant_config(plan)
                 jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
                 writer.publish(jsons, assets.files_to_copy(source))
+
+
+def _parts(here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor]) -> dict[str, dict[str, Piece]]:
+    """What this rank is to encode, in bfloat16, by canonical name: its shards, or whole what is gathered first."""
+    parts = {}
+    for item in (item for item in bucket if here.rank in item.ranks):
+        name = item.source.canonical
+        mine = item.split(shards[name], item.ranks.index(here.rank))
+        if item.gather_first:
+            mine = gather.to_first_holder(here, item, mine)
+        if mine is not None:
+            parts[name] = mine
+    return parts
+
+
+def _kv_amax(here: Topology, item: Item, calibration: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(calibration[name].to(here.device) for name in _kv_statistics_of(item))
 
 
 def _peaks(here: Topology) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import ModuleType
 
-from .errors import report
+from .errors import ExportError, report
 from .formats import FORMATS, KV_FORMATS, bf16, chosen
 from .item import Item, Output
 from .names import Source, is_linear_weight, parameters_of
@@ -65,6 +65,11 @@ def make_plan(
     form, kv = chosen(FORMATS, format), chosen(KV_FORMATS, kv_cache)
     sources = parameters_of(config)
     report(_held_problems(sources, held))
+    if kv and form is bf16:
+        raise ExportError(
+            f"--kv-cache {kv_cache} with --format {format}: vLLM refuses a checkpoint that quantizes the KV cache alone. "
+            "Export without it, and serve with the engine's own FP8 KV cache"
+        )
     linears = {module: name for name in sources if is_linear_weight(name) for module in _modules(sources[name])}
     left_alone, problems = _left_alone(linears, tuple(exclude), form)
     items = []
