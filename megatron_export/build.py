@@ -18,7 +18,7 @@ from torch import Tensor
 from .cpu import without_cuda
 from .errors import ExportError, report
 from .model import shards_of
-from .names import Source, parameters_of, rope_settings, settings_of, shape_of
+from .names import Source, parameters_of, rope_settings, settings_of, shape_of, unscaled_rope_settings
 from .piece import Axis
 from .topology import Topology
 
@@ -55,8 +55,9 @@ def build_model(
 ) -> GPTModel:
     """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`.
 
-    Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not know
-    is no obstacle. Weights are left as allocated unless `initialize`. Sizes that this topology does not divide raise `ExportError`.
+    Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not
+    know is no obstacle. Weights are left as allocated unless `initialize`. Sizes that this topology does not divide
+    raise `ExportError`.
     """
     check_divides(config, topology)
     shape = shape_of(config)
@@ -81,7 +82,7 @@ def build_model(
     )
     spec = get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
     padding = PAD_VOCAB_TO * topology.tp_size
-    with without_cuda():
+    with without_cuda(topology.device):
         model = GPTModel(
             config=settings,
             transformer_layer_spec=spec,
@@ -90,7 +91,7 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied,
-            **(rope_settings(config) if max_sequence_length else {"position_embedding_type": "rope"}),
+            **(rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)),
         )
         return model.to(device=topology.device, dtype=dtype)
 
@@ -106,7 +107,6 @@ def load_hf_weights(
     if shape_of(config).tied and model.post_process and not model.pre_process:
         name = "embedding.word_embeddings.weight"
         shards[name] = model.output_layer.weight.detach()
-    read = 0
     with SourceWeights(folder) as weights:
         weights.check({name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()})
         for name, shard in progress(shards.items()):
@@ -114,9 +114,8 @@ def load_hf_weights(
             if not loaded.isfinite().all():
                 names = ", ".join(sources[name].names().values())
                 raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
-            read += loaded.nbytes
             shard.copy_(loaded)
-    return read
+        return weights.nbytes
 
 
 def _shard(weights: "SourceWeights", source: Source, shard: Tensor, topology: Topology) -> Tensor:
@@ -145,6 +144,7 @@ class SourceWeights:
         self.folder = folder
         self.files = _files(folder)
         self.open = {}
+        self.nbytes = 0  # read so far
         for path in sorted(set(self.files.values())):
             self.open[path] = _opened(path)
 
@@ -192,7 +192,9 @@ class SourceWeights:
 
     def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """The part of tensor `name` that `where` selects, in bfloat16."""
-        return self.open[self.files[name]].get_slice(name)[where].to(torch.bfloat16)
+        part = self.open[self.files[name]].get_slice(name)[where]
+        self.nbytes += part.nbytes
+        return part.to(torch.bfloat16)
 
 
 def _files(folder: Path) -> dict[str, Path]:

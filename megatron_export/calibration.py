@@ -23,7 +23,8 @@ from .cpu import without_cuda
 from .errors import ExportError
 from .formats import FORMATS, chosen
 from .gather import everyone, together
-from .model import attentions_of, chunks_of, linear_input, linears_of
+from .model import attentions_of, chunks_of, finish_gathering, linear_input, linears_of
+from .progress import Progress, quiet
 from .topology import Topology
 
 Statistics = dict[str, Tensor]
@@ -35,15 +36,16 @@ def calibrate(
     batches: Iterable[Tensor],
     *,
     format: str = "fp8",
-    progress: Callable[[str, Iterable], Iterable] = lambda stage, steps: steps,
+    progress: Progress = quiet,
 ) -> Statistics:
     """Measure what `format` needs of a live Megatron-Core model; the model is left as it was.
 
     model    a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
     batches  int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
              replicas may each pass a share
-    Collective: all ranks call it. Raises `ExportError` for tokens outside the vocabulary, and for NaN or Inf in
-    activations, naming the module. A format that needs no activations (bf16) returns {} at once.
+    Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
+    activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on
+    its rank alone, as in training. A format that needs no activations (bf16) returns {} at once.
     """
     if not chosen(FORMATS, format).CALIBRATED:
         return {}
@@ -52,8 +54,9 @@ def calibrate(
             batches = list(batches)
             _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
+        finish_gathering(model)
         maxima: Maxima = {}
-        with _evaluating(model), _watching(model, maxima), without_cuda(), torch.no_grad():
+        with _evaluating(model), _watching(model, maxima), without_cuda(here.device), torch.no_grad():
             _forward(model, batches, here, progress)
         return _agreed(here, maxima)
 
@@ -90,7 +93,7 @@ def _forward(
     model: nn.Module | list[nn.Module],
     batches: list[Tensor],
     here: Topology,
-    progress: Callable[[str, Iterable], Iterable],
+    progress: Progress,
 ) -> None:
     """Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time.
 

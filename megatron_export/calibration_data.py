@@ -1,6 +1,8 @@
 """Calibration data from a file: text is tokenized, joined and cut into equal samples; token ids are used as they are."""
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from .errors import ExportError
 
+LINES = 4096  # of a text, or rows of a table, that are read at a time
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".safetensors")
 
 
@@ -25,10 +28,9 @@ def read_samples(file: Path, tokenizer_folder: Path, *, samples: int, length: in
         raise ExportError(f"{file}: calibration data must be one of {', '.join(SUFFIXES)}")
     if file.suffix == ".safetensors":
         return _ids(file, samples)
-    texts = [text for text in _texts(file) if text.strip()]
-    if not texts:
+    tokens = _tokenize(file, tokenizer_folder, enough=samples * length)
+    if not tokens:
         raise ExportError(f"{file}: no text in it. Give --calib-data a file with text")
-    tokens = _tokenize(texts, tokenizer_folder, enough=samples * length)
     if len(tokens) < samples * length:
         raise ExportError(
             f"{file}: {len(tokens)} tokens, too short for --calib-samples {samples} of --calib-seq-len {length} "
@@ -51,14 +53,18 @@ def _ids(file: Path, samples: int) -> Tensor:
     return ids[:samples].long()
 
 
-def _texts(file: Path) -> list[str]:
+def _texts(file: Path) -> Iterator[tuple[str, bool]]:
+    """The texts of a file, read as they are asked for; a long one in blocks of lines. True marks the end of a text."""
     try:
         if file.suffix == ".parquet":
-            return _parquet(file)
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".txt":
-            return [text]
-        return [_row_text(json.loads(line)) for line in text.split("\n") if line.strip()]
+            yield from ((text, True) for text in _parquet(file))
+            return
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            if file.suffix == ".jsonl":
+                yield from ((_row_text(json.loads(line)), True) for line in lines if line.strip())
+                return
+            while block := "".join(islice(lines, LINES)):
+                yield block, False
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ExportError(
@@ -72,18 +78,18 @@ def _row_text(row: dict) -> str:
     return row["text"]
 
 
-def _parquet(file: Path) -> list[str]:
+def _parquet(file: Path) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        texts = pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=LINES, columns=["text"]):
+            yield from (_row_text({"text": text}) for text in batch["text"].to_pylist() if text is not None)
+    except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
         raise ExportError(f"{file}: not a parquet file with a column `text` ({error}). Give another file") from error
-    return [_row_text({"text": text}) for text in texts if text is not None]
 
 
-def _tokenize(texts: list[str], folder: Path, *, enough: int) -> list[int]:
+def _tokenize(file: Path, folder: Path, *, enough: int) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
@@ -94,9 +100,12 @@ def _tokenize(texts: list[str], folder: Path, *, enough: int) -> list[int]:
             "--calib-data token ids in a .safetensors file"
         ) from error
     tokens: list[int] = []
-    for text in texts:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text, ends in _texts(file):
+        if not text.strip():
+            continue
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        tokens += end if ends else []
         if len(tokens) >= enough:
             break
     return tokens

@@ -12,7 +12,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from .config import ExportConfig, helps
-from .errors import ExportError
+from .errors import ExportError, StartError
+from .progress import quiet
 from .sizes import parse_size, readable
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ def main(say: Callable[..., None], arguments: list[str] | None = None) -> int:
     from .job import run
 
     try:
-        job = run(config, EXAMPLE_MODEL, bar if first else lambda stage, steps: steps)
+        job = run(config, EXAMPLE_MODEL, bar if first else quiet)
     except ExportError as error:
-        if not first:
+        if not first and not (isinstance(error, StartError) and os.environ["LOCAL_RANK"] == "0"):
             _let_rank_0_speak()
             return 1
         say(f"\nerror: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What Megatron-Core needs in order to run on a machine without CUDA; nothing at all happens where CUDA is available.
+"""What Megatron-Core needs in order to run on the CPU; nothing at all happens for a model on a GPU.
 
 Megatron-Core's CPU path is complete but for a few lines that name the CUDA device: buffers are created on
 `torch.cuda.current_device()` (pipeline receives, vocabulary-parallel masks) or on "cuda" (token counts of the
@@ -31,9 +31,10 @@ class _OnCpu(TorchFunctionMode):
 
 
 @contextmanager
-def without_cuda() -> Iterator[None]:
-    """Run Megatron-Core code on the CPU when, and only when, this machine has no CUDA."""
-    if torch.cuda.is_available():
+def without_cuda(device: torch.device | None = None) -> Iterator[None]:
+    """Run Megatron-Core code on the CPU where `device` is the CPU or, if it is not given, where there is no CUDA."""
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if on_gpu:
         yield
         return
     with (

@@ -5,6 +5,10 @@ class ExportError(Exception):
     """A model, checkpoint, setting or machine that cannot be exported as asked. Nothing was published."""
 
 
+class StartError(ExportError):
+    """What one machine found before the ranks could speak to one another: the first rank of that machine tells it."""
+
+
 def report(problems: list[str]) -> None:
     """Raise one `ExportError` that lists every problem; return when there is none."""
     if not problems:

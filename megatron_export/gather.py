@@ -7,6 +7,7 @@ receiver, who has the same plan, unpacks it. A rank's failure becomes every rank
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -73,23 +74,36 @@ def largest(here: Topology, values: Tensor) -> Tensor:
     return values
 
 
-def to_first_holder(here: Topology, item: Item, parts: dict[str, Piece] | None) -> dict[str, Piece] | None:
-    """Bring the bfloat16 shards of an item to the first rank that holds it; the others get None."""
-    messages = [item.raw_message(index) for index in range(len(item.ranks))]
-    sizes = {rank: _size(message) for rank, message in zip(item.ranks, messages, strict=True)}
-    mine = None if parts is None else _pack(messages[item.ranks.index(here.rank)], parts)
-    received = _send(here, item.ranks[0], sizes, mine)
-    if received is None:
+@dataclass(frozen=True)
+class Parcel:
+    """Messages on their way to rank `to`, ready to travel: this rank's own, packed, and there a buffer for every other.
+
+    All that can fail for one rank alone (packing, allocating, unpacking) is done before and after `deliver`, inside
+    `together`; `deliver` itself only moves bytes.
+    """
+
+    to: int
+    mine: Tensor | None
+    received: dict[int, Tensor]
+
+
+def parcel_to_first(here: Topology, item: Item, parts: dict[str, Piece]) -> Parcel:
+    """The bfloat16 shards of an item, on their way to the first rank that holds it."""
+    messages = {rank: item.raw_message(index) for index, rank in enumerate(item.ranks)}
+    sizes = {rank: _size(message) for rank, message in messages.items()}
+    return _parcel(here, item.ranks[0], sizes, _pack(messages[here.rank], parts))
+
+
+def open_first(here: Topology, item: Item, parcel: Parcel) -> dict[str, Piece] | None:
+    """The whole bfloat16 parts of an item on the first rank that holds it; the others get None."""
+    if here.rank != parcel.to:
         return None
-    return item.join(
-        [_unpack(received[rank], 0, message)[0] for rank, message in zip(item.ranks, messages, strict=True)]
-    )
+    shards = [_unpack(parcel.received[rank], 0, item.raw_message(index))[0] for index, rank in enumerate(item.ranks)]
+    return item.join(shards)
 
 
-def to_writer(
-    here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]
-) -> dict[str, Tensor] | None:
-    """Bring the encoded tensors of a bucket to rank 0, whole, by HF name, on this device; the other ranks get None.
+def parcel_to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]) -> Parcel:
+    """The encoded tensors of a bucket, on their way to rank 0.
 
     `encoded` maps the canonical names of this rank's items to what it made of them.
     """
@@ -97,39 +111,43 @@ def to_writer(
     outgoing = []
     for item in bucket:
         for index, rank in enumerate(item.ranks):
-            message = item.message(index)
+            if not (message := item.message(index)):
+                continue
             sizes[rank] = sizes.get(rank, 0) + _size(message)
-            if rank == here.rank and message:
+            if rank == here.rank:
                 outgoing.append(_pack(message, encoded[item.source.canonical]))
-    mine = torch.cat(outgoing) if outgoing else None
-    received = _send(here, 0, {rank: size for rank, size in sizes.items() if size}, mine)
-    if received is None:
-        return None
+    return _parcel(here, 0, sizes, torch.cat(outgoing) if outgoing else None)
+
+
+def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> dict[str, Tensor]:
+    """The whole tensors of a bucket by HF name, on rank 0's device."""
     whole: dict[str, Tensor] = {}
-    offsets = dict.fromkeys(received, 0)
+    offsets = dict.fromkeys(parcel.received, 0)
     for item in bucket:
         shards = []
         for index, rank in enumerate(item.ranks):
             if message := item.message(index):
-                shard, offsets[rank] = _unpack(received[rank], offsets[rank], message)
+                shard, offsets[rank] = _unpack(parcel.received[rank], offsets[rank], message)
                 shards.append(shard)
         whole |= {name: piece.data for name, piece in item.join(shards).items()}
     return whole
 
 
-def _send(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> dict[int, Tensor] | None:
-    """Move one packed message from each rank in `sizes` (bytes) to rank `to`; others than `to` get None."""
+def deliver(here: Topology, parcel: Parcel) -> None:
+    """Move the bytes; every rank that has a part in the parcel calls this."""
+    if here.rank == parcel.to:
+        sources = {rank: buffer for rank, buffer in parcel.received.items() if rank != here.rank}
+        _wait([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in sources.items()])
+    elif parcel.mine is not None:
+        _wait([dist.P2POp(dist.isend, parcel.mine, parcel.to)])
+
+
+def _parcel(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> Parcel:
     if here.rank != to:
-        if mine is not None:
-            _wait([dist.P2POp(dist.isend, mine, to)])
-        return None
-    received = {
-        rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in sizes.items() if rank != to
-    }
-    _wait([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in received.items()])
-    if to in sizes:
-        received[to] = mine
-    return received
+        return Parcel(to, mine, {})
+    others = {rank: size for rank, size in sizes.items() if rank != to}
+    received = {rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in others.items()}
+    return Parcel(to, mine, received if mine is None else received | {to: mine})
 
 
 def _wait(operations: list[dist.P2POp]) -> None:

@@ -1,7 +1,7 @@
 """The command's story: an HF checkpoint becomes a Megatron model on this topology, is calibrated, and is exported."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,10 @@ from .gather import together
 from .names import architecture_of, shape_of
 from .pipeline import Report, check_calibration, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
+from .progress import Progress
 from .sizes import parse_size
 from .topology import Topology
 from .writer import check_apart, check_target
-
-Progress = Callable[[str, Iterable], Iterable]
 
 
 @dataclass
@@ -107,14 +106,17 @@ def _plan(config: ExportConfig, hf_config: dict) -> Plan:
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite)
-        check_apart(config.output, folder)
-    if config.save_calibration:
+        inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration)
+        check_apart(config.output, *(path for path in inputs if path))
+    if config.save_calibration and here.first:
         _check_save(config.save_calibration.resolve(), config.output)
 
 
 def _check_save(file: Path, output: Path | None) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
+    if file.exists():
+        statistics.check_kind(file)
     if output and file.is_relative_to(output.resolve()):
         raise ExportError(
             f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"

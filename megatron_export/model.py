@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from .errors import ExportError
@@ -19,6 +20,34 @@ def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
             raise ExportError(f"a {type(chunk).__name__} is not a Megatron-Core GPTModel: it has no decoder")
         chunks.append(chunk)
     return chunks
+
+
+def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
+    """Let Megatron's DDP finish what it puts off: with `overlap_param_gather` the optimizer's new weights reach the other
+    replicas only in the next forward pass. Collective over replicas, as Megatron's own checkpointing does it.
+    """
+    for chunk in model if isinstance(model, list) else [model]:
+        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+            chunk = chunk.module
+
+
+def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dict) -> list[str]:
+    """Where a model computes something else than config.json says, though its names and shapes may be the same.
+
+    `settings` are fields of its TransformerConfig (dropout, which only training uses, aside), `rope` its own attributes.
+    """
+    chunk = chunks_of(model)[0]
+    computing = {name: value for name, value in settings.items() if "dropout" not in name}
+    computing |= {"rotary_interleaved": False, "layernorm_zero_centered_gamma": False}
+    found = {name: (getattr(chunk.config, name), value) for name, value in computing.items()}
+    found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
+    return [
+        f"the model has {name} = {has!r}, but config.json means {means!r}"
+        for name, (has, means) in found.items()
+        if has != means
+    ]
 
 
 def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:

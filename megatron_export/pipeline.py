@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,15 @@ from . import assets, gather, topology
 from .errors import ExportError, report
 from .gather import together
 from .item import Item
-from .model import shards_of
+from .model import contradictions, finish_gathering, shards_of
+from .names import settings_of, unscaled_rope_settings
 from .piece import Amax, Piece
 from .plan import Plan, make_plan
+from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
 from .topology import Topology
 from .writer import CheckpointWriter, check_apart, check_target
-
-Progress = Callable[[str, Iterable], Iterable]
-
-
-def quiet(stage: str, steps: Iterable) -> Iterable:
-    """A progress display that shows nothing."""
-    return steps
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,9 @@ def export_hf_checkpoint(
         with together(here, "read the model's shapes"):
             folder = assets.find_model(hf_model, weights=False)
             config = assets.read_config(folder)
+            report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
             shards = shards_of(model)
+        finish_gathering(model)
         held = gather.locate(here, shards)
         with together(here, "plan the export"):
             plan = make_plan(
@@ -88,7 +85,7 @@ def export_hf_checkpoint(
                 check_target(export_dir, plan, overwrite=overwrite)
                 check_apart(export_dir, folder)
         amaxes = _amaxes(here, plan, shards, calibration or {})
-        _write(here, plan, shards, amaxes, calibration or {}, export_dir, folder, progress)
+        _write(here, plan, shards, amaxes, calibration or {}, export_dir, overwrite, folder, progress)
         peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
     return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu)
 
@@ -159,13 +156,16 @@ def _write(
     amaxes: dict[str, Amax],
     calibration: dict[str, Tensor],
     export_dir: Path,
+    overwrite: bool,
     source: Path,
     progress: Progress,
 ) -> None:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
     with ExitStack() as stack:
         with together(here, "start writing"):
-            writer = stack.enter_context(CheckpointWriter(export_dir, plan)) if here.first else None
+            writer = (
+                stack.enter_context(CheckpointWriter(export_dir, plan, overwrite=overwrite)) if here.first else None
+            )
         for bucket in progress("export", plan.buckets):
             parts = _parts(here, bucket, shards)
             with together(here, "quantize"):
@@ -178,10 +178,11 @@ def _write(
                     for item in bucket
                     if item.source.canonical in parts
                 }
-            whole = gather.to_writer(here, bucket, encoded)
+                parcel = gather.parcel_to_writer(here, bucket, encoded)
+            gather.deliver(here, parcel)
             with together(here, "write"):
                 if writer:
-                    writer.write(whole)
+                    writer.write(gather.open_at_writer(bucket, parcel))
         with together(here, "publish"):
             if writer:
                 quant = hf_quant_config(plan)
@@ -191,14 +192,17 @@ def _write(
 
 def _parts(here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor]) -> dict[str, dict[str, Piece]]:
     """What this rank is to encode, in bfloat16, by canonical name: its shards, or whole what is gathered first."""
-    parts = {}
-    for item in (item for item in bucket if here.rank in item.ranks):
-        name = item.source.canonical
-        mine = item.split(shards[name], item.ranks.index(here.rank))
-        if item.gather_first:
-            mine = gather.to_first_holder(here, item, mine)
-        if mine is not None:
-            parts[name] = mine
+    first = [item for item in bucket if item.gather_first]
+    mine = {item.source.canonical: item for item in bucket if here.rank in item.ranks}
+    with together(here, "split its shards"):
+        parts = {name: item.split(shards[name], item.ranks.index(here.rank)) for name, item in mine.items()}
+        parcels = {name: gather.parcel_to_first(here, i, parts[name]) for name, i in mine.items() if i.gather_first}
+    for parcel in parcels.values():
+        gather.deliver(here, parcel)
+    if first:
+        with together(here, "join shards"):
+            whole = {name: gather.open_first(here, mine[name], parcel) for name, parcel in parcels.items()}
+            parts = {name: found for name, found in (parts | whole).items() if found is not None}
     return parts
 
 

@@ -77,6 +77,8 @@ def make_plan(
         quantized = is_linear_weight(name) and name not in left_alone and form is not bf16
         items.append(_item(source, held[name], form if quantized else None, kv if _makes_keys(name) else None))
         problems += _tile_problems(items[-1])
+    if form is not bf16 and not any(item.form for item in items):
+        problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
     return Plan(
         config=config,

@@ -9,6 +9,7 @@ The file's metadata holds the sizes of the model that it was measured on.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,25 +40,21 @@ def hf_keys(config: dict) -> dict[str, list[str]]:
 def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     """Write the statistics of a model of config.json's dict to `file`, replacing it in one step."""
     tensors = {hf: statistics[name].clone() for name, on_disk in hf_keys(config).items() for hf in on_disk}
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
     save_file(tensors, partial, metadata={"kind": KIND, "model": json.dumps(asdict(shape_of(config)))})
     partial.replace(file)
+
+
+def check_kind(file: Path) -> None:
+    """Raise unless `file` is one that `save` wrote, so that it may be replaced by another."""
+    _read(file)
 
 
 def load(file: Path, config: dict) -> dict[str, Tensor]:
     """Read statistics back. `ExportError` when the file is not one, or was measured on a model of other sizes."""
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ExportError(
-            f"{file}: not a readable safetensors file ({error}). Write it again with --save-calibration"
-        ) from error
-    if metadata.get("kind") != KIND:
-        raise ExportError(f"{file}: not a calibration file written by --save-calibration")
+    metadata, found = _read(file)
     theirs, ours = json.loads(metadata["model"]), asdict(shape_of(config))
     report(
         [
@@ -69,3 +66,17 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     keys = hf_keys(config)
     report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
     return {name: torch.stack([found[hf] for hf in on_disk]).amax(0) for name, on_disk in keys.items()}
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ExportError(
+            f"{file}: not a readable safetensors file ({error}). Write it again with --save-calibration"
+        ) from error
+    if metadata.get("kind") != KIND:
+        raise ExportError(f"{file}: not a calibration file written by --save-calibration. Give another")
+    return metadata, found

@@ -13,9 +13,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
 from .cpu import without_cuda
-from .errors import ExportError
+from .errors import ExportError, StartError
 
 TIMEOUT = timedelta(minutes=10)
+CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a large checkpoint, or a node downloads one
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def current() -> Iterator[Topology]:
         raise ExportError(
             "Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel"
         )
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
         dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
     try:
@@ -72,13 +73,14 @@ def current() -> Iterator[Topology]:
 
 
 def _on_cuda() -> bool:
-    return "nccl" in dist.get_backend()
+    """Whether the world talks over NCCL, alone or beside gloo; without CUDA torch may list it all the same."""
+    return torch.cuda.is_available() and "nccl" in dist.get_backend_config()
 
 
 def _take_gpu() -> None:
     ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if ranks > gpus and "NCCL_HOSTID" not in os.environ:  # with a host id per rank, NCCL lets ranks share a GPU
-        raise ExportError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
+        raise StartError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
 
 
@@ -90,9 +92,9 @@ def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ExportError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
+        raise StartError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
     if "RANK" not in os.environ:
-        raise ExportError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
+        raise StartError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
     if device == "cuda":
         _take_gpu()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
@@ -103,7 +105,7 @@ def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
                 f"world size {world} is not tp * pp * dp: it is no multiple of --tp {tp} x --pp {pp} = {tp * pp}. "
                 f"Start torchrun with --nproc-per-node {tp * pp}, or a multiple of it"
             )
-        with without_cuda():
+        with without_cuda(torch.device(device)):
             parallel_state.initialize_model_parallel(tp, pp)
         if device == "cuda":
             model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it

@@ -45,18 +45,20 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
         )
 
 
-def check_apart(export_dir: Path, source: Path) -> None:
-    """Refuse a target that is the source model's own folder, or holds it: replacing it would delete the model."""
-    if source.resolve().is_relative_to(export_dir.resolve()):
-        raise ExportError(f"{export_dir} holds the model that is exported, {source}. Give another --output")
+def check_apart(export_dir: Path, *inputs: Path) -> None:
+    """Refuse a target that is, or holds, something that the export needs: replacing it would delete that."""
+    for path in inputs:
+        if path.resolve().is_relative_to(export_dir.resolve()):
+            raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
 
 
 class CheckpointWriter:
     """Use as a context: leaving it by an exception removes all it wrote; `publish` gives the folder its name."""
 
-    def __init__(self, export_dir: Path, plan: Plan) -> None:
+    def __init__(self, export_dir: Path, plan: Plan, *, overwrite: bool = False) -> None:
         self.target = export_dir
         self.plan = plan
+        self.overwrite = overwrite
         self.staging = export_dir.parent / f".{export_dir.name}.{token_hex(4)}.partial"
         self.places: dict[str, tuple[int, int, Output]] = {}  # name -> file descriptor, offset, tensor
         self.written: set[str] = set()
@@ -132,6 +134,8 @@ class CheckpointWriter:
 
     def _replace(self) -> None:
         old = self.staging.with_suffix(".old")
+        if self.target.exists() and not self.overwrite:
+            self.target.rmdir()  # fails if somebody filled it since it was checked
         if self.target.exists():
             self.target.rename(old)
         try:

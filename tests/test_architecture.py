@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
-errors sizes piece config
+errors sizes piece config progress
 layout
 names formats
 item

@@ -26,12 +26,11 @@ NUMBERS = {"dynamic": False, "num_bits": 8, "type": "float"}
 E4M3_MAX = 448.0
 
 
-def scale_of(amax: Tensor) -> Tensor:
-    """amax / 448 in float32, [] -> []; 1 where amax is zero."""
-    largest = torch.full_like(
-        amax, E4M3_MAX, dtype=torch.float32
-    )  # a tensor: CUDA multiplies by 1/x when x is a number
-    return torch.where(amax == 0, largest, amax.float()) / largest
+def scale_of(amax: Tensor, largest: float = E4M3_MAX) -> Tensor:
+    """amax / largest in float32, [] -> []; 1 where amax is zero."""
+    # By a tensor: CUDA divides by a number through its reciprocal, and the last bit differs from the CPU's.
+    divisor = torch.full_like(amax, largest, dtype=torch.float32)
+    return torch.where(amax == 0, divisor, amax.float()) / divisor
 
 
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..piece import Amax, Axis, Piece
+from .fp8 import E4M3_MAX, scale_of
 
 NAME = "nvfp4"
 BLOCK = 16
@@ -30,16 +31,7 @@ NUMBERS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9
-
-
-def scale_of(amax: Tensor) -> Tensor:
-    """amax / (6 * 448) in float32, [] -> []; 1 where amax is zero."""
-    largest = torch.full_like(
-        amax, E2M1_MAX * E4M3_MAX, dtype=torch.float32
-    )  # a tensor: CUDA multiplies by 1/x when x is a number
-    return torch.where(amax == 0, largest, amax.float()) / largest
 
 
 def e2m1_codes(scaled: Tensor) -> Tensor:
@@ -58,7 +50,7 @@ def e2m1_codes(scaled: Tensor) -> Tensor:
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
-    tensor_scale = scale_of(amax.weight)
+    tensor_scale = scale_of(amax.weight, E2M1_MAX * E4M3_MAX)
     block_scale = blocks.abs().amax(dim=2) / (E2M1_MAX * tensor_scale)
     block_scale = torch.where(block_scale == 0, 1.0, block_scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
@@ -66,7 +58,7 @@ def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
         "weight": Piece(codes[:, 0::2] | codes[:, 1::2] << 4, (Axis.OUT, Axis.IN)),
         "weight_scale": Piece(block_scale, (Axis.OUT, Axis.IN)),
         "weight_scale_2": Piece(tensor_scale, ()),
-        "input_scale": Piece(scale_of(amax.input), ()),
+        "input_scale": Piece(scale_of(amax.input, E2M1_MAX * E4M3_MAX), ()),
     }
 
 

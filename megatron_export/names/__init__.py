@@ -13,22 +13,21 @@ from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
 from . import llama, qwen2, qwen3
-from .dialects import canonical, template
+from .dialects import canonical
 from .parameters import PADDED, PARAMETERS, is_linear_weight
-from .shape import rope_settings, shape_of, transformer_settings
+from .shape import rope_settings, shape_of, transformer_settings, unscaled_rope_settings
 
 __all__ = [
     "ARCHITECTURES",
     "Source",
     "architecture_of",
     "canonical",
-    "hf_names",
     "is_linear_weight",
     "parameters_of",
     "rope_settings",
     "settings_of",
     "shape_of",
-    "template",
+    "unscaled_rope_settings",
 ]
 
 ARCHITECTURES: dict[str, ModuleType] = {
@@ -99,8 +98,3 @@ def parameters_of(config: dict) -> dict[str, Source]:
             full, parameter.cut, parameter.shape(shape), name in PADDED, rule.layout(shape), rule.hf, layer
         )
     return sources
-
-
-def hf_names(config: dict) -> list[str]:
-    """Every tensor name of the original HF checkpoint, in export order."""
-    return [name for source in parameters_of(config).values() for name in source.names().values()]

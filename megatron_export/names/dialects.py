@@ -20,11 +20,3 @@ def canonical(name: str, layer_numbers: list[int]) -> str:
         return name
     local = name[found.end() :]
     return f"decoder.layers.{layer_numbers[int(found[1])]}.{_FUSED_NORMS.get(local, local)}"
-
-
-def template(canonical_name: str) -> tuple[str, int | None]:
-    """Take a canonical name apart into its row of the tables, with {l} for the layer, and the layer's number."""
-    found = _LAYER.match(canonical_name)
-    if found is None:
-        return canonical_name, None
-    return f"decoder.layers.{{l}}.{canonical_name[found.end() :]}", int(found[1])

@@ -82,13 +82,21 @@ def transformer_settings(config: dict) -> dict:
     }
 
 
+def unscaled_rope_settings(config: dict) -> dict:
+    """Arguments of Megatron's `GPTModel` for rotary embeddings, but for their scaling."""
+    theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
+    return {"position_embedding_type": "rope", "rotary_base": theta}
+
+
+def _rope_of(config: dict) -> dict:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
 def rope_settings(config: dict) -> dict:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, from the old (`rope_theta`, `rope_scaling`) or the new
     (`rope_parameters`) spelling. Megatron knows no scaling, `linear`, and `llama3` with Llama 3's own constants.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    settings = {"position_embedding_type": "rope", "rotary_base": theta}
+    rope, settings = _rope_of(config), unscaled_rope_settings(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return settings

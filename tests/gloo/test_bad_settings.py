@@ -80,17 +80,22 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...], tuple[
     "a link to the source": (
         lambda source, output: output.symlink_to(source),
         ("--overwrite", "--hf-model", "{output}"),
-        ("{output} holds the model that is exported", "Give another --output"),
+        ("{output} holds", "Give another --output"),
     ),
     "the source": (
         lambda source, output: shutil.copytree(source, output),
         ("--overwrite", "--hf-model", "{output}"),
-        ("{output} holds the model that is exported", "Give another --output"),
+        ("{output} holds", "Give another --output"),
+    ),
+    "around the calibration data": (
+        lambda source, output: shutil.copytree(source, output),
+        ("--overwrite", "--calib-data", "{output}/data.txt"),
+        ("{output} holds {output}/data.txt", "Give another --output"),
     ),
     "around the source": (
         lambda source, output: shutil.copytree(source, output / "original"),
         ("--overwrite", "--hf-model", "{output}/original"),
-        ("{output} holds the model that is exported", "Give another --output"),
+        ("{output} holds", "Give another --output"),
     ),
 }
 

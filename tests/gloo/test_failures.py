@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_export import gather
+
 from ..models import read_json, tensors
 from ..ranks import Ranks
 from .refusals import DOWN, assert_says, fp8, occupy, refused
@@ -116,10 +118,32 @@ def late_nan() -> AbstractContextManager:
     return on_rank(1, build, "load_hf_weights", replacement)
 
 
+def no_memory_to_send() -> AbstractContextManager:
+    def replacement(real: Callable) -> Callable:
+        def pack(message: Any, pieces: Any) -> Any:
+            raise MemoryError("no buffer to pack in")
+
+        return pack
+
+    return on_rank(1, gather, "_pack", replacement)
+
+
+def no_memory_to_receive() -> AbstractContextManager:
+    def replacement(real: Callable) -> Callable:
+        def unpack(packed: Any, offset: int, message: Any) -> Any:
+            raise MemoryError("no room for whole tensors")
+
+        return unpack
+
+    return on_rank(0, gather, "_unpack", replacement)
+
+
 FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {
     small_disk: ("{output}: the checkpoint takes", "has 123,456 free", "Make room for", "another disk"),
     no_folder: ("rank 0 failed to start writing: cannot write {output} (", "Permission denied", "another --output"),
     late_nan: ("rank 1 failed to read the weights: NaN or Inf in " + DOWN.format(3),),
+    no_memory_to_send: ("rank 1 failed to quantize: MemoryError: no buffer to pack in",),
+    no_memory_to_receive: ("rank 0 failed to write: MemoryError: no room for whole tensors",),
     broken_encoder: ("rank 1 failed to quantize: RuntimeError: a broken encoder",),
     full_disk: ("rank 0 failed to write: cannot write {output} (", "No space left", "another --output"),
     broken_disk: ("rank 0 failed to publish: cannot write {output} (", "Input/output error"),

@@ -10,7 +10,6 @@ from megatron_export.names import (
     parameters_of,
     rope_settings,
     shape_of,
-    template,
 )
 from megatron_export.names.parameters import PARAMETERS
 
@@ -42,11 +41,6 @@ def test_no_two_parameters_become_the_same_hf_tensor() -> None:
 )
 def test_both_specs_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
     assert canonical(name, [3, 7]) == expected
-
-
-def test_template_takes_the_layer_out() -> None:
-    assert template("decoder.layers.12.mlp.linear_fc2.weight") == ("decoder.layers.{l}.mlp.linear_fc2.weight", 12)
-    assert template("output_layer.weight") == ("output_layer.weight", None)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:

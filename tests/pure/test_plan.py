@@ -83,6 +83,8 @@ def test_excluded_modules_are_left_alone_and_listed() -> None:
     [
         ({"exclude": ("*.q_proj",)}, "must name all of .*q_proj, .*k_proj, .*v_proj, which engines fuse"),
         ({"exclude": ("*.w1",)}, "'\\*.w1' matches no module"),
+        ({"exclude": ("*",)}, "leaves nothing to quantize.*--format bf16"),
+        ({"kv_cache": "fp8", "format": "bf16"}, "vLLM refuses a checkpoint that quantizes the KV cache alone"),
         ({"exclude": ("*",), "format": "bf16"}, "no effect with --format bf16"),
         (
             {"config": CONFIG | {"intermediate_size": 1000}, "format": "nvfp4"},

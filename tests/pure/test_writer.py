@@ -66,11 +66,21 @@ def test_publishing_replaces_the_old_folder_whole(plan: Plan, tmp_path: Path) ->
     old = tmp_path / "out"
     old.mkdir()
     (old / "stale.safetensors").write_text("old")
-    with CheckpointWriter(old, plan) as writer:
+    with CheckpointWriter(old, plan, overwrite=True) as writer:
         writer.write(content(plan))
         writer.publish({}, [])
     assert not (old / "stale.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_was_filled_since_the_check_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        writer.write(content(plan))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("another job's")
+        with pytest.raises(ExportError, match="cannot write .*not empty"):
+            writer.publish({}, [])
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
 def test_a_tensor_that_never_came_stops_publication(plan: Plan, tmp_path: Path) -> None:
