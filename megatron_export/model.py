@@ -12,14 +12,7 @@ from .names import canonical, is_linear_weight
 
 def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
     """The bare `GPTModel`s of this rank, one per virtual pipeline stage, out of DDP, Float16Module and the like."""
-    chunks = []
-    for chunk in model if isinstance(model, list) else [model]:
-        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
-            chunk = chunk.module
-        if not hasattr(chunk, "decoder"):
-            raise ExportError(f"a {type(chunk).__name__} is not a Megatron-Core GPTModel: it has no decoder")
-        chunks.append(chunk)
-    return chunks
+    return [list(_unwrapping(chunk))[-1] for chunk in (model if isinstance(model, list) else [model])]
 
 
 def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
@@ -27,10 +20,9 @@ def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
     replicas only in the next forward pass. Collective over replicas, as Megatron's own checkpointing does it.
     """
     for chunk in model if isinstance(model, list) else [model]:
-        while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
-            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-            chunk = chunk.module
+        for wrapper in _unwrapping(chunk):
+            if isinstance(wrapper, DistributedDataParallel) and wrapper.ddp_config.overlap_param_gather:
+                wrapper.start_param_sync(force_sync=True)
 
 
 def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dict) -> list[str]:
@@ -99,6 +91,16 @@ def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
     if module.normalization != "RMSNorm" or module.zero_centered_gamma:
         raise ExportError(f"calibration of a fused {module.normalization} is not supported; only RMSNorm is")
     return torch.rms_norm(hidden, hidden.shape[-1:], module.layer_norm_weight, module.eps)
+
+
+def _unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:
+    """A model chunk, what it wraps, and so on down to the bare `GPTModel`."""
+    yield chunk
+    while not hasattr(chunk, "decoder"):
+        if not hasattr(chunk, "module"):
+            raise ExportError(f"a {type(chunk).__name__} is not a Megatron-Core GPTModel: it has no decoder")
+        chunk = chunk.module
+        yield chunk
 
 
 def _layer_numbers(chunk: nn.Module) -> list[int]:
