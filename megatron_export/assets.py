@@ -70,7 +70,7 @@ def _fetch(hub_id: str, *, weights: bool) -> Path:
     patterns = ["config.json", *_COPIED, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:
+    except Exception as error:  # the hub's client, its HTTP client and the file system each raise their own
         raise ExportError(
             f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})"
         ) from error

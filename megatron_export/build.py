@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cpu import without_cuda
 from .errors import ExportError, report
+from .layout import even_cut
 from .model import shards_of
 from .names import Source, parameters_of, rope_settings, settings_of, shape_of, unscaled_rope_settings
 from .piece import Axis
@@ -124,8 +125,7 @@ def _shard(weights: "SourceWeights", source: Source, shard: Tensor, topology: To
     for part, name in source.names().items():
         whole = weights.shape(name)
         if source.cut is Axis.IN:
-            columns = slice(index * whole[1] // count, (index + 1) * whole[1] // count)
-            parts[part] = weights.read(name, (slice(None), columns))
+            parts[part] = weights.read(name, (slice(None), even_cut(whole[1], index, count)))
         else:
             parts[part] = weights.read(name, (source.layout.source(whole[0], index, count, shard.shape[0]),))
     return source.layout.join(parts, shard.shape[0])

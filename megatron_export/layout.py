@@ -25,9 +25,9 @@ class Layout(Protocol):
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice: ...
 
 
-def even_rows(part_rows: int, index: int, count: int) -> slice:
-    """The rows of shard `index` of `count` equal cuts."""
-    return slice(index * part_rows // count, (index + 1) * part_rows // count)
+def even_cut(size: int, index: int, count: int) -> slice:
+    """What shard `index` of `count` equal cuts holds of an axis of `size`."""
+    return slice(index * size // count, (index + 1) * size // count)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Identity:
         return parts[""]
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_rows(part_rows, index, count)
+        return even_cut(part_rows, index, count)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Split:
         return torch.cat([parts[part] for part in self.parts])
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_rows(part_rows, index, count)
+        return even_cut(part_rows, index, count)
 
 
 @dataclass(frozen=True)
@@ -102,4 +102,4 @@ class QKV:
         return torch.cat(blocks, dim=1).reshape(-1, *parts["k"].shape[1:])
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_rows(part_rows, index, count)
+        return even_cut(part_rows, index, count)

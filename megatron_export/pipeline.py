@@ -21,6 +21,7 @@ from .plan import Plan, make_plan
 from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
+from .statistics import input_key, kv_keys
 from .topology import Topology
 from .writer import CheckpointWriter, check_apart, check_target
 
@@ -92,8 +93,8 @@ def export_hf_checkpoint(
 
 def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None:
     """Raise unless the statistics hold every number that the plan needs, finite and not negative."""
-    needed = [_input_statistic_of(item) for item in plan.items if item.form]
-    needed += [name for item in plan.items for name in _kv_statistics_of(item)]
+    needed = [input_key(item.source.canonical) for item in plan.items if item.form]
+    needed += [name for item in plan.items if item.kv for name in kv_keys(item.source.canonical)]
     if needed and calibration is None:
         raise ExportError(f"format {plan.form.NAME} needs calibration: pass what calibrate() returned, or load a file")
     calibration = calibration or {}
@@ -105,15 +106,6 @@ def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None
             if not 0 <= calibration[name] < torch.inf
         ]
     )
-
-
-def _input_statistic_of(item: Item) -> str:
-    return item.source.canonical.removesuffix("weight") + "input_amax"
-
-
-def _kv_statistics_of(item: Item) -> list[str]:
-    attention = item.source.canonical.rsplit(".", 2)[0]
-    return [f"{attention}.k_amax", f"{attention}.v_amax"] if item.kv else []
 
 
 def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Amax]:
@@ -136,7 +128,7 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
     quantized = [number for number, item in enumerate(mine) if item.form]
     agreed = gather.largest(here, values[quantized])
     return {
-        mine[number].source.canonical: Amax(amax, calibration[_input_statistic_of(mine[number])].to(here.device))
+        mine[number].source.canonical: Amax(amax, calibration[input_key(mine[number].source.canonical)].to(here.device))
         for number, amax in zip(quantized, agreed, strict=True)
     }
 
@@ -207,7 +199,8 @@ def _parts(here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor]) 
 
 
 def _kv_amax(here: Topology, item: Item, calibration: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(calibration[name].to(here.device) for name in _kv_statistics_of(item))
+    names = kv_keys(item.source.canonical) if item.kv else ()
+    return tuple(calibration[name].to(here.device) for name in names)
 
 
 def _peaks(here: Topology) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from .errors import ExportError, report
 from .formats import FORMATS, KV_FORMATS, bf16, chosen
 from .item import Item, Output
-from .names import Source, is_linear_weight, parameters_of
+from .names import Source, is_linear_weight, makes_keys, parameters_of
 from .piece import Axis
 
 BUCKET_BYTES = 256 << 20
@@ -75,7 +75,7 @@ def make_plan(
     items = []
     for name, source in sources.items():
         quantized = is_linear_weight(name) and name not in left_alone and form is not bf16
-        items.append(_item(source, held[name], form if quantized else None, kv if _makes_keys(name) else None))
+        items.append(_item(source, held[name], form if quantized else None, kv if makes_keys(name) else None))
         problems += _tile_problems(items[-1])
     if form is not bf16 and not any(item.form for item in items):
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
@@ -111,10 +111,6 @@ _OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
 
 def _modules(source: Source) -> list[str]:
     return [name.removesuffix(".weight") for name in source.names().values()]
-
-
-def _makes_keys(canonical: str) -> bool:
-    return canonical.endswith("self_attention.linear_qkv.weight")
 
 
 def _item(source: Source, held: Held, form: ModuleType | None, kv: ModuleType | None) -> Item:

@@ -17,9 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ExportError, report
-from .names import is_linear_weight, parameters_of, shape_of
+from .names import is_linear_weight, makes_keys, parameters_of, shape_of
 
 KIND = "megatron_export statistics 1"
+
+
+def input_key(canonical: str) -> str:
+    """The statistic of a linear weight's input."""
+    return canonical.removesuffix("weight") + "input_amax"
+
+
+def kv_keys(canonical: str) -> tuple[str, str]:
+    """The statistics of the keys and the values that a fused qkv weight makes."""
+    attention = canonical.rsplit(".", 2)[0]
+    return f"{attention}.k_amax", f"{attention}.v_amax"
 
 
 def hf_keys(config: dict) -> dict[str, list[str]]:
@@ -29,11 +40,10 @@ def hf_keys(config: dict) -> dict[str, list[str]]:
         if not is_linear_weight(name):
             continue
         modules = [hf.removesuffix("weight") for hf in source.names().values()]
-        keys[name.removesuffix("weight") + "input_amax"] = [module + "input_amax" for module in modules]
-        if name.endswith("linear_qkv.weight"):
-            attention = name.removesuffix("linear_qkv.weight")
-            keys[attention + "k_amax"] = [modules[1] + "k_amax"]
-            keys[attention + "v_amax"] = [modules[2] + "v_amax"]
+        keys[input_key(name)] = [module + "input_amax" for module in modules]
+        if makes_keys(name):
+            k_amax, v_amax = kv_keys(name)
+            keys |= {k_amax: [modules[1] + "k_amax"], v_amax: [modules[2] + "v_amax"]}
     return keys
 
 

@@ -35,7 +35,7 @@ def owner(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all that a file imports, ours as `megatron_export.x`, outside `if TYPE_CHECKING`."""
+    """Absolute names of all that a file imports, ours as `megatron_export.x`."""
     found = set()
     package = ("megatron_export", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):

@@ -14,7 +14,7 @@ from ..layout import Layout
 from ..piece import Axis
 from . import llama, qwen2, qwen3
 from .dialects import canonical
-from .parameters import PADDED, PARAMETERS, is_linear_weight
+from .parameters import PADDED, PARAMETERS, is_linear_weight, makes_keys
 from .shape import rope_settings, shape_of, transformer_settings, unscaled_rope_settings
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "architecture_of",
     "canonical",
     "is_linear_weight",
+    "makes_keys",
     "parameters_of",
     "rope_settings",
     "settings_of",

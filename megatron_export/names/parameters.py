@@ -43,6 +43,11 @@ PARAMETERS: dict[str, Parameter] = {
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
+def makes_keys(canonical: str) -> bool:
+    """Whether its outputs are what a KV cache keeps, so that the scales of the cache belong beside it."""
+    return canonical.endswith("self_attention.linear_qkv.weight")
+
+
 def is_linear_weight(canonical: str) -> bool:
     """Whether a format may quantize it: Megatron calls the matrix products inside a layer, and only those, linear_*."""
     module, _, leaf = canonical.rpartition(".")
