@@ -257,7 +257,7 @@ def token_losses(model: nn.Module, window: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
-    """Over windows of `WINDOW` tokens, each scored from its second token, as perplexity.py does."""
+    """Over windows of `WINDOW` tokens, each scored from its second token, as launch/benchmark.py does."""
     whole = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
     losses = torch.cat([token_losses(model, batch).float() for batch in whole.split(16)])
     return math.exp(losses.mean().item())

@@ -1,18 +1,16 @@
 """Runs calibration data through a model and returns the statistics as plain tensors: the only file that knows hooks.
 
-Statistics are float32 scalars on the CPU, named by canonical Megatron module and the same on every rank:
-
-    decoder.layers.{l}.{...}.linear_{...}.input_amax   largest |input| of the linear, over all tokens
-    decoder.layers.{l}.self_attention.k_amax, .v_amax  largest |key| after rotation, largest |value|
-
-A maximum does not depend on the order of samples, batches or ranks.
+Statistics are tensors on the CPU, named by canonical Megatron module and the same on every rank; statistics.py lists
+them. The data passes once for the maxima that every format shares, once more where an AWQ format searches for its
+smoothing, and again for clipping.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, groupby, islice
-from math import inf, isfinite
+from typing import Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,44 +19,126 @@ from torch import Tensor, nn
 from . import topology
 from .cpu import without_cuda
 from .errors import ExportError
-from .formats import FORMATS, chosen
-from .gather import everyone, together
-from .model import attentions_of, chunks_of, finish_gathering, linear_input, linears_of
+from .formats import FORMATS, Options, chosen
+from .formats.awq import SEARCHES
+from .formats.int4 import CLIP_RATIOS
+from .gather import everyone, together, whole
+from .layout import QKV
+from .maxima import Maxima
+from .model import attentions_of, chunks_of, finish_gathering, layouts_of, linear_input, linears_of
+from .names import cut_of, reads_heads
+from .piece import Axis
+from .plan import SHARED
 from .progress import Progress, quiet
+from .search import Alphas, Clips
 from .topology import Topology
 
 Statistics = dict[str, Tensor]
-Maxima = dict[str, Tensor]
+CLIP_BYTES = 1 << 30
+
+
+class Observer(Protocol):
+    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other."""
+
+    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None: ...
+
+    def attention(self, name: str, key: Tensor, value: Tensor) -> None: ...
 
 
 def calibrate(
     model: nn.Module | list[nn.Module],
     batches: Iterable[Tensor],
     *,
-    format: str = "fp8",
+    format: str | Iterable[str] = "fp8",
+    group_size: int = 128,
+    awq_clip: bool = False,
     progress: Progress = quiet,
 ) -> Statistics:
-    """Measure what `format` needs of a live Megatron-Core model; the model is left as it was.
+    """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
 
-    model    a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
-    batches  int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
-             replicas may each pass a share
+    model       a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
+    batches     int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
+                replicas may each pass a share
+    group_size  of int4_awq and w4a8_awq; awq_clip: search the clipping of AWQ formats too
+    The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
+    gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
+    output in float32 of one linear, four copies of its weight, 44 bytes for every input channel of its linears, and at
+    most 1 GiB (or one linear's) of losses when clipping.
     Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
     activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on
-    its rank alone, as in training. A format that needs no activations (bf16) returns {} at once.
+    its rank alone, as in training.
     """
-    if not chosen(FORMATS, format).CALIBRATED:
+    names = (format,) if isinstance(format, str) else tuple(format)
+    forms = [chosen(name, _options(name, group_size, awq_clip)) for name in names]
+    used = {option for name in names for option in FORMATS[name].OPTIONS}
+    if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
+        chosen(names[0], Options(group_size=group_size, awq_clip=awq_clip))  # says which has no effect
+    if all(not form.quantization for form in forms):
         return {}
+    smoothings = {form.smoothing.search: form.smoothing.folds for form in forms if form.smoothing}
     with topology.current() as here:
         with together(here, "check the calibration data"):
             batches = list(batches)
             _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
         finish_gathering(model)
-        maxima: Maxima = {}
-        with _evaluating(model), _watching(model, maxima), without_cuda(here.device), torch.no_grad():
-            _forward(model, batches, here, progress)
-        return _agreed(here, maxima)
+        run = partial(_observe, here, model, batches, progress)
+        with _evaluating(model), without_cuda(here.device), torch.no_grad():
+            maxima = Maxima(here, by_channel=bool(smoothings))
+            run("calibrate", maxima)
+            statistics, means = maxima.agreed()
+            if not smoothings:
+                return statistics
+            heads = _heads(model)
+            searches = partial(_searches, smoothings, heads.queries_per_group)
+            alphas = Alphas(here, means, searches, heads.same_in_group)
+            run("search", alphas)
+            statistics |= alphas.agreed()
+            for some in _clipped_together(here, model, searches) if awq_clip else ():
+                clips = Clips(
+                    here, statistics, lambda name, some=some: searches(name) if name in some else (), layouts_of(model)
+                )
+                run("clip", clips)
+                statistics |= clips.agreed()
+        return statistics
+
+
+def _options(name: str, group_size: int, awq_clip: bool) -> Options:
+    """The options that the format of that name reads, if there is one."""
+    reads = FORMATS[name].OPTIONS if name in FORMATS else ()
+    return Options(group_size=group_size if "group_size" in reads else 128, awq_clip=awq_clip and "awq_clip" in reads)
+
+
+def _heads(model: nn.Module | list[nn.Module]) -> QKV:
+    return next(layout for layout in layouts_of(model).values() if isinstance(layout, QKV))
+
+
+def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) -> tuple[str, ...]:
+    """The searches for one linear: a vector that may be folded into v is also searched as one for each query group."""
+    shared = reads_heads(f"{name}.weight") and queries_per_group > 1
+    return tuple(
+        key
+        for search, folds in smoothings.items()
+        for key in (search, *((search + SHARED,) if shared and folds else ()))
+    )
+
+
+def _clipped_together(
+    here: Topology, model: nn.Module | list[nn.Module], searches: Callable[[str], tuple[str, ...]]
+) -> list[set[str]]:
+    """Groups of this rank's linears whose losses take at most `CLIP_BYTES`, as many groups on every rank."""
+    groups: list[set[str]] = [set()]
+    size = 0
+    for name, module in linears_of(model).items():
+        per_weight = sum(8 * len(CLIP_RATIOS) / SEARCHES[key].group for key in searches(name) if key.startswith("int4"))
+        nbytes = int(module.weight.numel() * per_weight)
+        if groups[-1] and size + nbytes > CLIP_BYTES:
+            groups.append(set())
+            size = 0
+        groups[-1].add(name)
+        size += nbytes
+    most = max(everyone(here, len(groups)))
+    return groups + [set() for _ in range(most - len(groups))]
 
 
 def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
@@ -89,33 +169,36 @@ def _check(batches: list[Tensor], vocab: int) -> None:
             )
 
 
-def _forward(
+def _observe(
+    here: Topology,
     model: nn.Module | list[nn.Module],
     batches: list[Tensor],
-    here: Topology,
     progress: Progress,
+    stage: str,
+    observer: Observer,
 ) -> None:
-    """Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time.
+    """Run all batches through the model and show `observer` the calls of its modules.
 
-    The interleaved schedule takes them in whole groups. The last one is repeated to fill its group: a maximum does not
-    change by seeing a batch twice.
+    Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time. The interleaved
+    schedule takes them in whole groups: the last one is repeated to fill its group, and not shown again.
     """
     chunks = chunks_of(model)
     group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
-    steps = iter(progress("calibrate", batches))
+    steps = iter(progress(stage, batches))
     for shape, run in groupby(batches, key=lambda batch: tuple(batch.shape)):
         run = list(run)
         repeated = run[-1:] * (-len(run) % group)
         shown = chain(islice(steps, len(run)), repeated)
-        get_forward_backward_func()(
-            forward_step_func=partial(_step, here),
-            data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
-            model=chunks,
-            num_microbatches=len(run) + len(repeated),
-            seq_length=shape[1],
-            micro_batch_size=shape[0],
-            forward_only=True,
-        )
+        with _watching(here, model, observer, len(run)):
+            get_forward_backward_func()(
+                forward_step_func=partial(_step, here),
+                data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
+                model=chunks,
+                num_microbatches=len(run) + len(repeated),
+                seq_length=shape[1],
+                micro_batch_size=shape[0],
+                forward_only=True,
+            )
     next(steps, None)
 
 
@@ -147,15 +230,22 @@ def _evaluating(model: nn.Module | list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(model: nn.Module | list[nn.Module], maxima: Maxima) -> Iterator[None]:
-    """While open, `maxima` follows the largest magnitudes of this rank's part of the model; NaN and Inf stay visible."""
+def _watching(here: Topology, model: nn.Module | list[nn.Module], observer: Observer, batches: int) -> Iterator[None]:
+    """While open, `observer` sees the first `batches` calls of every linear and attention of this rank."""
+    calls: Counter[str] = Counter()
 
     def linear_called(name: str, module: nn.Module, args: tuple) -> None:
-        _note(maxima, f"{name}.input_amax", linear_input(module, args[0]))
+        calls[name] += 1
+        if calls[name] <= batches:
+            inputs = linear_input(module, args[0])
+            if module.config.sequence_parallel and cut_of(f"{name}.weight") is Axis.OUT:
+                inputs = whole(here, inputs, 0)  # as the module itself is about to do
+            observer.linear(name, module.weight, inputs)
 
     def attention_called(name: str, module: nn.Module, args: tuple) -> None:
-        _note(maxima, f"{name}.k_amax", args[1])
-        _note(maxima, f"{name}.v_amax", args[2])
+        calls[name] += 1
+        if calls[name] <= batches:
+            observer.attention(name, args[1], args[2])
 
     with ExitStack() as hooks:
         for name, module in linears_of(model).items():
@@ -163,24 +253,3 @@ def _watching(model: nn.Module | list[nn.Module], maxima: Maxima) -> Iterator[No
         for name, module in attentions_of(model).items():
             hooks.callback(module.register_forward_pre_hook(partial(attention_called, name)).remove)
         yield
-
-
-def _note(maxima: Maxima, name: str, values: Tensor) -> None:
-    low, high = torch.aminmax(values)
-    seen = torch.maximum(-low, high).float()
-    maxima[name] = torch.maximum(maxima[name], seen) if name in maxima else seen
-
-
-def _agreed(here: Topology, maxima: Maxima) -> Statistics:
-    """The maxima over all ranks: shards of one input, replicas' shares of the data, and stages' layers alike."""
-    merged: dict[str, float] = {}
-    for theirs in everyone(here, {name: value.item() for name, value in maxima.items()}):
-        for name, value in theirs.items():
-            merged[name] = max(merged.get(name, 0.0), value if isfinite(value) else inf)
-    if bad := list(dict.fromkeys(name.rpartition(".")[0] for name, value in merged.items() if value == inf)):
-        others = f" and of {len(bad) - 1} other modules" if bad[1:] else ""
-        raise ExportError(
-            f"NaN or Inf in the activations of {bad[0]}{others}. Check the weights, and that the model runs on this "
-            "data in bfloat16"
-        )
-    return {name: torch.tensor(merged[name]) for name in sorted(merged)}

@@ -69,7 +69,7 @@ def table(job: "Job") -> list[str]:
     """The lines shown at the end: what was written, from what, in how long, with how much memory."""
     plan, report = job.plan, job.report
     rows = [
-        ("format", plan.form.NAME + (f", KV cache {plan.kv.NAME}" if plan.kv else "")),
+        ("format", plan.form.name + (f", KV cache {plan.kv.NAME}" if plan.kv else "")),
         ("modules", f"{len(plan.quantized)} quantized, {len(plan.excluded)} left in bfloat16: {_some(plan.excluded)}"),
         ("gathered first", f"{sum(item.gather_first for item in plan.items)} of {len(plan.items)} parameters"),
         ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
@@ -130,5 +130,5 @@ def _argument(kind: Any, default: Any) -> dict:
     if get_origin(kind) is tuple:
         return {"nargs": "+", "default": default, "metavar": "GLOB"}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind), "default": default}
+        return {"choices": get_args(kind), "default": default, "type": type(default or "")}
     return {"type": kind, "default": default}

@@ -20,10 +20,18 @@ class ExportConfig:
     """pipeline-parallel size; the world size must be tp * pp * dp, data-parallel ranks share the calibration data"""
     hf_model: str | None = None
     """HF model folder or hub id: weights, config, tokenizer (default: the example model in this repository)"""
-    format: Literal["bf16", "fp8", "nvfp4"] = "fp8"
+    format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
     """format of the linears' weights and activations"""
-    kv_cache: Literal["none", "fp8"] = "none"
+    kv_cache: Literal["none", "fp8", "nvfp4"] = "none"
     """format of the KV cache"""
+    group_size: Literal[128, 64] = 128
+    """inputs that share a scale, for int4_awq and w4a8_awq"""
+    fp8_pb_spelling: Literal["native", "modelopt"] = "native"
+    """native: weight_scale_inv, which vLLM, SGLang and TensorRT-LLM read; modelopt: FP8_PB_WO, which SGLang refuses"""
+    awq_output: Literal["folded", "modelopt"] = "folded"
+    """of nvfp4_awq. folded: plain NVFP4, for every engine; modelopt: o_proj keeps pre_quant_scale, for TensorRT-LLM"""
+    awq_clip: bool = False
+    """AWQ formats: also search by how much to clip the weights"""
     calib_data: Path | None = None
     """.txt, .jsonl or .parquet with a column `text`, or .safetensors with `input_ids` [samples, tokens], used as they
     are (default: text in this repository)"""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .errors import ExportError
 from .item import Item, Output
@@ -72,6 +73,24 @@ def largest(here: Topology, values: Tensor) -> Tensor:
     """Element-wise maximum of a float32 vector over the tensor-parallel group."""
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=here.tp_group)
     return values
+
+
+def total(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Element-wise sum over a group."""
+    values = values.contiguous()  # gloo sums the storage of others wrongly, and says nothing
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def whole(here: Topology, shard: Tensor, dim: int) -> Tensor:
+    """The tensor that the tensor-parallel ranks hold equal shards of, cut along `dim`."""
+    if here.tp_size == 1:
+        return shard
+    mine = shard.movedim(dim, 0).contiguous()
+    sent = mine.view(torch.uint8).reshape(-1)  # as bytes: gloo does not gather every dtype
+    received = [torch.empty_like(sent) for _ in range(here.tp_size)]
+    dist.all_gather(received, sent, group=here.tp_group)
+    return torch.cat([part.view(shard.dtype).view(mine.shape) for part in received]).movedim(0, dim)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""One Megatron parameter on its way to HF tensors: split on the shard, encoded, sent, joined.
+"""One Megatron parameter on its way to HF tensors: split on the shard, smoothed, encoded, sent, joined.
 
 Shapes are not written down a second time: an item runs the real surgery and the real encoders on meta tensors to say
 what each rank sends and what comes out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import ModuleType
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .formats import FORMATS, bf16
-from .layout import Layout
+from .formats import Form, bf16
+from .layout import Layout, even_cut
 from .names import Source
 from .piece import Amax, Axis, Piece, join
+
+SCALAR = torch.empty((), device="meta")
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,52 @@ class Output:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[Axis | None, ...]
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What AWQ does to one parameter. Vectors, float32 [in] of some linear, are named as in the statistics.
+
+    columns  the vector that the parameter's own columns are divided by
+    rows     by layout part, the vector that its rows are multiplied with: it feeds the linear of that vector
+    kept     whether `pre_quant_scale` is written beside it, because nothing before it took the vector over
+    ratio    the statistic of what its amax is clipped to; None for nothing
+    codes    by layout part, the statistic of what its groups' own amax are clipped to
+    """
+
+    columns: str | None = None
+    rows: tuple[tuple[str, str], ...] = ()
+    kept: bool = False
+    ratio: str | None = None
+    codes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def vectors(self) -> set[str]:
+        """The names of all vectors."""
+        return {vector for _, vector in self.rows} | ({self.columns} if self.columns else set())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration says of one item, on this rank's device: the same on every rank.
+
+    input    amax of the linear's input, after smoothing; float32 []
+    kv       amax of the keys and of the values, where the item carries their scales
+    vectors  the smoothing vectors that it names, float32 [in] of some linear
+    ratio    what the weight's amax is clipped to, float32 []
+    codes    by layout part, the codes of its groups' own ratios, uint8 [out, in/group]
+    """
+
+    input: Tensor
+    kv: tuple[Tensor, ...] = ()
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    ratio: Tensor | None = None
+    codes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,30 +87,63 @@ class Item:
     source: Source
     ranks: tuple[int, ...]
     shard_shape: tuple[int, ...]
-    form: ModuleType | None
+    form: Form | None
     kv: ModuleType | None
     gather_first: bool
+    smoothed: Smoothed = Smoothed()
 
-    def split(self, shard: Tensor, index: int) -> dict[str, Piece]:
-        """The bfloat16 part of every HF tensor that shard `index` holds, by HF tensor name."""
+    def split(self, shard: Tensor, index: int, measured: "Measured") -> dict[str, Piece]:
+        """The smoothed bfloat16 part of every HF tensor that shard `index` holds, by HF tensor name."""
         parts = self.source.layout.split(shard, index, len(self.ranks))
         names = self.source.names()
-        return {names[part]: bf16.encode(tensor)["weight"] for part, tensor in parts.items()}
+        return {
+            names[part]: bf16.encode(self._smooth(part, tensor.to(torch.bfloat16), index, measured.vectors))["weight"]
+            for part, tensor in parts.items()
+        }
 
-    def encode(self, parts: dict[str, Piece], amax: Amax | None, kv_amax: tuple[Tensor, ...]) -> dict[str, Piece]:
-        """HF parts (of one shard, or whole) -> the tensors of the checkpoint, by name."""
+    def _smooth(self, part: str, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        columns, rows = self.smoothed.columns, dict(self.smoothed.rows).get(part)
+        if columns is not None:
+            tensor = tensor.float() / self._mine(vectors[columns], index, Axis.IN)
+        if rows is not None:
+            vector = self.source.layout.first_queries(vectors[rows]) if part == "v" else vectors[rows]
+            factors = self._mine(vector, index, Axis.OUT)
+            tensor = tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+        return tensor
+
+    def _mine(self, whole: Tensor, index: int, axis: Axis) -> Tensor:
+        """What shard `index` holds of a tensor whose first dim follows `axis`."""
+        return whole[even_cut(whole.shape[0], index, len(self.ranks))] if self.source.cut is axis else whole
+
+    def encode(
+        self, parts: dict[str, Piece], index: int, weight_amax: Tensor | None, measured: "Measured"
+    ) -> dict[str, Piece]:
+        """HF parts (of shard `index`, or whole where gathered first) -> the tensors of the checkpoint, by name."""
         encoded = {}
-        for name, part in parts.items():
+        for part, name in self.source.names().items():
             if self.form is None:
-                encoded[name] = part
+                encoded[name] = parts[name]
                 continue
-            for suffix, piece in formats.encode(self.form, part.data, amax).items():
-                encoded[name.removesuffix("weight") + suffix] = piece
+            prefix, weight = name.removesuffix("weight"), parts[name].data
+            amax = Amax(weight_amax, measured.input, self._codes(part, index, measured))
+            for suffix, piece in formats.encode(self.form, weight, amax).items():
+                encoded[prefix + suffix] = piece
+            if self.smoothed.kept:
+                vector = measured.vectors[self.smoothed.columns].to(torch.bfloat16)
+                mine = vector if self.gather_first else self._mine(vector, index, Axis.IN)
+                encoded[f"{prefix}pre_quant_scale"] = Piece(mine, (Axis.IN,))
         if self.kv is not None:
             attention = next(iter(parts)).rsplit(".", 2)[0]
-            for name, scale in self.kv.encode(*kv_amax).items():
+            for name, scale in self.kv.encode(*measured.kv).items():
                 encoded[f"{attention}.{name}"] = Piece(scale, ())
         return encoded
+
+    def _codes(self, part: str, index: int, measured: "Measured") -> Tensor | None:
+        """What this rank's part of the weight has of the clip codes."""
+        codes = measured.codes.get(part)  # [out, in/group]
+        if codes is None or self.gather_first:
+            return codes
+        return self._mine(self._mine(codes, index, Axis.OUT).T, index, Axis.IN).T
 
     def join(self, shards: list[dict[str, Piece]]) -> dict[str, Piece]:
         """Whole tensors from what the ranks sent, in shard order."""
@@ -99,16 +175,17 @@ class Item:
         return self._encoded(self.parts)
 
     def _encoded(self, parts: tuple[Output, ...]) -> tuple[Output, ...]:
-        scalar = torch.empty((), device="meta")
         encoded: list[Output] = []
-        kv = self.kv
         for part in parts if self.form else ():
             prefix = part.name.removesuffix("weight")
-            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form.NAME, part.shape)]
+            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form, part.shape)]
+            if self.smoothed.kept:
+                encoded.append(Output(f"{prefix}pre_quant_scale", torch.bfloat16, part.shape[1:], (Axis.IN,)))
         encoded += parts if self.form is None else ()
-        if kv is not None:
+        if self.kv is not None:
             attention = parts[0].name.rsplit(".", 2)[0]
-            encoded += [Output(f"{attention}.{name}", s.dtype, (), ()) for name, s in kv.encode(scalar, scalar).items()]
+            scales = self.kv.encode(SCALAR, SCALAR)
+            encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
         return tuple(encoded)
 
 
@@ -124,11 +201,8 @@ def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int)
 
 
 @cache
-def _encode_specs(form: str, shape: tuple[int, ...]) -> tuple:
-    tile = FORMATS[form].TILE
-    if any(size % block for size, block in zip(shape, tile, strict=True)):
+def _encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
+    if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
         return ()  # reported as a problem, or gathered first
-    scalar = torch.empty((), device="meta")
-    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    pieces = formats.encode(FORMATS[form], weight, Amax(scalar, scalar))
+    pieces = formats.encode(form, torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(SCALAR, SCALAR))
     return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in pieces.items())

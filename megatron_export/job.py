@@ -12,10 +12,11 @@ from . import assets, build, calibration_data, gather, statistics, topology
 from .calibration import calibrate
 from .config import ExportConfig
 from .errors import ExportError
-from .formats import FORMATS
+from .formats import Options
 from .gather import together
+from .measured import check_calibration
 from .names import architecture_of, shape_of
-from .pipeline import Report, check_calibration, export_hf_checkpoint
+from .pipeline import Report, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
 from .progress import Progress
 from .sizes import parse_size
@@ -55,7 +56,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             if known:
                 check_calibration(job.plan, known)
             samples = None
-            if not known and FORMATS[config.format].CALIBRATED:
+            if not known and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
                 samples = _samples(config, hf_config, folder, example_model, here)
         if config.dry_run:
             return job
@@ -63,8 +64,15 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             model = _load(job, hf_config, folder, samples, here, progress)
         if samples is not None:
             with job.stage("calibrate"):
-                share = samples[here.dp_rank :: here.dp_size].split(config.calib_batch_size)
-                known = calibrate(model, share, format=config.format, progress=progress)
+                share = samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size]
+                known = calibrate(
+                    model,
+                    share,
+                    format=config.format,
+                    group_size=config.group_size,
+                    awq_clip=config.awq_clip,
+                    progress=progress,
+                )
         with together(here, "save the calibration"):
             if config.save_calibration and here.first:
                 statistics.save(known, config.save_calibration, hf_config)
@@ -76,6 +84,10 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 format=config.format,
                 calibration=known,
                 kv_cache=config.kv_cache,
+                group_size=config.group_size,
+                fp8_pb_spelling=config.fp8_pb_spelling,
+                awq_output=config.awq_output,
+                awq_clip=config.awq_clip,
                 exclude=config.exclude,
                 max_shard_size=config.max_shard_size,
                 overwrite=config.overwrite,
@@ -97,6 +109,7 @@ def _plan(config: ExportConfig, hf_config: dict) -> Plan:
         hf_config,
         assumed(hf_config, config.tp),
         format=config.format,
+        options=Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
         kv_cache=config.kv_cache,
         exclude=config.exclude,
         max_shard_bytes=parse_size(config.max_shard_size),
@@ -124,9 +137,12 @@ def _check_save(file: Path, output: Path | None) -> None:
 
 
 def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
-    if config.calib_samples < here.dp_size:
+    batches = -(-config.calib_samples // config.calib_batch_size)
+    if batches < here.dp_size:
         raise ExportError(
-            f"--calib-samples {config.calib_samples} is fewer than the {here.dp_size} data-parallel ranks. Ask for more"
+            f"--calib-samples {config.calib_samples} of --calib-batch-size {config.calib_batch_size} make {batches} "
+            f"micro-batch{'es' * (batches > 1)}, fewer than the {here.dp_size} data-parallel ranks. Ask for more samples "
+            "or smaller batches"
         )
     file = config.calib_data or example_model / "calibration.txt"
     samples = calibration_data.read_samples(file, folder, samples=config.calib_samples, length=config.calib_seq_len)

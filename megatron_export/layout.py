@@ -103,3 +103,12 @@ class QKV:
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
         return even_cut(part_rows, index, count)
+
+    def first_queries(self, values: Tensor) -> Tensor:
+        """Of one value per row of all queries, those of the first query of each group: as many as v has rows."""
+        return values.view(-1, self.queries_per_group, self.head_dim)[:, 0].reshape(-1)
+
+    def same_in_group(self, values: Tensor) -> Tensor:
+        """One value per row of all queries, each replaced by the mean over the queries of its group."""
+        groups = values.view(-1, self.queries_per_group, self.head_dim)
+        return groups.mean(dim=1, keepdim=True).expand_as(groups).reshape(-1)

@@ -7,7 +7,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from .errors import ExportError
-from .names import canonical, is_linear_weight
+from .layout import QKV, Identity, Layout, Split
+from .names import canonical, is_linear_weight, makes_keys
 
 
 def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
@@ -70,6 +71,20 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
             if is_linear_weight(full):
                 linears[full.removesuffix(".weight")] = module
     return linears
+
+
+def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
+    """Canonical module name -> how its output rows are laid out, for every linear of this rank."""
+    layouts = {}
+    for name in linears_of(model):
+        config = chunks_of(model)[0].config
+        if makes_keys(f"{name}.weight"):
+            layouts[name] = QKV(config.num_attention_heads // config.num_query_groups, config.kv_channels)
+        elif name.endswith("linear_fc1") and config.gated_linear_unit:
+            layouts[name] = Split(("gate", "up"))
+        else:
+            layouts[name] = Identity()
+    return layouts
 
 
 def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:

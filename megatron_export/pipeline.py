@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, topology
-from .errors import ExportError, report
+from .errors import report
+from .formats import Options
 from .gather import together
-from .item import Item
+from .item import Item, Measured
+from .measured import check_calibration, measured
 from .model import contradictions, finish_gathering, shards_of
 from .names import settings_of, unscaled_rope_settings
-from .piece import Amax, Piece
+from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
-from .statistics import input_key, kv_keys
 from .topology import Topology
 from .writer import CheckpointWriter, check_apart, check_target
 
@@ -45,6 +46,10 @@ def export_hf_checkpoint(
     format: str = "fp8",
     calibration: dict[str, Tensor] | None = None,
     kv_cache: str = "none",
+    group_size: int = 128,
+    fp8_pb_spelling: str = "native",
+    awq_output: str = "folded",
+    awq_clip: bool = False,
     exclude: Iterable[str] = (),
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -55,8 +60,11 @@ def export_hf_checkpoint(
     model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
                     not; quantized as the bfloat16 of its weights
     hf_model        folder or hub id of the original HF model: config and tokenizer only, its weights are not read
-    format          bf16, fp8 or nvfp4; kv_cache: none or fp8
-    calibration     what `calibrate` returned; every format but bf16 needs it
+    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4
+    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache
+    group_size      128 or 64, for int4_awq and w4a8_awq
+    fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
+    awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
     exclude         globs over HF module names to leave in bfloat16
     max_shard_size  largest shard, as bytes or like "5GB"
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
@@ -77,6 +85,7 @@ def export_hf_checkpoint(
                 config,
                 held,
                 format=format,
+                options=Options(group_size, fp8_pb_spelling, awq_output, awq_clip),
                 kv_cache=kv_cache,
                 exclude=exclude,
                 max_shard_bytes=parse_size(max_shard_size),
@@ -91,32 +100,15 @@ def export_hf_checkpoint(
     return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu)
 
 
-def check_calibration(plan: Plan, calibration: dict[str, Tensor] | None) -> None:
-    """Raise unless the statistics hold every number that the plan needs, finite and not negative."""
-    needed = [input_key(item.source.canonical) for item in plan.items if item.form]
-    needed += [name for item in plan.items if item.kv for name in kv_keys(item.source.canonical)]
-    if needed and calibration is None:
-        raise ExportError(f"format {plan.form.NAME} needs calibration: pass what calibrate() returned, or load a file")
-    calibration = calibration or {}
-    report([f"the calibration has no {name}: it is for another model" for name in needed if name not in calibration])
-    report(
-        [
-            f"the calibration's {name} is {float(calibration[name])}"
-            for name in needed
-            if not 0 <= calibration[name] < torch.inf
-        ]
-    )
-
-
-def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Amax]:
-    """The maxima that this rank's linears are quantized with, agreed over the ranks that share each of them.
+def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it: float32 [].
 
     One pass over this rank's weights, which also refuses NaN and Inf in any of them. Weights are rounded to bfloat16
     before they are quantized, so their maxima are too.
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
     with together(here, "read the weights"):
-        largest = [_largest(item, shards[item.source.canonical], item.ranks.index(here.rank)) for item in mine]
+        largest = [_largest(here, item, shards[item.source.canonical], calibration) for item in mine]
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
         report(
             [
@@ -127,17 +119,26 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
         )
     quantized = [number for number, item in enumerate(mine) if item.form]
     agreed = gather.largest(here, values[quantized])
-    return {
-        mine[number].source.canonical: Amax(amax, calibration[input_key(mine[number].source.canonical)].to(here.device))
-        for number, amax in zip(quantized, agreed, strict=True)
-    }
+    amaxes = {mine[number].source.canonical: amax for number, amax in zip(quantized, agreed, strict=True)}
+    for item in mine:
+        if item.smoothed.ratio:
+            amaxes[item.source.canonical] *= calibration[item.smoothed.ratio].to(here.device)
+    return amaxes
 
 
-def _largest(item: Item, shard: Tensor, index: int) -> Tensor:
-    real = item.source.layout.split(shard, index, len(item.ranks))[""] if item.source.padded else shard
-    if real.numel() == 0:
-        return torch.zeros((), device=shard.device)
-    low, high = torch.aminmax(real)
+def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> Tensor:
+    index = item.ranks.index(here.rank)
+    if item.smoothed.vectors:
+        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
+        return torch.stack([_amax(part.data) for part in parts]).amax()
+    return _amax(item.source.layout.split(shard, index, len(item.ranks))[""] if item.source.padded else shard)
+
+
+def _amax(values: Tensor) -> Tensor:
+    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
+    if values.numel() == 0:
+        return torch.zeros((), device=values.device)
+    low, high = torch.aminmax(values)
     return torch.maximum(-low, high).to(torch.bfloat16).float()
 
 
@@ -145,7 +146,7 @@ def _write(
     here: Topology,
     plan: Plan,
     shards: dict[str, Tensor],
-    amaxes: dict[str, Amax],
+    amaxes: dict[str, Tensor],
     calibration: dict[str, Tensor],
     export_dir: Path,
     overwrite: bool,
@@ -159,16 +160,12 @@ def _write(
                 stack.enter_context(CheckpointWriter(export_dir, plan, overwrite=overwrite)) if here.first else None
             )
         for bucket in progress("export", plan.buckets):
-            parts = _parts(here, bucket, shards)
+            numbers, parts = _parts(here, bucket, shards, calibration)
             with together(here, "quantize"):
                 encoded = {
-                    item.source.canonical: item.encode(
-                        parts[item.source.canonical],
-                        amaxes.get(item.source.canonical),
-                        _kv_amax(here, item, calibration),
-                    )
+                    name: item.encode(parts[name], item.ranks.index(here.rank), amaxes.get(name), numbers[name])
                     for item in bucket
-                    if item.source.canonical in parts
+                    if (name := item.source.canonical) in parts
                 }
                 parcel = gather.parcel_to_writer(here, bucket, encoded)
             gather.deliver(here, parcel)
@@ -182,12 +179,19 @@ def _write(
                 writer.publish(jsons, assets.files_to_copy(source))
 
 
-def _parts(here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor]) -> dict[str, dict[str, Piece]]:
-    """What this rank is to encode, in bfloat16, by canonical name: its shards, or whole what is gathered first."""
+def _parts(
+    here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor], calibration: dict[str, Tensor]
+) -> tuple[dict[str, Measured], dict[str, dict[str, Piece]]]:
+    """What this rank is to encode, smoothed and in bfloat16, by canonical name, and the numbers that belong to it: its
+    shards, or whole what is gathered first.
+    """
     first = [item for item in bucket if item.gather_first]
     mine = {item.source.canonical: item for item in bucket if here.rank in item.ranks}
     with together(here, "split its shards"):
-        parts = {name: item.split(shards[name], item.ranks.index(here.rank)) for name, item in mine.items()}
+        numbers = {name: measured(item, calibration, here.device) for name, item in mine.items()}
+        parts = {
+            name: item.split(shards[name], item.ranks.index(here.rank), numbers[name]) for name, item in mine.items()
+        }
         parcels = {name: gather.parcel_to_first(here, i, parts[name]) for name, i in mine.items() if i.gather_first}
     for parcel in parcels.values():
         gather.deliver(here, parcel)
@@ -195,12 +199,7 @@ def _parts(here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor]) 
         with together(here, "join shards"):
             whole = {name: gather.open_first(here, mine[name], parcel) for name, parcel in parcels.items()}
             parts = {name: found for name, found in (parts | whole).items() if found is not None}
-    return parts
-
-
-def _kv_amax(here: Topology, item: Item, calibration: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    names = kv_keys(item.source.canonical) if item.kv else ()
-    return tuple(calibration[name].to(here.device) for name in names)
+    return numbers, parts
 
 
 def _peaks(here: Topology) -> tuple[int, int]:

@@ -9,12 +9,14 @@ from fnmatch import fnmatchcase
 from types import ModuleType
 
 from .errors import ExportError, report
-from .formats import FORMATS, KV_FORMATS, bf16, chosen
-from .item import Item, Output
-from .names import Source, is_linear_weight, makes_keys, parameters_of
+from .formats import Form, Options, chosen, chosen_kv
+from .formats.awq import SEARCHES
+from .item import Item, Output, Smoothed
+from .names import Source, feeders_of, is_linear_weight, makes_keys, parameters_of, reads_heads
 from .piece import Axis
 
 BUCKET_BYTES = 256 << 20
+SHARED = "_shared"  # ends the name of a search that gives the queries of a group one vector
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Plan:
     """The whole export. `quantized` and `excluded` are HF module names; `files` maps a file name to its tensors."""
 
     config: dict
-    form: ModuleType
+    form: Form
     kv: ModuleType | None
     items: tuple[Item, ...]
     buckets: tuple[tuple[Item, ...], ...]
@@ -54,6 +56,7 @@ def make_plan(
     held: dict[str, Held],
     *,
     format: str,
+    options: Options = Options(),  # noqa: B008 - frozen
     kv_cache: str = "none",
     exclude: Iterable[str] = (),
     max_shard_bytes: int = 5_000_000_000,
@@ -62,22 +65,33 @@ def make_plan(
 
     Raises one `ExportError` with every reason why it cannot be done.
     """
-    form, kv = chosen(FORMATS, format), chosen(KV_FORMATS, kv_cache)
+    form, kv = chosen(format, options), chosen_kv(kv_cache)
+    plain = not form.quantization
     sources = parameters_of(config)
     report(_held_problems(sources, held))
-    if kv and form is bf16:
+    if kv and plain:
         raise ExportError(
             f"--kv-cache {kv_cache} with --format {format}: vLLM refuses a checkpoint that quantizes the KV cache alone. "
             "Export without it, and serve with the engine's own FP8 KV cache"
         )
     linears = {module: name for name in sources if is_linear_weight(name) for module in _modules(sources[name])}
-    left_alone, problems = _left_alone(linears, tuple(exclude), form)
+    left_alone, problems = _left_alone(linears, tuple(exclude), plain)
+    smoothed = _smoothing(sources, left_alone, form)
     items = []
     for name, source in sources.items():
-        quantized = is_linear_weight(name) and name not in left_alone and form is not bf16
-        items.append(_item(source, held[name], form if quantized else None, kv if makes_keys(name) else None))
+        quantized = is_linear_weight(name) and name not in left_alone and not plain
+        item = Item(
+            source,
+            held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
+            held[name].shape,
+            form if quantized else None,
+            kv if makes_keys(name) else None,
+            gather_first=False,
+            smoothed=smoothed.get(name, Smoothed()),
+        )
+        items.append(replace(item, gather_first=_straddles(item)))
         problems += _tile_problems(items[-1])
-    if form is not bf16 and not any(item.form for item in items):
+    if not plain and not any(item.form for item in items):
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
     return Plan(
@@ -113,14 +127,52 @@ def _modules(source: Source) -> list[str]:
     return [name.removesuffix(".weight") for name in source.names().values()]
 
 
-def _item(source: Source, held: Held, form: ModuleType | None, kv: ModuleType | None) -> Item:
-    ranks = held.ranks if source.cut else held.ranks[:1]  # one of those that hold it whole is enough
-    item = Item(source, ranks, held.shape, form, kv, gather_first=False)
-    if form is None or len(ranks) == 1:
-        return item
-    tile = form.TILE[0 if source.cut is Axis.OUT else 1]
-    cut_sizes = [output.shape[output.axes.index(source.cut)] for output in item.raw_message(0)]
-    return replace(item, gather_first=any(size % tile for size in cut_sizes))
+def _straddles(item: Item) -> bool:
+    """Whether a tile of the format lies on two shards."""
+    if item.form is None or len(item.ranks) == 1:
+        return False
+    tile = item.form.tile[0 if item.source.cut is Axis.OUT else 1]
+    cut_sizes = [output.shape[output.axes.index(item.source.cut)] for output in item.raw_message(0)]
+    return any(size % tile for size in cut_sizes)
+
+
+def _smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> dict[str, Smoothed]:
+    """What AWQ does to each parameter: where the vector of every quantized linear divides, and what takes it over.
+
+    A linear that the user left alone takes over nothing. What nothing takes over is written as `pre_quant_scale`, or,
+    where the format has none, its linear is not smoothed.
+    """
+    how, smoothed = form.smoothing, {}
+    if how is None:
+        return smoothed
+    for name in sources:
+        if not is_linear_weight(name) or name in left_alone:
+            continue
+        feeders = [(feeder, part) for feeder, part in feeders_of(name) if feeder in sources]
+        folded = all(not is_linear_weight(f) or (how.folds and f not in left_alone) for f, _ in feeders)
+        search = how.search
+        if reads_heads(name) and _queries_per_group(sources, feeders) > 1:
+            folded = folded and not how.keeps
+            search += SHARED if folded else ""
+        if not folded and not how.keeps:
+            continue
+        module = name.removesuffix("weight")
+        vector = f"{module}pre_quant_scale.{search}"
+        own = replace(smoothed.get(name, Smoothed()), columns=vector, kept=not folded)
+        if how.clip and SEARCHES[how.search].per_tensor:
+            own = replace(own, ratio=f"{module}clip_ratio.{search}")
+        elif how.clip:
+            parts = sources[name].layout.parts
+            own = replace(own, codes=tuple((part, f"{module}clip.{search}.{part}".rstrip(".")) for part in parts))
+        smoothed[name] = own
+        for feeder, part in feeders if folded else ():
+            was = smoothed.get(feeder, Smoothed())
+            smoothed[feeder] = replace(was, rows=(*was.rows, (part, vector)))
+    return smoothed
+
+
+def _queries_per_group(sources: dict[str, Source], feeders: list[tuple[str, str]]) -> int:
+    return sources[feeders[0][0]].layout.queries_per_group
 
 
 def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[str]:
@@ -145,7 +197,7 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
     return problems
 
 
-def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleType) -> tuple[set[str], list[str]]:
+def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], plain: bool) -> tuple[set[str], list[str]]:
     """The canonical linears that `exclude` (globs over HF module names) takes out, and what is wrong with the globs."""
     known = (*linears, *_OUTSIDE_LAYERS)
     problems = [
@@ -153,7 +205,7 @@ def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleT
         for glob in exclude
         if not any(fnmatchcase(module, glob) for module in known)
     ]
-    if form is bf16 and exclude:
+    if plain and exclude:
         problems.append("--exclude has no effect with --format bf16")
     out = {module for module in linears if any(fnmatchcase(module, glob) for glob in exclude)}
     touched = {linears[module] for module in out}
@@ -167,15 +219,18 @@ def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], form: ModuleT
 
 
 def _tile_problems(item: Item) -> list[str]:
-    if item.form is None:
+    if item.form is None or item.form.ragged:
         return []
-    block = item.form.TILE[1]
-    return [
-        f"{part.name} has {part.shape[1]} inputs, which blocks of {block} ({item.form.NAME}) do not divide. "
-        f"Leave it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
-        for part in item.parts
-        if part.shape[1] % block
-    ]
+    problems = []
+    for part in item.parts:
+        for size, block, axis in zip(part.shape, item.form.tile, ("outputs", "inputs"), strict=True):
+            if size % block:
+                smaller = "Give --group-size 64, or leave" if block == 128 and size % 64 == 0 else "Leave"
+                problems.append(
+                    f"{part.name} has {size} {axis}, which blocks of {block} ({item.form.name}) do not divide. "
+                    f"{smaller} it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
+                )
+    return problems
 
 
 def _buckets(items: list[Item]) -> tuple[tuple[Item, ...], ...]:

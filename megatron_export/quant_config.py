@@ -1,7 +1,8 @@
 """The two descriptions of a quantized checkpoint: engines read one or the other, so both are made from one plan.
 
 hf_quant_config.json is what TensorRT-LLM reads first; config.json's `quantization_config` is what vLLM and SGLang read
-first. Both name the dialect's producer "modelopt": vLLM refuses the file from any other.
+first. Both name the dialect's producer "modelopt": vLLM refuses the file from any other. FP8_PB in its native spelling
+is described in config.json as DeepSeek's own checkpoints are.
 """
 
 from .plan import Plan
@@ -11,12 +12,12 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 def hf_quant_config(plan: Plan) -> dict | None:
     """The content of hf_quant_config.json; None where nothing is quantized."""
-    if not plan.form.QUANTIZATION:
+    if not plan.form.quantization:
         return None
     quantization = {
-        "quant_algo": plan.form.QUANTIZATION["quant_algo"],
+        "quant_algo": plan.form.quantization["quant_algo"],
         "kv_cache_quant_algo": plan.kv.ALGORITHM if plan.kv else None,
-        **plan.form.QUANTIZATION,
+        **plan.form.quantization,
         "exclude_modules": list(plan.excluded),
     }
     return {"producer": PRODUCER, "quantization": quantization}
@@ -24,14 +25,17 @@ def hf_quant_config(plan: Plan) -> dict | None:
 
 def quantization_config(plan: Plan) -> dict | None:
     """The value of `quantization_config` in config.json; None where nothing is quantized."""
-    if not plan.form.QUANTIZATION:
+    form = plan.form
+    if not form.quantization:
         return None
-    group = {"input_activations": plan.form.NUMBERS, "weights": plan.form.NUMBERS, "targets": ["Linear"]}
     kv = {"kv_cache_scheme": plan.kv.SCHEME} if plan.kv else {}
+    if form.native is not None:
+        return form.native | kv | {"modules_to_not_convert": list(plan.excluded)}
+    group = {"input_activations": form.numbers, "weights": form.numbers, "targets": ["Linear"]}
     return {
-        "config_groups": {"group_0": group},
+        **({"config_groups": {"group_0": group}} if form.numbers else {}),
         "ignore": list(plan.excluded),
-        **plan.form.QUANTIZATION,
+        **form.quantization,
         **kv,
         "producer": PRODUCER,
         "quant_method": "modelopt",

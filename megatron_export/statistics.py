@@ -1,12 +1,23 @@
-"""Calibration statistics on disk: one safetensors file of float32 scalars, named by HF module, for any topology.
+"""Calibration statistics on disk: one safetensors file, named by HF module, for any topology.
 
-    model.layers.0.self_attn.q_proj.input_amax     every linear, fused ones under each of their HF names
-    model.layers.0.self_attn.k_proj.k_amax         and v_proj.v_amax, for the KV cache
+Of every linear (fused ones under each of their HF names), [in] being its input channels:
 
-The file's metadata holds the sizes of the model that it was measured on.
+    {module}.input_amax                float32 []
+    {module}.input_channel_amax        float32 [in]           where an AWQ format was measured, as all that follows
+    {module}.pre_quant_scale.{search}  float32 [in]           the vector that the search chose
+    {module}.alpha.{search}            float32 []             and its alpha,
+    {module}.losses.{search}           float64 [11]           among the losses of all alphas
+    {module}.clip.{search}             uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios
+    {module}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
+
+and of every layer, for the KV cache: k_proj.k_amax and v_proj.v_amax float32 [], v_proj.v_channel_amax float32 [rows].
+In memory the names are those of Megatron modules, and codes end in `.{layout part}`. A search is `int4_g128`,
+`int4_g64`, `nvfp4`, or, for o_proj under grouped queries, also `nvfp4_shared`. The file's metadata holds the sizes of
+the model that it was measured on. A file serves every format that needs no more than it holds.
 """
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -20,6 +31,16 @@ from .errors import ExportError, report
 from .names import is_linear_weight, makes_keys, parameters_of, shape_of
 
 KIND = "megatron_export statistics 1"
+_INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
+_KINDS = (
+    *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax"),
+    *(
+        rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
+        rf"clip\.{_INT4}(?:\.\w+)?",
+        rf"clip_ratio\.{_NVFP4}",
+    ),
+)
+_KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
 
 def input_key(canonical: str) -> str:
@@ -33,23 +54,63 @@ def kv_keys(canonical: str) -> tuple[str, str]:
     return f"{attention}.k_amax", f"{attention}.v_amax"
 
 
+def channels(key: str) -> str:
+    """The statistic by channel whose maximum `key` is: `x_amax` -> `x_channel_amax`."""
+    return key.removesuffix("amax") + "channel_amax"
+
+
 def hf_keys(config: dict) -> dict[str, list[str]]:
-    """Name of every statistic in memory (by Megatron module) -> its names on disk (by HF module)."""
-    keys = {}
+    """Name in memory of every statistic that each file has -> its names on disk (by HF module)."""
+    keys = []
+    for name in parameters_of(config):
+        keys += [input_key(name)] if is_linear_weight(name) else []
+        keys += kv_keys(name) if makes_keys(name) else []
+    homes = _homes(config)
+    return {key: _on_disk(key, homes) for key in keys}
+
+
+def _homes(config: dict) -> dict[str, dict[str, str]]:
+    """Megatron module -> the HF module of each of its parts; of an attention, those of its keys and values."""
+    homes = {}
     for name, source in parameters_of(config).items():
-        if not is_linear_weight(name):
-            continue
-        modules = [hf.removesuffix("weight") for hf in source.names().values()]
-        keys[input_key(name)] = [module + "input_amax" for module in modules]
-        if makes_keys(name):
-            k_amax, v_amax = kv_keys(name)
-            keys |= {k_amax: [modules[1] + "k_amax"], v_amax: [modules[2] + "v_amax"]}
-    return keys
+        if is_linear_weight(name):
+            parts = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
+            homes[name.removesuffix(".weight")] = parts
+            if makes_keys(name):
+                homes[name.rsplit(".", 2)[0]] = {"k": parts["k"], "v": parts["v"]}
+    return homes
+
+
+def _on_disk(key: str, homes: dict[str, dict[str, str]]) -> list[str]:
+    """The names on disk of a statistic in memory."""
+    module, kind = _KEY.fullmatch(key).groups()
+    parts = homes[module]
+    if kind[:2] in ("k_", "v_"):
+        return [f"{parts[kind[0]]}.{kind}"]
+    stem, _, part = kind.rpartition(".")
+    if kind.startswith("clip.") and part in parts:
+        return [f"{parts[part]}.{stem}"]
+    return [f"{hf}.{kind}" for hf in parts.values()]
+
+
+def _in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
+    """The name in memory of a tensor on disk, None for one that is no statistic of this model."""
+    found = _KEY.fullmatch(hf)
+    if found is None or found[1] not in owners:
+        return None
+    (module, part), kind = owners[found[1]], found[2]
+    if kind[:2] in ("k_", "v_"):
+        if kind[0] != part:
+            return None
+        module = module.rpartition(".")[0]
+    by_part = f".{part}" if kind.startswith("clip.") and part else ""
+    return f"{module}.{kind}{by_part}"
 
 
 def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     """Write the statistics of a model of config.json's dict to `file`, replacing it in one step."""
-    tensors = {hf: statistics[name].clone() for name, on_disk in hf_keys(config).items() for hf in on_disk}
+    homes = _homes(config)
+    tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in _on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
     save_file(tensors, partial, metadata={"kind": KIND, "model": json.dumps(asdict(shape_of(config)))})
     partial.replace(file)
@@ -75,7 +136,28 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     )
     keys = hf_keys(config)
     report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
-    return {name: torch.stack([found[hf] for hf in on_disk]).amax(0) for name, on_disk in keys.items()}
+    owners = {
+        hf: (module, part)
+        for module, parts in _homes(config).items()
+        if f"{module}.input_amax" in keys
+        for part, hf in parts.items()
+    }
+    copies: dict[str, list[Tensor]] = {}
+    for hf, tensor in found.items():
+        key = _in_memory(hf, owners)
+        if key is None:
+            raise ExportError(f"{file}: {hf} is no statistic of this model. Write it again with --save-calibration")
+        copies.setdefault(key, []).append(tensor)
+    return {key: _merged(file, key, tensors) for key, tensors in copies.items()}
+
+
+def _merged(file: Path, key: str, tensors: list[Tensor]) -> Tensor:
+    """One statistic from the copies that fused linears have of it."""
+    if key.endswith("amax"):
+        return torch.stack(tensors).amax(0)
+    if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
+        raise ExportError(f"{file}: the fused linears of {key} differ, but share one. Write it again")
+    return tensors[0]
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

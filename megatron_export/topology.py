@@ -33,6 +33,7 @@ class Topology:
     dp_rank: int
     dp_size: int
     tp_group: ProcessGroup
+    dp_group: ProcessGroup
     pp_size: int
     cp_size: int
     control: ProcessGroup
@@ -63,6 +64,7 @@ def current() -> Iterator[Topology]:
             dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
             cp_size=parallel_state.get_context_parallel_world_size(),
             control=control,

@@ -15,9 +15,10 @@ names formats
 item
 plan
 quant_config
-cpu assets writer statistics calibration_data
-topology model
+cpu assets writer statistics calibration_data emulation
+measured topology model
 gather build
+maxima search
 calibration
 pipeline
 job

@@ -18,9 +18,9 @@ README = (ROOT / "README.md").read_text()
 def test_every_flag_is_explained_in_readme_and_in_help() -> None:
     names = {field.name for field in fields(ExportConfig)}
     assert set(helps()) == names
-    assert set(re.findall(r"--([a-z-]+)", README.split("## The command")[1].split("```")[1])) - {"nproc-per-node"} == {
-        name.replace("_", "-") for name in names
-    }
+    assert set(re.findall(r"--([a-z0-9-]+)", README.split("## The command")[1].split("```")[1])) - {
+        "nproc-per-node"
+    } == {name.replace("_", "-") for name in names}
 
 
 def test_every_architecture_and_format_is_in_the_support_table() -> None:
@@ -33,7 +33,9 @@ def test_the_examples_numbers_are_those_of_its_training() -> None:
     training = json.loads((EXAMPLE / "training.json").read_text())
     assert f"untrained it is {training['untrained_perplexity']:.0f}" in README
     assert f"trained with Megatron-Core for {training['seconds'] / 60:.1f} minutes" in README
-    shown = float(re.search(r"\| bf16 \(without\) \|.*?\| ([\d.]+) \|", README)[1])
+    table = README.split("<!-- quality -->")[1].split("<!-- /quality -->")[0]
+    assert all(f"\n| {form} |" in table for form in FORMATS)
+    shown = float(re.search(r"\| bf16 \|[^|]*\|[^|]*\| ([\d.]+) \|", table)[1])
     assert abs(shown - training["heldout_perplexity"]) < 0.01  # measured by transformers, not by Megatron
     assert training["heldout_perplexity"] < training["untrained_perplexity"] / 100
 

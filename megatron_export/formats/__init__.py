@@ -1,38 +1,61 @@
-"""The table of formats: each a module with
+"""The table of formats: each a module that makes a `Form`; its docstring is the specification of what is on disk.
 
-NAME          what the user types
-TILE          (out, in): the block of the weight that must not be cut before it is quantized
-CALIBRATED    whether it needs the amax of activations
-QUANTIZATION  what the quantization configs say of it
-NUMBERS       how its weights and activations are described in config.json
-encode        one linear -> pieces by suffix; pure
-decode        pieces -> the float32 weight that an engine multiplies with
+NAME     what the user types
+OPTIONS  the fields of `Options` that it reads
+form     settled options -> Form
 """
 
+from dataclasses import fields
+from difflib import get_close_matches
 from types import ModuleType
 
 from torch import Tensor
 
 from ..errors import ExportError
 from ..piece import Amax, Axis, Piece, join
-from . import bf16, fp8, kv_fp8, nvfp4
+from . import bf16, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
+from .form import Form, Options, row_strips
 
-FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (bf16, fp8, nvfp4)}
-KV_FORMATS: dict[str, ModuleType | None] = {"none": None, "fp8": kv_fp8}
+__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "chosen", "chosen_kv", "encode"]
 
-STRIP_ELEMENTS = 1 << 22
-
-
-def chosen(formats: dict, name: str) -> ModuleType | None:
-    """The format of that name; `ExportError` with the known ones when there is none."""
-    if name not in formats:
-        raise ExportError(f"unknown format {name!r}. Known: {', '.join(formats)}")
-    return formats[name]
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)
+}
+KV_FORMATS: dict[str, ModuleType | None] = {"none": None, "fp8": kv_fp8, "nvfp4": kv_nvfp4}
+CHOICES = {"group_size": (128, 64), "fp8_pb_spelling": ("native", "modelopt"), "awq_output": ("folded", "modelopt")}
 
 
-def encode(form: ModuleType, weight: Tensor, amax: Amax) -> dict[str, Piece]:
-    """`form.encode` in strips of whole tiles: float32 copies never exceed 4 Mi elements, and stay in the CPU's cache."""
-    tile = form.TILE[0]
-    rows = max(STRIP_ELEMENTS // weight.shape[1] // tile, 1) * tile
-    strips = [form.encode(strip, amax) for strip in weight.split(rows)]
+def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - frozen
+    """The format of that name with these options; `ExportError` for unknown ones, and for one without effect."""
+    module = _found(FORMATS, name)
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name in CHOICES and value not in CHOICES[field.name]:
+            raise ExportError(f"{flag} must be one of {', '.join(map(str, CHOICES[field.name]))}, not {value!r}")
+        if value != field.default and field.name not in module.OPTIONS:
+            users = ", ".join(other.NAME for other in FORMATS.values() if field.name in other.OPTIONS)
+            raise ExportError(f"{flag} has no effect with --format {name}; it is for {users}")
+    return module.form(options)
+
+
+def chosen_kv(name: str) -> ModuleType | None:
+    """The KV cache format of that name, None for "none"; `ExportError` with the known ones when there is none."""
+    return _found(KV_FORMATS, name)
+
+
+def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """`form.encode` in strips of whole tiles."""
+    strips = [
+        form.encode(weight[rows], amax if amax.clip is None else amax.strip(rows))
+        for rows in row_strips(weight, form.tile[0])
+    ]
     return {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
+
+
+def _found(table: dict[str, ModuleType | None], name: str) -> ModuleType | None:
+    if name not in table:
+        near = get_close_matches(name, table, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ExportError(f"unknown format {name!r}.{hint} Known: {', '.join(table)}")
+    return table[name]

@@ -3,11 +3,10 @@
 from torch import Tensor, bfloat16
 
 from ..piece import Amax, Axis, Piece
+from .form import Form, Options
 
 NAME = "bf16"
-TILE = (1, 1)
-CALIBRATED = False
-QUANTIZATION: dict = {}
+OPTIONS = ()
 
 
 def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
@@ -18,3 +17,11 @@ def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 weight that an engine multiplies with."""
     return pieces["weight"].data.float()
+
+
+FORM = Form(name=NAME, tile=(1, 1), encode=encode, decode=decode, quantization={}, activations=False)
+
+
+def form(options: Options) -> Form:
+    """The format; it has no options."""
+    return FORM

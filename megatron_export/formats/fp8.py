@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from ..piece import Amax, Axis, Piece
+from .form import Form, Options
 
 NAME = "fp8"
-TILE = (1, 1)
-CALIBRATED = True
-QUANTIZATION = {"quant_algo": "FP8"}
-NUMBERS = {"dynamic": False, "num_bits": 8, "type": "float"}
+OPTIONS = ()
 
 E4M3_MAX = 448.0
 
 
 def scale_of(amax: Tensor, largest: float = E4M3_MAX) -> Tensor:
-    """amax / largest in float32, [] -> []; 1 where amax is zero."""
+    """amax / largest in float32, of any shape; 1 where amax is zero."""
     # By a tensor: CUDA divides by a number through its reciprocal, and the last bit differs from the CPU's.
     divisor = torch.full_like(amax, largest, dtype=torch.float32)
     return torch.where(amax == 0, divisor, amax.float()) / divisor
@@ -47,3 +45,18 @@ def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
     return pieces["weight"].data.float() * pieces["weight_scale"].data
+
+
+FORM = Form(
+    name=NAME,
+    tile=(1, 1),
+    encode=encode,
+    decode=decode,
+    quantization={"quant_algo": "FP8"},
+    numbers={"dynamic": False, "num_bits": 8, "type": "float"},
+)
+
+
+def form(options: Options) -> Form:
+    """The format; it has no options."""
+    return FORM

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from ..piece import Amax, Axis, Piece
+from .form import Form, Options
 from .fp8 import E4M3_MAX, scale_of
+from .nibbles import pack, unpack
 
 NAME = "nvfp4"
 BLOCK = 16
-TILE = (1, BLOCK)
-CALIBRATED = True
-QUANTIZATION = {"quant_algo": "NVFP4", "group_size": BLOCK}
-NUMBERS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+OPTIONS = ()
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
@@ -47,15 +46,31 @@ def e2m1_codes(scaled: Tensor) -> Tensor:
     return code + (scaled < 0).to(torch.uint8) * 8
 
 
+def block_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 scale of each block of a float32 [out, in/16, 16] weight: [out, in/16]."""
+    scale = torch.linalg.vector_norm(blocks, torch.inf, dim=2) / (E2M1_MAX * tensor_scale)
+    return torch.where(scale == 0, 1.0, scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def rounded(weight: Tensor, amax: Tensor) -> Tensor:
+    """`decode(encode(weight))` in bfloat16, without making codes: what a search runs many times."""
+    blocks = weight.float().unflatten(1, (-1, BLOCK))
+    tensor_scale = scale_of(amax, E2M1_MAX * E4M3_MAX)
+    scale = (block_scales(blocks, tensor_scale).float() * tensor_scale).unsqueeze(2)
+    scaled = blocks.div_(scale)
+    size = scaled.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))  # between neighbours; halves go to the even one
+    return scaled.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX).mul_(scale).flatten(1).to(torch.bfloat16)
+
+
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
     tensor_scale = scale_of(amax.weight, E2M1_MAX * E4M3_MAX)
-    block_scale = blocks.abs().amax(dim=2) / (E2M1_MAX * tensor_scale)
-    block_scale = torch.where(block_scale == 0, 1.0, block_scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+    block_scale = block_scales(blocks, tensor_scale)
     codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
     return {
-        "weight": Piece(codes[:, 0::2] | codes[:, 1::2] << 4, (Axis.OUT, Axis.IN)),
+        "weight": Piece(pack(codes, dim=1), (Axis.OUT, Axis.IN)),
         "weight_scale": Piece(block_scale, (Axis.OUT, Axis.IN)),
         "weight_scale_2": Piece(tensor_scale, ()),
         "input_scale": Piece(scale_of(amax.input, E2M1_MAX * E4M3_MAX), ()),
@@ -65,7 +80,22 @@ def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
     packed = pieces["weight"].data
-    codes = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).int()  # [out, in]
+    codes = unpack(packed, dim=1).int()  # [out, in]
     values = torch.tensor(E2M1, device=packed.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
     scale = pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data
     return (values.unflatten(1, (-1, BLOCK)) * scale.unsqueeze(2)).flatten(1)
+
+
+FORM = Form(
+    name=NAME,
+    tile=(1, BLOCK),
+    encode=encode,
+    decode=decode,
+    quantization={"quant_algo": "NVFP4", "group_size": BLOCK},
+    numbers={"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
+)
+
+
+def form(options: Options) -> Form:
+    """The format; it has no options."""
+    return FORM

@@ -14,7 +14,8 @@ from ..layout import Layout
 from ..piece import Axis
 from . import llama, qwen2, qwen3
 from .dialects import canonical
-from .parameters import PADDED, PARAMETERS, is_linear_weight, makes_keys
+from .feeding import feeders_of, reads_heads
+from .parameters import PADDED, PARAMETERS, cut_of, is_linear_weight, makes_keys
 from .shape import rope_settings, shape_of, transformer_settings, unscaled_rope_settings
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "Source",
     "architecture_of",
     "canonical",
+    "cut_of",
+    "feeders_of",
     "is_linear_weight",
     "makes_keys",
     "parameters_of",
+    "reads_heads",
     "rope_settings",
     "settings_of",
     "shape_of",

@@ -5,6 +5,7 @@ declared here and checked against the model's real shapes, never read off parame
 wrong for several modules. The row count of a vocabulary is a lower bound, since Megatron pads it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,11 @@ PARAMETERS: dict[str, Parameter] = {
 }
 # fmt: on
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def cut_of(canonical: str) -> Axis | None:
+    """The axis that tensor parallelism cuts of a canonical parameter of any layer."""
+    return PARAMETERS[re.sub(r"\.\d+\.", ".{l}.", canonical, count=1)].cut
 
 
 def makes_keys(canonical: str) -> bool:

@@ -119,8 +119,8 @@ def test_token_ids_in_a_broken_file_are_refused(source: Path, output: Path, rank
 
 def test_fewer_samples_than_replicas_are_refused(source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
     said = refused(ranks, tmp_path, *fp8(source, output), "--tp", 1, "--calib-samples", 1)
-    assert_says(said, "--calib-samples 1 is fewer than the 2 data-parallel ranks", "Ask for more")
-    export(ranks, 2, *fp8(source, output), "--tp", 1, "--calib-samples", 2)
+    assert_says(said, "make 1 micro-batch, fewer than the 2 data-parallel ranks", "Ask for more")
+    export(ranks, 2, *fp8(source, output), "--tp", 1, "--calib-samples", 2, "--calib-batch-size", 1)
 
 
 @pytest.mark.parametrize("topology", [("--tp", 2), ("--tp", 1, "--pp", 2), ("--tp", 1)], ids=["tp2", "pp2", "dp2"])

@@ -11,8 +11,10 @@ from .refusals import assert_says, fp8, occupy, refused
 from .test_topologies import calibration_flags
 
 USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
-    "format": (("--format", "int4"), ("--format", "'int4'", "'bf16', 'fp8', 'nvfp4'")),
-    "KV cache": (("--kv-cache", "int8"), ("--kv-cache", "'int8'", "'none', 'fp8'")),
+    "format": (("--format", "int4"), ("--format", "'int4'", "'nvfp4_awq', 'int4_awq', 'w4a8_awq'")),
+    "KV cache": (("--kv-cache", "int8"), ("--kv-cache", "'int8'", "'none', 'fp8', 'nvfp4'")),
+    "group": (("--group-size", 32), ("--group-size", "32", "128, 64")),
+    "spelling": (("--fp8-pb-spelling", "deepseek"), ("--fp8-pb-spelling", "'deepseek'", "'native', 'modelopt'")),
     "device": (("--device", "tpu"), ("--device", "'tpu'", "'cuda', 'cpu'")),
     "flag": (("--quantize", "all"), ("unrecognized arguments: --quantize all",)),
     "no ranks": (("--tp", 0), ("--tp must be at least 1, not 0",)),

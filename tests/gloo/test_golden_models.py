@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_export import ExportError, statistics
+from megatron_export.formats import nibbles
 
 from ..models import GOLDEN, assert_same, read_json, same, tensors
 from ..ranks import Ranks, command
@@ -25,9 +26,9 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.safetensors" for name in SOURCES}
 
 
-def modelopt_statistics(name: str) -> dict[str, torch.Tensor]:
+def modelopt_statistics(name: str, formats: str = "FP8-KVFP8") -> dict[str, torch.Tensor]:
     """ModelOpt's state after calibration, under the names that a calibration file has."""
-    state = load_file(GOLDEN / "calibration" / f"{name}-FP8-KVFP8.safetensors")
+    state = load_file(GOLDEN / "calibration" / f"{name}-{formats}.safetensors")
     kinds = {
         ".input_quantizer._amax": ".input_amax",
         "self_attn.k_bmm_quantizer._amax": "self_attn.k_proj.k_amax",
@@ -77,6 +78,61 @@ def test_with_modelopt_statistics_every_tensor_of_the_fp8_kv_checkpoint_is_equal
     assert sorted(ours) == sorted(golden)
     assert [key for key in golden.keys() - apart if not same(ours[key], golden[key])] == []
     assert len(golden.keys() - apart) > 30
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_with_modelopt_statistics_every_tensor_of_the_nvfp4_kv_checkpoint_is_equal(
+    name: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    config = read_json(SOURCES[name] / "config.json")
+    theirs = modelopt_statistics(name, "NVFP4-KVNVFP4")
+    keys = statistics.hf_keys(config)
+    statistics.save({key: theirs[on_disk[0]] for key, on_disk in keys.items()}, tmp_path / "c.safetensors", config)
+    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", "nvfp4", "--kv-cache", "nvfp4", "--output",
+        tmp_path / "out", "--load-calibration", tmp_path / "c.safetensors")  # fmt: skip
+    assert_same(tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-NVFP4-KVNVFP4"))
+
+
+def test_fp8_pb_in_modelopt_spelling_is_equal_but_for_the_dims_of_single_blocks(ranks: Ranks, tmp_path: Path) -> None:
+    """ModelOpt drops the dims of a scale that is one block, on which vLLM's loader fails, and then takes it for the scale of
+    a tensor, which fused linears share: q, k and v, of one block each, get the largest of the three, and lose precision.
+    """
+    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES["llama"], "--format", "fp8_pb", "--fp8-pb-spelling", "modelopt",
+        "--output", tmp_path / "out")  # fmt: skip
+    ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / "llama-FP8_PB_WO")
+    single = [key for key, tensor in golden.items() if tensor.dim() == 0]
+    assert len(single) == 8  # q, k, v, o of two layers
+    for key in single:
+        assert ours[key].shape == (1, 1, 1, 1)
+    fused = {key for key in golden if any(f"{part}_proj" in key for part in "qkv")}
+    reshaped = golden | {key: golden[key].view(1, 1, 1, 1) for key in single}
+    assert_same(
+        {k: t for k, t in ours.items() if k not in fused}, {k: t for k, t in reshaped.items() if k not in fused}
+    )
+    assert all(ours[key] <= reshaped[key] for key in fused if key.endswith("scale"))
+
+
+@pytest.mark.parametrize(("name", "form"), [("llama", "int4_awq"), ("llama", "w4a8_awq"), ("qwen3", "int4_awq")])
+def test_an_awq_search_of_a_whole_model_comes_out_as_modelopt_did(
+    name: str, form: str, ids: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    """For o_proj and down_proj: ModelOpt searches q, k, v and gate, up one by one and averages, we search them as the one
+    linear that they are. Inputs differ by roundings (see below): a factor is a mean in bfloat16, and moves by one of its
+    steps, 2^-7 of its value at most; the alphas are the same, or factors would move by far more.
+    """
+    run(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
+        "--format", form, "--output", tmp_path / "out")  # fmt: skip
+    ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-{form.upper()}")
+    assert sorted(ours) == sorted(golden)
+    assert {key: (t.dtype, t.shape) for key, t in ours.items()} == {
+        key: (t.dtype, t.shape) for key, t in golden.items()
+    }
+    vectors = [key for key in golden if key.endswith("pre_quant_scale")]
+    assert len(vectors) == 4
+    for key in vectors:
+        torch.testing.assert_close(ours[key], golden[key], rtol=2**-7, atol=0)
+        codes = key.replace("pre_quant_scale", "weight")
+        assert (nibbles.unpack(ours[codes], 0) == nibbles.unpack(golden[codes], 0)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", SOURCES)

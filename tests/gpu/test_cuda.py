@@ -1,4 +1,4 @@
-"""CUDA writes the bytes that the CPU writes: every format on single weights, and a whole export."""
+"""CUDA writes the bytes that the CPU writes: every format on single weights, the search, and whole exports."""
 
 import os
 import subprocess
@@ -7,29 +7,84 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_export import formats
-from megatron_export.formats import FORMATS, KV_FORMATS
+from megatron_export.formats import FORMATS, KV_FORMATS, Options, chosen
+from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, rounded
+from megatron_export.formats.int4 import CLIP_RATIOS
+from megatron_export.maxima import Maxima
 from megatron_export.piece import Amax
+from megatron_export.search import Alphas
 
-from ..models import ARCHITECTURES, LENGTH, SAMPLES, assert_same, same, tensors
+from ..models import ARCHITECTURES, GOLDEN, LENGTH, SAMPLES, assert_same, make_model, same, tensors
+from ..pure.test_golden_vectors import alone
 
 ROOT = Path(__file__).parents[2]
+VARIANTS = {
+    **{name: chosen(name) for name in FORMATS},
+    "fp8_pb modelopt": chosen("fp8_pb", Options(fp8_pb_spelling="modelopt")),
+    "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
+    "w4a8_awq 64": chosen("w4a8_awq", Options(group_size=64)),
+}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("seed", range(20))
-def test_encoding_on_cuda_gives_the_bytes_of_the_cpu(name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(256, 1024, generator=generator) * torch.rand(256, 1, generator=generator)).to(torch.bfloat16)
+def test_encoding_on_cuda_gives_the_bytes_of_the_cpu(name: str, seed: int, clip: bool) -> None:
+    form, generator = VARIANTS[name], torch.Generator().manual_seed(seed)
+    size = (200, 1000) if form.ragged else (256, 1024)
+    weight = (torch.randn(size, generator=generator) * torch.rand(size[0], 1, generator=generator)).to(torch.bfloat16)
     weight[seed] = 0
-    amax = Amax(weight.abs().amax().float(), torch.rand((), generator=generator) * 100)
-    on_cpu = formats.encode(FORMATS[name], weight, amax)
-    on_cuda = formats.encode(FORMATS[name], weight.cuda(), Amax(amax.weight.cuda(), amax.input.cuda()))
+    codes = torch.randint(0, len(CLIP_RATIOS), (256, 1024 // form.tile[1]), generator=generator, dtype=torch.uint8)
+    grouped = form.smoothing is not None and form.smoothing.search.startswith("int4")  # the others take no codes
+    amax = Amax(
+        weight.abs().amax().float(), torch.rand((), generator=generator) * 100, codes if clip and grouped else None
+    )
+    there = Amax(amax.weight.cuda(), amax.input.cuda(), amax.clip.cuda() if amax.clip is not None else None)
+    on_cpu = formats.encode(form, weight, amax)
+    on_cuda = formats.encode(form, weight.cuda(), there)
     assert [suffix for suffix in on_cpu if not same(on_cuda[suffix].data.cpu(), on_cpu[suffix].data)] == []
-    kv = KV_FORMATS["fp8"]
-    for key, value in kv.encode(amax.weight, amax.input).items():
-        assert same(kv.encode(amax.weight.cuda(), amax.input.cuda())[key].cpu(), value)
+    assert same(form.decode(on_cuda).cpu(), form.decode(on_cpu))
+    for kv in (KV_FORMATS["fp8"], KV_FORMATS["nvfp4"]):
+        for key, value in kv.encode(amax.weight, amax.input).items():
+            assert same(kv.encode(there.weight, there.input)[key].cpu(), value)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_rounds_and_weighs_on_cuda_as_on_the_cpu(name: str, seed: int) -> None:
+    search, generator = SEARCHES[name], torch.Generator().manual_seed(seed)
+    weight = (torch.randn(256, 1024, generator=generator) * 0.05).to(torch.bfloat16)
+    weight[seed] = 0
+    amax = weight.abs().amax().float()
+    assert same(rounded(search, weight.cuda(), amax.cuda()).cpu(), rounded(search, weight, amax))
+    assert same(importance(weight.cuda(), search.group).cpu(), importance(weight, search.group))
+
+
+@pytest.mark.parametrize("form", ["NVFP4_AWQ", "INT4_AWQ", "INT4_AWQ_G64"])
+def test_the_search_on_cuda_chooses_the_vector_that_modelopt_chooses(form: str) -> None:
+    """Means and factors are equal to the bit. Losses are not: cuBLAS adds up in another order, and an output is rounded
+    to another bfloat16 now and then. 1e-3 is far below what parts one alpha from the next.
+    """
+    vector = load_file(GOLDEN / "vectors" / form / "s256x512.safetensors")
+    name, key = "decoder.layers.0.mlp.linear_fc2", VARIANTS[form.lower().replace("_g64", " 64")].smoothing.search
+    weight, batches = vector["in.weight"].cuda(), vector["in.x"].unflatten(0, (3, 4, 4)).cuda()
+    maxima = Maxima(alone(), by_channel=True)
+    for batch in batches:
+        maxima.linear(name, weight, batch)
+    mean = (maxima.sums[name] / maxima.batches[name]).float().cpu()
+    assert same(mean, vector["search.act_scale"])
+    alphas = Alphas(alone(), {name: mean}, lambda name: (key,), lambda values: values)
+    for batch in batches:
+        alphas.linear(name, weight, batch)
+    losses = alphas.losses[name, key].cpu()
+    best = losses.tolist().index(losses.min())
+    assert ALPHAS[best] == vector["search.best_alpha"].item()
+    # a float32 power differs in its last bits from one kind of CPU to another
+    torch.testing.assert_close(alphas.factors[name, key][best].cpu(), vector["search.best_scale"], rtol=2**-20, atol=0)
+    torch.testing.assert_close(losses, vector["search.loss"], rtol=1e-3, atol=0)
 
 
 def export(ranks: int, *flags: object) -> None:
@@ -44,16 +99,56 @@ def export(ranks: int, *flags: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def measuring(source: Path) -> tuple:
+    ids = source.parent / "ids" / "calibration.safetensors"
+    return ("--calib-data", ids, "--calib-samples", SAMPLES, "--calib-seq-len", LENGTH)
+
+
 @pytest.mark.parametrize("name", ["llama31", "qwen2"])
 def test_nccl_at_tp2_and_gloo_on_the_cpu_write_what_one_gpu_writes(name: str, models: dict, tmp_path: Path) -> None:
     assert name in ARCHITECTURES
-    ids = models[name].parent / "ids" / "calibration.safetensors"
     file = tmp_path / "calibration.safetensors"
     common = ("--hf-model", models[name], "--format", "nvfp4", "--kv-cache", "fp8")
-    measured = ("--calib-data", ids, "--calib-samples", SAMPLES, "--calib-seq-len", LENGTH, "--save-calibration", file)
-    export(1, *common, *measured, "--output", tmp_path / "gpu")
+    export(1, *common, *measuring(models[name]), "--save-calibration", file, "--output", tmp_path / "gpu")
     export(2, *common, "--load-calibration", file, "--tp", 2, "--output", tmp_path / "nccl")
     export(2, *common, "--load-calibration", file, "--pp", 2, "--output", tmp_path / "nccl-pp")
     export(2, *common, "--load-calibration", file, "--tp", 2, "--device", "cpu", "--output", tmp_path / "gloo")
     for other in ("nccl", "nccl-pp", "gloo"):
         assert_same(tensors(tmp_path / other), tensors(tmp_path / "gpu"))
+
+
+@pytest.mark.parametrize("form", ["nvfp4_awq", "int4_awq"])
+def test_a_smoothed_and_clipped_model_has_the_same_bytes_over_nccl_at_tp2_and_on_the_cpu(
+    form: str, tmp_path: Path
+) -> None:
+    """Grouped queries; a half of o_proj's 128 inputs and of down_proj's 384 cuts a group of int4."""
+    source = make_model(tmp_path, "llama31", hidden_size=128, head_dim=16, intermediate_size=384)
+    file = tmp_path / "calibration.safetensors"
+    common = ("--hf-model", source, "--format", form, "--kv-cache", "nvfp4", "--awq-clip")
+    export(1, *common, *measuring(source), "--save-calibration", file, "--output", tmp_path / "gpu")
+    export(2, *common, "--load-calibration", file, "--tp", 2, "--output", tmp_path / "nccl")
+    export(2, *common, "--load-calibration", file, "--tp", 2, "--device", "cpu", "--output", tmp_path / "gloo")
+    written = tensors(tmp_path / "gpu")
+    assert any(name.endswith("pre_quant_scale") for name in written) == (form == "int4_awq")
+    for other in ("nccl", "gloo"):
+        assert_same(tensors(tmp_path / other), written)
+
+
+def test_two_gpu_ranks_search_together(tmp_path: Path) -> None:
+    """NCCL ranks add up losses, gather what groups cut, and save the statistics that one rank saves: the same names and
+    shapes, and alphas that are by one rank's own losses at most 8 % worse, for the reason in test_formats_on_topologies.
+    """
+    source = make_model(tmp_path, "llama31", hidden_size=128, head_dim=16, intermediate_size=384)
+    found = []
+    for ranks in (1, 2):
+        file, out = tmp_path / f"tp{ranks}.safetensors", tmp_path / f"out{ranks}"
+        flags = ("--hf-model", source, "--format", "int4_awq", "--awq-clip", "--tp", ranks, "--output", out)
+        export(ranks, *flags, *measuring(source), "--save-calibration", file)
+        found.append(load_file(file))
+    one, two = found
+    assert {key: value.shape for key, value in two.items()} == {key: value.shape for key, value in one.items()}
+    alphas = [key for key in one if ".alpha." in key]
+    assert len(alphas) == 4 * 7
+    for key in alphas:
+        losses = one[key.replace(".alpha.", ".losses.")]
+        assert losses[round(two[key].item() * 10)] <= 1.08 * losses.min(), key

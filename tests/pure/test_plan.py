@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_export.errors import ExportError
+from megatron_export.formats import FORMATS, Options
 from megatron_export.plan import BUCKET_BYTES, Held, Plan, assumed, make_plan
 from megatron_export.quant_config import config_json, hf_quant_config
 
@@ -28,7 +29,7 @@ def plan(config: dict = CONFIG, tp: int = 1, **settings: object) -> Plan:
     return make_plan(config, assumed(config, tp), **{"format": "fp8", **settings})
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_plan_is_the_same_for_every_tensor_parallel_size(form: str) -> None:
     alone = plan(format=form)
     for tp in (2, 4):
@@ -97,6 +98,12 @@ def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
         plan(**settings)
 
 
+def test_a_group_of_64_is_offered_where_128_does_not_divide() -> None:
+    with pytest.raises(ExportError, match="down_proj.weight has 960 inputs, which blocks of 128.*Give --group-size 64"):
+        plan(CONFIG | {"intermediate_size": 960}, format="int4_awq")
+    assert plan(CONFIG | {"intermediate_size": 960}, format="int4_awq", options=Options(group_size=64)).quantized
+
+
 def test_all_problems_of_a_model_are_told_at_once() -> None:
     held = assumed(CONFIG, 1)
     held["decoder.layers.0.mlp.linear_fc3.weight"] = Held((0,), (1, 1))
@@ -109,21 +116,54 @@ def test_all_problems_of_a_model_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "form", "kv"),
+    ("folder", "settings"),
     [
-        ("llama-FP8-KVFP8", "fp8", "fp8"),
-        ("llama-FP8-mcore", "fp8", "none"),
-        ("llama-NVFP4", "nvfp4", "none"),
+        ("llama-FP8-KVFP8", {"format": "fp8", "kv_cache": "fp8"}),
+        ("llama-FP8-mcore", {"format": "fp8"}),
+        ("llama-NVFP4", {"format": "nvfp4"}),
+        ("llama-NVFP4-KVNVFP4", {"format": "nvfp4", "kv_cache": "nvfp4"}),
+        ("llama-NVFP4_AWQ", {"format": "nvfp4_awq", "options": Options(awq_output="modelopt")}),
+        ("llama-INT4_AWQ", {"format": "int4_awq"}),
+        ("llama-W4A8_AWQ", {"format": "w4a8_awq"}),
+        ("llama-FP8_PB_WO", {"format": "fp8_pb", "options": Options(fp8_pb_spelling="modelopt")}),
     ],
 )
-def test_both_configs_equal_modelopt(folder: str, form: str, kv: str) -> None:
+def test_both_configs_equal_modelopt(folder: str, settings: dict) -> None:
     source = read_json(GOLDEN / "models" / "llama-bf16" / "config.json")
-    made = plan(source, format=form, kv_cache=kv)
-    golden = GOLDEN / "models" / folder
-    assert hf_quant_config(made) == read_json(golden / "hf_quant_config.json")
+    made = plan(source, **settings)
+    nested = read_json(GOLDEN / "models" / folder / "hf_quant_config.json")
+    algorithm = {"quant_algo": nested["quantization"]["quant_algo"].upper()}  # engines compare exact strings
+    assert hf_quant_config(made) == nested | {"quantization": nested["quantization"] | algorithm}
     flat = config_json(made)["quantization_config"]
-    group_size = {"group_size": 16} if form == "nvfp4" else {}  # ours alone: vLLM and SGLang look for it here
-    assert flat == read_json(golden / "config.json")["quantization_config"] | group_size
+    ours = ("group_size", "has_zero_point", "pre_quant_scale")  # here too: vLLM and SGLang look for the first
+    extra = {key: nested["quantization"][key] for key in ours if key in nested["quantization"]}
+    assert flat == read_json(GOLDEN / "models" / folder / "config.json")["quantization_config"] | extra | algorithm
+
+
+def test_fp8_pb_is_described_as_deepseek_describes_it() -> None:
+    """config.json is what vLLM and SGLang read, hf_quant_config.json what TensorRT-LLM reads: the same in their words."""
+    made = plan(format="fp8_pb", exclude=("model.layers.0.*",))
+    flat = config_json(made)["quantization_config"]
+    assert flat == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": list(made.excluded),
+    }
+    assert hf_quant_config(made)["quantization"] == {
+        "quant_algo": "FP8_BLOCK_SCALES",
+        "kv_cache_quant_algo": None,
+        "group_size": 128,
+        "exclude_modules": list(made.excluded),
+    }
+
+
+def test_folded_nvfp4_awq_is_a_plain_nvfp4_checkpoint() -> None:
+    awq, nvfp4 = plan(format="nvfp4_awq"), plan(format="nvfp4")
+    assert hf_quant_config(awq) == hf_quant_config(nvfp4)
+    assert config_json(awq) == config_json(nvfp4)
+    assert awq.files == nvfp4.files
 
 
 def test_config_json_is_the_source_with_the_quantization_added() -> None:
@@ -155,8 +195,14 @@ def test_every_engine_understands_the_exclude_list_as_meant(settings: dict) -> N
 
 
 def test_planned_tensors_are_those_of_modelopt() -> None:
-    for folder, form, kv in (("qwen3-FP8-KVFP8", "fp8", "fp8"), ("qwen3-NVFP4", "nvfp4", "none")):
-        made = plan(read_json(GOLDEN / "models" / "qwen3-bf16" / "config.json"), format=form, kv_cache=kv)
+    modelopt = Options(awq_output="modelopt")
+    for folder, settings in (
+        ("qwen3-FP8-KVFP8", {"format": "fp8", "kv_cache": "fp8"}),
+        ("qwen3-NVFP4", {"format": "nvfp4"}),
+        ("qwen3-NVFP4_AWQ", {"format": "nvfp4_awq", "options": modelopt}),
+        ("qwen3-INT4_AWQ", {"format": "int4_awq"}),
+    ):
+        made = plan(read_json(GOLDEN / "models" / "qwen3-bf16" / "config.json"), **settings)
         golden = tensors(GOLDEN / "models" / folder)
         planned = {output.name: output for outputs in made.files.values() for output in outputs}
         assert sorted(planned) == sorted(golden)

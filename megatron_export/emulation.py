@@ -1,0 +1,232 @@
+"""A checkpoint folder as a transformers model whose quantized arithmetic is emulated in plain torch, on any device.
+
+No low-precision kernel runs. A quantized linear keeps the tensors that it has on disk. When it is called, its bfloat16
+input is multiplied by `pre_quant_scale`, if there is one, which gives bfloat16 again; the input is rounded as the
+format says; it is multiplied in float32 with the weight that the format's own `decode` gives; the product is bfloat16:
+
+    quant_algo                    input                                             weight
+    FP8, W4A8_AWQ                 e4m3, one scale: input_scale                      decoded
+    NVFP4, NVFP4_AWQ              e2m1, blocks of 16 under input_scale              decoded
+    FP8_PB_WO, FP8_BLOCK_SCALES   e4m3, by token and 128 channels: their amax/448   decoded
+    W4A16_AWQ                     bfloat16                                          decoded, rounded to bfloat16
+
+Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so; k_scale and v_scale are then what
+input_scale is for inputs. Everything else is transformers' own bfloat16 model. Engines round the same values but add
+in another order, so expect their numbers close to these and not equal. ModelOpt 0.47's own checkpoints are read too.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import ExportError, report
+from .formats import chosen, nvfp4
+from .formats.fp8 import E4M3_MAX, scale_of
+from .formats.fp8_pb import BLOCK
+from .piece import Amax, Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "sdpa_rounded_kv"
+PRE_QUANT_SCALE = "pre_quant_scale"
+KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
+CODED = {"U8": 2, "F8_E4M3": 1}  # as safetensors spells the dtype of a quantized weight: codes in a byte
+
+
+def round_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as e4m3 holds them under a scale, in float32."""
+    return (values.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def round_nvfp4(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as NVFP4 holds them in blocks of 16 of the last dim, in float32.
+
+    The scale of a block is made as it comes: e4m3(block amax / (6 * scale)), 1 for zeros.
+    """
+    amax = scale * (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX)
+    return nvfp4.decode(nvfp4.encode(values.flatten(0, -2), Amax(amax, amax))).view(values.shape)
+
+
+def round_fp8_groups(values: Tensor, scale: None = None) -> Tensor:
+    """Values as e4m3 holds them under a scale of their own for every 128 of the last dim, in float32."""
+    size = values.shape[-1]
+    groups = nn.functional.pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return round_fp8(groups, scale_of(groups.abs().amax(dim=-1, keepdim=True))).flatten(-2)[..., :size]
+
+
+def not_rounded(values: Tensor, scale: None = None) -> Tensor:
+    """The values themselves, in float32."""
+    return values.float()
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a `quant_algo` means for one linear.
+
+    form     name of the format that decodes the weight
+    scales   suffixes of the tensors that every quantized linear has beside `weight`
+    rounded  (input, input_scale or None) -> float32 input, as the engine multiplies it
+    product  what the decoded weight is rounded to before it is multiplied
+    """
+
+    form: str
+    scales: tuple[str, ...]
+    rounded: Callable[[Tensor, Tensor | None], Tensor]
+    product: torch.dtype = torch.float32
+
+
+_NVFP4 = Algorithm("nvfp4", ("weight_scale", "weight_scale_2", "input_scale"), round_nvfp4)
+ALGORITHMS = {
+    "FP8": Algorithm("fp8", ("weight_scale", "input_scale"), round_fp8),
+    "FP8_PB_WO": Algorithm("fp8_pb", ("weight_scale",), round_fp8_groups),
+    "FP8_BLOCK_SCALES": Algorithm("fp8_pb", ("weight_scale_inv",), round_fp8_groups),
+    "NVFP4": _NVFP4,
+    "NVFP4_AWQ": _NVFP4,
+    "W4A16_AWQ": Algorithm("int4_awq", ("weight_scale",), not_rounded, torch.bfloat16),
+    "W4A8_AWQ": Algorithm("w4a8_awq", ("weight_scale", "weight_scale_2", "input_scale"), round_fp8),
+}
+KV_ALGORITHMS = {"FP8": round_fp8, "NVFP4": round_nvfp4}
+SUFFIXES = ("weight", PRE_QUANT_SCALE, *dict.fromkeys(s for algo in ALGORITHMS.values() for s in algo.scales))
+
+
+class EmulatedLinear(nn.Module):
+    """A quantized linear, bfloat16 in and out, that decodes its weight whenever it is called."""
+
+    def __init__(self, algorithm: Algorithm, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.algorithm = algorithm
+        self.suffixes = tuple(tensors)
+        for suffix, tensor in tensors.items():
+            self.register_buffer(suffix, tensor, persistent=False)
+        self.bias = bias
+
+    def decoded(self) -> Tensor:
+        """The weight that is multiplied with, float32 [out, in]."""
+        pieces = {suffix: Piece(getattr(self, suffix), ()) for suffix in self.suffixes}
+        return chosen(self.algorithm.form).decode(pieces).to(self.algorithm.product).float()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        buffers = dict(self.named_buffers())
+        if PRE_QUANT_SCALE in buffers:
+            inputs = inputs * buffers[PRE_QUANT_SCALE]
+        rounded = self.algorithm.rounded(inputs, buffers.get("input_scale"))
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(rounded, self.decoded(), bias).to(torch.bfloat16)
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
+    """The model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    linears, cache = _algorithms(folder)
+    tensors = {name: tensor for path in _files(folder) for name, tensor in load_file(path, device=str(device)).items()}
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would look for a quantizer of its own
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
+    missing = _take_linears(model, tensors, linears) if linears else []
+    missing += _take_kv_scales(model, tensors, cache) if cache else []
+    lacking, extra = model.load_state_dict(tensors, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing += [name for name in lacking if name not in tied]
+    report(
+        [f"{folder}: tensor {name} is missing" for name in sorted(missing)]
+        + [f"{folder}: tensor {name} is not expected by this model and its quant_algo" for name in sorted(extra)]
+    )
+    return model
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
+    return found
+
+
+def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tensor], Tensor] | None]:
+    """How hf_quant_config.json says that linears, and keys and values, are quantized; None for not at all."""
+    path = folder / "hf_quant_config.json"
+    said = json.loads(path.read_text())["quantization"] if path.exists() else {}
+    found = []
+    for key, table in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", KV_ALGORITHMS)):
+        name = said.get(key)
+        if name is not None and name.upper() not in table:
+            raise ExportError(f"{path}: {key} {name!r} is not known here; known are {', '.join(table)}")
+        found.append(None if name is None else table[name.upper()])
+    return found[0], found[1]
+
+
+def _take_linears(model: nn.Module, tensors: dict[str, Tensor], algorithm: Algorithm) -> list[str]:
+    """Move the tensors of quantized linears out of `tensors` into emulated ones; returns the names of missing ones."""
+    missing = []
+    suffixes = ("weight", *algorithm.scales)
+    for name, linear in list(model.named_modules()):
+        weight = tensors.get(f"{name}.weight")
+        coded = weight is not None and weight.dtype in (torch.uint8, torch.float8_e4m3fn)
+        if not isinstance(linear, nn.Linear) or not (coded or any(f"{name}.{s}" in tensors for s in algorithm.scales)):
+            continue
+        missing += [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" not in tensors]
+        wanted = [suffix for suffix in (*suffixes, PRE_QUANT_SCALE) if f"{name}.{suffix}" in tensors]
+        taken = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in wanted}
+        model.set_submodule(name, EmulatedLinear(algorithm, taken, linear.bias))
+    return missing
+
+
+def _take_kv_scales(model: nn.Module, tensors: dict[str, Tensor], rounded: Callable) -> list[str]:
+    """Move the scales of keys and values to the attention modules they are for; returns the names of missing ones."""
+    missing = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "k_proj"):
+            continue
+        missing += [f"{name}.{local}" for local in KV_SCALES.values() if f"{name}.{local}" not in tensors]
+        for buffer, local in KV_SCALES.items():
+            module.register_buffer(buffer, tensors.pop(f"{name}.{local}", torch.ones(())).reshape(()), persistent=False)
+        module.kv_rounded = rounded
+    return missing
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' own attention, after keys and values went through a quantized cache if the module has scales."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if hasattr(module, "kv_rounded"):
+        key = module.kv_rounded(key, module.k_scale).to(query.dtype)
+        value = module.kv_rounded(value, module.v_scale).to(query.dtype)
+    return sdpa_attention_forward(module, query, key, value, *others, **options)
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Bits of all tensors of quantized linears, scales and `pre_quant_scale` too, for each of their weights.
+
+    16.0 where no linear is quantized.
+    """
+    tensors = {name: said for path in _files(folder) for name, said in _header(path).items()}
+    bits = weights = 0
+    for name, (dtype, nbytes) in tensors.items():
+        if name.endswith(".weight") and dtype in CODED:
+            linear = name.removesuffix("weight")
+            bits += 8 * sum(tensors[linear + suffix][1] for suffix in SUFFIXES if linear + suffix in tensors)
+            weights += nbytes * CODED[dtype]
+    return bits / weights if weights else 16.0
+
+
+def _header(path: Path) -> dict[str, tuple[str, int]]:
+    """Dtype and bytes of every tensor of a safetensors file, by name."""
+    with path.open("rb") as file:
+        said = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    said.pop("__metadata__", None)
+    return {name: (one["dtype"], one["data_offsets"][1] - one["data_offsets"][0]) for name, one in said.items()}

@@ -1,0 +1,76 @@
+"""AWQ's vectors: how an input channel's activations and weights make its smoothing factor, one vector for each alpha.
+
+A smoothing vector s has one factor per input channel of a linear. The weight is multiplied by it before it is
+quantized, the input is divided by it, and the product stays the same:
+
+    s(alpha) = clamp(a^alpha / w^(1 - alpha), 1e-4, 1e4), divided by sqrt(max * min)
+    a   mean over micro-batches of the mean |input| over tokens, each mean rounded to bfloat16
+    w   mean over output rows of |weight| / largest |weight| of its group, in bfloat16
+
+What a checkpoint and a calibration file hold is p = 1 / s, float32: the quantized weight is bfloat16(float32(w) / p).
+The search for alpha is in search.py. Source: AWQ, arXiv 2306.00978; the constants and roundings are ModelOpt 0.47's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import int4, nvfp4
+from .form import row_strips
+
+ALPHAS = tuple(torch.arange(0, 1.1, 0.1).tolist())  # 0 to 1 in float32 steps
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Search:
+    """How weights are rounded while a search compares them.
+
+    group       inputs that share a scale
+    per_tensor  whether the rounding depends on the amax of the whole tensor, over all its shards
+    rounded     (bfloat16 weight, float32 amax) -> bfloat16 weight, as the search's quantizer simulates it
+    """
+
+    group: int
+    per_tensor: bool
+    rounded: Callable[[Tensor, Tensor | None], Tensor]
+
+
+def _int4(weight: Tensor, amax: Tensor | None, group: int) -> Tensor:
+    return int4.rounded(weight, group)
+
+
+SEARCHES = {
+    "int4_g128": Search(128, False, partial(_int4, group=128)),
+    "int4_g64": Search(64, False, partial(_int4, group=64)),
+    "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded),
+}
+
+
+def rounded(search: Search, weight: Tensor, amax: Tensor | None) -> Tensor:
+    """`search.rounded` of a bfloat16 [out, in] weight, in strips of rows."""
+    return torch.cat([search.rounded(weight[rows], amax) for rows in row_strips(weight, 1)])
+
+
+def importance(weight: Tensor, group: int) -> Tensor:
+    """Sum over the rows of |w| / group's largest |w|, of a bfloat16 [out, in] weight: float64 [in].
+
+    The bfloat16 quotients add up in float64 without rounding, so that shards of rows give the same sum.
+    """
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in row_strips(weight, 1):
+        size = weight[rows].unflatten(1, (-1, group)).abs()
+        total += (size / (size.amax(dim=2, keepdim=True) + _TINY)).flatten(1).sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def factors(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """s(alpha), float32 [in], from the means a and w, float32 [in] on the CPU, whatever the device of the model.
+
+    The last bits of a power still depend on the kind of CPU.
+    """
+    made = (activation.pow(alpha) / (weight.pow(1 - alpha) + _TINY)).clamp(1e-4, 1e4)
+    return made / (made.max() * made.min()).sqrt()

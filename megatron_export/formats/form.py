@@ -1,0 +1,77 @@
+"""What a format is to the rest of the program: a value with its name, its tile, its two functions and its descriptions."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..piece import Amax, Piece
+
+STRIP_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user can choose within a format. Each format says which of these it reads."""
+
+    group_size: int = 128
+    fp8_pb_spelling: str = "native"
+    awq_output: str = "folded"
+    awq_clip: bool = False
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How AWQ prepares a format's weights.
+
+    search  name of the search in `awq.SEARCHES` whose vectors it is smoothed with
+    folds   whether a vector may be folded into a preceding linear, where that is exact, and not only into a norm
+    keeps   whether a vector that is not folded is written as `pre_quant_scale`; otherwise its linear is not smoothed
+    clip    whether the search's clipping is applied too
+    """
+
+    search: str
+    folds: bool
+    keeps: bool
+    clip: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One format with its options settled.
+
+    tile          (out, in): the block of the weight that must not be cut before it is quantized
+    encode        one linear -> pieces by suffix; pure
+    decode        pieces -> the float32 weight that an engine multiplies with
+    quantization  what the quantization configs say of it; empty for none
+    activations   whether it needs the amax of the linear's input
+    ragged        whether the last tile of a row or column may be partial
+    numbers       how config.json describes its numbers in a config group; None for no such group
+    native        config.json's whole `quantization_config`, where that is not ModelOpt's dialect
+    """
+
+    name: str
+    tile: tuple[int, int]
+    encode: Callable[[Tensor, Amax], dict[str, Piece]]
+    decode: Callable[[dict[str, Piece]], Tensor]
+    quantization: dict
+    activations: bool = True
+    ragged: bool = False
+    numbers: dict | None = None
+    native: dict | None = None
+    smoothing: Smoothing | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data is needed for the weights or the activations."""
+        return self.activations or self.smoothing is not None
+
+
+def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
+    """Slices of at most 4 Mi elements of a `[out, in]` weight, in whole tiles of `rows` rows.
+
+    Float32 copies of one strip stay small, and in the CPU's cache.
+    """
+    step = max(STRIP_ELEMENTS // weight.shape[1] // rows, 1) * rows
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)

@@ -1,0 +1,57 @@
+"""Four-bit integers in groups along the input, shared by the AWQ formats: rounding, packing and the search's rounding.
+
+    weight        uint8 [out/2, in]         rows 2r in the low nibble, 2r+1 in the high nibble, two's complement
+    weight_scale  float32 [out, in/group]   group amax / 7; 1 for a group of zeros
+
+A code is clamp(round(float32(w) / weight_scale), -8, 7), rounded half to even. A group may be clipped: its amax is
+then its ratio times its largest magnitude, and codes beyond saturate. Value: code * weight_scale.
+`out` must be even and `in` a multiple of the group. Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ.
+"""
+
+import torch
+from torch import Tensor
+
+from ..piece import Amax, Axis, Piece
+from .fp8 import scale_of
+from .nibbles import pack, unpack
+
+INT4_MAX = 7.0
+INT4_MIN = -8.0
+CLIP_RATIOS = tuple(round(0.5 + 0.05 * step, 2) for step in range(11))  # a clip code is an index into this
+
+
+def group_amax(weight: Tensor, group: int, clip: Tensor | None) -> Tensor:
+    """float32 [out, in/group]: each group's largest magnitude, times its ratio where `clip` holds codes."""
+    amax = torch.linalg.vector_norm(weight.unflatten(1, (-1, group)), torch.inf, dim=2).float()
+    return amax if clip is None else amax * torch.tensor(CLIP_RATIOS, device=clip.device)[clip.long()]
+
+
+def encode(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
+    scale = scale_of(group_amax(weight, group, amax.clip), INT4_MAX)
+    codes = (weight.float().unflatten(1, (-1, group)) / scale.unsqueeze(2)).round_().clamp_(INT4_MIN, INT4_MAX)
+    codes = codes.flatten(1).to(torch.int8).view(torch.uint8) & 15
+    return {
+        "weight": Piece(pack(codes, dim=0), (Axis.OUT, Axis.IN)),
+        "weight_scale": Piece(scale, (Axis.OUT, Axis.IN)),
+    }
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 [out, in] weight: code * weight_scale."""
+    codes = unpack(pieces["weight"].data, dim=0).to(torch.int8)
+    codes = torch.where(codes > INT4_MAX, codes - 16, codes)
+    scale = pieces["weight_scale"].data
+    return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
+
+
+def rounded(weight: Tensor, group: int, clip: Tensor | None = None) -> Tensor:
+    """The bfloat16 [out, in] weight that a search compares: ModelOpt's arithmetic of simulated quantization.
+
+    It multiplies by 7 / amax where `encode` divides by amax / 7. The two differ at ties, and ModelOpt's losses are
+    reproduced only by the first.
+    """
+    amax = group_amax(weight, group, clip)
+    scale = (torch.full_like(amax, INT4_MAX) / torch.where(amax == 0, INT4_MAX, amax)).unsqueeze(2)
+    codes = (weight.float().unflatten(1, (-1, group)) * scale).round_().clamp_(INT4_MIN, INT4_MAX)
+    return (codes / scale).flatten(1).to(torch.bfloat16)

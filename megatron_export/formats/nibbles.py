@@ -1,0 +1,15 @@
+"""Two four-bit codes in a byte: the first in the low nibble, the second in the high nibble, along rows or columns."""
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, dim: int) -> Tensor:
+    """uint8 codes 0 to 15 `[out, in]` -> uint8 bytes of half the size along `dim`, which must be even."""
+    first, second = codes.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return first | second << 4
+
+
+def unpack(packed: Tensor, dim: int) -> Tensor:
+    """The inverse of `pack`."""
+    return torch.stack((packed & 15, packed >> 4), dim=dim + 1).flatten(dim, dim + 1)

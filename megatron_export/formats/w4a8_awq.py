@@ -1,0 +1,54 @@
+"""W4A8_AWQ: the weights of INT4_AWQ, multiplied in FP8 with e4m3 activations.
+
+On disk, for a linear `[out, in]`, `out` even, `in` a multiple of the group (128, or 64):
+
+    weight           uint8 [out/2, in]         see int4.py
+    weight_scale     float32 [out, in/group]   see int4.py
+    weight_scale_2   float32 []                amax of the smoothed, unquantized weight / 448
+    input_scale      float32 []                amax of the smoothed input / 448
+    pre_quant_scale  bfloat16 [in]             as in int4_awq.py
+
+The consumer multiplies with e4m3(code * weight_scale / weight_scale_2), and the product with weight_scale_2 *
+input_scale; both scalars are shared by the linears that engines fuse. An amax of zero gives scale 1.
+Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_AWQ.
+"""
+
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from ..piece import Amax, Piece
+from . import int4
+from .form import Form, Options, Smoothing
+from .fp8 import E4M3_MAX, scale_of
+
+NAME = "w4a8_awq"
+OPTIONS = ("group_size", "awq_clip")
+
+
+def encode(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above but for pre_quant_scale, by suffix."""
+    scalars = {"weight_scale_2": Piece(scale_of(amax.weight), ()), "input_scale": Piece(scale_of(amax.input), ())}
+    return int4.encode(weight, amax, group) | scalars
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 [out, in] weight that an engine multiplies with: the second stage rounds to e4m3."""
+    scale = pieces["weight_scale_2"].data
+    scaled = (int4.decode(pieces) / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    return scaled.to(torch.float8_e4m3fn).float() * scale
+
+
+@cache
+def form(options: Options) -> Form:
+    """The format for groups of `options.group_size`."""
+    group = options.group_size
+    return Form(
+        name=NAME,
+        tile=(2, group),
+        encode=partial(encode, group=group),
+        decode=decode,
+        quantization={"quant_algo": "W4A8_AWQ", "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
+        smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
+    )
