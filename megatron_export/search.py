@@ -43,9 +43,11 @@ class Shard:
     inputs: Tensor
 
     @classmethod
-    def of(cls, here: Topology, name: str, weight: Tensor, inputs: Tensor, group: int) -> "Shard":
-        """The shard, or the whole linear where groups of inputs lie on two shards."""
+    def of(cls, here: Topology, name: str, weight: Tensor, inputs: Tensor, group: int) -> "Shard | None":
+        """The shard, or the whole linear where groups of inputs lie on two shards; None where no groups fit."""
         cut = cut_of(f"{name}.weight") if here.tp_size > 1 else None
+        if weight.shape[1] * (here.tp_size if cut is Axis.IN else 1) % group:
+            return None  # such a linear cannot be exported in the format, and may be left out of it
         weight, inputs = weight.detach().to(torch.bfloat16), inputs.flatten(0, -2).to(torch.bfloat16)
         if cut is Axis.IN and weight.shape[1] % group:
             return cls(here, None, whole(here, weight, 1), whole(here, inputs, 1))
@@ -109,7 +111,8 @@ class Alphas:
         """Compare all alphas on one micro-batch."""
         for key in self.searches(name):
             search = SEARCHES[key.removesuffix(SHARED)]
-            shard = Shard.of(self.here, name, weight, inputs, search.group)
+            if (shard := Shard.of(self.here, name, weight, inputs, search.group)) is None:
+                continue
             expected = shard.output(shard.inputs, shard.weight)
             losses = []
             for factors in self._factors(name, key, shard):
@@ -177,7 +180,8 @@ class Clips:
         """Compare all ratios on one micro-batch."""
         for key in self.searches(name):
             search = SEARCHES[key.removesuffix(SHARED)]
-            shard = Shard.of(self.here, name, weight, inputs, search.group)
+            if (shard := Shard.of(self.here, name, weight, inputs, search.group)) is None:
+                continue
             vector = shard.columns(self.statistics[f"{name}.pre_quant_scale.{key}"])
             smoothed = (shard.weight.float() / vector).to(torch.bfloat16)
             inputs_of = shard.inputs * vector.to(torch.bfloat16)

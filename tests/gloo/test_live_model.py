@@ -50,17 +50,24 @@ def loaded(
         yield model, here
 
 
+def formats_of(statistics: dict[str, Tensor]) -> tuple[str, ...]:
+    """Formats of every kind that these statistics serve."""
+    smoothed = any(".pre_quant_scale.nvfp4" in name for name in statistics)
+    return ("bf16", "fp8", "fp8_pb", "nvfp4", *(("nvfp4_awq",) if smoothed else ()))
+
+
 def export_all(model: nn.Module | list[nn.Module], source: Path, out: Path, statistics: dict[str, Tensor]) -> None:
     """In a rank: export in every format to folders of `out`."""
-    for form in ("bf16", "fp8", "nvfp4"):
+    for form in formats_of(statistics):
         kv_cache = "none" if form == "bf16" else "fp8"
         export_hf_checkpoint(model, out / form, hf_model=source, format=form, calibration=statistics, kv_cache=kv_cache)
 
 
 def assert_same_exports(left: Path, right: Path) -> None:
     """Two folders that `export_all` wrote hold the same tensors in every format."""
-    for form in ("bf16", "fp8", "nvfp4"):
-        assert_same(tensors(left / form), tensors(right / form))
+    assert {path.name for path in left.iterdir()} == {path.name for path in right.iterdir()}
+    for folder in left.iterdir():
+        assert_same(tensors(folder), tensors(right / folder.name))
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -108,9 +115,10 @@ def leave_alone(source: Path, out: Path, tp: int, pp: int) -> tuple[int, list[st
         for number, weight in enumerate(model.parameters()):
             weight.grad = torch.randn_like(weight) if weight.requires_grad and number % 2 else None
         before = traces(model)
-        statistics = calibrate(model, batches(source))
+        statistics = calibrate(model, batches(source), format=("nvfp4_awq", "int4_awq"), awq_clip=True)
         after_calibrate = differences(before, traces(model))
-        export_hf_checkpoint(model, out, hf_model=source, calibration=statistics, kv_cache="fp8")
+        options = {"format": "nvfp4_awq", "kv_cache": "fp8", "awq_clip": True}
+        export_hf_checkpoint(model, out, hf_model=source, calibration=statistics, **options)
         return len(before), after_calibrate + differences(before, traces(model))
 
 
@@ -209,8 +217,8 @@ def build_chunks(source: Path, here: Topology, group: int) -> list[GPTModel]:
     return chunks
 
 
-def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[dict[str, Tensor], int]:
-    """In a rank of PP=2, VPP=2: export the chunks; returns the statistics and how often progress was made."""
+def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """In a rank of PP=2, VPP=2: export the chunks; returns the statistics and each progress that was made."""
     made: list[str] = []
 
     def progress(stage: str, steps: list[Tensor]) -> Iterator[Tensor]:
@@ -223,15 +231,15 @@ def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[
         model = build_chunks(source, here, group)
         if wrapped:
             model = [_megatron_ddp(Float16Module(chunk.config, chunk), chunk.config) for chunk in model]
-        statistics = calibrate(model, batches(source, 3), progress=progress)
+        statistics = calibrate(model, batches(source, 3), format="nvfp4_awq", progress=progress)
         export_all(model, source, out, statistics)
-    return statistics, made.count("calibrate")
+    return statistics, made
 
 
 def export_alone(source: Path, out: Path) -> dict[str, Tensor]:
     """In a rank alone: export the whole model; returns the statistics."""
     with loaded(source, 1) as (model, _):
-        statistics = calibrate(model, batches(source, 3))
+        statistics = calibrate(model, batches(source, 3), format="nvfp4_awq")
         export_all(model, source, out, statistics)
     return statistics
 
@@ -244,7 +252,7 @@ def test_virtual_pipeline_chunks_give_the_statistics_and_bytes_of_one_rank(
     (alone,) = ranks.call(1, export_alone, models[name], tmp_path / "alone")
     for statistics, made in ranks.call(2, export_virtual, models[name], tmp_path / "chunks", group, wrapped):
         assert_same(statistics, alone)
-        assert made == 3
+        assert (made.count("calibrate"), made.count("search")) == (3, 3)
     assert_same_exports(tmp_path / "chunks", tmp_path / "alone")
 
 

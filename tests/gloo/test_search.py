@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_export import topology
+from megatron_export import calibration, topology
 from megatron_export.errors import ExportError
 from megatron_export.formats import int4, nvfp4
 from megatron_export.formats.awq import ALPHAS, SEARCHES
@@ -381,3 +383,38 @@ def test_codes_of_fused_linears_are_those_of_their_parts_in_the_order_of_hf(
     codes = {key: value for key, value in found[topology][0][0].items() if ".clip." in key}
     fused = {key: value for key, value in codes.items() if key.startswith((QKV_NAME, FC1))}
     assert_same(fused, ranks.call(1, clipped_part_by_part)[0])
+
+
+def observed(sequence_parallel: bool) -> dict[str, Tensor]:
+    """In a rank: what a search finds when a column-parallel linear is called with its whole input, or with its rank's part
+    of the sequence, as under sequence parallelism.
+    """
+    with topology.started(2, 1, "cpu"), topology.current() as here:
+        generator = torch.Generator().manual_seed(4)
+        inputs = torch.randn(24, 2, 128, generator=generator).to(torch.bfloat16)
+        weight = torch.randn(64, 128, generator=generator).to(torch.bfloat16)
+        module = torch.nn.Identity()
+        module.config = SimpleNamespace(sequence_parallel=sequence_parallel)
+        module.weight = weight.chunk(2)[here.tp_rank]
+        called = inputs.chunk(2)[here.tp_rank] if sequence_parallel else inputs
+        name = "decoder.layers.0.mlp.linear_fc1"
+        with (
+            mock.patch("megatron_export.calibration.linears_of", lambda model: {name: module}),
+            mock.patch("megatron_export.calibration.attentions_of", lambda model: {}),
+        ):
+            maxima = Maxima(here, by_channel=True)
+            with calibration._watching(here, module, maxima, 1):
+                module(called)
+            found, means = maxima.agreed()
+            alphas = Alphas(here, means, lambda name: ("nvfp4", "int4_g64"), lambda values: values)
+            with calibration._watching(here, module, alphas, 1):
+                module(called)
+            return found | alphas.agreed()
+
+
+def test_parts_of_a_sequence_are_put_together_before_they_are_looked_at(ranks: Ranks) -> None:
+    whole, parts = ranks.call(2, observed, False), ranks.call(2, observed, True)
+    for rank in (0, 1):
+        assert len(whole[rank]) == 8
+        assert_same(parts[rank], whole[rank])
+        assert_same(whole[rank], whole[0])
