@@ -23,9 +23,8 @@ from .formats import FORMATS, Options, chosen
 from .formats.awq import SEARCHES
 from .formats.int4 import CLIP_RATIOS
 from .gather import everyone, together, whole
-from .layout import QKV
 from .maxima import Maxima
-from .model import attentions_of, chunks_of, finish_gathering, layouts_of, linear_input, linears_of
+from .model import attentions_of, chunks_of, finish_gathering, heads_of, layouts_of, linear_input, linears_of
 from .names import cut_of, reads_heads
 from .piece import Axis
 from .plan import SHARED
@@ -38,7 +37,13 @@ CLIP_BYTES = 1 << 30
 
 
 class Observer(Protocol):
-    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other."""
+    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other.
+
+    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that
+    wants `whole_sequences` is shown them put together.
+    """
+
+    whole_sequences: bool
 
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None: ...
 
@@ -62,13 +67,16 @@ def calibrate(
     group_size  of int4_awq and w4a8_awq; awq_clip: search the clipping of AWQ formats too
     The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
     gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
-    output in float32 of one linear, four copies of its weight, 44 bytes for every input channel of its linears, and at
-    most 1 GiB (or one linear's) of losses when clipping.
+    output in float32 of one linear, four copies of its weight (the whole linear's, where a row-parallel shard cuts a
+    group), 44 bytes for every input channel of all its linears and search, and at most 1 GiB (or one linear's) of losses
+    when clipping.
     Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
     activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on
     its rank alone, as in training.
     """
     names = (format,) if isinstance(format, str) else tuple(format)
+    if not names:
+        raise ExportError("calibrate() was given no format")
     forms = [chosen(name, _options(name, group_size, awq_clip)) for name in names]
     used = {option for name in names for option in FORMATS[name].OPTIONS}
     if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
@@ -89,7 +97,7 @@ def calibrate(
             statistics, means = maxima.agreed()
             if not smoothings:
                 return statistics
-            heads = _heads(model)
+            heads = heads_of(model)
             searches = partial(_searches, smoothings, heads.queries_per_group)
             alphas = Alphas(here, means, searches, heads.same_in_group)
             run("search", alphas)
@@ -109,10 +117,6 @@ def _options(name: str, group_size: int, awq_clip: bool) -> Options:
     return Options(group_size=group_size if "group_size" in reads else 128, awq_clip=awq_clip and "awq_clip" in reads)
 
 
-def _heads(model: nn.Module | list[nn.Module]) -> QKV:
-    return next(layout for layout in layouts_of(model).values() if isinstance(layout, QKV))
-
-
 def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) -> tuple[str, ...]:
     """The searches for one linear: a vector that may be folded into v is also searched as one for each query group."""
     shared = reads_heads(f"{name}.weight") and queries_per_group > 1
@@ -130,8 +134,9 @@ def _clipped_together(
     groups: list[set[str]] = [set()]
     size = 0
     for name, module in linears_of(model).items():
-        per_weight = sum(8 * len(CLIP_RATIOS) / SEARCHES[key].group for key in searches(name) if key.startswith("int4"))
-        nbytes = int(module.weight.numel() * per_weight)
+        nbytes = sum(
+            _losses_nbytes(here, name, module.weight, SEARCHES[key].group) for key in searches(name) if "int4" in key
+        )
         if groups[-1] and size + nbytes > CLIP_BYTES:
             groups.append(set())
             size = 0
@@ -139,6 +144,12 @@ def _clipped_together(
         size += nbytes
     most = max(everyone(here, len(groups)))
     return groups + [set() for _ in range(most - len(groups))]
+
+
+def _losses_nbytes(here: Topology, name: str, weight: Tensor, group: int) -> int:
+    """Bytes of the losses of a linear's clipping; of the whole linear, where its shard cuts a group."""
+    gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % group
+    return 8 * len(CLIP_RATIOS) * weight.numel() * (here.tp_size if gathered else 1) // group
 
 
 def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
@@ -238,7 +249,7 @@ def _watching(here: Topology, model: nn.Module | list[nn.Module], observer: Obse
         calls[name] += 1
         if calls[name] <= batches:
             inputs = linear_input(module, args[0])
-            if module.config.sequence_parallel and cut_of(f"{name}.weight") is Axis.OUT:
+            if observer.whole_sequences and module.config.sequence_parallel and cut_of(f"{name}.weight") is Axis.OUT:
                 inputs = whole(here, inputs, 0)  # as the module itself is about to do
             observer.linear(name, module.weight, inputs)
 

@@ -66,10 +66,13 @@ class ExportConfig:
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
-        if self.format == "bf16" and (self.load_calibration or self.save_calibration or self.calib_data):
+        needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache == "none")
+        if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
-                "--format bf16 needs no calibration: --calib-data, --save- and --load-calibration have no effect"
+                f"--format {self.format} needs no calibration: --calib-data and --load-calibration have no effect"
             )
+        if self.format == "bf16" and self.save_calibration:
+            raise ValueError("--format bf16 needs no calibration: --save-calibration has no effect")
 
 
 def helps() -> dict[str, str]:

@@ -49,6 +49,23 @@ def everyone(here: Topology, mine: object) -> list:
     return theirs
 
 
+def spread(here: Topology, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of every pipeline stage on every rank, by name, on the CPU: stage after stage, once.
+
+    `mine` are this stage's, of which all its tensor-parallel and data-parallel ranks have the same.
+    """
+    source = here.tp_rank == here.dp_rank == 0
+    mine = {name: tensor.contiguous().cpu() for name, tensor in mine.items()} if source else {}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
+    found: dict[str, Tensor] = {}
+    for rank, theirs in enumerate(everyone(here, specs)):
+        for name, (dtype, shape) in theirs.items():
+            tensor = mine[name].clone() if rank == here.rank else torch.empty(shape, dtype=dtype)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), rank, group=here.control)
+            found[name] = tensor
+    return dict(sorted(found.items()))
+
+
 def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
     """Where every canonical parameter of the whole model lives; of data-parallel replicas, only the first counts."""
     mine = {name: tuple(shard.shape) for name, shard in shards.items()} if here.dp_rank == 0 else {}
@@ -71,7 +88,13 @@ def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
 
 def largest(here: Topology, values: Tensor) -> Tensor:
     """Element-wise maximum of a float32 vector over the tensor-parallel group."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=here.tp_group)
+    return maximum(values, here.tp_group)
+
+
+def maximum(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Element-wise maximum over a group."""
+    values = values.contiguous()
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ExportError
-from .gather import everyone, whole
+from .gather import everyone, maximum, spread, total, whole
 from .names import cut_of
 from .piece import Axis
 from .statistics import channels
@@ -18,68 +18,62 @@ from .topology import Topology
 
 
 class Maxima:
-    """Observes linears and attentions of this rank; with `by_channel`, channel by channel.
+    """Observes linears and attentions of this rank; with `by_channel`, channel by channel too.
 
     Linears are then shown whole sequences, so that every tensor-parallel rank has the same mean of a micro-batch.
     """
 
     def __init__(self, here: Topology, by_channel: bool) -> None:
         self.here = here
-        self.by_channel = by_channel
-        self.largest: dict[str, Tensor] = {}  # float32 []
-        self.by_name: dict[str, Tensor] = {}  # float32 [channels] of this rank's shard
-        self.sums: dict[str, Tensor] = {}  # float64 [channels]: sum of the means of micro-batches
+        self.whole_sequences = self.by_channel = by_channel
+        self.scalars: dict[str, Tensor] = {}  # float32 []
+        self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard
+        self.values: dict[str, Tensor] = {}  # float32 [rows of v] of this rank's shard
+        self.sums: dict[str, Tensor] = {}  # float64 [in]: sum of the means of micro-batches
         self.batches: dict[str, int] = {}
 
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
         """Note the input of a linear, [tokens..., in]."""
-        if not self.by_channel:
-            self._note(self.largest, f"{name}.input_amax", _largest(inputs))
-            return
-        size = inputs.flatten(0, -2).to(torch.bfloat16).abs()
-        self._note(self.by_name, f"{name}.input_amax", size.amax(dim=0).float())
-        mean = (size.sum(dim=0, dtype=torch.float64) / size.shape[0]).to(torch.bfloat16)
-        self.sums[name] = self.sums.get(name, 0) + mean.double()
-        self.batches[name] = self.batches.get(name, 0) + 1
+        _note(self.scalars, f"{name}.input_amax", _largest(inputs))
+        if self.by_channel:
+            size = inputs.flatten(0, -2).to(torch.bfloat16).abs()
+            _note(self.inputs, name, size.amax(dim=0).float())
+            mean = (size.sum(dim=0, dtype=torch.float64) / size.shape[0]).to(torch.bfloat16)
+            self.sums[name] = self.sums.get(name, 0) + mean.double()
+            self.batches[name] = self.batches.get(name, 0) + 1
 
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Note keys and values, [sequence, batch, groups, head_dim]."""
-        self._note(self.largest, f"{name}.k_amax", _largest(key))
-        self._note(self.largest, f"{name}.v_amax", _largest(value))
+        _note(self.scalars, f"{name}.k_amax", _largest(key))
+        _note(self.scalars, f"{name}.v_amax", _largest(value))
         if self.by_channel:
             rows = value.flatten(2).flatten(0, 1).to(torch.bfloat16)
-            self._note(self.by_name, f"{name}.v_amax", rows.abs().amax(dim=0).float())
-
-    def _note(self, noted: dict[str, Tensor], name: str, seen: Tensor) -> None:
-        noted[name] = torch.maximum(noted[name], seen) if name in noted else seen
+            _note(self.values, name, rows.abs().amax(dim=0).float())
 
     def agreed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The statistics over all ranks, and the mean |input| by channel of every linear, float32 [in].
 
         Collective. `ExportError` for NaN and Inf, naming the module.
         """
-        scalars = self.largest | {name: vector.amax() for name, vector in self.by_name.items()}
-        vectors = {name: self._whole(name, vector).cpu() for name, vector in sorted(self.by_name.items())}
-        sums = {name: self._whole(f"{name}.input_amax", vector).cpu() for name, vector in sorted(self.sums.items())}
-        shared = (vectors, sums, self.batches) if self.here.tp_rank == 0 else ({}, {}, {})
-        everywhere = everyone(self.here, ({name: value.item() for name, value in scalars.items()}, *shared))
-        statistics = _merged([scalars for scalars, *_ in everywhere])
-        by_channel: dict[str, Tensor] = {}
-        totals: dict[str, Tensor] = {}
-        batches: dict[str, int] = {}
-        for _, vectors, sums, counts in everywhere:
-            for name, vector in vectors.items():
-                self._note(by_channel, channels(name), vector)
-            for name, values in sums.items():
-                totals[name] = totals.get(name, 0) + values
-                batches[name] = batches.get(name, 0) + counts[name]
-        means = {name: (values / batches[name]).float() for name, values in totals.items()}
-        return dict(sorted((statistics | by_channel).items())), means
+        scalars = everyone(self.here, {name: value.item() for name, value in self.scalars.items()})
+        statistics = _merged(scalars)
+        mine, means = {}, {}
+        for name, vector in sorted(self.values.items()):
+            rows = maximum(whole(self.here, vector, 0), self.here.dp_group)
+            mine[f"{name}.{channels('v_amax')}"] = rows
+        for name, vector in sorted(self.inputs.items()):
+            batches = total(torch.tensor(self.batches[name], device=vector.device), self.here.dp_group)
+            mine[f"{name}.{channels('input_amax')}"] = maximum(self._whole(name, vector), self.here.dp_group)
+            means[name] = (total(self._whole(name, self.sums[name]), self.here.dp_group) / batches).float()
+        return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
 
-    def _whole(self, key: str, shard: Tensor) -> Tensor:
-        """A vector over all tensor-parallel ranks: row-parallel inputs are cut, and so are the values."""
-        cut = key.endswith(".v_amax") or cut_of(key.removesuffix("input_amax") + "weight") is Axis.IN
-        return whole(self.here, shard, 0) if cut else shard
+    def _whole(self, name: str, shard: Tensor) -> Tensor:
+        """A vector of inputs over all tensor-parallel ranks: those of row-parallel linears are cut."""
+        return whole(self.here, shard, 0) if cut_of(f"{name}.weight") is Axis.IN else shard
+
+
+def _note(noted: dict[str, Tensor], name: str, seen: Tensor) -> None:
+    noted[name] = torch.maximum(noted[name], seen) if name in noted else seen
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
             )
         if how.clip and not any(".clip" in name for name in needed & calibration.keys()):
             raise ExportError(f"the calibration holds no clipping for {how.search}. {again} --awq-clip")
-    report([f"the calibration has no {name}: it is for another model" for name in missing])
+    report([f"the calibration has no {name}: measured on another model, or incomplete" for name in missing])
     report([problem for item in plan.items for problem in _problems(item, calibration)])
 
 
@@ -60,16 +60,21 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
 def _problems(item: Item, calibration: Statistics) -> list[str]:
     """What is wrong with the numbers that an item needs."""
     smoothed = item.smoothed
-    least = dict.fromkeys(smoothed.vectors, torch.finfo(torch.float32).tiny) | {smoothed.ratio: CLIP_RATIOS[0]}
-    most = {name: len(CLIP_RATIOS) - 1 for _, name in smoothed.codes} | {smoothed.ratio: CLIP_RATIOS[-1]}
+    codes = {name for _, name in smoothed.codes}
+    ranges = {name: (9e-5, 1.1e4) for name in smoothed.vectors}  # beyond what clamped factors can give
+    ranges |= {name: (0, len(CLIP_RATIOS) - 1) for name in codes}
+    ranges |= {smoothed.ratio: (CLIP_RATIOS[0], CLIP_RATIOS[-1])} if smoothed.ratio else {}
     problems = []
     for name, shape in _needed(item).items():
-        found = calibration[name]
-        if shape is not None and found.shape != shape:
-            problems.append(f"the calibration's {name} is {tuple(found.shape)}, not {shape}: it is for another model")
+        found, dtype = calibration[name], torch.uint8 if name in codes else torch.float32
+        if found.dtype != dtype or (shape is not None and found.shape != shape):
+            problems.append(
+                f"the calibration's {name} is {found.dtype} {tuple(found.shape)}, not {dtype} {shape}: it is for another model"
+            )
             continue
         low, high = float(found.min()), float(found.max())
-        if not (least.get(name, 0) <= low and high <= most.get(name, torch.finfo(torch.float32).max)):
+        least, most = ranges.get(name, (0, torch.finfo(torch.float32).max))
+        if not (least <= low and high <= most):
             problems.append(f"the calibration's {name} is {low}" + ("" if low == high else f" to {high}"))
     return problems
 

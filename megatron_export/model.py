@@ -73,13 +73,19 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     return linears
 
 
+def heads_of(model: nn.Module | list[nn.Module]) -> QKV:
+    """How a model's fused q, k and v are laid out; known on every rank, also on one without layers."""
+    config = chunks_of(model)[0].config
+    return QKV(config.num_attention_heads // config.num_query_groups, config.kv_channels)
+
+
 def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
     """Canonical module name -> how its output rows are laid out, for every linear of this rank."""
     layouts = {}
     for name in linears_of(model):
         config = chunks_of(model)[0].config
         if makes_keys(f"{name}.weight"):
-            layouts[name] = QKV(config.num_attention_heads // config.num_query_groups, config.kv_channels)
+            layouts[name] = heads_of(model)
         elif name.endswith("linear_fc1") and config.gated_linear_unit:
             layouts[name] = Split(("gate", "up"))
         else:

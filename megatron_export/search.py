@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ExportError
 from .formats import awq
 from .formats.awq import ALPHAS, SEARCHES
 from .formats.form import row_strips
 from .formats.int4 import CLIP_RATIOS, rounded
-from .gather import everyone, largest, total, whole
+from .gather import everyone, largest, spread, total, whole
 from .layout import Identity, Layout, even_cut
 from .names import cut_of
 from .piece import Axis
@@ -93,6 +94,8 @@ class Alphas:
     the factors of one query group are made of the means over its queries, which `heads` knows, and so are the same.
     """
 
+    whole_sequences = True
+
     def __init__(
         self,
         here: Topology,
@@ -146,21 +149,25 @@ class Alphas:
     def agreed(self) -> dict[str, Tensor]:
         """The chosen vectors, their alphas and all losses, the same on every rank. Collective."""
         summed = {key: total(losses, self.here.dp_group).cpu() for key, losses in sorted(self.losses.items())}
+        _check_finite(self.here, summed)
         mine = {}
         for (name, key), losses in summed.items():
             best = min(range(len(ALPHAS)), key=losses.tolist().__getitem__)
             mine[f"{name}.pre_quant_scale.{key}"] = 1 / self.factors[name, key][best].cpu()
             mine[f"{name}.alpha.{key}"] = torch.tensor(ALPHAS[best])
             mine[f"{name}.losses.{key}"] = losses
-        return _everywhere(self.here, mine)
+        return spread(self.here, mine)
 
 
 class Clips:
     """Observes linears after they were smoothed, and finds what to clip the maxima of groups or weights to.
 
     int4: a ratio for every group of every row, by the error of its part of up to 127 of a micro-batch's outputs. nvfp4:
-    one for the weight. The losses of int4 weigh 11 * 8 / group bytes for every weight of this rank.
+    one for the weight, before other linears' vectors are folded into its rows. The losses of int4 weigh 11 * 8 / group
+    bytes for every weight that is looked at.
     """
+
+    whole_sequences = True
 
     def __init__(
         self,
@@ -204,9 +211,11 @@ class Clips:
 
     def agreed(self) -> dict[str, Tensor]:
         """The chosen ratios, the same on every rank. Collective."""
+        summed = {key: total(losses, self.here.dp_group) for key, losses in sorted(self.losses.items())}
+        _check_finite(self.here, summed)
         mine = {}
-        for (name, key), losses in sorted(self.losses.items()):
-            codes = _first_smallest(total(losses, self.here.dp_group))
+        for (name, key), losses in summed.items():
+            codes = _first_smallest(losses)
             if codes.dim() == 0:
                 mine[f"{name}.clip_ratio.{key}"] = torch.tensor(CLIP_RATIOS[int(codes)])
                 continue
@@ -216,7 +225,7 @@ class Clips:
             for part, held in parts.items():
                 all_of_it = held if cut is None else whole(self.here, held, 0 if cut is Axis.OUT else 1)
                 mine[f"{name}.clip.{key}.{part}".rstrip(".")] = all_of_it.contiguous().cpu()
-        return _everywhere(self.here, mine)
+        return spread(self.here, mine)
 
 
 def _of_groups(weight: Tensor, inputs: Tensor, group: int) -> Tensor:
@@ -248,9 +257,11 @@ def _first_smallest(losses: Tensor) -> Tensor:
     return best.to(torch.uint8)
 
 
-def _everywhere(here: Topology, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the ranks of all pipeline stages found, of which replicas and tensor-parallel ranks found the same."""
-    found: dict[str, Tensor] = {}
-    for theirs in everyone(here, mine if here.tp_rank == here.dp_rank == 0 else {}):
-        found |= theirs
-    return dict(sorted(found.items()))
+def _check_finite(here: Topology, losses: dict[tuple[str, str], Tensor]) -> None:
+    """Raise on every rank if any rank has a loss that is NaN or Inf: of those, none would be the smallest."""
+    bad = [name for (name, _), values in losses.items() if not values.isfinite().all()]
+    if everywhere := sorted({name for theirs in everyone(here, bad) for name in theirs}):
+        raise ExportError(
+            f"NaN or Inf in the outputs of {', '.join(everywhere[:3])}, of {len(everywhere)} in all, in an AWQ search. "
+            "Check the weights, and that the model runs on this data in bfloat16"
+        )

@@ -17,6 +17,7 @@ the model that it was measured on. A file serves every format that needs no more
 """
 
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -109,10 +110,20 @@ def _in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
 
 def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     """Write the statistics of a model of config.json's dict to `file`, replacing it in one step."""
+    report(
+        [
+            f"the statistics have no {key}: they are of another model"
+            for key in hf_keys(config).keys() - statistics.keys()
+        ]
+    )
     homes = _homes(config)
     tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in _on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
-    save_file(tensors, partial, metadata={"kind": KIND, "model": json.dumps(asdict(shape_of(config)))})
+    # one entry: safetensors writes several in any order, and the same statistics shall be the same file
+    save_file(tensors, partial, metadata={KIND: json.dumps(asdict(shape_of(config)))})
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     partial.replace(file)
 
 
@@ -125,8 +136,8 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     """Read statistics back. `ExportError` when the file is not one, or was measured on a model of other sizes."""
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
-    metadata, found = _read(file)
-    theirs, ours = json.loads(metadata["model"]), asdict(shape_of(config))
+    theirs, found = _read(file)
+    ours = asdict(shape_of(config))
     report(
         [
             f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {v!r}"
@@ -136,9 +147,10 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     )
     keys = hf_keys(config)
     report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
+    homes = _homes(config)
     owners = {
         hf: (module, part)
-        for module, parts in _homes(config).items()
+        for module, parts in homes.items()
         if f"{module}.input_amax" in keys
         for part, hf in parts.items()
     }
@@ -148,11 +160,15 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
         if key is None:
             raise ExportError(f"{file}: {hf} is no statistic of this model. Write it again with --save-calibration")
         copies.setdefault(key, []).append(tensor)
+    wanted = {hf for key in copies for hf in _on_disk(key, homes)}
+    report([f"{file}: {hf} is missing" for hf in sorted(wanted - found.keys())])
     return {key: _merged(file, key, tensors) for key, tensors in copies.items()}
 
 
 def _merged(file: Path, key: str, tensors: list[Tensor]) -> Tensor:
     """One statistic from the copies that fused linears have of it."""
+    if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1:
+        raise ExportError(f"{file}: the fused linears of {key} have it in several sizes or types. Write it again")
     if key.endswith("amax"):
         return torch.stack(tensors).amax(0)
     if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
@@ -160,7 +176,8 @@ def _merged(file: Path, key: str, tensors: list[Tensor]) -> Tensor:
     return tensors[0]
 
 
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(file: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The sizes of the model that a file was measured on, and its tensors."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -169,6 +186,6 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ExportError(
             f"{file}: not a readable safetensors file ({error}). Write it again with --save-calibration"
         ) from error
-    if metadata.get("kind") != KIND:
+    if KIND not in metadata:
         raise ExportError(f"{file}: not a calibration file written by --save-calibration. Give another")
-    return metadata, found
+    return json.loads(metadata[KIND]), found

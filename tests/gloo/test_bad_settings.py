@@ -21,6 +21,10 @@ USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "not a number": (("--pp", "two"), ("--pp", "invalid int value: 'two'")),
     "no samples": (("--calib-samples", 0), ("--calib-samples must be at least 1, not 0",)),
     "size": (("--max-shard-size", "5XB"), ("'5XB' is not a size", "like 5GB")),
+    "calibration of fp8_pb": (
+        ("--format", "fp8_pb", "--calib-data", "none.txt"),
+        ("--format fp8_pb needs no calibration", "--calib-data"),
+    ),
     "calibration of bf16": (("--format", "bf16"), ("--format bf16 needs no calibration", "--calib-data")),
     "two calibrations": (("--load-calibration", "x"), ("--load-calibration replaces", "--calib-data have no effect")),
 }

@@ -418,3 +418,21 @@ def test_parts_of_a_sequence_are_put_together_before_they_are_looked_at(ranks: R
         assert len(whole[rank]) == 8
         assert_same(parts[rank], whole[rank])
         assert_same(whole[rank], whole[0])
+
+
+def overflowing() -> str:
+    """In a rank: what is said of a linear whose bfloat16 output is infinite, on the second rank alone."""
+    with topology.started(1, 1, "cpu"), topology.current() as here:
+        weight = torch.full((16, 128), 1e30 if here.rank else 1.0).to(torch.bfloat16)
+        alphas = Alphas(here, {FC1: torch.ones(128)}, lambda name: ("nvfp4",), lambda values: values)
+        alphas.linear(FC1, weight, torch.full((4, 128), 1e10).to(torch.bfloat16))
+        try:
+            alphas.agreed()
+        except ExportError as error:
+            return str(error)
+    return ""
+
+
+def test_outputs_that_overflow_are_told_on_every_rank_and_no_alpha_is_taken(ranks: Ranks) -> None:
+    for said in ranks.call(2, overflowing):
+        assert f"NaN or Inf in the outputs of {FC1}" in said

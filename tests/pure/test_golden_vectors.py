@@ -197,7 +197,7 @@ def test_the_search_finds_modelopts_alpha_by_its_losses(path: Path) -> None:
     maxima = Maxima(alone(), by_channel=True)
     for batch in batches:
         maxima.linear(name, vector["in.weight"], batch)
-    assert same(maxima.by_name[f"{name}.input_amax"], vector["in.x"].abs().amax(dim=0).float())
+    assert same(maxima.inputs[name], vector["in.x"].abs().amax(dim=0).float())
     means = {name: (maxima.sums[name] / maxima.batches[name]).float()}
     assert same(means[name], vector["search.act_scale"])
     alphas = Alphas(alone(), means, lambda name: (key,), lambda values: values)

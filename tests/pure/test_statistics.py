@@ -123,7 +123,7 @@ def rewritten(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     """Damage a file, but not what it says of its model."""
     held = load_file(file)
     change(held)
-    save_file(held, file, metadata={"kind": KIND, "model": json.dumps(asdict(shape_of(CONFIG)))})
+    save_file(held, file, metadata={KIND: json.dumps(asdict(shape_of(CONFIG)))})
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_statistics_of_another_model_are_told_by_what_is_missing() -> None:
     found = statistics_of("nvfp4")
     del found[f"{FC2}.input_amax"]
     check_calibration(plan("nvfp4_awq"), found)  # its maxima are by channel
-    with pytest.raises(ExportError, match=f"has no {FC2}.input_amax: it is for another model"):
+    with pytest.raises(ExportError, match=f"has no {FC2}.input_amax: measured on another model"):
         check_calibration(plan("nvfp4"), found)
 
 
@@ -320,7 +320,39 @@ def test_a_size_of_another_model_is_refused_by_name(key: str, shape: tuple[int, 
     found[key] = torch.ones(shape, dtype=found[key].dtype)
     with pytest.raises(ExportError) as refused:
         check_calibration(wanted, found)
-    assert f"the calibration's {key} is {shape}, not " in str(refused.value)
+    assert f"the calibration's {key} is {found[key].dtype} {shape}, not " in str(refused.value)
+
+
+def test_a_vector_of_another_type_is_refused_by_name() -> None:
+    """In bfloat16 it would give other weights."""
+    found = statistics_of("nvfp4")
+    key = f"{FC2}.pre_quant_scale.nvfp4"
+    found[key] = found[key].to(torch.bfloat16)
+    with pytest.raises(ExportError, match=f"the calibration's {key} is torch.bfloat16 .*, not torch.float32"):
+        check_calibration(plan("nvfp4_awq"), found)
+
+
+def test_the_same_statistics_are_the_same_file_and_others_may_read_it(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save(statistics_of("nvfp4"), tmp_path / name, CONFIG)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "one").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_fused_linear_that_lacks_a_copy_is_told_by_its_hf_name(tmp_path: Path) -> None:
+    save(statistics_of("nvfp4"), tmp_path / "file", CONFIG)
+    rewritten(tmp_path / "file", lambda held: held.pop(f"{HF}.self_attn.q_proj.pre_quant_scale.nvfp4"))
+    with pytest.raises(ExportError, match=f"file: {HF}.self_attn.q_proj.pre_quant_scale.nvfp4 is missing"):
+        load(tmp_path / "file", CONFIG)
+
+
+def test_incomplete_statistics_are_not_saved(tmp_path: Path) -> None:
+    found = statistics_of()
+    del found[f"{FC2}.input_amax"]
+    with pytest.raises(ExportError, match=f"the statistics have no {FC2}.input_amax"):
+        save(found, tmp_path / "file", CONFIG)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_missing_vector_is_told_by_its_name() -> None:
