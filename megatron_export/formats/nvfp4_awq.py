@@ -8,10 +8,10 @@ the float32 vector that the search chose. `input_scale` is of the input times p.
     o_proj              folded into the rows of v_proj (and its bias). With grouped queries several heads of o_proj read
                         one head of v_proj, so the search gives them one vector
 
-Clipping, where it is asked for, is one ratio of a weight's amax: searched before other vectors are folded into its rows,
-applied to the amax after it. Nothing is left to do at run time, and the checkpoint is a plain NVFP4 one, which every engine loads. With the output
-"modelopt" o_proj under grouped queries is searched freely instead and keeps `pre_quant_scale` bfloat16 [in], under
-quant_algo NVFP4_AWQ, which TensorRT-LLM reads and vLLM refuses.
+Clipping, where it is asked for, is one ratio of a weight's amax: searched before other vectors are folded into its
+rows, and applied to the amax after that. Nothing is left to do at run time, and the checkpoint is a plain NVFP4 one,
+which every engine loads. With the output "modelopt" o_proj under grouped queries is searched freely instead and keeps
+`pre_quant_scale` bfloat16 [in], under quant_algo NVFP4_AWQ, which TensorRT-LLM reads and vLLM refuses.
 Source: ModelOpt 0.47 unified checkpoint, quant_algo NVFP4_AWQ; AWQ is arXiv 2306.00978.
 """
 
