@@ -20,7 +20,7 @@ from .test_topologies import TOPOLOGIES, WORLD, export
 
 SHAPE = {"hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
 VARIANTS = {
-    "fp8_pb": (),
+    "fp8_pb": ("--kv-cache", "nvfp4"),
     "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8"),
     "nvfp4_awq": ("--kv-cache", "nvfp4", "--awq-clip"),
     "nvfp4_awq modelopt": ("--awq-output", "modelopt"),
