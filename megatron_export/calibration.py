@@ -20,14 +20,13 @@ from . import topology
 from .cpu import without_cuda
 from .errors import ExportError
 from .formats import FORMATS, Options, chosen
-from .formats.awq import SEARCHES
+from .formats.awq import SHARED, search_of
 from .formats.int4 import CLIP_RATIOS
 from .gather import everyone, together, whole
 from .maxima import Maxima
 from .model import attentions_of, chunks_of, finish_gathering, heads_of, layouts_of, linear_input, linears_of
 from .names import cut_of, reads_heads
 from .piece import Axis
-from .plan import SHARED
 from .progress import Progress, quiet
 from .search import Alphas, Clips
 from .topology import Topology
@@ -135,7 +134,9 @@ def _clipped_together(
     size = 0
     for name, module in linears_of(model).items():
         nbytes = sum(
-            _losses_nbytes(here, name, module.weight, SEARCHES[key].group) for key in searches(name) if "int4" in key
+            _losses_nbytes(here, name, module.weight, search.group)
+            for search in map(search_of, searches(name))
+            if not search.per_tensor
         )
         if groups[-1] and size + nbytes > CLIP_BYTES:
             groups.append(set())

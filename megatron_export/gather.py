@@ -86,11 +86,6 @@ def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
     return held
 
 
-def largest(here: Topology, values: Tensor) -> Tensor:
-    """Element-wise maximum of a float32 vector over the tensor-parallel group."""
-    return maximum(values, here.tp_group)
-
-
 def maximum(values: Tensor, group: ProcessGroup) -> Tensor:
     """Element-wise maximum over a group."""
     values = values.contiguous()

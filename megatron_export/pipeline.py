@@ -118,7 +118,7 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
             ]
         )
     quantized = [number for number, item in enumerate(mine) if item.form]
-    agreed = gather.largest(here, values[quantized])
+    agreed = gather.maximum(values[quantized], here.tp_group)
     amaxes = {mine[number].source.canonical: amax for number, amax in zip(quantized, agreed, strict=True)}
     for item in mine:
         if item.smoothed.ratio:

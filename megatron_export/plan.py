@@ -10,13 +10,12 @@ from types import ModuleType
 
 from .errors import ExportError, report
 from .formats import Form, Options, chosen, chosen_kv
-from .formats.awq import SEARCHES
+from .formats.awq import SEARCHES, SHARED
 from .item import Item, Output, Smoothed
 from .names import Source, feeders_of, is_linear_weight, makes_keys, parameters_of, reads_heads
 from .piece import Axis
 
 BUCKET_BYTES = 256 << 20
-SHARED = "_shared"  # ends the name of a search that gives the queries of a group one vector
 
 
 @dataclass(frozen=True)

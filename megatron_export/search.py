@@ -21,14 +21,13 @@ from torch import Tensor
 
 from .errors import ExportError
 from .formats import awq
-from .formats.awq import ALPHAS, SEARCHES
+from .formats.awq import ALPHAS, SHARED, search_of
 from .formats.form import row_strips
 from .formats.int4 import CLIP_RATIOS, rounded
-from .gather import everyone, largest, spread, total, whole
+from .gather import everyone, maximum, spread, total, whole
 from .layout import Identity, Layout, even_cut
 from .names import cut_of
 from .piece import Axis
-from .plan import SHARED
 from .topology import Topology
 
 CLIP_TOKENS = 64  # of a micro-batch, that a group's clipping is judged by
@@ -78,7 +77,7 @@ class Shard:
     def amax(self, weight: Tensor) -> Tensor:
         """Largest magnitude of the whole weight, float32 []."""
         mine = weight.abs().amax().float()
-        return largest(self.here, mine) if self.cut is not None else mine
+        return maximum(mine, self.here.tp_group) if self.cut is not None else mine
 
 
 def _float32_product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class Alphas:
     """Observes linears and finds the alpha of each, for the searches that `searches` gives for its name.
 
     `means` is the mean |input| by channel of every linear, float32 [in] on the CPU. In a search that ends in `_shared`
-    the factors of one query group are made of the means over its queries, which `heads` knows, and so are the same.
+    the factors of one query group are made of the means over its queries, which `same_in_group` takes, and so are the same.
     """
 
     whole_sequences = True
@@ -113,7 +112,7 @@ class Alphas:
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
         """Compare all alphas on one micro-batch."""
         for key in self.searches(name):
-            search = SEARCHES[key.removesuffix(SHARED)]
+            search = search_of(key)
             if (shard := Shard.of(self.here, name, weight, inputs, search.group)) is None:
                 continue
             expected = shard.output(shard.inputs, shard.weight)
@@ -132,7 +131,7 @@ class Alphas:
 
     def _factors(self, name: str, key: str, shard: Shard) -> Tensor:
         if (name, key) not in self.factors:
-            sums = awq.importance(shard.weight, SEARCHES[key.removesuffix(SHARED)].group)
+            sums = awq.importance(shard.weight, search_of(key).group)
             rows = shard.weight.shape[0]
             if shard.cut is Axis.OUT:
                 sums, rows = total(sums, self.here.tp_group), rows * self.here.tp_size
@@ -186,7 +185,7 @@ class Clips:
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
         """Compare all ratios on one micro-batch."""
         for key in self.searches(name):
-            search = SEARCHES[key.removesuffix(SHARED)]
+            search = search_of(key)
             if (shard := Shard.of(self.here, name, weight, inputs, search.group)) is None:
                 continue
             vector = shard.columns(self.statistics[f"{name}.pre_quant_scale.{key}"])
@@ -195,7 +194,7 @@ class Clips:
             losses = (
                 self._of_weight(shard, search, smoothed, inputs_of)
                 if search.per_tensor
-                else (_of_groups(smoothed, inputs_of, search.group))
+                else _of_groups(smoothed, inputs_of, search.group)
             )
             self.losses[name, key] = self.losses.get((name, key), 0) + losses
             self.cut[name, key] = shard.cut
@@ -224,7 +223,7 @@ class Clips:
             parts = layout.split(codes, self.here.tp_rank if cut is Axis.OUT else 0, self.here.tp_size)
             for part, held in parts.items():
                 all_of_it = held if cut is None else whole(self.here, held, 0 if cut is Axis.OUT else 1)
-                mine[f"{name}.clip.{key}.{part}".rstrip(".")] = all_of_it.contiguous().cpu()
+                mine[f"{name}.clip.{key}.{part}".rstrip(".")] = all_of_it
         return spread(self.here, mine)
 
 

@@ -48,6 +48,12 @@ SEARCHES = {
     "int4_g64": Search(64, False, partial(_int4, group=64)),
     "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded),
 }
+SHARED = "_shared"  # ends the key of a search that gives the queries of a group one vector
+
+
+def search_of(key: str) -> Search:
+    """The search that a key means, alone or shared."""
+    return SEARCHES[key.removesuffix(SHARED)]
 
 
 def rounded(search: Search, weight: Tensor, amax: Tensor | None) -> Tensor:

@@ -8,10 +8,14 @@ then its ratio times its largest magnitude, and codes beyond saturate. Value: co
 `out` must be even and `in` a multiple of the group. Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..piece import Amax, Axis, Piece
+from .form import Form, Options, Smoothing
 from .fp8 import scale_of
 from .nibbles import pack, unpack
 
@@ -55,3 +59,19 @@ def rounded(weight: Tensor, group: int, clip: Tensor | None = None) -> Tensor:
     scale = (torch.full_like(amax, INT4_MAX) / torch.where(amax == 0, INT4_MAX, amax)).unsqueeze(2)
     codes = (weight.float().unflatten(1, (-1, group)) * scale).round_().clamp_(INT4_MIN, INT4_MAX)
     return (codes / scale).flatten(1).to(torch.bfloat16)
+
+
+def awq_form(
+    name: str, algorithm: str, encode: Callable, decode: Callable, options: Options, *, activations: bool
+) -> Form:
+    """An AWQ format on groups of `options.group_size`: smoothed, its vectors folded into norms alone."""
+    group = options.group_size
+    return Form(
+        name=name,
+        tile=(2, group),
+        encode=partial(encode, group=group),
+        decode=decode,
+        quantization={"quant_algo": algorithm, "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
+        activations=activations,
+        smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
+    )

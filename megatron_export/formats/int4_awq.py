@@ -12,10 +12,10 @@ all read. o_proj and down_proj keep theirs, which TensorRT-LLM requires; no othe
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ; AWQ is arXiv 2306.00978.
 """
 
-from functools import cache, partial
+from functools import cache
 
 from . import int4
-from .form import Form, Options, Smoothing
+from .form import Form, Options
 
 NAME = "int4_awq"
 OPTIONS = ("group_size", "awq_clip")
@@ -24,13 +24,4 @@ OPTIONS = ("group_size", "awq_clip")
 @cache
 def form(options: Options) -> Form:
     """The format for groups of `options.group_size`."""
-    group = options.group_size
-    return Form(
-        name=NAME,
-        tile=(2, group),
-        encode=partial(int4.encode, group=group),
-        decode=int4.decode,
-        quantization={"quant_algo": "W4A16_AWQ", "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
-        activations=False,
-        smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
-    )
+    return int4.awq_form(NAME, "W4A16_AWQ", int4.encode, int4.decode, options, activations=False)

@@ -13,14 +13,14 @@ input_scale; both scalars are shared by the linears that engines fuse. An amax o
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_AWQ.
 """
 
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..piece import Amax, Piece
 from . import int4
-from .form import Form, Options, Smoothing
+from .form import Form, Options
 from .fp8 import E4M3_MAX, scale_of
 
 NAME = "w4a8_awq"
@@ -43,12 +43,4 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
 @cache
 def form(options: Options) -> Form:
     """The format for groups of `options.group_size`."""
-    group = options.group_size
-    return Form(
-        name=NAME,
-        tile=(2, group),
-        encode=partial(encode, group=group),
-        decode=decode,
-        quantization={"quant_algo": "W4A8_AWQ", "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
-        smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
-    )
+    return int4.awq_form(NAME, "W4A8_AWQ", encode, decode, options, activations=True)

@@ -14,13 +14,12 @@ from torch import Tensor
 from megatron_export import calibration, topology
 from megatron_export.errors import ExportError
 from megatron_export.formats import int4, nvfp4
-from megatron_export.formats.awq import ALPHAS, SEARCHES
+from megatron_export.formats.awq import ALPHAS, SEARCHES, SHARED
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.layout import QKV, Identity, Layout, Split
 from megatron_export.maxima import Maxima
 from megatron_export.names import cut_of
 from megatron_export.piece import Amax, Axis
-from megatron_export.plan import SHARED
 from megatron_export.search import Alphas, Clips
 from megatron_export.statistics import channels
 from megatron_export.topology import Topology

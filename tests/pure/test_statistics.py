@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_export.errors import ExportError
 from megatron_export.formats import Options
-from megatron_export.formats.awq import SEARCHES
+from megatron_export.formats.awq import SEARCHES, SHARED
 from megatron_export.item import Item
 from megatron_export.measured import check_calibration, measured
 from megatron_export.names import Source, is_linear_weight, makes_keys, parameters_of, reads_heads, shape_of
-from megatron_export.plan import SHARED, Plan, assumed, make_plan
+from megatron_export.plan import Plan, assumed, make_plan
 from megatron_export.statistics import KIND, channels, hf_keys, kv_keys, load, save
 
 from ..models import assert_same, same
