@@ -82,6 +82,7 @@ def main() -> None:
         train_tokens = token_ids(tokenizer, texts).to(here.device)
         heldout_tokens = torch.tensor(tokenizer.encode(heldout).ids, device=here.device)
         print(f"{len(texts)} files, {len(train_tokens):,} tokens; held out {len(heldout_tokens):,}", flush=True)
+        prepare(model, flags)
         untrained = perplexity(model, heldout_tokens)
         trained = train(model, train_tokens, flags)
         export_hf_checkpoint(model, flags.output, hf_model=source, format="bf16")
@@ -93,7 +94,7 @@ def main() -> None:
             "heldout_tokens": len(heldout_tokens),
             "corpus_tokens": len(train_tokens),
             **trained,
-            **{name: getattr(flags, name) for name in ("batch_size", "learning_rate", "seed")},
+            **{name: getattr(flags, name) for name in ("batch_size", "learning_rate", "dropout", "gain_spread", "seed")},
             "device": here.device.type,
             "python": platform.python_version(),
             **{name.replace("-", "_"): version(name) for name in ("torch", "megatron-core")},
@@ -114,6 +115,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--batch-size", type=int, default=128, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest one, after warm-up")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of what each layer adds, and of the embeddings")
+    parser.add_argument("--gain-spread", type=float, default=1.0, help="of the norms' first gains: sigma of their logarithm")
     parser.add_argument("--seed", type=int, default=1234, help="of the data's order; on the CPU, of the weights too")
     return parser.parse_args()
 
@@ -197,6 +200,7 @@ def train(model: nn.Module, tokens: Tensor, flags: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     started = reported = time.monotonic()
     steps, losses = 0, []
+    model.train()
     for steps, window in enumerate(windows(tokens, flags), 1):
         progress = (time.monotonic() - started) / (flags.minutes * 60)
         for group in optimizer.param_groups:
@@ -215,6 +219,22 @@ def train(model: nn.Module, tokens: Tensor, flags: argparse.Namespace) -> dict:
         if progress >= 1:
             break
     return {"tokens": steps * flags.batch_size * WINDOW, "steps": steps, "seconds": round(seconds, 1)}
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, flags: argparse.Namespace) -> None:
+    """Dropout, which the exporter builds models without, and uneven channels, as large models have.
+
+    The gains of the norms before q, k, v and gate, up start log-normal. Training keeps much of that, so that some
+    input channels of these linears matter more than others; without it a model this small has nothing that AWQ could
+    find.
+    """
+    generator = torch.Generator().manual_seed(flags.seed)
+    model.embedding.embedding_dropout.p = flags.dropout
+    for layer in model.decoder.layers:
+        layer.hidden_dropout = flags.dropout
+        for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+            norm.weight.copy_((torch.randn(norm.weight.shape, generator=generator) * flags.gain_spread).exp())
 
 
 def windows(tokens: Tensor, flags: argparse.Namespace) -> Iterator[Tensor]:
@@ -258,6 +278,7 @@ def token_losses(model: nn.Module, window: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
     """Over windows of `WINDOW` tokens, each scored from its second token, as launch/benchmark.py does."""
+    model.eval()
     whole = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
     losses = torch.cat([token_losses(model, batch).float() for batch in whole.split(16)])
     return math.exp(losses.mean().item())
