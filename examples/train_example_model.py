@@ -94,7 +94,9 @@ def main() -> None:
             "heldout_tokens": len(heldout_tokens),
             "corpus_tokens": len(train_tokens),
             **trained,
-            **{name: getattr(flags, name) for name in ("batch_size", "learning_rate", "dropout", "gain_spread", "seed")},
+            **{
+                name: getattr(flags, name) for name in ("batch_size", "learning_rate", "dropout", "gain_spread", "seed")
+            },
             "device": here.device.type,
             "python": platform.python_version(),
             **{name.replace("-", "_"): version(name) for name in ("torch", "megatron-core")},
@@ -116,7 +118,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest one, after warm-up")
     parser.add_argument("--dropout", type=float, default=0.1, help="of what each layer adds, and of the embeddings")
-    parser.add_argument("--gain-spread", type=float, default=1.0, help="of the norms' first gains: sigma of their logarithm")
+    parser.add_argument(
+        "--gain-spread", type=float, default=1.0, help="of the norms' first gains: sigma of their logarithm"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the data's order; on the CPU, of the weights too")
     return parser.parse_args()
 

@@ -3,47 +3,74 @@
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import SafetensorError, safe_open
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from .cpu import without_cuda
 from .errors import ExportError, report
 from .layout import even_cut
 from .model import shards_of
-from .names import Source, parameters_of, rope_settings, settings_of, shape_of, unscaled_rope_settings
+from .names import Source, is_expert, parameters_of, rope_settings, settings_of, shape_of, unscaled_rope_settings
 from .piece import Axis
-from .topology import Topology
+from .source import SourceWeights
+from .topology import Cut, Topology
 
 PAD_VOCAB_TO = 128
-_PLAIN = ("BF16", "F16", "F32")
 
 
-def check_divides(config: dict, topology: Topology) -> None:
-    """Raise unless heads, groups, sizes and layers divide by this topology."""
+def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
+    """Raise unless heads, groups, sizes and experts divide by this topology, and its stages hold the layers."""
     shape = shape_of(config)
+    tp, etp, ep = topology.tp_size, topology.experts.size, topology.ep_size
     divided = (
-        ("num_attention_heads", shape.heads, "--tp", topology.tp_size),
-        ("num_key_value_heads", shape.groups, "--tp", topology.tp_size),
-        ("hidden_size", shape.hidden, "--tp", topology.tp_size),
-        ("intermediate_size", shape.ffn, "--tp", topology.tp_size),
-        ("num_hidden_layers", shape.layers, "--pp", topology.pp_size),
+        ("num_attention_heads", shape.heads, "--tp", tp),
+        ("num_key_value_heads", shape.groups, "--tp", tp),
+        ("hidden_size", shape.hidden, "--tp", tp),
+        ("intermediate_size", shape.ffn, "--tp", tp),
+        ("the size of shared experts", shape.shared_ffn, "--tp", tp),
+        ("the size of experts", shape.expert_ffn, "--etp", etp),
+        ("the number of experts", shape.experts, "--ep", ep),
     )
-    report(
-        [
-            f"{name} {size} does not divide by {flag} {by}. Give a {flag} that divides it"
-            for name, size, flag, by in divided
-            if size % by
+    problems = [
+        f"{name} {size} does not divide by {flag} {by}. Give a {flag} that divides it"
+        for name, size, flag, by in divided
+        if size % by
+    ]
+    if ep > 1 and not shape.experts:
+        problems.append(f"--ep {ep}: this model has no experts. Leave it out")
+    report(problems + _layout_problems(shape.layers, topology.pp_size * topology.vpp_size, pp_layout))
+
+
+def _layout_problems(layers: int, stages: int, layout: str | None) -> list[str]:
+    if layout is None:
+        if stages > layers:
+            return [f"--pp x --vpp are {stages} stages for num_hidden_layers {layers}. Give fewer, or say with --pp-layout "
+                    "which stages are empty"]  # fmt: skip
+        return []
+    try:
+        found = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except (KeyError, ValueError, AssertionError) as error:
+        return [f"--pp-layout {layout!r} is not one of Megatron's ({error!r}). Write it like 'Ettt|tttt|tttL'"]
+    kinds = [kind.name for stage in found for kind in stage]
+    meant = ["embedding", *["decoder"] * layers, "loss"]
+    if len(found) != stages or kinds != meant:
+        return [
+            f"--pp-layout {layout!r} has {len(found)} stages with {kinds.count('decoder')} layers, from {kinds[0]} to "
+            f"{kinds[-1]}; this model has {layers} layers between E and L, and --pp x --vpp are {stages} stages"
         ]
-    )
+    return []
 
 
 def build_model(
@@ -53,24 +80,93 @@ def build_model(
     max_sequence_length: int | None,
     dtype: torch.dtype = torch.bfloat16,
     initialize: bool = False,
-) -> GPTModel:
-    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`.
+    pp_layout: str | None = None,
+) -> GPTModel | list[GPTModel]:
+    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`; a list of its chunks
+    under virtual pipeline parallelism.
 
     Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not
-    know is no obstacle. Weights are left as allocated unless `initialize`. Sizes that this topology does not divide
-    raise `ExportError`.
+    know is no obstacle. Weights are left as allocated unless `initialize`. `pp_layout` is Megatron's spelling of what each
+    stage holds; without it, layers are spread as evenly as they can be. Sizes that this topology does not divide raise
+    `ExportError`.
     """
-    check_divides(config, topology)
+    check_divides(config, topology, pp_layout)
     shape = shape_of(config)
-    on_cpu = topology.device.type == "cpu"
-    settings = TransformerConfig(
+    settings = _settings(config, topology, dtype, initialize, pp_layout)
+    padding = PAD_VOCAB_TO * topology.tp_size
+    rope = rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)
+    chunks = []
+    with without_cuda(topology.device):
+        for chunk in range(topology.vpp_size):
+            stage = chunk if topology.vpp_size > 1 else None
+            model = GPTModel(
+                config=settings,
+                transformer_layer_spec=_layer_spec(settings, stage),
+                vocab_size=-(-shape.vocab // padding) * padding,
+                max_sequence_length=max_sequence_length or 1,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=shape.tied,
+                vp_stage=stage,
+                **rope,
+            )
+            chunks.append(_converted(model, topology.device, dtype))
+    return chunks if topology.vpp_size > 1 else chunks[0]
+
+
+def _layer_spec(settings: TransformerConfig, stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    if settings.num_moe_experts is None:
+        return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
+    for layer in spec.layer_specs if settings.multi_latent_attention else ():
+        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+    return spec
+
+
+def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPTModel:
+    """The model in `dtype`, but for buffers that Megatron itself keeps in another, such as the biases of routers."""
+    kept = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    model = model.to(device=device, dtype=dtype)
+    for name, was in kept.items():
+        module, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(module)
+        setattr(holder, leaf, getattr(holder, leaf).to(was))
+    return model
+
+
+class LatentAttention(DotProductAttention):
+    """Megatron's own attention for keys and values of different sizes, which it has in Transformer Engine's only."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+def _settings(
+    config: dict, topology: Topology, dtype: torch.dtype, initialize: bool, pp_layout: str | None
+) -> TransformerConfig:
+    shape = shape_of(config)
+    stages = topology.pp_size * topology.vpp_size
+    if pp_layout is None and shape.layers % stages:
+        pp_layout = "|".join(
+            "t" * (cut.stop - cut.start) for cut in (even_cut(shape.layers, i, stages) for i in range(stages))
+        )
+        pp_layout = f"E{pp_layout}L"
+    kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
+    experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
+    return kind(
         **settings_of(config),
+        **(experts if shape.experts else {}),
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vpp_size if topology.vpp_size > 1 else None,
+        pipeline_model_parallel_layout=pp_layout,
+        expert_model_parallel_size=topology.ep_size,
+        expert_tensor_parallel_size=topology.experts.size,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=on_cpu,
+        use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=initialize,
         activation_func=torch.nn.functional.silu,
         attention_softmax_in_fp32=True,
@@ -81,37 +177,28 @@ def build_model(
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
     )
-    spec = get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
-    padding = PAD_VOCAB_TO * topology.tp_size
-    with without_cuda(topology.device):
-        model = GPTModel(
-            config=settings,
-            transformer_layer_spec=spec,
-            vocab_size=-(-shape.vocab // padding) * padding,
-            max_sequence_length=max_sequence_length or 1,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=shape.tied,
-            **(rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)),
-        )
-        return model.to(device=topology.device, dtype=dtype)
 
 
 def load_hf_weights(
-    model: GPTModel, folder: Path, config: dict, topology: Topology, progress: Callable[[Iterable], Iterable] = iter
+    model: GPTModel | list[GPTModel],
+    folder: Path,
+    config: dict,
+    topology: Topology,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:
     """Fill this rank's shards from the safetensors files in `folder`; returns the bytes read.
 
     Also fills the copy of tied embeddings that Megatron keeps on the last pipeline stage.
     """
     sources, shards = parameters_of(config), shards_of(model)
-    if shape_of(config).tied and model.post_process and not model.pre_process:
-        name = "embedding.word_embeddings.weight"
-        shards[name] = model.output_layer.weight.detach()
+    last = model[-1] if isinstance(model, list) else model
+    name = "embedding.word_embeddings.weight"
+    if shape_of(config).tied and last.post_process and name not in shards:
+        shards[name] = last.output_layer.weight.detach()
     with SourceWeights(folder) as weights:
         weights.check({name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()})
         for name, shard in progress(shards.items()):
-            loaded = _shard(weights, sources[name], shard, topology)
+            loaded = _shard(weights, sources[name], shard, topology.cut(is_expert(name)))
             if not loaded.isfinite().all():
                 names = ", ".join(sources[name].names().values())
                 raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
@@ -119,15 +206,18 @@ def load_hf_weights(
         return weights.nbytes
 
 
-def _shard(weights: "SourceWeights", source: Source, shard: Tensor, topology: Topology) -> Tensor:
-    index, count = (topology.tp_rank, topology.tp_size) if source.cut else (0, 1)
+def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+    whole = source.cut is None or (source.either and shard.shape == source.shape)
+    index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts = {}
     for part, name in source.names().items():
-        whole = weights.shape(name)
+        size = weights.shape(name)
         if source.cut is Axis.IN:
-            parts[part] = weights.read(name, (slice(None), even_cut(whole[1], index, count)))
+            parts[part] = weights.read(name, (slice(None), even_cut(size[1], index, count)), source.dtype)
         else:
-            parts[part] = weights.read(name, (source.layout.source(whole[0], index, count, shard.shape[0]),))
+            parts[part] = weights.read(
+                name, (source.layout.source(size[0], index, count, shard.shape[0]),), source.dtype
+            )
     return source.layout.join(parts, shard.shape[0])
 
 
@@ -135,87 +225,3 @@ def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """HF tensor name -> the shape that config.json means it to have."""
     parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
     return {name: tuple(parts[part].shape) for part, name in source.names().items()}
-
-
-class SourceWeights:
-    """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = _files(folder)
-        self.open = {}
-        self.nbytes = 0  # read so far
-        for path in sorted(set(self.files.values())):
-            self.open[path] = _opened(path)
-
-    def __enter__(self) -> "SourceWeights":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.open.clear()
-
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized.
-
-        Rotary buffers of old files may be there too, and the output layer of a tied model.
-        """
-        names = {path: set(file.keys()) for path, file in self.open.items()}
-        lacking = sorted(name for name, path in self.files.items() if name not in names[path])
-        report(
-            [f"{self.files[name]}: the index says that {name} is here. Fetch file and index again" for name in lacking]
-        )
-        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
-        missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys() - {"lm_head.weight"})
-        problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
-        problems += [
-            f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
-        ]
-        for name in sorted(expected.keys() & found):
-            if tuple(self.shape(name)) != expected[name]:
-                problems.append(
-                    f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
-                    "Give the config.json that belongs to these weights"
-                )
-            if self.dtype(name) not in _PLAIN:
-                problems.append(
-                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
-                    "already? Give the original model"
-                )
-        report(problems)
-
-    def shape(self, name: str) -> list[int]:
-        return self.open[self.files[name]].get_slice(name).get_shape()
-
-    def dtype(self, name: str) -> str:
-        """As safetensors spells it."""
-        return self.open[self.files[name]].get_slice(name).get_dtype()
-
-    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
-        """The part of tensor `name` that `where` selects, in bfloat16."""
-        part = self.open[self.files[name]].get_slice(name)[where]
-        self.nbytes += part.nbytes
-        return part.to(torch.bfloat16)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ExportError(
-                f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). Fetch it again"
-            ) from error
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ExportError(
-            f"{folder}: no weights: neither {single.name} nor {index.name} is there. Give a checkpoint in safetensors format"
-        )
-    return dict.fromkeys(_opened(single).keys(), single)
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path}: not a readable safetensors file ({error}). Fetch this file again") from error

@@ -1,16 +1,14 @@
-"""Runs calibration data through a model and returns the statistics as plain tensors: the only file that knows hooks.
+"""Runs calibration data through a model and returns the statistics as plain tensors.
 
 Statistics are tensors on the CPU, named by canonical Megatron module and the same on every rank; statistics.py lists
 them. The data passes once for the maxima that every format shares, once more where an AWQ format searches for its
 smoothing, and again for clipping.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -22,31 +20,18 @@ from .errors import ExportError
 from .formats import FORMATS, Options, chosen
 from .formats.awq import SHARED, search_of
 from .formats.int4 import CLIP_RATIOS
-from .gather import everyone, together, whole
+from .gather import everyone, together
 from .maxima import Maxima
-from .model import attentions_of, chunks_of, finish_gathering, heads_of, layouts_of, linear_input, linears_of
+from .model import chunks_of, finish_gathering, heads_of, layouts_of, linears_of, local_experts_of
 from .names import cut_of, reads_heads
 from .piece import Axis
 from .progress import Progress, quiet
 from .search import Alphas, Clips
 from .topology import Topology
+from .watching import Observer, watching
 
 Statistics = dict[str, Tensor]
 CLIP_BYTES = 1 << 30
-
-
-class Observer(Protocol):
-    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other.
-
-    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that
-    wants `whole_sequences` is shown them put together.
-    """
-
-    whole_sequences: bool
-
-    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None: ...
-
-    def attention(self, name: str, key: Tensor, value: Tensor) -> None: ...
 
 
 def calibrate(
@@ -56,6 +41,7 @@ def calibrate(
     format: str | Iterable[str] = "fp8",
     group_size: int = 128,
     awq_clip: bool = False,
+    all_experts: bool = False,
     progress: Progress = quiet,
 ) -> Statistics:
     """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
@@ -64,6 +50,7 @@ def calibrate(
     batches     int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
                 replicas may each pass a share
     group_size  of int4_awq and w4a8_awq; awq_clip: search the clipping of AWQ formats too
+    all_experts measure every expert on all tokens, and not on those that are routed to it
     The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
     gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
     output in float32 of one linear, four copies of its weight (the whole linear's, where a row-parallel shard cuts a
@@ -89,9 +76,9 @@ def calibrate(
             _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
         finish_gathering(model)
-        run = partial(_observe, here, model, batches, progress)
+        run = partial(_observe, here, model, batches, progress, all_experts)
         with _evaluating(model), without_cuda(here.device), torch.no_grad():
-            maxima = Maxima(here, by_channel=bool(smoothings))
+            maxima = Maxima(here, bool(smoothings), local_experts_of(model), _repeats(here, model))
             run("calibrate", maxima)
             statistics, means = maxima.agreed()
             if not smoothings:
@@ -108,6 +95,13 @@ def calibrate(
                 run("clip", clips)
                 statistics |= clips.agreed()
         return statistics
+
+
+def _repeats(here: Topology, model: nn.Module | list[nn.Module]) -> int:
+    """How many ranks of a stage are shown the same token of an expert: those that hold a shard of it, and, without
+    sequence parallelism, tensor-parallel ranks that all send it on.
+    """
+    return here.experts.size * (1 if chunks_of(model)[0].config.sequence_parallel else here.tp_size)
 
 
 def _options(name: str, group_size: int, awq_clip: bool) -> Options:
@@ -186,6 +180,7 @@ def _observe(
     model: nn.Module | list[nn.Module],
     batches: list[Tensor],
     progress: Progress,
+    all_experts: bool,
     stage: str,
     observer: Observer,
 ) -> None:
@@ -201,7 +196,7 @@ def _observe(
         run = list(run)
         repeated = run[-1:] * (-len(run) % group)
         shown = chain(islice(steps, len(run)), repeated)
-        with _watching(here, model, observer, len(run)):
+        with watching(here, model, observer, len(run), all_experts):
             get_forward_backward_func()(
                 forward_step_func=partial(_step, here),
                 data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
@@ -239,29 +234,3 @@ def _evaluating(model: nn.Module | list[nn.Module]) -> Iterator[None]:
         for module, were in zip(modules, attributes, strict=True):
             vars(module).clear()
             vars(module).update(were)
-
-
-@contextmanager
-def _watching(here: Topology, model: nn.Module | list[nn.Module], observer: Observer, batches: int) -> Iterator[None]:
-    """While open, `observer` sees the first `batches` calls of every linear and attention of this rank."""
-    calls: Counter[str] = Counter()
-
-    def linear_called(name: str, module: nn.Module, args: tuple) -> None:
-        calls[name] += 1
-        if calls[name] <= batches:
-            inputs = linear_input(module, args[0])
-            if observer.whole_sequences and module.config.sequence_parallel and cut_of(f"{name}.weight") is Axis.OUT:
-                inputs = whole(here, inputs, 0)  # as the module itself is about to do
-            observer.linear(name, module.weight, inputs)
-
-    def attention_called(name: str, module: nn.Module, args: tuple) -> None:
-        calls[name] += 1
-        if calls[name] <= batches:
-            observer.attention(name, args[1], args[2])
-
-    with ExitStack() as hooks:
-        for name, module in linears_of(model).items():
-            hooks.callback(module.register_forward_pre_hook(partial(linear_called, name)).remove)
-        for name, module in attentions_of(model).items():
-            hooks.callback(module.register_forward_pre_hook(partial(attention_called, name)).remove)
-        yield

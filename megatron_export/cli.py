@@ -17,6 +17,8 @@ from .progress import quiet
 from .sizes import parse_size, readable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .job import Job
 
 EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
@@ -75,6 +77,9 @@ def table(job: "Job") -> list[str]:
         ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
         ("compression", f"{plan.source_nbytes / plan.nbytes:.2f} x against bfloat16 ({plan.source_nbytes:,} bytes)"),
     ]
+    rows += [("note", remark) for remark in plan.remarks]
+    if job.tokens:
+        rows.append(("experts", _experts(job.tokens)))
     if report is None:
         return _aligned([("dry run", "nothing read, nothing written"), *rows])
     rows += [
@@ -113,6 +118,19 @@ def _aligned(rows: list[tuple[str, str]]) -> list[str]:
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _experts(tokens: dict[str, "Tensor"]) -> str:
+    """How many calibration tokens experts were given, and which were given none."""
+    counts = {
+        f"{name.split('.')[2]}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())
+    }
+    few, median, many = min(counts.values()), sorted(counts.values())[len(counts) // 2], max(counts.values())
+    never = tuple(expert for expert, count in counts.items() if not count)
+    unseen = (
+        f"; {len(never)} given none (layer.expert {_some(never)}), scaled as the others of their layer" if never else ""
+    )
+    return f"{few:,} / {median:,} / {many:,} tokens each (min, median, max of {len(counts)}){unseen}"
 
 
 def _peaks(peaks: tuple[int, ...]) -> str:

@@ -18,6 +18,14 @@ class ExportConfig:
     """tensor-parallel size"""
     pp: int = 1
     """pipeline-parallel size; the world size must be tp * pp * dp, data-parallel ranks share the calibration data"""
+    vpp: int = 1
+    """virtual pipeline stages of each pipeline rank"""
+    pp_layout: str | None = None
+    """what each stage holds, as Megatron writes it, such as 'Ettt|tttt|tttL' (default: as even as the layers allow)"""
+    ep: int = 1
+    """expert-parallel size: each of these ranks holds a part of the experts"""
+    etp: int | None = None
+    """tensor-parallel size of the experts; ep * etp * pp must divide the world size (default: that of --tp)"""
     hf_model: str | None = None
     """HF model folder or hub id: weights, config, tokenizer (default: the example model in this repository)"""
     format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
@@ -41,6 +49,8 @@ class ExportConfig:
     """tokens of a sample"""
     calib_batch_size: int = 4
     """samples of a micro-batch"""
+    calib_all_experts: bool = False
+    """measure every expert on all tokens, not on those routed to it"""
     save_calibration: Path | None = None
     """write the statistics to this .safetensors file"""
     load_calibration: Path | None = None
@@ -51,15 +61,20 @@ class ExportConfig:
     """largest safetensors file"""
     exclude: tuple[str, ...] = ()
     """globs over HF module names to leave in bfloat16"""
+    quantize_mla: bool = False
+    """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
     dry_run: bool = False
     """print what would be written, read no weights, write nothing"""
     device: Literal["cuda", "cpu"] | None = None
     """cuda (NCCL) or cpu (gloo) (default: cuda where there is one)"""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "calib_samples", "calib_seq_len", "calib_batch_size"):
-            if getattr(self, name) < 1:
+        sizes = ("tp", "pp", "vpp", "ep", "etp", "calib_samples", "calib_seq_len", "calib_batch_size")
+        for name in sizes:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"--vpp {self.vpp} needs --pp of at least 2")
         if self.output is None and not self.dry_run:
             raise ValueError("--output DIR is needed (or --dry-run)")
         if self.load_calibration and (self.save_calibration or self.calib_data):

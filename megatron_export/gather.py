@@ -16,9 +16,10 @@ from torch.distributed import ProcessGroup
 
 from .errors import ExportError
 from .item import Item, Output
+from .names import is_expert
 from .piece import Piece
 from .plan import Held
-from .topology import Topology
+from .topology import Cut, Topology
 
 ALIGNMENT = 16
 
@@ -52,9 +53,9 @@ def everyone(here: Topology, mine: object) -> list:
 def spread(here: Topology, mine: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of every pipeline stage on every rank, by name, on the CPU: stage after stage, once.
 
-    `mine` are this stage's, of which all its tensor-parallel and data-parallel ranks have the same.
+    `mine` are this stage's, of which all its ranks have the same.
     """
-    source = here.tp_rank == here.dp_rank == 0
+    source = dist.get_rank(here.stage_group) == 0
     mine = {name: tensor.contiguous().cpu() for name, tensor in mine.items()} if source else {}
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
     found: dict[str, Tensor] = {}
@@ -67,16 +68,20 @@ def spread(here: Topology, mine: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
-    """Where every canonical parameter of the whole model lives; of data-parallel replicas, only the first counts."""
-    mine = {name: tuple(shard.shape) for name, shard in shards.items()} if here.dp_rank == 0 else {}
+    """Where every canonical parameter of the whole model lives; of replicas, only the first counts."""
+    mine = {}
+    for name, shard in shards.items():
+        cut = here.cut(is_expert(name))
+        if cut.replica == 0:
+            mine[name] = (cut.rank, tuple(shard.shape))
     found: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
-    for rank, (tp_rank, shapes) in enumerate(everyone(here, (here.tp_rank, mine))):
-        for name, shape in shapes.items():
-            found.setdefault(name, []).append((tp_rank, rank, shape))
+    for rank, theirs in enumerate(everyone(here, mine)):
+        for name, (index, shape) in theirs.items():
+            found.setdefault(name, []).append((index, rank, shape))
     held = {}
     for name, places in found.items():
         places.sort()
-        if len({tp_rank for tp_rank, _, _ in places}) < len(places):
+        if len({index for index, _, _ in places}) < len(places):
             raise ExportError(f"{name} lives on several pipeline stages: ranks {[rank for _, rank, _ in places]}")
         if len({shape for _, _, shape in places}) > 1:
             raise ExportError(
@@ -100,14 +105,14 @@ def total(values: Tensor, group: ProcessGroup) -> Tensor:
     return values
 
 
-def whole(here: Topology, shard: Tensor, dim: int) -> Tensor:
-    """The tensor that the tensor-parallel ranks hold equal shards of, cut along `dim`."""
-    if here.tp_size == 1:
+def whole(cut: Cut, shard: Tensor, dim: int) -> Tensor:
+    """The tensor that the ranks of a cut hold equal shards of, along `dim`."""
+    if cut.size == 1:
         return shard
     mine = shard.movedim(dim, 0).contiguous()
     sent = mine.view(torch.uint8).reshape(-1)  # as bytes: gloo does not gather every dtype
-    received = [torch.empty_like(sent) for _ in range(here.tp_size)]
-    dist.all_gather(received, sent, group=here.tp_group)
+    received = [torch.empty_like(sent) for _ in range(cut.size)]
+    dist.all_gather(received, sent, group=cut.group)
     return torch.cat([part.view(shard.dtype).view(mine.shape) for part in received]).movedim(0, dim)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .formats import Form, bf16
+from .formats import Form
 from .layout import Layout, even_cut
 from .names import Source
 from .piece import Amax, Axis, Piece, join
@@ -93,11 +93,13 @@ class Item:
     smoothed: Smoothed = Smoothed()
 
     def split(self, shard: Tensor, index: int, measured: "Measured") -> dict[str, Piece]:
-        """The smoothed bfloat16 part of every HF tensor that shard `index` holds, by HF tensor name."""
+        """The smoothed part, in bfloat16 or as it is kept, of every HF tensor that shard `index` holds, by HF tensor name."""
         parts = self.source.layout.split(shard, index, len(self.ranks))
         names = self.source.names()
         return {
-            names[part]: bf16.encode(self._smooth(part, tensor.to(torch.bfloat16), index, measured.vectors))["weight"]
+            names[part]: _plain(
+                self._smooth(part, tensor.to(self.source.dtype), index, measured.vectors), self.source.dtype
+            )
             for part, tensor in parts.items()
         }
 
@@ -153,7 +155,7 @@ class Item:
         """What shard `index` sends to the first rank when the item is gathered first."""
         specs = _split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
         names = self.source.names()
-        return tuple(Output(names[part], torch.bfloat16, shape, axes) for part, shape, axes in specs)
+        return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
 
     def message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
@@ -189,6 +191,11 @@ class Item:
         return tuple(encoded)
 
 
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
+    """A tensor that is not quantized: its first dim follows OUT, its second IN."""
+    return Piece(tensor.to(dtype), (Axis.OUT, Axis.IN)[: tensor.dim()])
+
+
 def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
     return {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in outputs}
 
@@ -196,8 +203,7 @@ def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
 @cache
 def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
     parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
-    pieces = {part: bf16.encode(tensor)["weight"] for part, tensor in parts.items()}
-    return tuple((part, tuple(piece.data.shape), piece.axes) for part, piece in pieces.items())
+    return tuple((part, tuple(tensor.shape), _plain(tensor, tensor.dtype).axes) for part, tensor in parts.items())
 
 
 @cache

@@ -26,11 +26,14 @@ from .writer import check_apart, check_target
 
 @dataclass
 class Job:
-    """What has been settled and done so far; `report` is None after a dry run."""
+    """What has been settled and done so far; `report` is None after a dry run, `tokens` maps the experts of each layer to
+    how many calibration tokens each was given.
+    """
 
     plan: Plan | None = None
     report: Report | None = None
     bytes_read: int = 0
+    tokens: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -44,12 +47,13 @@ class Job:
 def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
     job = Job()
-    with topology.started(config.tp, config.pp, config.device), topology.current() as here:
+    sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
+    with topology.started(config.tp, config.pp, config.device, **sizes), topology.current() as here:
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
             architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
-            build.check_divides(hf_config, here)
+            build.check_divides(hf_config, here, config.pp_layout)
             job.plan = _plan(config, hf_config)
             _check(config, job.plan, folder, here)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
@@ -61,7 +65,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         if config.dry_run:
             return job
         with job.stage("load"):
-            model = _load(job, hf_config, folder, samples, here, progress)
+            model = _load(job, config, hf_config, folder, samples, here, progress)
         if samples is not None:
             with job.stage("calibrate"):
                 share = samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size]
@@ -71,8 +75,10 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                     format=config.format,
                     group_size=config.group_size,
                     awq_clip=config.awq_clip,
+                    all_experts=config.calib_all_experts,
                     progress=progress,
                 )
+        job.tokens = {name: counts for name, counts in (known or {}).items() if name.endswith(".tokens")}
         with together(here, "save the calibration"):
             if config.save_calibration and here.first:
                 statistics.save(known, config.save_calibration, hf_config)
@@ -89,6 +95,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 awq_output=config.awq_output,
                 awq_clip=config.awq_clip,
                 exclude=config.exclude,
+                quantize_mla=config.quantize_mla,
                 max_shard_size=config.max_shard_size,
                 overwrite=config.overwrite,
                 progress=progress,
@@ -107,11 +114,12 @@ def _model_folder(config: ExportConfig, example_model: Path) -> Path:
 def _plan(config: ExportConfig, hf_config: dict) -> Plan:
     return make_plan(
         hf_config,
-        assumed(hf_config, config.tp),
+        assumed(hf_config, config.tp, config.etp),
         format=config.format,
         options=Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
         kv_cache=config.kv_cache,
         exclude=config.exclude,
+        quantize_mla=config.quantize_mla,
         max_shard_bytes=parse_size(config.max_shard_size),
     )
 
@@ -156,11 +164,17 @@ def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model:
 
 
 def _load(
-    job: Job, hf_config: dict, folder: Path, samples: Tensor | None, here: Topology, progress: Progress
+    job: Job,
+    config: ExportConfig,
+    hf_config: dict,
+    folder: Path,
+    samples: Tensor | None,
+    here: Topology,
+    progress: Progress,
 ) -> object:
     with together(here, "build the model"):
         length = None if samples is None else samples.shape[1]
-        model = build.build_model(hf_config, here, max_sequence_length=length)
+        model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
         read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps))
     job.bytes_read = sum(gather.everyone(here, read))

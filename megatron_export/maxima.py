@@ -11,36 +11,48 @@ from torch import Tensor
 
 from .errors import ExportError
 from .gather import everyone, maximum, spread, total, whole
-from .names import cut_of
+from .names import cut_of, is_expert, pooled, vector_home
 from .piece import Axis
 from .statistics import channels
-from .topology import Topology
+from .topology import ProcessGroup, Topology
 
 
 class Maxima:
     """Observes linears and attentions of this rank; with `by_channel`, channel by channel too.
 
-    Linears are then shown whole sequences, so that every tensor-parallel rank has the same mean of a micro-batch.
+    Linears are then shown whole sequences, so that every tensor-parallel rank has the same mean of a micro-batch. `experts`
+    are the global numbers of this rank's, of which `repeats` ranks of the stage are shown each token.
     """
 
-    def __init__(self, here: Topology, by_channel: bool) -> None:
+    def __init__(self, here: Topology, by_channel: bool, experts: list[int], repeats: int) -> None:
         self.here = here
         self.whole_sequences = self.by_channel = by_channel
+        self.numbers = torch.tensor(experts, dtype=torch.int64)
+        self.repeats = repeats
         self.scalars: dict[str, Tensor] = {}  # float32 []
         self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard
         self.values: dict[str, Tensor] = {}  # float32 [rows of v] of this rank's shard
-        self.sums: dict[str, Tensor] = {}  # float64 [in]: sum of the means of micro-batches
-        self.batches: dict[str, int] = {}
+        self.sums: dict[str, Tensor] = {}  # float64 [in]: sum of the means of micro-batches, or over an expert's tokens
+        self.counts: dict[str, int] = {}  # of what was summed
+        self.tokens: dict[str, Tensor] = {}  # int64 [experts]
 
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
-        """Note the input of a linear, [tokens..., in]."""
+        """Note the input of a linear, [tokens..., in]; the experts of a layer are noted as one."""
+        name, expert = pooled(name), is_expert(name)
+        inputs = inputs.flatten(0, -2)
+        tokens = inputs.shape[0]
+        if not tokens:  # of an expert: zeros change neither a maximum nor a sum
+            inputs = inputs.new_zeros(1, inputs.shape[1])
         _note(self.scalars, f"{name}.input_amax", _largest(inputs))
-        if self.by_channel:
-            size = inputs.flatten(0, -2).to(torch.bfloat16).abs()
-            _note(self.inputs, name, size.amax(dim=0).float())
-            mean = (size.sum(dim=0, dtype=torch.float64) / size.shape[0]).to(torch.bfloat16)
-            self.sums[name] = self.sums.get(name, 0) + mean.double()
-            self.batches[name] = self.batches.get(name, 0) + 1
+        if not self.by_channel:
+            return
+        size = inputs.to(torch.bfloat16).abs()
+        _note(self.inputs, name, size.amax(dim=0).float())
+        if vector_home(name) == name:
+            sums = size.sum(dim=0, dtype=torch.float64)
+            sums = sums if expert else (sums / tokens).to(torch.bfloat16).double()
+            self.sums[name] = self.sums.get(name, 0) + sums
+            self.counts[name] = self.counts.get(name, 0) + (tokens if expert else 1)
 
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Note keys and values, [sequence, batch, groups, head_dim]."""
@@ -50,8 +62,12 @@ class Maxima:
             rows = value.flatten(2).flatten(0, 1).to(torch.bfloat16)
             _note(self.values, name, rows.abs().amax(dim=0).float())
 
+    def experts(self, name: str, tokens: Tensor) -> None:
+        """Note how many tokens each of this rank's experts was given."""
+        self.tokens[name] = self.tokens.get(name, 0) + tokens.to("cpu", torch.int64)
+
     def agreed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The statistics over all ranks, and the mean |input| by channel of every linear, float32 [in].
+        """The statistics over all ranks, and the mean |input| by channel of every smoothing vector, float32 [in].
 
         Collective. `ExportError` for NaN and Inf, naming the module.
         """
@@ -59,17 +75,28 @@ class Maxima:
         statistics = _merged(scalars)
         mine, means = {}, {}
         for name, vector in sorted(self.values.items()):
-            rows = maximum(whole(self.here, vector, 0), self.here.dp_group)
+            rows = maximum(whole(self.here.cut(False), vector, 0), self.here.dp_group)
             mine[f"{name}.{channels('v_amax')}"] = rows
         for name, vector in sorted(self.inputs.items()):
-            batches = total(torch.tensor(self.batches[name], device=vector.device), self.here.dp_group)
-            mine[f"{name}.{channels('input_amax')}"] = maximum(self._whole(name, vector), self.here.dp_group)
-            means[name] = (total(self._whole(name, self.sums[name]), self.here.dp_group) / batches).float()
+            mine[f"{name}.{channels('input_amax')}"] = maximum(self._whole(name, vector), self._sharing(name))
+        for name, sums in sorted(self.sums.items()):
+            count = total(torch.tensor(self.counts[name], device=sums.device), self._sharing(name))
+            means[name] = (total(self._whole(name, sums), self._sharing(name)) / count).float()
+        for name, tokens in sorted(self.tokens.items()):
+            counts = torch.zeros(len(self.numbers) * self.here.ep_size, dtype=torch.int64)
+            counts[self.numbers] = tokens
+            counts = total(counts.to(self.here.device), self.here.stage_group)
+            mine[f"{name}.tokens"] = counts // self.repeats
         return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
+
+    def _sharing(self, name: str) -> ProcessGroup:
+        """The ranks that saw other inputs of what has this name: replicas, and for experts all ranks of the stage."""
+        return self.here.stage_group if is_expert(f"{name}.") else self.here.dp_group
 
     def _whole(self, name: str, shard: Tensor) -> Tensor:
         """A vector of inputs over all tensor-parallel ranks: those of row-parallel linears are cut."""
-        return whole(self.here, shard, 0) if cut_of(f"{name}.weight") is Axis.IN else shard
+        cut = self.here.cut(is_expert(f"{name}."))
+        return whole(cut, shard, 0) if cut_of(f"{name}.weight") is Axis.IN else shard
 
 
 def _note(noted: dict[str, Tensor], name: str, seen: Tensor) -> None:

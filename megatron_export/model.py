@@ -34,13 +34,22 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     chunk = chunks_of(model)[0]
     computing = {name: value for name, value in settings.items() if "dropout" not in name}
     computing |= {"rotary_interleaved": False, "layernorm_zero_centered_gamma": False}
-    found = {name: (getattr(chunk.config, name), value) for name, value in computing.items()}
+    found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
     found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
     return [
         f"the model has {name} = {has!r}, but config.json means {means!r}"
         for name, (has, means) in found.items()
-        if has != means
+        if _alike(name, has, chunk) != _alike(name, means, chunk)
     ]
+
+
+def _alike(name: str, value: object, chunk: nn.Module) -> object:
+    """A setting in one of its spellings, where Megatron has several that mean the same."""
+    if name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk") and value == 1:
+        return None
+    if name == "moe_layer_freq" and isinstance(value, int):
+        return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
+    return value
 
 
 def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
@@ -50,9 +59,7 @@ def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     """
     shards: dict[str, Tensor] = {}
     for chunk in chunks_of(model):
-        numbers = _layer_numbers(chunk)
-        for name, tensor in _tensors(chunk):
-            full = canonical(name, numbers)
+        for full, tensor in _canonical_tensors(chunk):
             if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 continue
             if full in shards:
@@ -65,12 +72,29 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     """Canonical module name -> module, for every linear that a format may quantize."""
     linears = {}
     for chunk in chunks_of(model):
-        numbers = _layer_numbers(chunk)
+        numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
         for name, module in chunk.named_modules():
-            full = canonical(f"{name}.weight", numbers)
+            full = canonical(f"{name}.weight", numbers, experts)
             if is_linear_weight(full):
                 linears[full.removesuffix(".weight")] = module
     return linears
+
+
+def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
+    """Canonical name of a layer's experts -> its `MoELayer`, whose `experts` are called with (tokens sorted by expert,
+    how many tokens each local expert has, the probability of each token).
+    """
+    return {
+        f"decoder.layers.{layer.layer_number - 1}.mlp.experts": layer.mlp
+        for chunk in chunks_of(model)
+        for layer in chunk.decoder.layers
+        if hasattr(layer.mlp, "experts")
+    }
+
+
+def local_experts_of(model: nn.Module | list[nn.Module]) -> list[int]:
+    """The global numbers of this rank's experts, the same in every layer that has any."""
+    return next((numbers for chunk in chunks_of(model) if (numbers := _expert_numbers(chunk))), [])
 
 
 def heads_of(model: nn.Module | list[nn.Module]) -> QKV:
@@ -94,11 +118,15 @@ def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
 
 
 def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
-    """Canonical name of a layer's self attention -> its core attention, which is called with (query, key, value, ...)."""
+    """Canonical name of a layer's self attention -> its core attention, which is called with (query, key, value, ...).
+
+    Latent attention is left out: what engines cache of it are not its keys and values.
+    """
     return {
         f"decoder.layers.{layer.layer_number - 1}.self_attention": layer.self_attention.core_attention
         for chunk in chunks_of(model)
         for layer in chunk.decoder.layers
+        if hasattr(layer.self_attention, "linear_qkv")
     }
 
 
@@ -126,6 +154,28 @@ def _unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:
 
 def _layer_numbers(chunk: nn.Module) -> list[int]:
     return [layer.layer_number - 1 for layer in chunk.decoder.layers]
+
+
+def _expert_numbers(chunk: nn.Module) -> list[int]:
+    return next(
+        (list(layer.mlp.local_expert_indices) for layer in chunk.decoder.layers if hasattr(layer.mlp, "experts")), []
+    )
+
+
+def _canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
+    for name, tensor in _tensors(chunk):
+        prefix, _, leaf = name.rpartition(".")
+        if prefix.endswith("mlp.experts") and leaf in _LEGACY:  # [hidden, experts * 2 ffn], [experts * ffn, hidden]
+            stacked = tensor.view(len(experts), tensor.shape[0], -1) if leaf == "weight1" else tensor
+            stacked = stacked.reshape(len(experts), -1, stacked.shape[-1])
+            for number, weight in enumerate(stacked):
+                yield canonical(f"{prefix}.{_LEGACY[leaf]}.weight{number}", numbers, experts), weight.T
+        else:
+            yield canonical(name, numbers, experts), tensor
+
+
+_LEGACY = {"weight1": "linear_fc1", "weight2": "linear_fc2"}  # of Megatron's grouped GEMM without Transformer Engine
 
 
 def _tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:

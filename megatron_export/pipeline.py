@@ -17,7 +17,7 @@ from .gather import together
 from .item import Item, Measured
 from .measured import check_calibration, measured
 from .model import contradictions, finish_gathering, shards_of
-from .names import settings_of, unscaled_rope_settings
+from .names import is_expert, settings_of, unscaled_rope_settings
 from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
@@ -51,6 +51,7 @@ def export_hf_checkpoint(
     awq_output: str = "folded",
     awq_clip: bool = False,
     exclude: Iterable[str] = (),
+    quantize_mla: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     progress: Progress = quiet,
@@ -66,6 +67,7 @@ def export_hf_checkpoint(
     fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
     awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
     exclude         globs over HF module names to leave in bfloat16
+    quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
@@ -88,6 +90,7 @@ def export_hf_checkpoint(
                 options=Options(group_size, fp8_pb_spelling, awq_output, awq_clip),
                 kv_cache=kv_cache,
                 exclude=exclude,
+                quantize_mla=quantize_mla,
                 max_shard_bytes=parse_size(max_shard_size),
             )
             check_calibration(plan, calibration)
@@ -117,9 +120,17 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
                 if not finite
             ]
         )
-    quantized = [number for number, item in enumerate(mine) if item.form]
-    agreed = gather.maximum(values[quantized], here.tp_group)
-    amaxes = {mine[number].source.canonical: amax for number, amax in zip(quantized, agreed, strict=True)}
+    amaxes = {}
+    for expert in (False, True):  # whose shards are on other ranks
+        cut = [n for n, i in enumerate(mine) if i.form and i.source.cut and is_expert(i.source.canonical) is expert]
+        agreed = gather.maximum(values[cut], here.cut(expert).group)
+        amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
+    for item, amax in zip(mine, values, strict=True):
+        if item.form and item.source.cut is None:
+            amaxes[item.source.canonical] = amax
+    for fused in plan.fused:
+        if present := [amaxes[name] for name in fused if name in amaxes]:
+            amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
     for item in mine:
         if item.smoothed.ratio:
             amaxes[item.source.canonical] *= calibration[item.smoothed.ratio].to(here.device)

@@ -5,15 +5,15 @@ Every rank computes the same plan, so all take the same branches and the same co
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from types import ModuleType
 
 from .errors import ExportError, report
 from .formats import Form, Options, chosen, chosen_kv
-from .formats.awq import SEARCHES, SHARED
 from .item import Item, Output, Smoothed
-from .names import Source, feeders_of, is_linear_weight, makes_keys, parameters_of, reads_heads
+from .names import Source, is_expert, makes_keys, parameters_of
 from .piece import Axis
+from .policy import modules, settle
+from .smoothing import smoothing
 
 BUCKET_BYTES = 256 << 20
 
@@ -28,7 +28,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole export. `quantized` and `excluded` are HF module names; `files` maps a file name to its tensors."""
+    """The whole export.
+
+    quantized, excluded  HF module names
+    files    file name -> its tensors
+    fused    canonical linears that engines join into one, so that they share the amax of their weights
+    remarks  what the user should know of the result, a sentence each
+    """
 
     config: dict
     form: Form
@@ -38,6 +44,8 @@ class Plan:
     files: dict[str, tuple[Output, ...]]
     quantized: tuple[str, ...]
     excluded: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +66,7 @@ def make_plan(
     options: Options = Options(),  # noqa: B008 - frozen
     kv_cache: str = "none",
     exclude: Iterable[str] = (),
+    quantize_mla: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Plan:
     """Plan the export of a model of config.json's dict whose parameters live as `held` says.
@@ -67,30 +76,35 @@ def make_plan(
     form, kv = chosen(format, options), chosen_kv(kv_cache)
     plain = not form.quantization
     sources = parameters_of(config)
+    sources = {name: _as_held(source, held.get(name)) for name, source in sources.items()}
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
             f"--kv-cache {kv_cache} with --format {format}: vLLM refuses a checkpoint that quantizes the KV cache alone. "
             "Export without it, and serve with the engine's own FP8 KV cache"
         )
-    linears = {module: name for name in sources if is_linear_weight(name) for module in _modules(sources[name])}
-    left_alone, problems = _left_alone(linears, tuple(exclude), plain)
-    smoothed = _smoothing(sources, left_alone, form)
+    if kv and not any(makes_keys(name) for name in sources):
+        raise ExportError(
+            f"--kv-cache {kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
+            "scale to export. Start the engine with its own FP8 KV cache"
+        )
+    policy = settle(config, sources, form, tuple(exclude), quantize_mla)
+    problems = list(policy.problems)
+    smoothed = smoothing(sources, set(policy.left_alone), form)
     items = []
     for name, source in sources.items():
-        quantized = is_linear_weight(name) and name not in left_alone and not plain
         item = Item(
             source,
             held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
             held[name].shape,
-            form if quantized else None,
+            form if name in policy.quantized else None,
             kv if makes_keys(name) else None,
             gather_first=False,
             smoothed=smoothed.get(name, Smoothed()),
         )
         items.append(replace(item, gather_first=_straddles(item)))
         problems += _tile_problems(items[-1])
-    if not plain and not any(item.form for item in items):
+    if not plain and not policy.quantized and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
     return Plan(
@@ -100,30 +114,26 @@ def make_plan(
         items=tuple(items),
         buckets=_buckets(items),
         files=_files(items, max_shard_bytes),
-        quantized=tuple(module for item in items if item.form for module in _modules(item.source)),
-        excluded=tuple(sorted({*_OUTSIDE_LAYERS, *(m for m, name in linears.items() if name in left_alone)})),
+        quantized=tuple(module for item in items if item.form for module in modules(item.source)),
+        excluded=policy.excluded,
+        fused=policy.fused,
+        remarks=policy.remarks,
     )
 
 
-def assumed(config: dict, tp: int) -> dict[str, Held]:
-    """Where parameters would live under tensor parallelism of `tp`, for a plan without a model."""
+def assumed(config: dict, tp: int, etp: int | None = None) -> dict[str, Held]:
+    """Where parameters would live under tensor parallelism of `tp`, and `etp` for the experts, for a plan without a
+    model.
+    """
     held = {}
     for name, source in parameters_of(config).items():
-        count = tp if source.cut else 1
+        count = ((etp or tp) if is_expert(name) else tp) if source.cut else 1
         shape = list(source.shape)
         if source.cut:
             dim = 0 if source.cut is Axis.OUT else 1
             shape[dim] = -(-shape[dim] // count)
         held[name] = Held(tuple(range(count)), tuple(shape))
     return held
-
-
-# Never quantized, and named to the engines, which would otherwise take the output layer for quantized.
-_OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
-
-
-def _modules(source: Source) -> list[str]:
-    return [name.removesuffix(".weight") for name in source.names().values()]
 
 
 def _straddles(item: Item) -> bool:
@@ -135,43 +145,9 @@ def _straddles(item: Item) -> bool:
     return any(size % tile for size in cut_sizes)
 
 
-def _smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> dict[str, Smoothed]:
-    """What AWQ does to each parameter: where the vector of every quantized linear divides, and what takes it over.
-
-    A linear that the user left alone takes over nothing. What nothing takes over is written as `pre_quant_scale`, or,
-    where the format has none, its linear is not smoothed.
-    """
-    how, smoothed = form.smoothing, {}
-    if how is None:
-        return smoothed
-    for name in sources:
-        if not is_linear_weight(name) or name in left_alone:
-            continue
-        feeders = [(feeder, part) for feeder, part in feeders_of(name) if feeder in sources]
-        folded = all(not is_linear_weight(f) or (how.folds and f not in left_alone) for f, _ in feeders)
-        search = how.search
-        if reads_heads(name) and _queries_per_group(sources, feeders) > 1:
-            folded = folded and not how.keeps
-            search += SHARED if folded else ""
-        if not folded and not how.keeps:
-            continue
-        module = name.removesuffix("weight")
-        vector = f"{module}pre_quant_scale.{search}"
-        own = replace(smoothed.get(name, Smoothed()), columns=vector, kept=not folded)
-        if how.clip and SEARCHES[how.search].per_tensor:
-            own = replace(own, ratio=f"{module}clip_ratio.{search}")
-        elif how.clip:
-            parts = sources[name].layout.parts
-            own = replace(own, codes=tuple((part, f"{module}clip.{search}.{part}".rstrip(".")) for part in parts))
-        smoothed[name] = own
-        for feeder, part in feeders if folded else ():
-            was = smoothed.get(feeder, Smoothed())
-            smoothed[feeder] = replace(was, rows=(*was.rows, (part, vector)))
-    return smoothed
-
-
-def _queries_per_group(sources: dict[str, Source], feeders: list[tuple[str, str]]) -> int:
-    return sources[feeders[0][0]].layout.queries_per_group
+def _as_held(source: Source, held: Held | None) -> Source:
+    """A parameter that some layer specs hold whole on every rank, as this model holds it."""
+    return replace(source, cut=None) if held and source.either and held.shape == source.shape else source
 
 
 def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[str]:
@@ -194,27 +170,6 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
                 f"{source.shape} in all"
             )
     return problems
-
-
-def _left_alone(linears: dict[str, str], exclude: tuple[str, ...], plain: bool) -> tuple[set[str], list[str]]:
-    """The canonical linears that `exclude` (globs over HF module names) takes out, and what is wrong with the globs."""
-    known = (*linears, *_OUTSIDE_LAYERS)
-    problems = [
-        f"--exclude {glob!r} matches no module; they are named like {known[0]}"
-        for glob in exclude
-        if not any(fnmatchcase(module, glob) for module in known)
-    ]
-    if plain and exclude:
-        problems.append("--exclude has no effect with --format bf16")
-    out = {module for module in linears if any(fnmatchcase(module, glob) for glob in exclude)}
-    touched = {linears[module] for module in out}
-    for name in sorted(touched):
-        fused = [module for module, owner in linears.items() if owner == name]
-        if kept := [module for module in fused if module not in out]:
-            problems.append(
-                f"--exclude must name all of {', '.join(fused)}, which engines fuse: {', '.join(kept)} left out"
-            )
-    return touched, problems
 
 
 def _tile_problems(item: Item) -> list[str]:

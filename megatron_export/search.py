@@ -50,7 +50,7 @@ class Shard:
             return None  # such a linear cannot be exported in the format, and may be left out of it
         weight, inputs = weight.detach().to(torch.bfloat16), inputs.flatten(0, -2).to(torch.bfloat16)
         if cut is Axis.IN and weight.shape[1] % group:
-            return cls(here, None, whole(here, weight, 1), whole(here, inputs, 1))
+            return cls(here, None, whole(here.cut(False), weight, 1), whole(here.cut(False), inputs, 1))
         return cls(here, cut, weight, inputs)
 
     def columns(self, vector: Tensor) -> Tensor:
@@ -129,6 +129,9 @@ class Alphas:
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Nothing is searched for in attention."""
 
+    def experts(self, name: str, tokens: Tensor) -> None:
+        """Nothing is searched for in routing."""
+
     def _factors(self, name: str, key: str, shard: Shard) -> Tensor:
         if (name, key) not in self.factors:
             sums = awq.importance(shard.weight, search_of(key).group)
@@ -136,7 +139,7 @@ class Alphas:
             if shard.cut is Axis.OUT:
                 sums, rows = total(sums, self.here.tp_group), rows * self.here.tp_size
             if shard.cut is Axis.IN:
-                sums = whole(self.here, sums, 0)
+                sums = whole(self.here.cut(False), sums, 0)
             mean = (sums / rows).to(torch.bfloat16).float().cpu()
             activation = self.means[name]
             if key.endswith(SHARED):
@@ -202,6 +205,9 @@ class Clips:
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Nothing is clipped in attention."""
 
+    def experts(self, name: str, tokens: Tensor) -> None:
+        """Nothing is clipped in routing."""
+
     def _of_weight(self, shard: Shard, search: awq.Search, smoothed: Tensor, inputs: Tensor) -> Tensor:
         expected = shard.output(inputs, smoothed)
         amax = shard.amax(smoothed)
@@ -222,7 +228,7 @@ class Clips:
             layout = self.layouts.get(name, Identity())
             parts = layout.split(codes, self.here.tp_rank if cut is Axis.OUT else 0, self.here.tp_size)
             for part, held in parts.items():
-                all_of_it = held if cut is None else whole(self.here, held, 0 if cut is Axis.OUT else 1)
+                all_of_it = held if cut is None else whole(self.here.cut(False), held, 0 if cut is Axis.OUT else 1)
                 mine[f"{name}.clip.{key}.{part}".rstrip(".")] = all_of_it
         return spread(self.here, mine)
 

@@ -10,6 +10,10 @@ Of every linear (fused ones under each of their HF names), [in] being its input 
     {module}.clip.{search}             uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios
     {module}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
 
+of the experts of a layer, which are measured together, under the name of one without its number:
+
+    {experts}.tokens                   int64 [experts]        how many tokens each was given
+
 and of every layer, for the KV cache: k_proj.k_amax and v_proj.v_amax float32 [], v_proj.v_channel_amax float32 [rows].
 In memory the names are those of Megatron modules, and codes end in `.{layout part}`. A search is `int4_g128`,
 `int4_g64`, `nvfp4`, or, for o_proj under grouped queries, also `nvfp4_shared`. The file's metadata holds the sizes of
@@ -29,12 +33,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ExportError, report
-from .names import is_linear_weight, makes_keys, parameters_of, shape_of
+from .names import is_expert, is_linear_weight, makes_keys, parameters_of, pooled, shape_of
 
 KIND = "megatron_export statistics 1"
 _INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
 _KINDS = (
-    *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax"),
+    *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax", "tokens"),
     *(
         rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
         rf"clip\.{_INT4}(?:\.\w+)?",
@@ -46,7 +50,12 @@ _KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
 def input_key(canonical: str) -> str:
     """The statistic of a linear weight's input."""
-    return canonical.removesuffix("weight") + "input_amax"
+    return pooled(canonical).removesuffix("weight") + "input_amax"
+
+
+def experts_module(canonical: str) -> str:
+    """The module of all experts of a layer that a parameter of one is in."""
+    return canonical.partition(".experts.")[0] + ".experts"
 
 
 def kv_keys(canonical: str) -> tuple[str, str]:
@@ -66,8 +75,9 @@ def hf_keys(config: dict) -> dict[str, list[str]]:
     for name in parameters_of(config):
         keys += [input_key(name)] if is_linear_weight(name) else []
         keys += kv_keys(name) if makes_keys(name) else []
+        keys += [f"{experts_module(name)}.tokens"] if is_expert(name) else []
     homes = _homes(config)
-    return {key: _on_disk(key, homes) for key in keys}
+    return {key: _on_disk(key, homes) for key in dict.fromkeys(keys)}
 
 
 def _homes(config: dict) -> dict[str, dict[str, str]]:
@@ -75,8 +85,10 @@ def _homes(config: dict) -> dict[str, dict[str, str]]:
     homes = {}
     for name, source in parameters_of(config).items():
         if is_linear_weight(name):
-            parts = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
-            homes[name.removesuffix(".weight")] = parts
+            parts = {part: hf.removesuffix(".weight") for part, hf in source.pooled_names().items()}
+            homes[pooled(name).removesuffix(".weight")] = parts
+            if is_expert(name):
+                homes[experts_module(name)] = {"": next(iter(parts.values())).rpartition(".")[0]}
             if makes_keys(name):
                 homes[name.rsplit(".", 2)[0]] = {"k": parts["k"], "v": parts["v"]}
     return homes
@@ -120,11 +132,19 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in _on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
     # one entry: safetensors writes several in any order, and the same statistics shall be the same file
-    save_file(tensors, partial, metadata={KIND: json.dumps(asdict(shape_of(config)))})
+    save_file(tensors, partial, metadata={KIND: json.dumps(_sizes(config))})
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     partial.replace(file)
+
+
+def _sizes(config: dict) -> dict:
+    """The sizes of a model as JSON has them: those of experts and of latent attention only where it has them."""
+    sizes = asdict(shape_of(config))
+    return {
+        key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items() if size or key == "tied"
+    }
 
 
 def check_kind(file: Path) -> None:
@@ -137,12 +157,12 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
     theirs, found = _read(file)
-    ours = asdict(shape_of(config))
+    ours = _sizes(config)
     report(
         [
-            f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {v!r}"
-            for k, v in ours.items()
-            if theirs.get(k) != v
+            f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {ours.get(k)!r}"
+            for k in ours | theirs
+            if theirs.get(k) != ours.get(k)
         ]
     )
     keys = hf_keys(config)
@@ -151,7 +171,7 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     owners = {
         hf: (module, part)
         for module, parts in homes.items()
-        if f"{module}.input_amax" in keys
+        if f"{module}.input_amax" in keys or f"{module}.tokens" in keys
         for part, hf in parts.items()
     }
     copies: dict[str, list[Tensor]] = {}

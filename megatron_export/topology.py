@@ -1,5 +1,6 @@
 """Which rank this is and which ranks share what with it: the only reader of Megatron's parallel state."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,24 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a l
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts on this rank, that of the experts or that of all else: which shard of how many it
+    holds, the group of those who hold the others, and which of the replicas of these shards it is.
+    """
+
+    rank: int
+    size: int
+    group: ProcessGroup
+    replica: int
+
+
+@dataclass(frozen=True)
 class Topology:
     """One rank's place. Groups are torch process groups; `control` is a gloo group of all ranks for small messages.
 
-    Data-parallel ranks include those of context parallelism, which hold the same weights too.
+    Data-parallel ranks include those of context parallelism, which hold the same weights too. `experts` is how routed
+    experts are cut, `dispatch` the ranks among which a layer's tokens find their experts, `stage_group` all ranks of a
+    pipeline stage, which hold the same layers.
     """
 
     rank: int
@@ -35,7 +50,12 @@ class Topology:
     tp_group: ProcessGroup
     dp_group: ProcessGroup
     pp_size: int
+    vpp_size: int
     cp_size: int
+    ep_size: int
+    experts: Cut
+    dispatch: Cut
+    stage_group: ProcessGroup
     control: ProcessGroup
     device: torch.device
 
@@ -43,6 +63,10 @@ class Topology:
     def first(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
+
+    def cut(self, expert: bool) -> Cut:
+        """How parameters of routed experts are cut here, or all others."""
+        return self.experts if expert else Cut(self.tp_rank, self.tp_size, self.tp_group, self.dp_rank)
 
 
 @contextmanager
@@ -66,7 +90,22 @@ def current() -> Iterator[Topology]:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
             cp_size=parallel_state.get_context_parallel_world_size(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            experts=Cut(
+                rank=parallel_state.get_expert_tensor_parallel_rank(),
+                size=parallel_state.get_expert_tensor_parallel_world_size(),
+                group=parallel_state.get_expert_tensor_parallel_group(),
+                replica=parallel_state.get_expert_data_parallel_rank(),
+            ),
+            dispatch=Cut(
+                rank=parallel_state.get_expert_tensor_and_model_parallel_rank(),
+                size=parallel_state.get_expert_tensor_and_model_parallel_world_size(),
+                group=parallel_state.get_expert_tensor_and_model_parallel_group(),
+                replica=parallel_state.get_expert_data_parallel_rank(),
+            ),
+            stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             control=control,
             device=torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu"),
         )
@@ -87,10 +126,13 @@ def _take_gpu() -> None:
 
 
 @contextmanager
-def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
+def started(
+    tp: int, pp: int, device: str | None, *, ep: int = 1, etp: int | None = None, vpp: int = 1
+) -> Iterator[None]:
     """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, and end them.
 
-    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp.
+    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp, and a
+    multiple of etp * ep * pp; `etp` is that of the experts, None for `tp`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -101,17 +143,32 @@ def started(tp: int, pp: int, device: str | None) -> Iterator[None]:
         _take_gpu()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        world = dist.get_world_size()
-        if world % (tp * pp):
-            raise ExportError(
-                f"world size {world} is not tp * pp * dp: it is no multiple of --tp {tp} x --pp {pp} = {tp * pp}. "
-                f"Start torchrun with --nproc-per-node {tp * pp}, or a multiple of it"
-            )
+        _check_world(dist.get_world_size(), tp, pp, ep, etp)
         with without_cuda(torch.device(device)):
-            parallel_state.initialize_model_parallel(tp, pp)
+            parallel_state.initialize_model_parallel(
+                tp,
+                pp,
+                vpp if vpp > 1 else None,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+            )
         if device == "cuda":
             model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _check_world(world: int, tp: int, pp: int, ep: int, etp: int | None) -> None:
+    if world % (tp * pp):
+        raise ExportError(
+            f"world size {world} is not tp * pp * dp: it is no multiple of --tp {tp} x --pp {pp} = {tp * pp}. "
+            f"Start torchrun with --nproc-per-node {tp * pp}, or a multiple of it"
+        )
+    experts = ep * (etp or tp) * pp
+    if world % experts:
+        raise ExportError(
+            f"world size {world} does not hold the experts: it is no multiple of --ep {ep} x --etp {etp or tp} x --pp {pp} = "
+            f"{experts}. Start torchrun with --nproc-per-node {math.lcm(experts, tp * pp)}, or a multiple of it"
+        )

@@ -38,6 +38,33 @@ ARCHITECTURES = {
     },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "routed_scaling_factor": 2.5,
+    },
 }
 SAMPLES, LENGTH = 8, 24
 
@@ -56,6 +83,10 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):  # in float32, as DeepSeek publishes it
+                bias = module.e_score_correction_bias
+                module.e_score_correction_bias = (torch.rand_like(bias, dtype=torch.float32) - 0.5) / 8
     model.save_pretrained(source)
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")

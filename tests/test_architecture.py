@@ -13,12 +13,13 @@ errors sizes piece config progress
 layout
 names formats
 item
+policy smoothing
 plan
 quant_config
-cpu assets writer statistics calibration_data emulation
+cpu assets source writer statistics calibration_data emulation
 measured topology model
 gather build
-maxima search
+maxima search watching
 calibration
 pipeline
 job

@@ -5,18 +5,33 @@ SETTINGS  fields of Megatron's TransformerConfig beyond those all architectures 
 ONLY      config.json key -> the values that these rules are right for
 """
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import ModuleType
 
+import torch
+
 from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
-from . import llama, qwen2, qwen3
+from . import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
-from .feeding import feeders_of, reads_heads
-from .parameters import PADDED, PARAMETERS, cut_of, is_linear_weight, makes_keys
-from .shape import rope_settings, shape_of, transformer_settings, unscaled_rope_settings
+from .feeding import feeders_of, reads_heads, vector_home
+from .parameters import (
+    EITHER,
+    FLOAT32,
+    PADDED,
+    PARAMETERS,
+    cut_of,
+    is_expert,
+    is_latent,
+    is_linear_weight,
+    makes_keys,
+    pooled,
+)
+from .rules import Rule
+from .shape import ModelShape, rope_settings, shape_of, transformer_settings, unscaled_rope_settings
 
 __all__ = [
     "ARCHITECTURES",
@@ -25,38 +40,59 @@ __all__ = [
     "canonical",
     "cut_of",
     "feeders_of",
+    "is_expert",
+    "is_latent",
     "is_linear_weight",
     "makes_keys",
     "parameters_of",
+    "pooled",
     "reads_heads",
     "rope_settings",
     "settings_of",
     "shape_of",
     "unscaled_rope_settings",
+    "vector_home",
 ]
 
 ARCHITECTURES: dict[str, ModuleType] = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "MixtralForCausalLM": mixtral,
+    "DeepseekV3ForCausalLM": deepseek_v3,
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """A canonical parameter of one model: how it is cut and shaped in Megatron, and what it is called in HF."""
+    """A canonical parameter of one model: how it is cut and shaped in Megatron, and what it is called in HF.
+
+    `cut` is None for one that every rank holds whole; `either` for one that some layer specs hold whole and others cut.
+    """
 
     canonical: str
     cut: Axis | None
     shape: tuple[int, ...]
     padded: bool
     layout: Layout
-    hf: str
-    layer: int | None
+    rule: Rule
+    layer: int | None = None
+    expert: int | None = None
+    either: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
     def names(self) -> dict[str, str]:
         """Layout part -> HF tensor name."""
-        return {part: self.hf.format(l=self.layer, part=part) for part in self.layout.parts}
+        words = dict(self.rule.words)
+        return {
+            part: self.rule.hf.format(l=self.layer, e=self.expert, part=words.get(part, part))
+            for part in self.layout.parts
+        }
+
+    def pooled_names(self) -> dict[str, str]:
+        """The same, without the number of the expert."""
+        return {part: re.sub(r"\.experts\.\d+\.", ".experts.", name) for part, name in self.names().items()}
 
 
 def architecture_of(config: dict) -> ModuleType:
@@ -78,7 +114,7 @@ def architecture_of(config: dict) -> ModuleType:
 
 
 def settings_of(config: dict) -> dict:
-    """All fields of Megatron's `TransformerConfig` that config.json decides."""
+    """All fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
     return transformer_settings(config) | architecture_of(config).SETTINGS
 
 
@@ -86,20 +122,45 @@ def parameters_of(config: dict) -> dict[str, Source]:
     """Every parameter that a Megatron model of this config has, in the order in which they are exported.
 
     Tied models have no output layer: Megatron's duplicate on the last pipeline stage is not a parameter of its own.
+    Parameters of size 0, such as those of shared experts that a model does not have, are left out.
     """
-    rules = dict(architecture_of(config).RULES)  # first: of an unknown architecture, no key of config.json is known
+    rules = architecture_of(config).RULES  # first: of an unknown architecture, no key of config.json is known
     shape = shape_of(config)
+    first = "embedding.word_embeddings.weight"
+    inside = [name for name in rules if "{l}" in name]
+    outside = [name for name in rules if "{l}" not in name and name != first]
     if shape.tied:
-        del rules["output_layer.weight"]
-    per_layer = [name for name in rules if "{l}" in name]
-    first = [("embedding.word_embeddings.weight", None)]
-    middle = [(name, layer) for layer in range(shape.layers) for name in per_layer]
-    last = [(name, None) for name in rules if "{l}" not in name and name != first[0][0]]
-    sources = {}
-    for name, layer in first + middle + last:
-        rule, parameter = rules[name], PARAMETERS[name]
-        full = name.format(l=layer)
-        sources[full] = Source(
-            full, parameter.cut, parameter.shape(shape), name in PADDED, rule.layout(shape), rule.hf, layer
-        )
-    return sources
+        outside.remove("output_layer.weight")
+    layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
+    sources = [_source(first, rules[first], shape)]
+    for layer in range(shape.layers):
+        here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
+        sources += [_source(name, rules[name], shape, layer) for name in here if "{e}" not in name]
+        experts = [name for name in here if "{e}" in name]
+        sources += [
+            _source(name, rules[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
+        ]
+    sources += [_source(name, rules[name], shape) for name in outside]
+    return {source.canonical: source for source in sources}
+
+
+def _exists(name: str, shape: ModelShape) -> bool:
+    if name.endswith("linear_q_proj.weight"):
+        return not shape.q_lora  # latent attention makes its queries in two steps, or in this one
+    return 0 not in PARAMETERS[name].shape(shape)
+
+
+def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, expert: int | None = None) -> Source:
+    parameter = PARAMETERS[name]
+    return Source(
+        canonical=name.format(l=layer, e=expert),
+        cut=parameter.cut,
+        shape=parameter.shape(shape),
+        padded=name in PADDED,
+        layout=rule.layout(shape),
+        rule=rule,
+        layer=layer,
+        expert=expert,
+        either=any(f".{module}." in name for module in EITHER),
+        dtype=torch.float32 if name.rpartition(".")[2] in FLOAT32 else torch.bfloat16,
+    )

@@ -1,7 +1,8 @@
 """One canonical name per Megatron parameter, whichever layer spec built the model and wherever the layer lives.
 
-Canonical names are those of the local spec, with global layer numbers from 0. The Transformer Engine spec keeps the
-norms inside the linear that follows them; a rank's own layer numbers restart at 0 on every pipeline stage and chunk.
+Canonical names are those of the local spec, with global numbers of layers and experts from 0. The Transformer Engine
+spec keeps norms inside the linear that follows them, and all experts of a rank in one module with a weight for each; a
+rank's own layers are numbered from 0 on every pipeline stage and chunk, and its experts on every rank.
 """
 
 import re
@@ -9,14 +10,32 @@ import re
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.|(linear_fc[12])\.(?=weight\d|bias\d))(.+)"
+)
 
 
-def canonical(name: str, layer_numbers: list[int]) -> str:
-    """The canonical name of parameter `name` of one model chunk; `layer_numbers[i]` is its layer i's global number."""
+def canonical(name: str, layer_numbers: list[int], experts: list[int]) -> str:
+    """The canonical name of parameter `name` of one model chunk.
+
+    `layer_numbers[i]` is the global number of its layer i, `experts[i]` that of the expert i of each of its layers.
+    """
     found = _LAYER.match(name)
     if found is None:
         return name
     local = name[found.end() :]
-    return f"decoder.layers.{layer_numbers[int(found[1])]}.{_FUSED_NORMS.get(local, local)}"
+    return f"decoder.layers.{layer_numbers[int(found[1])]}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
+
+
+def _expert(local: str, experts: list[int]) -> str:
+    found = _EXPERT.fullmatch(local)
+    if found is None:
+        return local
+    number, linear, grouped, leaf = found.groups()
+    if grouped:
+        leaf, number = re.fullmatch(r"(\D+)(\d+)", leaf).groups()
+    return f"mlp.experts.{experts[int(number)]}.{linear or grouped}.{leaf}"

@@ -5,6 +5,8 @@ norm before q, k, v or gate, up, which nothing else reads; up, which multiplies 
 weighted sums are what o reads, head by head.
 """
 
+from .parameters import pooled
+
 _FEEDERS: dict[str, tuple[tuple[str, str], ...]] = {
     "self_attention.linear_qkv.weight": (("input_layernorm.weight", ""),),
     "self_attention.linear_proj.weight": (
@@ -14,6 +16,26 @@ _FEEDERS: dict[str, tuple[tuple[str, str], ...]] = {
     "mlp.linear_fc1.weight": (("pre_mlp_layernorm.weight", ""),),
     "mlp.linear_fc2.weight": (("mlp.linear_fc1.weight", "up"),),
 }
+
+
+# Linears that read what another one reads, and so are divided by its vector: module -> that other one.
+_SAME_INPUT = {
+    "mlp.shared_experts.linear_fc1": "mlp.experts.linear_fc1",
+    "self_attention.linear_q_down_proj": "self_attention.linear_kv_down_proj",
+    "self_attention.linear_q_proj": "self_attention.linear_kv_down_proj",
+}
+
+
+def vector_home(module: str) -> str:
+    """The canonical module that a linear's smoothing vector is named after: itself, or one that reads the same input.
+
+    The experts of a layer share their vectors: those of their inputs because one norm feeds all of them, those of
+    `linear_fc2` so that an expert without a token has one too.
+    """
+    module = pooled(module)
+    prefix = ".".join(module.split(".")[:3])
+    local = module.removeprefix(f"{prefix}.")
+    return f"{prefix}.{_SAME_INPUT.get(local, local)}"
 
 
 def feeders_of(canonical: str) -> tuple[tuple[str, str], ...]:

@@ -9,10 +9,15 @@ from .shape import ModelShape
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table. `hf` is the HF tensor name, with {l} for the layer and {part} for the layout's part."""
+    """One row of a table.
+
+    `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for what `words` calls the
+    layout's part, or the part itself.
+    """
 
     hf: str
     layout: Callable[[ModelShape], Layout]
+    words: tuple[tuple[str, str], ...] = ()
 
 
 def same(hf: str) -> Rule:
@@ -25,9 +30,9 @@ def vocab(hf: str) -> Rule:
     return Rule(hf, lambda shape: Vocab(shape.vocab))
 
 
-def gated(hf: str) -> Rule:
-    """gate_proj over up_proj."""
-    return Rule(hf, lambda shape: Split(("gate", "up")))
+def gated(hf: str, gate: str = "gate_proj", up: str = "up_proj") -> Rule:
+    """gate_proj over up_proj, or what an architecture calls them."""
+    return Rule(hf, lambda shape: Split(("gate", "up")), (("gate", gate), ("up", up)))
 
 
 def qkv(hf: str) -> Rule:

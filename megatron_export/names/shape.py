@@ -17,11 +17,17 @@ REQUIRED = (
     "rms_norm_eps",
 )
 OPTIONAL = ("num_key_value_heads", "head_dim")
+# Each architecture has its own word for these; 0 where it has none.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that names, layouts and shapes depend on; all unsharded, vocabulary unpadded."""
+    """The sizes that names, layouts and shapes depend on; all unsharded, vocabulary unpadded.
+
+    `sparse` are the layers with experts. Of a model without experts or without latent attention (MLA), those sizes are 0.
+    """
 
     architecture: str
     layers: int
@@ -32,6 +38,20 @@ class ModelShape:
     ffn: int
     vocab: int
     tied: bool
+    sparse: tuple[int, ...] = ()
+    experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    q_lora: int = 0
+    kv_lora: int = 0
+    nope_dim: int = 0
+    rope_dim: int = 0
+    v_dim: int = 0
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The layers without experts."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.sparse)
 
 
 def shape_of(config: dict) -> ModelShape:
@@ -60,7 +80,27 @@ def shape_of(config: dict) -> ModelShape:
         ffn=config["intermediate_size"],
         vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
+        **_experts_of(config),
+        **dict(
+            zip(("q_lora", "kv_lora", "nope_dim", "rope_dim", "v_dim"), (config.get(k) or 0 for k in _MLA), strict=True)
+        ),
     )
+
+
+def _experts_of(config: dict) -> dict:
+    """The fields of `ModelShape` that are about experts; nothing for a model without."""
+    experts = next((config[key] for key in _EXPERTS if config.get(key)), 0)
+    if not experts:
+        return {}
+    ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
+    every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    layers = range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"])
+    return {
+        "sparse": tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0),
+        "experts": experts,
+        "expert_ffn": ffn,
+        "shared_ffn": (config.get("n_shared_experts") or 0) * ffn or config.get("shared_expert_intermediate_size") or 0,
+    }
 
 
 def transformer_settings(config: dict) -> dict:
@@ -79,11 +119,53 @@ def transformer_settings(config: dict) -> dict:
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        **(_expert_settings(config, shape) if shape.experts else {}),
+        **(_latent_settings(config, shape) if shape.kv_lora else {}),
     }
+
+
+def _expert_settings(config: dict, shape: ModelShape) -> dict:
+    group = config.get("n_group") or 1
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_layer_freq": [int(layer in shape.sparse) for layer in range(shape.layers)],
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", True),
+        "moe_router_num_groups": group if group > 1 else None,
+        "moe_router_group_topk": config["topk_group"] if group > 1 else None,
+        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor"),
+    }
+
+
+def _latent_settings(config: dict, shape: ModelShape) -> dict:
+    """Megatron's latent attention makes its own rotary embeddings, so their settings stand here too."""
+    rope = _rope_of(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    yarn = kind == "yarn"
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": shape.q_lora or None,
+        "kv_lora_rank": shape.kv_lora,
+        "qk_head_dim": shape.nope_dim,
+        "qk_pos_emb_head_dim": shape.rope_dim,
+        "v_head_dim": shape.v_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        "rotary_scaling_factor": rope["factor"] if yarn else 1,
+        **({name: rope[name] for name in _YARN if name in rope} if yarn else {}),
+    }
+
+
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def unscaled_rope_settings(config: dict) -> dict:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, but for their scaling."""
+    if config.get("kv_lora_rank"):
+        return {"position_embedding_type": "rope"}
     theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
     return {"position_embedding_type": "rope", "rotary_base": theta}
 
@@ -98,7 +180,7 @@ def rope_settings(config: dict) -> dict:
     """
     rope, settings = _rope_of(config), unscaled_rope_settings(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    if kind == "default" or (kind == "yarn" and config.get("kv_lora_rank")):
         return settings
     if kind == "linear":
         return settings | {"seq_len_interpolation_factor": rope["factor"]}

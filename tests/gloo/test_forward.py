@@ -21,7 +21,7 @@ def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
         build.load_hf_weights(model, source, config, here)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         with torch.no_grad(), without_cuda():
-            return model(ids, torch.arange(length).expand_as(ids), mask)
+            return model.eval()(ids, torch.arange(length).expand_as(ids), mask)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

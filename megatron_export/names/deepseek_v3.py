@@ -1,0 +1,7 @@
+"""DeepseekV3ForCausalLM: DeepSeek V3 and R1, and Kimi K2. Latent attention, dense layers first, routed and shared experts."""
+
+from .fragments import DENSE, EXPERT_BIAS, MLA, SHARED_EXPERTS, TOP, moe
+
+RULES = TOP | MLA | DENSE | moe("mlp") | SHARED_EXPERTS | EXPERT_BIAS
+SETTINGS = {"qk_layernorm": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+ONLY = {"attention_bias": (False, None), "norm_topk_prob": (True,), "hidden_act": ("silu", None)}

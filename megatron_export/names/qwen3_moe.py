@@ -1,0 +1,7 @@
+"""Qwen3MoeForCausalLM: Qwen 3 with experts in all layers or some. Softmax over all experts, then the best of them."""
+
+from .fragments import DENSE, GQA, QK_NORM, TOP, moe
+
+RULES = TOP | GQA | QK_NORM | DENSE | moe("mlp")
+SETTINGS = {"qk_layernorm": True}
+ONLY = {"attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None)}

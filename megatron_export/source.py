@@ -1,0 +1,96 @@
+"""The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import ExportError, report
+
+_PLAIN = ("BF16", "F16", "F32")
+
+
+class SourceWeights:
+    """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _files(folder)
+        self.open = {}
+        self.nbytes = 0  # read so far
+        for path in sorted(set(self.files.values())):
+            self.open[path] = _opened(path)
+
+    def __enter__(self) -> "SourceWeights":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open.clear()
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized.
+
+        Rotary buffers of old files may be there too, and the output layer of a tied model.
+        """
+        names = {path: set(file.keys()) for path, file in self.open.items()}
+        lacking = sorted(name for name, path in self.files.items() if name not in names[path])
+        report(
+            [f"{self.files[name]}: the index says that {name} is here. Fetch file and index again" for name in lacking]
+        )
+        found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
+        missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys() - {"lm_head.weight"})
+        problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
+        problems += [
+            f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
+        ]
+        for name in sorted(expected.keys() & found):
+            if tuple(self.shape(name)) != expected[name]:
+                problems.append(
+                    f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
+                    "Give the config.json that belongs to these weights"
+                )
+            if self.dtype(name) not in _PLAIN:
+                problems.append(
+                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
+                    "already? Give the original model"
+                )
+        report(problems)
+
+    def shape(self, name: str) -> list[int]:
+        return self.open[self.files[name]].get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it."""
+        return self.open[self.files[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
+        """The part of tensor `name` that `where` selects, in `dtype`."""
+        part = self.open[self.files[name]].get_slice(name)[where]
+        self.nbytes += part.nbytes
+        return part.to(dtype)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExportError(
+                f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). Fetch it again"
+            ) from error
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ExportError(
+            f"{folder}: no weights: neither {single.name} nor {index.name} is there. Give a checkpoint in safetensors format"
+        )
+    return dict.fromkeys(_opened(single).keys(), single)
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path}: not a readable safetensors file ({error}). Fetch this file again") from error

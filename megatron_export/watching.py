@@ -1,0 +1,123 @@
+"""Shows an observer what the modules of a running model are called with: the only file that knows hooks.
+
+Experts are called as engines call them: Megatron multiplies a token's probability in before `linear_fc2`, engines after
+it, so that the input of `down_proj` is what HF's model computes. While watched, it is moved there; the output of the layer
+is the same but for rounding.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .gather import whole
+from .model import attentions_of, experts_of, linear_input, linears_of
+from .names import cut_of, is_expert
+from .piece import Axis
+from .topology import Topology
+
+
+class Observer(Protocol):
+    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other.
+
+    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that
+    wants `whole_sequences` is shown them put together. The linears of an expert are shown the tokens that it was given,
+    perhaps none.
+    """
+
+    whole_sequences: bool
+
+    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None: ...
+
+    def attention(self, name: str, key: Tensor, value: Tensor) -> None: ...
+
+    def experts(self, name: str, tokens: Tensor) -> None: ...
+
+
+@contextmanager
+def watching(
+    here: Topology, model: nn.Module | list[nn.Module], observer: Observer, batches: int, all_experts: bool
+) -> Iterator[None]:
+    """While open, `observer` sees the first `batches` calls of every linear and attention of this rank.
+
+    With `all_experts` it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
+    """
+    watch = _Watch(here, observer, batches, all_experts)
+    with ExitStack() as hooks:
+        for name, module in linears_of(model).items():
+            hooks.callback(module.register_forward_pre_hook(watch.linear(name)).remove)
+        for name, module in attentions_of(model).items():
+            hooks.callback(module.register_forward_pre_hook(watch.attention(name)).remove)
+        for name, layer in experts_of(model).items():
+            if all_experts:
+                hooks.callback(layer.register_forward_pre_hook(watch.layer).remove)
+            hooks.callback(layer.experts.register_forward_pre_hook(watch.experts(name)).remove)
+            hooks.callback(layer.experts.register_forward_hook(watch.weigh).remove)
+        yield
+
+
+class _Watch:
+    """Makes the hooks, and counts calls: a schedule may repeat micro-batches at the end, which are not shown."""
+
+    def __init__(self, here: Topology, observer: Observer, batches: int, all_experts: bool) -> None:
+        self.here = here
+        self.observer = observer
+        self.batches = batches
+        self.calls: Counter[str] = Counter()
+        self.shows_experts = not all_experts
+        self.probabilities: dict[nn.Module, Tensor] = {}
+
+    def counts(self, name: str) -> bool:
+        self.calls[name] += 1
+        return self.calls[name] <= self.batches
+
+    def linear(self, name: str) -> Any:
+        expert, column = is_expert(name), cut_of(f"{name}.weight") is Axis.OUT
+
+        def called(module: nn.Module, args: tuple) -> None:
+            if (expert and not self.shows_experts) or not self.counts(name):
+                return
+            inputs = linear_input(module, args[0])
+            if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
+                inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
+            self.observer.linear(name, module.weight, inputs)
+
+        return called
+
+    def attention(self, name: str) -> Any:
+        def called(module: nn.Module, args: tuple) -> None:
+            if self.counts(name):
+                self.observer.attention(name, args[1], args[2])
+
+        return called
+
+    def experts(self, name: str) -> Any:
+        def called(module: nn.Module, args: tuple) -> tuple | None:
+            hidden, tokens, probabilities, *others = args
+            if self.counts(name):
+                self.observer.experts(name, tokens)
+            if module.config.moe_apply_probs_on_input:
+                return None
+            self.probabilities[module] = probabilities
+            return (hidden, tokens, torch.ones_like(probabilities), *others)
+
+        return called
+
+    def weigh(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        """Multiply an expert's outputs by the probabilities that were kept from it."""
+        probabilities = self.probabilities.pop(module, None)
+        if probabilities is None:
+            return None
+        out, *others = output
+        return ((out * probabilities.unsqueeze(-1)).to(out.dtype), *others)
+
+    def layer(self, module: nn.Module, args: tuple) -> None:
+        """Call every expert of this rank with all tokens that the ranks of its experts have."""
+        tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
+        self.shows_experts = True
+        for expert in module.experts.local_experts:
+            expert(tokens, tokens.new_ones(tokens.shape[0]))
+        self.shows_experts = False
