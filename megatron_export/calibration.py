@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from . import topology
+from .clipping import Clips
 from .cpu import without_cuda
 from .errors import ExportError
 from .formats import FORMATS, Options, chosen
@@ -23,10 +24,10 @@ from .formats.int4 import CLIP_RATIOS
 from .gather import everyone, together
 from .maxima import Maxima
 from .model import chunks_of, finish_gathering, heads_of, layouts_of, linears_of, local_experts_of
-from .names import cut_of, reads_heads
+from .names import cut_of, is_expert, reads_heads
 from .piece import Axis
 from .progress import Progress, quiet
-from .search import Alphas, Clips
+from .search import Alphas
 from .topology import Topology
 from .watching import Observer, watching
 
@@ -85,7 +86,9 @@ def calibrate(
                 return statistics
             heads = heads_of(model)
             searches = partial(_searches, smoothings, heads.queries_per_group)
-            alphas = Alphas(here, means, searches, heads.same_in_group)
+            weights = {name: module.weight for name, module in linears_of(model).items()}
+            topk = chunks_of(model)[0].config.moe_router_topk
+            alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk)
             run("search", alphas)
             statistics |= alphas.agreed()
             for some in _clipped_together(here, model, searches) if awq_clip else ():
@@ -144,7 +147,7 @@ def _clipped_together(
 def _losses_nbytes(here: Topology, name: str, weight: Tensor, group: int) -> int:
     """Bytes of the losses of a linear's clipping; of the whole linear, where its shard cuts a group."""
     gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % group
-    return 8 * len(CLIP_RATIOS) * weight.numel() * (here.tp_size if gathered else 1) // group
+    return 8 * len(CLIP_RATIOS) * weight.numel() * (here.cut(is_expert(name)).size if gathered else 1) // group
 
 
 def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:

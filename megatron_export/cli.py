@@ -97,7 +97,9 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, first: bool) -> None:
         super().__init__(
-            prog="export.py", description="Export a Megatron-Core model as a quantized HuggingFace checkpoint."
+            prog="export.py",
+            description="Export a Megatron-Core model as a quantized HuggingFace checkpoint.",
+            allow_abbrev=False,
         )
         self.first = first
 

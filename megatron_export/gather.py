@@ -50,12 +50,13 @@ def everyone(here: Topology, mine: object) -> list:
     return theirs
 
 
-def spread(here: Topology, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+def spread(here: Topology, mine: dict[str, Tensor], experts: bool = False) -> dict[str, Tensor]:
     """The tensors of every pipeline stage on every rank, by name, on the CPU: stage after stage, once.
 
-    `mine` are this stage's, of which all its ranks have the same.
+    `mine` are this stage's, of which all its ranks have the same; or those of this rank's own `experts`.
     """
-    source = dist.get_rank(here.stage_group) == 0
+    cut = here.experts
+    source = cut.rank == cut.replica == 0 if experts else dist.get_rank(here.stage_group) == 0
     mine = {name: tensor.contiguous().cpu() for name, tensor in mine.items()} if source else {}
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
     found: dict[str, Tensor] = {}
@@ -110,7 +111,7 @@ def whole(cut: Cut, shard: Tensor, dim: int) -> Tensor:
     if cut.size == 1:
         return shard
     mine = shard.movedim(dim, 0).contiguous()
-    sent = mine.view(torch.uint8).reshape(-1)  # as bytes: gloo does not gather every dtype
+    sent = mine.reshape(-1).view(torch.uint8)  # as bytes: gloo does not gather every dtype
     received = [torch.empty_like(sent) for _ in range(cut.size)]
     dist.all_gather(received, sent, group=cut.group)
     return torch.cat([part.view(shard.dtype).view(mine.shape) for part in received]).movedim(0, dim)

@@ -4,6 +4,7 @@ A maximum does not depend on the order of samples, batches or ranks, nor does a 
 bfloat16 magnitudes and means of micro-batches, in float64, which holds their sums without rounding.
 """
 
+from collections.abc import Iterable
 from math import inf, isfinite
 
 import torch
@@ -24,10 +25,10 @@ class Maxima:
     are the global numbers of this rank's, of which `repeats` ranks of the stage are shown each token.
     """
 
-    def __init__(self, here: Topology, by_channel: bool, experts: list[int], repeats: int) -> None:
+    def __init__(self, here: Topology, by_channel: bool, experts: Iterable[int] = (), repeats: int = 1) -> None:
         self.here = here
         self.whole_sequences = self.by_channel = by_channel
-        self.numbers = torch.tensor(experts, dtype=torch.int64)
+        self.numbers = torch.tensor(list(experts), dtype=torch.int64)
         self.repeats = repeats
         self.scalars: dict[str, Tensor] = {}  # float32 []
         self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard

@@ -10,7 +10,7 @@ Of every linear (fused ones under each of their HF names), [in] being its input 
     {module}.clip.{search}             uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios
     {module}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
 
-of the experts of a layer, which are measured together, under the name of one without its number:
+of the experts of a layer, which are measured together but for their clipping, under the name of one without its number:
 
     {experts}.tokens                   int64 [experts]        how many tokens each was given
 
@@ -87,6 +87,9 @@ def _homes(config: dict) -> dict[str, dict[str, str]]:
         if is_linear_weight(name):
             parts = {part: hf.removesuffix(".weight") for part, hf in source.pooled_names().items()}
             homes[pooled(name).removesuffix(".weight")] = parts
+            if is_expert(name):  # each has its own clipping
+                own = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
+                homes[name.removesuffix(".weight")] = own
             if is_expert(name):
                 homes[experts_module(name)] = {"": next(iter(parts.values())).rpartition(".")[0]}
             if makes_keys(name):
@@ -171,7 +174,7 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     owners = {
         hf: (module, part)
         for module, parts in homes.items()
-        if f"{module}.input_amax" in keys or f"{module}.tokens" in keys
+        if not module.endswith(".self_attention")
         for part, hf in parts.items()
     }
     copies: dict[str, list[Tensor]] = {}

@@ -23,13 +23,14 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a l
 @dataclass(frozen=True)
 class Cut:
     """How tensor parallelism cuts on this rank, that of the experts or that of all else: which shard of how many it
-    holds, the group of those who hold the others, and which of the replicas of these shards it is.
+    holds, the group of those who hold the others, which of the replicas of these shards it is, and their group.
     """
 
     rank: int
     size: int
     group: ProcessGroup
     replica: int
+    replicas: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Topology:
 
     def cut(self, expert: bool) -> Cut:
         """How parameters of routed experts are cut here, or all others."""
-        return self.experts if expert else Cut(self.tp_rank, self.tp_size, self.tp_group, self.dp_rank)
+        return self.experts if expert else Cut(self.tp_rank, self.tp_size, self.tp_group, self.dp_rank, self.dp_group)
 
 
 @contextmanager
@@ -98,12 +99,14 @@ def current() -> Iterator[Topology]:
                 size=parallel_state.get_expert_tensor_parallel_world_size(),
                 group=parallel_state.get_expert_tensor_parallel_group(),
                 replica=parallel_state.get_expert_data_parallel_rank(),
+                replicas=parallel_state.get_expert_data_parallel_group(),
             ),
             dispatch=Cut(
                 rank=parallel_state.get_expert_tensor_and_model_parallel_rank(),
                 size=parallel_state.get_expert_tensor_and_model_parallel_world_size(),
                 group=parallel_state.get_expert_tensor_and_model_parallel_group(),
                 replica=parallel_state.get_expert_data_parallel_rank(),
+                replicas=parallel_state.get_expert_data_parallel_group(),
             ),
             stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             control=control,

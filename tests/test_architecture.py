@@ -20,6 +20,7 @@ cpu assets source writer statistics calibration_data emulation
 measured topology model
 gather build
 maxima search watching
+clipping
 calibration
 pipeline
 job

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import ExportError
 from ..piece import Amax, Axis, Piece, join
 from . import bf16, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
-from .form import Form, Options, row_strips
+from .form import Form, Options, Smoothing, row_strips
 
-__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "chosen", "chosen_kv", "encode"]
+__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode"]
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)

@@ -17,7 +17,7 @@ from ..layout import Layout
 from ..piece import Axis
 from . import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
-from .feeding import feeders_of, reads_heads, vector_home
+from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
 from .parameters import (
     EITHER,
     FLOAT32,
@@ -44,6 +44,7 @@ __all__ = [
     "is_latent",
     "is_linear_weight",
     "makes_keys",
+    "other_readers_of",
     "parameters_of",
     "pooled",
     "reads_heads",

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
@@ -194,26 +192,9 @@ def test_a_wrapped_model_exports_the_bytes_of_the_bare_one(
 def build_chunks(source: Path, here: Topology, group: int) -> list[GPTModel]:
     """In a rank of PP=2: its two virtual stages, whose schedule takes micro-batches in groups of `group`."""
     config = read_json(source / "config.json")
-    whole = build_model(config, here, max_sequence_length=LENGTH)  # for its config and sizes alone
-    settings = replace(whole.config, virtual_pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=group)
-    chunks = []
-    for stage in range(2):
-        with without_cuda():
-            chunk = GPTModel(
-                config=settings,
-                transformer_layer_spec=get_gpt_layer_local_spec(
-                    qk_layernorm=settings.qk_layernorm, normalization="RMSNorm"
-                ),
-                vocab_size=whole.vocab_size,
-                max_sequence_length=LENGTH,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-                share_embeddings_and_output_weights=whole.share_embeddings_and_output_weights,
-                position_embedding_type="rope",
-                vp_stage=stage,
-            ).to(torch.bfloat16)
-        load_hf_weights(chunk, source, config, here)
-        chunks.append(chunk)
+    chunks = build_model(config, here, max_sequence_length=LENGTH)
+    chunks[0].config.microbatch_group_size_per_vp_stage = group
+    load_hf_weights(chunks, source, config, here)
     return chunks
 
 
@@ -226,8 +207,7 @@ def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[
             made.append(stage)
             yield step
 
-    with topology.started(1, 2, "cpu"), topology.current() as here:
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    with topology.started(1, 2, "cpu", vpp=2), topology.current() as here:
         model = build_chunks(source, here, group)
         if wrapped:
             model = [_megatron_ddp(Float16Module(chunk.config, chunk), chunk.config) for chunk in model]

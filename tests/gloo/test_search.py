@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_export import calibration, topology
+from megatron_export import topology
+from megatron_export.clipping import Clips
 from megatron_export.errors import ExportError
 from megatron_export.formats import int4, nvfp4
 from megatron_export.formats.awq import ALPHAS, SEARCHES, SHARED
@@ -20,9 +21,10 @@ from megatron_export.layout import QKV, Identity, Layout, Split
 from megatron_export.maxima import Maxima
 from megatron_export.names import cut_of
 from megatron_export.piece import Amax, Axis
-from megatron_export.search import Alphas, Clips
+from megatron_export.search import Alphas
 from megatron_export.statistics import channels
 from megatron_export.topology import Topology
+from megatron_export.watching import watching
 
 from ..models import GOLDEN, assert_same, same
 from ..ranks import Ranks
@@ -107,7 +109,7 @@ def everything_of(
         groups = slice(here.tp_rank * 4 // here.tp_size, (here.tp_rank + 1) * 4 // here.tp_size)
         maxima.attention("decoder.layers.0.self_attention", key[:, :, groups], value[:, :, groups])
     statistics, means = maxima.agreed()
-    alphas = Alphas(here, means, searches, HEADS.same_in_group)
+    alphas = Alphas(here, means, searches, HEADS.same_in_group, {name: weight for name, (weight, _) in mine.items()})
     show(alphas)
     statistics |= alphas.agreed()
     clips = Clips(here, statistics, searches, {name: layout for name, (_, layout, _) in LINEARS.items()})
@@ -398,15 +400,18 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
         called = inputs.chunk(2)[here.tp_rank] if sequence_parallel else inputs
         name = "decoder.layers.0.mlp.linear_fc1"
         with (
-            mock.patch("megatron_export.calibration.linears_of", lambda model: {name: module}),
-            mock.patch("megatron_export.calibration.attentions_of", lambda model: {}),
+            mock.patch("megatron_export.watching.linears_of", lambda model: {name: module}),
+            mock.patch("megatron_export.watching.attentions_of", lambda model: {}),
+            mock.patch("megatron_export.watching.experts_of", lambda model: {}),
         ):
             maxima = Maxima(here, by_channel=True)
-            with calibration._watching(here, module, maxima, 1):
+            with watching(here, module, maxima, 1, all_experts=False):
                 module(called)
             found, means = maxima.agreed()
-            alphas = Alphas(here, means, lambda name: ("nvfp4", "int4_g64"), lambda values: values)
-            with calibration._watching(here, module, alphas, 1):
+            alphas = Alphas(
+                here, means, lambda name: ("nvfp4", "int4_g64"), lambda values: values, {name: module.weight}
+            )
+            with watching(here, module, alphas, 1, all_experts=False):
                 module(called)
             return found | alphas.agreed()
 
@@ -423,7 +428,7 @@ def overflowing() -> str:
     """In a rank: what is said of a linear whose bfloat16 output is infinite, on the second rank alone."""
     with topology.started(1, 1, "cpu"), topology.current() as here:
         weight = torch.full((16, 128), 1e30 if here.rank else 1.0).to(torch.bfloat16)
-        alphas = Alphas(here, {FC1: torch.ones(128)}, lambda name: ("nvfp4",), lambda values: values)
+        alphas = Alphas(here, {FC1: torch.ones(128)}, lambda name: ("nvfp4",), lambda values: values, {FC1: weight})
         alphas.linear(FC1, weight, torch.full((4, 128), 1e10).to(torch.bfloat16))
         try:
             alphas.agreed()

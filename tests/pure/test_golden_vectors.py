@@ -13,7 +13,7 @@ from megatron_export.formats.awq import ALPHAS, SEARCHES, factors, importance
 from megatron_export.maxima import Maxima
 from megatron_export.piece import Amax
 from megatron_export.search import Alphas
-from megatron_export.topology import Topology
+from megatron_export.topology import Cut, Topology
 
 from ..models import GOLDEN, same
 
@@ -168,9 +168,12 @@ def test_algorithms_are_named_in_upper_case() -> None:
 
 def alone() -> Topology:
     """The place of the only rank, which speaks to no other."""
-    groups = {"tp_group": None, "dp_group": None, "control": None}
-    sizes = {"world": 1, "tp_size": 1, "dp_size": 1, "pp_size": 1, "cp_size": 1}
-    return Topology(rank=0, tp_rank=0, dp_rank=0, **sizes, **groups, device=torch.device("cpu"))
+    groups = {"tp_group": None, "dp_group": None, "stage_group": None, "control": None}
+    sizes = dict.fromkeys(("world", "tp_size", "dp_size", "pp_size", "vpp_size", "cp_size", "ep_size"), 1)
+    cut = Cut(0, 1, None, 0, None)
+    return Topology(
+        rank=0, tp_rank=0, dp_rank=0, **sizes, **groups, experts=cut, dispatch=cut, device=torch.device("cpu")
+    )
 
 
 def search_of(path: Path) -> str:
@@ -198,9 +201,9 @@ def test_the_search_finds_modelopts_alpha_by_its_losses(path: Path) -> None:
     for batch in batches:
         maxima.linear(name, vector["in.weight"], batch)
     assert same(maxima.inputs[name], vector["in.x"].abs().amax(dim=0).float())
-    means = {name: (maxima.sums[name] / maxima.batches[name]).float()}
+    means = {name: (maxima.sums[name] / maxima.counts[name]).float()}
     assert same(means[name], vector["search.act_scale"])
-    alphas = Alphas(alone(), means, lambda name: (key,), lambda values: values)
+    alphas = Alphas(alone(), means, lambda name: (key,), lambda values: values, {name: vector["in.weight"]})
     for batch in batches:
         alphas.linear(name, vector["in.weight"], batch)
     losses = alphas.losses[name, key]
