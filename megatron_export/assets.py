@@ -43,7 +43,7 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json as a dict; refuses a model that is quantized already."""
+    """config.json as a dict; refuses a model that is quantized already, unless in blocks of FP8 as DeepSeek publishes its."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -52,8 +52,10 @@ def read_config(folder: Path) -> dict:
         raise ExportError(
             f"{folder / 'config.json'}: not the settings of a model but a {type(config).__name__}. Fetch it again"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method")
+        if method == "fp8" and quantized.get("weight_block_size") == [128, 128]:
+            return config
         raise ExportError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
     return config
 

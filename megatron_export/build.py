@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -50,10 +56,10 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
     ]
     if ep > 1 and not shape.experts:
         problems.append(f"--ep {ep}: this model has no experts. Leave it out")
-    report(problems + _layout_problems(shape.layers, topology.pp_size * topology.vpp_size, pp_layout))
+    report(problems + _layout_problems(shape.layers, shape.mtp, topology.pp_size * topology.vpp_size, pp_layout))
 
 
-def _layout_problems(layers: int, stages: int, layout: str | None) -> list[str]:
+def _layout_problems(layers: int, mtp: int, stages: int, layout: str | None) -> list[str]:
     if layout is None:
         if stages > layers:
             return [f"--pp x --vpp are {stages} stages for num_hidden_layers {layers}. Give fewer, or say with --pp-layout "
@@ -64,7 +70,7 @@ def _layout_problems(layers: int, stages: int, layout: str | None) -> list[str]:
     except (KeyError, ValueError, AssertionError) as error:
         return [f"--pp-layout {layout!r} is not one of Megatron's ({error!r}). Write it like 'Ettt|tttt|tttL'"]
     kinds = [kind.name for stage in found for kind in stage]
-    meant = ["embedding", *["decoder"] * layers, "loss"]
+    meant = ["embedding", *["decoder"] * layers, *["mtp"] * mtp, "loss"]
     if len(found) != stages or kinds != meant:
         return [
             f"--pp-layout {layout!r} has {len(found)} stages with {kinds.count('decoder')} layers, from {kinds[0]} to "
@@ -108,6 +114,7 @@ def build_model(
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=shape.tied,
                 vp_stage=stage,
+                mtp_block_spec=_mtp_spec(settings, stage),
                 **rope,
             )
             chunks.append(_converted(model, topology.device, dtype))
@@ -118,9 +125,24 @@ def _layer_spec(settings: TransformerConfig, stage: int | None) -> ModuleSpec | 
     if settings.num_moe_experts is None:
         return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
     spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
-    for layer in spec.layer_specs if settings.multi_latent_attention else ():
-        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+    for layer in spec.layer_specs:
+        _with_attention(layer, settings)
     return spec
+
+
+def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredictionBlockSubmodules | None:
+    if not settings.mtp_num_layers:
+        return None
+    last = get_gpt_decoder_layer_specs(settings, use_transformer_engine=False, normalization="RMSNorm")[-1]
+    return get_gpt_mtp_block_spec(
+        settings, _with_attention(last, settings), use_transformer_engine=False, vp_stage=stage
+    )
+
+
+def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:
+    if settings.multi_latent_attention:
+        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+    return layer
 
 
 def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPTModel:
@@ -151,7 +173,7 @@ def _settings(
         pp_layout = "|".join(
             "t" * (cut.stop - cut.start) for cut in (even_cut(shape.layers, i, stages) for i in range(stages))
         )
-        pp_layout = f"E{pp_layout}L"
+        pp_layout = f"E{pp_layout}{'m' * shape.mtp}L"
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
     return kind(
@@ -185,18 +207,26 @@ def load_hf_weights(
     config: dict,
     topology: Topology,
     progress: Callable[[Iterable], Iterable] = iter,
+    dropped: tuple[str, ...] = (),
 ) -> int:
     """Fill this rank's shards from the safetensors files in `folder`; returns the bytes read.
 
-    Also fills the copy of tied embeddings that Megatron keeps on the last pipeline stage.
+    Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
+    of `dropped` are passed over.
     """
     sources, shards = parameters_of(config), shards_of(model)
     last = model[-1] if isinstance(model, list) else model
     name = "embedding.word_embeddings.weight"
-    if shape_of(config).tied and last.post_process and name not in shards:
+    if name not in shards and last.post_process and shape_of(config).tied:
         shards[name] = last.output_layer.weight.detach()
+    elif name not in shards and last.mtp_process:
+        shards[name] = last.embedding.word_embeddings.weight.detach()
     with SourceWeights(folder) as weights:
-        weights.check({name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()})
+        weights.check(
+            {name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()},
+            copies={name for source in sources.values() for name in source.copies()},
+            dropped=dropped,
+        )
         for name, shard in progress(shards.items()):
             loaded = _shard(weights, sources[name], shard, topology.cut(is_expert(name)))
             if not loaded.isfinite().all():
@@ -211,6 +241,8 @@ def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> T
     index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts = {}
     for part, name in source.names().items():
+        if name in source.copies():
+            continue
         size = weights.shape(name)
         if source.cut is Axis.IN:
             parts[part] = weights.read(name, (slice(None), even_cut(size[1], index, count)), source.dtype)

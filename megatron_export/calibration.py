@@ -217,7 +217,8 @@ def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).expand_as(ids)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
-    output = chunk(ids, positions, mask)
+    # layers that predict one more token only run where there is something to predict
+    output = chunk(ids, positions, mask, labels=ids if chunk.config.mtp_num_layers else None)
     return output, lambda logits: (logits.new_zeros(()), {})
 
 

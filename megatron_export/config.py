@@ -61,6 +61,8 @@ class ExportConfig:
     """largest safetensors file"""
     exclude: tuple[str, ...] = ()
     """globs over HF module names to leave in bfloat16"""
+    mtp: Literal["keep", "drop"] = "keep"
+    """layers that predict one more token (DeepSeek): export them like the others, or leave them out"""
     quantize_mla: bool = False
     """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
     dry_run: bool = False

@@ -15,7 +15,7 @@ from .errors import ExportError
 from .formats import Options
 from .gather import together
 from .measured import check_calibration
-from .names import architecture_of, shape_of
+from .names import architecture_of, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
 from .progress import Progress
@@ -52,6 +52,8 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
+            dropped = mtp_prefixes(hf_config) if config.mtp == "drop" else ()
+            hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
             architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
             build.check_divides(hf_config, here, config.pp_layout)
             job.plan = _plan(config, hf_config)
@@ -65,7 +67,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         if config.dry_run:
             return job
         with job.stage("load"):
-            model = _load(job, config, hf_config, folder, samples, here, progress)
+            model = _load(job, config, hf_config, folder, dropped, samples, here, progress)
         if samples is not None:
             with job.stage("calibrate"):
                 share = samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size]
@@ -95,6 +97,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 awq_output=config.awq_output,
                 awq_clip=config.awq_clip,
                 exclude=config.exclude,
+                mtp=config.mtp,
                 quantize_mla=config.quantize_mla,
                 max_shard_size=config.max_shard_size,
                 overwrite=config.overwrite,
@@ -168,6 +171,7 @@ def _load(
     config: ExportConfig,
     hf_config: dict,
     folder: Path,
+    dropped: tuple[str, ...],
     samples: Tensor | None,
     here: Topology,
     progress: Progress,
@@ -176,6 +180,6 @@ def _load(
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps))
+        read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps), dropped)
     job.bytes_read = sum(gather.everyone(here, read))
     return model

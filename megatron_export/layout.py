@@ -48,14 +48,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class Vocab:
-    """Rows padded by Megatron to a multiple of its own choice; HF has the first `vocab` rows."""
+    """Rows padded by Megatron to a multiple of its own choice; HF has the first `vocab` rows, perhaps several times."""
 
     vocab: int
     parts: tuple[str, ...] = ("",)
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         real = self.source(self.vocab, index, count, shard.shape[0])
-        return {"": shard[: real.stop - real.start]}
+        return dict.fromkeys(self.parts, shard[: real.stop - real.start])
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         real = parts[""]

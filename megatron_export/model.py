@@ -55,12 +55,15 @@ def _alike(name: str, value: object, chunk: nn.Module) -> object:
 def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
 
-    Left out: the copy of tied embeddings that Megatron keeps on the last pipeline stage as `output_layer.weight`.
+    Left out: the copies of the embedding that Megatron keeps on the last pipeline stage, of tied models as
+    `output_layer.weight`, and for layers that predict one more token under its own name.
     """
     shards: dict[str, Tensor] = {}
     for chunk in chunks_of(model):
         for full, tensor in _canonical_tensors(chunk):
             if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                continue
+            if full == "embedding.word_embeddings.weight" and not chunk.pre_process:
                 continue
             if full in shards:
                 raise ExportError(f"two parameters of this rank are both {full}")
@@ -85,9 +88,9 @@ def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     how many tokens each local expert has, the probability of each token).
     """
     return {
-        f"decoder.layers.{layer.layer_number - 1}.mlp.experts": layer.mlp
+        f"decoder.layers.{number}.mlp.experts": layer.mlp
         for chunk in chunks_of(model)
-        for layer in chunk.decoder.layers
+        for number, layer in _layers(chunk)
         if hasattr(layer.mlp, "experts")
     }
 
@@ -123,9 +126,9 @@ def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     Latent attention is left out: what engines cache of it are not its keys and values.
     """
     return {
-        f"decoder.layers.{layer.layer_number - 1}.self_attention": layer.self_attention.core_attention
+        f"decoder.layers.{number}.self_attention": layer.self_attention.core_attention
         for chunk in chunks_of(model)
-        for layer in chunk.decoder.layers
+        for number, layer in _layers(chunk)
         if hasattr(layer.self_attention, "linear_qkv")
     }
 
@@ -152,13 +155,28 @@ def _unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:
         yield chunk
 
 
-def _layer_numbers(chunk: nn.Module) -> list[int]:
-    return [layer.layer_number - 1 for layer in chunk.decoder.layers]
+def _predicting(chunk: nn.Module) -> Iterator[nn.Module]:
+    """A chunk's layers that predict one more token, around a layer like those of the decoder."""
+    yield from chunk.mtp.layers if getattr(chunk, "mtp", None) is not None else ()
+
+
+def _layer_numbers(chunk: nn.Module) -> dict[str, list[int]]:
+    return {
+        "decoder": [layer.layer_number - 1 for layer in chunk.decoder.layers],
+        "mtp": [chunk.config.num_layers + outer.layer_number - 1 for outer in _predicting(chunk)],
+    }
+
+
+def _layers(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The global number of each transformer layer of a chunk, and the layer."""
+    numbers = _layer_numbers(chunk)
+    inner = [getattr(outer, "transformer_layer", None) or outer.mtp_model_layer for outer in _predicting(chunk)]
+    yield from zip(numbers["decoder"] + numbers["mtp"], [*chunk.decoder.layers, *inner], strict=True)
 
 
 def _expert_numbers(chunk: nn.Module) -> list[int]:
     return next(
-        (list(layer.mlp.local_expert_indices) for layer in chunk.decoder.layers if hasattr(layer.mlp, "experts")), []
+        (list(layer.mlp.local_expert_indices) for _, layer in _layers(chunk) if hasattr(layer.mlp, "experts")), []
     )
 
 

@@ -17,7 +17,7 @@ from .gather import together
 from .item import Item, Measured
 from .measured import check_calibration, measured
 from .model import contradictions, finish_gathering, shards_of
-from .names import is_expert, settings_of, unscaled_rope_settings
+from .names import is_expert, is_mtp, settings_of, unscaled_rope_settings, without_mtp
 from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
@@ -51,6 +51,7 @@ def export_hf_checkpoint(
     awq_output: str = "folded",
     awq_clip: bool = False,
     exclude: Iterable[str] = (),
+    mtp: str = "keep",
     quantize_mla: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -67,6 +68,7 @@ def export_hf_checkpoint(
     fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
     awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
     exclude         globs over HF module names to leave in bfloat16
+    mtp             keep or drop layers that predict one more token (DeepSeek)
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
@@ -80,6 +82,8 @@ def export_hf_checkpoint(
             config = assets.read_config(folder)
             report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
             shards = shards_of(model)
+            if mtp == "drop":
+                config, shards = without_mtp(config), {n: shard for n, shard in shards.items() if not is_mtp(n, config)}
         finish_gathering(model)
         held = gather.locate(here, shards)
         with together(here, "plan the export"):

@@ -8,7 +8,6 @@ from .formats import Form
 from .names import Source, is_expert, is_linear_weight, shape_of
 
 _OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
-_ROUTER = ".mlp.router.weight"
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 
@@ -40,7 +39,8 @@ def settle(
 ) -> Policy:
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines."""
     linears = {name: modules(source) for name, source in sources.items() if is_linear_weight(name)}
-    never = (*_OUTSIDE_LAYERS, *(m for name, s in sources.items() if name.endswith(_ROUTER) for m in modules(s)))
+    matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
+    never = tuple(dict.fromkeys([*_OUTSIDE_LAYERS, *(module for source in matrices for module in modules(source))]))
     if not form.quantization:
         return Policy(
             frozenset(), frozenset(linears), (), (), (), tuple(_without_effect(exclude, quantize_mla, config))

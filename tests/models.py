@@ -64,6 +64,7 @@ ARCHITECTURES = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 16,
         "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
     },
 }
 SAMPLES, LENGTH = 8, 24
@@ -94,6 +95,22 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     ids = torch.randint(0, settings["vocab_size"], (SAMPLES, LENGTH))
     save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
     return source
+
+
+def add_mtp(source: Path) -> None:
+    """Give a checkpoint a layer that predicts one more token: like its last, with other numbers, as DeepSeek spells it."""
+    config, held = read_json(source / "config.json"), tensors(source)
+    count, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last, new = f"model.layers.{count - 1}.", f"model.layers.{count}."
+    made = {new + name.removeprefix(last): tensor.flip(0) for name, tensor in held.items() if name.startswith(last)}
+    made |= {f"{new}{norm}.weight": torch.rand(hidden).bfloat16() for norm in ("enorm", "hnorm", "shared_head.norm")}
+    made[f"{new}eh_proj.weight"] = (torch.randn(hidden, 2 * hidden) / 10).bfloat16()
+    made[f"{new}embed_tokens.weight"] = held["model.embed_tokens.weight"]
+    made[f"{new}shared_head.head.weight"] = held["lm_head.weight"]
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    save_file({name: tensor.clone() for name, tensor in (held | made).items()}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

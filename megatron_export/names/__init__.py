@@ -43,7 +43,9 @@ __all__ = [
     "is_expert",
     "is_latent",
     "is_linear_weight",
+    "is_mtp",
     "makes_keys",
+    "mtp_prefixes",
     "other_readers_of",
     "parameters_of",
     "pooled",
@@ -53,6 +55,7 @@ __all__ = [
     "shape_of",
     "unscaled_rope_settings",
     "vector_home",
+    "without_mtp",
 ]
 
 ARCHITECTURES: dict[str, ModuleType] = {
@@ -85,11 +88,17 @@ class Source:
 
     def names(self) -> dict[str, str]:
         """Layout part -> HF tensor name."""
+        if self.rule.copy:
+            return {part: self.rule.copy.format(l=part) if part else self.rule.hf for part in self.layout.parts}
         words = dict(self.rule.words)
         return {
             part: self.rule.hf.format(l=self.layer, e=self.expert, part=words.get(part, part))
             for part in self.layout.parts
         }
+
+    def copies(self) -> set[str]:
+        """The HF names of its copies."""
+        return {name for part, name in self.names().items() if part} if self.rule.copy else set()
 
     def pooled_names(self) -> dict[str, str]:
         """The same, without the number of the expert."""
@@ -134,7 +143,7 @@ def parameters_of(config: dict) -> dict[str, Source]:
         outside.remove("output_layer.weight")
     layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
     sources = [_source(first, rules[first], shape)]
-    for layer in range(shape.layers):
+    for layer in shape.every:
         here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
         sources += [_source(name, rules[name], shape, layer) for name in here if "{e}" not in name]
         experts = [name for name in here if "{e}" in name]
@@ -143,6 +152,22 @@ def parameters_of(config: dict) -> dict[str, Source]:
         ]
     sources += [_source(name, rules[name], shape) for name in outside]
     return {source.canonical: source for source in sources}
+
+
+def without_mtp(config: dict) -> dict:
+    """config.json's dict of the same model without the layers that predict one more token."""
+    return config | {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else config
+
+
+def is_mtp(canonical: str, config: dict) -> bool:
+    """Whether a canonical parameter belongs to a layer that predicts one more token."""
+    found = re.match(r"decoder\.layers\.(\d+)\.", canonical)
+    return bool(found) and int(found[1]) >= shape_of(config).layers
+
+
+def mtp_prefixes(config: dict) -> tuple[str, ...]:
+    """What the HF names of layers that predict one more token begin with."""
+    return tuple(f"model.layers.{layer}." for layer in shape_of(config).predicting)
 
 
 def _exists(name: str, shape: ModelShape) -> bool:

@@ -1,7 +1,8 @@
-"""DeepseekV3ForCausalLM: DeepSeek V3 and R1, and Kimi K2. Latent attention, dense layers first, routed and shared experts."""
+"""DeepseekV3ForCausalLM: DeepSeek V3 and R1, and Kimi K2. Latent attention, dense layers first, routed and shared experts, and
+layers that predict one more token."""
 
-from .fragments import DENSE, EXPERT_BIAS, MLA, SHARED_EXPERTS, TOP, moe
+from .fragments import DENSE, EXPERT_BIAS, MLA, MTP, SHARED_EXPERTS, TOP, moe
 
-RULES = TOP | MLA | DENSE | moe("mlp") | SHARED_EXPERTS | EXPERT_BIAS
+RULES = TOP | MLA | DENSE | moe("mlp") | SHARED_EXPERTS | EXPERT_BIAS | MTP
 SETTINGS = {"qk_layernorm": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 ONLY = {"attention_bias": (False, None), "norm_topk_prob": (True,), "hidden_act": ("silu", None)}

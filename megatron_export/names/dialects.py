@@ -2,12 +2,13 @@
 
 Canonical names are those of the local spec, with global numbers of layers and experts from 0. The Transformer Engine
 spec keeps norms inside the linear that follows them, and all experts of a rank in one module with a weight for each; a
-rank's own layers are numbered from 0 on every pipeline stage and chunk, and its experts on every rank.
+rank's own layers are numbered from 0 on every pipeline stage and chunk, and its experts on every rank. Layers that predict
+one more token (MTP) are numbered after those of the decoder, as HF does.
 """
 
 import re
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.|mtp_model_layer\.)?")
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
@@ -19,16 +20,17 @@ _EXPERT = re.compile(
 )
 
 
-def canonical(name: str, layer_numbers: list[int], experts: list[int]) -> str:
+def canonical(name: str, numbers: dict[str, list[int]], experts: list[int]) -> str:
     """The canonical name of parameter `name` of one model chunk.
 
-    `layer_numbers[i]` is the global number of its layer i, `experts[i]` that of the expert i of each of its layers.
+    `numbers["decoder"][i]` is the global number of its layer i, `numbers["mtp"][i]` that of the layer i of its MTP, and
+    `experts[i]` that of the expert i of each layer.
     """
     found = _LAYER.match(name)
     if found is None:
         return name
     local = name[found.end() :]
-    return f"decoder.layers.{layer_numbers[int(found[1])]}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
+    return f"decoder.layers.{numbers[found[1]][int(found[2])]}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
 
 
 def _expert(local: str, experts: list[int]) -> str:

@@ -48,6 +48,16 @@ SHARED_EXPERTS: Table = {
 EXPERT_BIAS: Table = {
     "decoder.layers.{l}.mlp.router.expert_bias":            same("model.layers.{l}.mlp.gate.e_score_correction_bias"),
 }
+MTP: Table = {  # also copies of the embedding and the output layer, which Megatron's share
+    "embedding.word_embeddings.weight":
+        vocab("model.embed_tokens.weight", copy="model.layers.{l}.embed_tokens.weight"),
+    "output_layer.weight":
+        vocab("lm_head.weight", copy="model.layers.{l}.shared_head.head.weight"),
+    "decoder.layers.{l}.enorm.weight":                      same("model.layers.{l}.enorm.weight"),
+    "decoder.layers.{l}.hnorm.weight":                      same("model.layers.{l}.hnorm.weight"),
+    "decoder.layers.{l}.eh_proj.weight":                    same("model.layers.{l}.eh_proj.weight"),
+    "decoder.layers.{l}.final_layernorm.weight":            same("model.layers.{l}.shared_head.norm.weight"),
+}
 
 
 def moe(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Table:

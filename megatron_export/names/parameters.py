@@ -20,7 +20,7 @@ class Parameter:
 
     cut: Axis | None
     shape: Callable[[ModelShape], tuple[int, ...]]
-    layers: Callable[[ModelShape], Iterable[int]] = lambda m: range(m.layers)
+    layers: Callable[[ModelShape], Iterable[int]] = lambda m: m.every
 
 
 def _dense(m: ModelShape) -> tuple[int, ...]:
@@ -29,6 +29,10 @@ def _dense(m: ModelShape) -> tuple[int, ...]:
 
 def _sparse(m: ModelShape) -> tuple[int, ...]:
     return m.sparse
+
+
+def _predicting(m: ModelShape) -> range:
+    return m.predicting
 
 
 def _qkv_rows(m: ModelShape) -> int:
@@ -81,6 +85,12 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter(Axis.OUT, lambda m: (2 * m.shared_ffn, m.hidden), _sparse),
     "decoder.layers.{l}.mlp.shared_experts.linear_fc2.weight":
         Parameter(Axis.IN,  lambda m: (m.hidden, m.shared_ffn), _sparse),
+
+    # Of a layer that predicts one more token, beside what every layer has.
+    "decoder.layers.{l}.enorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
+    "decoder.layers.{l}.hnorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
+    "decoder.layers.{l}.eh_proj.weight":                       Parameter(Axis.OUT, lambda m: (m.hidden, 2 * m.hidden), _predicting),
+    "decoder.layers.{l}.final_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _predicting),
 }
 # fmt: on
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")

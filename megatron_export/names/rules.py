@@ -12,12 +12,13 @@ class Rule:
     """One row of a table.
 
     `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for what `words` calls the
-    layout's part, or the part itself.
+    layout's part, or the part itself. `copy` is the HF name of the copy that each layer of MTP has of it.
     """
 
     hf: str
     layout: Callable[[ModelShape], Layout]
     words: tuple[tuple[str, str], ...] = ()
+    copy: str | None = None
 
 
 def same(hf: str) -> Rule:
@@ -25,9 +26,9 @@ def same(hf: str) -> Rule:
     return Rule(hf, lambda shape: Identity())
 
 
-def vocab(hf: str) -> Rule:
-    """The first `vocab_size` rows."""
-    return Rule(hf, lambda shape: Vocab(shape.vocab))
+def vocab(hf: str, copy: str | None = None) -> Rule:
+    """The first `vocab_size` rows, and under the name `copy` once more for every layer of MTP."""
+    return Rule(hf, lambda shape: Vocab(shape.vocab, ("", *map(str, shape.predicting if copy else ()))), copy=copy)
 
 
 def gated(hf: str, gate: str = "gate_proj", up: str = "up_proj") -> Rule:

@@ -27,6 +27,8 @@ class ModelShape:
     """The sizes that names, layouts and shapes depend on; all unsharded, vocabulary unpadded.
 
     `sparse` are the layers with experts. Of a model without experts or without latent attention (MLA), those sizes are 0.
+    `mtp` layers that predict one more token each follow the `layers` of the decoder, in HF's numbers too; they are like its
+    last.
     """
 
     architecture: str
@@ -47,11 +49,22 @@ class ModelShape:
     nope_dim: int = 0
     rope_dim: int = 0
     v_dim: int = 0
+    mtp: int = 0
+
+    @property
+    def every(self) -> range:
+        """All layers, those that predict one more token too."""
+        return range(self.layers + self.mtp)
+
+    @property
+    def predicting(self) -> range:
+        """The layers that predict one more token."""
+        return range(self.layers, self.layers + self.mtp)
 
     @property
     def dense(self) -> tuple[int, ...]:
         """The layers without experts."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.sparse)
+        return tuple(layer for layer in self.every if layer not in self.sparse)
 
 
 def shape_of(config: dict) -> ModelShape:
@@ -81,6 +94,7 @@ def shape_of(config: dict) -> ModelShape:
         vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         **_experts_of(config),
+        mtp=config.get("num_nextn_predict_layers") or 0,
         **dict(
             zip(("q_lora", "kv_lora", "nope_dim", "rope_dim", "v_dim"), (config.get(k) or 0 for k in _MLA), strict=True)
         ),
@@ -94,9 +108,12 @@ def _experts_of(config: dict) -> dict:
         return {}
     ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
     every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
-    layers = range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"])
+    count = config["num_hidden_layers"]
+    layers = range(config.get("first_k_dense_replace") or 0, count)
+    sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0)
+    predicting = range(count, count + (config.get("num_nextn_predict_layers") or 0)) if count - 1 in sparse else ()
     return {
-        "sparse": tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0),
+        "sparse": (*sparse, *predicting),
         "experts": experts,
         "expert_ffn": ffn,
         "shared_ffn": (config.get("n_shared_experts") or 0) * ffn or config.get("shared_expert_intermediate_size") or 0,
@@ -121,6 +138,7 @@ def transformer_settings(config: dict) -> dict:
         "attention_dropout": 0.0,
         **(_expert_settings(config, shape) if shape.experts else {}),
         **(_latent_settings(config, shape) if shape.kv_lora else {}),
+        **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
     }
 
 

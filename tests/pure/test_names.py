@@ -40,7 +40,7 @@ def test_no_two_parameters_become_the_same_hf_tensor() -> None:
     ],
 )
 def test_both_specs_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
-    assert canonical(name, [3, 7], []) == expected
+    assert canonical(name, {"decoder": [3, 7], "mtp": []}, []) == expected
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
