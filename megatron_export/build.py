@@ -42,7 +42,7 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
     tp, etp, ep = topology.tp_size, topology.experts.size, topology.ep_size
     divided = (
         ("num_attention_heads", shape.heads, "--tp", tp),
-        ("num_key_value_heads", shape.groups, "--tp", tp),
+        ("num_key_value_heads", shape.groups if tp % shape.groups else tp, "--tp", tp),
         ("hidden_size", shape.hidden, "--tp", tp),
         ("intermediate_size", shape.ffn, "--tp", tp),
         ("the size of shared experts", shape.shared_ffn, "--tp", tp),
@@ -239,18 +239,19 @@ def load_hf_weights(
 def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
     whole = source.cut is None or (source.either and shard.shape == source.shape)
     index, count = (0, 1) if whole else (cut.rank, cut.size)
-    parts = {}
+    parts, own = {}, source.layout.splits(shard.shape[0])
     for part, name in source.names().items():
         if name in source.copies():
             continue
         size = weights.shape(name)
         if source.cut is Axis.IN:
-            parts[part] = weights.read(name, (slice(None), even_cut(size[1], index, count)), source.dtype)
+            where = (slice(None), even_cut(size[1], index, count))
         else:
-            parts[part] = weights.read(
-                name, (source.layout.source(size[0], index, count, shard.shape[0]),), source.dtype
-            )
-    return source.layout.join(parts, shard.shape[0])
+            where = (source.layout.source(size[0], index, count, shard.shape[0]) if own else slice(None),)
+        parts[part] = weights.read(name, where, source.dtype)
+    if own:
+        return source.layout.join(parts, shard.shape[0])
+    return source.layout.join(parts, source.shape[0])[even_cut(source.shape[0], index, count)]
 
 
 def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:

@@ -79,7 +79,8 @@ def calibrate(
         finish_gathering(model)
         run = partial(_observe, here, model, batches, progress, all_experts)
         with _evaluating(model), without_cuda(here.device), torch.no_grad():
-            maxima = Maxima(here, bool(smoothings), local_experts_of(model), _repeats(here, model))
+            groups = chunks_of(model)[0].config.num_query_groups
+            maxima = Maxima(here, bool(smoothings), local_experts_of(model), _repeats(here, model), groups)
             run("calibrate", maxima)
             statistics, means = maxima.agreed()
             if not smoothings:

@@ -112,6 +112,8 @@ class Clips:
             return {f"{name}.clip_ratio.{key}": torch.tensor(CLIP_RATIOS[int(codes)])}
         axis, cut = self.axis[name, key], self.here.cut(is_expert(name))
         layout = self.layouts.get(name, Identity())
+        if axis is Axis.OUT and not layout.splits(codes.shape[0]):
+            axis, codes = None, whole(cut, codes, 0)
         found = {}
         for part, held in layout.split(codes, cut.rank if axis is Axis.OUT else 0, cut.size).items():
             all_of_it = held if axis is None else whole(cut, held, 0 if axis is Axis.OUT else 1)

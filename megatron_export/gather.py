@@ -142,7 +142,7 @@ def open_first(here: Topology, item: Item, parcel: Parcel) -> dict[str, Piece] |
     if here.rank != parcel.to:
         return None
     shards = [_unpack(parcel.received[rank], 0, item.raw_message(index))[0] for index, rank in enumerate(item.ranks)]
-    return item.join(shards)
+    return item.opened(item.join(shards))
 
 
 def parcel_to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]) -> Parcel:

@@ -92,26 +92,62 @@ class Item:
     gather_first: bool
     smoothed: Smoothed = Smoothed()
 
+    @property
+    def splits(self) -> bool:
+        """Whether a shard can be split into parts by itself; if not, it travels as it is, and the whole is split."""
+        return self.source.layout.splits(self.shard_shape[0])
+
     def split(self, shard: Tensor, index: int, measured: "Measured") -> dict[str, Piece]:
-        """The smoothed part, in bfloat16 or as it is kept, of every HF tensor that shard `index` holds, by HF tensor name."""
-        parts = self.source.layout.split(shard, index, len(self.ranks))
-        names = self.source.names()
+        """The smoothed part, in bfloat16 or as it is kept, of every HF tensor that shard `index` holds, by HF name.
+
+        Of a shard that holds no whole parts, the smoothed shard itself, by canonical name.
+        """
+        dtype, vectors = self.source.dtype, measured.vectors
+        if not self.splits:
+            smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
+            return {self.source.canonical: _plain(smoothed, dtype)}
+        parts, names = self.source.layout.split(shard, index, len(self.ranks)), self.source.names()
         return {
-            names[part]: _plain(
-                self._smooth(part, tensor.to(self.source.dtype), index, measured.vectors), self.source.dtype
-            )
+            names[part]: _plain(self._smooth(part, tensor.to(dtype), index, vectors), dtype)
             for part, tensor in parts.items()
         }
 
+    def opened(self, whole: dict[str, Piece]) -> dict[str, Piece]:
+        """What the shards that travelled make together: the whole parts by HF name."""
+        if self.splits:
+            return whole
+        names, fused = self.source.names(), whole[self.source.canonical].data
+        return {
+            names[part]: _plain(tensor, fused.dtype) for part, tensor in self.source.layout.split(fused, 0, 1).items()
+        }
+
     def _smooth(self, part: str, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
-        columns, rows = self.smoothed.columns, dict(self.smoothed.rows).get(part)
-        if columns is not None:
-            tensor = tensor.float() / self._mine(vectors[columns], index, Axis.IN)
-        if rows is not None:
-            vector = self.source.layout.first_queries(vectors[rows]) if part == "v" else vectors[rows]
-            factors = self._mine(vector, index, Axis.OUT)
+        tensor = self._smooth_columns(tensor, index, vectors)
+        if part in dict(self.smoothed.rows):
+            factors = self._mine(self._row_factors(part, vectors), index, Axis.OUT)
             tensor = tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
         return tensor
+
+    def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        columns = self.smoothed.columns
+        return tensor if columns is None else tensor.float() / self._mine(vectors[columns], index, Axis.IN)
+
+    def _smooth_rows(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        """The rows of a shard that holds parts of parts."""
+        if not self.smoothed.rows:
+            return tensor
+        layout, device = self.source.layout, tensor.device
+        ones = torch.ones(self.source.shape[0], device=device)
+        fused = {
+            p: self._row_factors(p, vectors) if p in dict(self.smoothed.rows) else one
+            for p, one in layout.split(ones, 0, 1).items()
+        }
+        factors = self._mine(layout.join(fused, ones.shape[0]), index, Axis.OUT)
+        return tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+
+    def _row_factors(self, part: str, vectors: dict[str, Tensor]) -> Tensor:
+        vector = vectors[dict(self.smoothed.rows)[part]]
+        return self.source.layout.first_queries(vector) if part == "v" else vector
 
     def _mine(self, whole: Tensor, index: int, axis: Axis) -> Tensor:
         """What shard `index` holds of a tensor whose first dim follows `axis`."""
@@ -153,6 +189,9 @@ class Item:
 
     def raw_message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the first rank when the item is gathered first."""
+        if not self.splits:
+            axes = (Axis.OUT, Axis.IN)[: len(self.shard_shape)]
+            return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes),)
         specs = _split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
         names = self.source.names()
         return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
@@ -166,7 +205,7 @@ class Item:
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        whole = self.join([_meta(self.raw_message(index)) for index in range(len(self.ranks))])
+        whole = self.opened(self.join([_meta(self.raw_message(index)) for index in range(len(self.ranks))]))
         return tuple(
             Output(name, piece.data.dtype, tuple(piece.data.shape), piece.axes) for name, piece in whole.items()
         )

@@ -15,14 +15,17 @@ from torch import Tensor
 class Layout(Protocol):
     """How one Megatron tensor is made of HF parts. A part's name fills `{part}` in the rule's HF name."""
 
-    @property
-    def parts(self) -> tuple[str, ...]: ...
+    parts: tuple[str, ...]
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]: ...
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor: ...
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice: ...
+
+    def splits(self, rows: int) -> bool:
+        """Whether a shard of so many rows holds whole parts, so that it can be split by itself."""
+        return True
 
 
 def even_cut(size: int, index: int, count: int) -> slice:
@@ -31,7 +34,7 @@ def even_cut(size: int, index: int, count: int) -> slice:
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Layout):
     """The same tensor under another name."""
 
     parts: tuple[str, ...] = ("",)
@@ -47,7 +50,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Vocab:
+class Vocab(Layout):
     """Rows padded by Megatron to a multiple of its own choice; HF has the first `vocab` rows, perhaps several times."""
 
     vocab: int
@@ -67,7 +70,7 @@ class Vocab:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Layout):
     """Equal blocks of rows, one per part: gate over up. Each rank holds its rows of every part, stacked."""
 
     parts: tuple[str, ...]
@@ -83,7 +86,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class QKV:
+class QKV(Layout):
     """Rows grouped by query group: the group's queries, its key, its value, each `head_dim` rows; then the next group."""
 
     queries_per_group: int
@@ -103,6 +106,10 @@ class QKV:
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
         return even_cut(part_rows, index, count)
+
+    def splits(self, rows: int) -> bool:
+        """With more ranks than query groups, Megatron cuts within a group."""
+        return rows % ((self.queries_per_group + 2) * self.head_dim) == 0
 
     def first_queries(self, values: Tensor) -> Tensor:
         """Of one value per row of all queries, those of the first query of each group: as many as v has rows."""

@@ -22,14 +22,18 @@ class Maxima:
     """Observes linears and attentions of this rank; with `by_channel`, channel by channel too.
 
     Linears are then shown whole sequences, so that every tensor-parallel rank has the same mean of a micro-batch. `experts`
-    are the global numbers of this rank's, of which `repeats` ranks of the stage are shown each token.
+    are the global numbers of this rank's, of which `repeats` ranks of the stage are shown each token; `groups` the query
+    groups of the whole model.
     """
 
-    def __init__(self, here: Topology, by_channel: bool, experts: Iterable[int] = (), repeats: int = 1) -> None:
+    def __init__(
+        self, here: Topology, by_channel: bool, experts: Iterable[int] = (), repeats: int = 1, groups: int = 0
+    ) -> None:
         self.here = here
         self.whole_sequences = self.by_channel = by_channel
         self.numbers = torch.tensor(list(experts), dtype=torch.int64)
         self.repeats = repeats
+        self.groups = groups
         self.scalars: dict[str, Tensor] = {}  # float32 []
         self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard
         self.values: dict[str, Tensor] = {}  # float32 [rows of v] of this rank's shard
@@ -77,7 +81,7 @@ class Maxima:
         mine, means = {}, {}
         for name, vector in sorted(self.values.items()):
             rows = maximum(whole(self.here.cut(False), vector, 0), self.here.dp_group)
-            mine[f"{name}.{channels('v_amax')}"] = rows
+            mine[f"{name}.{channels('v_amax')}"] = self._once(rows)
         for name, vector in sorted(self.inputs.items()):
             mine[f"{name}.{channels('input_amax')}"] = maximum(self._whole(name, vector), self._sharing(name))
         for name, sums in sorted(self.sums.items()):
@@ -89,6 +93,11 @@ class Maxima:
             counts = total(counts.to(self.here.device), self.here.stage_group)
             mine[f"{name}.tokens"] = counts // self.repeats
         return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
+
+    def _once(self, rows: Tensor) -> Tensor:
+        """The rows of v of all ranks without repetition: with more ranks than query groups, several see the same group."""
+        same = max(self.here.tp_size // self.groups, 1) if self.groups else 1
+        return rows.view(-1, same, rows.shape[0] // self.here.tp_size).amax(dim=1).flatten() if same > 1 else rows
 
     def _sharing(self, name: str) -> ProcessGroup:
         """The ranks that saw other inputs of what has this name: replicas, and for experts all ranks of the stage."""

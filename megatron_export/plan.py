@@ -137,7 +137,9 @@ def assumed(config: dict, tp: int, etp: int | None = None) -> dict[str, Held]:
 
 
 def _straddles(item: Item) -> bool:
-    """Whether a tile of the format lies on two shards."""
+    """Whether a tile of the format, or what a layout does not part, lies on two shards."""
+    if not item.splits:
+        return True
     if item.form is None or len(item.ranks) == 1:
         return False
     tile = item.form.tile[0 if item.source.cut is Axis.OUT else 1]
