@@ -23,7 +23,7 @@ from .formats.awq import SHARED, search_of
 from .formats.int4 import CLIP_RATIOS
 from .gather import everyone, together
 from .maxima import Maxima
-from .model import chunks_of, finish_gathering, heads_of, layouts_of, linears_of, local_experts_of
+from .model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of
 from .names import cut_of, is_expert, reads_heads
 from .piece import Axis
 from .progress import Progress, quiet
@@ -87,7 +87,7 @@ def calibrate(
                 return statistics
             heads = heads_of(model)
             searches = partial(_searches, smoothings, heads.queries_per_group)
-            weights = {name: module.weight for name, module in linears_of(model).items()}
+            weights = weights_of(model)
             topk = chunks_of(model)[0].config.moe_router_topk
             alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk)
             run("search", alphas)
@@ -130,9 +130,9 @@ def _clipped_together(
     """Groups of this rank's linears whose losses take at most `CLIP_BYTES`, as many groups on every rank."""
     groups: list[set[str]] = [set()]
     size = 0
-    for name, module in linears_of(model).items():
+    for name, weight in weights_of(model).items():
         nbytes = sum(
-            _losses_nbytes(here, name, module.weight, search.group)
+            _losses_nbytes(here, name, weight, search.group)
             for search in map(search_of, searches(name))
             if not search.per_tensor
         )

@@ -1,5 +1,6 @@
 """A Megatron-Core model seen as shards under canonical names: the only file that knows Megatron's modules."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,14 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     computing = {name: value for name, value in settings.items() if "dropout" not in name}
     computing |= {"rotary_interleaved": False, "layernorm_zero_centered_gamma": False}
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
+    if kinds := _pattern(chunk):  # which says itself how many layers there are, and which have experts
+        found["num_layers"] = (len(kinds) // 2, settings["num_layers"])
+        found |= (
+            {"moe_layer_freq": ([int(kind == "E") for kind in kinds[1::2]], settings["moe_layer_freq"])}
+            if "moe_layer_freq" in settings
+            else {}
+        )
+        rope = {name: value for name, value in rope.items() if name != "rotary_base"}  # which it does not keep
     found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
     return [
         f"the model has {name} = {has!r}, but config.json means {means!r}"
@@ -72,7 +81,9 @@ def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
 
 
 def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
-    """Canonical module name -> module, for every linear that a format may quantize."""
+    """Canonical module name -> module, for every linear that a format may quantize; experts in one module, as Transformer
+    Engine groups them, under the name of one without its number.
+    """
     linears = {}
     for chunk in chunks_of(model):
         numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
@@ -83,6 +94,16 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     return linears
 
 
+def weights_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
+    """Canonical module name -> this rank's shard of its weight, for every linear that a format may quantize."""
+    return {name.removesuffix(".weight"): shard for name, shard in shards_of(model).items() if is_linear_weight(name)}
+
+
+def grouped_weights(module: nn.Module) -> list[Tensor]:
+    """The weights of a module that holds those of all local experts, as Transformer Engine's does; of others, none."""
+    return [getattr(module, f"weight{number}") for number in range(getattr(module, "num_gemms", 0))]
+
+
 def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     """Canonical name of a layer's experts -> its `MoELayer`, whose `experts` are called with (tokens sorted by expert,
     how many tokens each local expert has, the probability of each token).
@@ -91,7 +112,7 @@ def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
         f"decoder.layers.{number}.mlp.experts": layer.mlp
         for chunk in chunks_of(model)
         for number, layer in _layers(chunk)
-        if hasattr(layer.mlp, "experts")
+        if hasattr(getattr(layer, "mlp", None), "experts")
     }
 
 
@@ -109,7 +130,7 @@ def heads_of(model: nn.Module | list[nn.Module]) -> QKV:
 def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
     """Canonical module name -> how its output rows are laid out, for every linear of this rank."""
     layouts = {}
-    for name in linears_of(model):
+    for name in weights_of(model):
         config = chunks_of(model)[0].config
         if makes_keys(f"{name}.weight"):
             layouts[name] = heads_of(model)
@@ -129,7 +150,7 @@ def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
         f"decoder.layers.{number}.self_attention": layer.self_attention.core_attention
         for chunk in chunks_of(model)
         for number, layer in _layers(chunk)
-        if hasattr(layer.self_attention, "linear_qkv")
+        if hasattr(getattr(layer, "self_attention", None), "linear_qkv")
     }
 
 
@@ -160,9 +181,26 @@ def _predicting(chunk: nn.Module) -> Iterator[nn.Module]:
     yield from chunk.mtp.layers if getattr(chunk, "mtp", None) is not None else ()
 
 
+def _pattern(chunk: nn.Module) -> str | None:
+    """Of Megatron's `HybridModel` (`MambaModel` before 0.17), which kind each of its layers is, None for a `GPTModel`.
+
+    There a layer is an attention (*) or what follows it (- for an MLP, E for experts); two make one of HF's.
+    """
+    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
+    if pattern is None:
+        return None
+    kinds = pattern.replace("|", "")
+    if not re.fullmatch(r"(\*[-E])+", kinds):
+        raise ExportError(
+            f"a {type(chunk).__name__} with the layers {pattern!r}: only pairs of attention and MLP or experts are exported"
+        )
+    return kinds
+
+
 def _layer_numbers(chunk: nn.Module) -> dict[str, list[int]]:
+    per_layer = 2 if _pattern(chunk) else 1
     return {
-        "decoder": [layer.layer_number - 1 for layer in chunk.decoder.layers],
+        "decoder": [(layer.layer_number - 1) // per_layer for layer in chunk.decoder.layers],
         "mtp": [chunk.config.num_layers + outer.layer_number - 1 for outer in _predicting(chunk)],
     }
 
@@ -176,7 +214,12 @@ def _layers(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _expert_numbers(chunk: nn.Module) -> list[int]:
     return next(
-        (list(layer.mlp.local_expert_indices) for _, layer in _layers(chunk) if hasattr(layer.mlp, "experts")), []
+        (
+            list(layer.mlp.local_expert_indices)
+            for _, layer in _layers(chunk)
+            if hasattr(getattr(layer, "mlp", None), "experts")
+        ),
+        [],
     )
 
 

@@ -88,7 +88,7 @@ def make_plan(
             f"--kv-cache {kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Start the engine with its own FP8 KV cache"
         )
-    policy = settle(config, sources, form, tuple(exclude), quantize_mla)
+    policy = settle(config, sources, form, tuple(exclude), quantize_mla, kv is not None)
     problems = list(policy.problems)
     smoothed = smoothing(sources, set(policy.left_alone), form)
     items = []

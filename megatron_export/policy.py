@@ -35,9 +35,10 @@ def modules(source: Source) -> list[str]:
 
 
 def settle(
-    config: dict, sources: dict[str, Source], form: Form, exclude: tuple[str, ...], quantize_mla: bool
+    config: dict, sources: dict[str, Source], form: Form, exclude: tuple[str, ...], quantize_mla: bool, kv: bool
 ) -> Policy:
-    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines."""
+    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
+    whether the scales of a KV cache are written."""
     linears = {name: modules(source) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     never = tuple(dict.fromkeys([*_OUTSIDE_LAYERS, *(module for source in matrices for module in modules(source))]))
@@ -48,11 +49,13 @@ def settle(
     out, problems = _excluded(linears, never, exclude)
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
-    remarks = ()
+    remarks = []
+    if kv and config["architectures"][0] == "MixtralForCausalLM":
+        remarks.append("SGLang does not load the scales of a KV cache beside Mixtral's keys; vLLM and TensorRT-LLM do")
     if quantize_mla and not latent:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     if latent - out and not quantize_mla and form.name != "fp8_pb":
-        remarks = (
+        remarks.append(
             f"attention stays in bfloat16: not every engine loads latent attention in {form.name} "
             "(--quantize-mla quantizes it, --format fp8_pb always does)",
         )
@@ -63,7 +66,7 @@ def settle(
         left_alone=frozenset(out),
         excluded=tuple(sorted({*never, *left_out})),
         fused=tuple(pair for pair in _pairs(linears) if not out & set(pair)),
-        remarks=remarks,
+        remarks=tuple(remarks),
         problems=tuple(problems),
     )
 

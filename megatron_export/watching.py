@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .gather import whole
-from .model import attentions_of, experts_of, linear_input, linears_of
+from .model import attentions_of, experts_of, grouped_weights, linear_input, linears_of, local_experts_of
 from .names import cut_of, is_expert
 from .piece import Axis
 from .topology import Topology
@@ -45,7 +45,7 @@ def watching(
 
     With `all_experts` it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
     """
-    watch = _Watch(here, observer, batches, all_experts)
+    watch = _Watch(here, observer, batches, all_experts, local_experts_of(model))
     with ExitStack() as hooks:
         for name, module in linears_of(model).items():
             hooks.callback(module.register_forward_pre_hook(watch.linear(name)).remove)
@@ -62,11 +62,13 @@ def watching(
 class _Watch:
     """Makes the hooks, and counts calls: a schedule may repeat micro-batches at the end, which are not shown."""
 
-    def __init__(self, here: Topology, observer: Observer, batches: int, all_experts: bool) -> None:
+    def __init__(self, here: Topology, observer: Observer, batches: int, all_experts: bool, numbers: list[int]) -> None:
         self.here = here
         self.observer = observer
         self.batches = batches
+        self.numbers = numbers  # global ones, of this rank's experts
         self.calls: Counter[str] = Counter()
+        self.all_experts = all_experts
         self.shows_experts = not all_experts
         self.probabilities: dict[nn.Module, Tensor] = {}
 
@@ -80,12 +82,24 @@ class _Watch:
         def called(module: nn.Module, args: tuple) -> None:
             if (expert and not self.shows_experts) or not self.counts(name):
                 return
+            if weights := grouped_weights(module):
+                self.grouped(name, weights, *args)
+                return
             inputs = linear_input(module, args[0])
             if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
                 inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
             self.observer.linear(name, module.weight, inputs)
 
         return called
+
+    def grouped(
+        self, name: str, weights: list[Tensor], inputs: Tensor, tokens: list[int] | Tensor, *others: Any
+    ) -> None:
+        """Show one call of all experts of this rank as one of each."""
+        layer, _, linear = name.rpartition(".")
+        parts = inputs.split(tokens.tolist() if isinstance(tokens, Tensor) else list(tokens))
+        for number, weight, part in zip(self.numbers, weights, parts, strict=True):
+            self.observer.linear(f"{layer}.{number}.{linear}", weight, part)
 
     def attention(self, name: str) -> Any:
         def called(module: nn.Module, args: tuple) -> None:
@@ -96,6 +110,8 @@ class _Watch:
 
     def experts(self, name: str) -> Any:
         def called(module: nn.Module, args: tuple) -> tuple | None:
+            if self.shows_experts and self.all_experts:
+                return None  # called by this watch itself
             hidden, tokens, probabilities, *others = args
             if self.counts(name):
                 self.observer.experts(name, tokens)
@@ -118,6 +134,11 @@ class _Watch:
         """Call every expert of this rank with all tokens that the ranks of its experts have."""
         tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
         self.shows_experts = True
-        for expert in module.experts.local_experts:
-            expert(tokens, tokens.new_ones(tokens.shape[0]))
+        if hasattr(module.experts, "local_experts"):
+            for expert in module.experts.local_experts:
+                expert(tokens, tokens.new_ones(tokens.shape[0]))
+        else:
+            count = module.num_local_experts
+            every = torch.full((count,), tokens.shape[0])
+            module.experts(tokens.repeat(count, 1), every, tokens.new_ones(count * tokens.shape[0]))
         self.shows_experts = False

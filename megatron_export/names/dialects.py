@@ -28,7 +28,7 @@ def canonical(name: str, numbers: dict[str, list[int]], experts: list[int]) -> s
     """
     found = _LAYER.match(name)
     if found is None:
-        return name
+        return name.replace("decoder.final_norm.", "decoder.final_layernorm.")  # of a `HybridModel`
     local = name[found.end() :]
     return f"decoder.layers.{numbers[found[1]][int(found[2])]}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
 
