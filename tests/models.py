@@ -66,6 +66,18 @@ ARCHITECTURES = {
         "routed_scaling_factor": 2.5,
         "num_nextn_predict_layers": 0,
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
 }
 SAMPLES, LENGTH = 8, 24
 

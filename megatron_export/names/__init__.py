@@ -3,6 +3,7 @@
 RULES     canonical Megatron name -> rule, the whole mapping
 SETTINGS  fields of Megatron's TransformerConfig beyond those all architectures share
 ONLY      config.json key -> the values that these rules are right for
+WHERE     config.json key -> the field of TransformerConfig, and the rules, that a model has only where the key is true
 """
 
 import re
@@ -15,7 +16,7 @@ import torch
 from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
-from . import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
+from . import deepseek_v3, glm4_moe, llama, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
 from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
 from .parameters import (
@@ -65,6 +66,7 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "MixtralForCausalLM": mixtral,
     "DeepseekV3ForCausalLM": deepseek_v3,
+    "Glm4MoeForCausalLM": glm4_moe,
 }
 
 
@@ -125,7 +127,9 @@ def architecture_of(config: dict) -> ModuleType:
 
 def settings_of(config: dict) -> dict:
     """All fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
-    return transformer_settings(config) | architecture_of(config).SETTINGS
+    module = architecture_of(config)
+    where = {field: bool(config.get(key)) for key, (field, _) in module.WHERE.items()}
+    return transformer_settings(config) | module.SETTINGS | where
 
 
 def parameters_of(config: dict) -> dict[str, Source]:
@@ -134,7 +138,9 @@ def parameters_of(config: dict) -> dict[str, Source]:
     Tied models have no output layer: Megatron's duplicate on the last pipeline stage is not a parameter of its own.
     Parameters of size 0, such as those of shared experts that a model does not have, are left out.
     """
-    rules = architecture_of(config).RULES  # first: of an unknown architecture, no key of config.json is known
+    module = architecture_of(config)  # first: of an unknown architecture, no key of config.json is known
+    lacking = {name for key, (_, rules) in module.WHERE.items() if not config.get(key) for name in rules}
+    rules = {name: rule for name, rule in module.RULES.items() if name not in lacking}
     shape = shape_of(config)
     first = "embedding.word_embeddings.weight"
     inside = [name for name in rules if "{l}" in name]

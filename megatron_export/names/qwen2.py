@@ -5,3 +5,4 @@ from .fragments import DENSE, GQA, QKV_BIAS, TOP
 RULES = TOP | GQA | QKV_BIAS | DENSE
 SETTINGS = {"add_qkv_bias": True}
 ONLY = {"use_sliding_window": (False, None), "hidden_act": ("silu", None)}
+WHERE: dict = {}

@@ -5,3 +5,4 @@ from .fragments import DENSE, GQA, QK_NORM, TOP
 RULES = TOP | GQA | QK_NORM | DENSE
 SETTINGS = {"qk_layernorm": True}
 ONLY = {"attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None)}
+WHERE: dict = {}

@@ -185,7 +185,8 @@ def unscaled_rope_settings(config: dict) -> dict:
     if config.get("kv_lora_rank"):
         return {"position_embedding_type": "rope"}
     theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {"position_embedding_type": "rope", "rotary_base": theta}
+    part = _rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return {"position_embedding_type": "rope", "rotary_base": theta, **({"rotary_percent": part} if part != 1 else {})}
 
 
 def _rope_of(config: dict) -> dict:
