@@ -74,9 +74,9 @@ def test_the_search_on_cuda_chooses_the_vector_that_modelopt_chooses(form: str) 
     maxima = Maxima(alone(), by_channel=True)
     for batch in batches:
         maxima.linear(name, weight, batch)
-    mean = (maxima.sums[name] / maxima.batches[name]).float().cpu()
+    mean = (maxima.sums[name] / maxima.counts[name]).float().cpu()
     assert same(mean, vector["search.act_scale"])
-    alphas = Alphas(alone(), {name: mean}, lambda name: (key,), lambda values: values)
+    alphas = Alphas(alone(), {name: mean}, lambda name: (key,), lambda values: values, {name: weight})
     for batch in batches:
         alphas.linear(name, weight, batch)
     losses = alphas.losses[name, key].cpu()
@@ -132,6 +132,18 @@ def test_a_smoothed_and_clipped_model_has_the_same_bytes_over_nccl_at_tp2_and_on
     assert any(name.endswith("pre_quant_scale") for name in written) == (form == "int4_awq")
     for other in ("nccl", "gloo"):
         assert_same(tensors(tmp_path / other), written)
+
+
+def test_experts_over_nccl_at_ep2_have_the_bytes_of_one_gpu_and_of_the_cpu(tmp_path: Path) -> None:
+    """Latent attention, dense and sparse layers, shared experts; vectors that all experts share."""
+    source = make_model(tmp_path, "deepseek_v3")
+    file = tmp_path / "calibration.safetensors"
+    common = ("--hf-model", source, "--format", "nvfp4_awq", "--quantize-mla")
+    export(2, *common, "--ep", 2, *measuring(source), "--save-calibration", file, "--output", tmp_path / "nccl")
+    export(1, *common, "--load-calibration", file, "--output", tmp_path / "gpu")
+    export(2, *common, "--load-calibration", file, "--ep", 2, "--device", "cpu", "--output", tmp_path / "gloo")
+    for other in ("nccl", "gloo"):
+        assert_same(tensors(tmp_path / other), tensors(tmp_path / "gpu"))
 
 
 def test_two_gpu_ranks_search_together(tmp_path: Path) -> None:
