@@ -80,10 +80,11 @@ def export_hf_checkpoint(
         with together(here, "read the model's shapes"):
             folder = assets.find_model(hf_model, weights=False)
             config = assets.read_config(folder)
+            config = without_mtp(config) if mtp == "drop" else config
             report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
             shards = shards_of(model)
             if mtp == "drop":
-                config, shards = without_mtp(config), {n: shard for n, shard in shards.items() if not is_mtp(n, config)}
+                shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
         finish_gathering(model)
         held = gather.locate(here, shards)
         with together(here, "plan the export"):

@@ -57,6 +57,10 @@ class SourceWeights:
                 expected = expected | {name + _SCALE: tuple(-(-size // _BLOCK) for size in expected[name])}
         missing, extra = sorted(expected.keys() - found - copies), sorted(found - expected.keys() - {"lm_head.weight"})
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
+        if any(name.endswith("eh_proj.weight") for name in missing):
+            problems.insert(
+                0, "these files lack layers that predict one more token, which config.json means: --mtp drop"
+            )
         problems += [
             f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
         ]

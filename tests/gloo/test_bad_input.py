@@ -100,7 +100,7 @@ def test_a_bad_source_is_refused(case: str, source: Path, output: Path, ranks: R
 
 SIZES: dict[str, dict[str, int]] = {  # the first is the one that 2 does not divide
     "num_attention_heads": {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 70},
-    "num_key_value_heads": {"num_key_value_heads": 1},
+    "num_key_value_heads": {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 96},
     "hidden_size": {"hidden_size": 63, "num_attention_heads": 7, "num_key_value_heads": 7},
     "intermediate_size": {"intermediate_size": 97},
     "num_hidden_layers": {"num_hidden_layers": 3},

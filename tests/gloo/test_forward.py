@@ -8,7 +8,7 @@ import torch
 from megatron_export import assets, build, topology
 from megatron_export.cpu import without_cuda
 
-from ..models import ARCHITECTURES
+from ..models import ARCHITECTURES, make_model
 from ..ranks import Ranks
 
 
@@ -35,4 +35,16 @@ def test_logits_equal_those_of_transformers(name: str, tp: int, ranks: Ranks, mo
         expected = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)(ids).logits
     found = torch.cat(ranks.call(tp, megatron_logits, models[name], ids, tp), dim=2)[..., : expected.shape[2]]
     assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_logits_are_the_same_with_more_ranks_than_query_groups(tp: int, ranks: Ranks, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = make_model(tmp_path, "qwen2", num_key_value_heads=1)
+    ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits
+    found = torch.cat(ranks.call(tp, megatron_logits, source, ids, tp), dim=2)[..., : expected.shape[2]]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
