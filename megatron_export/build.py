@@ -3,9 +3,12 @@
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +23,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
@@ -102,7 +106,7 @@ def build_model(
     padding = PAD_VOCAB_TO * topology.tp_size
     rope = rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)
     chunks = []
-    with without_cuda(topology.device):
+    with without_cuda(topology.device), _norms_of_parts():
         for chunk in range(topology.vpp_size):
             stage = chunk if topology.vpp_size > 1 else None
             model = GPTModel(
@@ -156,6 +160,20 @@ def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPT
     return model
 
 
+@contextmanager
+def _norms_of_parts() -> Iterator[None]:
+    """Let torch's norm be built under sequence parallelism: Megatron refuses it, for the gradients of its weight."""
+    made = WrappedTorchNorm.__new__
+
+    def make(kind: type, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        config = copy(config)
+        config.sequence_parallel = False
+        return made(kind, config, *args, **kwargs)
+
+    with mock.patch.object(WrappedTorchNorm, "__new__", make):
+        yield
+
+
 class LatentAttention(DotProductAttention):
     """Megatron's own attention for keys and values of different sizes, which it has in Transformer Engine's only."""
 
@@ -185,6 +203,8 @@ def _settings(
         pipeline_model_parallel_layout=pp_layout,
         expert_model_parallel_size=topology.ep_size,
         expert_tensor_parallel_size=topology.experts.size,
+        # Otherwise every tensor-parallel rank would route a copy of each token, and the copies would drift apart.
+        sequence_parallel=topology.tp_size > 1 and shape.experts > 0,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,

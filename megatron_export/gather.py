@@ -84,11 +84,10 @@ def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
         places.sort()
         if len({index for index, _, _ in places}) < len(places):
             raise ExportError(f"{name} lives on several pipeline stages: ranks {[rank for _, rank, _ in places]}")
+        odd = ""
         if len({shape for _, _, shape in places}) > 1:
-            raise ExportError(
-                f"{name} has a different shape on every rank: {[(rank, shape) for _, rank, shape in places]}"
-            )
-        held[name] = Held(tuple(rank for _, rank, _ in places), places[0][2])
+            odd = f"{name} has different shapes on its ranks: {[(rank, shape) for _, rank, shape in places]}"
+        held[name] = Held(tuple(rank for _, rank, _ in places), places[0][2], odd)
     return held
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, topology
-from .errors import report
+from .errors import ExportError, report
 from .formats import Options
 from .gather import together
 from .item import Item, Measured
@@ -79,6 +79,8 @@ def export_hf_checkpoint(
     with topology.current() as here:
         with together(here, "read the model's shapes"):
             folder = assets.find_model(hf_model, weights=False)
+            if mtp not in ("keep", "drop"):
+                raise ExportError(f"mtp must be 'keep' or 'drop', not {mtp!r}")
             config = assets.read_config(folder)
             config = without_mtp(config) if mtp == "drop" else config
             report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))

@@ -20,10 +20,14 @@ BUCKET_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Held:
-    """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and a shard's shape."""
+    """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and a shard's shape.
+
+    `odd` says what is wrong with it, if its shards differ.
+    """
 
     ranks: tuple[int, ...]
     shape: tuple[int, ...]
+    odd: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ def make_plan(
         )
     policy = settle(config, sources, form, tuple(exclude), quantize_mla, kv is not None)
     problems = list(policy.problems)
+    problems += [
+        f"{one} is cut by tensor parallelism and {other} is not, or the reverse: they share a scale"
+        for one, other in policy.fused
+        if sources[one].cut is not sources[other].cut
+    ]
     smoothed = smoothing(sources, set(policy.left_alone), form)
     items = []
     for name, source in sources.items():
@@ -159,8 +168,9 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
     problems += [
         f"the model has a parameter {name} that config.json does not call for" for name in held if name not in sources
     ]
-    for name in sources.keys() & held.keys():
+    for name in (name for name in sources if name in held):
         source, shard = sources[name], held[name]
+        problems += [shard.odd] if shard.odd else []
         dim = 1 if source.cut is Axis.IN else 0
         whole = list(shard.shape)
         whole[dim] *= len(shard.ranks) if source.cut else 1

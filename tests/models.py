@@ -79,6 +79,7 @@ ARCHITECTURES = {
         "num_nextn_predict_layers": 0,
     },
 }
+DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
 

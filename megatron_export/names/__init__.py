@@ -179,6 +179,8 @@ def mtp_prefixes(config: dict) -> tuple[str, ...]:
 def _exists(name: str, shape: ModelShape) -> bool:
     if name.endswith("linear_q_proj.weight"):
         return not shape.q_lora  # latent attention makes its queries in two steps, or in this one
+    if name.endswith("q_layernorm.weight") and shape.kv_lora:
+        return bool(shape.q_lora)
     return 0 not in PARAMETERS[name].shape(shape)
 
 

@@ -37,10 +37,33 @@ def test_no_two_parameters_become_the_same_hf_tensor() -> None:
         ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.3.pre_mlp_layernorm.weight"),
         ("decoder.layers.1.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        ("decoder.final_norm.weight", "decoder.final_layernorm.weight"),
+        (
+            "decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight",
+            "decoder.layers.3.self_attention.q_layernorm.weight",
+        ),
+        (
+            "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight",
+            "decoder.layers.7.mlp.experts.5.linear_fc1.weight",
+        ),
+        ("decoder.layers.1.mlp.experts.linear_fc2.weight0", "decoder.layers.7.mlp.experts.4.linear_fc2.weight"),
+        (
+            "decoder.layers.1.mlp.shared_experts.linear_fc1.weight",
+            "decoder.layers.7.mlp.shared_experts.linear_fc1.weight",
+        ),
+        ("mtp.layers.0.eh_proj.weight", "decoder.layers.9.eh_proj.weight"),
+        (
+            "mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight1",
+            "decoder.layers.9.mlp.experts.5.linear_fc1.weight",
+        ),
+        (
+            "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight",
+            "decoder.layers.9.input_layernorm.weight",
+        ),
     ],
 )
-def test_both_specs_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
-    assert canonical(name, {"decoder": [3, 7], "mtp": []}, []) == expected
+def test_every_spec_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
+    assert canonical(name, {"decoder": [3, 7], "mtp": [9]}, [4, 5]) == expected
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
