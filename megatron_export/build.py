@@ -32,7 +32,16 @@ from .cpu import without_cuda
 from .errors import ExportError, report
 from .layout import even_cut
 from .model import shards_of
-from .names import Source, is_expert, parameters_of, rope_settings, settings_of, shape_of, unscaled_rope_settings
+from .names import (
+    Source,
+    check_routing,
+    is_expert,
+    parameters_of,
+    rope_settings,
+    settings_of,
+    shape_of,
+    unscaled_rope_settings,
+)
 from .piece import Axis
 from .source import SourceWeights
 from .topology import Cut, Topology
@@ -75,10 +84,11 @@ def _layout_problems(layers: int, mtp: int, stages: int, layout: str | None) -> 
         return [f"--pp-layout {layout!r} is not one of Megatron's ({error!r}). Write it like 'Ettt|tttt|tttL'"]
     kinds = [kind.name for stage in found for kind in stage]
     meant = ["embedding", *["decoder"] * layers, *["mtp"] * mtp, "loss"]
-    if len(found) != stages or kinds != meant:
+    if len(found) != stages or kinds != meant or (mtp and "mtp" not in (kind.name for kind in found[-1])):
+        right = f"E{'t' * layers}{'m' * mtp}L" if layers < 9 else f"Et*{layers}{'m' * mtp}L"
         return [
-            f"--pp-layout {layout!r} has {len(found)} stages with {kinds.count('decoder')} layers, from {kinds[0]} to "
-            f"{kinds[-1]}; this model has {layers} layers between E and L, and --pp x --vpp are {stages} stages"
+            f"--pp-layout {layout!r} has {len(found)} stages; this model is {right}, m and L together, cut by | in --pp x --vpp "
+            f"= {stages} stages"
         ]
     return []
 
@@ -104,6 +114,8 @@ def build_model(
     shape = shape_of(config)
     settings = _settings(config, topology, dtype, initialize, pp_layout)
     padding = PAD_VOCAB_TO * topology.tp_size
+    if max_sequence_length:
+        check_routing(config)
     rope = rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)
     chunks = []
     with without_cuda(topology.device), _norms_of_parts():
@@ -193,9 +205,12 @@ def _settings(
         )
         pp_layout = f"E{pp_layout}{'m' * shape.mtp}L"
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
+    computed = settings_of(config)
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
+    if computed.get("moe_router_score_function") == "sigmoid":  # which HF computes in float32
+        experts["moe_router_dtype"] = "fp32"
     return kind(
-        **settings_of(config),
+        **computed,
         **(experts if shape.experts else {}),
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,

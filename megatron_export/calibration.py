@@ -23,8 +23,8 @@ from .formats.awq import SHARED, search_of
 from .formats.int4 import CLIP_RATIOS
 from .gather import everyone, together
 from .maxima import Maxima
-from .model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of
-from .names import cut_of, is_expert, reads_heads
+from .model import chunks_of, finish_gathering, heads_of, layouts_of, linears_of, local_experts_of, weights_of, whole_of
+from .names import cut_of, is_expert, pooled, reads_heads
 from .piece import Axis
 from .progress import Progress, quiet
 from .search import Alphas
@@ -76,6 +76,8 @@ def calibrate(
             batches = list(batches)
             _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
+            _check_modules(model)
+        _check_replicas(here, model, batches)
         finish_gathering(model)
         run = partial(_observe, here, model, batches, progress, all_experts)
         with _evaluating(model), without_cuda(here.device), torch.no_grad():
@@ -89,12 +91,17 @@ def calibrate(
             searches = partial(_searches, smoothings, heads.queries_per_group)
             weights = weights_of(model)
             topk = chunks_of(model)[0].config.moe_router_topk
-            alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk)
+            held_whole = whole_of(model)
+            alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk, held_whole)
             run("search", alphas)
             statistics |= alphas.agreed()
             for some in _clipped_together(here, model, searches) if awq_clip else ():
                 clips = Clips(
-                    here, statistics, lambda name, some=some: searches(name) if name in some else (), layouts_of(model)
+                    here,
+                    statistics,
+                    lambda name, some=some: searches(name) if name in some else (),
+                    layouts_of(model),
+                    held_whole,
                 )
                 run("clip", clips)
                 statistics |= clips.agreed()
@@ -157,10 +164,37 @@ def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) 
             f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
             "statistics, and load them here"
         )
+    if chunk.config.fp8 or getattr(chunk.config, "fp4", None):
+        raise ExportError(
+            "the model computes in FP8 or FP4: calibrate it in bfloat16, as it will be quantized from that"
+        )
     lengths = {batch.shape[-1] for batch in batches}
     if chunk.config.sequence_parallel and any(length % here.tp_size for length in lengths):
         raise ExportError(
             f"sequence parallelism cuts samples of {sorted(lengths)} tokens in {here.tp_size}: give a length that divides"
+        )
+
+
+def _check_modules(model: nn.Module | list[nn.Module]) -> None:
+    """Raise if weights are in modules that cannot be observed."""
+    called = {pooled(name) for name in linears_of(model)}
+    if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
+        raise ExportError(
+            f"{unseen[0]} (of {len(unseen)} such) is in a module that multiplies the experts of a layer at once, without "
+            "Transformer Engine: calibrate a model with SequentialMLP or TEGroupedMLP, save the statistics, and load them"
+        )
+
+
+def _check_replicas(here: Topology, model: nn.Module | list[nn.Module], batches: list[Tensor]) -> None:
+    """Raise on every rank if replicas that exchange the tokens of experts have other batches. Collective."""
+    config = chunks_of(model)[0].config
+    if config.num_moe_experts is None or here.dispatch.size <= here.tp_size:
+        return
+    shapes = everyone(here, [tuple(batch.shape) for batch in batches])
+    if any(other != shapes[0] for other in shapes):
+        raise ExportError(
+            f"the experts of a layer are spread over data-parallel replicas, so all need batches of the same shapes; they "
+            f"have {sorted({len(found) for found in shapes})} batches of {sorted(set().union(*shapes))}. Give all as many"
         )
 
 

@@ -7,6 +7,7 @@ micro-batches add up without rounding. Source: AWQ, arXiv 2306.00978; ModelOpt 0
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -42,11 +43,13 @@ class Clips:
         statistics: dict[str, Tensor],
         searches: Callable[[str], tuple[str, ...]],
         layouts: dict[str, Layout],
+        held_whole: AbstractSet[str] = frozenset(),
     ) -> None:
         self.here = here
         self.statistics = statistics
         self.searches = searches
         self.layouts = layouts
+        self.held_whole = held_whole
         self.losses: dict[tuple[str, str], Tensor] = {}  # float64 [ratios], or [ratios, out, in/group]
         self.axis: dict[tuple[str, str], Axis | None] = {}
         self.calls: Counter[str] = Counter()  # with tokens
@@ -55,7 +58,7 @@ class Clips:
         """Compare all ratios on one micro-batch."""
         for key in self.searches(name):
             search, cut = search_of(key), self.here.cut(is_expert(name))
-            if (shard := Shard.of(cut, name, weight, inputs, search.group)) is None:
+            if (shard := Shard.of(cut, name, weight, inputs, search.group, name in self.held_whole)) is None:
                 continue
             self.axis[name, key] = shard.axis
             if not shard.inputs.shape[0]:

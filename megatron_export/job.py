@@ -155,6 +155,13 @@ def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model:
             f"micro-batch{'es' * (batches > 1)}, fewer than the {here.dp_size} data-parallel ranks. Ask for more samples "
             "or smaller batches"
         )
+    exchanged = shape_of(hf_config).experts and config.ep * (config.etp or config.tp) > config.tp
+    if exchanged and (batches % here.dp_size or config.calib_samples % config.calib_batch_size):
+        raise ExportError(
+            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {here.dp_size} needs as many "
+            f"micro-batches, all whole: --calib-samples {config.calib_samples} is no multiple of --calib-batch-size "
+            f"{config.calib_batch_size} x {here.dp_size}"
+        )
     file = config.calib_data or example_model / "calibration.txt"
     samples = calibration_data.read_samples(file, folder, samples=config.calib_samples, length=config.calib_seq_len)
     vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have

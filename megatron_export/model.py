@@ -34,7 +34,17 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     """
     chunk = chunks_of(model)[0]
     computing = {name: value for name, value in settings.items() if "dropout" not in name}
-    computing |= {"rotary_interleaved": False, "layernorm_zero_centered_gamma": False}
+    computing |= {
+        "activation_func": torch.nn.functional.silu,
+        "layernorm_zero_centered_gamma": False,
+        "moe_apply_probs_on_input": False,
+        "moe_expert_capacity_factor": None,
+        "moe_input_jitter_eps": None,
+        "moe_router_force_load_balancing": False,
+        "rotary_interleaved": False,
+        "window_size": None,
+    }
+    computing = {name: value for name, value in computing.items() if name not in _without_effect(settings)}
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
     if kinds := _pattern(chunk):  # which says itself how many layers there are, and which have experts
         found["num_layers"] = (len(kinds) // 2, settings["num_layers"])
@@ -43,13 +53,24 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
             if "moe_layer_freq" in settings
             else {}
         )
-        rope = {name: value for name, value in rope.items() if name != "rotary_base"}  # which it does not keep
+        rope = {name: value for name, value in rope.items() if not name.startswith("rotary_")}  # which it does not keep
     found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
+    way_out = {"mtp_num_layers": ". Leave its layers out with --mtp drop"}
     return [
-        f"the model has {name} = {has!r}, but config.json means {means!r}"
+        f"the model has {name} = {has!r}, but config.json means {means!r}{way_out.get(name, '')}"
         for name, (has, means) in found.items()
         if _alike(name, has, chunk) != _alike(name, means, chunk)
     ]
+
+
+def _without_effect(settings: dict) -> set[str]:
+    """Fields that a model with these settings does not read."""
+    found = set()
+    if settings.get("multi_latent_attention"):
+        found |= {"kv_channels"} | ({"rotary_scaling_factor"} if settings["rope_type"] == "rope" else set())
+    if settings.get("moe_router_score_function") == "sigmoid":
+        found |= {"moe_router_pre_softmax"}
+    return found
 
 
 def _alike(name: str, value: object, chunk: nn.Module) -> object:
@@ -97,6 +118,18 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
 def weights_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     """Canonical module name -> this rank's shard of its weight, for every linear that a format may quantize."""
     return {name.removesuffix(".weight"): shard for name, shard in shards_of(model).items() if is_linear_weight(name)}
+
+
+def whole_of(model: nn.Module | list[nn.Module]) -> set[str]:
+    """Canonical names of the linears that every rank holds whole here, though other layer specs cut them."""
+    config = chunks_of(model)[0].config
+    if not config.multi_latent_attention:
+        return set()
+    rows = {
+        "linear_q_down_proj": config.q_lora_rank,
+        "linear_kv_down_proj": config.kv_lora_rank + config.qk_pos_emb_head_dim,
+    }
+    return {name for name, weight in weights_of(model).items() if rows.get(name.rpartition(".")[2]) == weight.shape[0]}
 
 
 def grouped_weights(module: nn.Module) -> list[Tensor]:

@@ -135,12 +135,13 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
     for item, amax in zip(mine, values, strict=True):
         if item.form and item.source.cut is None:
             amaxes[item.source.canonical] = amax
+    ratios = {item.source.canonical: calibration[item.smoothed.ratio] for item in mine if item.smoothed.ratio}
     for fused in plan.fused:
-        if present := [amaxes[name] for name in fused if name in amaxes]:
-            amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
-    for item in mine:
-        if item.smoothed.ratio:
-            amaxes[item.source.canonical] *= calibration[item.smoothed.ratio].to(here.device)
+        for shared in (amaxes, ratios):
+            if present := [shared[name] for name in fused if name in shared]:
+                shared |= dict.fromkeys(fused, torch.stack(present).amax())
+    for name, ratio in ratios.items():
+        amaxes[name] = amaxes[name] * ratio.to(here.device)
     return amaxes
 
 

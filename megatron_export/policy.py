@@ -43,9 +43,7 @@ def settle(
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     never = tuple(dict.fromkeys([*_OUTSIDE_LAYERS, *(module for source in matrices for module in modules(source))]))
     if not form.quantization:
-        return Policy(
-            frozenset(), frozenset(linears), (), (), (), tuple(_without_effect(exclude, quantize_mla, config))
-        )
+        return Policy(frozenset(), frozenset(linears), (), (), (), tuple(_without_effect(exclude, quantize_mla)))
     out, problems = _excluded(linears, never, exclude)
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
@@ -112,7 +110,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names if len(names) < 6 else [*names[:3], f"... ({len(names)} in all)"])
 
 
-def _without_effect(exclude: tuple[str, ...], quantize_mla: bool, config: dict) -> list[str]:
+def _without_effect(exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
     flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
     return [f"{flag} has no effect with --format bf16" for flag in flags]
 

@@ -6,7 +6,7 @@ the mean squared difference of the bfloat16 outputs, averaged over a micro-batch
 smallest wins. A micro-batch's loss is rounded to float32 and added up in float64, which rounds nothing: it does not
 matter which replica saw which micro-batch. Linears that read one norm share their vector, and so do the experts of a
 layer: its loss is that of all of them together. An expert's loss is the mean over the tokens that it was given, however
-they came in micro-batches.
+they came in micro-batches; its squares add up in float64, nearly exactly.
 
 Under tensor parallelism the loss is that of the whole linear. Column-parallel ranks see the whole input and add up the
 squares of their rows. Row-parallel ranks add up their partial products in float32, and only then round and square. If
@@ -17,6 +17,7 @@ Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_lite, there per rank.
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,11 @@ class Shard:
     inputs: Tensor
 
     @classmethod
-    def of(cls, cut: Cut, name: str, weight: Tensor, inputs: Tensor, group: int) -> "Shard | None":
+    def of(
+        cls, cut: Cut, name: str, weight: Tensor, inputs: Tensor, group: int, held_whole: bool = False
+    ) -> "Shard | None":
         """The shard, or the whole linear where groups of inputs lie on two shards; None where no groups fit."""
-        axis = cut_of(f"{name}.weight") if cut.size > 1 else None
+        axis = cut_of(f"{name}.weight") if cut.size > 1 and not held_whole else None
         if weight.shape[1] * (cut.size if axis is Axis.IN else 1) % group:
             return None  # such a linear cannot be exported in the format, and may be left out of it
         weight, inputs = weight.detach().to(torch.bfloat16), inputs.flatten(0, -2).to(torch.bfloat16)
@@ -103,7 +106,8 @@ class Alphas:
 
     `means` is the mean |input| by channel for every vector, float32 [in] on the CPU. In a search that ends in `_shared` the
     factors of one query group are made of the means over its queries, which `same_in_group` takes, and so are the same.
-    `weights` are all linears of this rank by canonical name, and `topk` the experts that a token is given to. Collective.
+    `weights` are all linears of this rank by canonical name, `topk` the experts that a token is given to, and `held_whole` the
+    linears that no rank has a mere shard of. Collective.
     """
 
     whole_sequences = True
@@ -116,10 +120,12 @@ class Alphas:
         same_in_group: Callable[[Tensor], Tensor],
         weights: dict[str, Tensor],
         topk: int = 1,
+        held_whole: AbstractSet[str] = frozenset(),
     ) -> None:
         self.here = here
         self.searches = searches
         self.topk = topk
+        self.held_whole = held_whole
         self.losses: dict[tuple[str, str], Tensor] = {}  # float64 [alphas]
         self.counts: dict[tuple[str, str], int] = {}  # of micro-batches, or of outputs of experts
         self.outputs: dict[str, int] = {}  # that a linear, or a layer's experts, make of one token
@@ -137,7 +143,7 @@ class Alphas:
                 continue
             for key in self.searches(name):
                 group, cut = search_of(key).group, self.here.cut(is_expert(name))
-                if shard := Shard.of(cut, name, weight, weight[:1], group):
+                if shard := Shard.of(cut, name, weight, weight[:1], group, name in self.held_whole):
                     sums[pooled(name), key] = sums.get((pooled(name), key), 0) + shard.importance(group)
                     rows[pooled(name), key] += shard.rows
         for home, key in sorted(sums):
@@ -157,7 +163,8 @@ class Alphas:
         expert = is_expert(name)
         for key in self.searches(name):
             search = search_of(key)
-            if (shard := Shard.of(self.here.cut(expert), name, weight, inputs, search.group)) is None:
+            whole_here = name in self.held_whole
+            if (shard := Shard.of(self.here.cut(expert), name, weight, inputs, search.group, whole_here)) is None:
                 continue
             squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
             if tokens := shard.inputs.shape[0]:

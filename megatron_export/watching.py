@@ -138,7 +138,10 @@ class _Watch:
             for expert in module.experts.local_experts:
                 expert(tokens, tokens.new_ones(tokens.shape[0]))
         else:
-            count = module.num_local_experts
-            every = torch.full((count,), tokens.shape[0])
-            module.experts(tokens.repeat(count, 1), every, tokens.new_ones(count * tokens.shape[0]))
+            for number in range(
+                module.num_local_experts
+            ):  # one at a time, so that the tokens are not held once for each
+                counts = torch.zeros(module.num_local_experts, dtype=torch.int64)
+                counts[number] = tokens.shape[0]
+                module.experts(tokens, counts, tokens.new_ones(tokens.shape[0]))
         self.shows_experts = False

@@ -32,13 +32,14 @@ from .parameters import (
     pooled,
 )
 from .rules import Rule
-from .shape import ModelShape, rope_settings, shape_of, transformer_settings, unscaled_rope_settings
+from .shape import ModelShape, check_routing, rope_settings, shape_of, transformer_settings, unscaled_rope_settings
 
 __all__ = [
     "ARCHITECTURES",
     "Source",
     "architecture_of",
     "canonical",
+    "check_routing",
     "cut_of",
     "feeders_of",
     "is_expert",

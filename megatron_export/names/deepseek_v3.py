@@ -5,5 +5,12 @@ from .fragments import DENSE, EXPERT_BIAS, MLA, MTP, SHARED_EXPERTS, TOP, moe
 
 RULES = TOP | MLA | DENSE | moe("mlp") | SHARED_EXPERTS | EXPERT_BIAS | MTP
 SETTINGS = {"qk_layernorm": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-ONLY = {"attention_bias": (False, None), "norm_topk_prob": (True,), "hidden_act": ("silu", None)}
+ONLY = {
+    "rope_interleave": (True, None),
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
+    "attention_bias": (False, None),
+    "norm_topk_prob": (True,),
+    "hidden_act": ("silu", None),
+}
 WHERE: dict = {}

@@ -4,5 +4,10 @@ from .fragments import DENSE, GQA, QK_NORM, TOP, moe
 
 RULES = TOP | GQA | QK_NORM | DENSE | moe("mlp")
 SETTINGS = {"qk_layernorm": True}
-ONLY = {"attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None)}
+ONLY = {
+    "norm_topk_prob": (True, False),
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "hidden_act": ("silu", None),
+}
 WHERE: dict = {}

@@ -72,6 +72,9 @@ def shape_of(config: dict) -> ModelShape:
     architectures = config.get("architectures") or ["(none)"]
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
+    if any(config.get(key) for key in _EXPERTS):
+        needed = ("num_experts_per_tok", *(("topk_group",) if (config.get("n_group") or 1) > 1 else ()))
+        report([f"config.json of a {architectures[0]} lacks {key}" for key in needed if config.get(key) is None])
     counts = [key for key in (*REQUIRED, *OPTIONAL) if key != "rms_norm_eps" and config.get(key) is not None]
     wrong = [key for key in counts if not isinstance(config[key], int) or config[key] < 1]
     report([f"config.json: {key} is {config[key]!r}, not a whole number above 0" for key in wrong])
@@ -142,6 +145,16 @@ def transformer_settings(config: dict) -> dict:
     }
 
 
+def check_routing(config: dict) -> None:
+    """Raise where Megatron-Core routes tokens otherwise than HF's model, so that activations cannot be calibrated."""
+    groups, kept, topk = config.get("n_group") or 1, config.get("topk_group"), config.get("num_experts_per_tok")
+    if groups > 1 and topk != 2 * kept:
+        raise ExportError(
+            f"config.json: {topk} experts of {kept} of {groups} groups: HF ranks groups by their best two experts, Megatron-Core "
+            f"by their best {topk / kept:g}, so activations cannot be calibrated"
+        )
+
+
 def _expert_settings(config: dict, shape: ModelShape) -> dict:
     group = config.get("n_group") or 1
     return {
@@ -199,16 +212,17 @@ def rope_settings(config: dict) -> dict:
     """
     rope, settings = _rope_of(config), unscaled_rope_settings(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default" or (kind == "yarn" and config.get("kv_lora_rank")):
+    latent = bool(config.get("kv_lora_rank"))
+    if kind == "default" or (kind == "yarn" and latent):
         return settings
-    if kind == "linear":
+    if kind == "linear" and not latent:
         return settings | {"seq_len_interpolation_factor": rope["factor"]}
     constants = (
         rope.get("low_freq_factor"),
         rope.get("high_freq_factor"),
         rope.get("original_max_position_embeddings"),
     )
-    if kind == "llama3" and constants == (1.0, 4.0, 8192):
+    if kind == "llama3" and not latent and constants == (1.0, 4.0, 8192):
         return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise ExportError(
         f"config.json: Megatron-Core cannot compute rope scaling {rope}, so activations cannot be calibrated. "
