@@ -55,7 +55,7 @@ def calibrate(
     The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
     gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
     output in float32 of one linear, four copies of its weight (the whole linear's, where a row-parallel shard cuts a
-    group), 48 bytes for every input channel of all its linears and search, and at most 1 GiB (or one linear's) of losses
+    group), 44 bytes for every input channel of all its linears and search, and at most 1 GiB (or one linear's) of losses
     when clipping.
     Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
     activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on

@@ -135,14 +135,14 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in _on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
     # one entry: safetensors writes several in any order, and the same statistics shall be the same file
-    save_file(tensors, partial, metadata={KIND: json.dumps(_sizes(config))})
+    save_file(tensors, partial, metadata={KIND: json.dumps(sizes_of(config))})
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     partial.replace(file)
 
 
-def _sizes(config: dict) -> dict:
+def sizes_of(config: dict) -> dict:
     """The sizes of a model as JSON has them: those of experts and of latent attention only where it has them."""
     sizes = asdict(shape_of(config))
     return {
@@ -160,7 +160,7 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
     theirs, found = _read(file)
-    ours = _sizes(config)
+    ours = sizes_of(config)
     report(
         [
             f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {ours.get(k)!r}"

@@ -149,7 +149,7 @@ def incomplete(file: Path, config: dict) -> None:
     saved({}, {})(file, config)
     held = load_file(file)
     del held[f"{O_PROJ}.input_amax"]
-    shape = {statistics.KIND: json.dumps(statistics.asdict(statistics.shape_of(config)))}
+    shape = {statistics.KIND: json.dumps(statistics.sizes_of(config))}
     save_file(held, file, metadata=shape)
 
 

@@ -16,7 +16,7 @@ from megatron_export.item import Item
 from megatron_export.measured import check_calibration, measured
 from megatron_export.names import Source, is_linear_weight, makes_keys, parameters_of, reads_heads
 from megatron_export.plan import Plan, assumed, make_plan
-from megatron_export.statistics import KIND, _sizes, channels, hf_keys, kv_keys, load, save
+from megatron_export.statistics import KIND, channels, hf_keys, kv_keys, load, save, sizes_of
 
 from ..models import assert_same, same
 
@@ -122,7 +122,7 @@ def rewritten(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     """Damage a file, but not what it says of its model."""
     held = load_file(file)
     change(held)
-    save_file(held, file, metadata={KIND: json.dumps(_sizes(CONFIG))})
+    save_file(held, file, metadata={KIND: json.dumps(sizes_of(CONFIG))})
 
 
 @pytest.mark.parametrize(
