@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -157,7 +158,10 @@ def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredi
 
 def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:
     if settings.multi_latent_attention:
-        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+        modules = layer.submodules.self_attention.submodules
+        modules.core_attention = LatentAttention
+        if settings.q_lora_rank is None:  # then there is nothing between two projections to normalize
+            modules.q_layernorm = IdentityOp
     return layer
 
 
