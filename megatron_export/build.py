@@ -6,6 +6,7 @@ Reading uses the same tables and layouts as writing, inverted, and each rank rea
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -68,6 +68,10 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
         for name, size, flag, by in divided
         if size % by
     ]
+    if shape.kv_lora and not shape.q_lora and find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        problems.append(
+            "q_lora_rank is null: this Megatron-Core norms queries that are made in one step, HF does not. Use megatron-core 0.16"
+        )
     if ep > 1 and not shape.experts:
         problems.append(f"--ep {ep}: this model has no experts. Leave it out")
     report(problems + _layout_problems(shape.layers, shape.mtp, topology.pp_size * topology.vpp_size, pp_layout))
@@ -158,10 +162,7 @@ def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredi
 
 def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:
     if settings.multi_latent_attention:
-        modules = layer.submodules.self_attention.submodules
-        modules.core_attention = LatentAttention
-        if settings.q_lora_rank is None:  # then there is nothing between two projections to normalize
-            modules.q_layernorm = IdentityOp
+        layer.submodules.self_attention.submodules.core_attention = LatentAttention
     return layer
 
 
