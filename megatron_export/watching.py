@@ -53,7 +53,7 @@ def watching(
             hooks.callback(module.register_forward_pre_hook(watch.attention(name)).remove)
         for name, layer in experts_of(model).items():
             if all_experts:
-                hooks.callback(layer.register_forward_pre_hook(watch.layer).remove)
+                hooks.callback(layer.register_forward_pre_hook(watch.layer(name)).remove)
             hooks.callback(layer.experts.register_forward_pre_hook(watch.experts(name)).remove)
             hooks.callback(layer.experts.register_forward_hook(watch.weigh).remove)
         yield
@@ -69,7 +69,7 @@ class _Watch:
         self.numbers = numbers  # global ones, of this rank's experts
         self.calls: Counter[str] = Counter()
         self.all_experts = all_experts
-        self.shows_experts = not all_experts
+        self.shows_experts = False  # while this watch itself calls all experts
         self.probabilities: dict[nn.Module, Tensor] = {}
 
     def counts(self, name: str) -> bool:
@@ -80,7 +80,7 @@ class _Watch:
         expert, column = is_expert(name), cut_of(f"{name}.weight") is Axis.OUT
 
         def called(module: nn.Module, args: tuple) -> None:
-            if (expert and not self.shows_experts) or not self.counts(name):
+            if not (self.shows_experts if expert and self.all_experts else self.counts(name)):
                 return
             if weights := grouped_weights(module):
                 self.grouped(name, weights, *args)
@@ -110,8 +110,8 @@ class _Watch:
 
     def experts(self, name: str) -> Any:
         def called(module: nn.Module, args: tuple) -> tuple | None:
-            if self.shows_experts and self.all_experts:
-                return None  # called by this watch itself
+            if self.shows_experts:
+                return None
             hidden, tokens, probabilities, *others = args
             if self.counts(name):
                 self.observer.experts(name, tokens)
@@ -130,18 +130,20 @@ class _Watch:
         out, *others = output
         return ((out * probabilities.unsqueeze(-1)).to(out.dtype), *others)
 
-    def layer(self, module: nn.Module, args: tuple) -> None:
-        """Call every expert of this rank with all tokens that the ranks of its experts have."""
-        tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
-        self.shows_experts = True
-        if hasattr(module.experts, "local_experts"):
-            for expert in module.experts.local_experts:
-                expert(tokens, tokens.new_ones(tokens.shape[0]))
-        else:
-            for number in range(
-                module.num_local_experts
-            ):  # one at a time, so that the tokens are not held once for each
-                counts = torch.zeros(module.num_local_experts, dtype=torch.int64)
-                counts[number] = tokens.shape[0]
-                module.experts(tokens, counts, tokens.new_ones(tokens.shape[0]))
-        self.shows_experts = False
+    def layer(self, name: str) -> Any:
+        def called(module: nn.Module, args: tuple) -> None:
+            """Call every expert of this rank with all tokens that the ranks of its experts have."""
+            if not self.counts(f"all of {name}"):
+                return
+            tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
+            ones = tokens.new_ones(tokens.shape[0])
+            self.shows_experts = True
+            if hasattr(module.experts, "local_experts"):
+                for expert in module.experts.local_experts:
+                    expert(tokens, ones)
+            else:  # one at a time too, so that the tokens are not held once for each
+                for counts in torch.eye(module.num_local_experts, dtype=torch.int64) * tokens.shape[0]:
+                    module.experts(tokens, counts, ones)
+            self.shows_experts = False
+
+        return called
