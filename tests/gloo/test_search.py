@@ -403,6 +403,7 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
             mock.patch("megatron_export.watching.linears_of", lambda model: {name: module}),
             mock.patch("megatron_export.watching.attentions_of", lambda model: {}),
             mock.patch("megatron_export.watching.experts_of", lambda model: {}),
+            mock.patch("megatron_export.watching.local_experts_of", lambda model: []),
         ):
             maxima = Maxima(here, by_channel=True)
             with watching(here, module, maxima, 1, all_experts=False):
