@@ -142,7 +142,7 @@ def rows_of(formats: list[str]) -> list[Row]:
 
 def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, Path]:
     """Calibrate the model once and export every row from it: label -> folder."""
-    from megatron_export import assets, build, calibrate, calibration_data, export_hf_checkpoint, topology
+    from megatron_export import assets, build, calibrate, calibration_data, export_hf_checkpoint, loading, topology
 
     rows = rows_of(flags.formats)
     folders = {row.label: output / row.label.replace(",", "").replace(" ", "_") for row in rows}
@@ -157,7 +157,7 @@ def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, 
         with topology.current() as here:
             config = assets.read_config(source)
             model = build.build_model(config, here, max_sequence_length=samples.shape[1])
-            build.load_hf_weights(model, source, config, here)
+            loading.load_hf_weights(model, source, config, here)
         found = calibrate(model, samples.split(MICRO_BATCH), format=flags.formats, progress=bar)
         for row in bar("export", rows):
             export_hf_checkpoint(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .errors import ExportError
 
+INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COPIED = (
     "generation_config.json",
@@ -32,7 +33,8 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     """
     folder = Path(hf_model)
     if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
-        folder = _fetch(str(hf_model), weights=weights)
+        patterns = ["config.json", *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
+        folder = _fetch(str(hf_model), patterns)
     if not folder.is_dir():
         raise ExportError(
             f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
@@ -40,6 +42,20 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
     return folder
+
+
+def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:
+    """The folder of a model found before, where tensors whose names begin with one of `prefixes` are too.
+
+    Of a hub id, only the files that hold them are fetched.
+    """
+    if not prefixes or Path(hf_model).exists():
+        return folder
+    index = _fetch(str(hf_model), [INDEX]) / INDEX
+    if not index.is_file():
+        return _fetch(str(hf_model), ["*.safetensors"])
+    homes = json.loads(index.read_text())["weight_map"]
+    return _fetch(str(hf_model), sorted({file for name, file in homes.items() if name.startswith(prefixes)}))
 
 
 def read_config(folder: Path) -> dict:
@@ -66,10 +82,9 @@ def files_to_copy(folder: Path) -> list[Path]:
     return [path for path in files if any(path.match(pattern) for pattern in _COPIED)]
 
 
-def _fetch(hub_id: str, *, weights: bool) -> Path:
+def _fetch(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", *_COPIED, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # the hub's client, its HTTP client and the file system each raise their own

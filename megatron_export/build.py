@@ -1,13 +1,9 @@
-"""An HF config becomes a Megatron-Core model on this topology, and HF weights become its shards.
+"""An HF config becomes a Megatron-Core model on this topology."""
 
-Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
-"""
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,31 +17,19 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from torch import Tensor
 
 from .cpu import without_cuda
-from .errors import ExportError, report
+from .errors import report
 from .layout import even_cut
-from .model import shards_of
-from .names import (
-    Source,
-    check_routing,
-    is_expert,
-    parameters_of,
-    rope_settings,
-    settings_of,
-    shape_of,
-    unscaled_rope_settings,
-)
-from .piece import Axis
-from .source import SourceWeights
-from .topology import Cut, Topology
+from .names import check_computed, rope_settings, settings_of, shape_of, unscaled_rope_settings
+from .topology import Topology
 
 PAD_VOCAB_TO = 128
 
@@ -119,9 +103,10 @@ def build_model(
     shape = shape_of(config)
     settings = _settings(config, topology, dtype, initialize, pp_layout)
     padding = PAD_VOCAB_TO * topology.tp_size
+    rope, scaling = unscaled_rope_settings(config), {}
     if max_sequence_length:
-        check_routing(config)
-    rope = rope_settings(config) if max_sequence_length else unscaled_rope_settings(config)
+        check_computed(config, max_sequence_length)
+        rope, scaling = rope_settings(config)
     chunks = []
     with without_cuda(topology.device), _norms_of_parts():
         for chunk in range(topology.vpp_size):
@@ -138,6 +123,7 @@ def build_model(
                 mtp_block_spec=_mtp_spec(settings, stage),
                 **rope,
             )
+            _rotate_as_hf(model, scaling)
             chunks.append(_converted(model, topology.device, dtype))
     return chunks if topology.vpp_size > 1 else chunks[0]
 
@@ -145,7 +131,9 @@ def build_model(
 def _layer_spec(settings: TransformerConfig, stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     if settings.num_moe_experts is None:
         return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
-    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
+    spec = get_gpt_decoder_block_spec(
+        settings, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=settings.qk_l2_norm, vp_stage=stage
+    )
     for layer in spec.layer_specs:
         _with_attention(layer, settings)
     return spec
@@ -164,6 +152,18 @@ def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpe
     if settings.multi_latent_attention:
         layer.submodules.self_attention.submodules.core_attention = LatentAttention
     return layer
+
+
+def _rotate_as_hf(model: GPTModel, scaling: dict) -> None:
+    """Scale rotary embeddings with other constants than Megatron's, and leave queries and keys that are not rotated without
+    their norm too (Llama 4): Megatron's specs give all layers of a model one.
+    """
+    if scaling:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+    for layer in model.decoder.layers:
+        if model.config.no_rope_freq and model.config.no_rope_freq[layer.layer_number - 1]:
+            layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = IdentityOp()
 
 
 def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPTModel:
@@ -212,7 +212,7 @@ def _settings(
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
-    if computed.get("moe_router_score_function") == "sigmoid":  # which HF computes in float32
+    if computed.get("moe_router_enable_expert_bias"):  # whose scores HF computes in float32
         experts["moe_router_dtype"] = "fp32"
     return kind(
         **computed,
@@ -239,62 +239,3 @@ def _settings(
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
     )
-
-
-def load_hf_weights(
-    model: GPTModel | list[GPTModel],
-    folder: Path,
-    config: dict,
-    topology: Topology,
-    progress: Callable[[Iterable], Iterable] = iter,
-    dropped: tuple[str, ...] = (),
-) -> int:
-    """Fill this rank's shards from the safetensors files in `folder`; returns the bytes read.
-
-    Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
-    of `dropped` are passed over.
-    """
-    sources, shards = parameters_of(config), shards_of(model)
-    last = model[-1] if isinstance(model, list) else model
-    name = "embedding.word_embeddings.weight"
-    if name not in shards and last.post_process and shape_of(config).tied:
-        shards[name] = last.output_layer.weight.detach()
-    elif name not in shards and last.mtp_process:
-        shards[name] = last.embedding.word_embeddings.weight.detach()
-    with SourceWeights(folder) as weights:
-        weights.check(
-            {name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()},
-            copies={name for source in sources.values() for name in source.copies()},
-            dropped=dropped,
-        )
-        for name, shard in progress(shards.items()):
-            loaded = _shard(weights, sources[name], shard, topology.cut(is_expert(name)))
-            if not loaded.isfinite().all():
-                names = ", ".join(sources[name].names().values())
-                raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
-            shard.copy_(loaded)
-        return weights.nbytes
-
-
-def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
-    whole = source.cut is None or (source.either and shard.shape == source.shape)
-    index, count = (0, 1) if whole else (cut.rank, cut.size)
-    parts, own = {}, source.layout.splits(shard.shape[0])
-    for part, name in source.names().items():
-        if name in source.copies():
-            continue
-        size = weights.shape(name)
-        if source.cut is Axis.IN:
-            where = (slice(None), even_cut(size[1], index, count))
-        else:
-            where = (source.layout.source(size[0], index, count, shard.shape[0]) if own else slice(None),)
-        parts[part] = weights.read(name, where, source.dtype)
-    if own:
-        return source.layout.join(parts, shard.shape[0])
-    return source.layout.join(parts, source.shape[0])[even_cut(source.shape[0], index, count)]
-
-
-def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """HF tensor name -> the shape that config.json means it to have."""
-    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
-    return {name: tuple(parts[part].shape) for part, name in source.names().items()}

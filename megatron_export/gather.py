@@ -161,9 +161,8 @@ def parcel_to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str
     return _parcel(here, 0, sizes, torch.cat(outgoing) if outgoing else None)
 
 
-def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> dict[str, Tensor]:
-    """The whole tensors of a bucket by HF name, on rank 0's device."""
-    whole: dict[str, Tensor] = {}
+def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> Iterator[tuple[Output, Tensor]]:
+    """The tensors of the checkpoint that are in a bucket, or slices of them, on rank 0's device."""
     offsets = dict.fromkeys(parcel.received, 0)
     for item in bucket:
         shards = []
@@ -171,8 +170,7 @@ def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> dict[str, Tensor
             if message := item.message(index):
                 shard, offsets[rank] = _unpack(parcel.received[rank], offsets[rank], message)
                 shards.append(shard)
-        whole |= {name: piece.data for name, piece in item.join(shards).items()}
-    return whole
+        yield from item.assembled(item.join(shards))
 
 
 def deliver(here: Topology, parcel: Parcel) -> None:

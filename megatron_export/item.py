@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import formats
 from .formats import Form
-from .layout import Layout, even_cut
+from .layout import Layout, even_cut, stacked
 from .names import Source
 from .piece import Amax, Axis, Piece, join
 
@@ -22,16 +22,25 @@ SCALAR = torch.empty((), device="meta")
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the checkpoint, or of a message between ranks."""
+    """One tensor of the checkpoint, or of a message between ranks; or slice `index` of the `count` that make one, along a
+    dim before its own.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    axes: tuple[Axis | None, ...]
+    axes: tuple[Axis | None, ...] = ()
+    index: int = 0
+    count: int = 0
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def whole(self) -> "Output":
+        """The tensor of the checkpoint that this one is, or is a slice of."""
+        return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Item:
 
     `form` is the format it is quantized with, None for one that stays bfloat16; `kv` the format of the cache scales
     that go beside it. `gather_first`: a tile of the format straddles two shards, so the shards travel to the first
-    rank in bfloat16 and are encoded there.
+    rank in bfloat16 and are encoded there. `stacked`: it becomes slices of the tensors of all experts.
     """
 
     source: Source
@@ -91,6 +100,7 @@ class Item:
     kv: ModuleType | None
     gather_first: bool
     smoothed: Smoothed = Smoothed()
+    stacked: bool = False
 
     @property
     def splits(self) -> bool:
@@ -199,7 +209,7 @@ class Item:
     def message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
         if self.gather_first:
-            return self.outputs if index == 0 else ()
+            return self.pieces if index == 0 else ()
         return tuple(o for o in self._encoded(self.raw_message(index)) if index == 0 or self.source.cut in o.axes)
 
     @cached_property
@@ -211,9 +221,32 @@ class Item:
         )
 
     @cached_property
-    def outputs(self) -> tuple[Output, ...]:
-        """The tensors of the checkpoint that this item becomes."""
+    def pieces(self) -> tuple[Output, ...]:
+        """What its parts are encoded to, whole."""
         return self._encoded(self.parts)
+
+    @cached_property
+    def outputs(self) -> tuple[Output, ...]:
+        """The tensors of the checkpoint that this item becomes, or slices of them."""
+        return tuple(output for output, _ in self.assembled(_meta(self.pieces)))
+
+    def assembled(self, whole: dict[str, Piece]) -> list[tuple[Output, Tensor]]:
+        """The tensors of the checkpoint, or this expert's slices of them, from whole encoded parts."""
+        stack = self.source.stack
+        if not self.stacked:
+            return [(Output(n, p.data.dtype, tuple(p.data.shape), p.axes), p.data) for n, p in whole.items()]
+        prefixes = [name.rpartition(".")[0] for name in self.source.names().values()]
+        suffixes = [name.rpartition(".")[2] for name in whole if name.startswith(f"{prefixes[0]}.")]
+        made = []
+        for suffix in suffixes:
+            pieces = [whole[f"{prefix}.{suffix}"] for prefix in prefixes]
+            name = stack.name if suffix in ("weight", "bias") else f"{stack.name}_{suffix}"
+            if pieces[0].axes:
+                data = stacked([piece.data for piece in pieces], stack.woven)
+                made.append((Output(name, data.dtype, tuple(data.shape), (), stack.index, stack.count), data))
+            elif stack.index == 0:  # one number for all experts
+                made.append((Output(name, pieces[0].data.dtype, ()), pieces[0].data))
+        return made
 
     def _encoded(self, parts: tuple[Output, ...]) -> tuple[Output, ...]:
         encoded: list[Output] = []

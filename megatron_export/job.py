@@ -8,18 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import assets, build, calibration_data, gather, statistics, topology
+from . import assets, build, calibration_data, gather, loading, statistics, topology
 from .calibration import calibrate
 from .config import ExportConfig
 from .errors import ExportError
 from .formats import Options
 from .gather import together
+from .item import Output
 from .measured import check_calibration
-from .names import architecture_of, mtp_prefixes, shape_of, without_mtp
+from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
 from .progress import Progress
 from .sizes import parse_size
+from .source import copied_tensors
 from .topology import Topology
 from .writer import check_apart, check_target
 
@@ -52,11 +54,12 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
+            architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
             dropped = mtp_prefixes(hf_config) if config.mtp == "drop" else ()
             hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
-            architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
             build.check_divides(hf_config, here, config.pp_layout)
-            job.plan = _plan(config, hf_config)
+            folder = assets.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
+            job.plan = _plan(config, hf_config, copied_tensors(folder, copied_prefixes(hf_config)))
             _check(config, job.plan, folder, here)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
             if known:
@@ -114,7 +117,7 @@ def _model_folder(config: ExportConfig, example_model: Path) -> Path:
     return assets.find_model(config.hf_model or example_model, weights=not config.dry_run)
 
 
-def _plan(config: ExportConfig, hf_config: dict) -> Plan:
+def _plan(config: ExportConfig, hf_config: dict, copied: tuple[Output, ...]) -> Plan:
     return make_plan(
         hf_config,
         assumed(hf_config, config.tp, config.etp),
@@ -124,6 +127,7 @@ def _plan(config: ExportConfig, hf_config: dict) -> Plan:
         exclude=config.exclude,
         quantize_mla=config.quantize_mla,
         max_shard_bytes=parse_size(config.max_shard_size),
+        copied=copied,
     )
 
 
@@ -187,6 +191,6 @@ def _load(
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        read = build.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps), dropped)
+        read = loading.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps), dropped)
     job.bytes_read = sum(gather.everyone(here, read))
     return model

@@ -33,6 +33,23 @@ def even_cut(size: int, index: int, count: int) -> slice:
     return slice(index * size // count, (index + 1) * size // count)
 
 
+def stacked(parts: list[Tensor], woven: bool) -> Tensor:
+    """One expert's slice of the tensor in which HF keeps all of them, from its parts [out, in] or [out]: those side by side,
+    or, if `woven`, their rows in turn; then the dims swapped.
+    """
+    rows = torch.stack(parts, dim=1).flatten(0, 1) if woven else torch.cat(parts)
+    return rows.T.contiguous() if rows.dim() == 2 else rows
+
+
+def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> tuple[slice, slice]:
+    """Where a slice of such a tensor has `rows` of its part number `part`, which has `size`: a range of its last dim, and
+    what to take of that range.
+    """
+    if woven:
+        return slice(rows.start * parts, rows.stop * parts), slice(part, None, parts)
+    return slice(part * size + rows.start, part * size + rows.stop), slice(None)
+
+
 @dataclass(frozen=True)
 class Identity(Layout):
     """The same tensor under another name."""

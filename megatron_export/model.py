@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 
 from .errors import ExportError
@@ -33,17 +34,19 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     `settings` are fields of its TransformerConfig (dropout, which only training uses, aside), `rope` its own attributes.
     """
     chunk = chunks_of(model)[0]
-    computing = {name: value for name, value in settings.items() if "dropout" not in name}
-    computing |= {
+    computing = {
         "activation_func": torch.nn.functional.silu,
         "layernorm_zero_centered_gamma": False,
         "moe_apply_probs_on_input": False,
         "moe_expert_capacity_factor": None,
         "moe_input_jitter_eps": None,
         "moe_router_force_load_balancing": False,
+        "no_rope_freq": None,
+        "qk_l2_norm": False,
         "rotary_interleaved": False,
         "window_size": None,
     }
+    computing |= {name: value for name, value in settings.items() if "dropout" not in name}
     computing = {name: value for name, value in computing.items() if name not in _without_effect(settings)}
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
     if kinds := _pattern(chunk):  # which says itself how many layers there are, and which have experts
@@ -60,7 +63,16 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
         f"the model has {name} = {has!r}, but config.json means {means!r}{way_out.get(name, '')}"
         for name, (has, means) in found.items()
         if _alike(name, has, chunk) != _alike(name, means, chunk)
+    ] + [
+        f"the model norms the queries and keys of layer {number}, which it does not rotate: HF's norms only rotated ones"
+        for one in chunks_of(model)
+        for number, layer in _layers(one)
+        if "no_rope_freq" in settings and settings["no_rope_freq"][number] and _normed(layer)
     ]
+
+
+def _normed(layer: nn.Module) -> bool:
+    return isinstance(layer.self_attention.q_layernorm, L2Norm)
 
 
 def _without_effect(settings: dict) -> set[str]:

@@ -17,12 +17,13 @@ from .gather import together
 from .item import Item, Measured
 from .measured import check_calibration, measured
 from .model import contradictions, finish_gathering, shards_of
-from .names import is_expert, is_mtp, settings_of, unscaled_rope_settings, without_mtp
+from .names import copied_prefixes, is_expert, is_mtp, settings_of, unscaled_rope_settings, without_mtp
 from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
 from .sizes import parse_size
+from .source import SourceWeights, copied_tensors
 from .topology import Topology
 from .writer import CheckpointWriter, check_apart, check_target
 
@@ -61,7 +62,8 @@ def export_hf_checkpoint(
 
     model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
                     not; quantized as the bfloat16 of its weights
-    hf_model        folder or hub id of the original HF model: config and tokenizer only, its weights are not read
+    hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
+                    does not have (the parts of Llama 4 that see); its other weights are not read
     format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4
     calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache
     group_size      128 or 64, for int4_awq and w4a8_awq
@@ -82,6 +84,8 @@ def export_hf_checkpoint(
             if mtp not in ("keep", "drop"):
                 raise ExportError(f"mtp must be 'keep' or 'drop', not {mtp!r}")
             config = assets.read_config(folder)
+            folder = assets.with_copied(folder, hf_model, copied_prefixes(config))
+            copied = copied_tensors(folder, copied_prefixes(config))
             config = without_mtp(config) if mtp == "drop" else config
             report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
             shards = shards_of(model)
@@ -99,6 +103,7 @@ def export_hf_checkpoint(
                 exclude=exclude,
                 quantize_mla=quantize_mla,
                 max_shard_bytes=parse_size(max_shard_size),
+                copied=copied,
             )
             check_calibration(plan, calibration)
             if here.first:
@@ -135,13 +140,18 @@ def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: 
     for item, amax in zip(mine, values, strict=True):
         if item.form and item.source.cut is None:
             amaxes[item.source.canonical] = amax
-    ratios = {item.source.canonical: calibration[item.smoothed.ratio] for item in mine if item.smoothed.ratio}
+    ratios = {item.source.canonical: calibration[item.smoothed.ratio] for item in plan.items if item.smoothed.ratio}
     for fused in plan.fused:
         for shared in (amaxes, ratios):
             if present := [shared[name] for name in fused if name in shared]:
                 shared |= dict.fromkeys(fused, torch.stack(present).amax())
-    for name, ratio in ratios.items():
-        amaxes[name] = amaxes[name] * ratio.to(here.device)
+    # experts with one scale are on several ranks, all of which have some of each of their stage's layers
+    pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
+    agreed = gather.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group) if pooled else ()
+    for fused, amax in zip(pooled, agreed, strict=True):
+        amaxes |= dict.fromkeys(fused, amax)
+    for name in amaxes.keys() & ratios.keys():
+        amaxes[name] = amaxes[name] * ratios[name].to(here.device)
     return amaxes
 
 
@@ -191,6 +201,10 @@ def _write(
             with together(here, "write"):
                 if writer:
                     writer.write(gather.open_at_writer(bucket, parcel))
+        with together(here, "copy what stays as it is"):
+            if writer and plan.copied:
+                with SourceWeights(source, only=copied_prefixes(plan.config)) as weights:
+                    writer.write((output, weights.whole(output.name)) for output in plan.copied)
         with together(here, "publish"):
             if writer:
                 quant = hf_quant_config(plan)

@@ -36,6 +36,7 @@ class Plan:
 
     quantized, excluded  HF module names
     files    file name -> its tensors
+    copied   tensors of the original model that are copied as they are
     fused    canonical linears that engines join into one, so that they share the amax of their weights
     remarks  what the user should know of the result, a sentence each
     """
@@ -50,6 +51,7 @@ class Plan:
     excluded: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...] = ()
     remarks: tuple[str, ...] = ()
+    copied: tuple[Output, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +61,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the same model in bfloat16."""
-        return sum(part.nbytes for item in self.items for part in item.parts)
+        return sum(output.nbytes for item in self.items for output in item.parts) + sum(o.nbytes for o in self.copied)
 
 
 def make_plan(
@@ -72,8 +74,10 @@ def make_plan(
     exclude: Iterable[str] = (),
     quantize_mla: bool = False,
     max_shard_bytes: int = 5_000_000_000,
+    copied: tuple[Output, ...] = (),
 ) -> Plan:
-    """Plan the export of a model of config.json's dict whose parameters live as `held` says.
+    """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
+    original has beside them.
 
     Raises one `ExportError` with every reason why it cannot be done.
     """
@@ -92,12 +96,12 @@ def make_plan(
             f"--kv-cache {kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Start the engine with its own FP8 KV cache"
         )
-    policy = settle(config, sources, form, tuple(exclude), quantize_mla, kv is not None)
+    policy = settle(config, sources, form, tuple(exclude), quantize_mla, kv is not None, copied)
     problems = list(policy.problems)
     problems += [
-        f"{one} is cut by tensor parallelism and {other} is not, or the reverse: they share a scale"
-        for one, other in policy.fused
-        if sources[one].cut is not sources[other].cut
+        f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"
+        for fused in policy.fused
+        if len({sources[name].cut for name in fused}) > 1
     ]
     smoothed = smoothing(sources, set(policy.left_alone), form)
     items = []
@@ -110,6 +114,7 @@ def make_plan(
             kv if makes_keys(name) else None,
             gather_first=False,
             smoothed=smoothed.get(name, Smoothed()),
+            stacked=policy.stacked and source.stack is not None,
         )
         items.append(replace(item, gather_first=_straddles(item)))
         problems += _tile_problems(items[-1])
@@ -122,11 +127,12 @@ def make_plan(
         kv=kv,
         items=tuple(items),
         buckets=_buckets(items),
-        files=_files(items, max_shard_bytes),
+        files=_files(items, copied, max_shard_bytes),
         quantized=tuple(module for item in items if item.form for module in modules(item.source)),
         excluded=policy.excluded,
         fused=policy.fused,
         remarks=policy.remarks,
+        copied=copied,
     )
 
 
@@ -212,15 +218,18 @@ def _buckets(items: list[Item]) -> tuple[tuple[Item, ...], ...]:
     return tuple(tuple(bucket) for bucket in buckets)
 
 
-def _files(items: list[Item], max_bytes: int) -> dict[str, tuple[Output, ...]]:
+def _files(items: list[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
     """Fill files in order, never parting a module from its scales; a module larger than the limit has its own file."""
-    modules: dict[str, list[Output]] = {}
+    modules: dict[str, dict[str, Output]] = {}
     for item in items:
+        stack = item.source.stack.name if item.stacked else ""
         for output in item.outputs:
-            modules.setdefault(output.name.rpartition(".")[0], []).append(output)
+            module = modules.setdefault(stack or output.name.rpartition(".")[0], {})
+            module[output.name] = output.whole
+    modules |= {output.name: {output.name: output} for output in copied}
     files: list[list[Output]] = [[]]
     size = 0
-    for outputs in modules.values():
+    for outputs in (module.values() for module in modules.values()):
         nbytes = sum(output.nbytes for output in outputs)
         if files[-1] and size + nbytes > max_bytes:
             files.append([])

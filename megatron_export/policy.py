@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .formats import Form
-from .names import Source, is_expert, is_linear_weight, shape_of
+from .item import Output
+from .names import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, shape_of
 
-_OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
+_STACKED_FORMS = ("bf16", "fp8", "nvfp4", "nvfp4_awq")  # in which engines read experts stacked in one tensor
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 
@@ -18,6 +19,7 @@ class Policy:
     quantized, left_alone  canonical weights
     excluded  HF modules to name to the engines, which would otherwise take them for quantized; sorted
     fused     canonical weights that engines join into one, so that they share their scales
+    stacked   whether experts are written as HF stacks them, where it does, and not one by one
     remarks   what the user did not ask for, with the reason; problems: why it cannot be done
     """
 
@@ -25,6 +27,7 @@ class Policy:
     left_alone: frozenset[str]
     excluded: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...]
+    stacked: bool
     remarks: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -35,15 +38,23 @@ def modules(source: Source) -> list[str]:
 
 
 def settle(
-    config: dict, sources: dict[str, Source], form: Form, exclude: tuple[str, ...], quantize_mla: bool, kv: bool
+    config: dict,
+    sources: dict[str, Source],
+    form: Form,
+    exclude: tuple[str, ...],
+    quantize_mla: bool,
+    kv: bool,
+    copied: tuple[Output, ...],
 ) -> Policy:
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
-    whether the scales of a KV cache are written."""
+    whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
     linears = {name: modules(source) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
-    never = tuple(dict.fromkeys([*_OUTSIDE_LAYERS, *(module for source in matrices for module in modules(source))]))
+    embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
+    head = embedding.replace("model.embed_tokens", "lm_head")  # engines build one for tied models too
+    never = tuple(dict.fromkeys([head, *(module for source in matrices for module in modules(source))]))
     if not form.quantization:
-        return Policy(frozenset(), frozenset(linears), (), (), (), tuple(_without_effect(exclude, quantize_mla)))
+        return Policy(frozenset(), frozenset(linears), (), (), True, (), tuple(_without_effect(exclude, quantize_mla)))
     out, problems = _excluded(linears, never, exclude)
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
@@ -58,12 +69,26 @@ def settle(
             "(--quantize-mla quantizes it, --format fp8_pb always does)",
         )
         out |= latent
-    left_out = (module for name in out for module in linears[name])
+    stacks = [name for name, source in sources.items() if source.stack and name in linears]
+    stacked = bool(stacks) and form.name in _STACKED_FORMS
+    if stacks:
+        remarks += _of_stacks(form, stacked, kv)
+        keys = {name for name in linears if makes_keys(name)} - out
+        if keys and form.name != "fp8":
+            remarks.append(
+                f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
+            )
+            out |= keys
+    left_out = [module for name in out for module in linears[name]]
+    left_out += {module.partition(".experts.")[0] + ".experts" for module in left_out if ".experts." in module}
     return Policy(
         quantized=frozenset(linears.keys() - out),
         left_alone=frozenset(out),
-        excluded=tuple(sorted({*never, *left_out})),
-        fused=tuple(pair for pair in _pairs(linears) if not out & set(pair)),
+        excluded=tuple(sorted({*never, *left_out, *_copied_modules(config, copied)})),
+        fused=tuple(
+            together for together in [*_pairs(linears), *_stacks(stacks if stacked else ())] if not out & set(together)
+        ),
+        stacked=stacked,
         remarks=tuple(remarks),
         problems=tuple(problems),
     )
@@ -73,6 +98,36 @@ def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:
     """The two projections down to latents, which read the same input."""
     queries = [name for name in linears if name.endswith(_DOWN[0])]
     return [(name, name.removesuffix(_DOWN[0]) + _DOWN[1]) for name in queries]
+
+
+def _copied_modules(config: dict, copied: tuple[Output, ...]) -> Iterable[str]:
+    """How engines are told of what is copied: all of it at once, and module by module for those that know no globs."""
+    yield from (prefix.rstrip(".") + "*" for prefix in copied_prefixes(config))
+    yield from (output.name.removesuffix(".weight") for output in copied if _is_matrix(output))
+
+
+def _is_matrix(output: Output) -> bool:
+    return len(output.shape) > 1 and output.name.endswith(".weight")
+
+
+def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The experts of a layer that are one tensor, with one scale."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(pooled(name), []).append(name)
+    return [tuple(experts) for experts in found.values()]
+
+
+def _of_stacks(form: Form, stacked: bool, kv: bool) -> list[str]:
+    """What to know of a model whose experts HF stacks."""
+    remarks = ["SGLang does not load the scales of this model's KV cache; vLLM does"] if kv else []
+    if not stacked:
+        remarks.append(
+            f"experts are written one by one, as vLLM and SGLang read them in {form.name}; TensorRT-LLM reads only stacked ones"
+        )
+    elif form.name != "fp8":
+        remarks.append(f"SGLang does not load stacked experts in {form.name}; vLLM and TensorRT-LLM do")
+    return remarks
 
 
 def _together(name: str) -> str:

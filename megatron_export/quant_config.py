@@ -45,8 +45,11 @@ def quantization_config(plan: Plan) -> dict | None:
 def config_json(plan: Plan) -> dict:
     """The source's own config, with the dtype of what was written and the description of the quantization."""
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = "bfloat16"
+    if "text_config" in config:
+        config["text_config"] = _in_bfloat16(config["text_config"])
     quantization = quantization_config(plan)
-    return config | ({"quantization_config": quantization} if quantization else {})
+    return _in_bfloat16(config) | ({"quantization_config": quantization} if quantization else {})
+
+
+def _in_bfloat16(config: dict) -> dict:
+    return config | {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}

@@ -7,9 +7,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .assets import INDEX
 from .errors import ExportError, report
+from .item import Output
+from .layout import stacked_rows
+from .names import Source
 
-_PLAIN = ("BF16", "F16", "F32")
+_PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
 _SCALE = "_scale_inv"
 
@@ -21,9 +25,10 @@ class SourceWeights:
     value x scale of its block of 128 x 128, rounded to bfloat16.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: tuple[str, ...] = ("",)) -> None:
+        """Open the files of `folder` that hold tensors whose names begin with one of `only`."""
         self.folder = folder
-        self.files = _files(folder)
+        self.files = {name: path for name, path in _files(folder).items() if name.startswith(only)}
         self.open = {}
         self.nbytes = 0  # read so far
         for path in sorted(set(self.files.values())):
@@ -36,13 +41,13 @@ class SourceWeights:
         self.open.clear()
 
     def check(
-        self, expected: dict[str, tuple[int, ...]], copies: set[str] = frozenset(), dropped: tuple[str, ...] = ()
+        self, expected: dict[str, tuple[int, ...]], copies: set[str] = frozenset(), others: tuple[str, ...] = ()
     ) -> None:
         """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized but in
         blocks.
 
-        Rotary buffers of old files may be there too, the output layer of a tied model, and what `dropped` begins; of
-        `copies` of other tensors some may be missing.
+        Rotary buffers of old files may be there too, the output layer of a tied model, and what begins like one of
+        `others`; of `copies` of other tensors some may be missing.
         """
         names = {path: set(file.keys()) for path, file in self.open.items()}
         lacking = sorted(name for name, path in self.files.items() if name not in names[path])
@@ -50,12 +55,13 @@ class SourceWeights:
             [f"{self.files[name]}: the index says that {name} is here. Fetch file and index again" for name in lacking]
         )
         found = {
-            name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(dropped)
+            name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
         }
         for name in sorted(expected.keys() & found):
             if name + _SCALE in found:
                 expected = expected | {name + _SCALE: tuple(-(-size // _BLOCK) for size in expected[name])}
-        missing, extra = sorted(expected.keys() - found - copies), sorted(found - expected.keys() - {"lm_head.weight"})
+        missing = sorted(expected.keys() - found - copies)
+        extra = sorted(name for name in found - expected.keys() if not name.endswith("lm_head.weight"))
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
         if any(name.endswith("eh_proj.weight") for name in missing):
             problems.insert(
@@ -90,6 +96,31 @@ class SourceWeights:
         self.nbytes += part.nbytes
         return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
 
+    def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
+        """What `where` selects of a part of a parameter, [out, in] or [out], from a tensor of its own or from a stack."""
+        stack = source.stack
+        if stack is None:
+            return self.read(source.names()[part], where, source.dtype)
+        parts = list(source.names())
+        size = self.shape(stack.name)[-1] // len(parts)
+        rows = slice(*where[0].indices(size)[:2])
+        columns, taken = stacked_rows(rows, size, parts.index(part), len(parts), stack.woven)
+        place = (slice(stack.index, stack.index + 1), *where[1:], columns)
+        if len(place) < len(self.shape(stack.name)):
+            place = (place[0], slice(None), columns)
+        found = self.read(stack.name, place, source.dtype)[0][..., taken]
+        return found.T if found.dim() == 2 else found
+
+    def copied(self) -> tuple[Output, ...]:
+        """All tensors, as they are to be written again."""
+        if odd := [name for name in self.files if self.dtype(name) not in _PLAIN]:
+            raise ExportError(f"{self.folder}: tensor {odd[0]} is {self.dtype(odd[0])}, not one of {', '.join(_PLAIN)}")
+        return tuple(Output(name, _PLAIN[self.dtype(name)], tuple(self.shape(name))) for name in sorted(self.files))
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor as it is."""
+        return self.open[self.files[name]].get_tensor(name)
+
     def _multiplied(self, name: str, part: Tensor, where: tuple[slice, ...]) -> Tensor:
         """A part of a weight in float8, each value times the scale of its block; float32."""
         cuts = [cut.indices(size) for cut, size in zip((*where, slice(None)), self.shape(name), strict=False)]
@@ -102,8 +133,23 @@ class SourceWeights:
         return part.float() * scales
 
 
+def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
+    """The tensors of a checkpoint whose names begin with one of `prefixes`; an error if there is none of one of them."""
+    if not prefixes:
+        return ()
+    with SourceWeights(folder, only=prefixes) as weights:
+        report(
+            [
+                f"{folder}: no tensor {prefix}*, which is copied from the original model. Fetch the checkpoint again"
+                for prefix in prefixes
+                if not any(name.startswith(prefix) for name in weights.files)
+            ]
+        )
+        return weights.copied()
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}

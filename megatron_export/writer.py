@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -21,7 +21,13 @@ from .item import Output
 from .plan import Plan
 
 SPARE_BYTES = 64 << 20
-_DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32"}
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
 
 
 def check_target(export_dir: Path, plan: Plan, *, overwrite: bool) -> None:
@@ -61,7 +67,7 @@ class CheckpointWriter:
         self.overwrite = overwrite
         self.staging = export_dir.parent / f".{export_dir.name}.{token_hex(4)}.partial"
         self.places: dict[str, tuple[int, int, Output]] = {}  # name -> file descriptor, offset, tensor
-        self.written: set[str] = set()
+        self.written: set[tuple[str, int]] = set()  # name and index
 
     def __enter__(self) -> "CheckpointWriter":
         with ExitStack() as undo, _naming(self.target):
@@ -79,23 +85,26 @@ class CheckpointWriter:
     def __exit__(self, *error: object) -> None:
         self.undo.close()
 
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        """Write whole tensors, on any device, into the shards that the plan gave them."""
-        for name, tensor in tensors.items():
-            descriptor, offset, output = self.places[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (name, tensor.shape, output)
-            assert name not in self.written, name
+    def write(self, tensors: Iterable[tuple[Output, Tensor]]) -> None:
+        """Write tensors or slices of them, on any device, into the shards that the plan gave them."""
+        for output, tensor in tensors:
+            descriptor, offset, whole = self.places[output.name]
+            assert (tensor.dtype, tuple(tensor.shape), output.whole) == (output.dtype, output.shape, whole), output
+            assert (output.name, output.index) not in self.written, output
+            offset += output.index * output.nbytes
             data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             while data:
                 with _naming(self.target):
                     count = os.pwrite(descriptor, data, offset)
                 data, offset = data[count:], offset + count
-            self.written.add(name)
+            self.written.add((output.name, output.index))
 
     def publish(self, jsons: dict[str, dict], copies: list[Path]) -> None:
         """Add the JSON files, copies of `copies`, and the index; sync all of it; give the folder its final name."""
-        if missing := sorted(self.places.keys() - self.written):
-            raise ExportError(f"{len(missing)} tensors were never written, first {missing[0]}")
+        expected = {(o.name, o.index) for item in self.plan.items for o in item.outputs}
+        expected |= {(output.name, 0) for output in self.plan.copied}
+        if missing := sorted(expected - self.written):
+            raise ExportError(f"{len(missing)} tensors were never written, first {missing[0][0]}")
         with _naming(self.target):
             self._finish(jsons, copies)
             self._replace()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,6 +80,35 @@ ARCHITECTURES = {
         "num_nextn_predict_layers": 0,
     },
 }
+_LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "rope_theta": 500000.0,
+    "rope_scaling": _LLAMA3 | {"factor": 16.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 32},
+}
+ARCHITECTURES |= {
+    "llama4": _LLAMA4 | {"model_type": "llama4_text"},
+    "llama4_vision": {
+        "model_type": "llama4",
+        "text_config": _SMALL | _LLAMA4,
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        },
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
@@ -87,16 +117,23 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     """A checkpoint as its publisher would have it, in bfloat16, with norms and biases that are not trivial; and
     `ids/calibration.safetensors` beside it, for calibration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(7)
     source = folder / name
-    settings = _SMALL | ARCHITECTURES[name] | changes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+    settings = ARCHITECTURES[name]
+    if "text_config" in settings:
+        settings = settings | {"text_config": settings["text_config"] | changes}
+    else:
+        settings = _SMALL | settings | changes
+    config = AutoConfig.for_model(**settings)
+    model = auto_model(name).from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
+            elif parameter.dim() == 3:  # stacked experts
+                parameter.normal_(std=_SMALL["initializer_range"])
         for module in model.modules():
             if hasattr(module, "e_score_correction_bias"):  # in float32, as DeepSeek publishes it
                 bias = module.e_score_correction_bias
@@ -105,9 +142,16 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "ids").mkdir(exist_ok=True)
-    ids = torch.randint(0, settings["vocab_size"], (SAMPLES, LENGTH))
+    ids = torch.randint(0, config.get_text_config().vocab_size, (SAMPLES, LENGTH))
     save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
     return source
+
+
+def auto_model(name: str) -> Any:
+    """The class of transformers that makes and loads a model of that name."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if "vision_config" in ARCHITECTURES[name] else AutoModelForCausalLM
 
 
 def add_mtp(source: Path) -> None:

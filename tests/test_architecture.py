@@ -16,9 +16,10 @@ item
 policy smoothing
 plan
 quant_config
-cpu assets source writer statistics calibration_data emulation
-measured topology model
+cpu assets writer statistics calibration_data emulation
+measured source topology model
 gather build
+loading
 maxima search watching
 clipping
 calibration

@@ -4,6 +4,7 @@ RULES     canonical Megatron name -> rule, the whole mapping
 SETTINGS  fields of Megatron's TransformerConfig beyond those all architectures share
 ONLY      config.json key -> the values that these rules are right for
 WHERE     config.json key -> the field of TransformerConfig, and the rules, that a model has only where the key is true
+COPIED    what the names of tensors begin with that Megatron's model does not have, copied from the original as they are
 """
 
 import re
@@ -16,7 +17,7 @@ import torch
 from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
-from . import deepseek_v3, glm4_moe, llama, mixtral, qwen2, qwen3, qwen3_moe
+from . import deepseek_v3, glm4_moe, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
 from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
 from .parameters import (
@@ -32,14 +33,24 @@ from .parameters import (
     pooled,
 )
 from .rules import Rule
-from .shape import ModelShape, check_routing, rope_settings, shape_of, transformer_settings, unscaled_rope_settings
+from .shape import (
+    ModelShape,
+    check_computed,
+    rope_settings,
+    shape_of,
+    text_of,
+    transformer_settings,
+    unscaled_rope_settings,
+)
 
 __all__ = [
     "ARCHITECTURES",
     "Source",
+    "Stack",
     "architecture_of",
     "canonical",
-    "check_routing",
+    "check_computed",
+    "copied_prefixes",
     "cut_of",
     "feeders_of",
     "is_expert",
@@ -68,7 +79,19 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "MixtralForCausalLM": mixtral,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "Glm4MoeForCausalLM": glm4_moe,
+    "Llama4ForCausalLM": llama4,
+    "Llama4ForConditionalGeneration": llama4_vision,
 }
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where HF keeps an expert's parts: slice `index` of `count` along the first dim of one tensor."""
+
+    name: str
+    index: int
+    count: int
+    woven: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,7 @@ class Source:
     expert: int | None = None
     either: bool = False
     dtype: torch.dtype = torch.bfloat16
+    stack: Stack | None = None
 
     def names(self) -> dict[str, str]:
         """Layout part -> HF tensor name."""
@@ -115,12 +139,12 @@ def architecture_of(config: dict) -> ModuleType:
         near = get_close_matches(found, ARCHITECTURES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ExportError(f"unknown architecture {found!r} in config.json.{hint} Known: {', '.join(ARCHITECTURES)}")
-    module = ARCHITECTURES[found]
+    module, text = ARCHITECTURES[found], text_of(config)
     report(
         [
-            f"config.json: {found} with {key} = {config[key]!r} is not supported; only {allowed[0]!r} is"
+            f"config.json: {found} with {key} = {text[key]!r} is not supported; only {allowed[0]!r} is"
             for key, allowed in module.ONLY.items()
-            if config.get(key) not in allowed
+            if text.get(key) not in allowed
         ]
     )
     return module
@@ -129,7 +153,7 @@ def architecture_of(config: dict) -> ModuleType:
 def settings_of(config: dict) -> dict:
     """All fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
     module = architecture_of(config)
-    where = {field: bool(config.get(key)) for key, (field, _) in module.WHERE.items()}
+    where = {field: bool(text_of(config).get(key)) for key, (field, _) in module.WHERE.items()}
     return transformer_settings(config) | module.SETTINGS | where
 
 
@@ -140,7 +164,7 @@ def parameters_of(config: dict) -> dict[str, Source]:
     Parameters of size 0, such as those of shared experts that a model does not have, are left out.
     """
     module = architecture_of(config)  # first: of an unknown architecture, no key of config.json is known
-    lacking = {name for key, (_, rules) in module.WHERE.items() if not config.get(key) for name in rules}
+    lacking = {name for key, (_, rules) in module.WHERE.items() if not text_of(config).get(key) for name in rules}
     rules = {name: rule for name, rule in module.RULES.items() if name not in lacking}
     shape = shape_of(config)
     first = "embedding.word_embeddings.weight"
@@ -159,6 +183,11 @@ def parameters_of(config: dict) -> dict[str, Source]:
         ]
     sources += [_source(name, rules[name], shape) for name in outside]
     return {source.canonical: source for source in sources}
+
+
+def copied_prefixes(config: dict) -> tuple[str, ...]:
+    """What the names of tensors begin with that are copied from the original model as they are."""
+    return architecture_of(config).COPIED
 
 
 def without_mtp(config: dict) -> dict:
@@ -198,4 +227,5 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
         expert=expert,
         either=any(f".{module}." in name for module in EITHER),
         dtype=torch.float32 if name.rpartition(".")[2] in FLOAT32 else torch.bfloat16,
+        stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
     )

@@ -1,9 +1,9 @@
 """DeepseekV3ForCausalLM: DeepSeek V3 and R1, and Kimi K2. Latent attention, dense layers first, routed and shared experts, and
 layers that predict one more token."""
 
-from .fragments import DENSE, EXPERT_BIAS, MLA, MTP, SHARED_EXPERTS, TOP, moe
+from .fragments import EXPERT_BIAS, MLA, MTP, TOP, dense, moe, shared_experts
 
-RULES = TOP | MLA | DENSE | moe("mlp") | SHARED_EXPERTS | EXPERT_BIAS | MTP
+RULES = TOP | MLA | dense("mlp") | moe("mlp") | shared_experts("mlp.shared_experts") | EXPERT_BIAS | MTP
 SETTINGS = {"qk_layernorm": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 ONLY = {
     "rope_interleave": (True, None),
@@ -14,3 +14,4 @@ ONLY = {
     "hidden_act": ("silu", None),
 }
 WHERE: dict = {}
+COPIED = ()

@@ -1,5 +1,7 @@
 """The shared parts of the tables: canonical Megatron name -> rule. An architecture is a union of these."""
 
+from dataclasses import replace
+
 from .rules import Rule, gated, qkv, same, vocab
 
 Table = dict[str, Rule]
@@ -22,11 +24,6 @@ QK_NORM: Table = {
     "decoder.layers.{l}.self_attention.q_layernorm.weight": same("model.layers.{l}.self_attn.q_norm.weight"),
     "decoder.layers.{l}.self_attention.k_layernorm.weight": same("model.layers.{l}.self_attn.k_norm.weight"),
 }
-DENSE: Table = {
-    "decoder.layers.{l}.pre_mlp_layernorm.weight":          same("model.layers.{l}.post_attention_layernorm.weight"),
-    "decoder.layers.{l}.mlp.linear_fc1.weight":             gated("model.layers.{l}.mlp.{part}.weight"),
-    "decoder.layers.{l}.mlp.linear_fc2.weight":             same("model.layers.{l}.mlp.down_proj.weight"),
-}
 MLA: Table = {
     "decoder.layers.{l}.input_layernorm.weight":                    same("model.layers.{l}.input_layernorm.weight"),
     "decoder.layers.{l}.self_attention.linear_q_proj.weight":       same("model.layers.{l}.self_attn.q_proj.weight"),
@@ -38,12 +35,6 @@ MLA: Table = {
     "decoder.layers.{l}.self_attention.kv_layernorm.weight":        same("model.layers.{l}.self_attn.kv_a_layernorm.weight"),
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":   same("model.layers.{l}.self_attn.kv_b_proj.weight"),
     "decoder.layers.{l}.self_attention.linear_proj.weight":         same("model.layers.{l}.self_attn.o_proj.weight"),
-}
-SHARED_EXPERTS: Table = {
-    "decoder.layers.{l}.mlp.shared_experts.linear_fc1.weight":
-        gated("model.layers.{l}.mlp.shared_experts.{part}.weight"),
-    "decoder.layers.{l}.mlp.shared_experts.linear_fc2.weight":
-        same("model.layers.{l}.mlp.shared_experts.down_proj.weight"),
 }
 EXPERT_BIAS: Table = {
     "decoder.layers.{l}.mlp.router.expert_bias":            same("model.layers.{l}.mlp.gate.e_score_correction_bias"),
@@ -60,13 +51,53 @@ MTP: Table = {  # also copies of the embedding and the output layer, which Megat
 }
 
 
-def moe(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Table:
+def dense(block: str) -> Table:
+    """The MLP at `model.layers.{l}.<block>`."""
+    prefix = f"model.layers.{{l}}.{block}"
+    return {
+        "decoder.layers.{l}.pre_mlp_layernorm.weight":          same("model.layers.{l}.post_attention_layernorm.weight"),
+        "decoder.layers.{l}.mlp.linear_fc1.weight":             gated(f"{prefix}.{{part}}.weight"),
+        "decoder.layers.{l}.mlp.linear_fc2.weight":             same(f"{prefix}.down_proj.weight"),
+    }
+
+
+def moe(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", router: str = "gate") -> Table:
     """Router and routed experts below `model.layers.{l}.<block>`, whose linears have these names."""
     prefix = f"model.layers.{{l}}.{block}"
     return {
         "decoder.layers.{l}.pre_mlp_layernorm.weight":          same("model.layers.{l}.post_attention_layernorm.weight"),
-        "decoder.layers.{l}.mlp.router.weight":                 same(f"{prefix}.gate.weight"),
+        "decoder.layers.{l}.mlp.router.weight":                 same(f"{prefix}.{router}.weight"),
         "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight": gated(f"{prefix}.experts.{{e}}.{{part}}.weight", gate, up),
         "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.weight": same(f"{prefix}.experts.{{e}}.{down}.weight"),
     }
+
+
+def shared_experts(block: str) -> Table:
+    """What every token passes beside its own experts, at `model.layers.{l}.<block>`."""
+    prefix = f"model.layers.{{l}}.{block}"
+    return {
+        "decoder.layers.{l}.mlp.shared_experts.linear_fc1.weight": gated(f"{prefix}.{{part}}.weight"),
+        "decoder.layers.{l}.mlp.shared_experts.linear_fc2.weight": same(f"{prefix}.down_proj.weight"),
+    }
 # fmt: on
+
+
+def stacked(block: str, table: Table, woven: bool = False) -> Table:
+    """The same table where HF keeps the experts of a layer in `experts.gate_up_proj` and `experts.down_proj` below `block`,
+    and their biases beside them; `woven`: rows of gate and up in turn.
+    """
+    made = dict(table)
+    for linear, name in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
+        for leaf, tail in (("weight", ""), ("bias", "_bias")):
+            key, stack = f"decoder.layers.{{l}}.mlp.experts.{{e}}.{linear}.{leaf}", f"experts.{name}{tail}"
+            if key in table:
+                made[key] = replace(table[key], stack=f"model.layers.{{l}}.{block}.{stack}", woven=woven)
+    return made
+
+
+def below(prefix: str, table: Table) -> Table:
+    """The same table for a model inside another one."""
+    return {
+        name: replace(rule, hf=prefix + rule.hf, stack=rule.stack and prefix + rule.stack)
+        for name, rule in table.items()
+    }

@@ -6,3 +6,4 @@ RULES = TOP | GQA | moe("block_sparse_moe", "w1", "w3", "w2")
 SETTINGS = {"moe_router_pre_softmax": False}
 ONLY = {"sliding_window": (None,), "hidden_act": ("silu", None)}
 WHERE: dict = {}
+COPIED = ()

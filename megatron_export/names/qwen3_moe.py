@@ -1,8 +1,8 @@
 """Qwen3MoeForCausalLM: Qwen 3 with experts in all layers or some. Softmax over all experts, then the best of them."""
 
-from .fragments import DENSE, GQA, QK_NORM, TOP, moe
+from .fragments import GQA, QK_NORM, TOP, dense, moe
 
-RULES = TOP | GQA | QK_NORM | DENSE | moe("mlp")
+RULES = TOP | GQA | QK_NORM | dense("mlp") | moe("mlp")
 SETTINGS = {"qk_layernorm": True}
 ONLY = {
     "norm_topk_prob": (True, False),
@@ -11,3 +11,4 @@ ONLY = {
     "hidden_act": ("silu", None),
 }
 WHERE: dict = {}
+COPIED = ()

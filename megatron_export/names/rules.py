@@ -12,13 +12,16 @@ class Rule:
     """One row of a table.
 
     `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for what `words` calls the
-    layout's part, or the part itself. `copy` is the HF name of the copy that each layer of MTP has of it.
+    layout's part, or the part itself. `copy` is the HF name of the copy that each layer of MTP has of it, `stack` that of
+    the one tensor in which HF keeps all experts of a layer, their parts `woven` or not.
     """
 
     hf: str
     layout: Callable[[ModelShape], Layout]
     words: tuple[tuple[str, str], ...] = ()
     copy: str | None = None
+    stack: str | None = None
+    woven: bool = False
 
 
 def same(hf: str) -> Rule:

@@ -67,8 +67,15 @@ class ModelShape:
         return tuple(layer for layer in self.every if layer not in self.sparse)
 
 
+def text_of(config: dict) -> dict:
+    """config.json's dict of a language model; of one that is a part of another model, as if it stood alone."""
+    inner = config.get("text_config")
+    return config if inner is None else config | inner | {"architectures": config.get("architectures")}
+
+
 def shape_of(config: dict) -> ModelShape:
     """Read the sizes from config.json's dict. `ExportError` lists every key that is missing."""
+    config = text_of(config)
     architectures = config.get("architectures") or ["(none)"]
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
@@ -93,7 +100,7 @@ def shape_of(config: dict) -> ModelShape:
         heads=heads,
         groups=groups,
         head_dim=config.get("head_dim") or hidden // heads,
-        ffn=config["intermediate_size"],
+        ffn=config.get("intermediate_size_mlp") or config["intermediate_size"],
         vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         **_experts_of(config),
@@ -110,22 +117,26 @@ def _experts_of(config: dict) -> dict:
     if not experts:
         return {}
     ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
-    every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
-    count = config["num_hidden_layers"]
+    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
+    count, dense = config["num_hidden_layers"], config.get("mlp_only_layers") or ()
     layers = range(config.get("first_k_dense_replace") or 0, count)
     sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0)
+    if config.get("moe_layers") is not None:
+        sparse = tuple(config["moe_layers"])
     predicting = range(count, count + (config.get("num_nextn_predict_layers") or 0)) if count - 1 in sparse else ()
     return {
         "sparse": (*sparse, *predicting),
         "experts": experts,
         "expert_ffn": ffn,
-        "shared_ffn": (config.get("n_shared_experts") or 0) * ffn or config.get("shared_expert_intermediate_size") or 0,
+        "shared_ffn": (config.get("n_shared_experts") or 0) * ffn
+        or config.get("shared_expert_intermediate_size")
+        or _is_llama4(config) * ffn,  # which has one shared expert, and no key that says so
     }
 
 
 def transformer_settings(config: dict) -> dict:
     """Fields of Megatron's `TransformerConfig` that every architecture here shares, derived from config.json."""
-    shape = shape_of(config)
+    shape, config = shape_of(config), text_of(config)
     return {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -141,18 +152,30 @@ def transformer_settings(config: dict) -> dict:
         "attention_dropout": 0.0,
         **(_expert_settings(config, shape) if shape.experts else {}),
         **(_latent_settings(config, shape) if shape.kv_lora else {}),
+        **(_no_rope_settings(config, shape) if _is_llama4(config) else {}),
         **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
     }
 
 
-def check_routing(config: dict) -> None:
-    """Raise where Megatron-Core routes tokens otherwise than HF's model, so that activations cannot be calibrated."""
+def check_computed(config: dict, length: int) -> None:
+    """Raise where Megatron-Core computes samples of `length` tokens otherwise than HF's model, so that activations cannot
+    be calibrated.
+    """
+    config = text_of(config)
     groups, kept, topk = config.get("n_group") or 1, config.get("topk_group"), config.get("num_experts_per_tok")
     if groups > 1 and topk != 2 * kept:
         raise ExportError(
             f"config.json: {topk} experts of {kept} of {groups} groups: HF ranks groups by their best two experts, Megatron-Core "
             f"by their best {topk / kept:g}, so activations cannot be calibrated"
         )
+    if _is_llama4(config):
+        chunk = config.get("attention_chunk_size") or length
+        scale = config.get("floor_scale", 8192) if config.get("attn_temperature_tuning") else length
+        if length > min(chunk, scale):
+            raise ExportError(
+                f"samples of {length} tokens: beyond {min(chunk, scale)} this model attends in chunks and scales its queries, "
+                "which Megatron-Core does not. Give shorter samples"
+            )
 
 
 def _expert_settings(config: dict, shape: ModelShape) -> dict:
@@ -190,11 +213,25 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
     }
 
 
+def _is_llama4(config: dict) -> bool:
+    return config["architectures"][0].startswith("Llama4")
+
+
+def _no_rope_settings(config: dict, shape: ModelShape) -> dict:
+    """Llama 4 has layers without rotary embeddings: HF's flag says which layers have them, Megatron's which do not."""
+    interval = config.get("no_rope_layer_interval") or 4
+    uses = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(shape.layers)]
+    if len(uses) != shape.layers:
+        raise ExportError(f"config.json: no_rope_layers names {len(uses)} layers, num_hidden_layers is {shape.layers}")
+    return {"no_rope_freq": [int(not used) for used in uses], "qk_l2_norm": config.get("use_qk_norm", True)}
+
+
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def unscaled_rope_settings(config: dict) -> dict:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, but for their scaling."""
+    config = text_of(config)
     if config.get("kv_lora_rank"):
         return {"position_embedding_type": "rope"}
     theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
@@ -206,25 +243,24 @@ def _rope_of(config: dict) -> dict:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def rope_settings(config: dict) -> dict:
+def rope_settings(config: dict) -> tuple[dict, dict]:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, from the old (`rope_theta`, `rope_scaling`) or the new
-    (`rope_parameters`) spelling. Megatron knows no scaling, `linear`, and `llama3` with Llama 3's own constants.
+    (`rope_parameters`) spelling; and, of Llama 3's scaling, those of its `RotaryEmbedding`, which has them as constants.
     """
-    rope, settings = _rope_of(config), unscaled_rope_settings(config)
+    settings, config = unscaled_rope_settings(config), text_of(config)
+    rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     latent = bool(config.get("kv_lora_rank"))
     if kind == "default" or (kind == "yarn" and latent):
-        return settings
+        return settings, {}
     if kind == "linear" and not latent:
-        return settings | {"seq_len_interpolation_factor": rope["factor"]}
-    constants = (
-        rope.get("low_freq_factor"),
-        rope.get("high_freq_factor"),
-        rope.get("original_max_position_embeddings"),
-    )
-    if kind == "llama3" and not latent and constants == (1.0, 4.0, 8192):
-        return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+        return settings | {"seq_len_interpolation_factor": rope["factor"]}, {}
+    if kind == "llama3" and not latent and all(name in rope for name in _LLAMA3):
+        return settings, {name: rope[name] for name in _LLAMA3}
     raise ExportError(
         f"config.json: Megatron-Core cannot compute rope scaling {rope}, so activations cannot be calibrated. "
-        "It knows no scaling, 'linear', and 'llama3' with factors 1 and 4 over 8192 positions"
+        "It knows no scaling, 'linear', and 'llama3' with its four numbers"
     )
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_export import ExportError, calibrate, export_hf_checkpoint, gather
-from megatron_export.build import build_model, load_hf_weights
+from megatron_export.build import build_model
 from megatron_export.gather import whole
+from megatron_export.loading import load_hf_weights
 from megatron_export.topology import Topology, current, started
 
 from ..models import LENGTH, assert_same, make_model, read_json, tensors

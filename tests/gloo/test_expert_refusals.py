@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, topology
+from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, loading, topology
 
 from ..models import make_model, same, tensors
 from ..ranks import Ranks
@@ -23,7 +23,7 @@ def calibrated(source: Path, shares: list[list[int]]) -> str:
     config = assets.read_config(source)
     with topology.started(1, 1, "cpu", ep=2), topology.current() as here:
         model = build.build_model(config, here, max_sequence_length=24)
-        build.load_hf_weights(model, source, config, here)
+        loading.load_hf_weights(model, source, config, here)
         try:
             calibrate(model, [ids(size) for size in shares[here.rank]])
         except ExportError as error:

@@ -105,7 +105,7 @@ def broken_encoder() -> AbstractContextManager:
 
 def late_nan() -> AbstractContextManager:
     """Rank 1's part of the live model's last linear is NaN, which no activation shows."""
-    from megatron_export import build
+    from megatron_export import loading
 
     def replacement(real: Callable) -> Callable:
         def load(model: Any, *args: Any) -> int:
@@ -115,7 +115,7 @@ def late_nan() -> AbstractContextManager:
 
         return load
 
-    return on_rank(1, build, "load_hf_weights", replacement)
+    return on_rank(1, loading, "load_hf_weights", replacement)
 
 
 def no_memory_to_send() -> AbstractContextManager:

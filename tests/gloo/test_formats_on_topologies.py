@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_export import calibrate, statistics
-from megatron_export.build import build_model, load_hf_weights
+from megatron_export.build import build_model
+from megatron_export.loading import load_hf_weights
 from megatron_export.topology import current, started
 
 from ..models import LENGTH, assert_same, make_model, read_json, tensors

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_export import assets, build, topology
+from megatron_export import assets, build, loading, topology
 from megatron_export.cpu import without_cuda
 
-from ..models import ARCHITECTURES, make_model
+from ..models import ARCHITECTURES, auto_model, make_model
 from ..ranks import Ranks
 
 
@@ -18,7 +18,7 @@ def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
     with topology.started(tp, 1, "cpu"), topology.current() as here:
         length = ids.shape[1]
         model = build.build_model(config, here, max_sequence_length=length, dtype=torch.float32)
-        build.load_hf_weights(model, source, config, here)
+        loading.load_hf_weights(model, source, config, here)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         with torch.no_grad(), without_cuda():
             return model.eval()(ids, torch.arange(length).expand_as(ids), mask)
@@ -28,11 +28,9 @@ def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_equal_those_of_transformers(name: str, tp: int, ranks: Ranks, models: dict) -> None:
     """Float32 sums in another order: 2e-5 of logits around 10, where a wrong row or rotation shows as 1."""
-    from transformers import AutoModelForCausalLM
-
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)(ids).logits
+        expected = auto_model(name).from_pretrained(models[name], dtype=torch.float32)(input_ids=ids).logits
     found = torch.cat(ranks.call(tp, megatron_logits, models[name], ids, tp), dim=2)[..., : expected.shape[2]]
     assert expected.abs().max() > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))

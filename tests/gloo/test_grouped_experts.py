@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_export import assets, build, calibrate, topology
+from megatron_export import assets, build, calibrate, loading, topology
 from megatron_export.model import experts_of
 
 from ..models import assert_same
@@ -48,7 +48,7 @@ def both(source: Path, ep: int, all_experts: bool) -> list[dict[str, Tensor]]:
     ids = torch.randint(0, 500, (4, 24), generator=torch.Generator().manual_seed(3))
     with topology.started(1, 1, "cpu", ep=ep), topology.current() as here:
         model = build.build_model(config, here, max_sequence_length=24)
-        build.load_hf_weights(model, source, config, here)
+        loading.load_hf_weights(model, source, config, here)
         for _ in range(2):
             batches = list(ids.split(2))[here.dp_rank :: here.dp_size]
             found.append(calibrate(model, batches, format=("nvfp4_awq", "fp8"), awq_clip=True, all_experts=all_experts))

@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from megatron_export import calibrate, export_hf_checkpoint, topology
-from megatron_export.build import _settings, load_hf_weights
+from megatron_export.build import _settings
 from megatron_export.cpu import without_cuda
 from megatron_export.errors import ExportError
+from megatron_export.loading import load_hf_weights
 from megatron_export.topology import Topology
 
 from ..models import LENGTH, assert_same, read_json, tensors

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_export import calibrate, export_hf_checkpoint, topology
-from megatron_export.build import build_model, load_hf_weights
+from megatron_export.build import build_model
 from megatron_export.cpu import without_cuda
+from megatron_export.loading import load_hf_weights
 from megatron_export.model import linear_input, shards_of
 from megatron_export.topology import Topology
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, topology
+from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, loading, topology
 from megatron_export.cpu import without_cuda
 
 from ..models import EXAMPLE
@@ -68,7 +68,7 @@ def syncs(folder: Path, overlap: bool) -> list[dict]:
     with topology.started(1, 1, "cpu"):
         with topology.current() as here:
             model = build.build_model(config, here, max_sequence_length=16, initialize=True)
-            build.load_hf_weights(model, EXAMPLE, config, here)
+            loading.load_hf_weights(model, EXAMPLE, config, here)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
         with without_cuda():
             wrapped = DistributedDataParallel(model.config, settings, model)

@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from megatron_export.errors import ExportError
+from megatron_export.item import Output
 from megatron_export.plan import Plan, assumed, make_plan
 from megatron_export.writer import CheckpointWriter, check_target
 
-from ..models import EXAMPLE, assert_same, read_json, tensors
+from ..models import EXAMPLE, assert_same, read_json, same, tensors
 
 CONFIG = read_json(EXAMPLE / "config.json")
 
@@ -22,27 +23,28 @@ def plan() -> Plan:
     return make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", kv_cache="fp8", max_shard_bytes=2_000_000)
 
 
-def content(plan: Plan) -> dict[str, torch.Tensor]:
-    outputs = [output for outputs in plan.files.values() for output in outputs]
+def content(plan: Plan) -> list[tuple[Output, torch.Tensor]]:
+    """Random bytes for all that the plan has somebody write."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        o.name: torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8)
-        .view(o.dtype)
-        .reshape(o.shape)
-        for o in outputs
-    }
+    return [
+        (
+            o,
+            torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8).view(o.dtype).reshape(o.shape),
+        )
+        for o in (output for item in plan.items for output in item.outputs)
+    ]
 
 
 def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) -> None:
     written = content(plan)
     with CheckpointWriter(tmp_path / "out", plan) as writer:
-        for name in reversed(written):
-            writer.write({name: written[name]})
+        for pair in reversed(written):
+            writer.write([pair])
         assert not (tmp_path / "out").exists()
         writer.publish({"config.json": CONFIG}, [EXAMPLE / "tokenizer.json"])
-    assert_same(tensors(tmp_path / "out"), written)
+    assert_same(tensors(tmp_path / "out"), {output.name: tensor for output, tensor in written})
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
+    assert index["metadata"]["total_size"] == sum(output.nbytes for output, _ in written)
     for file in {*index["weight_map"].values()}:
         with safe_open(tmp_path / "out" / file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -51,12 +53,56 @@ def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+STACKED = {
+    "architectures": ["Llama4ForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 32,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 1,
+}
+
+
+def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path) -> None:
+    plan = make_plan(STACKED, assumed(STACKED, 1), format="nvfp4")
+    written = content(plan)
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        writer.write(reversed(written))
+        writer.publish({}, [])
+    found = tensors(tmp_path / "out")
+    prefix = "model.layers.0.feed_forward.experts."
+    assert {name.removeprefix(prefix): found[name].shape for name in found if name.startswith(prefix)} == {
+        f"{stack}{suffix}": shape
+        for stack, rows, columns in (("gate_up_proj", 32, 32), ("down_proj", 16, 32))
+        for suffix, shape in (
+            ("", (3, rows // 2, columns)),
+            ("_weight_scale", (3, rows // 16, columns)),
+            ("_weight_scale_2", ()),
+            ("_input_scale", ()),
+        )
+    }
+    for output, tensor in written:
+        assert same(found[output.name][output.index] if output.count else found[output.name], tensor)
+
+
+def test_a_slice_that_never_came_stops_publication(tmp_path: Path) -> None:
+    plan = make_plan(STACKED, assumed(STACKED, 1), format="bf16")
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        writer.write((output, tensor) for output, tensor in content(plan) if output.index != 1)
+        with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.down_proj"):
+            writer.publish({}, [])
+
+
 def test_a_failure_leaves_nothing_behind_and_the_old_folder_as_it_was(plan: Plan, tmp_path: Path) -> None:
     old = tmp_path / "out"
     old.mkdir()
     (old / "precious").write_text("old")
     with pytest.raises(OSError, match="no more"), CheckpointWriter(old, plan) as writer:
-        writer.write(dict(list(content(plan).items())[:3]))
+        writer.write(content(plan)[:3])
         raise OSError("no more")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (old / "precious").read_text() == "old"
@@ -84,8 +130,7 @@ def test_a_folder_that_was_filled_since_the_check_is_not_replaced(plan: Plan, tm
 
 
 def test_a_tensor_that_never_came_stops_publication(plan: Plan, tmp_path: Path) -> None:
-    written = content(plan)
-    del written["model.norm.weight"]
+    written = [(output, tensor) for output, tensor in content(plan) if output.name != "model.norm.weight"]
     with CheckpointWriter(tmp_path / "out", plan) as writer:
         writer.write(written)
         with pytest.raises(ExportError, match="1 tensors were never written, first model.norm.weight"):

@@ -1,0 +1,85 @@
+"""The safetensors files of an HF checkpoint become the shards of a Megatron-Core model.
+
+Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExportError
+from .layout import even_cut
+from .model import chunks_of, shards_of
+from .names import Source, copied_prefixes, is_expert, parameters_of, shape_of
+from .piece import Axis
+from .source import SourceWeights
+from .topology import Cut, Topology
+
+
+def load_hf_weights(
+    model: nn.Module | list[nn.Module],
+    folder: Path,
+    config: dict,
+    topology: Topology,
+    progress: Callable[[Iterable], Iterable] = iter,
+    dropped: tuple[str, ...] = (),
+) -> int:
+    """Fill this rank's shards from the safetensors files in `folder`; returns the bytes read.
+
+    Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
+    of `dropped` are passed over.
+    """
+    sources, shards = parameters_of(config), shards_of(model)
+    last = chunks_of(model)[-1]
+    name = "embedding.word_embeddings.weight"
+    if name not in shards and last.post_process and shape_of(config).tied:
+        shards[name] = last.output_layer.weight.detach()
+    elif name not in shards and last.mtp_process:
+        shards[name] = last.embedding.word_embeddings.weight.detach()
+    with SourceWeights(folder) as weights:
+        weights.check(
+            {name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()},
+            copies={name for source in sources.values() for name in source.copies()},
+            others=dropped + copied_prefixes(config),
+        )
+        for name, shard in progress(shards.items()):
+            loaded = _shard(weights, sources[name], shard, topology.cut(is_expert(name)))
+            if not loaded.isfinite().all():
+                names = ", ".join(sources[name].names().values())
+                raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
+            shard.copy_(loaded)
+        return weights.nbytes
+
+
+def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+    whole = source.cut is None or (source.either and shard.shape == source.shape)
+    index, count = (0, 1) if whole else (cut.rank, cut.size)
+    parts, own = {}, source.layout.splits(shard.shape[0])
+    for part, size in _part_shapes(source).items():
+        if source.cut is Axis.IN:
+            where = (slice(None), even_cut(size[1], index, count))
+        else:
+            where = (source.layout.source(size[0], index, count, shard.shape[0]) if own else slice(None),)
+        parts[part] = weights.read_part(source, part, where)
+    if own:
+        return source.layout.join(parts, shard.shape[0])
+    return source.layout.join(parts, source.shape[0])[even_cut(source.shape[0], index, count)]
+
+
+def _part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    names = source.names()
+    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    names, shapes = source.names(), _part_shapes(source)
+    if source.stack is None:
+        first = next(iter(shapes.values()))
+        return {names[part]: shapes.get(part, first) for part in names}
+    out, *inputs = next(iter(shapes.values()))
+    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
