@@ -28,7 +28,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from .cpu import without_cuda
 from .errors import report
 from .layout import even_cut
-from .names import check_computed, rope_settings, settings_of, shape_of, unscaled_rope_settings
+from .model import ACTIVATIONS
+from .names import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from .topology import Topology
 
 PAD_VOCAB_TO = 128
@@ -56,6 +57,8 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
         problems.append(
             "q_lora_rank is null: this Megatron-Core norms queries that are made in one step, HF does not. Use megatron-core 0.16"
         )
+    if etp > 1 and shape.experts and settings_of(config)["add_bias_linear"]:
+        problems.append(f"--etp {etp}: Megatron-Core cuts no experts with biases. Give --etp 1")
     if ep > 1 and not shape.experts:
         problems.append(f"--ep {ep}: this model has no experts. Leave it out")
     report(problems + _layout_problems(shape.layers, shape.mtp, topology.pp_size * topology.vpp_size, pp_layout))
@@ -101,12 +104,14 @@ def build_model(
     """
     check_divides(config, topology, pp_layout)
     shape = shape_of(config)
-    settings = _settings(config, topology, dtype, initialize, pp_layout)
-    padding = PAD_VOCAB_TO * topology.tp_size
-    rope, scaling = unscaled_rope_settings(config), {}
+    rope = Rope(unscaled_rope_settings(config))
     if max_sequence_length:
         check_computed(config, max_sequence_length)
-        rope, scaling = rope_settings(config)
+        rope = rope_of(config)
+    settings = _settings(config, topology, dtype, initialize, pp_layout)
+    for name, value in rope.yarn.items():
+        setattr(settings, name, value)
+    padding = PAD_VOCAB_TO * topology.tp_size
     chunks = []
     with without_cuda(topology.device), _norms_of_parts():
         for chunk in range(topology.vpp_size):
@@ -121,9 +126,9 @@ def build_model(
                 share_embeddings_and_output_weights=shape.tied,
                 vp_stage=stage,
                 mtp_block_spec=_mtp_spec(settings, stage),
-                **rope,
+                **rope.arguments,
             )
-            _rotate_as_hf(model, scaling)
+            _rotate_as_hf(model, rope.llama3)
             chunks.append(_converted(model, topology.device, dtype))
     return chunks if topology.vpp_size > 1 else chunks[0]
 
@@ -211,6 +216,7 @@ def _settings(
         pp_layout = f"E{pp_layout}{'m' * shape.mtp}L"
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
+    computed["activation_func"] = ACTIVATIONS[computed["activation_func"]]
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
     if computed.get("moe_router_enable_expert_bias"):  # whose scores HF computes in float32
         experts["moe_router_dtype"] = "fp32"
@@ -230,7 +236,6 @@ def _settings(
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=initialize,
-        activation_func=torch.nn.functional.silu,
         attention_softmax_in_fp32=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

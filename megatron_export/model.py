@@ -5,12 +5,15 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 
 from .errors import ExportError
 from .layout import QKV, Identity, Layout, Split
 from .names import canonical, is_linear_weight, makes_keys
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
 
 
 def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
@@ -35,7 +38,8 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     """
     chunk = chunks_of(model)[0]
     computing = {
-        "activation_func": torch.nn.functional.silu,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
         "layernorm_zero_centered_gamma": False,
         "moe_apply_probs_on_input": False,
         "moe_expert_capacity_factor": None,
@@ -47,6 +51,7 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
         "window_size": None,
     }
     computing |= {name: value for name, value in settings.items() if "dropout" not in name}
+    computing["activation_func"] = ACTIVATIONS[settings["activation_func"]]
     computing = {name: value for name, value in computing.items() if name not in _without_effect(settings)}
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
     if kinds := _pattern(chunk):  # which says itself how many layers there are, and which have experts
@@ -89,6 +94,10 @@ def _alike(name: str, value: object, chunk: nn.Module) -> object:
     """A setting in one of its spellings, where Megatron has several that mean the same."""
     if name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk") and value == 1:
         return None
+    if value == "yarn":  # how rotations are scaled is not compared
+        return "rope"
+    if isinstance(value, list) and name == "window_size":
+        return tuple(value)
     if name == "moe_layer_freq" and isinstance(value, int):
         return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
     return value

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from .formats import Form
 from .item import Output
-from .names import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, shape_of
+from .names import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
 
 _STACKED_FORMS = ("bf16", "fp8", "nvfp4", "nvfp4_awq")  # in which engines read experts stacked in one tensor
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
@@ -71,8 +71,8 @@ def settle(
         out |= latent
     stacks = [name for name, source in sources.items() if source.stack and name in linears]
     stacked = bool(stacks) and form.name in _STACKED_FORMS
-    if stacks:
-        remarks += _of_stacks(form, stacked, kv)
+    if settings_of(config).get("rotary_interleaved"):
+        remarks += _of_llama4(form, stacked, kv)
         keys = {name for name in linears if makes_keys(name)} - out
         if keys and form.name != "fp8":
             remarks.append(
@@ -118,8 +118,8 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(experts) for experts in found.values()]
 
 
-def _of_stacks(form: Form, stacked: bool, kv: bool) -> list[str]:
-    """What to know of a model whose experts HF stacks."""
+def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
+    """What engines load of Llama 4."""
     remarks = ["SGLang does not load the scales of this model's KV cache; vLLM does"] if kv else []
     if not stacked:
         remarks.append(
@@ -173,4 +173,7 @@ def _without_effect(exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
 def _unloadable(config: dict, form: Form) -> list[str]:
     if shape_of(config).experts and form.name == "fp8_pb" and form.native is None:
         return ["--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native"]
+    if config["architectures"][0] == "GptOssForCausalLM" and form.name not in ("fp8", "nvfp4"):
+        why = "up_proj has a bias and an offset that cannot be smoothed" if form.smoothing else "no engine loads it"
+        return [f"--format {form.name}: {why}. For this architecture there are bf16, fp8 and nvfp4"]
     return []

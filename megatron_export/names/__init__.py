@@ -17,7 +17,7 @@ import torch
 from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
-from . import deepseek_v3, glm4_moe, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
+from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
 from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
 from .parameters import (
@@ -35,8 +35,9 @@ from .parameters import (
 from .rules import Rule
 from .shape import (
     ModelShape,
+    Rope,
     check_computed,
-    rope_settings,
+    rope_of,
     shape_of,
     text_of,
     transformer_settings,
@@ -45,6 +46,7 @@ from .shape import (
 
 __all__ = [
     "ARCHITECTURES",
+    "Rope",
     "Source",
     "Stack",
     "architecture_of",
@@ -63,7 +65,7 @@ __all__ = [
     "parameters_of",
     "pooled",
     "reads_heads",
-    "rope_settings",
+    "rope_of",
     "settings_of",
     "shape_of",
     "unscaled_rope_settings",
@@ -79,6 +81,7 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "MixtralForCausalLM": mixtral,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "Glm4MoeForCausalLM": glm4_moe,
+    "GptOssForCausalLM": gpt_oss,
     "Llama4ForCausalLM": llama4,
     "Llama4ForConditionalGeneration": llama4_vision,
 }

@@ -36,6 +36,13 @@ MLA: Table = {
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":   same("model.layers.{l}.self_attn.kv_b_proj.weight"),
     "decoder.layers.{l}.self_attention.linear_proj.weight":         same("model.layers.{l}.self_attn.o_proj.weight"),
 }
+BIASES: Table = {
+    "decoder.layers.{l}.self_attention.linear_proj.bias":   same("model.layers.{l}.self_attn.o_proj.bias"),
+    "decoder.layers.{l}.self_attention.core_attention.softmax_offset": same("model.layers.{l}.self_attn.sinks"),
+    "decoder.layers.{l}.mlp.router.bias":                   same("model.layers.{l}.mlp.router.bias"),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.bias":   gated("model.layers.{l}.mlp.experts.{e}.{part}.bias"),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.bias":   same("model.layers.{l}.mlp.experts.{e}.down_proj.bias"),
+}
 EXPERT_BIAS: Table = {
     "decoder.layers.{l}.mlp.router.expert_bias":            same("model.layers.{l}.mlp.gate.e_score_correction_bias"),
 }

@@ -60,6 +60,9 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.{l}.self_attention.k_layernorm.weight":    Parameter(None,     lambda m: (m.head_dim,)),
     "decoder.layers.{l}.self_attention.linear_proj.weight":    Parameter(Axis.IN,  lambda m: (m.hidden, _read_heads(m))),
 
+    "decoder.layers.{l}.self_attention.linear_proj.bias":      Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.{l}.self_attention.core_attention.softmax_offset": Parameter(Axis.OUT, lambda m: (m.heads,)),
+
     "decoder.layers.{l}.self_attention.linear_q_proj.weight":  Parameter(Axis.OUT, lambda m: (_q_rows(m), m.hidden)),
     "decoder.layers.{l}.self_attention.linear_q_down_proj.weight":
         Parameter(Axis.OUT, lambda m: (m.q_lora, m.hidden)),
@@ -77,6 +80,9 @@ PARAMETERS: dict[str, Parameter] = {
 
     "decoder.layers.{l}.mlp.router.weight":                    Parameter(None,     lambda m: (m.experts, m.hidden), _sparse),
     "decoder.layers.{l}.mlp.router.expert_bias":               Parameter(None,     lambda m: (m.experts,), _sparse),
+    "decoder.layers.{l}.mlp.router.bias":                      Parameter(None,     lambda m: (m.experts,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.bias":      Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.bias":      Parameter(None,     lambda m: (m.hidden,), _sparse),
     "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight":
         Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn, m.hidden), _sparse),
     "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.weight":

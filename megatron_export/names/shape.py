@@ -4,7 +4,7 @@ Works on the raw dict, never on a transformers config object: transformers 5 rew
 `torch_dtype` on load, and both spellings must be read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import ExportError, report
 
@@ -147,12 +147,14 @@ def transformer_settings(config: dict) -> dict:
         "layernorm_epsilon": config["rms_norm_eps"],
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
+        "activation_func": "silu",
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **(_expert_settings(config, shape) if shape.experts else {}),
         **(_latent_settings(config, shape) if shape.kv_lora else {}),
         **(_no_rope_settings(config, shape) if _is_llama4(config) else {}),
+        **(_window_settings(config, shape) if _is_gpt_oss(config) else {}),
         **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
     }
 
@@ -213,6 +215,23 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
     }
 
 
+def _is_gpt_oss(config: dict) -> bool:
+    return config["architectures"][0].startswith("GptOss")
+
+
+def _window_settings(config: dict, shape: ModelShape) -> dict:
+    """GPT-OSS: windows of attention in some layers, every other one if it does not say which; a bound on activations."""
+    kinds = config.get("layer_types") or [
+        "full_attention" if n % 2 else "sliding_attention" for n in range(shape.layers)
+    ]
+    window = config.get("sliding_window")
+    return {
+        "window_size": (window - 1, 0) if window else None,
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds] if window else None,
+        "activation_func_clamp_value": config.get("swiglu_limit", 7.0),
+    }
+
+
 def _is_llama4(config: dict) -> bool:
     return config["architectures"][0].startswith("Llama4")
 
@@ -243,23 +262,49 @@ def _rope_of(config: dict) -> dict:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def rope_settings(config: dict) -> tuple[dict, dict]:
-    """Arguments of Megatron's `GPTModel` for rotary embeddings, from the old (`rope_theta`, `rope_scaling`) or the new
-    (`rope_parameters`) spelling; and, of Llama 3's scaling, those of its `RotaryEmbedding`, which has them as constants.
+@dataclass(frozen=True)
+class Rope:
+    """How positions are rotated.
+
+    arguments  of Megatron's `GPTModel`
+    llama3     of its `RotaryEmbedding`'s scaling, which has them as constants; empty for no such scaling
+    yarn       attributes of its `TransformerConfig`; empty for no such scaling
     """
-    settings, config = unscaled_rope_settings(config), text_of(config)
+
+    arguments: dict
+    llama3: dict = field(default_factory=dict)
+    yarn: dict = field(default_factory=dict)
+
+
+def rope_of(config: dict) -> Rope:
+    """Rotary embeddings from the old (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`) spelling."""
+    arguments, config = unscaled_rope_settings(config), text_of(config)
     rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     latent = bool(config.get("kv_lora_rank"))
     if kind == "default" or (kind == "yarn" and latent):
-        return settings, {}
+        return Rope(arguments)
     if kind == "linear" and not latent:
-        return settings | {"seq_len_interpolation_factor": rope["factor"]}, {}
+        return Rope(arguments | {"seq_len_interpolation_factor": rope["factor"]})
     if kind == "llama3" and not latent and all(name in rope for name in _LLAMA3):
-        return settings, {name: rope[name] for name in _LLAMA3}
+        return Rope(arguments, llama3={name: rope[name] for name in _LLAMA3})
+    if kind == "yarn" and "factor" in rope and rope.get("attention_factor") is None:
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        return Rope(
+            arguments | {"position_embedding_type": "yarn"},
+            yarn={
+                "yarn_rotary_scaling_factor": rope["factor"],
+                "yarn_original_max_position_embeddings": original,
+                "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+                "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+                "yarn_mscale": rope.get("mscale"),
+                "yarn_mscale_all_dim": rope.get("mscale_all_dim"),
+                "yarn_correction_range_round_to_int": rope.get("truncate", True),
+            },
+        )
     raise ExportError(
         f"config.json: Megatron-Core cannot compute rope scaling {rope}, so activations cannot be calibrated. "
-        "It knows no scaling, 'linear', and 'llama3' with its four numbers"
+        "It knows no scaling, 'linear', 'yarn', and 'llama3' with its four numbers"
     )
 
 

@@ -15,7 +15,8 @@ from ..ranks import Ranks
 def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
     """This rank's columns of the logits [batch, tokens, vocabulary / tp]."""
     config = assets.read_config(source)
-    with topology.started(tp, 1, "cpu"), topology.current() as here:
+    biased = config["architectures"] == ["GptOssForCausalLM"]  # whose experts Megatron-Core does not cut
+    with topology.started(tp, 1, "cpu", etp=1 if biased else None), topology.current() as here:
         length = ids.shape[1]
         model = build.build_model(config, here, max_sequence_length=length, dtype=torch.float32)
         loading.load_hf_weights(model, source, config, here)

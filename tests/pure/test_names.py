@@ -8,7 +8,7 @@ from megatron_export.names import (
     architecture_of,
     canonical,
     parameters_of,
-    rope_settings,
+    rope_of,
     shape_of,
 )
 from megatron_export.names.parameters import PARAMETERS
@@ -81,12 +81,11 @@ def test_rope_is_read_in_both_spellings() -> None:
     llama3["original_max_position_embeddings"] = 8192
     old = {"rope_theta": 5e5, "rope_scaling": llama3}
     new = {"rope_parameters": llama3 | {"rope_theta": 5e5}}
-    assert rope_settings(old) == rope_settings(new)
-    arguments, scaling = rope_settings(old)
-    assert arguments == {"position_embedding_type": "rope", "rotary_base": 5e5}
-    assert scaling == {name: value for name, value in llama3.items() if name != "rope_type"}
-    with pytest.raises(ExportError, match="yarn"):
-        rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert rope_of(old) == rope_of(new)
+    assert rope_of(old).arguments == {"position_embedding_type": "rope", "rotary_base": 5e5}
+    assert rope_of(old).llama3 == {name: value for name, value in llama3.items() if name != "rope_type"}
+    with pytest.raises(ExportError, match="longrope"):
+        rope_of({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}})
 
 
 def test_head_dim_need_not_be_hidden_over_heads() -> None:
