@@ -31,78 +31,6 @@ def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
                 wrapper.start_param_sync(force_sync=True)
 
 
-def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dict) -> list[str]:
-    """Where a model computes something else than config.json says, though its names and shapes may be the same.
-
-    `settings` are fields of its TransformerConfig (dropout, which only training uses, aside), `rope` its own attributes.
-    """
-    chunk = chunks_of(model)[0]
-    computing = {
-        "activation_func_clamp_value": None,
-        "glu_linear_offset": 0.0,
-        "layernorm_zero_centered_gamma": False,
-        "moe_apply_probs_on_input": False,
-        "moe_expert_capacity_factor": None,
-        "moe_input_jitter_eps": None,
-        "moe_router_force_load_balancing": False,
-        "no_rope_freq": None,
-        "qk_l2_norm": False,
-        "rotary_interleaved": False,
-        "window_size": None,
-    }
-    computing |= {name: value for name, value in settings.items() if "dropout" not in name}
-    computing["activation_func"] = ACTIVATIONS[settings["activation_func"]]
-    computing = {name: value for name, value in computing.items() if name not in _without_effect(settings)}
-    found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
-    if kinds := _pattern(chunk):  # which says itself how many layers there are, and which have experts
-        found["num_layers"] = (len(kinds) // 2, settings["num_layers"])
-        found |= (
-            {"moe_layer_freq": ([int(kind == "E") for kind in kinds[1::2]], settings["moe_layer_freq"])}
-            if "moe_layer_freq" in settings
-            else {}
-        )
-        rope = {name: value for name, value in rope.items() if not name.startswith("rotary_")}  # which it does not keep
-    found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
-    way_out = {"mtp_num_layers": ". Leave its layers out with --mtp drop"}
-    return [
-        f"the model has {name} = {has!r}, but config.json means {means!r}{way_out.get(name, '')}"
-        for name, (has, means) in found.items()
-        if _alike(name, has, chunk) != _alike(name, means, chunk)
-    ] + [
-        f"the model norms the queries and keys of layer {number}, which it does not rotate: HF's norms only rotated ones"
-        for one in chunks_of(model)
-        for number, layer in _layers(one)
-        if "no_rope_freq" in settings and settings["no_rope_freq"][number] and _normed(layer)
-    ]
-
-
-def _normed(layer: nn.Module) -> bool:
-    return isinstance(layer.self_attention.q_layernorm, L2Norm)
-
-
-def _without_effect(settings: dict) -> set[str]:
-    """Fields that a model with these settings does not read."""
-    found = set()
-    if settings.get("multi_latent_attention"):
-        found |= {"kv_channels"} | ({"rotary_scaling_factor"} if settings["rope_type"] == "rope" else set())
-    if settings.get("moe_router_score_function") == "sigmoid":
-        found |= {"moe_router_pre_softmax"}
-    return found
-
-
-def _alike(name: str, value: object, chunk: nn.Module) -> object:
-    """A setting in one of its spellings, where Megatron has several that mean the same."""
-    if name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk") and value == 1:
-        return None
-    if value == "yarn":  # how rotations are scaled is not compared
-        return "rope"
-    if isinstance(value, list) and name == "window_size":
-        return tuple(value)
-    if name == "moe_layer_freq" and isinstance(value, int):
-        return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
-    return value
-
-
 def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
 
@@ -165,7 +93,7 @@ def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     return {
         f"decoder.layers.{number}.mlp.experts": layer.mlp
         for chunk in chunks_of(model)
-        for number, layer in _layers(chunk)
+        for number, layer in layers_of(chunk)
         if hasattr(getattr(layer, "mlp", None), "experts")
     }
 
@@ -203,9 +131,14 @@ def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     return {
         f"decoder.layers.{number}.self_attention": layer.self_attention.core_attention
         for chunk in chunks_of(model)
-        for number, layer in _layers(chunk)
+        for number, layer in layers_of(chunk)
         if hasattr(getattr(layer, "self_attention", None), "linear_qkv")
     }
+
+
+def norms_heads(layer: nn.Module) -> bool:
+    """Whether a layer norms its queries and keys without a weight (Llama 4)."""
+    return isinstance(layer.self_attention.q_layernorm, L2Norm)
 
 
 def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -235,7 +168,7 @@ def _predicting(chunk: nn.Module) -> Iterator[nn.Module]:
     yield from chunk.mtp.layers if getattr(chunk, "mtp", None) is not None else ()
 
 
-def _pattern(chunk: nn.Module) -> str | None:
+def pattern_of(chunk: nn.Module) -> str | None:
     """Of Megatron's `HybridModel` (`MambaModel` before 0.17), which kind each of its layers is, None for a `GPTModel`.
 
     There a layer is an attention (*) or what follows it (- for an MLP, E for experts); two make one of HF's.
@@ -252,14 +185,14 @@ def _pattern(chunk: nn.Module) -> str | None:
 
 
 def _layer_numbers(chunk: nn.Module) -> dict[str, list[int]]:
-    per_layer = 2 if _pattern(chunk) else 1
+    per_layer = 2 if pattern_of(chunk) else 1
     return {
         "decoder": [(layer.layer_number - 1) // per_layer for layer in chunk.decoder.layers],
         "mtp": [chunk.config.num_layers + outer.layer_number - 1 for outer in _predicting(chunk)],
     }
 
 
-def _layers(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def layers_of(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """The global number of each transformer layer of a chunk, and the layer."""
     numbers = _layer_numbers(chunk)
     inner = [getattr(outer, "transformer_layer", None) or outer.mtp_model_layer for outer in _predicting(chunk)]
@@ -270,7 +203,7 @@ def _expert_numbers(chunk: nn.Module) -> list[int]:
     return next(
         (
             list(layer.mlp.local_expert_indices)
-            for _, layer in _layers(chunk)
+            for _, layer in layers_of(chunk)
             if hasattr(getattr(layer, "mlp", None), "experts")
         ),
         [],

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, topology
+from .contradictions import contradictions
 from .errors import ExportError, report
 from .formats import Options
 from .gather import together
 from .item import Item, Measured
 from .measured import check_calibration, measured
-from .model import contradictions, finish_gathering, shards_of
+from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_expert, is_mtp, settings_of, unscaled_rope_settings, without_mtp
 from .piece import Piece
 from .plan import Plan, make_plan

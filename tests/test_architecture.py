@@ -18,7 +18,7 @@ plan
 quant_config
 cpu assets writer statistics calibration_data emulation
 measured source topology model
-gather build
+gather build contradictions
 loading
 maxima search watching
 clipping

@@ -33,16 +33,8 @@ from .parameters import (
     pooled,
 )
 from .rules import Rule
-from .shape import (
-    ModelShape,
-    Rope,
-    check_computed,
-    rope_of,
-    shape_of,
-    text_of,
-    transformer_settings,
-    unscaled_rope_settings,
-)
+from .settings import Rope, check_computed, rope_of, transformer_settings, unscaled_rope_settings
+from .shape import ModelShape, shape_of, text_of
 
 __all__ = [
     "ARCHITECTURES",

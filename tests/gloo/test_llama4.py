@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_export import ExportError, calibrate, export_hf_checkpoint, loading, topology
 from megatron_export.build import build_model
+from megatron_export.contradictions import contradictions
 from megatron_export.formats import chosen, encode
-from megatron_export.model import contradictions
 from megatron_export.names import settings_of, unscaled_rope_settings
 from megatron_export.piece import Amax
 
