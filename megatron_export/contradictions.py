@@ -22,6 +22,7 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
         "no_rope_freq": None,
         "qk_l2_norm": False,
         "rotary_interleaved": False,
+        "softmax_type": "vanilla",
         "window_size": None,
     }
     computing |= {name: value for name, value in settings.items() if "dropout" not in name}
@@ -68,6 +69,8 @@ def _alike(name: str, value: object, chunk: nn.Module) -> object:
         return "rope"
     if isinstance(value, list) and name == "window_size":
         return tuple(value)
+    if name == "window_attn_skip_freq" and isinstance(value, int):
+        return [int(layer % value != 0) for layer in range(1, chunk.config.num_layers + 1)]
     if name == "moe_layer_freq" and isinstance(value, int):
         return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
     return value

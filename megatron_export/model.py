@@ -1,7 +1,7 @@
 """A Megatron-Core model seen as shards under canonical names: the only file that knows Megatron's modules."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -98,6 +98,16 @@ def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     }
 
 
+def given_to_experts(layer: nn.Module, tokens: Tensor) -> Callable[[int], Tensor]:
+    """What each expert of a `MoELayer`, by global number, is given of `tokens` [tokens, hidden]: them, or, where the
+    probability is multiplied into the input (Llama 4), their product with its score.
+    """
+    if not layer.config.moe_apply_probs_on_input:
+        return lambda expert: tokens
+    scores = layer.router.gating(tokens).float().sigmoid().to(tokens.dtype)
+    return lambda expert: tokens * scores[:, expert, None]
+
+
 def local_experts_of(model: nn.Module | list[nn.Module]) -> list[int]:
     """The global numbers of this rank's experts, the same in every layer that has any."""
     return next((numbers for chunk in chunks_of(model) if (numbers := _expert_numbers(chunk))), [])
@@ -138,7 +148,7 @@ def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
 
 def norms_heads(layer: nn.Module) -> bool:
     """Whether a layer norms its queries and keys without a weight (Llama 4)."""
-    return isinstance(layer.self_attention.q_layernorm, L2Norm)
+    return isinstance(getattr(getattr(layer, "self_attention", None), "q_layernorm", None), L2Norm)
 
 
 def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:

@@ -32,8 +32,10 @@ class Policy:
     problems: tuple[str, ...]
 
 
-def modules(source: Source) -> list[str]:
-    """The HF modules that a parameter becomes the weights of."""
+def modules(source: Source, stacked: bool = False) -> list[str]:
+    """The HF modules that a parameter becomes the weights of, or the stack that it becomes a part of."""
+    if stacked and source.stack:
+        return [source.stack.name]
     return [name.removesuffix(".weight") for name in source.names().values()]
 
 
@@ -48,19 +50,25 @@ def settle(
 ) -> Policy:
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
     whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
-    linears = {name: modules(source) for name, source in sources.items() if is_linear_weight(name)}
+    stacked = any(source.stack for source in sources.values()) and form.name in _STACKED_FORMS
+    linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
     head = embedding.replace("model.embed_tokens", "lm_head")  # engines build one for tied models too
-    never = tuple(dict.fromkeys([head, *(module for source in matrices for module in modules(source))]))
+    never = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
+    never = tuple(dict.fromkeys(never))
     if not form.quantization:
-        return Policy(frozenset(), frozenset(linears), (), (), True, (), tuple(_without_effect(exclude, quantize_mla)))
+        return Policy(
+            frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(exclude, quantize_mla))
+        )
     out, problems = _excluded(linears, never, exclude)
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
     remarks = []
     if kv and config["architectures"][0] == "MixtralForCausalLM":
         remarks.append("SGLang does not load the scales of a KV cache beside Mixtral's keys; vLLM and TensorRT-LLM do")
+    if config["architectures"][0] == "GptOssForCausalLM":
+        remarks.append(f"no engine is known to load this architecture in {form.name} as it is written here")
     if quantize_mla and not latent:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     if latent - out and not quantize_mla and form.name != "fp8_pb":
@@ -69,8 +77,7 @@ def settle(
             "(--quantize-mla quantizes it, --format fp8_pb always does)",
         )
         out |= latent
-    stacks = [name for name, source in sources.items() if source.stack and name in linears]
-    stacked = bool(stacks) and form.name in _STACKED_FORMS
+    stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     if settings_of(config).get("rotary_interleaved"):
         remarks += _of_llama4(form, stacked, kv)
         keys = {name for name in linears if makes_keys(name)} - out
@@ -79,15 +86,15 @@ def settle(
                 f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
             )
             out |= keys
-    left_out = [module for name in out for module in linears[name]]
-    left_out += {module.partition(".experts.")[0] + ".experts" for module in left_out if ".experts." in module}
+    left_out = {module for name in out for module in linears[name]}
+    experts = {module for module in left_out if ".experts." in module}
+    left_out |= {_container(module) for module in experts}
+    left_out -= experts if stacked else set()
     return Policy(
         quantized=frozenset(linears.keys() - out),
         left_alone=frozenset(out),
-        excluded=tuple(sorted({*never, *left_out, *_copied_modules(config, copied)})),
-        fused=tuple(
-            together for together in [*_pairs(linears), *_stacks(stacks if stacked else ())] if not out & set(together)
-        ),
+        excluded=tuple(sorted({*never, *left_out})),
+        fused=tuple(together for together in [*_pairs(linears), *_stacks(stacks)] if not out & set(together)),
         stacked=stacked,
         remarks=tuple(remarks),
         problems=tuple(problems),
@@ -121,10 +128,16 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
 def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
     """What engines load of Llama 4."""
     remarks = ["SGLang does not load the scales of this model's KV cache; vLLM does"] if kv else []
-    if not stacked:
+    if form.name == "fp8_pb":
         remarks.append(
-            f"experts are written one by one, as vLLM and SGLang read them in {form.name}; TensorRT-LLM reads only stacked ones"
+            "experts are written one by one, as vLLM and SGLang read them; TensorRT-LLM reads only stacked ones"
         )
+    elif not stacked:
+        remarks.append(
+            f"no engine is known to load this model in {form.name}: TensorRT-LLM, which has it, reads stacked experts"
+        )
+    elif form.smoothing and form.smoothing.keeps:
+        remarks.append("only TensorRT-LLM reads pre_quant_scale")
     elif form.name != "fp8":
         remarks.append(f"SGLang does not load stacked experts in {form.name}; vLLM and TensorRT-LLM do")
     return remarks
@@ -148,17 +161,27 @@ def _excluded(
     problems = [
         f"--exclude {glob!r} matches no module; they are named like {known[0]}"
         for glob in exclude
-        if not any(fnmatchcase(module, glob) for module in known)
+        if not any(_is_named(module, glob) for module in known)
     ]
     touched = set()
     for key, fused in joined.items():
-        kept = [module for module in fused if not any(fnmatchcase(module, glob) for glob in exclude)]
+        kept = [module for module in fused if not any(_is_named(module, glob) for glob in exclude)]
         if len(kept) == len(fused):
             continue
         touched.add(key)
         if kept:
             problems.append(f"--exclude must name all of {_some(fused)}, which engines fuse: {_some(kept)} left out")
     return {name for name in linears if _together(name) in touched}, problems
+
+
+def _container(module: str) -> str:
+    """The module of all experts of a layer, of one of them."""
+    return module.partition(".experts.")[0] + ".experts"
+
+
+def _is_named(module: str, glob: str) -> bool:
+    """Whether a glob means a module, or all experts of a layer that it is one of. A glob may mean globs of what is copied."""
+    return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(_container(module), glob))
 
 
 def _some(names: list[str]) -> str:
@@ -174,6 +197,7 @@ def _unloadable(config: dict, form: Form) -> list[str]:
     if shape_of(config).experts and form.name == "fp8_pb" and form.native is None:
         return ["--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native"]
     if config["architectures"][0] == "GptOssForCausalLM" and form.name not in ("fp8", "nvfp4"):
-        why = "up_proj has a bias and an offset that cannot be smoothed" if form.smoothing else "no engine loads it"
+        folds = form.smoothing and form.smoothing.folds
+        why = "up_proj has a bias and an offset that cannot be smoothed" if folds else "no engine loads it"
         return [f"--format {form.name}: {why}. For this architecture there are bf16, fp8 and nvfp4"]
     return []

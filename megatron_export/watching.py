@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .gather import whole
-from .model import attentions_of, experts_of, grouped_weights, linear_input, linears_of, local_experts_of
+from .model import (
+    attentions_of,
+    experts_of,
+    given_to_experts,
+    grouped_weights,
+    linear_input,
+    linears_of,
+    local_experts_of,
+)
 from .names import cut_of, is_expert
 from .piece import Axis
 from .topology import Topology
@@ -137,13 +145,15 @@ class _Watch:
                 return
             tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
             ones = tokens.new_ones(tokens.shape[0])
+            shown = given_to_experts(module, tokens)
             self.shows_experts = True
             if hasattr(module.experts, "local_experts"):
-                for expert in module.experts.local_experts:
-                    expert(tokens, ones)
+                for number, expert in zip(self.numbers, module.experts.local_experts, strict=True):
+                    expert(shown(number), ones)
             else:  # one at a time too, so that the tokens are not held once for each
-                for counts in torch.eye(module.num_local_experts, dtype=torch.int64) * tokens.shape[0]:
-                    module.experts(tokens, counts, ones)
+                every = torch.eye(module.num_local_experts, dtype=torch.int64) * tokens.shape[0]
+                for number, counts in zip(self.numbers, every, strict=True):
+                    module.experts(shown(number), counts, ones)
             self.shows_experts = False
 
         return called

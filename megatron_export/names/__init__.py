@@ -10,6 +10,7 @@ COPIED    what the names of tensors begin with that Megatron's model does not ha
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from types import ModuleType
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from ..errors import ExportError, report
 from ..layout import Layout
 from ..piece import Axis
+from ..untrusted import shown
 from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
 from .dialects import canonical
 from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
@@ -34,7 +36,7 @@ from .parameters import (
 )
 from .rules import Rule
 from .settings import Rope, check_computed, rope_of, transformer_settings, unscaled_rope_settings
-from .shape import ModelShape, shape_of, text_of
+from .shape import ModelShape, architecture_name, shape_of, text_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -64,6 +66,9 @@ __all__ = [
     "vector_home",
     "without_mtp",
 ]
+
+MOST_PARAMETERS = 100_000  # of all layers and experts: Kimi K2, the largest that is known, has 47,000
+MOST_NUMBERS = 1 << 34  # in one of them
 
 ARCHITECTURES: dict[str, ModuleType] = {
     "LlamaForCausalLM": llama,
@@ -129,15 +134,17 @@ class Source:
 
 def architecture_of(config: dict) -> ModuleType:
     """The table for config.json's architecture; `ExportError` with the known ones when there is none."""
-    found = (config.get("architectures") or ["(none)"])[0]
+    found = architecture_name(config)
     if found not in ARCHITECTURES:
-        near = get_close_matches(found, ARCHITECTURES, n=1)
+        near = get_close_matches(found[:80], ARCHITECTURES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ExportError(f"unknown architecture {found!r} in config.json.{hint} Known: {', '.join(ARCHITECTURES)}")
+        raise ExportError(
+            f"unknown architecture {shown(found)} in config.json.{hint} Known: {', '.join(ARCHITECTURES)}"
+        )
     module, text = ARCHITECTURES[found], text_of(config)
     report(
         [
-            f"config.json: {found} with {key} = {text[key]!r} is not supported; only {allowed[0]!r} is"
+            f"config.json: {found} with {key} = {shown(text.get(key))} is not supported; only {allowed[0]!r} is"
             for key, allowed in module.ONLY.items()
             if text.get(key) not in allowed
         ]
@@ -168,6 +175,7 @@ def parameters_of(config: dict) -> dict[str, Source]:
     if shape.tied:
         outside.remove("output_layer.weight")
     layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
+    report(_too_large(shape, {name: len(layers[name]) if name in layers else 1 for name in rules}))
     sources = [_source(first, rules[first], shape)]
     for layer in shape.every:
         here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
@@ -199,6 +207,25 @@ def is_mtp(canonical: str, config: dict) -> bool:
 def mtp_prefixes(config: dict) -> tuple[str, ...]:
     """What the HF names of layers that predict one more token begin with."""
     return tuple(f"model.layers.{layer}." for layer in shape_of(config).predicting)
+
+
+def _too_large(shape: ModelShape, layers: dict[str, int]) -> list[str]:
+    """What no model has, and would take hours to plan: by canonical name, `layers` have it."""
+    count = sum(number * (shape.experts if "{e}" in name else 1) for name, number in layers.items())
+    problems = []
+    if count > MOST_PARAMETERS:
+        problems.append(
+            f"config.json means {count:,} parameters in {len(shape.every)} layers of {shape.experts} experts, more than "
+            f"{MOST_PARAMETERS:,}. Give the config.json that belongs to these weights"
+        )
+    sizes = {name: prod(PARAMETERS[name].shape(shape)) for name, number in layers.items() if number}
+    problems += [
+        f"config.json means {size:,} numbers in {name}, more than {MOST_NUMBERS:,}. Give the config.json that belongs to these "
+        "weights"
+        for name, size in sizes.items()
+        if size > MOST_NUMBERS
+    ]
+    return problems
 
 
 def _exists(name: str, shape: ModelShape) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from ..errors import ExportError
-from .shape import ModelShape, is_llama4, shape_of, text_of
+from ..untrusted import shown
+from .shape import ModelShape, architecture_name, is_llama4, shape_of, text_of
 
 
 def transformer_settings(config: dict) -> dict:
@@ -43,12 +44,12 @@ def check_computed(config: dict, length: int) -> None:
             f"by their best {topk / kept:g}, so activations cannot be calibrated"
         )
     if is_llama4(config):
-        chunk = config.get("attention_chunk_size") or length
-        scale = config.get("floor_scale", 8192) if config.get("attn_temperature_tuning") else length
-        if length > min(chunk, scale):
+        chunk = config.get("attention_chunk_size", 8192) or length
+        scale = config.get("floor_scale", 8192) if config.get("attn_temperature_tuning", True) else length + 1
+        if length > (most := min(chunk, scale - 1)):
             raise ExportError(
-                f"samples of {length} tokens: beyond {min(chunk, scale)} this model attends in chunks and scales its queries, "
-                "which Megatron-Core does not. Give shorter samples"
+                f"samples of {length} tokens: beyond {most} this model attends in chunks and scales its queries, which "
+                "Megatron-Core does not. Give shorter samples"
             )
 
 
@@ -82,13 +83,13 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
         "v_head_dim": shape.v_dim,
         "rope_type": "yarn" if yarn else "rope",
         "rotary_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        "rotary_scaling_factor": rope["factor"] if yarn else 1,
+        "rotary_scaling_factor": _factor(rope) if yarn else 1,
         **({name: rope[name] for name in _YARN if name in rope} if yarn else {}),
     }
 
 
 def _is_gpt_oss(config: dict) -> bool:
-    return config["architectures"][0].startswith("GptOss")
+    return architecture_name(config).startswith("GptOss")
 
 
 def _window_settings(config: dict, shape: ModelShape) -> dict:
@@ -96,7 +97,13 @@ def _window_settings(config: dict, shape: ModelShape) -> dict:
     kinds = config.get("layer_types") or [
         "full_attention" if n % 2 else "sliding_attention" for n in range(shape.layers)
     ]
-    window = config.get("sliding_window")
+    known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if not known or len(kinds) != shape.layers:
+        raise ExportError(
+            f"config.json: layer_types is {shown(kinds)}, not 'full_attention' or 'sliding_attention' for each of "
+            f"num_hidden_layers {shape.layers}. Give the config.json that belongs to these weights"
+        )
+    window = config.get("sliding_window", 128)
     return {
         "window_size": (window - 1, 0) if window else None,
         "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds] if window else None,
@@ -108,8 +115,6 @@ def _no_rope_settings(config: dict, shape: ModelShape) -> dict:
     """Llama 4 has layers without rotary embeddings: HF's flag says which layers have them, Megatron's which do not."""
     interval = config.get("no_rope_layer_interval") or 4
     uses = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(shape.layers)]
-    if len(uses) != shape.layers:
-        raise ExportError(f"config.json: no_rope_layers names {len(uses)} layers, num_hidden_layers is {shape.layers}")
     return {"no_rope_freq": [int(not used) for used in uses], "qk_l2_norm": config.get("use_qk_norm", True)}
 
 
@@ -128,6 +133,14 @@ def unscaled_rope_settings(config: dict) -> dict:
 
 def _rope_of(config: dict) -> dict:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _factor(rope: dict) -> float:
+    if rope.get("factor") is None:
+        raise ExportError(
+            f"config.json: rope scaling {shown(rope)} lacks factor. Give the config.json of these weights"
+        )
+    return rope["factor"]
 
 
 @dataclass(frozen=True)
@@ -153,11 +166,16 @@ def rope_of(config: dict) -> Rope:
     if kind == "default" or (kind == "yarn" and latent):
         return Rope(arguments)
     if kind == "linear" and not latent:
-        return Rope(arguments | {"seq_len_interpolation_factor": rope["factor"]})
+        return Rope(arguments | {"seq_len_interpolation_factor": _factor(rope)})
     if kind == "llama3" and not latent and all(name in rope for name in _LLAMA3):
         return Rope(arguments, llama3={name: rope[name] for name in _LLAMA3})
-    if kind == "yarn" and "factor" in rope and rope.get("attention_factor") is None:
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    whole = "rotary_percent" not in arguments  # Megatron's yarn knows no partial rotation
+    if kind == "yarn" and whole and rope.get("factor") and rope.get("attention_factor") is None:
+        original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        if original is None:
+            raise ExportError(
+                "config.json: rope scaling 'yarn' lacks original_max_position_embeddings, and max_position_embeddings is not there"
+            )
         return Rope(
             arguments | {"position_embedding_type": "yarn"},
             yarn={
@@ -165,13 +183,13 @@ def rope_of(config: dict) -> Rope:
                 "yarn_original_max_position_embeddings": original,
                 "yarn_beta_fast": rope.get("beta_fast") or 32.0,
                 "yarn_beta_slow": rope.get("beta_slow") or 1.0,
-                "yarn_mscale": rope.get("mscale"),
-                "yarn_mscale_all_dim": rope.get("mscale_all_dim"),
+                "yarn_mscale": rope.get("mscale") or None,
+                "yarn_mscale_all_dim": rope.get("mscale_all_dim") or None,
                 "yarn_correction_range_round_to_int": rope.get("truncate", True),
             },
         )
     raise ExportError(
-        f"config.json: Megatron-Core cannot compute rope scaling {rope}, so activations cannot be calibrated. "
+        f"config.json: Megatron-Core cannot compute rope scaling {shown(rope)}, so activations cannot be calibrated. "
         "It knows no scaling, 'linear', 'yarn', and 'llama3' with its four numbers"
     )
 

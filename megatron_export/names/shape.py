@@ -7,6 +7,8 @@ Works on the raw dict, never on a transformers config object: transformers 5 rew
 from dataclasses import dataclass
 
 from ..errors import ExportError, report
+from ..untrusted import shown
+from .values import wrong_values
 
 REQUIRED = (
     "num_hidden_layers",
@@ -16,7 +18,6 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
-OPTIONAL = ("num_key_value_heads", "head_dim")
 # Each architecture has its own word for these; 0 where it has none.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -67,24 +68,34 @@ class ModelShape:
         return tuple(layer for layer in self.every if layer not in self.sparse)
 
 
+def architecture_name(config: dict) -> str:
+    """The first of config.json's `architectures`; "(none)" where it has none."""
+    found = config.get("architectures") or ["(none)"]
+    if not isinstance(found, list) or not isinstance(found[0], str):
+        raise ExportError(f"config.json: architectures is {shown(found)}, not a list of names. Fetch it again")
+    return found[0]
+
+
 def text_of(config: dict) -> dict:
     """config.json's dict of a language model; of one that is a part of another model, as if it stood alone."""
-    inner = config.get("text_config")
-    return config if inner is None else config | inner | {"architectures": config.get("architectures")}
+    if "text_config" not in config:
+        return config
+    inner = config["text_config"]
+    if not isinstance(inner, dict):
+        raise ExportError(f"config.json: text_config is {shown(inner)}, not a table of settings. Fetch it again")
+    return config | inner | {"architectures": config.get("architectures")}
 
 
 def shape_of(config: dict) -> ModelShape:
-    """Read the sizes from config.json's dict. `ExportError` lists every key that is missing."""
-    config = text_of(config)
-    architectures = config.get("architectures") or ["(none)"]
+    """Read the sizes from config.json's dict. `ExportError` lists every key that is missing or wrong."""
+    architecture, config = architecture_name(config), text_of(config)
     if missing := [key for key in REQUIRED if config.get(key) is None]:
-        raise ExportError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
+        raise ExportError(f"config.json of a {architecture} lacks {', '.join(missing)}")
+    report(wrong_values(config))
+    needed = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if config.get("kv_lora_rank") else ()
     if any(config.get(key) for key in _EXPERTS):
-        needed = ("num_experts_per_tok", *(("topk_group",) if (config.get("n_group") or 1) > 1 else ()))
-        report([f"config.json of a {architectures[0]} lacks {key}" for key in needed if config.get(key) is None])
-    counts = [key for key in (*REQUIRED, *OPTIONAL) if key != "rms_norm_eps" and config.get(key) is not None]
-    wrong = [key for key in counts if not isinstance(config[key], int) or config[key] < 1]
-    report([f"config.json: {key} is {config[key]!r}, not a whole number above 0" for key in wrong])
+        needed += ("num_experts_per_tok", *(("topk_group",) if (config.get("n_group") or 1) > 1 else ()))
+    report([f"config.json of a {architecture} lacks {key}" for key in needed if not config.get(key)])
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads") or heads
     problems = []
@@ -94,7 +105,7 @@ def shape_of(config: dict) -> ModelShape:
         problems.append(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     report(problems)
     return ModelShape(
-        architecture=architectures[0],
+        architecture=architecture,
         layers=config["num_hidden_layers"],
         hidden=hidden,
         heads=heads,
@@ -113,14 +124,21 @@ def shape_of(config: dict) -> ModelShape:
 
 def is_llama4(config: dict) -> bool:
     """Whether it is Llama 4, which has no key of its own for several things that set it apart."""
-    return config["architectures"][0].startswith("Llama4")
+    return architecture_name(config).startswith("Llama4")
 
 
 def _experts_of(config: dict) -> dict:
     """The fields of `ModelShape` that are about experts; nothing for a model without."""
-    experts = next((config[key] for key in _EXPERTS if config.get(key)), 0)
-    if not experts:
+    key = next((key for key in _EXPERTS if config.get(key)), None)
+    if key is None:
         return {}
+    experts = config[key]
+    chosen, groups, kept = config["num_experts_per_tok"], config.get("n_group") or 1, config.get("topk_group") or 1
+    if chosen > experts or experts % groups or kept > groups:
+        raise ExportError(
+            f"config.json: num_experts_per_tok {chosen} of {key} {experts}, topk_group {kept} of n_group {groups}: there are "
+            "not as many. Give the config.json that belongs to these weights"
+        )
     ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
     every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
     count, dense = config["num_hidden_layers"], config.get("mlp_only_layers") or ()

@@ -14,9 +14,11 @@ from megatron_export.contradictions import contradictions
 from megatron_export.formats import chosen, encode
 from megatron_export.names import settings_of, unscaled_rope_settings
 from megatron_export.piece import Amax
+from megatron_export.plan import assumed, make_plan
+from megatron_export.source import copied_tensors
 
 from ..models import LENGTH, assert_same, make_model, read_json, same, tensors
-from ..ranks import Ranks, command
+from ..ranks import Ranks, command, living
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
 SEEN = ("vision_model.", "multi_modal_projector.")
@@ -38,9 +40,8 @@ def exports(source: Path, out: Path, ep: int) -> None:
 @pytest.fixture(scope="module")
 def exported(pool: list[Ranks], models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """The tensors of the source and of what two expert-parallel ranks exported, each with the experts of half."""
-    ranks = pool[0] if pool else pool.append(Ranks(4)) or pool[0]
     out = tmp_path_factory.mktemp("llama4")
-    ranks.call(2, exports, models["llama4_vision"], out, 2)
+    living(pool).call(2, exports, models["llama4_vision"], out, 2)
     return {"source": tensors(models["llama4_vision"])} | {folder.name: tensors(folder) for folder in out.iterdir()}
 
 
@@ -163,6 +164,70 @@ def test_samples_longer_than_a_chunk_of_attention_are_refused(ranks: Ranks, tmp_
     status, said = ranks.call(1, command, *flags(source, tmp_path / "out"))[0]
     assert status == 1
     assert "beyond 16 this model attends in chunks" in said
+
+
+def all_experts(source: Path) -> tuple[dict[str, float], float]:
+    """In a rank: input maxima of layer 1's linears when all experts see all tokens, and the largest product of a token and
+    its score for any expert.
+    """
+    config = read_json(source / "config.json")
+    with topology.started(1, 1, "cpu"):
+        with topology.current() as here:
+            model = build_model(config, here, max_sequence_length=LENGTH)
+            loading.load_hf_weights(model, source, config, here)
+        ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
+        layer, products = model.decoder.layers[1].mlp, []
+
+        def called(module: torch.nn.Module, args: tuple) -> None:
+            tokens = args[0].flatten(0, -2)
+            scores = (tokens @ layer.router.weight.T).float().sigmoid().bfloat16()
+            products.append((tokens.abs().amax(1, keepdim=True) * scores).max().item())
+
+        hook = layer.register_forward_pre_hook(called)
+        found = calibrate(model, ids.split(4), all_experts=True)
+        hook.remove()
+    prefix = "decoder.layers.1.mlp."
+    keys = [key for key in found if key.startswith(prefix) and key.endswith(".input_amax")]
+    return {key.removeprefix(prefix).removesuffix(".input_amax"): float(found[key]) for key in keys}, max(products)
+
+
+def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_score(ranks: Ranks, models: dict) -> None:
+    """As engines multiply it into the input; a bfloat16 score may be rounded otherwise by the router's own product."""
+    found, product = ranks.call(1, all_experts, models["llama4"])[0]
+    assert found["experts.linear_fc1"] == pytest.approx(product, rel=2**-7)
+    assert found["experts.linear_fc1"] < found["shared_experts.linear_fc1"]
+
+
+@pytest.mark.parametrize(
+    ("form", "remark"),
+    [
+        ("fp8_pb", "experts are written one by one, as vLLM and SGLang read them"),
+        ("int4_awq", "no engine is known to load this model in int4_awq"),
+        ("nvfp4", "SGLang does not load stacked experts in nvfp4"),
+    ],
+)
+def test_the_plan_says_what_engines_do_with_the_experts(form: str, remark: str, models: dict) -> None:
+    config = read_json(models["llama4"] / "config.json") | {
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 128,
+        "hidden_size": 128,
+    }
+    plan = make_plan(config, assumed(config, 1), format=form)
+    assert any(remark in said for said in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    "glob", ["*.feed_forward.experts", "*.experts.gate_up_proj *.experts.down_proj", "vision_model*"]
+)
+def test_modules_are_excluded_by_the_names_that_files_have(glob: str, models: dict) -> None:
+    source = models["llama4_vision"]
+    config = read_json(source / "config.json")
+    copied = copied_tensors(source, SEEN)
+    plan = make_plan(config, assumed(config, 1), format="fp8", exclude=glob.split(), copied=copied)
+    stacks = [name for name in plan.quantized if ".experts." in name]
+    assert len(stacks) == (4 if glob == "vision_model*" else 0)
+    assert not any(".experts." in entry for entry in plan.excluded)
+    assert ("language_model.model.layers.1.feed_forward.experts" in plan.excluded) == (not stacks)
 
 
 def norms_everywhere(source: Path) -> list[str]:

@@ -84,6 +84,8 @@ def test_rope_is_read_in_both_spellings() -> None:
     assert rope_of(old) == rope_of(new)
     assert rope_of(old).arguments == {"position_embedding_type": "rope", "rotary_base": 5e5}
     assert rope_of(old).llama3 == {name: value for name, value in llama3.items() if name != "rope_type"}
+    with pytest.raises(ExportError, match="yarn"):  # which Megatron computes of whole heads alone
+        rope_of({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "partial_rotary_factor": 0.5})
     with pytest.raises(ExportError, match="longrope"):
         rope_of({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}})
 
