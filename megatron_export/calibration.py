@@ -230,6 +230,7 @@ def _observe(
     chunks = chunks_of(model)
     group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
     steps = iter(progress(stage, batches))
+    here.pulse.at(stage)
     for shape, run in groupby(batches, key=lambda batch: tuple(batch.shape)):
         run = list(run)
         repeated = run[-1:] * (-len(run) % group)

@@ -14,39 +14,65 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .errors import ExportError
+from .errors import ExportError, Interrupted, told
 from .item import Item, Output
 from .names import is_expert
 from .piece import Piece
 from .plan import Held
+from .signals import heed
 from .topology import Cut, Topology
 
 ALIGNMENT = 16
 
 
 @contextmanager
-def together(here: Topology, stage: str) -> Iterator[None]:
-    """Run a stage that talks to no other rank; if it fails anywhere, it fails everywhere with the same message."""
+def together(here: Topology, stage: str, heeding: bool = True) -> Iterator[None]:
+    """Run a stage that talks to no other rank; if it fails anywhere, it fails everywhere with the same message.
+
+    Unless not `heeding`, it ends in `Interrupted` everywhere if a signal to stop came to any rank.
+    """
     failure: Exception | None = None
+    here.pulse.at(stage)
     try:
         yield
+        if heeding:
+            heed()
     except Exception as error:  # noqa: BLE001 - every failure must reach the other ranks, which wait for this one
         failure = error
+    here.pulse.check()
     failed = torch.tensor([0 if failure is None else 1])
     dist.all_reduce(failed, group=here.control)
     if not failed.item():
         return
-    messages = everyone(here, None if failure is None else _message(failure))
+    messages = everyone(here, None if failure is None else (told(failure), isinstance(failure, Interrupted)))
     first = next(rank for rank, message in enumerate(messages) if message is not None)
-    if messages.count(messages[first]) == here.world:
-        raise ExportError(messages[first]) from failure
-    raise ExportError(f"rank {first} failed to {stage}: {messages[first]}") from failure
+    text, interrupted = messages[first]
+    if interrupted or messages.count(messages[first]) == here.world:
+        common = Interrupted(text) if interrupted else ExportError(text)
+    else:
+        common = ExportError(f"rank {first} failed to {stage}: {text}")
+    common.everywhere = True
+    raise common from failure
 
 
 def everyone(here: Topology, mine: object) -> list:
     """One small object from every rank, in rank order."""
     theirs = [None] * here.world
     dist.all_gather_object(theirs, mine, group=here.control)
+    return theirs
+
+
+def from_first(here: Topology, mine: object) -> object:
+    """What rank 0 has, on every rank."""
+    box = [mine]
+    dist.broadcast_object_list(box, 0, group=here.control)
+    return box[0]
+
+
+def at_first(here: Topology, mine: object) -> list | None:
+    """One object from every rank, in rank order, on rank 0; the others get None."""
+    theirs = [None] * here.world if here.first else None
+    dist.gather_object(mine, theirs, 0, group=here.control)
     return theirs
 
 
@@ -223,7 +249,3 @@ def _unpack(packed: Tensor, offset: int, message: tuple[Output, ...]) -> tuple[d
         pieces[output.name] = Piece(data, output.axes)
         offset += _padded(output.nbytes)
     return pieces, offset
-
-
-def _message(failure: Exception) -> str:
-    return str(failure) if isinstance(failure, ExportError) else f"{type(failure).__name__}: {failure}"

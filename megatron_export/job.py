@@ -12,6 +12,7 @@ from . import assets, build, calibration_data, gather, loading, statistics, topo
 from .calibration import calibrate
 from .config import ExportConfig
 from .errors import ExportError
+from .fingerprint import check_unchanged, of_folder
 from .formats import Options
 from .gather import together
 from .item import Output
@@ -20,8 +21,10 @@ from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, wit
 from .pipeline import Report, export_hf_checkpoint
 from .plan import Plan, assumed, make_plan
 from .progress import Progress
+from .signals import heeded
 from .sizes import parse_size
 from .source import copied_tensors
+from .staging import kept_statistics
 from .topology import Topology
 from .writer import check_apart, check_target
 
@@ -50,7 +53,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
     job = Job()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
-    with topology.started(config.tp, config.pp, config.device, **sizes), topology.current() as here:
+    with topology.started(config.tp, config.pp, config.device, **sizes), topology.current(config.timeout) as here:
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
@@ -62,6 +65,10 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             job.plan = _plan(config, hf_config, copied_tensors(folder, copied_prefixes(hf_config)))
             _check(config, job.plan, folder, here)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
+            kept = _kept(config) if here.first and known is None else None
+        kept = gather.from_first(here, kept)
+        with together(here, "check the calibration"):
+            known = known or kept
             if known:
                 check_calibration(job.plan, known)
             samples = None
@@ -69,8 +76,11 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 samples = _samples(config, hf_config, folder, example_model, here)
         if config.dry_run:
             return job
+        files = of_folder(folder)
         with job.stage("load"):
             model = _load(job, config, hf_config, folder, dropped, samples, here, progress)
+        with together(here, "load the weights"):
+            check_unchanged(folder, files)
         if samples is not None:
             with job.stage("calibrate"):
                 share = samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size]
@@ -85,6 +95,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 )
         job.tokens = {name: counts for name, counts in (known or {}).items() if name.endswith(".tokens")}
         with together(here, "save the calibration"):
+            check_unchanged(folder, files)
             if config.save_calibration and here.first:
                 statistics.save(known, config.save_calibration, hf_config)
         with job.stage("export"):
@@ -104,9 +115,32 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 quantize_mla=config.quantize_mla,
                 max_shard_size=config.max_shard_size,
                 overwrite=config.overwrite,
+                resume=config.resume,
+                provenance=_provenance(config, folder),
+                timeout=config.timeout,
                 progress=progress,
             )
     return job
+
+
+def _kept(config: ExportConfig) -> dict[str, Tensor] | None:
+    """The statistics of the interrupted export that is to go on."""
+    return kept_statistics(config.output.resolve()) if config.resume and config.output else None
+
+
+def _provenance(config: ExportConfig, folder: Path) -> dict:
+    """Where the model came from, and what it was calibrated with."""
+    names = (
+        "calib_data",
+        "calib_samples",
+        "calib_seq_len",
+        "calib_batch_size",
+        "calib_all_experts",
+        "load_calibration",
+    )
+    said = {name: getattr(config, name) for name in names}
+    calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
+    return {"hf_model": config.hf_model or str(folder), "calibration": calibration}
 
 
 def _model_folder(config: ExportConfig, example_model: Path) -> Path:
@@ -133,7 +167,7 @@ def _plan(config: ExportConfig, hf_config: dict, copied: tuple[Output, ...]) -> 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
     if config.output and here.first:
-        check_target(config.output.resolve(), plan, overwrite=config.overwrite)
+        check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
         inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration)
         check_apart(config.output, *(path for path in inputs if path))
     if config.save_calibration and here.first:
@@ -167,7 +201,13 @@ def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model:
             f"{config.calib_batch_size} x {here.dp_size}"
         )
     file = config.calib_data or example_model / "calibration.txt"
-    samples = calibration_data.read_samples(file, folder, samples=config.calib_samples, length=config.calib_seq_len)
+    samples = calibration_data.read_samples(
+        file,
+        folder,
+        samples=config.calib_samples,
+        length=config.calib_seq_len,
+        trust_remote_code=config.trust_remote_code,
+    )
     vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
     if samples.min() < 0 or samples.max() >= vocab:
         raise ExportError(
@@ -191,6 +231,8 @@ def _load(
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        read = loading.load_hf_weights(model, folder, hf_config, here, lambda steps: progress("load", steps), dropped)
+        read = loading.load_hf_weights(
+            model, folder, hf_config, here, lambda steps: heeded(progress("load", steps)), dropped
+        )
     job.bytes_read = sum(gather.everyone(here, read))
     return model

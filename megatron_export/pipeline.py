@@ -1,43 +1,78 @@
 """The whole story of an export on one page: plan, agree on maxima, then encode, gather and write bucket by bucket."""
 
+import dataclasses
 import resource
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import assets, gather, topology
+from . import assets, gather, manifest, topology
 from .contradictions import contradictions
 from .errors import ExportError, report
+from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
 from .item import Item, Measured
 from .measured import check_calibration, measured
 from .model import finish_gathering, shards_of
-from .names import copied_prefixes, is_expert, is_mtp, settings_of, unscaled_rope_settings, without_mtp
+from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
 from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
+from .signals import heed
 from .sizes import parse_size
 from .source import SourceWeights, copied_tensors
-from .topology import Topology
-from .writer import CheckpointWriter, check_apart, check_target
+from .staging import Staging
+from .survey import survey
+from .topology import SILENCE, Topology
+from .verify import verify
+from .writer import MANIFEST, CheckpointWriter, check_apart, check_empty, check_target, write_json
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is encoded, and the numbers that it is encoded with."""
+
+    plan: Plan
+    shards: dict[str, Tensor]
+    amaxes: dict[str, Tensor]
+    calibration: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where it goes: the target, the original model whose other files are copied, with the state that its files were in at the
+    start, and what the manifest says.
+    """
+
+    folder: Path
+    overwrite: bool
+    resume: bool
+    source: Path
+    source_files: dict[str, tuple[int, int]]
+    identity: dict[str, str]
+    provenance: dict
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU."""
+    """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU. `kept` counts the files
+    that an interrupted export had completed.
+    """
 
     folder: Path
     plan: Plan
     seconds: float
     peak_host: tuple[int, ...]
     peak_gpu: tuple[int, ...]
+    kept: int = 0
 
 
 def export_hf_checkpoint(
@@ -57,6 +92,9 @@ def export_hf_checkpoint(
     quantize_mla: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
+    provenance: dict | None = None,
+    timeout: float = SILENCE,
     progress: Progress = quiet,
 ) -> Report:
     """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
@@ -74,12 +112,17 @@ def export_hf_checkpoint(
     mtp             keep or drop layers that predict one more token (DeepSeek)
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
+    resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
+                    statistics are others
+    timeout         seconds after which a rank that is not heard of counts as gone
+    provenance      what the manifest says of where model and statistics came from, as JSON has it
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
     started = time.monotonic()
+    options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
     export_dir = Path(export_dir).resolve()
-    with topology.current() as here:
+    with topology.current(timeout) as here:
         with together(here, "read the model's shapes"):
             folder = assets.find_model(hf_model, weights=False)
             if mtp not in ("keep", "drop"):
@@ -87,6 +130,7 @@ def export_hf_checkpoint(
             config = assets.read_config(folder)
             folder = assets.with_copied(folder, hf_model, copied_prefixes(config))
             copied = copied_tensors(folder, copied_prefixes(config))
+            files = of_folder(folder)
             config = without_mtp(config) if mtp == "drop" else config
             report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
             shards = shards_of(model)
@@ -99,7 +143,7 @@ def export_hf_checkpoint(
                 config,
                 held,
                 format=format,
-                options=Options(group_size, fp8_pb_spelling, awq_output, awq_clip),
+                options=options,
                 kv_cache=kv_cache,
                 exclude=exclude,
                 quantize_mla=quantize_mla,
@@ -108,92 +152,47 @@ def export_hf_checkpoint(
             )
             check_calibration(plan, calibration)
             if here.first:
-                check_target(export_dir, plan, overwrite=overwrite)
+                check_target(export_dir, plan, overwrite=overwrite, resume=resume)
                 check_apart(export_dir, folder)
-        amaxes = _amaxes(here, plan, shards, calibration or {})
-        _write(here, plan, shards, amaxes, calibration or {}, export_dir, overwrite, folder, progress)
+        amaxes, digest = survey(here, plan, shards, calibration or {})
+        identity = {
+            "version": version("megatron_export"),
+            "settings": of_settings([dataclasses.asdict(options), _said(plan)]),
+            "model": digest,
+            "statistics": of_statistics(calibration or {}),
+        }
+        place = _Place(export_dir, overwrite, resume, folder, files, identity, provenance or {})
+        kept = _write(here, _Work(plan, shards, amaxes, calibration or {}), place, progress)
         peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
-    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu)
+    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, kept)
 
 
-def _amaxes(here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it: float32 [].
+def _write(here: Topology, work: "_Work", place: "_Place", progress: Progress) -> int:
+    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model.
 
-    One pass over this rank's weights, which also refuses NaN and Inf in any of them. Weights are rounded to bfloat16
-    before they are quantized, so their maxima are too.
+    Returns how many files an interrupted export had completed.
     """
-    mine = [item for item in plan.items if here.rank in item.ranks]
-    with together(here, "read the weights"):
-        largest = [_largest(here, item, shards[item.source.canonical], calibration) for item in mine]
-        values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
-        report(
-            [
-                f"NaN or Inf in {', '.join(item.source.names().values())}"
-                for item, finite in zip(mine, values.isfinite().tolist(), strict=True)
-                if not finite
-            ]
-        )
-    amaxes = {}
-    for expert in (False, True):  # whose shards are on other ranks
-        cut = [n for n, i in enumerate(mine) if i.form and i.source.cut and is_expert(i.source.canonical) is expert]
-        agreed = gather.maximum(values[cut], here.cut(expert).group)
-        amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
-    for item, amax in zip(mine, values, strict=True):
-        if item.form and item.source.cut is None:
-            amaxes[item.source.canonical] = amax
-    ratios = {item.source.canonical: calibration[item.smoothed.ratio] for item in plan.items if item.smoothed.ratio}
-    for fused in plan.fused:
-        for shared in (amaxes, ratios):
-            if present := [shared[name] for name in fused if name in shared]:
-                shared |= dict.fromkeys(fused, torch.stack(present).amax())
-    # experts with one scale are on several ranks, all of which have some of each of their stage's layers
-    pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
-    agreed = gather.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group) if pooled else ()
-    for fused, amax in zip(pooled, agreed, strict=True):
-        amaxes |= dict.fromkeys(fused, amax)
-    for name in amaxes.keys() & ratios.keys():
-        amaxes[name] = amaxes[name] * ratios[name].to(here.device)
-    return amaxes
-
-
-def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> Tensor:
-    index = item.ranks.index(here.rank)
-    if item.smoothed.vectors:
-        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
-        return torch.stack([_amax(part.data) for part in parts]).amax()
-    return _amax(item.source.layout.split(shard, index, len(item.ranks))[""] if item.source.padded else shard)
-
-
-def _amax(values: Tensor) -> Tensor:
-    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
-    if values.numel() == 0:
-        return torch.zeros((), device=values.device)
-    low, high = torch.aminmax(values)
-    return torch.maximum(-low, high).to(torch.bfloat16).float()
-
-
-def _write(
-    here: Topology,
-    plan: Plan,
-    shards: dict[str, Tensor],
-    amaxes: dict[str, Tensor],
-    calibration: dict[str, Tensor],
-    export_dir: Path,
-    overwrite: bool,
-    source: Path,
-    progress: Progress,
-) -> None:
-    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
+    plan = work.plan
     with ExitStack() as stack:
+        writer, done = None, False
         with together(here, "start writing"):
-            writer = (
-                stack.enter_context(CheckpointWriter(export_dir, plan, overwrite=overwrite)) if here.first else None
-            )
-        for bucket in progress("export", plan.buckets):
-            numbers, parts = _parts(here, bucket, shards, calibration)
+            done = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
+            if here.first and not done:
+                check_empty(place.folder, overwrite=place.overwrite)
+                which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
+                staging = Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume)
+                writer = CheckpointWriter(plan, stack.enter_context(staging))
+                stack.enter_context(writer)
+                staging.keep(work.calibration)
+        done, complete = gather.from_first(here, (done, frozenset(staging.finished if writer else ())))
+        if done:
+            return len(plan.files)
+        for bucket in progress("export", _left(plan, complete)):
+            here.pulse.at("export", bucket[0].source.canonical)
+            numbers, parts = _parts(here, bucket, work)
             with together(here, "quantize"):
                 encoded = {
-                    name: item.encode(parts[name], item.ranks.index(here.rank), amaxes.get(name), numbers[name])
+                    name: item.encode(parts[name], item.ranks.index(here.rank), work.amaxes.get(name), numbers[name])
                     for item in bucket
                     if (name := item.source.canonical) in parts
                 }
@@ -204,17 +203,41 @@ def _write(
                     writer.write(gather.open_at_writer(bucket, parcel))
         with together(here, "copy what stays as it is"):
             if writer and plan.copied:
-                with SourceWeights(source, only=copied_prefixes(plan.config)) as weights:
-                    writer.write((output, weights.whole(output.name)) for output in plan.copied)
-        with together(here, "publish"):
+                with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
+                    writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
+        with together(here, "verify and publish", heeding=False):
             if writer:
-                quant = hf_quant_config(plan)
-                jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
-                writer.publish(jsons, assets.files_to_copy(source))
+                _publish(plan, writer, staging, place, here.sizes, progress)
+    return len(complete)
+
+
+def _left(plan: Plan, complete: frozenset[str]) -> list[tuple[Item, ...]]:
+    """The buckets without what an interrupted run has completed."""
+    done = {output.name for file in complete for output in plan.files[file]}
+    buckets = (tuple(i for i in bucket if not done.issuperset(o.name for o in i.outputs)) for bucket in plan.buckets)
+    return [bucket for bucket in buckets if bucket]
+
+
+def _publish(
+    plan: Plan, writer: CheckpointWriter, staging: Staging, place: "_Place", sizes: dict[str, int], progress: Progress
+) -> None:
+    """Add the other files, read everything back, and give the folder its name."""
+    quant = hf_quant_config(plan)
+    jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
+    check_unchanged(place.source, place.source_files)
+    writer.complete(jsons, assets.files_to_copy(place.source))
+    heed()
+    found = verify(staging.folder, plan, staging.finished, progress)
+    heed()
+    write_json(
+        staging.folder / MANIFEST,
+        manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
+    )
+    staging.publish()
 
 
 def _parts(
-    here: Topology, bucket: tuple[Item, ...], shards: dict[str, Tensor], calibration: dict[str, Tensor]
+    here: Topology, bucket: tuple[Item, ...], work: "_Work"
 ) -> tuple[dict[str, Measured], dict[str, dict[str, Piece]]]:
     """What this rank is to encode, smoothed and in bfloat16, by canonical name, and the numbers that belong to it: its
     shards, or whole what is gathered first.
@@ -222,9 +245,10 @@ def _parts(
     first = [item for item in bucket if item.gather_first]
     mine = {item.source.canonical: item for item in bucket if here.rank in item.ranks}
     with together(here, "split its shards"):
-        numbers = {name: measured(item, calibration, here.device) for name, item in mine.items()}
+        numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
         parts = {
-            name: item.split(shards[name], item.ranks.index(here.rank), numbers[name]) for name, item in mine.items()
+            name: item.split(work.shards[name], item.ranks.index(here.rank), numbers[name])
+            for name, item in mine.items()
         }
         parcels = {name: gather.parcel_to_first(here, i, parts[name]) for name, i in mine.items() if i.gather_first}
     for parcel in parcels.values():
@@ -234,6 +258,12 @@ def _parts(
             whole = {name: gather.open_first(here, mine[name], parcel) for name, parcel in parcels.items()}
             parts = {name: found for name, found in (parts | whole).items() if found is not None}
     return numbers, parts
+
+
+def _said(plan: Plan) -> dict:
+    """What a plan decides of the bytes."""
+    files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
+    return {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}
 
 
 def _peaks(here: Topology) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
 from .cpu import without_cuda
-from .errors import ExportError, StartError
+from .errors import ExportError, RankLost, StartError, told
+from .pulse import Pulse
 
 TIMEOUT = timedelta(minutes=10)
+SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a large checkpoint, or a node downloads one
 
 
@@ -59,11 +62,26 @@ class Topology:
     stage_group: ProcessGroup
     control: ProcessGroup
     device: torch.device
+    pulse: Pulse
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all parallelisms."""
+        return {
+            "world": self.world,
+            "tp": self.tp_size,
+            "pp": self.pp_size,
+            "vpp": self.vpp_size,
+            "cp": self.cp_size,
+            "dp": self.dp_size,
+            "ep": self.ep_size,
+            "etp": self.experts.size,
+        }
 
     def cut(self, expert: bool) -> Cut:
         """How parameters of routed experts are cut here, or all others."""
@@ -71,8 +89,12 @@ class Topology:
 
 
 @contextmanager
-def current() -> Iterator[Topology]:
-    """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves."""
+def current(timeout: float = SILENCE) -> Iterator[Topology]:
+    """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves.
+
+    If a rank leaves by an exception that the others do not raise too, or is silent for `timeout` seconds, they raise
+    `RankLost`; a process that cannot, because a collective holds it, is ended.
+    """
     if not parallel_state.model_parallel_is_initialized():
         raise ExportError(
             "Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel"
@@ -80,6 +102,7 @@ def current() -> Iterator[Topology]:
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
         dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
+    pulse = Pulse(dist.get_rank(), dist.get_world_size(), partial(_from_first, control), timeout)
     try:
         yield Topology(
             rank=dist.get_rank(),
@@ -111,9 +134,27 @@ def current() -> Iterator[Topology]:
             stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             control=control,
             device=torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu"),
+            pulse=pulse,
         )
+    except Exception as error:
+        if isinstance(error, RankLost) or (isinstance(error, ExportError) and error.everywhere):
+            raise
+        if blamed := pulse.explain(error):
+            raise RankLost(blamed) from error
+        verdict = pulse.tell(told(error))
+        if isinstance(error, ExportError) or dist.get_world_size() == 1:
+            raise
+        raise RankLost(verdict) from error
     finally:
+        pulse.stop()
         dist.destroy_process_group(control)
+
+
+def _from_first(control: ProcessGroup, mine: object) -> object:
+    """What rank 0 passed, on every rank."""
+    box = [mine]
+    dist.broadcast_object_list(box, 0, group=control)
+    return box[0]
 
 
 def _on_cuda() -> bool:
@@ -158,9 +199,17 @@ def started(
         if device == "cuda":
             model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it
         yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except RankLost:  # whose part in ending the groups the others would wait for
+        raise
+    except BaseException:
+        _end()
+        raise
+    _end()
+
+
+def _end() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _check_world(world: int, tp: int, pp: int, ep: int, etp: int | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from .models import ARCHITECTURES, make_model
-from .ranks import Ranks
+from .ranks import Ranks, living
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +21,7 @@ def pool() -> Iterator[list[Ranks]]:
 @pytest.fixture
 def ranks(pool: list[Ranks]) -> Ranks:
     """Four ranks; new ones if an earlier test left one hanging or dead."""
-    if not pool or not all(process.is_alive() for process, _ in pool[0].workers):
-        pool[:] = [Ranks(4)]
-    return pool[0]
+    return living(pool)
 
 
 @pytest.fixture(scope="session")

@@ -215,5 +215,12 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert [name for name in left if not same(left[name], right[name])] == []
 
 
+def contents(folder: Path) -> dict[str, object]:
+    """What is in a checkpoint folder, by file name: bytes, and of the manifest all but how it came about."""
+    held: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    held["export_manifest.json"] = {k: v for k, v in json.loads(held["export_manifest.json"]).items() if k != "run"}
+    return held
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())

@@ -58,6 +58,13 @@ class Ranks:
             process.kill()
 
 
+def living(pool: list[Ranks]) -> Ranks:
+    """The four ranks of a pool; new ones if there are none, or one of them hangs or is dead."""
+    if not pool or not all(process.is_alive() for process, _ in pool[0].workers):
+        pool[:] = [Ranks(4)]
+    return pool[0]
+
+
 def _serve(pipe: Connection, rank: int) -> None:
     import torch
 

@@ -37,7 +37,7 @@ def test_the_example_model_is_exported_with_its_tokenizer_and_a_table(ranks: Ran
         == AutoTokenizer.from_pretrained(EXAMPLE)("x = 1")["input_ids"]
     )
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    made = {"model.safetensors", "config.json", "hf_quant_config.json"}
+    made = {"model.safetensors", "config.json", "hf_quant_config.json", "export_manifest.json"}
     assert {path.name for path in out.iterdir()} == copied | made
     for name in copied:
         assert (out / name).read_bytes() == (EXAMPLE / name).read_bytes()

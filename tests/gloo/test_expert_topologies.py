@@ -15,7 +15,7 @@ from megatron_export.build import build_model
 from megatron_export.loading import load_hf_weights
 from megatron_export.topology import current, started
 
-from ..models import LENGTH, assert_same, make_model, read_json, tensors
+from ..models import LENGTH, assert_same, contents, make_model, read_json, tensors
 from ..ranks import Ranks
 
 # ranks, then the arguments of `started`, and Megatron's spelling of what the stages hold
@@ -119,10 +119,6 @@ def export(source: Path, out: Path, sizes: dict, layout: str | None, variants: d
 def kv(source: Path, form: str) -> dict:
     """A format for the KV cache, where engines have one."""
     return {"kv_cache": "fp8"} if form != "bf16" and source.name != "deepseek_v3" else {}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

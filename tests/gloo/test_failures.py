@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_export import gather
+from megatron_export import gather, staging
 
 from ..models import read_json, tensors
 from ..ranks import Ranks
@@ -72,8 +72,9 @@ def no_folder() -> AbstractContextManager:
     return on_rank(0, Path, "mkdir", replacement)
 
 
-def no_rename() -> AbstractContextManager:
-    """The old folder moves away, but the new one cannot take its place."""
+@contextmanager
+def no_rename() -> Iterator[None]:
+    """The new folder cannot take its name, nor the place of the old one."""
 
     def replacement(real: Callable) -> Callable:
         def rename(path: Path, target: Path) -> Path:
@@ -83,7 +84,8 @@ def no_rename() -> AbstractContextManager:
 
         return rename
 
-    return on_rank(0, Path, "rename", replacement)
+    with on_rank(0, Path, "rename", replacement), on_rank(0, staging, "_swapped", lambda real: lambda *paths: False):
+        yield
 
 
 def broken_encoder() -> AbstractContextManager:
@@ -146,8 +148,8 @@ FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {
     no_memory_to_receive: ("rank 0 failed to write: MemoryError: no room for whole tensors",),
     broken_encoder: ("rank 1 failed to quantize: RuntimeError: a broken encoder",),
     full_disk: ("rank 0 failed to write: cannot write {output} (", "No space left", "another --output"),
-    broken_disk: ("rank 0 failed to publish: cannot write {output} (", "Input/output error"),
-    no_rename: ("rank 0 failed to publish: cannot write {output} (", "busy"),
+    broken_disk: ("rank 0 failed to start writing: cannot write {output} (", "Input/output error"),
+    no_rename: ("rank 0 failed to verify and publish: cannot write {output} (", "busy", "1 of its files", "--resume"),
 }
 
 
@@ -163,7 +165,7 @@ def test_a_failure_half_way_leaves_everything_as_it_was_and_the_ranks_able_to_ex
     flags = (*fp8(source, output), "--overwrite")
     said = refused(ranks, tmp_path, *flags, fault=fault)
     assert_says(said, *(word.format(output=output) for word in FAULTS[fault]))
-    export(ranks, 2, *flags)
+    export(ranks, 2, *flags, *(("--resume",) if "--resume" in said else ()))
     assert "quantization_config" in read_json(output / "config.json")
     assert DOWN.format(3) in tensors(output)
     assert not (output / "deep").exists()

@@ -12,6 +12,7 @@ from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.awq import ALPHAS, SEARCHES, factors, importance
 from megatron_export.maxima import Maxima
 from megatron_export.piece import Amax
+from megatron_export.pulse import Pulse
 from megatron_export.search import Alphas
 from megatron_export.topology import Cut, Topology
 
@@ -171,8 +172,9 @@ def alone() -> Topology:
     groups = {"tp_group": None, "dp_group": None, "stage_group": None, "control": None}
     sizes = dict.fromkeys(("world", "tp_size", "dp_size", "pp_size", "vpp_size", "cp_size", "ep_size"), 1)
     cut = Cut(0, 1, None, 0, None)
+    pulse, device = Pulse(0, 1, lambda mine: mine, 1), torch.device("cpu")
     return Topology(
-        rank=0, tp_rank=0, dp_rank=0, **sizes, **groups, experts=cut, dispatch=cut, device=torch.device("cpu")
+        rank=0, tp_rank=0, dp_rank=0, **sizes, **groups, experts=cut, dispatch=cut, device=device, pulse=pulse
     )
 
 

@@ -2,6 +2,8 @@
 
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from megatron_export.errors import ExportError
 from megatron_export.item import Output
 from megatron_export.plan import Plan, assumed, make_plan
+from megatron_export.staging import Staging
 from megatron_export.writer import CheckpointWriter, check_target
 
 from ..models import EXAMPLE, assert_same, read_json, same, tensors
@@ -35,13 +38,29 @@ def content(plan: Plan) -> list[tuple[Output, torch.Tensor]]:
     ]
 
 
+IDENTITY = {"settings": "a", "model": "b"}
+
+
+@contextmanager
+def exporting(target: Path, plan: Plan, **options: bool) -> Iterator[CheckpointWriter]:
+    """A writer in its staging folder."""
+    staging = Staging(target, IDENTITY, **{"overwrite": False, "resume": False} | options)
+    with staging, CheckpointWriter(plan, staging) as writer:
+        yield writer
+
+
+def publish(writer: CheckpointWriter, jsons: dict | None = None, copies: tuple[Path, ...] = ()) -> None:
+    writer.complete(jsons or {}, list(copies))
+    writer.staging.publish()
+
+
 def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) -> None:
     written = content(plan)
-    with CheckpointWriter(tmp_path / "out", plan) as writer:
+    with exporting(tmp_path / "out", plan) as writer:
         for pair in reversed(written):
             writer.write([pair])
         assert not (tmp_path / "out").exists()
-        writer.publish({"config.json": CONFIG}, [EXAMPLE / "tokenizer.json"])
+        publish(writer, {"config.json": CONFIG}, (EXAMPLE / "tokenizer.json",))
     assert_same(tensors(tmp_path / "out"), {output.name: tensor for output, tensor in written})
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == sum(output.nbytes for output, _ in written)
@@ -70,9 +89,9 @@ STACKED = {
 def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path) -> None:
     plan = make_plan(STACKED, assumed(STACKED, 1), format="nvfp4")
     written = content(plan)
-    with CheckpointWriter(tmp_path / "out", plan) as writer:
+    with exporting(tmp_path / "out", plan) as writer:
         writer.write(reversed(written))
-        writer.publish({}, [])
+        publish(writer)
     found = tensors(tmp_path / "out")
     prefix = "model.layers.0.feed_forward.experts."
     assert {name.removeprefix(prefix): found[name].shape for name in found if name.startswith(prefix)} == {
@@ -91,17 +110,17 @@ def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path
 
 def test_a_slice_that_never_came_stops_publication(tmp_path: Path) -> None:
     plan = make_plan(STACKED, assumed(STACKED, 1), format="bf16")
-    with CheckpointWriter(tmp_path / "out", plan) as writer:
+    with exporting(tmp_path / "out", plan) as writer:
         writer.write((output, tensor) for output, tensor in content(plan) if output.index != 1)
         with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.down_proj"):
-            writer.publish({}, [])
+            publish(writer)
 
 
 def test_a_failure_leaves_nothing_behind_and_the_old_folder_as_it_was(plan: Plan, tmp_path: Path) -> None:
     old = tmp_path / "out"
     old.mkdir()
     (old / "precious").write_text("old")
-    with pytest.raises(OSError, match="no more"), CheckpointWriter(old, plan) as writer:
+    with pytest.raises(OSError, match="no more"), exporting(old, plan) as writer:
         writer.write(content(plan)[:3])
         raise OSError("no more")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -112,29 +131,28 @@ def test_publishing_replaces_the_old_folder_whole(plan: Plan, tmp_path: Path) ->
     old = tmp_path / "out"
     old.mkdir()
     (old / "stale.safetensors").write_text("old")
-    with CheckpointWriter(old, plan, overwrite=True) as writer:
+    with exporting(old, plan, overwrite=True) as writer:
         writer.write(content(plan))
-        writer.publish({}, [])
+        publish(writer)
     assert not (old / "stale.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_was_filled_since_the_check_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", plan) as writer:
+    with pytest.raises(ExportError, match="cannot write .*not empty"), exporting(tmp_path / "out", plan) as writer:
         writer.write(content(plan))
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("another job's")
-        with pytest.raises(ExportError, match="cannot write .*not empty"):
-            writer.publish({}, [])
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+        publish(writer)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
 def test_a_tensor_that_never_came_stops_publication(plan: Plan, tmp_path: Path) -> None:
     written = [(output, tensor) for output, tensor in content(plan) if output.name != "model.norm.weight"]
-    with CheckpointWriter(tmp_path / "out", plan) as writer:
+    with exporting(tmp_path / "out", plan) as writer:
         writer.write(written)
         with pytest.raises(ExportError, match="1 tensors were never written, first model.norm.weight"):
-            writer.publish({}, [])
+            publish(writer)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,60 @@
+"""`export_manifest.json`: what is in a published folder, and how it came about. No engine reads it.
+
+files     of every other file: bytes and sha256
+tensors   name -> file, dtype, shape, crc32 of its bytes
+identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
+run       what does not: versions of what computed it, sizes of the topology, where model and statistics came from
+"""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .plan import Plan
+from .verify import Verified
+from .writer import DTYPES, MANIFEST
+
+KIND = "megatron_export manifest 1"
+_PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")
+
+
+def manifest(plan: Plan, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
+    """The content of the file."""
+    tensors = {
+        output.name: {
+            "file": file,
+            "dtype": DTYPES[output.dtype],
+            "shape": list(output.shape),
+            "crc32": f"{found[file].tensors[output.name]:08x}",
+        }
+        for file, outputs in plan.files.items()
+        for output in outputs
+    }
+    return {
+        "kind": KIND,
+        "identity": identity,
+        "run": run | {"versions": _versions()},
+        "files": {name: {"bytes": one.nbytes, "sha256": one.sha256} for name, one in sorted(found.items())},
+        "tensors": tensors,
+    }
+
+
+def identity_of(folder: Path) -> dict | None:
+    """What the manifest of a published folder says decided its bytes; None if there is none."""
+    try:
+        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return said["identity"] if said["kind"] == KIND else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of every package that took part and is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,142 @@
+"""Which ranks are alive, and where each of them is: every rank says so every second, apart from the work, and rank 0 listens.
+
+A rank that dies without a word leaves the others in a collective that never ends. Here they learn who it was and where, and
+leave: by an exception if they can, else by ending the process.
+"""
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from .errors import ExportError, RankLost
+
+BEAT = 1.0
+GRACE = 3.0  # seconds in which a rank may leave by an exception, before its process is ended
+ALARMED = 5  # beats of silence that are enough once a connection broke
+_VERDICT, _ALARM = "verdict", "alarm"
+_OF_PEERS = re.compile(r"gloo|nccl|connection|broken pipe|timed? ?out", re.IGNORECASE)
+
+
+class Pulse:
+    """One rank's. `share` gives every rank what rank 0 passes; collective, as are `started` and `stop` of all ranks."""
+
+    def __init__(self, rank: int, world: int, share: Callable[[object], object], timeout: float) -> None:
+        self.rank = rank
+        self.world = world
+        self.timeout = timeout
+        self.beat = min(BEAT, timeout / 5)
+        self.verdict = ""
+        self.place = "start"
+        self.stopped = threading.Event()
+        self.told = threading.Event()
+        self.thread: threading.Thread | None = None
+        if world == 1:
+            return
+        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        settings = {"timeout": timedelta(seconds=max(timeout, 30)), "wait_for_workers": False}
+        server = _served(host, settings) if rank == 0 else None
+        _kept[:] = [*_kept[-1:], server]  # others may still be talking to it when this rank has left
+        port = share(server if isinstance(server, str) else server and server.port)
+        if isinstance(port, str):
+            raise ExportError(f"rank 0 cannot listen on {host}, so that ranks could miss one another: {port}")
+        self.store = server or dist.TCPStore(host, port, is_master=False, **settings)
+        self._say(0)
+        share(None)  # now all have
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def at(self, stage: str, tensor: str = "") -> None:
+        """Say where this rank is."""
+        self.place = f"{stage}, at {tensor}" if tensor else stage
+
+    def check(self) -> None:
+        """Raise if a rank is known to be gone."""
+        if self.verdict:
+            raise RankLost(self.verdict)
+
+    def tell(self, failure: str) -> str:
+        """Tell all others that this rank leaves alone, and why; returns what they will say."""
+        verdict = f"rank {self.rank} failed to {self.place}: {failure}"
+        if self.thread:
+            self.store.set(_VERDICT, verdict)
+        return verdict
+
+    def explain(self, error: Exception) -> str:
+        """Who is to blame for an exception that may come from a collective with a rank that is gone; "" for nobody else.
+
+        Waits until it is known: now a rank that is silent for a few seconds is suspected already.
+        """
+        if self.thread and isinstance(error, RuntimeError) and _OF_PEERS.search(f"{type(error).__name__} {error}"):
+            with suppress(Exception):  # rank 0 itself may be gone
+                self.store.set(_ALARM, "")
+            self.told.wait(3 * ALARMED * self.beat)
+        return self.verdict
+
+    def stop(self) -> None:
+        self.stopped.set()
+        if self.thread:
+            self.thread.join()
+
+    def _say(self, number: int) -> None:
+        self.store.set(f"{self.rank}", f"{number} {self.place}")
+
+    def _run(self) -> None:
+        heard = {rank: ("", time.monotonic()) for rank in range(1, self.world)} if self.rank == 0 else {}
+        number, answered, place_of_0 = 0, time.monotonic(), ""
+        while not self.stopped.wait(self.beat):
+            number += 1
+            try:
+                self._say(number)
+                if self.store.check([_VERDICT]):
+                    return self._leave(self.store.get(_VERDICT).decode())
+                place_of_0 = self._said("0")[1]
+                answered = time.monotonic()
+            except Exception:  # noqa: BLE001 - whatever a connection that is gone raises
+                if time.monotonic() - answered > min(self.timeout, ALARMED * self.beat):
+                    return self._leave(f"rank 0 is gone: it does not answer. It was at: {place_of_0}")
+                continue
+            if heard:
+                self._listen(heard)
+        return None
+
+    def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
+        """On rank 0: judge a rank that has been silent for too long."""
+        limit = min(self.timeout, ALARMED * self.beat) if self.store.check([_ALARM]) else self.timeout
+        for rank, (said, when) in heard.items():
+            now, place = self._said(f"{rank}")
+            if now != said:
+                heard[rank] = (now, time.monotonic())
+            elif (silent := time.monotonic() - when) > limit:
+                self.store.set(_VERDICT, f"rank {rank} is gone: silent for {silent:.0f} s. It was at: {place}")
+
+    def _said(self, rank: str) -> tuple[str, str]:
+        """The number of a rank's last beat, and its place."""
+        number, _, place = self.store.get(rank).decode().partition(" ")
+        return number, place
+
+    def _leave(self, verdict: str) -> None:
+        self.verdict = verdict
+        self.told.set()
+        if self.stopped.wait(GRACE + (0 if self.rank == 0 else 1)):
+            return
+        if self.rank == 0 or verdict.startswith("rank 0 is gone"):  # one voice, where there is one
+            os.write(2, f"\nerror: {verdict}\n".encode())
+        os._exit(1)
+
+
+def _served(host: str, settings: dict) -> dist.TCPStore | str:
+    """A store that all ranks can talk to, or why there is none."""
+    try:
+        return dist.TCPStore(host, 0, is_master=True, **settings)
+    except RuntimeError as error:
+        return str(error)
+
+
+_kept: list = []

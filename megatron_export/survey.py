@@ -1,0 +1,108 @@
+"""One pass over this rank's weights before any of them is encoded: their maxima, agreed over all that share them, whether they
+are finite, and a checksum of the whole model.
+"""
+
+import torch
+from torch import Tensor
+
+from . import gather
+from .errors import report
+from .fingerprint import added, checksum, of_settings
+from .gather import together
+from .item import Item
+from .layout import even_cut
+from .measured import measured
+from .names import is_expert
+from .piece import Axis
+from .plan import Plan
+from .signals import heeded
+from .topology import Topology
+
+
+def survey(
+    here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it, float32 []; and, on
+    rank 0, a checksum of the model.
+
+    Refuses NaN and Inf in any weight. Weights are rounded to bfloat16 before they are quantized, so their maxima are too.
+    """
+    mine = [item for item in plan.items if here.rank in item.ranks]
+    with together(here, "read the weights"):
+        largest = [_largest(here, item, shards[item.source.canonical], calibration) for item in heeded(mine)]
+        values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
+        report(
+            [
+                f"NaN or Inf in {', '.join(item.source.names().values())}"
+                for item, finite in zip(mine, values.isfinite().tolist(), strict=True)
+                if not finite
+            ]
+        )
+        sums = {item.source.canonical: _checksum(here, item, shards[item.source.canonical]) for item in mine}
+    return _agreed(here, plan, mine, values, calibration), _digest(gather.at_first(here, sums))
+
+
+def _agreed(
+    here: Topology, plan: Plan, mine: list[Item], values: Tensor, calibration: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The maxima of whole weights, and of those that engines fuse, from those of this rank's shards; clipped."""
+    amaxes = {}
+    for expert in (False, True):  # whose shards are on other ranks
+        cut = [n for n, i in enumerate(mine) if i.form and i.source.cut and is_expert(i.source.canonical) is expert]
+        agreed = gather.maximum(values[cut], here.cut(expert).group)
+        amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
+    for item, amax in zip(mine, values, strict=True):
+        if item.form and item.source.cut is None:
+            amaxes[item.source.canonical] = amax
+    for item in mine:
+        if item.form and item.smoothed.ratio:
+            amaxes[item.source.canonical] = amaxes[item.source.canonical] * calibration[item.smoothed.ratio].to(
+                here.device
+            )
+    for fused in plan.fused:
+        if present := [amaxes[name] for name in fused if name in amaxes]:
+            amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
+    # experts with one scale are on several ranks, all of which have some of each of their stage's layers
+    pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
+    agreed = gather.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group) if pooled else ()
+    for fused, amax in zip(pooled, agreed, strict=True):
+        amaxes |= dict.fromkeys(fused, amax)
+    return amaxes
+
+
+def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> Tensor:
+    index = item.ranks.index(here.rank)
+    if item.smoothed.vectors:
+        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
+        return torch.stack([_amax(part.data) for part in parts]).amax()
+    return _amax(_real(item, shard, index))
+
+
+def _amax(values: Tensor) -> Tensor:
+    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
+    if values.numel() == 0:
+        return torch.zeros((), device=values.device)
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high).to(torch.bfloat16).float()
+
+
+def _real(item: Item, shard: Tensor, index: int) -> Tensor:
+    """A shard without the rows that pad a vocabulary."""
+    return next(iter(item.source.layout.split(shard, index, len(item.ranks)).values())) if item.source.padded else shard
+
+
+def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
+    index = item.ranks.index(here.rank)
+    shape, column = item.source.shape, 0
+    if item.source.cut is (Axis.IN if len(shape) > 1 else Axis.OUT):
+        column = even_cut(shape[-1], index, len(item.ranks)).start
+    return checksum(_real(item, shard, index).to(item.source.dtype), column)
+
+
+def _digest(everyones: list[dict[str, int]] | None) -> str:
+    """One number for the whole model from the checksums of all ranks' shards; "" on ranks that are not given them."""
+    found: dict[str, list[int]] = {}
+    for theirs in everyones or ():
+        for name, number in theirs.items():
+            found.setdefault(name, []).append(number)
+    return of_settings({name: added(numbers) for name, numbers in found.items()}) if found else ""

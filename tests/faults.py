@@ -1,0 +1,150 @@
+"""Worlds of their own in which something goes wrong at a chosen point of an export."""
+
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_export import calibration, cli, formats, gather, loading, plan, pulse, signals, staging, survey, verify
+from megatron_export.job import run as _run  # noqa: F401 - imported before the ranks are forked
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.faults"])
+SECONDS = 25.0
+
+# name -> where, and at which call of it, counted from 1
+POINTS: dict[str, tuple[Any, str, int]] = {
+    "load": (loading, "_shard", 5),
+    "calibrate": (calibration, "_step", 2),
+    "survey": (survey, "_largest", 3),
+    "first bucket": (formats, "encode", 2),
+    "last bucket": (formats, "encode", 26),
+    "send": (gather, "deliver", 3),
+    "first file": (staging.Staging, "finish", 1),
+    "last file": (staging.Staging, "finish", 5),
+    "verify": (verify, "_read", 2),
+    "publish": (staging.Staging, "publish", 1),
+    "rename": (staging.Staging, "_replace", 1),
+    "after the rename": (staging.Staging, "_leave", 1),
+}
+AT_WRITER = ("first file", "last file", "verify", "publish", "rename", "after the rename")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens on which ranks when they come to a point."""
+
+    action: str
+    point: str
+    ranks: tuple[int, ...]
+    other: tuple[Callable[..., None], Any] | None = None  # something to call, and with what
+
+    def __str__(self) -> str:
+        return f"{self.action} at {self.point} on rank {' and '.join(map(str, self.ranks))}".replace(" ", "_")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail() -> None:
+    raise RuntimeError("injected")
+
+
+def _sleep() -> None:
+    time.sleep(2)
+
+
+def _no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _kill,
+    "raise": _fail,
+    "slow": _sleep,
+    "no room": _no_room,
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+}
+
+
+def _act(fault: Fault) -> None:
+    if fault.other is None:
+        ACTIONS[fault.action]()
+    else:
+        call, argument = fault.other
+        call(argument)
+
+
+@contextmanager
+def _armed(fault: Fault | None, rank: int) -> Iterator[None]:
+    if fault is None or rank not in fault.ranks:
+        yield
+        return
+    home, name, number = POINTS[fault.point]
+    real, calls = getattr(home, name), iter(range(1, 1_000_000))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        on_meta = name == "encode" and args[1].device.type == "meta"
+        if not on_meta and next(calls) == number:
+            _act(fault)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(home, name, called):
+        yield
+
+
+def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[str, ...], log: str) -> None:
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    cli._let_rank_0_speak = lambda: None
+    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
+    plan.BUCKET_BYTES = 30_000
+    with _armed(fault, rank):
+        status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
+    os._exit(status)
+
+
+def export_with(fault: Fault | None, folder: Path, *flags: object, world: int = 2) -> tuple[list[int], str, float]:
+    """The exit status of every rank, negative if a signal ended it, what they said, and the seconds that it took."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    log, started = folder / "said.log", time.monotonic()
+    log.unlink(missing_ok=True)
+    texts = tuple(map(str, flags))
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, world, port, fault, texts, str(log)), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(started + SECONDS - time.monotonic(), 0.1))
+    seconds = time.monotonic() - started
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    said = log.read_text()
+    assert not hanging, f"ranks {hanging} hang after {fault}; said: {said}"
+    return [process.exitcode for process in processes], said, seconds

@@ -1,0 +1,133 @@
+"""Whatever goes wrong, wherever: the target is as before or complete, every rank leaves within seconds with one message, and
+--resume ends with the bytes of an uninterrupted run.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..faults import AT_WRITER, POINTS, Fault, export_with
+from ..models import LENGTH, contents
+
+EVERYWHERE = [point for point in POINTS if point not in AT_WRITER]
+BOTH = (0, 1)
+FAULTS = [
+    *(Fault("kill", point, (rank,)) for point in EVERYWHERE for rank in BOTH),
+    *(Fault("kill", point, (0,)) for point in AT_WRITER),
+    *(Fault("kill", point, BOTH) for point in ("calibrate", "last bucket")),
+    *(Fault("raise", point, (rank,)) for point in EVERYWHERE for rank in BOTH),
+    *(Fault("raise", point, (0,)) for point in AT_WRITER if point != "after the rename"),
+    *(Fault("no room", point, (0,)) for point in ("first file", "last file", "publish", "rename")),
+    *(Fault(name, point, BOTH) for name in ("SIGTERM", "SIGUSR1") for point in EVERYWHERE),
+    *(Fault("SIGTERM", point, (0,)) for point in ("first bucket", "send", *AT_WRITER)),
+    *(Fault("SIGTERM", "load", (rank,)) for rank in BOTH),
+]
+OVER_AN_OLD_ONE = [
+    *(Fault("kill", point, (0,)) for point in AT_WRITER),
+    *(Fault("raise", point, (0,)) for point in ("first file", "verify", "rename")),
+    Fault("no room", "rename", (0,)),
+    Fault("SIGTERM", "verify", BOTH),
+]
+SLOW = [
+    Fault("slow", point, (rank,))
+    for point, rank in (("load", 1), ("calibrate", 0), ("first bucket", 1), ("publish", 0))
+]
+
+
+@pytest.fixture(scope="module")
+def flags(models: dict) -> tuple:
+    source = models["llama31"]
+    data = source.parent / "ids" / "calibration.safetensors"
+    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
+            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
+            "--timeout", 5)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(flags: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What an uninterrupted run writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    statuses, said, _ = export_with(None, folder, *flags, "--output", folder / "out")
+    assert statuses == [0, 0], said
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("fault", "old"),
+    [*((fault, False) for fault in FAULTS), *((fault, True) for fault in OVER_AN_OLD_ONE)],
+    ids=lambda value: {True: "over_an_old_one", False: ""}.get(value, str(value)),
+)
+def test_a_fault_leaves_the_target_as_before_or_complete_and_resume_finishes(
+    fault: Fault, old: bool, flags: tuple, whole: dict, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    if old:
+        target.mkdir()
+        (target / "precious").write_text("an older checkpoint")
+        flags = (*flags, "--overwrite")
+    statuses, said, seconds = export_with(fault, tmp_path, *flags, "--output", target)
+    complete = target.exists() and not (target / "precious").exists()
+    assert target.exists() or not old
+    assert contents(target) == whole if complete else not old or [p.name for p in target.iterdir()] == ["precious"]
+    assert "Traceback" not in said
+    if not complete or fault.action == "kill":
+        assert 0 not in statuses, said
+    for rank, status in enumerate(statuses):
+        if fault.action.startswith("SIG"):
+            assert status == (0 if complete else 75), said
+        elif not complete and not (fault.action == "kill" and rank in fault.ranks):
+            assert status == 1, said
+    assert seconds < 12
+    if fault.action == "kill" and len(fault.ranks) == 1 and not complete:
+        assert f"rank {fault.ranks[0]} is gone" in said, said
+    if fault.action == "raise":
+        assert said.count("injected") == 1, said
+    statuses, said, _ = export_with(None, tmp_path, *flags, "--output", target, "--resume")
+    assert statuses == [0, 0], said
+    assert contents(target) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "said.log"]
+
+
+@pytest.mark.parametrize("fault", SLOW, ids=str)
+def test_a_slow_rank_is_waited_for(fault: Fault, flags: tuple, whole: dict, tmp_path: Path) -> None:
+    statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out", "--timeout", 1)
+    assert statuses == [0, 0], said
+    assert contents(tmp_path / "out") == whole
+
+
+def vanish(source: Path) -> None:
+    """What was copied from it cannot be copied again."""
+    (source / "tokenizer_config.json").unlink()
+
+
+def change(source: Path) -> None:
+    (source / "tokenizer_config.json").write_text('{"other": 1}')
+
+
+def rewrite(source: Path) -> None:
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("point", ["load", "calibrate", "first bucket", "verify"])
+@pytest.mark.parametrize("how", [vanish, change, rewrite], ids=lambda how: how.__name__)
+def test_a_source_that_changes_under_way_is_noticed(
+    how: Callable, point: str, flags: tuple, models: dict, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(models["llama31"], source)
+    flags = tuple(source if flag == models["llama31"] else flag for flag in flags)
+    fault = Fault(how.__name__, point, (0,), (how, source))
+    statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out")
+    assert statuses == ([0, 0] if point == "verify" else [1, 1]), said
+    assert (tmp_path / "out").exists() == (point == "verify")
+    assert point == "verify" or "changed while it was exported" in said
+
+
+def test_at_least_sixty_faults_are_tried(capsys: pytest.CaptureFixture) -> None:
+    count = 12 + len(FAULTS) + len(OVER_AN_OLD_ONE) + len(SLOW)
+    with capsys.disabled():
+        print(f"\n{count} faults tried; all that are not reported as failures were survived")
+    assert count >= 60
