@@ -19,7 +19,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -27,62 +26,21 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from .cpu import without_cuda
 from .errors import report
-from .layout import even_cut
 from .model import ACTIVATIONS
 from .names import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
+from .placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .topology import Topology
-
-PAD_VOCAB_TO = 128
 
 
 def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
     """Raise unless heads, groups, sizes and experts divide by this topology, and its stages hold the layers."""
-    shape = shape_of(config)
-    tp, etp, ep = topology.tp_size, topology.experts.size, topology.ep_size
-    divided = (
-        ("num_attention_heads", shape.heads, "--tp", tp),
-        ("num_key_value_heads", shape.groups if tp % shape.groups else tp, "--tp", tp),
-        ("hidden_size", shape.hidden, "--tp", tp),
-        ("intermediate_size", shape.ffn, "--tp", tp),
-        ("the size of shared experts", shape.shared_ffn, "--tp", tp),
-        ("the size of experts", shape.expert_ffn, "--etp", etp),
-        ("the number of experts", shape.experts, "--ep", ep),
-    )
-    problems = [
-        f"{name} {size} does not divide by {flag} {by}. Give a {flag} that divides it"
-        for name, size, flag, by in divided
-        if size % by
-    ]
+    shape, stages = shape_of(config), topology.pp_size * topology.vpp_size
+    problems = size_problems(config, tp=topology.tp_size, etp=topology.experts.size, ep=topology.ep_size)
     if shape.kv_lora and not shape.q_lora and find_spec("megatron.core.transformer.mla_qk_norm_config"):
         problems.append(
             "q_lora_rank is null: this Megatron-Core norms queries that are made in one step, HF does not. Use megatron-core 0.16"
         )
-    if etp > 1 and shape.experts and settings_of(config)["add_bias_linear"]:
-        problems.append(f"--etp {etp}: Megatron-Core cuts no experts with biases. Give --etp 1")
-    if ep > 1 and not shape.experts:
-        problems.append(f"--ep {ep}: this model has no experts. Leave it out")
-    report(problems + _layout_problems(shape.layers, shape.mtp, topology.pp_size * topology.vpp_size, pp_layout))
-
-
-def _layout_problems(layers: int, mtp: int, stages: int, layout: str | None) -> list[str]:
-    if layout is None:
-        if stages > layers:
-            return [f"--pp x --vpp are {stages} stages for num_hidden_layers {layers}. Give fewer, or say with --pp-layout "
-                    "which stages are empty"]  # fmt: skip
-        return []
-    try:
-        found = PipelineParallelLayerLayout.parse_str_to_list(layout)
-    except (KeyError, ValueError, AssertionError) as error:
-        return [f"--pp-layout {layout!r} is not one of Megatron's ({error!r}). Write it like 'Ettt|tttt|tttL'"]
-    kinds = [kind.name for stage in found for kind in stage]
-    meant = ["embedding", *["decoder"] * layers, *["mtp"] * mtp, "loss"]
-    if len(found) != stages or kinds != meant or (mtp and "mtp" not in (kind.name for kind in found[-1])):
-        right = f"E{'t' * layers}{'m' * mtp}L" if layers < 9 else f"Et*{layers}{'m' * mtp}L"
-        return [
-            f"--pp-layout {layout!r} has {len(found)} stages; this model is {right}, m and L together, cut by | in --pp x --vpp "
-            f"= {stages} stages"
-        ]
-    return []
+    report(problems + layout_problems(config, stages, pp_layout))
 
 
 def build_model(
@@ -210,10 +168,7 @@ def _settings(
     shape = shape_of(config)
     stages = topology.pp_size * topology.vpp_size
     if pp_layout is None and shape.layers % stages:
-        pp_layout = "|".join(
-            "t" * (cut.stop - cut.start) for cut in (even_cut(shape.layers, i, stages) for i in range(stages))
-        )
-        pp_layout = f"E{pp_layout}{'m' * shape.mtp}L"
+        pp_layout = "|".join(stages_of(shape, stages, None))
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
     computed["activation_func"] = ACTIVATIONS[computed["activation_func"]]

@@ -1,19 +1,22 @@
 """The command: flags from `ExportConfig`, a progress bar and a table on rank 0, one message and one status at the end."""
 
 import argparse
+import gc
+import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from .config import ExportConfig, helps
-from .errors import ExportError, StartError
+from .errors import ExportError, Interrupted, RankLost, StartError
 from .progress import quiet
+from .signals import AGAIN, noticed
 from .sizes import parse_size, readable
 
 if TYPE_CHECKING:
@@ -22,37 +25,93 @@ if TYPE_CHECKING:
     from .job import Job
 
 EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
+PLANNED = (  # the settings that decide what is written and what it takes
+    *("output", "tp", "pp", "vpp", "pp_layout", "ep", "etp", "hf_model", "format", "kv_cache", "group_size"),
+    *("fp8_pb_spelling", "awq_output", "awq_clip", "max_shard_size", "exclude", "mtp", "quantize_mla", "device"),
+)
 
 
 def main(say: Callable[..., None], arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 refused or failed, 2 bad usage. `say` is `print`."""
+    """Run the command; returns its exit status: 0 done, 1 refused or failed, 2 bad usage, 75 stopped by a signal, try again.
+    `say` is `print`.
+    """
     first = os.environ.get("RANK", "0") == "0"
     config = parse(arguments, first)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss, once per rank
     from .job import run
 
     try:
-        job = run(config, EXAMPLE_MODEL, bar if first else quiet)
+        with noticed():
+            job = run(config, EXAMPLE_MODEL, bar if first else quiet)
     except ExportError as error:
-        if not first and not (isinstance(error, StartError) and os.environ["LOCAL_RANK"] == "0"):
+        status = AGAIN if isinstance(error, Interrupted) else 1
+        alone = isinstance(error, StartError) and os.environ["LOCAL_RANK"] == "0"
+        if not (first or alone or (isinstance(error, RankLost) and str(error).startswith("rank 0 is gone"))):
             _let_rank_0_speak()
-            return 1
-        say(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 1
+            return status
+        say(f"\nerror: {error}{_way_on(config)}", file=sys.stderr, flush=True)
+        return status
     if first:
-        say("\n".join(table(job)), flush=True)
+        say("\n".join(table(job) if job.report else _dry(config, job)), flush=True)
     return 0
+
+
+def _way_on(config: ExportConfig) -> str:
+    """What is left of a failed export, and how to use it."""
+    from .staging import kept
+
+    complete = kept(config.output.resolve()) if config.output else 0
+    return (
+        f"\n{complete} of its files are complete: the same command with --resume goes on with them" if complete else ""
+    )
 
 
 def parse(arguments: list[str] | None, first: bool) -> ExportConfig:
     """Flags -> `ExportConfig`. Bad usage exits with status 2, and rank 0 says why."""
     parser = _Parser(first)
+    _add_flags(parser, {field.name for field in fields(ExportConfig)})
+    return _config(parser, vars(parser.parse_args(arguments)))
+
+
+def plan(say: Callable[..., None], arguments: list[str] | None = None) -> int:
+    """Run `python -m megatron_export plan`; returns its exit status: 0 done, 1 refused, 2 bad usage. `say` is `print`."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_export", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = "What an export would write and take, from config.json alone: on one process, for any topology."
+    planning = commands.add_parser("plan", help=about, description=about, allow_abbrev=False)
+    _add_flags(planning, PLANNED)
+    planning.add_argument("--world", type=int, help="number of ranks (default: the fewest that the other sizes allow)")
+    planning.add_argument("--json", action="store_true", help="print JSON instead of a table, sizes in bytes")
+    values = vars(parser.parse_args(arguments))
+    world, as_json = values.pop("world"), values.pop("json")
+    if world is not None and world < 1:
+        planning.error(f"--world must be at least 1, not {world}")
+    config = _config(planning, values | {"dry_run": True})
+    gc.disable()  # a plan of a large model is millions of objects that all stay; looking for cycles takes half of its time
+    from . import preview
+
+    try:
+        found = preview.previewed(config, EXAMPLE_MODEL, world)
+    except ExportError as error:
+        say(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    say(
+        json.dumps(preview.as_json(found), indent=2) if as_json else "\n".join(_aligned(preview.rows(found))),
+        flush=True,
+    )
+    return 0
+
+
+def _add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     texts = helps()
     for field in fields(ExportConfig):
         default = f" (default: {field.default})" if field.default not in (None, (), False) else ""
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, help=texts[field.name] + default, **_argument(field.type, field.default))
-    values = vars(parser.parse_args(arguments))
+        if field.name in names:
+            parser.add_argument(flag, help=texts[field.name] + default, **_argument(field.type, field.default))
+
+
+def _config(parser: argparse.ArgumentParser, values: dict) -> ExportConfig:
     try:
         parse_size(values["max_shard_size"])
         return ExportConfig(**values | {"exclude": tuple(values["exclude"])})
@@ -69,19 +128,14 @@ def bar(stage: str, steps: Iterable) -> Iterable:
 
 def table(job: "Job") -> list[str]:
     """The lines shown at the end: what was written, from what, in how long, with how much memory."""
-    plan, report = job.plan, job.report
-    rows = [
-        ("format", plan.form.name + (f", KV cache {plan.kv.NAME}" if plan.kv else "")),
-        ("modules", f"{len(plan.quantized)} quantized, {len(plan.excluded)} left in bfloat16: {_some(plan.excluded)}"),
-        ("gathered first", f"{sum(item.gather_first for item in plan.items)} of {len(plan.items)} parameters"),
-        ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
-        ("compression", f"{plan.source_nbytes / plan.nbytes:.2f} x against bfloat16 ({plan.source_nbytes:,} bytes)"),
-    ]
-    rows += [("note", remark) for remark in plan.remarks]
+    from .preview import plan_rows
+
+    report, rows = job.report, plan_rows(job.plan)
+    rows += [("note", remark) for remark in job.plan.remarks]
     if job.tokens:
         rows.append(("experts", _experts(job.tokens)))
-    if report is None:
-        return _aligned([("dry run", "nothing read, nothing written"), *rows])
+    if report.kept:
+        rows.append(("resumed", f"{report.kept} of {len(job.plan.files)} files were complete already"))
     rows += [
         ("read", f"{job.bytes_read:,} bytes by all ranks"),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.seconds.items())),
@@ -90,6 +144,16 @@ def table(job: "Job") -> list[str]:
         ("folder", str(report.folder)),
     ]
     return _aligned(rows)
+
+
+def _dry(config: ExportConfig, job: "Job") -> list[str]:
+    """The lines shown after a dry run: those of `plan`."""
+    import torch
+
+    from .preview import preview_of, rows
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _aligned(rows(preview_of(config, job.plan, int(os.environ["WORLD_SIZE"]), device)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,19 +182,17 @@ def _aligned(rows: list[tuple[str, str]]) -> list[str]:
     return [f"{name:<16}  {value}" for name, value in rows]
 
 
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _experts(tokens: dict[str, "Tensor"]) -> str:
     """How many calibration tokens experts were given, and which were given none."""
+    from .preview import some
+
     counts = {
         f"{name.split('.')[2]}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())
     }
     few, median, many = min(counts.values()), sorted(counts.values())[len(counts) // 2], max(counts.values())
     never = tuple(expert for expert, count in counts.items() if not count)
     unseen = (
-        f"; {len(never)} given none (layer.expert {_some(never)}), scaled as the others of their layer" if never else ""
+        f"; {len(never)} given none (layer.expert {some(never)}), scaled as the others of their layer" if never else ""
     )
     return f"{few:,} / {median:,} / {many:,} tokens each (min, median, max of {len(counts)}){unseen}"
 

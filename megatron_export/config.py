@@ -57,6 +57,10 @@ class ExportConfig:
     """read the statistics from this file instead of running calibration data"""
     overwrite: bool = False
     """replace a folder that is not empty, in the moment the new one is complete"""
+    resume: bool = False
+    """go on with an interrupted export into the same folder; if there is none, start"""
+    timeout: float = 600
+    """seconds after which a rank that is not heard of counts as gone"""
     max_shard_size: str = "5GB"
     """largest safetensors file"""
     exclude: tuple[str, ...] = ()
@@ -65,6 +69,8 @@ class ExportConfig:
     """layers that predict one more token (DeepSeek): export them like the others, or leave them out"""
     quantize_mla: bool = False
     """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
+    trust_remote_code: bool = False
+    """run Python code that the model's folder has for its tokenizer; it can do whatever you can"""
     dry_run: bool = False
     """print what would be written, read no weights, write nothing"""
     device: Literal["cuda", "cpu"] | None = None
@@ -75,6 +81,8 @@ class ExportConfig:
         for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.timeout < 1:
+            raise ValueError(f"--timeout must be at least 1 second, not {self.timeout:g}")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"--vpp {self.vpp} needs --pp of at least 2")
         if self.output is None and not self.dry_run:

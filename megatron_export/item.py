@@ -6,6 +6,7 @@ what each rank sends and what comes out.
 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from math import prod
 from types import ModuleType
 
 import torch
@@ -33,9 +34,9 @@ class Output:
     index: int = 0
     count: int = 0
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def whole(self) -> "Output":
@@ -215,10 +216,9 @@ class Item:
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        whole = self.opened(self.join([_meta(self.raw_message(index)) for index in range(len(self.ranks))]))
-        return tuple(
-            Output(name, piece.data.dtype, tuple(piece.data.shape), piece.axes) for name, piece in whole.items()
-        )
+        specs = _whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks))
+        names = self.source.names()
+        return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
 
     @cached_property
     def pieces(self) -> tuple[Output, ...]:
@@ -276,6 +276,18 @@ def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
 def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
     parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
     return tuple((part, tuple(tensor.shape), _plain(tensor, tensor.dtype).axes) for part, tensor in parts.items())
+
+
+@cache
+def _whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count: int) -> tuple:
+    """What `count` shards of that shape make together, part by part."""
+    shards = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(count)]
+    if not layout.splits(shape[0]):
+        fused = join([_plain(shard, shard.dtype) for shard in shards], cut).data
+        return _split_specs(layout, tuple(fused.shape), 0, 1)
+    split = [layout.split(shard, index, count) for index, shard in enumerate(shards)]
+    whole = {part: join([_plain(found[part], found[part].dtype) for found in split], cut) for part in split[0]}
+    return tuple((part, tuple(piece.data.shape), piece.axes) for part, piece in whole.items())
 
 
 @cache

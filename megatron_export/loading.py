@@ -6,7 +6,6 @@ Reading uses the same tables and layouts as writing, inverted, and each rank rea
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
@@ -14,7 +13,7 @@ from .layout import even_cut
 from .model import chunks_of, shards_of
 from .names import Source, copied_prefixes, is_expert, parameters_of, shape_of
 from .piece import Axis
-from .source import SourceWeights
+from .source import SourceWeights, expected_shapes, part_shapes
 from .topology import Cut, Topology
 
 
@@ -40,7 +39,7 @@ def load_hf_weights(
         shards[name] = last.embedding.word_embeddings.weight.detach()
     with SourceWeights(folder) as weights:
         weights.check(
-            {name: shape for source in sources.values() for name, shape in _hf_shapes(source).items()},
+            expected_shapes(sources.values()),
             copies={name for source in sources.values() for name in source.copies()},
             others=dropped + copied_prefixes(config),
         )
@@ -57,7 +56,7 @@ def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> T
     whole = source.cut is None or (source.either and shard.shape == source.shape)
     index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts, own = {}, source.layout.splits(shard.shape[0])
-    for part, size in _part_shapes(source).items():
+    for part, size in part_shapes(source).items():
         if source.cut is Axis.IN:
             where = (slice(None), even_cut(size[1], index, count))
         else:
@@ -66,20 +65,3 @@ def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> T
     if own:
         return source.layout.join(parts, shard.shape[0])
     return source.layout.join(parts, source.shape[0])[even_cut(source.shape[0], index, count)]
-
-
-def _part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
-    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
-    names = source.names()
-    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
-
-
-def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """HF tensor name -> the shape that config.json means it to have."""
-    names, shapes = source.names(), _part_shapes(source)
-    if source.stack is None:
-        first = next(iter(shapes.values()))
-        return {names[part]: shapes.get(part, first) for part in names}
-    out, *inputs = next(iter(shapes.values()))
-    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}

@@ -6,12 +6,14 @@ Every rank computes the same plan, so all take the same branches and the same co
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 from .errors import ExportError, report
 from .formats import Form, Options, chosen, chosen_kv
 from .item import Item, Output, Smoothed
-from .names import Source, is_expert, makes_keys, parameters_of
+from .names import Source, makes_keys, parameters_of
 from .piece import Axis
+from .placement import PAD_VOCAB_TO, grid_of
 from .policy import modules, settle
 from .smoothing import smoothing
 
@@ -128,7 +130,7 @@ def make_plan(
         items=tuple(items),
         buckets=_buckets(items),
         files=_files(items, copied, max_shard_bytes),
-        quantized=tuple(module for item in items if item.form for module in modules(item.source)),
+        quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),
         excluded=policy.excluded,
         fused=policy.fused,
         remarks=policy.remarks,
@@ -136,18 +138,20 @@ def make_plan(
     )
 
 
-def assumed(config: dict, tp: int, etp: int | None = None) -> dict[str, Held]:
-    """Where parameters would live under tensor parallelism of `tp`, and `etp` for the experts, for a plan without a
-    model.
+def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict[str, Held]:
+    """Where parameters live in a model of config.json's dict that the command builds on a topology of these sizes, for a plan
+    without a model; `sizes` are those of `grid_of`.
     """
+    grid = grid_of(config, tp, etp, **sizes)
+    padding = PAD_VOCAB_TO * tp
     held = {}
     for name, source in parameters_of(config).items():
-        count = ((etp or tp) if is_expert(name) else tp) if source.cut else 1
-        shape = list(source.shape)
+        ranks, shape = grid.ranks(source), list(source.shape)
+        if source.padded:
+            shape[0] = -(-shape[0] // padding) * padding
         if source.cut:
-            dim = 0 if source.cut is Axis.OUT else 1
-            shape[dim] = -(-shape[dim] // count)
-        held[name] = Held(tuple(range(count)), tuple(shape))
+            shape[0 if source.cut is Axis.OUT else 1] //= len(ranks)
+        held[name] = Held(ranks, tuple(shape))
     return held
 
 

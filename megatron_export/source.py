@@ -1,21 +1,21 @@
 """The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .assets import INDEX
+from .assets import weights_in
 from .errors import ExportError, report
 from .item import Output
 from .layout import stacked_rows
 from .names import Source
+from .untrusted import INDEX, opened, read_index
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
-_SCALE = "_scale_inv"
+_SCALE, _FP8 = "_scale_inv", "F8_E4M3"
 
 
 class SourceWeights:
@@ -32,7 +32,21 @@ class SourceWeights:
         self.open = {}
         self.nbytes = 0  # read so far
         for path in sorted(set(self.files.values())):
-            self.open[path] = _opened(path)
+            self.open[path] = opened(path)
+        seen: dict[str, Path] = {}
+        for path, file in self.open.items():
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if seen.setdefault(name, path) is not path:
+                    raise ExportError(
+                        f"{folder}: tensor {name} is in {seen[name].name} and in {path.name}. Fetch both again"
+                    )
+        report(
+            [
+                f"{path}: the index says that {name} is here. Fetch file and index again"
+                for name, path in sorted(self.files.items())
+                if seen.get(name) != path
+            ]
+        )
 
     def __enter__(self) -> "SourceWeights":
         return self
@@ -49,17 +63,11 @@ class SourceWeights:
         Rotary buffers of old files may be there too, the output layer of a tied model, and what begins like one of
         `others`; of `copies` of other tensors some may be missing.
         """
-        names = {path: set(file.keys()) for path, file in self.open.items()}
-        lacking = sorted(name for name, path in self.files.items() if name not in names[path])
-        report(
-            [f"{self.files[name]}: the index says that {name} is here. Fetch file and index again" for name in lacking]
-        )
         found = {
             name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
         }
-        for name in sorted(expected.keys() & found):
-            if name + _SCALE in found:
-                expected = expected | {name + _SCALE: tuple(-(-size // _BLOCK) for size in expected[name])}
+        in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
+        expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
         missing = sorted(expected.keys() - found - copies)
         extra = sorted(name for name in found - expected.keys() if not name.endswith("lm_head.weight"))
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
@@ -76,7 +84,7 @@ class SourceWeights:
                     f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
                     "Give the config.json that belongs to these weights"
                 )
-            if self.dtype(name) not in _PLAIN and not (self.dtype(name) == "F8_E4M3" and name + _SCALE in found):
+            if self.dtype(name) not in _PLAIN and not (self.dtype(name) == _FP8 and name + _SCALE in found):
                 problems.append(
                     f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
                     "already? Give the original model"
@@ -148,25 +156,30 @@ def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...
         return weights.copied()
 
 
+def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    names = source.names()
+    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+
+
+def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    names, shapes = source.names(), part_shapes(source)
+    if source.stack is None:
+        first = next(iter(shapes.values()))
+        return {names[part]: shapes.get(part, first) for part in names}
+    out, *inputs = next(iter(shapes.values()))
+    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ExportError(
-                f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). Fetch it again"
-            ) from error
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ExportError(
-            f"{folder}: no weights: neither {single.name} nor {index.name} is there. Give a checkpoint in safetensors format"
-        )
-    return dict.fromkeys(_opened(single).keys(), single)
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path}: not a readable safetensors file ({error}). Fetch this file again") from error
+    """Tensor name -> its file."""
+    path = weights_in(folder)
+    if path.name == INDEX:
+        return read_index(folder)
+    return dict.fromkeys(opened(path).keys(), path)

@@ -21,6 +21,7 @@ the model that it was measured on. A file serves every format that needs no more
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict
@@ -28,12 +29,13 @@ from pathlib import Path
 from secrets import token_hex
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ExportError, report
 from .names import is_expert, is_linear_weight, makes_keys, parameters_of, pooled, shape_of
+from .untrusted import opened, parsed, shown
 
 KIND = "megatron_export statistics 1"
 _INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
@@ -45,6 +47,7 @@ _KINDS = (
         rf"clip_ratio\.{_NVFP4}",
     ),
 )
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8")
 _KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
 
@@ -152,22 +155,19 @@ def sizes_of(config: dict) -> dict:
 
 def check_kind(file: Path) -> None:
     """Raise unless `file` is one that `save` wrote, so that it may be replaced by another."""
-    _read(file)
+    _opened(file)
 
 
 def load(file: Path, config: dict) -> dict[str, Tensor]:
     """Read statistics back. `ExportError` when the file is not one, or was measured on a model of other sizes."""
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
-    theirs, found = _read(file)
+    held, theirs = _opened(file)
     ours = sizes_of(config)
-    report(
-        [
-            f"{file}: measured on another model: its {k} is {theirs.get(k)!r}, here {ours.get(k)!r}"
-            for k in ours | theirs
-            if theirs.get(k) != ours.get(k)
-        ]
-    )
+    odd = [k for k in ours | theirs if theirs.get(k) != ours.get(k)]
+    said = {k: (k if k.isidentifier() else shown(k), shown(theirs.get(k)), shown(ours.get(k))) for k in odd}
+    report([f"{file}: measured on another model: its {k} is {has}, here {means}" for k, has, means in said.values()])
+    found = set(held.keys())
     keys = hf_keys(config)
     report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
     homes = _homes(config)
@@ -177,14 +177,23 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
         if not module.endswith(".self_attention")
         for part, hf in parts.items()
     }
+    sources = parameters_of(config).values()
+    widest = max(max(source.shape) for source in sources)
+    groups = max(math.prod(source.shape) for source in sources if is_linear_weight(source.canonical)) // 64
     copies: dict[str, list[Tensor]] = {}
-    for hf, tensor in found.items():
+    for hf in sorted(found):
         key = _in_memory(hf, owners)
         if key is None:
             raise ExportError(f"{file}: {hf} is no statistic of this model. Write it again with --save-calibration")
-        copies.setdefault(key, []).append(tensor)
+        part, most = held.get_slice(hf), groups if ".clip." in key else widest
+        if part.get_dtype() not in _DTYPES or math.prod(part.get_shape()) > most:
+            raise ExportError(
+                f"{file}: {hf} is {part.get_dtype()} {shown(part.get_shape())}, which no statistic of this model is. Write it "
+                "again with --save-calibration"
+            )
+        copies.setdefault(key, []).append(held.get_tensor(hf))
     wanted = {hf for key in copies for hf in _on_disk(key, homes)}
-    report([f"{file}: {hf} is missing" for hf in sorted(wanted - found.keys())])
+    report([f"{file}: {hf} is missing" for hf in sorted(wanted - found)])
     return {key: _merged(file, key, tensors) for key, tensors in copies.items()}
 
 
@@ -199,16 +208,19 @@ def _merged(file: Path, key: str, tensors: list[Tensor]) -> Tensor:
     return tensors[0]
 
 
-def _read(file: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The sizes of the model that a file was measured on, and its tensors."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ExportError(
-            f"{file}: not a readable safetensors file ({error}). Write it again with --save-calibration"
-        ) from error
+def _opened(file: Path) -> tuple[safe_open, dict]:
+    """A file of statistics, and the sizes of the model that they were measured on."""
+    again = "Write it again with --save-calibration"
+    found = opened(file, again)
+    metadata = found.metadata() or {}
     if KIND not in metadata:
         raise ExportError(f"{file}: not a calibration file written by --save-calibration. Give another")
-    return json.loads(metadata[KIND]), found
+    try:
+        sizes = parsed(metadata[KIND].encode())
+        if not isinstance(sizes, dict):
+            raise ValueError(f"they are {shown(sizes)}")
+    except ValueError as error:
+        raise ExportError(
+            f"{file}: the sizes of the model it was measured on are not readable ({error}). {again}"
+        ) from error
+    return found, sizes

@@ -10,25 +10,26 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress
-layout
+signals fingerprint untrusted pulse layout
 names formats
-item
+item placement
 policy smoothing
 plan
-quant_config
-cpu assets writer statistics calibration_data emulation
-measured source topology model
-gather build contradictions
-loading
-maxima search watching
+quant_config readers
+cpu assets staging statistics calibration_data emulation
+measured source topology model writer
+gather build contradictions verify
+loading survey manifest forecast
+maxima search watching preview
 clipping
 calibration
 pipeline
 job
 cli
+__main__
 """
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
-DISTRIBUTED = {"topology", "gather"}
+DISTRIBUTED = {"topology", "gather", "pulse"}
 MEGATRON = {"cpu", "topology", "model", "build", "calibration"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,239 @@
+"""What an export will take, from a plan and a topology alone: bytes on disk and between ranks, memory of every rank.
+
+Bytes are exact. Memory is what is alive at once:
+
+    weights   the rank's shards as the model holds them, of replicas too, and Megatron's copies of the embedding
+    bucket    while one is encoded and sent: what splitting and smoothing copy of it, its encoded pieces, the message of each
+              item, the parcel of all, on rank 0 what the others sent, and still the parcel of the bucket before; what is
+              gathered first travels before that
+    strips    16 bytes for each of the `STRIP_ELEMENTS` weights that are encoded at a time
+
+On a GPU these are its memory, as `torch.cuda.max_memory_allocated` counts it. On the CPU they are the host's, which has also
+
+    base      the interpreter with torch and Megatron, as measured
+    plan      `PLAN_BYTES` for each parameter, and the statistics
+    files     while weights are loaded: the pages of the source's files that the rank reads, which are mapped, and what it takes
+              to check one parameter
+    verify    on rank 0, when all is written: the buffers that files are read back with
+
+Not counted: a calibration run; what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from math import prod
+
+from .formats.form import STRIP_ELEMENTS
+from .item import Item, Output
+from .layout import QKV
+from .names import Source, is_expert, is_linear_weight
+from .piece import Axis
+from .placement import Grid
+from .plan import Held, Plan
+from .verify import CHUNK, THREADS
+from .writer import header_of
+
+BASE_BYTES = {
+    "cpu": 385 << 20,
+    "cuda": 2 << 30,
+}  # the second with CUDA's libraries and context, which nobody measured yet
+PLAN_BYTES = 16 << 10
+STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
+CHECKED = 5 / 2  # bytes that it takes to check a byte of a parameter that was read: magnitudes and three flags a number
+VERIFIED = CHUNK * 7 // 2  # a chunk that is read back, the same
+ALIGNMENT = 16  # of the tensors in a message
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sizes in bytes; those of ranks in their order. `sent` goes to rank 0, `gathered` to other ranks before that; `host` and
+    `gpu` are peaks of memory, of a GPU that is not there 0.
+    """
+
+    tensors: int
+    nbytes: int
+    files: dict[str, int]
+    sent: tuple[int, ...]
+    gathered: tuple[int, ...]
+    host: tuple[int, ...]
+    gpu: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank has of a bucket, in bytes; of `splitting` and `encoding`, which pass, the most at a time.
+
+    moved    shards of what is gathered first that it sends to the first rank; arrived: those that others sent it
+    copied   what splitting copied, and what was made whole
+    encoded  its pieces; sent: its message for rank 0
+    """
+
+    moved: int = 0
+    arrived: int = 0
+    copied: int = 0
+    splitting: int = 0
+    encoded: int = 0
+    encoding: int = 0
+    sent: int = 0
+
+    def plus(self, other: "Load", times: int) -> "Load":
+        """With so many others like `other`."""
+        most = ("splitting", "encoding")
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(Load)}
+        return Load(**{name: max(a, b) if name in most else a + times * b for name, (a, b) in pairs.items()})
+
+
+def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Forecast:
+    """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu."""
+    loads = _loads(plan, held)
+    weights, reading = _weights(plan, held, grid)
+    working = _working(plan, loads)
+    own = BASE_BYTES[device] + PLAN_BYTES * len(plan.items) + _statistics(plan)
+    verifying = VERIFIED * min(THREADS, len(plan.files))
+    leaving = max(output.nbytes for item in plan.items for output in item.outputs)
+    left = loads[-1].get(0, Load())
+    host, gpu = [], []
+    for rank in range(grid.world):
+        place = grid.place(rank)
+        if device == "cuda":
+            gpu.append(weights[place] + working[rank])
+            host.append(own + max(reading[place], leaving if rank == 0 else 0, verifying if rank == 0 else 0))
+        else:
+            gpu.append(0)
+            last = left.copied + left.encoded + _arriving(loads[-1]) + verifying if rank == 0 else 0
+            host.append(own + weights[place] + max(reading[place], working[rank], last))
+    return Forecast(
+        tensors=sum(len(outputs) for outputs in plan.files.values()),
+        nbytes=plan.nbytes,
+        files={name: len(header_of(file)[0]) + sum(o.nbytes for o in file) for name, file in plan.files.items()},
+        sent=_summed(loads, "sent", grid.world, but=0),
+        gathered=_summed(loads, "moved", grid.world),
+        host=tuple(host),
+        gpu=tuple(gpu),
+    )
+
+
+def _summed(loads: list[dict[int, Load]], name: str, world: int, but: int | None = None) -> tuple[int, ...]:
+    totals = [0] * world
+    for bucket in loads:
+        for rank, load in bucket.items():
+            totals[rank] += getattr(load, name) if rank != but else 0
+    return tuple(totals)
+
+
+def _loads(plan: Plan, held: dict[str, Held]) -> list[dict[int, Load]]:
+    """Of every bucket, what it puts on each rank that takes part in it."""
+    known: dict[tuple, tuple[Load, ...]] = {}
+    loads = []
+    for bucket in plan.buckets:
+        alike: dict[tuple, int] = defaultdict(int)
+        for item in bucket:
+            kind = _kind(item)
+            if kind not in known:
+                known[kind] = tuple(_load(item, index) for index in range(len(item.ranks)))
+            alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
+        found: dict[int, Load] = defaultdict(Load)
+        for (ranks, kind), count in alike.items():
+            for rank, load in zip(ranks, known[kind], strict=True):
+                found[rank] = found[rank].plus(load, count)
+        loads.append(dict(found))
+    return loads
+
+
+def _kind(item: Item) -> tuple:
+    """What decides an item's sizes."""
+    source, smoothed = item.source, item.smoothed
+    how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
+    shape = (source.layout, source.cut, source.dtype, item.shard_shape, len(item.ranks))
+    return (*shape, item.form, item.kv, item.gather_first, how)
+
+
+def _load(item: Item, index: int) -> Load:
+    """What shard `index` of an item puts on its rank."""
+    raw, sent = _packed(item.raw_message(index)), _packed(item.message(index))
+    whole = sum(part.nbytes for part in item.parts)
+    interleaved = isinstance(item.source.layout, QKV) and len(item.shard_shape) == 2  # whose parts are no views
+    smoothed = bool(item.smoothed.columns or item.smoothed.rows)
+    copied = raw if smoothed or (interleaved and item.splits) else 0
+    largest = max(prod(part.shape) for part in (item.parts if item.gather_first else item.raw_message(index)))
+    splitting = 8 * largest if smoothed else 0  # twice in float32
+    if item.gather_first and index:
+        return Load(moved=raw, copied=copied, splitting=splitting)
+    arrived = 0
+    if item.gather_first:
+        arrived = raw + sum(_packed(item.raw_message(other)) for other in range(1, len(item.ranks)))
+        copied, splitting = whole, splitting + (whole if interleaved and not item.splits else 0)
+    if item.form is None:
+        return Load(arrived=arrived, copied=copied, splitting=splitting, sent=sent)
+    strips = 16 * min(largest, STRIP_ELEMENTS) + (sent if largest > STRIP_ELEMENTS else 0)
+    return Load(0, arrived, copied, splitting, sent, strips, sent)
+
+
+def _packed(message: tuple[Output, ...]) -> int:
+    """Bytes of a message, each tensor padded as gather pads it."""
+    return sum(-(-output.nbytes // ALIGNMENT) * ALIGNMENT for output in message)
+
+
+def _arriving(bucket: dict[int, Load]) -> int:
+    """What rank 0 has of a bucket when all messages have come, its own too."""
+    return sum(load.sent for load in bucket.values())
+
+
+def _working(plan: Plan, loads: list[dict[int, Load]]) -> dict[int, int]:
+    """Of every rank, the most that it takes beside the weights, over all buckets."""
+    peaks: dict[int, int] = defaultdict(int)
+    before: dict[int, Load] = {}
+    for bucket, now in zip(plan.buckets, loads, strict=True):
+        joined = max(_joined(item) for item in bucket)
+        for rank in now.keys() | {0}:
+            old, new = before.get(rank, Load()), now.get(rank, Load())
+            parcel = _arriving(before) if rank == 0 else old.sent
+            next_parcel = _arriving(now) if rank == 0 else new.sent
+            stages = (
+                old.copied + old.encoded + parcel + new.moved + new.arrived + new.copied + new.splitting,
+                old.encoded + parcel + new.copied + new.encoded + new.encoding,
+                parcel + new.copied + new.encoded + new.sent + next_parcel,
+                new.copied + new.encoded + next_parcel + (joined if rank == 0 else 0),
+            )
+            peaks[rank] = max(peaks[rank], *stages)
+        before = now
+    return peaks
+
+
+def _joined(item: Item) -> int:
+    """What joining the shards of an item copies, and swapping the dims of a stacked one."""
+    nbytes = sum(output.nbytes for output in item.outputs)
+    return nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
+
+
+def _weights(plan: Plan, held: dict[str, Held], grid: Grid) -> tuple[dict, dict]:
+    """By place: the bytes of the weights that a rank holds, and what it takes beside those while they are loaded."""
+    places = [(stage, home) for stage in range(grid.pp) for home in range(grid.ep)]
+    weights, mapped, checked = dict.fromkeys(places, 0), dict.fromkeys(places, 0), dict.fromkeys(places, 0)
+    for item in plan.items:
+        source = item.source
+        shard = prod(held[source.canonical].shape) * source.dtype.itemsize
+        read = _read(plan.config, source, shard)
+        homes = [grid.expert_rank(source)] if is_expert(source.canonical) else range(grid.ep)
+        stages = [grid.stage_rank(source), *[grid.pp - 1] * grid.copies(source)]
+        for place in ((stage, home) for stage in stages for home in homes):
+            weights[place] += shard
+            mapped[place] += read
+            checked[place] = max(checked[place], int(CHECKED * shard))
+    return weights, {place: mapped[place] + checked[place] for place in places}
+
+
+def _read(config: dict, source: Source, shard: int) -> int:
+    """Bytes of a file's pages that a rank touches when it reads a shard of so many bytes."""
+    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is Axis.IN else shard  # of rows, all pages
+    if config.get("quantization_config") and is_linear_weight(source.canonical):
+        return nbytes // 2  # float8
+    return nbytes * 2 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else nbytes
+
+
+def _statistics(plan: Plan) -> int:
+    """Bytes of the statistics, which every rank has on its host."""
+    vectors = {item.smoothed.columns: item.source.shape[-1] for item in plan.items if item.smoothed.columns}
+    codes = sum(prod(item.source.shape) // item.form.tile[1] for item in plan.items if item.smoothed.codes)
+    numbers = sum(item.form is not None and item.form.calibrated for item in plan.items)
+    return STATISTIC_BYTES * numbers + 8 * sum(vectors.values()) + codes

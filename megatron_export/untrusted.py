@@ -1,0 +1,189 @@
+"""Files that others made, who may mean harm: JSON of bounded size that says nothing twice, names that stay in their folder,
+headers of safetensors files. Nothing in them is ever run.
+
+What the safetensors library refuses by itself (offsets that overlap or leave the file, sizes that overflow, unknown
+dtypes, holes) is left to it; its errors become `ExportError`s here.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any
+
+from .errors import ExportError
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+INDEX = "model.safetensors.index.json"
+MOST_BYTES = 40 << 20  # of a JSON file or a header: the largest index that is known has 14 million
+MOST_VALUES = 1_000_000  # of either; each takes up to 250 bytes of memory
+MOST_LEVELS = 50  # of lists and objects in one another
+MOST_FILES = 10_000  # of a checkpoint
+MOST_LETTERS = 500  # of a tensor's name, or of what another program says
+MOST_ELEMENTS = 1 << 60  # of a tensor, and of each of its sizes
+_NAME = re.compile(r"(?!\.{1,2}$)[^/\\]+")
+_SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value that may be of any size, for a message."""
+    return _SHORT.repr(value)
+
+
+def told(error: Exception) -> str:
+    """What an error says, which may quote the file that it is about."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error)[:MOST_LETTERS])
+    return text if len(str(error)) <= MOST_LETTERS else f"{text}..."
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. `ValueError` or `OSError` says why it is not read."""
+    with path.open("rb") as file:
+        return parsed(file.read(MOST_BYTES + 1))
+
+
+def parsed(text: bytes) -> Any:
+    """What a JSON text holds, in bounded memory; `ValueError` says why it is refused."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values")
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(f"more than {MOST_LEVELS} levels deep") from None
+    level = [found]
+    for _ in range(MOST_LEVELS):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"more than {MOST_LEVELS} levels deep")
+    if _SURROGATE.search(text):
+        json.dumps(found, ensure_ascii=False).encode()  # raises where half a character is left over
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number - number != 0:
+        raise ValueError(f"{shown(text)} is no finite number")
+    return number
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The file `name` of a folder: a plain name, and no way out of the folder.
+
+    Links into the hub's cache are followed where the folder is a snapshot in that cache, which is made of them.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable() or len(name.encode()) > 255:
+        raise ExportError(
+            f"{folder}: {shown(name)} is not the name of a file in this folder. Fetch the checkpoint again, or do not trust it"
+        )
+    path, home = folder / name, Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(home) and not _in_hub_cache(home, real):
+        raise ExportError(
+            f"{path} is a symbolic link out of its folder, which is not followed. Put the file itself there, or give the "
+            "folder where it is"
+        )
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path} is not a file. Fetch the checkpoint again")
+    return path
+
+
+def _in_hub_cache(home: Path, real: Path) -> bool:
+    """Whether `real` is a blob of the cached repository that the folder `home` is a snapshot of.
+
+    Newer caches keep blobs that several repositories have in one place beside these.
+    """
+    for folder in (home, *home.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            shared = repository.parent / "blobs"
+            return real.parent == repository / "blobs" or bool(
+                real.is_relative_to(shared) and _SHARED.fullmatch(real.relative_to(shared).as_posix())
+            )
+    return False
+
+
+def read_index(folder: Path) -> dict[str, Path]:
+    """Tensor name -> its file, from the index of a checkpoint."""
+    path = inside(folder, INDEX)
+    try:
+        found = read_json(path)
+        homes = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(homes, dict):
+            raise ValueError(f"its weight_map is {shown(homes)}, not a table of files")
+        for name in homes:
+            _check_name(name)
+        if odd := [file for file in homes.values() if not isinstance(file, str) or not file.endswith(".safetensors")]:
+            raise ValueError(f"{shown(odd[0])} is no safetensors file")
+        if len(named := dict.fromkeys(homes.values())) > MOST_FILES:
+            raise ValueError(f"it names {len(named):,} files, more than {MOST_FILES:,}")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not the index of a checkpoint ({error}). Fetch it again") from error
+    files = {file: inside(folder, file) for file in named}
+    return {name: files[file] for name, file in homes.items()}
+
+
+def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
+    """A safetensors file whose header was judged, open for reading."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        header = _header(path)
+        file = safe_open(path, framework="pt")
+        for name, said in header.items():
+            _check_name(name)
+            if name != "__metadata__" and max(said["shape"], default=0) > MOST_ELEMENTS:
+                raise ValueError(f"{name} is {shown(said['shape'])}")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last: of torch, which maps the file
+        raise ExportError(f"{path}: not a readable safetensors file ({told(error)}). {way_out}") from error
+    return file
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, of which the library itself would take the last of two with the same name."""
+    with path.open("rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if length > size - 8:
+            raise ValueError(f"its header would have {length:,} bytes, the file has {size:,}")
+        if length > MOST_BYTES:
+            raise ValueError(f"its header has {length:,} bytes, more than {MOST_BYTES:,}")
+        header = parsed(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    return header
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= MOST_LETTERS or not name.isprintable():
+        raise ValueError(f"{shown(name)} is no name of a tensor")
+
+
+@contextmanager
+def panics() -> Iterator[None]:
+    """Errors of libraries in Rust that are bugs of theirs, which Python does not count as exceptions, become ones."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
