@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import socket
 import time
@@ -69,11 +70,17 @@ def _no_room() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _small_files() -> None:
+    """From now on the system itself refuses what is beyond 20,000 bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 ACTIONS: dict[str, Callable[[], None]] = {
     "kill": _kill,
     "raise": _fail,
     "slow": _sleep,
     "no room": _no_room,
+    "small files": _small_files,
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
 }

@@ -4,6 +4,7 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FAULTS = [
     *(Fault("raise", point, (rank,)) for point in EVERYWHERE for rank in BOTH),
     *(Fault("raise", point, (0,)) for point in AT_WRITER if point != "after the rename"),
     *(Fault("no room", point, (0,)) for point in ("first file", "last file", "publish", "rename")),
+    *(Fault("small files", point, (0,)) for point in ("load", "last bucket")),
     *(Fault(name, point, BOTH) for name in ("SIGTERM", "SIGUSR1") for point in EVERYWHERE),
     *(Fault("SIGTERM", point, (0,)) for point in ("first bucket", "send", *AT_WRITER)),
     *(Fault("SIGTERM", "load", (rank,)) for rank in BOTH),
@@ -97,6 +99,30 @@ def test_a_slow_rank_is_waited_for(fault: Fault, flags: tuple, whole: dict, tmp_
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("output", ["/proc/out", "/sys/out"])
+def test_a_target_that_nobody_can_write_is_told_on_every_rank(output: str, flags: tuple, tmp_path: Path) -> None:
+    statuses, said, seconds = export_with(None, tmp_path, *flags, "--output", output)
+    assert statuses == [1, 1]
+    assert said.count("error: ") == 1 and output in said and "--output" in said, said
+    assert seconds < 12
+
+
+def test_of_two_exports_into_one_target_at_once_one_is_refused_or_finds_it_taken(
+    flags: tuple, whole: dict, tmp_path: Path
+) -> None:
+    slow = Fault("slow", "last bucket", (0,))
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(export_with, slow, folder, *flags, "--output", tmp_path / "out") for folder in folders]
+        ends = sorted(run.result()[:2] for run in runs)
+    assert [statuses for statuses, _ in ends] == [[0, 0], [1, 1]]
+    assert "is running" in ends[1][1] or "is not empty" in ends[1][1]
+    assert contents(tmp_path / "out") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other", "out"]
+
+
 def vanish(source: Path) -> None:
     """What was copied from it cannot be copied again."""
     (source / "tokenizer_config.json").unlink()
@@ -127,7 +153,7 @@ def test_a_source_that_changes_under_way_is_noticed(
 
 
 def test_at_least_sixty_faults_are_tried(capsys: pytest.CaptureFixture) -> None:
-    count = 12 + len(FAULTS) + len(OVER_AN_OLD_ONE) + len(SLOW)
+    count = 12 + 2 + 1 + len(FAULTS) + len(OVER_AN_OLD_ONE) + len(SLOW)
     with capsys.disabled():
         print(f"\n{count} faults tried; all that are not reported as failures were survived")
     assert count >= 60
