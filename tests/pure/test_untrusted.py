@@ -608,7 +608,7 @@ def test_of_token_ids_only_those_that_are_asked_for_are_read(tmp_path: Path) -> 
 
 STATISTICS = {
     "no JSON": ("{", "the sizes of the model it was measured on are not readable (Expecting"),
-    "deep": ("[" * 1000, "levels deep"),
+    "deep": ("[" * 1000 + "]" * 1000, "levels deep"),
     "a list": ("[1]", "are not readable (they are [1])"),
     "null": ("null", "are not readable (they are None)"),
     "twice": ('{"layers": 2, "layers": 2}', "the key 'layers' is there twice"),
