@@ -27,16 +27,15 @@ from .formats.form import STRIP_ELEMENTS
 from .item import Item, Output
 from .layout import QKV
 from .names import Source, is_expert, is_linear_weight
+from .names.shape import text_of
 from .piece import Axis
 from .placement import Grid
 from .plan import Held, Plan
 from .verify import CHUNK, THREADS
 from .writer import header_of
 
-BASE_BYTES = {
-    "cpu": 385 << 20,
-    "cuda": 2 << 30,
-}  # the second with CUDA's libraries and context, which nobody measured yet
+# Of the interpreter with torch and Megatron. Nobody has measured the second yet, which has CUDA's libraries and context too.
+BASE_BYTES = {"cpu": 385 << 20, "cuda": 2 << 30}
 PLAN_BYTES = 16 << 10
 STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
 CHECKED = 5 / 2  # bytes that it takes to check a byte of a parameter that was read: magnitudes and three flags a number
@@ -225,10 +224,12 @@ def _weights(plan: Plan, held: dict[str, Held], grid: Grid) -> tuple[dict, dict]
 
 def _read(config: dict, source: Source, shard: int) -> int:
     """Bytes of a file's pages that a rank touches when it reads a shard of so many bytes."""
-    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is Axis.IN else shard  # of rows, all pages
+    across = Axis.OUT if source.stack else Axis.IN  # what a cut of every row of the file is along: it touches all pages
+    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
     if config.get("quantization_config") and is_linear_weight(source.canonical):
         return nbytes // 2  # float8
-    return nbytes * 2 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else nbytes
+    text = text_of(config)
+    return nbytes * 2 if (text.get("dtype") or text.get("torch_dtype")) == "float32" else nbytes
 
 
 def _statistics(plan: Plan) -> int:

@@ -228,6 +228,8 @@ class Item:
     @cached_property
     def outputs(self) -> tuple[Output, ...]:
         """The tensors of the checkpoint that this item becomes, or slices of them."""
+        if not self.stacked:
+            return self.pieces
         return tuple(output for output, _ in self.assembled(_meta(self.pieces)))
 
     def assembled(self, whole: dict[str, Piece]) -> list[tuple[Output, Tensor]]:
