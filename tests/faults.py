@@ -63,7 +63,7 @@ def _fail() -> None:
 
 
 def _sleep() -> None:
-    time.sleep(2)
+    time.sleep(3)
 
 
 def _no_room() -> None:

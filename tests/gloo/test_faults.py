@@ -106,7 +106,7 @@ def test_a_fault_leaves_the_target_as_before_or_complete_and_resume_finishes(
 
 @pytest.mark.parametrize("fault", SLOW, ids=str)
 def test_a_slow_rank_is_waited_for(fault: Fault, flags: tuple, whole: dict, tmp_path: Path) -> None:
-    statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out", "--timeout", 1)
+    statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out", "--timeout", 2)
     assert statuses == [0, 0], said
     assert contents(tmp_path / "out") == whole
 
