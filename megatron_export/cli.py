@@ -87,18 +87,18 @@ def plan(say: Callable[..., None], arguments: list[str] | None = None) -> int:
     if world is not None and world < 1:
         planning.error(f"--world must be at least 1, not {world}")
     config = _config(planning, values | {"dry_run": True})
-    gc.disable()  # a plan of a large model is millions of objects that all stay; looking for cycles takes half of its time
     from . import preview
 
+    gc.disable()  # a plan of a large model is millions of objects that all stay; looking for cycles takes half of its time
     try:
         found = preview.previewed(config, EXAMPLE_MODEL, world)
     except ExportError as error:
         say(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    say(
-        json.dumps(preview.as_json(found), indent=2) if as_json else "\n".join(_aligned(preview.rows(found))),
-        flush=True,
-    )
+    finally:
+        gc.enable()
+    lines = [json.dumps(preview.as_json(found), indent=2)] if as_json else _aligned(preview.rows(found))
+    say("\n".join(lines), flush=True)
     return 0
 
 

@@ -82,10 +82,21 @@ class Load:
         return Load(**{name: max(a, b) if name in most else a + times * b for name, (a, b) in pairs.items()})
 
 
+@dataclass
+class Holding:
+    """What a rank has of the whole model, in bytes: its weights, the pages that it reads them from, what it takes to check the
+    largest of them, and all that it has when it checks the first.
+    """
+
+    weights: int = 0
+    mapped: int = 0
+    checked: int = 0
+    first: int = 0
+
+
 def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Forecast:
     """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu."""
-    loads = _loads(plan, held)
-    weights, reading = _weights(plan, held, grid)
+    loads, holdings = _loads(plan, held), _holdings(plan, held, grid)
     working = _working(plan, loads)
     own = BASE_BYTES[device] + PLAN_BYTES * len(plan.items) + _statistics(plan)
     verifying = VERIFIED * min(THREADS, len(plan.files))
@@ -93,14 +104,16 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
     left = loads[-1].get(0, Load())
     host, gpu = [], []
     for rank in range(grid.world):
-        place = grid.place(rank)
+        holding = holdings[grid.place(rank)]
+        resident = holding.weights if device == "cpu" else 0
+        loading = max(resident + holding.mapped + holding.checked, holding.first)
         if device == "cuda":
-            gpu.append(weights[place] + working[rank])
-            host.append(own + max(reading[place], leaving if rank == 0 else 0, verifying if rank == 0 else 0))
+            gpu.append(holding.weights + working[rank])
+            host.append(own + max(loading, *((leaving, verifying) if rank == 0 else (0,))))
         else:
             gpu.append(0)
             last = left.copied + left.encoded + _arriving(loads[-1]) + verifying if rank == 0 else 0
-            host.append(own + weights[place] + max(reading[place], working[rank], last))
+            host.append(own + max(loading, resident + working[rank], resident + last))
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,
@@ -205,21 +218,23 @@ def _joined(item: Item) -> int:
     return nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
 
 
-def _weights(plan: Plan, held: dict[str, Held], grid: Grid) -> tuple[dict, dict]:
-    """By place: the bytes of the weights that a rank holds, and what it takes beside those while they are loaded."""
-    places = [(stage, home) for stage in range(grid.pp) for home in range(grid.ep)]
-    weights, mapped, checked = dict.fromkeys(places, 0), dict.fromkeys(places, 0), dict.fromkeys(places, 0)
+def _holdings(plan: Plan, held: dict[str, Held], grid: Grid) -> dict[tuple[int, int], Holding]:
+    """By place, what a rank holds and reads."""
+    found = {(stage, home): Holding() for stage in range(grid.pp) for home in range(grid.ep)}
     for item in plan.items:
         source = item.source
         shard = prod(held[source.canonical].shape) * source.dtype.itemsize
-        read = _read(plan.config, source, shard)
+        read, check = _read(plan.config, source, shard), int(CHECKED * shard)
         homes = [grid.expert_rank(source)] if is_expert(source.canonical) else range(grid.ep)
         stages = [grid.stage_rank(source), *[grid.pp - 1] * grid.copies(source)]
-        for place in ((stage, home) for stage in stages for home in homes):
-            weights[place] += shard
-            mapped[place] += read
-            checked[place] = max(checked[place], int(CHECKED * shard))
-    return weights, {place: mapped[place] + checked[place] for place in places}
+        for copy, stage in enumerate(stages):
+            first = item is plan.items[0] and copy == 0  # the embedding
+            for holding in (found[stage, home] for home in homes):
+                holding.weights += shard
+                holding.mapped += read
+                holding.checked = max(holding.checked, 0 if first else check)
+                holding.first = max(holding.first, read + check + shard if first else 0)
+    return found
 
 
 def _read(config: dict, source: Source, shard: int) -> int:

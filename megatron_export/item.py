@@ -296,5 +296,5 @@ def _whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count
 def _encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
     if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
         return ()  # reported as a problem, or gathered first
-    pieces = formats.encode(form, torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(SCALAR, SCALAR))
+    pieces = form.encode(torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(SCALAR, SCALAR))
     return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in pieces.items())
