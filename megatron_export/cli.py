@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
 PLANNED = (  # the settings that decide what is written and what it takes
     *("output", "tp", "pp", "vpp", "pp_layout", "ep", "etp", "hf_model", "format", "kv_cache", "group_size"),
-    *("fp8_pb_spelling", "awq_output", "awq_clip", "max_shard_size", "exclude", "mtp", "quantize_mla", "device"),
+    *("fp8_pb_spelling", "awq_output", "awq_clip", "max_shard_size", "writers", "exclude", "mtp"),
+    *("quantize_mla", "device"),
 )
 
 
@@ -137,6 +138,7 @@ def table(job: "Job") -> list[str]:
     if report.kept:
         rows.append(("resumed", f"{report.kept} of {len(job.plan.files)} files were complete already"))
     rows += [
+        ("over the wire", f"{sum(report.wire):,} bytes"),
         ("read", f"{job.bytes_read:,} bytes by all ranks"),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.seconds.items())),
         ("peak host memory", _peaks(report.peak_host)),

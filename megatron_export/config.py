@@ -57,6 +57,10 @@ class ExportConfig:
     """read the statistics from this file instead of running calibration data"""
     overwrite: bool = False
     """replace a folder that is not empty, in the moment the new one is complete"""
+    writers: Literal["rank0", "node", "all"] = "rank0"
+    """which ranks write files: rank 0, the first of every node, or all; the bytes are the same"""
+    no_fsync: bool = False
+    """publish before everything is on the disk: faster, and lost if the machine fails within a minute"""
     resume: bool = False
     """go on with an interrupted export into the same folder; if there is none, start"""
     timeout: float = 600

@@ -4,7 +4,7 @@ Bytes are exact. Memory is what is alive at once:
 
     weights   the rank's shards as the model holds them, of replicas too, and Megatron's copies of the embedding
     bucket    while one is encoded and sent: what splitting and smoothing copy of it, its encoded pieces, the message of each
-              item, the parcel of all, on rank 0 what the others sent, and still the parcel of the bucket before; what is
+              item, the parcel of all, on its writer what the others sent, and still the parcel of the bucket before; what is
               gathered first travels before that
     strips    16 bytes for each of the `STRIP_ELEMENTS` weights that are encoded at a time
 
@@ -14,15 +14,17 @@ On a GPU these are its memory, as `torch.cuda.max_memory_allocated` counts it. O
     plan      `PLAN_BYTES` for each parameter, and the statistics
     files     while weights are loaded: the pages of the source's files that the rank reads, which are mapped, and what it takes
               to check one parameter
-    verify    on rank 0, when all is written: the buffers that files are read back with
+    verify    on ranks that write: the buffers that files are read back with; on a GPU's host also those that it is copied to
 
 Not counted: a calibration run; what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from math import prod
 
+from .conveyor import CHUNK as CONVEYED
+from .conveyor import SLOTS
 from .formats.form import STRIP_ELEMENTS
 from .item import Item, Output
 from .layout import QKV
@@ -31,21 +33,21 @@ from .names.shape import text_of
 from .piece import Axis
 from .placement import Grid
 from .plan import Held, Plan
-from .verify import CHUNK, THREADS
-from .writer import header_of
+from .shard import header_of
+from .verify import BUFFERS, CHUNK, THREADS
 
 # Of the interpreter with torch and Megatron. Nobody has measured the second yet, which has CUDA's libraries and context too.
 BASE_BYTES = {"cpu": 385 << 20, "cuda": 2 << 30}
 PLAN_BYTES = 16 << 10
 STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
 CHECKED = 5 / 2  # bytes that it takes to check a byte of a parameter that was read: magnitudes and three flags a number
-VERIFIED = CHUNK * 7 // 2  # a chunk that is read back, the same
+VERIFIED = CHUNK * (BUFFERS + 2)  # the chunks of a file that is read back, and their magnitudes
 ALIGNMENT = 16  # of the tensors in a message
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Sizes in bytes; those of ranks in their order. `sent` goes to rank 0, `gathered` to other ranks before that; `host` and
+    """Sizes in bytes; those of ranks in their order. `sent` goes to writers, `gathered` to other ranks before that; `host` and
     `gpu` are peaks of memory, of a GPU that is not there 0.
     """
 
@@ -64,7 +66,7 @@ class Load:
 
     moved    shards of what is gathered first that it sends to the first rank; arrived: those that others sent it
     copied   what splitting copied, and what was made whole
-    encoded  its pieces; sent: its message for rank 0
+    encoded  its pieces; sent: its message for the writer
     """
 
     moved: int = 0
@@ -99,37 +101,33 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
     loads, holdings = _loads(plan, held), _holdings(plan, held, grid)
     working = _working(plan, loads)
     own = BASE_BYTES[device] + PLAN_BYTES * len(plan.items) + _statistics(plan)
-    verifying = VERIFIED * min(THREADS, len(plan.files))
-    leaving = max(output.nbytes for item in plan.items for output in item.outputs)
-    left = loads[-1].get(0, Load())
+    files = Counter(plan.writers.values())
+    leaving = SLOTS * CONVEYED if device == "cuda" else 0
     host, gpu = [], []
     for rank in range(grid.world):
         holding = holdings[grid.place(rank)]
         resident = holding.weights if device == "cpu" else 0
         loading = max(resident + holding.mapped + holding.checked, holding.first)
-        if device == "cuda":
-            gpu.append(holding.weights + working[rank])
-            host.append(own + max(loading, *((leaving, verifying) if rank == 0 else (0,))))
-        else:
-            gpu.append(0)
-            last = left.copied + left.encoded + _arriving(loads[-1]) + verifying if rank == 0 else 0
-            host.append(own + max(loading, resident + working[rank], resident + last))
+        writing = VERIFIED * min(THREADS, files[rank]) + leaving * (rank in files)
+        gpu.append(holding.weights + working[rank] if device == "cuda" else 0)
+        host.append(own + max(loading, resident + writing + (working[rank] if device == "cpu" else 0)))
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,
         files={name: len(header_of(file)[0]) + sum(o.nbytes for o in file) for name, file in plan.files.items()},
-        sent=_summed(loads, "sent", grid.world, but=0),
-        gathered=_summed(loads, "moved", grid.world),
+        sent=_summed(plan, loads, "sent", grid.world),
+        gathered=_summed(plan, loads, "moved", grid.world),
         host=tuple(host),
         gpu=tuple(gpu),
     )
 
 
-def _summed(loads: list[dict[int, Load]], name: str, world: int, but: int | None = None) -> tuple[int, ...]:
+def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> tuple[int, ...]:
+    """By rank, over all buckets; what a writer has for itself is not sent."""
     totals = [0] * world
-    for bucket in loads:
-        for rank, load in bucket.items():
-            totals[rank] += getattr(load, name) if rank != but else 0
+    for bucket, found in zip(plan.buckets, loads, strict=True):
+        for rank, load in found.items():
+            totals[rank] += 0 if name == "sent" and rank == bucket.writer else getattr(load, name)
     return tuple(totals)
 
 
@@ -139,7 +137,7 @@ def _loads(plan: Plan, held: dict[str, Held]) -> list[dict[int, Load]]:
     loads = []
     for bucket in plan.buckets:
         alike: dict[tuple, int] = defaultdict(int)
-        for item in bucket:
+        for item in bucket.items:
             kind = _kind(item)
             if kind not in known:
                 known[kind] = tuple(_load(item, index) for index in range(len(item.ranks)))
@@ -187,28 +185,28 @@ def _packed(message: tuple[Output, ...]) -> int:
 
 
 def _arriving(bucket: dict[int, Load]) -> int:
-    """What rank 0 has of a bucket when all messages have come, its own too."""
+    """What the writer has of a bucket when all messages have come, its own too."""
     return sum(load.sent for load in bucket.values())
 
 
 def _working(plan: Plan, loads: list[dict[int, Load]]) -> dict[int, int]:
     """Of every rank, the most that it takes beside the weights, over all buckets."""
     peaks: dict[int, int] = defaultdict(int)
-    before: dict[int, Load] = {}
+    before, from_before = {}, None
     for bucket, now in zip(plan.buckets, loads, strict=True):
-        joined = max(_joined(item) for item in bucket)
-        for rank in now.keys() | {0}:
+        joined = max(_joined(item) for item in bucket.items)
+        for rank in now.keys() | {bucket.writer, from_before} - {None}:
             old, new = before.get(rank, Load()), now.get(rank, Load())
-            parcel = _arriving(before) if rank == 0 else old.sent
-            next_parcel = _arriving(now) if rank == 0 else new.sent
+            parcel = _arriving(before) if rank == from_before else old.sent
+            next_parcel = _arriving(now) if rank == bucket.writer else new.sent
             stages = (
                 old.copied + old.encoded + parcel + new.moved + new.arrived + new.copied + new.splitting,
                 old.encoded + parcel + new.copied + new.encoded + new.encoding,
                 parcel + new.copied + new.encoded + new.sent + next_parcel,
-                new.copied + new.encoded + next_parcel + (joined if rank == 0 else 0),
+                new.copied + new.encoded + next_parcel + (joined if rank == bucket.writer else 0),
             )
             peaks[rank] = max(peaks[rank], *stages)
-        before = now
+        before, from_before = now, bucket.writer
     return peaks
 
 

@@ -5,6 +5,7 @@ receiver, who has the same plan, unpacks it. A rank's failure becomes every rank
 `together`.
 """
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .errors import ExportError, Interrupted, told
+from .filing import Bucket
 from .item import Item, Output
 from .names import is_expert
 from .piece import Piece
@@ -74,6 +76,12 @@ def at_first(here: Topology, mine: object) -> list | None:
     theirs = [None] * here.world if here.first else None
     dist.gather_object(mine, theirs, 0, group=here.control)
     return theirs
+
+
+def nodes(here: Topology) -> tuple[int, ...]:
+    """The number of each rank's node, in rank order, as their host names tell them apart."""
+    names = everyone(here, socket.gethostname())
+    return tuple(list(dict.fromkeys(names)).index(name) for name in names)
 
 
 def spread(here: Topology, mine: dict[str, Tensor], experts: bool = False) -> dict[str, Tensor]:
@@ -170,27 +178,27 @@ def open_first(here: Topology, item: Item, parcel: Parcel) -> dict[str, Piece] |
     return item.opened(item.join(shards))
 
 
-def parcel_to_writer(here: Topology, bucket: tuple[Item, ...], encoded: dict[str, dict[str, Piece]]) -> Parcel:
-    """The encoded tensors of a bucket, on their way to rank 0.
+def parcel_to_writer(here: Topology, bucket: Bucket, encoded: dict[str, dict[str, Piece]]) -> Parcel:
+    """The encoded tensors of a bucket, on their way to the rank that writes it.
 
     `encoded` maps the canonical names of this rank's items to what it made of them.
     """
     sizes: dict[int, int] = {}
     outgoing = []
-    for item in bucket:
+    for item in bucket.items:
         for index, rank in enumerate(item.ranks):
             if not (message := item.message(index)):
                 continue
             sizes[rank] = sizes.get(rank, 0) + _size(message)
             if rank == here.rank:
                 outgoing.append(_pack(message, encoded[item.source.canonical]))
-    return _parcel(here, 0, sizes, torch.cat(outgoing) if outgoing else None)
+    return _parcel(here, bucket.writer, sizes, torch.cat(outgoing) if outgoing else None)
 
 
-def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> Iterator[tuple[Output, Tensor]]:
-    """The tensors of the checkpoint that are in a bucket, or slices of them, on rank 0's device."""
+def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Tensor]]:
+    """The tensors of the checkpoint that are in a bucket, or slices of them, on its writer's device."""
     offsets = dict.fromkeys(parcel.received, 0)
-    for item in bucket:
+    for item in bucket.items:
         shards = []
         for index, rank in enumerate(item.ranks):
             if message := item.message(index):
@@ -199,13 +207,16 @@ def open_at_writer(bucket: tuple[Item, ...], parcel: Parcel) -> Iterator[tuple[O
         yield from item.assembled(item.join(shards))
 
 
-def deliver(here: Topology, parcel: Parcel) -> None:
-    """Move the bytes; every rank that has a part in the parcel calls this."""
+def deliver(here: Topology, parcel: Parcel) -> int:
+    """Move the bytes; every rank that has a part in the parcel calls this. Returns how many this one sent."""
     if here.rank == parcel.to:
         sources = {rank: buffer for rank, buffer in parcel.received.items() if rank != here.rank}
         _wait([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in sources.items()])
-    elif parcel.mine is not None:
-        _wait([dist.P2POp(dist.isend, parcel.mine, parcel.to)])
+        return 0
+    if parcel.mine is None:
+        return 0
+    _wait([dist.P2POp(dist.isend, parcel.mine, parcel.to)])
+    return parcel.mine.nbytes
 
 
 def _parcel(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> Parcel:

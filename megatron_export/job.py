@@ -13,16 +13,14 @@ from .calibration import calibrate
 from .config import ExportConfig
 from .errors import ExportError
 from .fingerprint import check_unchanged, of_folder
-from .formats import Options
 from .gather import together
-from .item import Output
 from .measured import check_calibration
 from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
-from .plan import Plan, assumed, make_plan
+from .plan import Plan
+from .preview import planned
 from .progress import Progress
 from .signals import heeded
-from .sizes import parse_size
 from .source import copied_tensors
 from .staging import kept_statistics
 from .topology import Topology
@@ -54,6 +52,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     job = Job()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
     with topology.started(config.tp, config.pp, config.device, **sizes), topology.current(config.timeout) as here:
+        nodes = gather.nodes(here)
         with together(here, "check the settings"):
             folder = _model_folder(config, example_model)
             hf_config = assets.read_config(folder)
@@ -62,7 +61,8 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
             build.check_divides(hf_config, here, config.pp_layout)
             folder = assets.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
-            job.plan = _plan(config, hf_config, copied_tensors(folder, copied_prefixes(hf_config)))
+            copied = copied_tensors(folder, copied_prefixes(hf_config))
+            job.plan = planned(config, hf_config, copied, here.world, nodes)
             _check(config, job.plan, folder, here)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
             kept = _kept(config) if here.first and known is None else None
@@ -116,6 +116,8 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 max_shard_size=config.max_shard_size,
                 overwrite=config.overwrite,
                 resume=config.resume,
+                writers=config.writers,
+                sync=not config.no_fsync,
                 provenance=_provenance(config, folder),
                 timeout=config.timeout,
                 progress=progress,
@@ -149,20 +151,6 @@ def _model_folder(config: ExportConfig, example_model: Path) -> Path:
             "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         )
     return assets.find_model(config.hf_model or example_model, weights=not config.dry_run)
-
-
-def _plan(config: ExportConfig, hf_config: dict, copied: tuple[Output, ...]) -> Plan:
-    return make_plan(
-        hf_config,
-        assumed(hf_config, config.tp, config.etp),
-        format=config.format,
-        options=Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
-        kv_cache=config.kv_cache,
-        exclude=config.exclude,
-        quantize_mla=config.quantize_mla,
-        max_shard_bytes=parse_size(config.max_shard_size),
-        copied=copied,
-    )
 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:

@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .plan import Plan
+from .shard import DTYPES
 from .verify import Verified
-from .writer import DTYPES, MANIFEST
+from .writer import MANIFEST
 
 KIND = "megatron_export manifest 1"
 _PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")

@@ -1,4 +1,6 @@
-"""The whole story of an export on one page: plan, agree on maxima, then encode, gather and write bucket by bucket."""
+"""The whole story of an export on one page: plan, agree on maxima, then encode, gather and write bucket by bucket, read back,
+publish.
+"""
 
 import dataclasses
 import resource
@@ -15,35 +17,25 @@ from torch import Tensor, nn
 from . import assets, gather, manifest, topology
 from .contradictions import contradictions
 from .errors import ExportError, report
+from .filing import Bucket, Writers
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
-from .item import Item, Measured
-from .measured import check_calibration, measured
+from .measured import check_calibration
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
-from .piece import Piece
 from .plan import Plan, make_plan
 from .progress import Progress, quiet
 from .quant_config import config_json, hf_quant_config
 from .signals import heed
 from .sizes import parse_size
 from .source import SourceWeights, copied_tensors
-from .staging import Staging
+from .staging import Checks, Guest, Staging
+from .stream import Work, delivered
 from .survey import survey
 from .topology import SILENCE, Topology
-from .verify import verify
-from .writer import MANIFEST, CheckpointWriter, check_apart, check_empty, check_target, write_json
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is encoded, and the numbers that it is encoded with."""
-
-    plan: Plan
-    shards: dict[str, Tensor]
-    amaxes: dict[str, Tensor]
-    calibration: dict[str, Tensor]
+from .verify import ReadBack, Verified, judged
+from .writer import MANIFEST, CheckpointWriter, check_apart, check_empty, check_target, complete, write_json
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class _Place:
     folder: Path
     overwrite: bool
     resume: bool
+    sync: bool
     source: Path
     source_files: dict[str, tuple[int, int]]
     identity: dict[str, str]
@@ -64,7 +57,7 @@ class _Place:
 @dataclass(frozen=True)
 class Report:
     """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU. `kept` counts the files
-    that an interrupted export had completed.
+    that an interrupted export had completed; `wire` is what each rank sent to others.
     """
 
     folder: Path
@@ -73,6 +66,15 @@ class Report:
     peak_host: tuple[int, ...]
     peak_gpu: tuple[int, ...]
     kept: int = 0
+    wire: tuple[int, ...] = ()
+
+
+@dataclass
+class _Done:
+    """What has been written: how many files an interrupted export had completed, how many bytes this rank sent."""
+
+    kept: int = 0
+    sent: int = 0
 
 
 def export_hf_checkpoint(
@@ -93,6 +95,8 @@ def export_hf_checkpoint(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     resume: bool = False,
+    writers: str = "rank0",
+    sync: bool = True,
     provenance: dict | None = None,
     timeout: float = SILENCE,
     progress: Progress = quiet,
@@ -114,6 +118,8 @@ def export_hf_checkpoint(
     max_shard_size  largest shard, as bytes or like "5GB"
     resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
                     statistics are others
+    writers         which ranks write files: "rank0", "node" (the first of every node) or "all"; the bytes are the same
+    sync            whether everything is on the disk, not only in the system's memory, before the folder gets its name
     timeout         seconds after which a rank that is not heard of counts as gone
     provenance      what the manifest says of where model and statistics came from, as JSON has it
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
@@ -138,6 +144,7 @@ def export_hf_checkpoint(
                 shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
         finish_gathering(model)
         held = gather.locate(here, shards)
+        nodes = gather.nodes(here)
         with together(here, "plan the export"):
             plan = make_plan(
                 config,
@@ -149,6 +156,7 @@ def export_hf_checkpoint(
                 quantize_mla=quantize_mla,
                 max_shard_bytes=parse_size(max_shard_size),
                 copied=copied,
+                writers=Writers(writers, nodes),
             )
             check_calibration(plan, calibration)
             if here.first:
@@ -161,103 +169,96 @@ def export_hf_checkpoint(
             "model": digest,
             "statistics": of_statistics(calibration or {}),
         }
-        place = _Place(export_dir, overwrite, resume, folder, files, identity, provenance or {})
-        kept = _write(here, _Work(plan, shards, amaxes, calibration or {}), place, progress)
-        peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
-    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, kept)
+        place = _Place(export_dir, overwrite, resume, sync, folder, files, identity, provenance or {})
+        done = _write(here, Work(plan, shards, amaxes, calibration or {}), place, progress)
+        peak_host, peak_gpu, wire = zip(*gather.everyone(here, (*_peaks(here), done.sent)), strict=True)
+    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, done.kept, wire)
 
 
-def _write(here: Topology, work: "_Work", place: "_Place", progress: Progress) -> int:
-    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model.
-
-    Returns how many files an interrupted export had completed.
-    """
-    plan = work.plan
+def _write(here: Topology, work: Work, place: "_Place", progress: Progress) -> _Done:
+    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
+    plan, done = work.plan, _Done()
     with ExitStack() as stack:
-        writer, done = None, False
+        staging, published = None, False
         with together(here, "start writing"):
-            done = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
-            if here.first and not done:
-                check_empty(place.folder, overwrite=place.overwrite)
-                which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
-                staging = Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume)
-                writer = CheckpointWriter(plan, stack.enter_context(staging))
-                stack.enter_context(writer)
+            published = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
+            if here.first and not published:
+                staging = stack.enter_context(_staging(place))
                 staging.keep(work.calibration)
-        done, complete = gather.from_first(here, (done, frozenset(staging.finished if writer else ())))
-        if done:
-            return len(plan.files)
-        for bucket in progress("export", _left(plan, complete)):
-            here.pulse.at("export", bucket[0].source.canonical)
-            numbers, parts = _parts(here, bucket, work)
-            with together(here, "quantize"):
-                encoded = {
-                    name: item.encode(parts[name], item.ranks.index(here.rank), work.amaxes.get(name), numbers[name])
-                    for item in bucket
-                    if (name := item.source.canonical) in parts
-                }
-                parcel = gather.parcel_to_writer(here, bucket, encoded)
-            gather.deliver(here, parcel)
+        published, kept = gather.from_first(here, (published, staging.finished if staging else {}))
+        if published:
+            return _Done(len(plan.files))
+        done.kept = len(kept)
+        with together(here, "open files"):
+            writer, back = _opened(here, plan, place, staging, kept, stack)
+        for bucket in progress("export", _left(plan, kept)):
+            found = delivered(here, bucket, work)
+            done.sent += found.sent
             with together(here, "write"):
-                if writer:
-                    writer.write(gather.open_at_writer(bucket, parcel))
-        with together(here, "copy what stays as it is"):
+                if bucket.writer == here.rank:
+                    writer.write(found.tensors())
+        with together(here, "finish the files"):
             if writer and plan.copied:
                 with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
                     writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
-        with together(here, "verify and publish", heeding=False):
             if writer:
-                _publish(plan, writer, staging, place, here.sizes, progress)
-    return len(complete)
+                writer.flush()
+        with together(here, "read back what was written"):
+            read = back.found(writer.staging.finished, progress) if writer else None
+        read = gather.at_first(here, read)
+        with together(here, "publish", heeding=False):
+            if staging:
+                _publish(plan, staging, place, here.sizes, [one for one in read if one])
+    return done
 
 
-def _left(plan: Plan, complete: frozenset[str]) -> list[tuple[Item, ...]]:
+def _staging(place: "_Place") -> Staging:
+    check_empty(place.folder, overwrite=place.overwrite)
+    which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
+    return Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume, sync=place.sync)
+
+
+def _opened(
+    here: Topology, plan: Plan, place: "_Place", staging: Staging | None, kept: dict[str, Checks], stack: ExitStack
+) -> tuple[CheckpointWriter | None, ReadBack | None]:
+    """The writer of this rank's files and what reads them back, if it has any; what is complete already is read at once."""
+    mine = [file for file, rank in plan.writers.items() if rank == here.rank]
+    if not mine:
+        return None, None
+    desk = staging or Guest(place.folder, here.rank, kept, place.sync)
+    back = stack.enter_context(ReadBack(plan))
+    for file in kept.keys() & set(mine):
+        back.follow(desk.folder / file, plan.files[file])
+    writer = CheckpointWriter(plan, desk, rank=here.rank, device=here.device, sync=place.sync, follow=back.follow)
+    return stack.enter_context(writer), back
+
+
+def _left(plan: Plan, kept: dict[str, Checks]) -> list[Bucket]:
     """The buckets without what an interrupted run has completed."""
-    done = {output.name for file in complete for output in plan.files[file]}
-    buckets = (tuple(i for i in bucket if not done.issuperset(o.name for o in i.outputs)) for bucket in plan.buckets)
-    return [bucket for bucket in buckets if bucket]
+    done = {output.name for file in kept for output in plan.files[file]}
+    return [bucket for bucket in plan.buckets if bucket.items[0].outputs[0].name not in done]
 
 
 def _publish(
-    plan: Plan, writer: CheckpointWriter, staging: Staging, place: "_Place", sizes: dict[str, int], progress: Progress
+    plan: Plan,
+    staging: Staging,
+    place: "_Place",
+    sizes: dict[str, int],
+    read: list[tuple[dict[str, Verified], list[str]]],
 ) -> None:
-    """Add the other files, read everything back, and give the folder its name."""
+    """Add the other files, judge what all writers read back, and give the folder its name."""
     quant = hf_quant_config(plan)
     jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
     check_unchanged(place.source, place.source_files)
-    writer.complete(jsons, assets.files_to_copy(place.source))
-    heed()
-    found = verify(staging.folder, plan, staging.finished, progress)
+    complete(plan, staging, jsons, assets.files_to_copy(place.source))
+    found = {file: verified for files, _ in read for file, verified in files.items()}
+    found = judged(staging.folder, plan, found, [problem for _, problems in read for problem in problems])
     heed()
     write_json(
         staging.folder / MANIFEST,
         manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
     )
     staging.publish()
-
-
-def _parts(
-    here: Topology, bucket: tuple[Item, ...], work: "_Work"
-) -> tuple[dict[str, Measured], dict[str, dict[str, Piece]]]:
-    """What this rank is to encode, smoothed and in bfloat16, by canonical name, and the numbers that belong to it: its
-    shards, or whole what is gathered first.
-    """
-    first = [item for item in bucket if item.gather_first]
-    mine = {item.source.canonical: item for item in bucket if here.rank in item.ranks}
-    with together(here, "split its shards"):
-        numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
-        parts = {
-            name: item.split(work.shards[name], item.ranks.index(here.rank), numbers[name])
-            for name, item in mine.items()
-        }
-        parcels = {name: gather.parcel_to_first(here, i, parts[name]) for name, i in mine.items() if i.gather_first}
-    for parcel in parcels.values():
-        gather.deliver(here, parcel)
-    if first:
-        with together(here, "join shards"):
-            whole = {name: gather.open_first(here, mine[name], parcel) for name, parcel in parcels.items()}
-            parts = {name: found for name, found in (parts | whole).items() if found is not None}
-    return numbers, parts
 
 
 def _said(plan: Plan) -> dict:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import ExportError, report
+from .filing import Bucket, Writers, buckets_of, files_of, writers_of
 from .formats import Form, Options, chosen, chosen_kv
 from .item import Item, Output, Smoothed
 from .names import Source, makes_keys, parameters_of
@@ -16,8 +17,6 @@ from .piece import Axis
 from .placement import PAD_VOCAB_TO, grid_of
 from .policy import modules, settle
 from .smoothing import smoothing
-
-BUCKET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ class Plan:
     """The whole export.
 
     quantized, excluded  HF module names
-    files    file name -> its tensors
+    files    file name -> its tensors, in the order in which they are made
+    writers  file name -> the rank that writes it
+    buckets  what is encoded and sent at a time, each to one writer
     copied   tensors of the original model that are copied as they are
     fused    canonical linears that engines join into one, so that they share the amax of their weights
     remarks  what the user should know of the result, a sentence each
@@ -47,8 +48,9 @@ class Plan:
     form: Form
     kv: ModuleType | None
     items: tuple[Item, ...]
-    buckets: tuple[tuple[Item, ...], ...]
+    buckets: tuple[Bucket, ...]
     files: dict[str, tuple[Output, ...]]
+    writers: dict[str, int]
     quantized: tuple[str, ...]
     excluded: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...] = ()
@@ -77,6 +79,7 @@ def make_plan(
     quantize_mla: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     copied: tuple[Output, ...] = (),
+    writers: Writers = Writers(),  # noqa: B008 - frozen
 ) -> Plan:
     """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
     original has beside them.
@@ -123,13 +126,16 @@ def make_plan(
     if not plain and not policy.quantized and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
+    files = files_of(items, copied, max_shard_bytes)
+    writing = writers_of(files, items, writers)
     return Plan(
         config=config,
         form=form,
         kv=kv,
         items=tuple(items),
-        buckets=_buckets(items),
-        files=_files(items, copied, max_shard_bytes),
+        buckets=buckets_of(items, files, writing),
+        files=files,
+        writers=writing,
         quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),
         excluded=policy.excluded,
         fused=policy.fused,
@@ -207,39 +213,3 @@ def _tile_problems(item: Item) -> list[str]:
                     f"{smaller} it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
                 )
     return problems
-
-
-def _buckets(items: list[Item]) -> tuple[tuple[Item, ...], ...]:
-    buckets: list[list[Item]] = [[]]
-    size = 0
-    for item in items:
-        nbytes = sum(output.nbytes for output in item.outputs)
-        if buckets[-1] and size + nbytes > BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(item)
-        size += nbytes
-    return tuple(tuple(bucket) for bucket in buckets)
-
-
-def _files(items: list[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
-    """Fill files in order, never parting a module from its scales; a module larger than the limit has its own file."""
-    modules: dict[str, dict[str, Output]] = {}
-    for item in items:
-        stack = item.source.stack.name if item.stacked else ""
-        for output in item.outputs:
-            module = modules.setdefault(stack or output.name.rpartition(".")[0], {})
-            module[output.name] = output.whole
-    modules |= {output.name: {output.name: output} for output in copied}
-    files: list[list[Output]] = [[]]
-    size = 0
-    for outputs in (module.values() for module in modules.values()):
-        nbytes = sum(output.nbytes for output in outputs)
-        if files[-1] and size + nbytes > max_bytes:
-            files.append([])
-            size = 0
-        files[-1] += outputs
-        size += nbytes
-    if len(files) == 1:
-        return {"model.safetensors": tuple(files[0])}
-    return {f"model-{k:05d}-of-{len(files):05d}.safetensors": tuple(file) for k, file in enumerate(files, start=1)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from . import assets
 from .config import ExportConfig
 from .errors import ExportError
+from .filing import Writers
 from .forecast import Forecast, forecast
 from .formats import Options
 from .item import Item, Output
@@ -22,6 +23,8 @@ from .readers import Verdict, verdicts
 from .sizes import parse_size, readable
 from .source import copied_tensors
 from .writer import SPARE_BYTES
+
+GPUS = 8  # of a node, where none is there to ask
 
 Rows = list[tuple[str, str]]
 
@@ -66,8 +69,21 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
     hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
+    plan = planned(config, hf_config, copied, world)
+    return _preview(config, plan, world, config.device or "cuda", remarks)
+
+
+def planned(
+    config: ExportConfig,
+    hf_config: dict,
+    copied: tuple[Output, ...],
+    world: int | None,
+    nodes: tuple[int, ...] | None = None,
+) -> Plan:
+    """The plan of what `config` says for a model that the command builds; without `nodes`, with `GPUS` ranks on each."""
     held = _held(config, hf_config, world)
-    plan = make_plan(
+    most = max(rank for one in held.values() for rank in one.ranks)
+    return make_plan(
         hf_config,
         held,
         format=config.format,
@@ -77,23 +93,23 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
         quantize_mla=config.quantize_mla,
         max_shard_bytes=parse_size(config.max_shard_size),
         copied=copied,
+        writers=Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1))),
     )
-    return _preview(config, plan, held, world, config.device or "cuda", remarks)
 
 
 def preview_of(config: ExportConfig, plan: Plan, world: int, device: str) -> Preview:
     """What a plan that was made for `config` takes on `world` ranks."""
-    return _preview(config, plan, _held(config, plan.config, world), world, device, ())
+    return _preview(config, plan, world, device, ())
 
 
 def _preview(
     config: ExportConfig,
     plan: Plan,
-    held: dict[str, Held],
     world: int | None,
     device: str,
     remarks: tuple[str, ...],
 ) -> Preview:
+    held = _held(config, plan.config, world)
     grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
     disk = (config.output or Path.cwd()).resolve()
     while not disk.is_dir():
@@ -137,6 +153,8 @@ def rows(preview: Preview) -> Rows:
     if grid.shape.experts:
         sizes += f"; experts etp {grid.etp} x ep {grid.ep} x pp {grid.pp} x dp {grid.world // grid.etp // grid.ep // grid.pp}"
     sending = sum(sent > 0 for sent in found.sent)
+    writing = sorted(set(plan.writers.values()))
+    to = "rank 0" if writing == [0] else f"{len(writing)} ranks that write"
     moved = f"; before that {sum(found.gathered):,} to other ranks" if any(found.gathered) else ""
     lack = preview.needed - preview.free
     free = f"{readable(preview.free)} free at {preview.disk}" + (f": {readable(lack)} too little" if lack > 0 else "")
@@ -146,7 +164,7 @@ def rows(preview: Preview) -> Rows:
         *plan_rows(plan),
         ("tensors", f"{found.tensors:,}"),
         ("on disk", f"{sum(found.files.values()):,} bytes, headers too; {free}"),
-        ("over the wire", f"{sum(found.sent):,} bytes to rank 0 from {sending} rank{'s' * (sending != 1)}{moved}"),
+        ("over the wire", f"{sum(found.sent):,} bytes to {to} from {sending} rank{'s' * (sending != 1)}{moved}"),
         ("peak host memory", _most(found.host)),
         ("peak GPU memory", _most(found.gpu) if preview.device == "cuda" else "no GPU"),
         *(("" if n else "quantized", line) for n, line in enumerate(_counted(plan.quantized))),
@@ -172,7 +190,8 @@ def as_json(preview: Preview) -> dict:
         "bytes_in_bfloat16": plan.source_nbytes,
         "files": found.files,
         "disk": {"needed": preview.needed, "free": preview.free, "at": str(preview.disk)},
-        "wire": {"to_rank_0": list(found.sent), "gathered_first": list(found.gathered)},
+        "writers": plan.writers,
+        "wire": {"to_writers": list(found.sent), "gathered_first": list(found.gathered)},
         "peak_host_memory": list(found.host),
         "peak_gpu_memory": list(found.gpu) if preview.device == "cuda" else None,
         "quantized": _patterns(plan.quantized),

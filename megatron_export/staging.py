@@ -2,8 +2,9 @@
 one rename.
 
 `.NAME.partial` holds the files that will be published. `.NAME.journal` holds `statistics.safetensors`, what they are quantized
-with; `journal.jsonl`, a first line that says which export it is, then one for every file that is complete and synced, with
-the checksums of its tensors; and `lock`, which is locked while an export runs.
+with; `journal.jsonl`, a first line that says which export it is, then one for every file of rank 0 that is complete and synced,
+with the checksums of its tensors; `journal-R.jsonl`, the same of another rank that writes; and `lock`, which is locked while an
+export runs.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +24,9 @@ from torch import Tensor
 from .errors import ExportError
 
 JOURNAL, STATISTICS = "journal.jsonl", "statistics.safetensors"
+_OF_GUESTS = "journal-*.jsonl"
 KIND = "megatron_export journal 1"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2
 
 Checks = dict[str, list[int]]  # tensor -> checksums of its slices, one if it is whole
 
@@ -44,14 +47,18 @@ class Staging:
     `finished` maps the files that an interrupted run completed to the checksums of their tensors.
     """
 
-    def __init__(self, target: Path, fingerprint: dict[str, str], *, overwrite: bool, resume: bool) -> None:
+    def __init__(
+        self, target: Path, fingerprint: dict[str, str], *, overwrite: bool, resume: bool, sync: bool = True
+    ) -> None:
         self.target = target
         self.folder = partial_of(target)
         self.journal = journal_of(target)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.resume = resume
+        self.sync = sync
         self.finished: dict[str, Checks] = {}
+        self.noting = threading.Lock()
 
     def __enter__(self) -> "Staging":
         with naming(self.target):
@@ -71,9 +78,8 @@ class Staging:
         if said is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-            for name in (JOURNAL, STATISTICS):
-                (self.journal / name).unlink(missing_ok=True)
-            self._note({"kind": KIND, **self.fingerprint})
+            (self.journal / STATISTICS).unlink(missing_ok=True)
+            self._begin_journal({"kind": KIND, **self.fingerprint})
             return
         first, self.finished = said
         if other := [key for key, value in self.fingerprint.items() if first.get(key) != value]:
@@ -84,12 +90,25 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name not in self.finished:
                 path.unlink()
+        self._begin_journal(first, *({"file": file, "tensors": checks} for file, checks in self.finished.items()))
+
+    def _begin_journal(self, *lines: dict) -> None:
+        """One journal of all ranks' lines, in place of those that are there."""
+        new = self.journal / "new"
+        new.unlink(missing_ok=True)
+        _note(new, *lines, sync_too=self.sync)
+        new.rename(self.journal / JOURNAL)
+        for path in self.journal.glob(_OF_GUESTS):
+            path.unlink()
+        if self.sync:
+            sync(self.folder)
+            sync(self.journal)
 
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
-        with naming(self.target):
-            self._note({"file": file, "tensors": checks})
-        self.finished[file] = checks
+        with naming(self.target), self.noting:
+            _finish(self.folder, self.journal / JOURNAL, file, checks, self.sync)
+            self.finished[file] = checks
 
     def keep(self, statistics: dict[str, Tensor]) -> None:
         """Keep the statistics for a run that goes on with this one."""
@@ -97,21 +116,16 @@ class Staging:
             with naming(self.target):
                 save_file({n: t.clone() for n, t in statistics.items()}, self.journal / STATISTICS)
 
-    def _note(self, line: dict) -> None:
-        sync(self.folder)
-        with (self.journal / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(line, separators=(",", ":")) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-
     def publish(self) -> None:
         """Sync everything and give the folder its final name; what had it is removed afterwards."""
         with naming(self.target):
-            for path in self.folder.iterdir():
-                sync(path)
-            sync(self.folder)
+            if self.sync:
+                for path in self.folder.iterdir():
+                    sync(path)
+                sync(self.folder)
             self._replace()
-            sync(self.target.parent)
+            if self.sync:
+                sync(self.target.parent)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _replace(self) -> None:
@@ -135,13 +149,51 @@ class Staging:
                 folder.rmdir()
 
 
+class Guest:
+    """A rank that writes files into the folder that rank 0 has opened for an export into `target`."""
+
+    def __init__(self, target: Path, rank: int, finished: dict[str, Checks], sync: bool = True) -> None:
+        self.target = target
+        self.folder = partial_of(target)
+        self.path = journal_of(target) / _OF_GUESTS.replace("*", str(rank))
+        self.finished = dict(finished)
+        self.sync = sync
+        self.noting = threading.Lock()
+        if not self.folder.is_dir():
+            raise ExportError(
+                f"{self.folder}, which rank 0 has made, is not there on rank {rank}. Give an --output on a disk that all writers "
+                "share, or --writers rank0"
+            )
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that a file is complete; it must be synced already."""
+        with naming(self.target), self.noting:
+            _finish(self.folder, self.path, file, checks, self.sync)
+            self.finished[file] = checks
+
+
+def _finish(folder: Path, journal: Path, file: str, checks: Checks, sync_too: bool) -> None:
+    if sync_too:
+        sync(folder)
+    _note(journal, {"file": file, "tensors": checks}, sync_too=sync_too)
+
+
+def _note(path: Path, *lines: dict, sync_too: bool) -> None:
+    with path.open("a", encoding="utf-8") as journal:
+        journal.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+        journal.flush()
+        if sync_too:
+            os.fsync(journal.fileno())
+
+
 def read_journal(target: Path) -> tuple[dict, dict[str, Checks]] | None:
     """The first line of an interrupted export's journal, and the checksums of the files that it completed and that are
-    there; None if there is none to go on with. A last line that was cut off counts for nothing.
+    there; None if there is none to go on with. Last lines that were cut off count for nothing.
     """
+    folder = journal_of(target)
     try:
-        lines = (journal_of(target) / JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
-        first, *rest = [json.loads(line) for line in lines]
+        texts = [path.read_text(encoding="utf-8") for path in (folder / JOURNAL, *sorted(folder.glob(_OF_GUESTS)))]
+        first, *rest = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
         if first["kind"] != KIND:
             return None
         there = {path.name for path in partial_of(target).iterdir()}
@@ -192,6 +244,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def start_writeback(descriptor: int, start: int, nbytes: int) -> None:
+    """Have the system begin to write a part of a file to disk, so that little is left when all is to be there (Linux)."""
+    ctypes.CDLL(None).sync_file_range(
+        descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE
+    )  # a hint: where it fails, fsync does all the work
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A finished folder is read back from disk before it gets its name: what was asked for, against what is there.
+"""Files are read back, while they grow and before the folder gets its name: what was asked for, against what is there.
 
 Every file: its header against the plan, the checksum of every tensor against what was written, no NaN and no Inf in
 weights that are not codes, no NaN among e4m3 codes, scales finite and above zero. And, from what is on disk alone: the modules
@@ -10,24 +10,29 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import report
+from .fingerprint import joined_crc32
 from .item import Output
 from .plan import Plan
 from .progress import Progress, quiet
+from .shard import header_of, slices_of
 from .staging import Checks
-from .writer import header_of
 
 CHUNK = 16 << 20
-THREADS = 4
+THREADS = 4  # files that are read at a time
+BUFFERS = 3  # chunks of each of them
 
 
 @dataclass(frozen=True)
@@ -39,64 +44,164 @@ class Verified:
     tensors: dict[str, int] = field(default_factory=dict)
 
 
+class _Span(NamedTuple):
+    """A tensor, or a slice of one, and where it starts in its file."""
+
+    start: int
+    output: Output
+    index: int
+    nbytes: int
+
+
+class _Found(NamedTuple):
+    """What a file holds: sums of its slices by tensor, and what is wrong with it by itself."""
+
+    verified: Verified
+    slices: dict[str, list[int]]
+    problems: list[str]
+
+
+class ReadBack:
+    """Use as a context. Reads the files of a plan that it is told to follow, `THREADS` at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.copied = {output.name for output in plan.copied}
+        self.slices = slices_of(plan)
+        self.reading: dict[str, Future[_Found]] = {}
+
+    def __enter__(self) -> "ReadBack":
+        self.readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+        self.judges = ThreadPoolExecutor(THREADS, thread_name_prefix="judge")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.readers.shutdown(cancel_futures=True)
+        self.judges.shutdown()
+
+    def follow(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool] = lambda end: True) -> None:
+        """Read a file with these tensors; `ready` waits until all before a place in it is there, and says whether it is."""
+        self.reading[path.name] = self.readers.submit(self._read, path, outputs, ready)
+
+    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> tuple[dict[str, Verified], list[str]]:
+        """What was read, by file, and all that is wrong with it; `checks` are the checksums of what was written."""
+        verified, problems = {}, []
+        for file in progress("verify", list(self.reading)):
+            found = self.reading[file].result()
+            verified[file] = found.verified
+            problems += found.problems
+            written = checks[file] if found.slices else {}
+            problems += [
+                f"{file}: {name} is not what was written"
+                for name, sums in written.items()
+                if found.slices[name] != sums
+            ]
+        return verified, problems
+
+    def _read(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool]) -> _Found:
+        return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
+
+
 def verify(folder: Path, plan: Plan, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
     """Read every file of `folder` back; `checks` are the checksums of what was written, by file.
 
     Raises one `ExportError` with all that is wrong.
     """
-    copied = {output.name for output in plan.copied}
-    with ThreadPoolExecutor(THREADS) as pool:
-        reading = [pool.submit(_read, folder / name, plan.files[name], checks[name], copied) for name in plan.files]
-        read = [one.result() for one in progress("verify", reading)]
-    report([problem for problems, _ in read for problem in problems] + _recipe(folder, plan))
-    found = dict(zip(plan.files, (verified for _, verified in read), strict=True))
+    with ReadBack(plan) as back:
+        for file, outputs in plan.files.items():
+            back.follow(folder / file, outputs)
+        found, problems = back.found(checks, progress)
+    return judged(folder, plan, found, problems)
+
+
+def judged(folder: Path, plan: Plan, found: dict[str, Verified], problems: list[str]) -> dict[str, Verified]:
+    """What was found in all files of a folder, after the recipe was checked too; raises one `ExportError` with all `problems`."""
+    report(problems + _recipe(folder, plan))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
+    found = {file: found[file] for file in plan.files}
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
 
 
-def _read(path: Path, outputs: tuple[Output, ...], checks: Checks, copied: set[str]) -> tuple[list[str], Verified]:
-    """What is wrong in one file, and what was found."""
-    header, starts = header_of(outputs)
-    digest, crcs, problems, buffer = hashlib.sha256(), {}, [], bytearray(CHUNK)
-    with path.open("rb") as file:
+def _spans(outputs: tuple[Output, ...], slices: dict[str, int]) -> Iterator[_Span]:
+    """In the order of the file."""
+    starts = header_of(outputs)[1]
+    for output in sorted(outputs, key=lambda o: starts[o.name]):
+        nbytes = output.nbytes // slices[output.name]
+        for index in range(slices[output.name]):
+            yield _Span(starts[output.name] + index * nbytes, output, index, nbytes)
+
+
+def _read(
+    path: Path,
+    spans: list[_Span],
+    header: bytes,
+    ready: Callable[[int], bool],
+    judges: ThreadPoolExecutor,
+    copied: set[str],
+) -> _Found:
+    """Read one file, chunk after chunk, and judge each while the next one is read and hashed."""
+    starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
+    buffers = [bytearray(min(CHUNK, end - len(header))) for _ in range(BUFFERS)]
+    digest, judging = hashlib.sha256(header), []
+    with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
-            return [f"{path}: its header is not what was written"], Verified(0, "")
-        digest.update(header)
-        for output in sorted(outputs, key=lambda o: starts[o.name]):
-            slices = checks[output.name]
-            crc, seen = 0, []
-            for _ in slices:
-                part = 0
-                for chunk in _chunks(file, buffer, output.nbytes // len(slices)):
-                    digest.update(chunk)
-                    crc, part = zlib.crc32(chunk, crc), zlib.crc32(chunk, part)
-                    problems += [] if output.name in copied else _wrong_values(path, output, chunk)
-                seen.append(part)
-            if seen != slices:
-                problems.append(f"{path}: {output.name} is not what was written")
-            crcs[output.name] = crc
-        rest = file.read(1)
-    if rest:
-        problems.append(f"{path}: longer than its header says")
-    return list(dict.fromkeys(problems)), Verified(path.stat().st_size, digest.hexdigest(), crcs)
+            return _Found(Verified(0, ""), {}, [f"{path.name}: its header is not what was written"])
+        for number, offset in enumerate(range(len(header), end, CHUNK)):
+            if not ready(min(offset + CHUNK, end)):
+                return _Found(Verified(0, ""), {}, [f"{path.name}: it was not written to its end"])
+            if number >= BUFFERS:
+                judging[number - BUFFERS].result()  # now its buffer is free
+            chunk = memoryview(buffers[number % BUFFERS])[: min(CHUNK, end - offset)]
+            chunk = chunk[: file.readinto(chunk)]
+            first = bisect_right(starts, offset) - 1
+            judging.append(judges.submit(_judge, path.name, spans, first, offset, chunk, copied))
+            digest.update(chunk)
+        problems = [f"{path.name}: longer than its header says"] if file.read(1) else []
+    parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    for crcs, wrong in (one.result() for one in judging):
+        problems += wrong
+        for name, index, crc, length in crcs:
+            parts[name, index].append((crc, length))
+    slices, crcs = defaultdict(list), defaultdict(list)
+    for span in spans:
+        found = parts[span.output.name, span.index]
+        slices[span.output.name].append(joined_crc32(found))
+        crcs[span.output.name] += found
+    sums = {name: joined_crc32(found) for name, found in crcs.items()}
+    verified = Verified(path.stat().st_size, digest.hexdigest(), sums)
+    return _Found(verified, slices, list(dict.fromkeys(problems)))
 
 
-def _chunks(file: BufferedReader, buffer: bytearray, nbytes: int) -> Iterator[memoryview]:
-    """The next bytes of a file, piece after piece in the same memory."""
-    while nbytes and (count := file.readinto(memoryview(buffer)[: min(CHUNK, nbytes)])):
-        nbytes -= count
-        yield memoryview(buffer)[:count]
+def _judge(
+    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: set[str]
+) -> tuple[list[tuple[str, int, int, int]], list[str]]:
+    """The checksums of what a chunk, which starts at `offset` in its file and in span `first`, has of each span; what is wrong."""
+    crcs, problems = [], []
+    for span in (spans[number] for number in range(first, len(spans))):
+        start, end = max(span.start - offset, 0), min(span.start + span.nbytes - offset, len(chunk))
+        if start >= len(chunk):
+            break
+        part = chunk[start:end]
+        crcs.append((span.output.name, span.index, zlib.crc32(part), len(part)))
+        problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
+    return crcs, problems
 
 
-def _wrong_values(path: Path, output: Output, chunk: memoryview) -> list[str]:
-    if output.dtype is torch.uint8:
+_EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+
+
+def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
+    """What no engine can use of the numbers in a chunk. Compared as integers: numpy knows neither bfloat16 nor float8."""
+    if output.dtype is torch.uint8 or len(chunk) < output.dtype.itemsize:
         return []
-    values = torch.frombuffer(chunk, dtype=output.dtype)
     codes = output.dtype is torch.float8_e4m3fn  # which has NaN, and no Inf
-    wrong = (values.view(torch.uint8) & 0x7F) == 0x7F if codes else ~values.isfinite()
-    problems = [f"{path}: {output.name} holds NaN or Inf"] if wrong.any() else []
-    if is_scale(output.name) and not (values.float() > 0).all():
-        problems.append(f"{path}: {output.name} holds a scale that is not above zero")
+    signs = 1 << 8 * output.dtype.itemsize - 1
+    whole = len(chunk) // output.dtype.itemsize  # of a file that was cut off, half a number may be left
+    bits = np.frombuffer(chunk, dtype=f"<u{output.dtype.itemsize}", count=whole)
+    sizes = bits & (signs - 1)
+    wrong = int(sizes.max()) == 0x7F if codes else int(sizes.max()) >= _EXPONENTS[output.dtype]
+    problems = [f"{file}: {output.name} holds NaN or Inf"] if wrong else []
+    if is_scale(output.name) and (int(sizes.min()) == 0 or int(bits.max()) >= signs):
+        problems.append(f"{file}: {output.name} holds a scale that is not above zero")
     return problems
 
 

@@ -1,37 +1,28 @@
-"""Safetensors shards, written tensor by tensor where they will stay, and the index over them.
+"""The files of a checkpoint: each grows as its tensors arrive, in any order; the index and the JSON files come last.
 
-A shard's header is known from the plan, so tensors are written at their final offsets as they arrive, in any order, and
-host memory holds one bucket, never a shard. Source: safetensors file format 0.3 (8-byte header length, JSON, data).
+Host memory holds a few chunks, never a shard.
 """
 
 import json
 import os
 import shutil
-import struct
-import zlib
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .conveyor import Conveyor
 from .errors import ExportError
 from .item import Output
 from .plan import Plan
-from .staging import Staging, naming, partial_of
+from .shard import Shard, slices_of
+from .staging import Guest, Staging, naming, partial_of
 
 SPARE_BYTES = 64 << 20
 MANIFEST = "export_manifest.json"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-}
 
 
 def check_empty(export_dir: Path, *, overwrite: bool) -> None:
@@ -73,121 +64,119 @@ def check_apart(export_dir: Path, *inputs: Path) -> None:
             raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
 
 
-def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a shard that holds these tensors, and where each of them starts in the file."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for output in sorted(outputs, key=lambda o: (-o.dtype.itemsize, o.name)):  # keeps every tensor aligned
-        header[output.name] = {
-            "dtype": DTYPES[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": [offset, offset + output.nbytes],
-        }
-        offset += output.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    starts = {name: said["data_offsets"][0] + 8 + len(text) for name, said in header.items() if name != "__metadata__"}
-    return struct.pack("<Q", len(text)) + text, starts
-
-
-class Shard:
-    """One file on its way: what of it was written, with which checksums."""
-
-    def __init__(self, path: Path, outputs: tuple[Output, ...]) -> None:
-        self.name = path.name
-        self.outputs = {output.name: output for output in outputs}
-        header, self.starts = header_of(outputs)
-        self.descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
-        os.write(self.descriptor, header)
-        os.truncate(path, len(header) + sum(output.nbytes for output in outputs))
-        self.checks: dict[str, dict[int, int]] = {name: {} for name in self.outputs}  # by index of the slice
-
-    def start_of(self, output: Output) -> int:
-        return self.starts[output.name] + output.index * output.nbytes
+Follow = Callable[[Path, tuple[Output, ...], Callable[[int], bool]], None]
 
 
 class CheckpointWriter:
-    """Use as a context, inside that of its `Staging`."""
+    """Writes the files that the plan gives to one rank. Use as a context, inside that of its `Staging`.
 
-    def __init__(self, plan: Plan, staging: Staging) -> None:
+    `follow` is told of every file that is begun: its path, its tensors, and a function that waits until so many bytes of it are
+    written, and says whether they are. Without `sync` nothing is forced to the disk.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Staging | Guest,
+        *,
+        rank: int = 0,
+        device: torch.device | None = None,
+        sync: bool = True,
+        follow: Follow | None = None,
+    ) -> None:
         self.plan = plan
         self.staging = staging
+        self.sync = sync
+        self.follow = follow
         self.homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
-        self.slices = Counter(output.name for item in plan.items for output in item.outputs)
-        self.slices.update(output.name for output in plan.copied)
-        self.missing = {  # how many tensors or slices of files that are not complete
-            file: sum(self.slices[output.name] for output in outputs)
-            for file, outputs in plan.files.items()
-            if file not in staging.finished
-        }
+        self.slices = slices_of(plan)
+        self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
         self.shards: dict[str, Shard] = {}
+        self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
+        self.finishing: list[Future] = []
 
     def __enter__(self) -> "CheckpointWriter":
-        self.pool = ThreadPoolExecutor(1)
+        self.conveyor.__enter__()
+        self.finisher = ThreadPoolExecutor(2, thread_name_prefix="finish")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()
+        self.conveyor.__exit__()
+        self.finisher.shutdown()
         for shard in self.shards.values():
             os.close(shard.descriptor)
+            shard.abandon()
         self.shards.clear()
 
     def wants(self, output: Output) -> bool:
-        """Whether a tensor is of a file that is not complete yet."""
+        """Whether a tensor is of a file that this rank writes and that is not complete yet."""
         return self.homes[output.name] in self.missing
 
     def write(self, tensors: Iterable[tuple[Output, Tensor]]) -> None:
-        """Write tensors or slices of them, on any device, into the shards that the plan gave them; those of files that are
-        complete already are passed over.
+        """Have tensors or slices of them, on any device, written into the files that the plan gave them; those that are not wanted
+        are passed over. Raises what went wrong with earlier ones.
         """
+        while self.finishing and self.finishing[0].done():
+            self.finishing.pop(0).result()
+        self.conveyor.put(self._wanted(tensors))
+
+    def _wanted(self, tensors: Iterable[tuple[Output, Tensor]]) -> Iterable[tuple[Output, Tensor]]:
         for output, tensor in tensors:
             if not self.wants(output):
                 continue
-            with naming(self.staging.target):
-                self._write(output, tensor)
+            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (output, tensor.shape)
+            self._begin(self.homes[output.name])
+            yield output, tensor
 
-    def _write(self, output: Output, tensor: Tensor) -> None:
-        file = self.homes[output.name]
-        if file not in self.shards:
-            self.shards[file] = Shard(self.staging.folder / file, self.plan.files[file])
-        shard = self.shards[file]
-        assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (output, tensor.shape)
-        assert output.whole == shard.outputs[output.name], output
-        assert output.index not in shard.checks[output.name], output
-        data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        check = self.pool.submit(zlib.crc32, data)
-        offset, rest = shard.start_of(output), data
-        while rest:
-            count = os.pwrite(shard.descriptor, rest, offset)
-            rest, offset = rest[count:], offset + count
-        shard.checks[output.name][output.index] = check.result()
-        self.missing[file] -= 1
-        if not self.missing[file]:
-            self._finish(shard)
+    def _begin(self, file: str) -> None:
+        if file in self.shards:
+            return
+        path, outputs = self.staging.folder / file, self.plan.files[file]
+        with naming(self.staging.target):
+            self.shards[file] = shard = Shard(path, outputs, self.slices, self.sync)
+        if self.follow:
+            self.follow(path, outputs, shard.ready)
+
+    def _write(self, output: Output, start: int, data: memoryview) -> None:
+        shard = self.shards[self.homes[output.name]]
+        with naming(self.staging.target):
+            last = shard.write(output, start, data)
+        if last:
+            self.finishing.append(self.finisher.submit(self._finish, shard))
 
     def _finish(self, shard: Shard) -> None:
-        os.fsync(shard.descriptor)
-        os.close(self.shards.pop(shard.name).descriptor)
-        checks = {name: [found[index] for index in sorted(found)] for name, found in shard.checks.items()}
-        self.staging.finish(shard.name, checks)
-        del self.missing[shard.name]
-
-    def complete(self, jsons: dict[str, dict], copies: list[Path]) -> None:
-        """Add the JSON files, copies of `copies`, and the index."""
-        if self.missing:
-            file = min(self.missing)
-            written = self.shards[file].checks if file in self.shards else {}
-            names = (output.name for output in self.plan.files[file])
-            lacking = sorted(name for name in names if len(written.get(name, ())) < self.slices[name])
-            raise ExportError(f"{sum(self.missing.values())} tensors were never written, first {lacking[0]}")
-        folder = self.staging.folder
         with naming(self.staging.target):
-            for path in copies:
-                shutil.copyfile(path, folder / path.name)
-            for name, content in jsons.items():
-                write_json(folder / name, content)
-            if len(self.plan.files) > 1:
-                write_json(folder / INDEX, {"metadata": {"total_size": self.plan.nbytes}, "weight_map": self.homes})
+            if self.sync:
+                os.fsync(shard.descriptor)
+        self.staging.finish(shard.name, shard.checks())
+        self.missing.discard(shard.name)
+        os.close(self.shards.pop(shard.name).descriptor)
+
+    def flush(self) -> None:
+        """Wait until this rank's files are complete; an error if a tensor never came."""
+        self.conveyor.flush()
+        while self.finishing:
+            self.finishing.pop().result()
+        if self.missing:
+            begun = {file: self.shards[file].lacking() for file in self.missing if file in self.shards}
+            lacking = [
+                name
+                for file in sorted(self.missing)
+                for name in begun.get(file, [output.name for output in self.plan.files[file]])
+            ]
+            raise ExportError(f"{len(lacking)} tensors were never written, first {lacking[0]}")
+
+
+def complete(plan: Plan, staging: Staging, jsons: dict[str, dict], copies: list[Path]) -> None:
+    """Add the JSON files, copies of `copies`, and the index to a folder in which all shards are."""
+    with naming(staging.target):
+        for path in copies:
+            shutil.copyfile(path, staging.folder / path.name)
+        for name, content in jsons.items():
+            write_json(staging.folder / name, content)
+        if len(plan.files) > 1:
+            homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
+            write_json(staging.folder / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": homes})
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from megatron_export import calibration, cli, formats, gather, loading, plan, pulse, signals, staging, survey, verify
+from megatron_export import calibration, cli, filing, formats, gather, loading, pulse, signals, staging, survey, verify
 from megatron_export.job import run as _run  # noqa: F401 - imported before the ranks are forked
 
 CONTEXT = get_context("forkserver")
@@ -125,7 +125,7 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
     }
     cli._let_rank_0_speak = lambda: None
     pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
-    plan.BUCKET_BYTES = 30_000
+    filing.BUCKET_BYTES = 30_000
     with _armed(fault, rank):
         status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
     os._exit(status)

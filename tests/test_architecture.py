@@ -13,13 +13,14 @@ errors sizes piece config progress
 signals fingerprint untrusted pulse layout
 names formats
 item placement
-policy smoothing
+policy smoothing filing
 plan
-quant_config readers
+quant_config readers conveyor
 cpu assets staging statistics calibration_data emulation
-measured source topology model writer
+measured source topology model shard
+writer
 gather build contradictions verify
-loading survey manifest forecast
+loading survey manifest forecast stream
 maxima search watching preview
 clipping
 calibration

@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from megatron_export import export_hf_checkpoint, plan, topology
+from megatron_export import export_hf_checkpoint, filing, topology
 from megatron_export.build import build_model
 from megatron_export.names import parameters_of
 
@@ -29,7 +29,7 @@ def peak_of_export(folder: Path, layers: int) -> int:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=1, initialize=True)
         with (
-            mock.patch.object(plan, "BUCKET_BYTES", BUCKET),
+            mock.patch.object(filing, "BUCKET_BYTES", BUCKET),
             mock.patch("megatron_export.assets.read_config", lambda _: config),
         ):
             before = _resident("VmRSS")

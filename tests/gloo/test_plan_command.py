@@ -21,7 +21,7 @@ from megatron_export.names import parameters_of, shape_of
 from megatron_export.placement import grid_of, stages_of
 from megatron_export.plan import Held, assumed, make_plan
 from megatron_export.preview import previewed
-from megatron_export.writer import header_of
+from megatron_export.shard import header_of
 
 from ..models import EXAMPLE, read_json
 from ..ranks import Ranks, command

@@ -208,7 +208,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak, file=sys.stderr)
     assert seconds < 10
     assert kilobytes < 1_000_000
     said = json.loads(done.stdout)
-    assert said["topology"]["world"] == len(said["peak_gpu_memory"]) == len(said["wire"]["to_rank_0"]) == 256
+    assert said["topology"]["world"] == len(said["peak_gpu_memory"]) == len(said["wire"]["to_writers"]) == 256
     assert said["quantized"]["model.layers.*.mlp.experts.*.down_proj"] == 59 * 256
     published = 2 * 671_026_404_352 + 4 * 58 * 256  # and routers' biases, in float32
     assert 2 * 13.4e9 < said["bytes_in_bfloat16"] - published < 2 * 13.5e9  # the layer that predicts one more token
@@ -266,7 +266,7 @@ def test_the_table_and_json_say_the_same(tmp_path: Path) -> None:
     assert table["tensors"] == f"{said['tensors']:,}"
     assert table["written"] == f"{said['bytes']:,} bytes in {len(said['files'])} files"
     assert table["on disk"].startswith(f"{sum(said['files'].values()):,} bytes, headers too; ")
-    assert table["over the wire"] == f"{sum(said['wire']['to_rank_0']):,} bytes to rank 0 from 3 ranks"
+    assert table["over the wire"] == f"{sum(said['wire']['to_writers']):,} bytes to rank 0 from 3 ranks"
     assert table["ranks"] == "4 = tp 2 x pp 2 x dp 1; experts etp 1 x ep 2 x pp 2 x dp 1"
     assert table["peak GPU memory"].endswith(f"{readable(said['peak_gpu_memory'][0])} on rank 0, which writes")
     assert table["peak host memory"].endswith(f"{readable(said['peak_host_memory'][0])} on rank 0, which writes")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_export.errors import ExportError
+from megatron_export.filing import BUCKET_BYTES
 from megatron_export.formats import FORMATS, Options
-from megatron_export.plan import BUCKET_BYTES, Held, Plan, assumed, make_plan
+from megatron_export.plan import Held, Plan, assumed, make_plan
 from megatron_export.quant_config import config_json, hf_quant_config
 
 from ..models import EXAMPLE, GOLDEN, read_json, tensors
@@ -41,15 +42,19 @@ def test_the_plan_is_the_same_for_every_tensor_parallel_size(form: str) -> None:
 def test_a_70b_model_is_cut_into_files_and_buckets_of_bounded_size() -> None:
     large = plan(LLAMA_70B, tp=8, format="nvfp4", max_shard_bytes=5_000_000_000)
     sizes = [sum(output.nbytes for output in outputs) for outputs in large.files.values()]
+    homes = {output.name: file for file, outputs in large.files.items() for output in outputs}
     assert max(sizes) <= 5_000_000_000
     assert sum(sizes) == large.nbytes
     assert list(large.files) == [f"model-{k:05d}-of-{len(sizes):05d}.safetensors" for k in range(1, len(sizes) + 1)]
     assert large.source_nbytes == 2 * 70_553_706_496  # parameters of the published model
     largest = max(sum(output.nbytes for output in item.outputs) for item in large.items)
     for bucket in large.buckets:
-        assert len(bucket) == 1 or sum(o.nbytes for item in bucket for o in item.outputs) <= BUCKET_BYTES
+        assert len(bucket.items) == 1 or sum(o.nbytes for i in bucket.items for o in i.outputs) <= BUCKET_BYTES
+        assert len({homes[output.name] for item in bucket.items for output in item.outputs}) == 1
     assert largest < 3e9  # the embedding: the most that one bucket holds
-    assert [item for bucket in large.buckets for item in bucket] == list(large.items)
+    sent = [item.source.canonical for bucket in large.buckets for item in bucket.items]
+    assert sorted(sent) == sorted(item.source.canonical for item in large.items)
+    assert max(sizes) < 1.05 * sum(sizes) / len(sizes)
 
 
 def test_a_module_and_its_scales_are_never_parted() -> None:

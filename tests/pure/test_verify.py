@@ -16,8 +16,9 @@ from megatron_export.fingerprint import added, checksum, of_statistics
 from megatron_export.manifest import identity_of, manifest
 from megatron_export.plan import Plan, assumed, make_plan
 from megatron_export.quant_config import config_json, hf_quant_config
+from megatron_export.shard import header_of
 from megatron_export.verify import Verified, verify
-from megatron_export.writer import MANIFEST, header_of, write_json
+from megatron_export.writer import MANIFEST, complete, write_json
 
 from ..models import EXAMPLE, read_json
 from .test_writer import exporting
@@ -42,7 +43,10 @@ def verified(
 ) -> dict[str, Verified]:
     with exporting(folder / "out", plan) as writer:
         writer.write((o, tensors[o.name]) for item in plan.items for o in item.outputs)
-        writer.complete({"config.json": config_json(plan), "hf_quant_config.json": hf_quant_config(plan)}, [])
+        writer.flush()
+        complete(
+            plan, writer.staging, {"config.json": config_json(plan), "hf_quant_config.json": hf_quant_config(plan)}, []
+        )
         damage(writer.staging.folder)
         return verify(writer.staging.folder, plan, writer.staging.finished)
 

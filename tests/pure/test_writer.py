@@ -14,7 +14,7 @@ from megatron_export.errors import ExportError
 from megatron_export.item import Output
 from megatron_export.plan import Plan, assumed, make_plan
 from megatron_export.staging import Staging
-from megatron_export.writer import CheckpointWriter, check_target
+from megatron_export.writer import CheckpointWriter, check_target, complete
 
 from ..models import EXAMPLE, assert_same, read_json, same, tensors
 
@@ -50,7 +50,8 @@ def exporting(target: Path, plan: Plan, **options: bool) -> Iterator[CheckpointW
 
 
 def publish(writer: CheckpointWriter, jsons: dict | None = None, copies: tuple[Path, ...] = ()) -> None:
-    writer.complete(jsons or {}, list(copies))
+    writer.flush()
+    complete(writer.plan, writer.staging, jsons or {}, list(copies))
     writer.staging.publish()
 
 
@@ -112,7 +113,7 @@ def test_a_slice_that_never_came_stops_publication(tmp_path: Path) -> None:
     plan = make_plan(STACKED, assumed(STACKED, 1), format="bf16")
     with exporting(tmp_path / "out", plan) as writer:
         writer.write((output, tensor) for output, tensor in content(plan) if output.index != 1)
-        with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.down_proj"):
+        with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.gate_up_proj"):
             publish(writer)
 
 
