@@ -153,7 +153,14 @@ def rewrite(source: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "point"),
-    [(vanish, "first bucket"), (change, "calibrate"), (rewrite, "load"), (change, "verify"), (change, "publish"), (rewrite, "first bucket")],
+    [
+        (vanish, "first bucket"),
+        (change, "calibrate"),
+        (rewrite, "load"),
+        (change, "verify"),
+        (change, "publish"),
+        (rewrite, "first bucket"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_source_that_changes_under_way_is_noticed(
