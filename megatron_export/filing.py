@@ -1,8 +1,8 @@
 """Which tensors share a file, which rank writes it, and in which order files grow.
 
 A file holds whole parameters, with all that is made of them: so a parameter has one writer, and its bytes travel once. Files
-are filled in order, and as evenly as they can be. A writer has `LANES` files that grow side by side: one is read back and
-hashed at the speed of one core, several at that of several.
+are filled in order, and as evenly as they can be. A writer has `LANES` files that grow side by side: one is written, read back
+and hashed at the speed of one core, several at that of several. So there are as many files as lanes, if they are not small.
 """
 
 from collections import defaultdict
@@ -13,7 +13,8 @@ from .errors import ExportError
 from .item import Item, Output
 
 BUCKET_BYTES = 256 << 20
-LANES = 2
+LANES = 4
+SMALL_BYTES = 1_000_000_000
 MODES = ("rank0", "node", "all")
 
 
@@ -38,9 +39,10 @@ def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) 
     groups = [[*tensors.values()] for tensors in _groups(items)] + [[output] for output in copied]
     sizes = [sum(output.nbytes for output in group) for group in groups]
     files = _filled(sizes, max_bytes)
-    even = -(-sum(sizes) // len(files))
+    count = max(len(files), min(LANES, sum(sizes) // SMALL_BYTES))
+    even = -(-sum(sizes) // count)
     while even < max_bytes:
-        if len(found := _filled(sizes, even)) <= len(files):
+        if len(found := _filled(sizes, even)) <= count:
             files = found
             break
         even += max(even >> 6, 1)

@@ -7,8 +7,9 @@ import resource
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class _Place:
 @dataclass(frozen=True)
 class Report:
     """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU. `kept` counts the files
-    that an interrupted export had completed; `wire` is what each rank sent to others.
+    that an interrupted export had completed; `wire` is what each rank sent to others, `stages` how long each stage took.
     """
 
     folder: Path
@@ -67,14 +68,26 @@ class Report:
     peak_gpu: tuple[int, ...]
     kept: int = 0
     wire: tuple[int, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class _Done:
-    """What has been written: how many files an interrupted export had completed, how many bytes this rank sent."""
+    """What has been done: how many files an interrupted export had completed, how many bytes this rank sent, and when stages ended,
+    the first of them the start.
+    """
 
     kept: int = 0
     sent: int = 0
+    ends: dict[str, float] = field(default_factory=dict)
+
+    def end(self, stage: str) -> None:
+        self.ends[stage] = time.monotonic()
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of each."""
+        return {stage: end - start for (_, start), (stage, end) in pairwise(self.ends.items())}
 
 
 def export_hf_checkpoint(
@@ -125,7 +138,8 @@ def export_hf_checkpoint(
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
-    started = time.monotonic()
+    done = _Done()
+    done.end("start")
     options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
     export_dir = Path(export_dir).resolve()
     with topology.current(timeout) as here:
@@ -162,7 +176,9 @@ def export_hf_checkpoint(
             if here.first:
                 check_target(export_dir, plan, overwrite=overwrite, resume=resume)
                 check_apart(export_dir, folder)
+        done.end("plan")
         amaxes, digest = survey(here, plan, shards, calibration or {})
+        done.end("survey")
         identity = {
             "version": version("megatron_export"),
             "settings": of_settings([dataclasses.asdict(options), _said(plan)]),
@@ -170,14 +186,15 @@ def export_hf_checkpoint(
             "statistics": of_statistics(calibration or {}),
         }
         place = _Place(export_dir, overwrite, resume, sync, folder, files, identity, provenance or {})
-        done = _write(here, Work(plan, shards, amaxes, calibration or {}), place, progress)
+        _write(here, Work(plan, shards, amaxes, calibration or {}), place, done, progress)
         peak_host, peak_gpu, wire = zip(*gather.everyone(here, (*_peaks(here), done.sent)), strict=True)
-    return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, done.kept, wire)
+    seconds = time.monotonic() - done.ends["start"]
+    return Report(export_dir, plan, seconds, peak_host, peak_gpu, done.kept, wire, done.stages)
 
 
-def _write(here: Topology, work: Work, place: "_Place", progress: Progress) -> _Done:
+def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: Progress) -> None:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
-    plan, done = work.plan, _Done()
+    plan = work.plan
     with ExitStack() as stack:
         staging, published = None, False
         with together(here, "start writing"):
@@ -186,9 +203,9 @@ def _write(here: Topology, work: Work, place: "_Place", progress: Progress) -> _
                 staging = stack.enter_context(_staging(place))
                 staging.keep(work.calibration)
         published, kept = gather.from_first(here, (published, staging.finished if staging else {}))
+        done.kept = len(plan.files) if published else len(kept)
         if published:
-            return _Done(len(plan.files))
-        done.kept = len(kept)
+            return
         with together(here, "open files"):
             writer, back = _opened(here, plan, place, staging, kept, stack)
         for bucket in progress("export", _left(plan, kept)):
@@ -197,19 +214,22 @@ def _write(here: Topology, work: Work, place: "_Place", progress: Progress) -> _
             with together(here, "write"):
                 if bucket.writer == here.rank:
                     writer.write(found.tensors())
+        done.end("encode")
         with together(here, "finish the files"):
             if writer and plan.copied:
                 with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
                     writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
             if writer:
                 writer.flush()
+        done.end("write")
         with together(here, "read back what was written"):
             read = back.found(writer.staging.finished, progress) if writer else None
         read = gather.at_first(here, read)
+        done.end("verify")
         with together(here, "publish", heeding=False):
             if staging:
                 _publish(plan, staging, place, here.sizes, [one for one in read if one])
-    return done
+        done.end("publish")
 
 
 def _staging(place: "_Place") -> Staging:

@@ -125,7 +125,7 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
     }
     cli._let_rank_0_speak = lambda: None
     pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
-    filing.BUCKET_BYTES = 30_000
+    filing.BUCKET_BYTES, filing.LANES = 30_000, 2
     with _armed(fault, rank):
         status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
     os._exit(status)
