@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import torch
 
 from .fingerprint import joined_crc32
 from .item import Output
-from .plan import Plan
 from .staging import Checks, start_writeback
 
 DTYPES = {
@@ -49,18 +48,11 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def slices_of(plan: Plan) -> dict[str, int]:
-    """Tensor -> of how many slices it is made, 1 if it is made whole."""
-    counts = Counter(output.name for item in plan.items for output in item.outputs)
-    counts.update(output.name for output in plan.copied)
-    return counts
-
-
 class Shard:
     """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
 
-    def __init__(self, path: Path, outputs: tuple[Output, ...], slices: dict[str, int], sync: bool) -> None:
-        self.name = path.name
+    def __init__(self, name: str, path: Path, outputs: tuple[Output, ...], slices: dict[str, int], sync: bool) -> None:
+        self.name = name
         self.outputs = {output.name: output for output in outputs}
         self.slices = slices
         self.sync = sync

@@ -104,6 +104,9 @@ class Staging:
             sync(self.folder)
             sync(self.journal)
 
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
         with naming(self.target), self.noting:
@@ -164,6 +167,9 @@ class Guest:
                 f"{self.folder}, which rank 0 has made, is not there on rank {rank}. Give an --output on a disk that all writers "
                 "share, or --writers rank0"
             )
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
 
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .contents import Contents
 from .errors import report
 from .fingerprint import joined_crc32
 from .item import Output
-from .plan import Plan
 from .progress import Progress, quiet
-from .shard import header_of, slices_of
+from .shard import header_of
 from .staging import Checks
 
 CHUNK = 16 << 20
@@ -62,11 +62,11 @@ class _Found(NamedTuple):
 
 
 class ReadBack:
-    """Use as a context. Reads the files of a plan that it is told to follow, `THREADS` at a time."""
+    """Use as a context. Reads the files that it is told to follow, `THREADS` at a time."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.copied = {output.name for output in plan.copied}
-        self.slices = slices_of(plan)
+    def __init__(self, contents: Contents) -> None:
+        self.copied = contents.copied
+        self.slices = contents.slices
         self.reading: dict[str, Future[_Found]] = {}
 
     def __enter__(self) -> "ReadBack":
@@ -101,23 +101,25 @@ class ReadBack:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def verify(folder: Path, plan: Plan, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
+def verify(
+    folder: Path, contents: Contents, checks: dict[str, Checks], progress: Progress = quiet
+) -> dict[str, Verified]:
     """Read every file of `folder` back; `checks` are the checksums of what was written, by file.
 
     Raises one `ExportError` with all that is wrong.
     """
-    with ReadBack(plan) as back:
-        for file, outputs in plan.files.items():
+    with ReadBack(contents) as back:
+        for file, outputs in contents.files.items():
             back.follow(folder / file, outputs)
         found, problems = back.found(checks, progress)
-    return judged(folder, plan, found, problems)
+    return judged(folder, contents, found, problems)
 
 
-def judged(folder: Path, plan: Plan, found: dict[str, Verified], problems: list[str]) -> dict[str, Verified]:
+def judged(folder: Path, contents: Contents, found: dict[str, Verified], problems: list[str]) -> dict[str, Verified]:
     """What was found in all files of a folder, after the recipe was checked too; raises one `ExportError` with all `problems`."""
-    report(problems + _recipe(folder, plan))
+    report(problems + _recipe(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
-    found = {file: found[file] for file in plan.files}
+    found = {file: found[file] for file in contents.files}
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
 
 
@@ -136,7 +138,7 @@ def _read(
     header: bytes,
     ready: Callable[[int], bool],
     judges: ThreadPoolExecutor,
-    copied: set[str],
+    copied: frozenset[str],
 ) -> _Found:
     """Read one file, chunk after chunk, and judge each while the next one is read and hashed."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
@@ -172,7 +174,7 @@ def _read(
 
 
 def _judge(
-    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: set[str]
+    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
 ) -> tuple[list[tuple[str, int, int, int]], list[str]]:
     """The checksums of what a chunk, which starts at `offset` in its file and in span `first`, has of each span; what is wrong."""
     crcs, problems = [], []
@@ -210,14 +212,14 @@ def is_scale(name: str) -> bool:
     return "scale" in name.rpartition(".")[2]
 
 
-def _recipe(folder: Path, plan: Plan) -> list[str]:
-    """Where the files, the exclude lists and the plan disagree on what is quantized."""
-    outputs = [output for file in plan.files.values() for output in file]
+def _recipe(folder: Path, contents: Contents) -> list[str]:
+    """Where the files, the exclude lists and the contents disagree on what is quantized."""
+    outputs = [output for file in contents.files.values() for output in file]
     scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
-    meant = set(plan.quantized)
+    meant = set(contents.quantized)
     problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
     problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
-    if not plan.form.quantization:
+    if not contents.quantized:
         return problems
     left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
     for file, excluded in _excluded(folder).items():

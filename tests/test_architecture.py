@@ -16,6 +16,7 @@ item placement
 policy smoothing filing
 plan
 quant_config readers conveyor
+contents
 cpu assets staging statistics calibration_data emulation
 measured source topology model shard
 writer
@@ -23,8 +24,9 @@ gather build contradictions verify
 loading survey manifest forecast stream
 maxima search watching preview
 clipping
-calibration
-pipeline
+calibration prepare
+publishing refit
+pipeline background
 job
 cli
 __main__
