@@ -86,14 +86,20 @@ def _kernels() -> "ModuleType":
     return triton_kernels
 
 
+def _scalars(weight: Tensor, amax: Amax) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The maxima where the weight is, and room for their scales."""
+    amaxes = amax.weight.to(weight.device, torch.float32), amax.input.to(weight.device, torch.float32)
+    return amaxes, (torch.empty_like(amaxes[0]), torch.empty_like(amaxes[1]))
+
+
 def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """fp8.encode."""
-    scale = fp8.scale_of(amax.weight)
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    grid = (-(-weight.numel() // TILE),)
+    amaxes, scales = _scalars(weight, amax)
+    size, grid = weight.numel(), (-(-weight.numel() // TILE),)
     with torch.cuda.device_of(weight):
-        _kernels().fp8[grid](weight, scale, codes, weight.numel(), *LIMITS["fp8"], TILE=TILE)
-    return fp8.pieces(codes, scale, amax)
+        _kernels().fp8[grid](weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
+    return fp8.pieces(codes, *scales)
 
 
 def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
@@ -112,14 +118,13 @@ def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True)
 def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """nvfp4.encode."""
     rows, columns = weight.shape
-    tensor_scale = fp8.scale_of(amax.weight, nvfp4.E2M1_MAX * fp8.E4M3_MAX)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // nvfp4.BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
-    blocks, grid = scale.numel(), (-(-weight.numel() // TILE),)
-    words = weight.view(torch.int32)
+    amaxes, scales = _scalars(weight, amax)
+    words, grid, blocks = weight.view(torch.int32), (-(-weight.numel() // TILE),), TILE // nvfp4.BLOCK
     with torch.cuda.device_of(weight):
-        _kernels().nvfp4[grid](words, tensor_scale, codes, scale, blocks, *LIMITS["nvfp4"], BLOCKS=TILE // nvfp4.BLOCK)
-    return nvfp4.pieces(codes, scale, tensor_scale, amax)
+        _kernels().nvfp4[grid](words, *amaxes, codes, scale, *scales, scale.numel(), *LIMITS["nvfp4"], BLOCKS=blocks)
+    return nvfp4.pieces(codes, scale, *scales)
 
 
 def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:

@@ -3,6 +3,15 @@
 import triton
 import triton.language as tl
 
+from .fp8 import E4M3_MAX
+from .int4 import INT4_MAX
+from .nvfp4 import E2M1_MAX, E4M3_TINY
+
+E4M3 = tl.constexpr(E4M3_MAX)
+E4M3_LEAST = tl.constexpr(E4M3_TINY)
+E2M1 = tl.constexpr(E2M1_MAX)
+INT4 = tl.constexpr(INT4_MAX)
+AMAXES = ["weight_amax", "input_amax"]  # numbers in the midst of others
 # A float32 of 2^23 or more has no digits after the point: what is added to it is rounded, half to even, into its low bits.
 ROUNDING = tl.constexpr(float(1 << 23))
 ROUNDING_SIGNED = tl.constexpr(float(3 << 22))
@@ -28,11 +37,21 @@ def scale_of(amax, largest):
 
 
 @triton.jit
-def fp8(weight, scale, codes, size, low, high, TILE: tl.constexpr):
+def scalars(weight_amax, input_amax, weight_scale, input_scale, largest):
+    """The scale of the whole weight; the first program stores it, and the input's."""
+    scale = scale_of(tl.load(weight_amax), largest)
+    if tl.program_id(0) == 0:
+        tl.store(weight_scale, scale)
+        tl.store(input_scale, scale_of(tl.load(input_amax), largest))
+    return scale
+
+
+@triton.jit(do_not_specialize_on_alignment=AMAXES)
+def fp8(weight, weight_amax, input_amax, codes, weight_scale, input_scale, size, low, high, TILE: tl.constexpr):
     """A flat part of the weight."""
+    divisor = scalars(weight_amax, input_amax, weight_scale, input_scale, E4M3)
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     values = tl.load(weight + place, mask=place < size, other=0.0).to(tl.float32)
-    divisor = tl.load(scale)
     scaled = quotients(values, divisor, (divisor >= low) & (divisor <= high))
     tl.store(codes + place, scaled.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask=place < size)
 
@@ -47,7 +66,7 @@ def fp8_pb(weight, codes, scale, rows, columns, low, high, BLOCK: tl.constexpr):
     inside = (row < rows) & (column < columns)
     place = row * columns + column
     values = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    divisor = scale_of(tl.max(tl.abs(values)), 448.0)
+    divisor = scale_of(tl.max(tl.abs(values)), E4M3)
     tl.store(scale + block, divisor)
     scaled = quotients(values, divisor, (divisor >= low) & (divisor <= high))
     tl.store(codes + place, scaled.to(tl.float8e4nv), mask=inside)
@@ -63,18 +82,20 @@ def e2m1(scaled):
     return code.to(tl.int32, bitcast=True) & 7 | (scaled.to(tl.int32, bitcast=True) >> 28) & 8
 
 
-@triton.jit
-def nvfp4(weight, tensor_scale, codes, scale, blocks, low, high, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=AMAXES)
+def nvfp4(
+    weight, weight_amax, input_amax, codes, scale, tensor_scale, input_scale, blocks, low, high, BLOCKS: tl.constexpr
+):
     """A flat part of the weight, in 32-bit words of two elements: 8 in a block, each of which becomes a byte."""
+    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (block < blocks)[:, None]
     place = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     words = tl.load(weight + place, mask=inside, other=0)
     first = (words << 16).to(tl.float32, bitcast=True)
     second = (words & -65536).to(tl.float32, bitcast=True)
-    tensor = tl.load(tensor_scale)
-    size = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), tensor * 6.0)
-    size = tl.minimum(tl.maximum(tl.where(size == 0, 1.0, size), 0.001953125), 448.0).to(tl.float8e4nv)
+    size = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), E2M1 * tensor)
+    size = tl.minimum(tl.maximum(tl.where(size == 0, 1.0, size), E4M3_LEAST), E4M3).to(tl.float8e4nv)
     tl.store(scale + block, size, mask=block < blocks)
     divisor = (size.to(tl.float32) * tensor)[:, None]
     usual = (tensor >= low) & (tensor <= high)
@@ -87,16 +108,14 @@ def int4(weight, codes, scale, pairs, columns, low, high, GROUP: tl.constexpr, G
     """Groups of two neighbouring rows each, one after another along the rows."""
     groups = columns // GROUP
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    upper = (group + group // groups * groups).to(
-        tl.int64
-    )  # its number in the weight; its neighbour's is `groups` more
+    upper = (group + group // groups * groups).to(tl.int64)  # its number in the weight; `groups` more in the next row
     inside = group < pairs * groups
     column = tl.arange(0, GROUP)[None, :]
     place = upper[:, None] * GROUP + column
     first = tl.load(weight + place, mask=inside[:, None], other=0.0).to(tl.float32)
     second = tl.load(weight + place + columns, mask=inside[:, None], other=0.0).to(tl.float32)
-    first_scale = scale_of(tl.max(tl.abs(first), axis=1), 7.0)
-    second_scale = scale_of(tl.max(tl.abs(second), axis=1), 7.0)
+    first_scale = scale_of(tl.max(tl.abs(first), axis=1), INT4)
+    second_scale = scale_of(tl.max(tl.abs(second), axis=1), INT4)
     tl.store(scale + upper, first_scale, mask=inside)
     tl.store(scale + upper + groups, second_scale, mask=inside)
     usual = (tl.min(tl.minimum(first_scale, second_scale)) >= low) & (

@@ -37,6 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, so that its imports are not waited for again; one thread, as in `output`."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where a script's neighbours are found
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark", module)
