@@ -39,19 +39,20 @@ def scale_of(amax, largest):
 @triton.jit
 def scalars(weight_amax, input_amax, weight_scale, input_scale, largest):
     """The scale of the whole weight; the first program stores it, and the input's."""
-    scale = scale_of(tl.load(weight_amax), largest)
+    of_weight, of_input = tl.load(weight_amax), tl.load(input_amax)
+    scale = scale_of(of_weight, largest)
     if tl.program_id(0) == 0:
         tl.store(weight_scale, scale)
-        tl.store(input_scale, scale_of(tl.load(input_amax), largest))
+        tl.store(input_scale, scale_of(of_input, largest))
     return scale
 
 
 @triton.jit(do_not_specialize_on_alignment=AMAXES)
 def fp8(weight, weight_amax, input_amax, codes, weight_scale, input_scale, size, low, high, TILE: tl.constexpr):
     """A flat part of the weight."""
-    divisor = scalars(weight_amax, input_amax, weight_scale, input_scale, E4M3)
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     values = tl.load(weight + place, mask=place < size, other=0.0).to(tl.float32)
+    divisor = scalars(weight_amax, input_amax, weight_scale, input_scale, E4M3)
     scaled = quotients(values, divisor, (divisor >= low) & (divisor <= high))
     tl.store(codes + place, scaled.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask=place < size)
 
@@ -75,11 +76,10 @@ def fp8_pb(weight, codes, scale, rows, columns, low, high, BLOCK: tl.constexpr):
 @triton.jit
 def e2m1(scaled):
     """The code of each: the lowest of three lines, one for each distance between neighbours, and the last code."""
-    scaled = scaled + 0.0  # -0.0 becomes 0.0
     size = tl.abs(scaled)
     code = tl.minimum(size * 2 + ROUNDING, size + (ROUNDING + 2))
     code = tl.minimum(tl.minimum(code, size * 0.5 + (ROUNDING + 4)), ROUNDING + 7)
-    return code.to(tl.int32, bitcast=True) & 7 | (scaled.to(tl.int32, bitcast=True) >> 28) & 8
+    return code.to(tl.int32, bitcast=True) & 7 | tl.where(scaled < 0, 8, 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=AMAXES)
@@ -87,13 +87,13 @@ def nvfp4(
     weight, weight_amax, input_amax, codes, scale, tensor_scale, input_scale, blocks, low, high, BLOCKS: tl.constexpr
 ):
     """A flat part of the weight, in 32-bit words of two elements: 8 in a block, each of which becomes a byte."""
-    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (block < blocks)[:, None]
     place = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     words = tl.load(weight + place, mask=inside, other=0)
     first = (words << 16).to(tl.float32, bitcast=True)
     second = (words & -65536).to(tl.float32, bitcast=True)
+    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3)
     size = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), E2M1 * tensor)
     size = tl.minimum(tl.maximum(tl.where(size == 0, 1.0, size), E4M3_LEAST), E4M3).to(tl.float8e4nv)
     tl.store(scale + block, size, mask=block < blocks)
