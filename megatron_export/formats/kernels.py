@@ -7,24 +7,24 @@ So it is taken apart. Once for each scale s:
     r = the float32 below 1 / s,  e = (1 - r * s) / s           r + e is 1 / s but for 2^-44 of it
     q = fma(x, r, x * e)                                        for each element x, in two instructions
 
-x is a bfloat16, of 8 bits, and what follows keeps at most 9 bits of the quotient. q compares with every number m of 9
-bits as the rounded x / s does. If x / s = m, then q = m. Otherwise let x = X * 2^t, s = S, m = M * 2^k with odd M, in
-units that make D = S * M - X * 2^t a whole number; float32 rounds x / s and q to different sides of m, or onto it, only if
-a half unit beyond m is nearer than 2^-44 to x / s: | |D| * 2^j - S | <= 32, where M * 2^j has 25 bits. The low bits of both
-sides of D's equation then leave |D| = M, S = M * 2^j - 1, hence M = 1 and S = 2^24 - 1, where q is right. r is below 1 / s
-for the sign of zero: e is positive, so that x * r and x * e have the sign of x. tests/gpu runs through all X and S.
+x is a bfloat16, of 8 bits, and what follows asks no more of the quotient than on which side of which numbers of 9 bits
+it is, or whether it is one. q answers as the rounded x / s does. Let m = M * 2^k be such a number, M odd, and let x = X * 2^t
+and s = S in units that make D = S * M - X * 2^t a whole number. If D = 0, then q = m. Otherwise the answers differ only if
+x / s is within 2^-44 of where float32 starts to round to m: | |D| * 2^j - S | <= 32, where M * 2^j has 25 bits. Comparing
+the low bits of both sides of D's equation leaves |D| = M, S = M * 2^j - 1, hence M = 1 and S = 2^24 - 1, where q is right.
+tests/gpu goes through all X and S. That r is below 1 / s makes e positive, and q keep the sign of a zero.
 
 This holds while nothing over- or underflows; LIMITS has the scales for which nothing does. Others, of weights that
 nobody trains, are divided by the book. Triton and a C compiler are needed, and a GPU that rounds to e4m3 (Ada, Hopper,
-or newer); without them, and for weights that are clipped or not contiguous, the plain path runs. Its results for NaN
-and Inf are not reproduced: a survey refuses these before anything is encoded.
+or newer); without them, and for weights that are clipped or not contiguous and aligned, the plain path runs. Its
+results for NaN and Inf are not reproduced: a survey refuses these before anything is encoded.
 """
 
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ from torch import Tensor
 from ..piece import Amax, Piece
 from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq
 from .form import Form
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 CAPABILITY = (8, 9)
 TILE = 4096  # elements of a program, but for fp8_pb's whole blocks
@@ -51,8 +48,12 @@ def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax]
     """What stands for `form.encode` for this weight; None where nothing does."""
     if weight.device.type != "cuda" or amax.clip is not None:
         return None
-    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0 or not weight.is_contiguous():
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0:
         return None
+    if not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    if not form.ragged and any(size % tile for size, tile in zip(weight.shape, form.tile, strict=True)):
+        return None  # the plain path has the words for it
     made = made_for(form)
     return made if made and works(weight.device) else None
 
@@ -72,7 +73,7 @@ def works(device: torch.device) -> bool:
         return False
     try:
         encode_fp8(torch.ones(1, 1, dtype=torch.bfloat16, device=device), Amax(*torch.ones(2, device=device)))
-    except (RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # of Triton, of the compilers it calls, of a cache that cannot be written
         warnings.warn(
             f"{device}: Triton cannot compile kernels, so encoding takes longer. It says: {error}", stacklevel=2
         )
@@ -80,7 +81,7 @@ def works(device: torch.device) -> bool:
     return True
 
 
-def _kernels() -> "ModuleType":
+def _kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels

@@ -81,6 +81,11 @@ def aside(weight: Tensor) -> Tensor:
     return torch.cat([weight, weight], dim=1)[:, : weight.shape[1]]
 
 
+def behind(weight: Tensor) -> Tensor:
+    """The same numbers, not aligned."""
+    return torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_other_weights_take_the_plain_path_with_the_same_bytes(name: str) -> None:
     form: Form = FORMS[name]
@@ -88,7 +93,7 @@ def test_other_weights_take_the_plain_path_with_the_same_bytes(name: str) -> Non
     amax = of(weight)
     there = Amax(amax.weight.cuda(), amax.input.cuda())
     expected = form.encode(weight, amax)
-    for other in (weight.cuda().float(), aside(weight.cuda())):
+    for other in (weight.cuda().float(), aside(weight.cuda()), behind(weight.cuda())):
         assert kernels.kernel_of(form, other, there) is None
         found = formats.encode(form, other, there)
         assert [suffix for suffix in expected if not same(found[suffix].data.cpu(), expected[suffix].data)] == []
