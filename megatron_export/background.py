@@ -5,7 +5,7 @@ The training process stops for as long as it takes to encode the model and to co
 its own then copies them into the staging folder, reads them back and publishes, as any export does, and frees the memory file by
 file. It outlives the training process.
 
-    python -m megatron_export.background    reads a `_Job` from its standard input
+    python -m megatron_export.background FD    what a `_Job` says, which is in the file with that descriptor
 """
 
 import os
@@ -31,7 +31,7 @@ from .plan import Plan
 from .prepare import Original, Request, planned, surveyed
 from .publishing import Place, opened, publish
 from .staging import Checks, sync
-from .stream import Work, delivered
+from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .verify import ReadBack
 from .writer import CheckpointWriter, check_apart, check_empty, check_target
@@ -160,11 +160,8 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
             writer = CheckpointWriter(work.plan, memory, device=here.device, sync=False) if memory else None
             if writer:
                 stack.enter_context(writer)
-        for bucket in work.plan.buckets:
-            found = delivered(here, bucket, work)
-            with together(here, "keep"):
-                if writer:
-                    writer.write(found.tensors())
+        for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):
+            pass
         with together(here, "keep"):
             if writer:
                 writer.flush()
@@ -172,19 +169,20 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
 
 def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
     """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
-    job = pickle.dumps(_Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_export.background"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=tuple(memory.descriptors.values()),
-        start_new_session=True,
-    )
-    process.stdin.write(job)
-    process.stdin.close()
-    process.stdin = None
-    return process
+    job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
+    with os.fdopen(job, "wb", closefd=False) as file:
+        pickle.dump(_Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished), file)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_export.background", f"{job}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(job, *memory.descriptors.values()),
+            start_new_session=True,
+        )
+    finally:
+        os.close(job)
 
 
 def _write(job: _Job) -> None:
@@ -216,7 +214,10 @@ def _copy(path: Path, descriptor: int, to_disk: bool) -> None:
 def main() -> int:
     """Run as a process; what goes wrong is one message on standard error, and status 1."""
     try:
-        _write(pickle.loads(sys.stdin.buffer.read()))
+        with os.fdopen(int(sys.argv[1]), "rb") as file:
+            file.seek(0)
+            job = pickle.load(file)
+        _write(job)
     except Exception as error:  # noqa: BLE001 - whoever waits for this process must hear of it
         sys.stderr.write(told(error))
         return 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .errors import ExportError
 from .item import Item, Output
 
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 LANES = 4
 SMALL_BYTES = 1_000_000_000
 MODES = ("rank0", "node", "all")

@@ -6,7 +6,7 @@ receiver, who has the same plan, unpacks it. A rank's failure becomes every rank
 """
 
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,15 +28,22 @@ ALIGNMENT = 16
 
 
 @contextmanager
-def together(here: Topology, stage: str, heeding: bool = True) -> Iterator[None]:
+def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "") -> Iterator[Callable[[str], None]]:
     """Run a stage that talks to no other rank; if it fails anywhere, it fails everywhere with the same message.
 
-    Unless not `heeding`, it ends in `Interrupted` everywhere if a signal to stop came to any rank.
+    What it is given renames the stage, when it is not the first of several any more; `tensor` is what it is about. Unless not
+    `heeding`, it ends in `Interrupted` everywhere if a signal to stop came to any rank.
     """
     failure: Exception | None = None
-    here.pulse.at(stage)
+
+    def at(named: str) -> None:
+        nonlocal stage
+        stage = named
+        here.pulse.at(stage, tensor)
+
+    at(stage)
     try:
-        yield
+        yield at
         if heeding:
             heed()
     except Exception as error:  # noqa: BLE001 - every failure must reach the other ranks, which wait for this one
@@ -46,9 +53,9 @@ def together(here: Topology, stage: str, heeding: bool = True) -> Iterator[None]
     dist.all_reduce(failed, group=here.control)
     if not failed.item():
         return
-    messages = everyone(here, None if failure is None else (told(failure), isinstance(failure, Interrupted)))
+    messages = everyone(here, None if failure is None else (told(failure), isinstance(failure, Interrupted), stage))
     first = next(rank for rank, message in enumerate(messages) if message is not None)
-    text, interrupted = messages[first]
+    text, interrupted, stage = messages[first]
     if interrupted or messages.count(messages[first]) == here.world:
         common = Interrupted(text) if interrupted else ExportError(text)
     else:

@@ -25,7 +25,7 @@ from .progress import Progress, quiet
 from .publishing import Place, opened, publish
 from .source import SourceWeights
 from .staging import Checks, Guest, Staging
-from .stream import Work, delivered
+from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .verify import ReadBack
 from .writer import CheckpointWriter, check_apart, check_target
@@ -154,12 +154,10 @@ def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Prog
             return
         with together(here, "open files"):
             writer, back = _opened(here, plan, place, staging, kept, stack)
-        for bucket in progress("export", _left(plan, kept)):
-            found = delivered(here, bucket, work)
-            done.sent += found.sent
-            with together(here, "write"):
-                if bucket.writer == here.rank:
-                    writer.write(found.tensors())
+        stream = Stream(here, work, writer.write if writer else list)
+        for _ in stream.run(progress("export", _left(plan, kept))):
+            pass
+        done.sent = stream.sent
         done.end("encode")
         with together(here, "finish the files"):
             if writer and plan.copied:

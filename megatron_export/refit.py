@@ -15,7 +15,7 @@ from .gather import together
 from .item import Output
 from .model import finish_gathering, shards_of
 from .prepare import Planned, Request, planned, surveyed
-from .stream import delivered
+from .stream import Stream
 from .topology import SILENCE
 
 
@@ -66,12 +66,10 @@ def iter_hf_tensors(
         current = replace(plan, shards=shards, request=replace(plan.request, calibration=calibration))
         work, _ = surveyed(here, current)
         slices: dict[str, list[tuple[Output, Tensor]]] = {}
-        for bucket in plan.plan.buckets:
-            found = delivered(here, bucket, work)
-            with together(here, "put tensors together"):
-                tensors = list(found.tensors()) if here.rank == bucket.writer else []
-            if everywhere:
-                tensors = gather.to_all(here, bucket, tensors)
+        taken: list[tuple[Output, Tensor]] = []
+        for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
+            tensors = gather.to_all(here, bucket, taken) if everywhere else list(taken)
+            taken.clear()
             for output, tensor in tensors:
                 if not output.count:
                     yield output.name, tensor

@@ -1,18 +1,20 @@
-"""One bucket's way through all ranks: split, smoothed, quantized on the shards, and delivered to the rank that writes it."""
+"""Buckets on their way through all ranks: split, smoothed, quantized on the shards, and delivered to the ranks that write them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from . import gather
 from .filing import Bucket
-from .gather import together
+from .gather import Parcel, together
 from .item import Item, Measured, Output
 from .measured import measured
 from .piece import Piece
 from .plan import Plan
 from .topology import Topology
+
+Take = Callable[[Iterator[tuple[Output, Tensor]]], None]
 
 
 @dataclass(frozen=True)
@@ -28,49 +30,83 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Delivered:
-    """A bucket that has arrived, and how many bytes this rank sent for it."""
+class _Split:
+    """What this rank has of a bucket, by canonical name: its items, their numbers, and their parts, in bfloat16."""
 
-    bucket: Bucket
-    parcel: gather.Parcel
-    sent: int
-
-    def tensors(self) -> Iterator[tuple[Output, Tensor]]:
-        """On its writer: the tensors of the checkpoint that are in it, or slices of them, on this rank's device."""
-        return gather.open_at_writer(self.bucket, self.parcel)
+    mine: dict[str, Item]
+    numbers: dict[str, Measured]
+    parts: dict[str, dict[str, Piece]]
 
 
-def delivered(here: Topology, bucket: Bucket, work: Work) -> Delivered:
-    """Encode a bucket and send it to its writer. Collective; a failure on any rank is one on all."""
-    here.pulse.at("export", bucket.items[0].source.canonical)
-    numbers, parts, moved = _parts(here, bucket.items, work)
-    with together(here, "quantize"):
-        encoded = {
-            name: item.encode(parts[name], item.ranks.index(here.rank), work.amaxes.get(name), numbers[name])
-            for item in bucket.items
-            if (name := item.source.canonical) in parts
-        }
-        parcel = gather.parcel_to_writer(here, bucket, encoded)
-    return Delivered(bucket, parcel, moved + gather.deliver(here, parcel))
+class Stream:
+    """Encodes buckets. `take` is given the tensors of each on the rank that writes it; `sent` counts the bytes that this rank sent.
 
-
-def _parts(
-    here: Topology, items: tuple[Item, ...], work: Work
-) -> tuple[dict[str, Measured], dict[str, dict[str, Piece]], int]:
-    """What this rank is to encode, smoothed and in bfloat16, by canonical name, and the numbers that belong to it: its
-    shards, or whole what is gathered first. And the bytes that it sent for that.
+    A bucket is taken while all ranks encode the next one, so that ranks agree on failures once for each bucket.
     """
-    mine = {item.source.canonical: item for item in items if here.rank in item.ranks}
-    with together(here, "split its shards"):
+
+    def __init__(self, here: Topology, work: Work, take: Take) -> None:
+        self.here = here
+        self.work = work
+        self.take = take
+        self.sent = 0
+
+    def run(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+        """Every bucket when it has been taken. Collective; a failure on any rank is one on all."""
+        last: tuple[Bucket, Parcel] | None = None
+        for bucket in buckets:
+            parcel = self._encoded(bucket, last)
+            if last:
+                yield last[0]
+            self.sent += gather.deliver(self.here, parcel)
+            last = bucket, parcel
+        if last:
+            with together(self.here, "write"):
+                self._pass_on(last)
+            yield last[0]
+
+    def _pass_on(self, last: tuple[Bucket, Parcel] | None) -> None:
+        if last and last[0].writer == self.here.rank:
+            self.take(gather.open_at_writer(*last))
+
+    def _encoded(self, bucket: Bucket, last: tuple[Bucket, Parcel] | None) -> Parcel:
+        """A bucket's parcel, ready to travel; on the way, the last one is taken."""
+        here, tensor = self.here, bucket.items[0].source.canonical
+        first = any(item.gather_first for item in bucket.items)
+        with together(here, "write", tensor=tensor) as at:
+            self._pass_on(last)
+            at("split its shards")
+            split = self._split(bucket)
+            if not first:
+                at("quantize")
+                return self._quantized(bucket, split)
+            firsts = [item for item in split.mine.values() if item.gather_first]
+            parcels = {
+                i.source.canonical: gather.parcel_to_first(here, i, split.parts[i.source.canonical]) for i in firsts
+            }
+        self.sent += sum(gather.deliver(here, parcel) for parcel in parcels.values())
+        with together(here, "join shards", tensor=tensor) as at:
+            whole = {name: gather.open_first(here, split.mine[name], parcel) for name, parcel in parcels.items()}
+            parts = {name: found for name, found in (split.parts | whole).items() if found is not None}
+            at("quantize")
+            return self._quantized(bucket, _Split(split.mine, split.numbers, parts))
+
+    def _split(self, bucket: Bucket) -> _Split:
+        here, work = self.here, self.work
+        mine = {item.source.canonical: item for item in bucket.items if here.rank in item.ranks}
         numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
         parts = {
             name: item.split(work.shards[name], item.ranks.index(here.rank), numbers[name])
             for name, item in mine.items()
         }
-        parcels = {name: gather.parcel_to_first(here, i, parts[name]) for name, i in mine.items() if i.gather_first}
-    moved = sum(gather.deliver(here, parcel) for parcel in parcels.values())
-    if any(item.gather_first for item in items):
-        with together(here, "join shards"):
-            whole = {name: gather.open_first(here, mine[name], parcel) for name, parcel in parcels.items()}
-            parts = {name: found for name, found in (parts | whole).items() if found is not None}
-    return numbers, parts, moved
+        return _Split(mine, numbers, parts)
+
+    def _quantized(self, bucket: Bucket, split: _Split) -> Parcel:
+        here = self.here
+        encoded = {
+            name: item.encode(
+                split.parts[name], item.ranks.index(here.rank), self.work.amaxes.get(name), split.numbers[name]
+            )
+            for name, item in split.mine.items()
+            if name in split.parts
+        }
+        return gather.parcel_to_writer(here, bucket, encoded)
