@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from bench.exporting import add_export, add_scale
 from torch import Tensor, nn
 
 from megatron_export.cli import EXAMPLE_MODEL, bar
@@ -73,14 +74,17 @@ class Score:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 refused or failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="quality")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_quality(commands.add_parser("quality", help="perplexity, divergence and size of checkpoints, as a table"))
+    add_export(commands.add_parser("export", help="seconds, bytes and memory of exports, beside save_file"))
+    add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:
         flags.run(flags)
     except ExportError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -66,7 +66,7 @@ def load_hf_weights(
 
 def _read(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Callable[[], Tensor]:
     """Read a shard; what this returns fills it, unless that is done already, and says whether it is finite, bool []."""
-    loaded = _shard(weights, source, shard, cut)
+    loaded = shard_of(weights, source, shard, cut)
     if shard.device.type == "cpu":
         finite = _finite(shard.copy_(loaded))
         return lambda: finite
@@ -86,7 +86,8 @@ def _finite(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values)).isfinite().all()
 
 
-def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+def shard_of(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+    """What belongs into a rank's shard of a parameter."""
     whole = source.cut is None or (source.either and shard.shape == source.shape)
     index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts, own = {}, source.layout.splits(shard.shape[0])
