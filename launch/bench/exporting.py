@@ -56,7 +56,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=export)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8", "nvfp4"], help="default: fp8 nvfp4")
     parser.add_argument("--layers", type=int, help="instead of as many as the model has")
-    _add_common(parser)
+    add_common(parser)
+    _add_ranks(parser)
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:
@@ -68,22 +69,27 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--with", dest="others", type=Path, nargs="+", default=[], help="files of --json to show too")
     parser.add_argument("--svg", type=Path, help="a plot of time and memory against the size of the model")
-    _add_common(parser)
+    add_common(parser)
+    _add_ranks(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is measured, and how often."""
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of a known model; default: 8b")
     parser.add_argument("--hf-model", help="or those in this folder's config.json; its weights are not read")
+    parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
+    parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
     for name in ("tp", "pp", "ep"):
         parser.add_argument(f"--{name}", type=int, default=1, help="default: 1")
     parser.add_argument("--etp", type=int, help="default: as --tp")
     parser.add_argument("--writers", choices=("rank0", "node", "all"), default="rank0", help="default: rank0")
     parser.add_argument("--fsync", choices=("no", "yes", "both"), default="both", help="default: both")
-    parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
     parser.add_argument("--alone", action="store_true", help="no save_file beside it, which holds all bytes in memory")
-    parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
 
 
 def export(flags: argparse.Namespace) -> None:
@@ -119,10 +125,13 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     with TemporaryDirectory() as temporary:
         source = Path(temporary)
         models = [
-            [_case(flags, config_of(flags.shape, flags.hf_model, size), name, source, device) for name in flags.formats]
+            [
+                case_of(flags, config_of(flags.shape, flags.hf_model, size), name, source, device)
+                for name in flags.formats
+            ]
             for size in sizes
         ]
-        report([problem for cases in models for case in cases for problem in _problems(flags, case, device)])
+        refuse(flags, [case for cases in models for case in cases], device)
         with topology.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
             for cases in models:
                 config = cases[0].config
@@ -136,7 +145,8 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     return rows
 
 
-def _case(flags: argparse.Namespace, config: dict, form: str, source: Path, device: str) -> Case:
+def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path, device: str) -> Case:
+    """What the plan tells of an export by these flags; `source` gets the model's config.json."""
     world = int(os.environ["WORLD_SIZE"])
     sizes = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp")}
     settings = ExportConfig(
@@ -144,6 +154,11 @@ def _case(flags: argparse.Namespace, config: dict, form: str, source: Path, devi
     )
     name = Path(flags.hf_model).name if flags.hf_model else flags.shape
     return Case(name, config, form, previewed(settings, EXAMPLE_MODEL, world))
+
+
+def refuse(flags: argparse.Namespace, cases: list[Case], device: str) -> None:
+    """Raise if there is too little room for one of them."""
+    report([problem for case in cases for problem in _problems(flags, case, device)])
 
 
 def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
@@ -166,7 +181,7 @@ def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
     if host > room:
         problems.append(
             f"{what} takes {readable(host)} of memory, and {readable(room)} are available here. Give fewer --layers"
-            + (", or --alone" if beside else "")
+            + (", or --alone" if host - beside <= room else "")
         )
     return problems
 

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -63,7 +65,7 @@ class Row:
             "GB/s": f"{self.written / self.seconds / 1e9:.2f}",
             "save_file": f"{saved:.2f}" if saved else "",
             "ratio": f"{self.seconds / saved:.2f}" if saved else "",
-            "over the wire": readable(self.wire),
+            "over the wire": readable(self.wire) if self.ranks != "1" else "",
             "GPU above the model": readable(self.gpu) if self.device != "cpu" else "",
             "host": readable(self.host),
         }
@@ -79,7 +81,8 @@ def table(rows: Iterable[Row]) -> list[str]:
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """The rows and what they were measured with, as JSON."""
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    used = ("torch", "megatron-core", "safetensors", "nvidia-modelopt")
+    versions = {name: version(name) for name in used if find_spec(name.removeprefix("nvidia-").replace("-", "."))}
     kept = [asdict(row) | {"seconds": row.seconds} for row in rows]
     file.write_text(json.dumps({"command": sys.argv[1:], "versions": versions, "rows": kept}, indent=1) + "\n")
 
@@ -102,6 +105,13 @@ def alone_or_torchrun() -> None:
             port = free.getsockname()[1]
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def alone() -> None:
+    """The same, where there may be only one."""
+    alone_or_torchrun()
+    if os.environ["WORLD_SIZE"] != "1":
+        raise ExportError(f"this runs on one rank, not on {os.environ['WORLD_SIZE']}. Start it with python")
 
 
 def every(mine: object) -> list:

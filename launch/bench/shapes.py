@@ -28,6 +28,7 @@ STRIDE = 40503  # from one row's place to the next one's, odd
 def _dense(hidden: int, layers: int, ffn: int, heads: int, groups: int, vocab: int) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "intermediate_size": ffn,
@@ -40,6 +41,7 @@ def _dense(hidden: int, layers: int, ffn: int, heads: int, groups: int, vocab: i
 def _experts(hidden: int, layers: int, ffn: int, heads: int, expert_ffn: int) -> dict:
     return _dense(hidden, layers, ffn, heads, 4, 151936) | {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
         "head_dim": 128,
         "num_experts": 128,
         "num_experts_per_tok": 8,
