@@ -3,8 +3,8 @@
     launch/benchmark.py peer [--shape 8b | --hf-model DIR] [--formats fp8 nvfp4] [--json FILE]
 
 One process, TP=1, the same weights, nothing of calibration in the seconds: ours has statistics that are made up, ModelOpt has
-seen a few tokens. Neither side syncs what it wrote; each writes into a new folder, and they take turns. ModelOpt
-changes the model that it quantizes, so it has its own.
+seen a few tokens. Neither side syncs what it wrote; each writes into a new folder. ModelOpt changes the model that it
+quantizes, so it comes second, and every format begins with a new one.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def peer(flags: argparse.Namespace) -> None:
     """Measure both on one model, format by format."""
     from megatron_export import topology
 
-    alone()
     quantization, peers = _modelopt()
+    alone()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as temporary:
         config = config_of(flags.shape, flags.hf_model, flags.layers)
@@ -79,7 +79,7 @@ def _modelopt() -> tuple[ModuleType, ModuleType]:
 def _rows(
     flags: argparse.Namespace, case: Case, source: Path, quantization: ModuleType, peers: ModuleType
 ) -> list[Row]:
-    """A row of each; only one of the two models is there at a time, so that memory can be compared."""
+    """A row of each, from one model."""
     from megatron_export import export_hf_checkpoint, topology
     from megatron_export.cpu import without_cuda
 

@@ -1,9 +1,11 @@
 """`launch/benchmark.py export` and `scale` as their user sees them, and the models that they make of nothing but names."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 from xml.etree import ElementTree
 
@@ -29,9 +31,11 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return shapes
 
 
-def run(*flags: object) -> subprocess.CompletedProcess:
+def run(*flags: object, path: Path | None = None) -> subprocess.CompletedProcess:
+    """The command; `path` is where Python looks for packages first."""
     line = [sys.executable, LAUNCH / "benchmark.py", *map(str, flags)]
-    return subprocess.run(line, capture_output=True, text=True)
+    where = os.pathsep.join(str(part) for part in (path, os.environ.get("PYTHONPATH")) if part)
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": where})
 
 
 def rows_of(said: str) -> list[dict[str, str]]:
@@ -100,7 +104,7 @@ def made(launch: Path, config: dict, source: Path, out: Path, tp: int, ep: int) 
         export_hf_checkpoint(model, out, hf_model=source, format="bf16")
 
 
-@pytest.mark.parametrize(("name", "tp", "ep"), [("llama32", 2, 1), ("qwen3_moe", 1, 2), ("gpt_oss", 2, 1)])
+@pytest.mark.parametrize(("name", "tp", "ep"), [("llama32", 2, 1), ("qwen3_moe", 1, 2), ("llama4", 2, 1)])
 def test_weights_that_are_made_from_names_are_the_same_on_all_topologies(
     ranks: Ranks, models: dict[str, Path], tmp_path: Path, name: str, tp: int, ep: int
 ) -> None:
@@ -115,3 +119,48 @@ def test_rows_that_were_not_written_by_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text(json.dumps({"rows": [{"tool": "other"}]}))
     done = run("scale", *SMALL, "--with", tmp_path / "odd.json", "--output", tmp_path / "out")
     assert (done.returncode, "not written by --json" in done.stderr) == (1, True)
+
+
+PEER = {
+    "quantization": """
+        FP8_DEFAULT_CFG = "fp8"
+        def quantize(model, config, forward_loop):
+            forward_loop(model)
+            model.quantized = config
+    """,
+    "export": """
+        import torch
+        from pathlib import Path
+        from safetensors.torch import save_file
+        def export_mcore_gpt_to_hf(model, pretrained, dtype, export_dir):
+            assert (model.quantized, dtype, (Path(pretrained) / "config.json").is_file()) == ("fp8", torch.bfloat16, True)
+            Path(export_dir).mkdir()
+            save_file({"a": torch.zeros(1000)}, Path(export_dir) / "model.safetensors")
+    """,
+}
+
+
+def test_peer_measures_both_on_a_model_that_can_be_run(tmp_path: Path) -> None:
+    """With a package in ModelOpt's place that has just the calls that are made of it."""
+    for name, code in PEER.items():
+        home = tmp_path / "packages" / "modelopt" / "torch" / name
+        home.mkdir(parents=True)
+        (home / "__init__.py").write_text(dedent(code))
+    out = tmp_path / "out"
+    done = run("peer", *SMALL, "--formats", "fp8", "--output", out, path=tmp_path / "packages")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = rows_of(done.stdout)
+    assert (ours["tool"], theirs["tool"], theirs["written"]) == ("megatron_export", "ModelOpt", "4.08 KB")
+    assert float(ours["seconds"]) > 0
+    assert list(out.iterdir()) == []
+
+
+def test_peer_says_what_to_install(
+    shapes: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import benchmark
+    from bench import peering
+
+    monkeypatch.setattr(peering, "find_spec", lambda name: None)
+    assert benchmark.main(["peer"]) == 1
+    assert "pip install nvidia-modelopt" in capsys.readouterr().err
