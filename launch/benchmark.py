@@ -1,286 +1,43 @@
-"""What quantization costs: scores of exported checkpoints, with the quantized arithmetic emulated, on GPU or CPU.
+"""Measures this package; `--help` of each subcommand says what it needs.
 
-    python launch/benchmark.py quality [--hf-model DIR] [--formats FORMAT ...] [--output DIR] [CHECKPOINT ...]
-
-Without a CHECKPOINT the model is calibrated once, exported in every format, and the exports are scored; two more rows
-show what a search is worth. With CHECKPOINTs, from whatever tool, those are scored. The first row is what the others
-are compared with, and its tokenizer serves for all. emulation.py says what is computed and how near it is to engines.
-
-    python launch/benchmark.py encode       see benchmark_encode.py
+python launch/benchmark.py quality   what quantization costs, in perplexity
+python launch/benchmark.py encode    how near encoding comes to the speed of memory
+launch/benchmark.py export           seconds, bytes and memory of exports, beside `save_file` of the same bytes
+launch/benchmark.py scale            the same against the size of the model
+python launch/benchmark.py peer      exports beside those of NVIDIA ModelOpt
 """
 
 import argparse
-import math
 import os
-import socket
 import sys
 import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
-import torch
-from benchmark_encode import add_encode
-from torch import Tensor, nn
+from bench.encoding import add_encode
+from bench.exporting import add_export, add_scale
+from bench.peering import add_peer
+from bench.quality import add_quality
 
-from megatron_export.cli import EXAMPLE_MODEL, bar
-from megatron_export.emulation import bits_per_weight, load
 from megatron_export.errors import ExportError
-from megatron_export.formats import FORMATS, KV_FORMATS
-
-WINDOW, BATCH, MICRO_BATCH = 512, 8, 4
-LAYER_WINDOWS = 16  # that the layers are compared on, one by one
-README = Path(__file__).resolve().parents[1] / "README.md"
-MARKS = "<!-- quality -->", "<!-- /quality -->"
-COLUMNS = (
-    *("format", "bits per weight", "bytes", "perplexity", "ratio", "change, nats per token"),
-    *("mean KL", "worst KL", "worst layer"),
-)
-
-
-class Row(NamedTuple):
-    """One checkpoint to make: its label in the table, its format, and how it differs from that format's defaults."""
-
-    label: str
-    format: str
-    options: dict[str, str] = {}
-    searched: bool = True
-
-
-class Call(NamedTuple):
-    """How the reference called one of its decoder layers, and what came out."""
-
-    args: tuple
-    kwargs: dict
-    output: Tensor
-
-
-@dataclass
-class Score:
-    """What has been measured of one checkpoint so far.
-
-    losses         mean negative log-likelihood of each window's tokens after its first, float64
-    divergences    KL of the next token's distribution from the reference's, nats, by token
-    signal, noise  by decoder layer: squares of what the reference's layer adds to its input, and of the difference
-    """
-
-    label: str
-    folder: Path
-    losses: list[Tensor] = field(default_factory=list)
-    divergences: list[Tensor] = field(default_factory=list)
-    signal: Tensor | float = 0.0
-    noise: Tensor | float = 0.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 refused or failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="{quality,encode}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_quality(commands.add_parser("quality", help="perplexity, divergence and size of checkpoints, as a table"))
     add_encode(commands.add_parser("encode", help="the speed of each format against a copy's, as a table"))
+    add_export(commands.add_parser("export", help="seconds, bytes and memory of exports, beside save_file"))
+    add_peer(commands.add_parser("peer", help="exports beside those of NVIDIA ModelOpt, where it is installed"))
+    add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:
         flags.run(flags)
     except ExportError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def add_quality(parser: argparse.ArgumentParser) -> None:
-    """The flags of `quality`."""
-    parser.set_defaults(run=quality)
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", type=Path, nargs="*", help="score these; export nothing")
-    parser.add_argument("--hf-model", default=str(EXAMPLE_MODEL), help="model to export; default: the example model")
-    parser.add_argument("--calib-data", type=Path, help="default: the example model's calibration text")
-    parser.add_argument("--calib-samples", type=int, default=128, help="default: 128")
-    parser.add_argument("--calib-seq-len", type=int, default=512, help="default: 512")
-    parser.add_argument("--text", type=Path, default=EXAMPLE_MODEL / "heldout.txt", help="default: the example's")
-    parser.add_argument("--windows", type=int, help=f"how many windows of {WINDOW} tokens; default: all there are")
-    parser.add_argument("--output", type=Path, help="where to keep the exports; default: a folder that is deleted")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
-    parser.add_argument("--kv-cache", choices=KV_FORMATS, default="none", help="of all but bf16; default: none")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--write-readme", action="store_true", help=f"put the table between the marks in {README.name}")
-
-
-def quality(flags: argparse.Namespace) -> None:
-    """Export unless told what to score; score; print the table."""
-    if flags.write_readme:
-        parts_of_readme()
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with TemporaryDirectory() as temporary:
-        folders = {str(path): path for path in flags.checkpoints}
-        folders = folders or exported(flags, device, flags.output or Path(temporary))
-        windows = windows_of(flags.text, next(iter(folders.values())))[: flags.windows]
-        if len(windows) < 2:
-            raise ExportError(f"{flags.text}: {len(windows)} windows of {WINDOW} tokens; a standard error needs two")
-        scores = [Score(label, folder) for label, folder in folders.items()]
-        measure(scores, windows, torch.device(device))
-        lines = table(scores)
-    print(f"{len(windows)} windows of {WINDOW} tokens\n\n" + "\n".join(lines), flush=True)
-    if flags.write_readme:
-        before, after = parts_of_readme()
-        README.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
-
-
-def parts_of_readme() -> tuple[str, str]:
-    """README's text before and after the marks."""
-    before, first, rest = README.read_text().partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if not (first and last):
-        raise ExportError(f"{README}: no text between {' and '.join(MARKS)}. Put the marks where the table is to be")
-    return before, after
-
-
-def rows_of(formats: list[str]) -> list[Row]:
-    """One row for each format, and beside the searched ones what shows the worth of the search."""
-    beside = {
-        "nvfp4_awq": Row("nvfp4_awq, modelopt", "nvfp4_awq", {"awq_output": "modelopt"}),
-        "int4_awq": Row("int4 without search", "int4_awq", searched=False),
-    }
-    return [row for name in dict.fromkeys(formats) for row in (Row(name, name), beside.get(name)) if row]
-
-
-def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, Path]:
-    """Calibrate the model once and export every row from it: label -> folder."""
-    from megatron_export import assets, build, calibrate, calibration_data, export_hf_checkpoint, loading, topology
-
-    rows = rows_of(flags.formats)
-    folders = {row.label: output / row.label.replace(",", "").replace(" ", "_") for row in rows}
-    if taken := [str(folder) for folder in folders.values() if folder.exists()]:
-        raise ExportError(f"{', '.join(taken)} exists already. Give another --output, or delete it")
-    source = assets.find_model(flags.hf_model, weights=True)
-    data = flags.calib_data or EXAMPLE_MODEL / "calibration.txt"
-    shape = {"samples": flags.calib_samples, "length": flags.calib_seq_len}
-    samples = calibration_data.read_samples(data, source, **shape)
-    single_process()
-    with topology.started(1, 1, device):
-        with topology.current() as here:
-            config = assets.read_config(source)
-            model = build.build_model(config, here, max_sequence_length=samples.shape[1])
-            loading.load_hf_weights(model, source, config, here)
-        found = calibrate(model, samples.split(MICRO_BATCH), format=flags.formats, progress=bar)
-        for row in bar("export", rows):
-            export_hf_checkpoint(
-                model,
-                folders[row.label],
-                hf_model=source,
-                format=row.format,
-                calibration=found if row.searched else without_search(found),
-                kv_cache="none" if row.format == "bf16" else flags.kv_cache,
-                **row.options,
-            )
-    return folders
-
-
-def without_search(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same statistics with smoothing vectors of ones."""
-    return {
-        name: torch.ones_like(tensor) if ".pre_quant_scale." in name else tensor for name, tensor in statistics.items()
-    }
-
-
-def single_process() -> None:
-    """Be the one rank of a `torchrun`, if none started this."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] != "1":
-        raise ExportError(f"this runs on one rank, not on {os.environ['WORLD_SIZE']}. Start it with python")
-
-
-def windows_of(text: Path, checkpoint: Path) -> Tensor:
-    """The text's tokens in rows of `WINDOW`; what does not fill a row is left out."""
-    from transformers import AutoTokenizer
-
-    if not text.is_file():
-        raise ExportError(f"no text file {text}. Give --text one that exists")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        raise ExportError(f"{checkpoint}: no tokenizer that loads ({error}). The first CHECKPOINT needs one") from error
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
-
-
-@torch.no_grad()
-def measure(scores: list[Score], windows: Tensor, device: torch.device) -> None:
-    """Run all models over one batch after the other, and keep only numbers. The first is the reference."""
-    models = [load(score.folder, device) for score in scores]
-    for number, batch in enumerate(bar("score", windows.to(device).split(BATCH))):
-        reference, calls = watched(models[0], batch)
-        for score, model in zip(scores, models, strict=True):
-            logits = reference if model is models[0] else model(batch, use_cache=False).logits
-            compare_tokens(score, logits, reference, batch)
-            if number * BATCH < LAYER_WINDOWS:
-                compare_layers(score, model, calls)
-
-
-def watched(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[Call]]:
-    """A model's logits, and how its decoder layers were called on the way."""
-    calls: list[Call] = []
-
-    def keep(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        calls.append(Call(args, kwargs, output))
-
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in model.base_model.layers]
-    logits = model(batch, use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-    return logits, calls
-
-
-def compare_tokens(score: Score, logits: Tensor, reference: Tensor, batch: Tensor) -> None:
-    """Add the loss of every window of a batch and the divergence of all its predictions; one window at a time."""
-    for mine, theirs, ids in zip(logits, reference, batch, strict=True):
-        mine, theirs = (
-            values[:-1].float().log_softmax(dim=-1) for values in (mine, theirs)
-        )  # [tokens - 1, vocabulary]
-        score.losses.append(-mine.gather(1, ids[1:, None]).double().mean().cpu())
-        score.divergences.append((theirs.exp() * (theirs - mine)).sum(dim=-1).cpu())
-
-
-def compare_layers(score: Score, model: nn.Module, calls: list[Call]) -> None:
-    """Add the signal and the noise of every layer, given what the reference's layer was given."""
-    outputs = [layer(*call.args, **call.kwargs) for layer, call in zip(model.base_model.layers, calls, strict=True)]
-    added = [square(call.output, call.args[0]) for call in calls]
-    wrong = [square(output, call.output) for output, call in zip(outputs, calls, strict=True)]
-    score.signal = score.signal + torch.stack(added)
-    score.noise = score.noise + torch.stack(wrong)
-
-
-def square(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of squares of the difference, float64 [] on the CPU."""
-    return (left.float() - right.float()).square().sum(dtype=torch.float64).cpu()
-
-
-def table(scores: list[Score]) -> list[str]:
-    """The lines of a markdown table."""
-    first = torch.stack(scores[0].losses)
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for score in scores:
-        losses, divergence = torch.stack(score.losses), torch.cat(score.divergences)
-        change = losses - first
-        error = change.std() / math.sqrt(len(change))
-        size = sum(path.stat().st_size for path in score.folder.glob("*.safetensors"))
-        cells = [score.label, f"{bits_per_weight(score.folder):.3f}", f"{size:,}", f"{losses.mean().exp():.4f}"]
-        cells += [f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}" if score is not scores[0] else ""]
-        cells += [f"{divergence.mean():.5f}", f"{divergence.max():.2f}", worst_layer(score)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def worst_layer(score: Score) -> str:
-    """The lowest signal-to-noise ratio of a decoder layer, and which it is, counted from 0."""
-    decibels = 10 * torch.log10(score.signal / score.noise)
-    lowest = int(decibels.argmin())
-    return f"{decibels[lowest]:.1f} dB in {lowest}" if decibels[lowest].isfinite() else ""
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ On a GPU these are its memory, as `torch.cuda.max_memory_allocated` counts it. O
 
     base      the interpreter with torch and Megatron, as measured
     plan      `PLAN_BYTES` for each parameter, and the statistics
-    files     while weights are loaded: the pages of the source's files that the rank reads, which are mapped, and what it takes
-              to check one parameter
+    files     while weights are loaded: the pages of the source's files that the rank reads, which are mapped, and what the
+              threads that read copy of them; for a GPU also the page-locked copies that are read ahead, which stay
     verify    on ranks that write: the buffers that files are read back with; on a GPU's host also those that it is copied to
 
 Not counted: a calibration run; what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
@@ -23,11 +23,13 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from math import prod
 
+from .ahead import AHEAD_BYTES
+from .ahead import THREADS as READERS
 from .conveyor import CHUNK as CONVEYED
 from .conveyor import SLOTS
 from .formats.form import STRIP_ELEMENTS
 from .item import Item, Output
-from .layout import QKV
+from .layout import QKV, Identity
 from .names import Source, is_expert, is_linear_weight
 from .names.shape import text_of
 from .piece import Axis
@@ -40,7 +42,7 @@ from .verify import BUFFERS, CHUNK, THREADS
 BASE_BYTES = {"cpu": 385 << 20, "cuda": 2 << 30}
 PLAN_BYTES = 16 << 10
 STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
-CHECKED = 5 / 2  # bytes that it takes to check a byte of a parameter that was read: magnitudes and three flags a number
+MULTIPLIED = 6  # bytes that it takes to multiply out a number in float8, for each of bfloat16's: value, scale, product
 VERIFIED = CHUNK * (BUFFERS + 2)  # the chunks of a file that is read back, and their magnitudes
 ALIGNMENT = 16  # of the tensors in a message
 
@@ -86,14 +88,21 @@ class Load:
 
 @dataclass
 class Holding:
-    """What a rank has of the whole model, in bytes: its weights, the pages that it reads them from, what it takes to check the
-    largest of them, and all that it has when it checks the first.
+    """What a rank has of the whole model, in bytes: its weights, the largest of them, the pages that it reads them from, the
+    most that is copied of one while it is read, and all that it has when it reads the first.
     """
 
     weights: int = 0
+    largest: int = 0
     mapped: int = 0
-    checked: int = 0
+    copied: int = 0
     first: int = 0
+
+    def reading(self, resident: int, locked: bool) -> int:
+        """What it has when it has read nearly all, with so much of the model on the host, and page-locked copies or not."""
+        ahead = max(AHEAD_BYTES, self.largest)
+        copied = min(READERS * self.copied, max(AHEAD_BYTES, self.copied))
+        return max(resident + self.mapped + copied, self.first) + (min(ahead, self.weights) if locked else 0)
 
 
 def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Forecast:
@@ -107,7 +116,7 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
     for rank in range(grid.world):
         holding = holdings[grid.place(rank)]
         resident = holding.weights if device == "cpu" else 0
-        loading = max(resident + holding.mapped + holding.checked, holding.first)
+        loading = holding.reading(resident, locked=device == "cuda")
         writing = VERIFIED * min(THREADS, files[rank]) + leaving * (rank in files)
         gpu.append(holding.weights + working[rank] if device == "cuda" else 0)
         host.append(own + max(loading, resident + writing + (working[rank] if device == "cpu" else 0)))
@@ -222,16 +231,17 @@ def _holdings(plan: Plan, held: dict[str, Held], grid: Grid) -> dict[tuple[int, 
     for item in plan.items:
         source = item.source
         shard = prod(held[source.canonical].shape) * source.dtype.itemsize
-        read, check = _read(plan.config, source, shard), int(CHECKED * shard)
+        read, copied = _read(plan.config, source, shard), _copied(plan.config, source, shard)
         homes = [grid.expert_rank(source)] if is_expert(source.canonical) else range(grid.ep)
         stages = [grid.stage_rank(source), *[grid.pp - 1] * grid.copies(source)]
         for copy, stage in enumerate(stages):
             first = item is plan.items[0] and copy == 0  # the embedding
             for holding in (found[stage, home] for home in homes):
                 holding.weights += shard
+                holding.largest = max(holding.largest, shard)
                 holding.mapped += read
-                holding.checked = max(holding.checked, 0 if first else check)
-                holding.first = max(holding.first, read + check + shard if first else 0)
+                holding.copied = max(holding.copied, 0 if first else copied)
+                holding.first = max(holding.first, read + copied + shard if first else 0)
     return found
 
 
@@ -241,8 +251,21 @@ def _read(config: dict, source: Source, shard: int) -> int:
     nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
     if config.get("quantization_config") and is_linear_weight(source.canonical):
         return nbytes // 2  # float8
+    return nbytes * 2 if _wide(config) else nbytes
+
+
+def _copied(config: dict, source: Source, shard: int) -> int:
+    """Bytes that a rank copies of a shard of so many bytes while it reads it: it casts parts, and joins them."""
+    joined = 0 if isinstance(source.layout, Identity) and not source.stack else shard
+    if config.get("quantization_config") and is_linear_weight(source.canonical):
+        return MULTIPLIED * shard + joined
+    return joined + (shard if _wide(config) else 0)
+
+
+def _wide(config: dict) -> bool:
+    """Whether the files are in float32."""
     text = text_of(config)
-    return nbytes * 2 if (text.get("dtype") or text.get("torch_dtype")) == "float32" else nbytes
+    return (text.get("dtype") or text.get("torch_dtype")) == "float32"
 
 
 def _statistics(plan: Plan) -> int:

@@ -1,20 +1,28 @@
 """The safetensors files of an HF checkpoint become the shards of a Megatron-Core model.
 
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
+A few threads read, cast and join parameters ahead of the one that is next. On the CPU they also fill the model; for a
+GPU they leave page-locked copies, which this thread sends on their way without waiting for the ones before.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from .errors import ExportError
+from .ahead import in_order
+from .errors import report
 from .layout import even_cut
 from .model import chunks_of, shards_of
 from .names import Source, copied_prefixes, is_expert, parameters_of, shape_of
 from .piece import Axis
 from .source import SourceWeights, expected_shapes, part_shapes
 from .topology import Cut, Topology
+
+LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 
 
 def load_hf_weights(
@@ -43,16 +51,43 @@ def load_hf_weights(
             copies={name for source in sources.values() for name in source.copies()},
             others=dropped + copied_prefixes(config),
         )
-        for name, shard in progress(shards.items()):
-            loaded = _shard(weights, sources[name], shard, topology.cut(is_expert(name)))
-            if not loaded.isfinite().all():
-                names = ", ".join(sources[name].names().values())
-                raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
-            shard.copy_(loaded)
+        jobs = [
+            (shard.nbytes, partial(_read, weights, sources[name], shard, topology.cut(is_expert(name))))
+            for name, shard in shards.items()
+        ]
+        with closing(in_order(jobs)) as filled:
+            finite = [fill() for _, fill in zip(progress(shards.items()), filled, strict=True)]
+        good = torch.stack(finite).tolist() if finite else ()  # the one wait for a GPU
+        damaged = [name for name, whole in zip(shards, good, strict=True) if not whole]
+        said = "{}: NaN or Inf in {}. The checkpoint is damaged: fetch or save it again"
+        report([said.format(folder, ", ".join(sources[name].names().values())) for name in damaged])
         return weights.nbytes
 
 
-def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+def _read(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Callable[[], Tensor]:
+    """Read a shard; what this returns fills it, unless that is done already, and says whether it is finite, bool []."""
+    loaded = shard_of(weights, source, shard, cut)
+    if shard.device.type == "cpu":
+        finite = _finite(shard.copy_(loaded))
+        return lambda: finite
+    rows = max(LOCKED_BYTES * len(loaded) // loaded.nbytes, 1)
+    pieces = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True).copy_(p) for p in loaded.split(rows)]
+    return partial(_send, pieces, shard, rows)
+
+
+def _send(pieces: list[Tensor], shard: Tensor, rows: int) -> Tensor:
+    for piece, place in zip(pieces, shard.split(rows), strict=True):
+        place.copy_(piece, non_blocking=True)
+    return _finite(shard)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether there is no NaN and no Inf, bool []: from the extremes, which NaN spreads to, without a copy of the values."""
+    return torch.stack(torch.aminmax(values)).isfinite().all()
+
+
+def shard_of(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
+    """What belongs into a rank's shard of a parameter."""
     whole = source.cut is None or (source.either and shard.shape == source.shape)
     index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts, own = {}, source.layout.splits(shard.shape[0])

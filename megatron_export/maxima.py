@@ -34,7 +34,8 @@ class Maxima:
         self.numbers = torch.tensor(list(experts), dtype=torch.int64)
         self.repeats = repeats
         self.groups = groups
-        self.scalars: dict[str, Tensor] = {}  # float32 []
+        self.lows: dict[str, Tensor] = {}  # [] on the device: nothing is waited for until all has been seen
+        self.highs: dict[str, Tensor] = {}  # []
         self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard
         self.values: dict[str, Tensor] = {}  # float32 [rows of v] of this rank's shard
         self.sums: dict[str, Tensor] = {}  # float64 [in]: sum of the means of micro-batches, or over an expert's tokens
@@ -48,7 +49,7 @@ class Maxima:
         tokens = inputs.shape[0]
         if not tokens:  # of an expert: zeros change neither a maximum nor a sum
             inputs = inputs.new_zeros(1, inputs.shape[1])
-        _note(self.scalars, f"{name}.input_amax", _largest(inputs))
+        self._extremes(f"{name}.input_amax", inputs)
         if not self.by_channel:
             return
         size = inputs.to(torch.bfloat16).abs()
@@ -61,23 +62,22 @@ class Maxima:
 
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Note keys and values, [sequence, batch, groups, head_dim]."""
-        _note(self.scalars, f"{name}.k_amax", _largest(key))
-        _note(self.scalars, f"{name}.v_amax", _largest(value))
+        self._extremes(f"{name}.k_amax", key)
+        self._extremes(f"{name}.v_amax", value)
         if self.by_channel:
             rows = value.flatten(2).flatten(0, 1).to(torch.bfloat16)
             _note(self.values, name, rows.abs().amax(dim=0).float())
 
     def experts(self, name: str, tokens: Tensor) -> None:
         """Note how many tokens each of this rank's experts was given."""
-        self.tokens[name] = self.tokens.get(name, 0) + tokens.to("cpu", torch.int64)
+        self.tokens[name] = self.tokens.get(name, 0) + tokens.to(torch.int64)
 
     def agreed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The statistics over all ranks, and the mean |input| by channel of every smoothing vector, float32 [in].
 
         Collective. `ExportError` for NaN and Inf, naming the module.
         """
-        scalars = everyone(self.here, {name: value.item() for name, value in self.scalars.items()})
-        statistics = _merged(scalars)
+        statistics = _merged(everyone(self.here, self._scalars()))
         mine, means = {}, {}
         for name, vector in sorted(self.values.items()):
             rows = maximum(whole(self.here.cut(False), vector, 0), self.here.dp_group)
@@ -89,10 +89,23 @@ class Maxima:
             means[name] = (total(self._whole(name, sums), self._sharing(name)) / count).float()
         for name, tokens in sorted(self.tokens.items()):
             counts = torch.zeros(len(self.numbers) * self.here.ep_size, dtype=torch.int64)
-            counts[self.numbers] = tokens
+            counts[self.numbers] = tokens.cpu()
             counts = total(counts.to(self.here.device), self.here.stage_group)
             mine[f"{name}.tokens"] = counts // self.repeats
         return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
+
+    def _extremes(self, name: str, values: Tensor) -> None:
+        """Note the least and the largest of some values, in one pass over them; NaN and Inf stay visible."""
+        low, high = torch.aminmax(values)
+        self.lows[name] = torch.minimum(self.lows[name], low) if name in self.lows else low
+        self.highs[name] = torch.maximum(self.highs[name], high) if name in self.highs else high
+
+    def _scalars(self) -> dict[str, float]:
+        """The largest magnitudes that this rank has seen."""
+        if not self.lows:
+            return {}
+        lows, highs = (torch.stack([seen.float() for seen in noted.values()]) for noted in (self.lows, self.highs))
+        return dict(zip(self.lows, torch.maximum(-lows, highs).tolist(), strict=True))
 
     def _once(self, rows: Tensor) -> Tensor:
         """The rows of v of all ranks without repetition: with more ranks than query groups, several see the same group."""
@@ -111,11 +124,6 @@ class Maxima:
 
 def _note(noted: dict[str, Tensor], name: str, seen: Tensor) -> None:
     noted[name] = torch.maximum(noted[name], seen) if name in noted else seen
-
-
-def _largest(values: Tensor) -> Tensor:
-    low, high = torch.aminmax(values)
-    return torch.maximum(-low, high).float()
 
 
 def _merged(everywhere: list[dict[str, float]]) -> dict[str, Tensor]:

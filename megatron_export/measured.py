@@ -14,7 +14,7 @@ Statistics = dict[str, Tensor]
 
 def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     """Raise unless the statistics hold every number that the plan needs, of the right size, finite and in its range."""
-    needed = {name for item in plan.items for name in _needed(item)}
+    needed = {name for item in plan.items for name in needed_by(item)}
     if needed and calibration is None:
         raise ExportError(f"format {plan.form.name} needs calibration: pass what calibrate() returned, or load a file")
     calibration = calibration or {}
@@ -36,7 +36,7 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
 
 def measured(item: Item, calibration: Statistics, device: torch.device) -> Measured:
     """What the statistics say of one item, on `device`."""
-    needed = {name: calibration[name] for name in _needed(item)}
+    needed = {name: calibration[name] for name in needed_by(item)}
     smoothed = item.smoothed
     vectors = {name: needed[name] for name in smoothed.vectors}
     amax = torch.zeros(())
@@ -65,7 +65,7 @@ def _problems(item: Item, calibration: Statistics) -> list[str]:
     ranges |= {name: (0, len(CLIP_RATIOS) - 1) for name in codes}
     ranges |= {smoothed.ratio: (CLIP_RATIOS[0], CLIP_RATIOS[-1])} if smoothed.ratio else {}
     problems = []
-    for name, shape in _needed(item).items():
+    for name, shape in needed_by(item).items():
         found, dtype = calibration[name], torch.uint8 if name in codes else torch.float32
         if found.dtype != dtype or (shape is not None and found.shape != shape):
             problems.append(
@@ -79,7 +79,7 @@ def _problems(item: Item, calibration: Statistics) -> list[str]:
     return problems
 
 
-def _needed(item: Item) -> dict[str, tuple[int, ...] | None]:
+def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
     """The statistics of an item and their shapes; None for a vector of another item, which that one looks at."""
     name, smoothed = item.source.canonical, item.smoothed
     needed: dict[str, tuple[int, ...] | None] = dict.fromkeys(sorted(smoothed.vectors))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class SourceWeights:
     """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for.
 
     A weight in float8 with a `weight_scale_inv` beside it, as DeepSeek publishes its models, is multiplied out: float32
-    value x scale of its block of 128 x 128, rounded to bfloat16.
+    value x scale of its block of 128 x 128, rounded to bfloat16. Several threads may read at a time.
     """
 
     def __init__(self, folder: Path, only: tuple[str, ...] = ("",)) -> None:
@@ -31,6 +32,7 @@ class SourceWeights:
         self.files = {name: path for name, path in _files(folder).items() if name.startswith(only)}
         self.open = {}
         self.nbytes = 0  # read so far
+        self.counting = Lock()
         for path in sorted(set(self.files.values())):
             self.open[path] = opened(path)
         seen: dict[str, Path] = {}
@@ -101,7 +103,7 @@ class SourceWeights:
     def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of tensor `name` that `where` selects, in `dtype`."""
         part = self.open[self.files[name]].get_slice(name)[where]
-        self.nbytes += part.nbytes
+        self._count(part)
         return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
 
     def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
@@ -129,12 +131,16 @@ class SourceWeights:
         """A tensor as it is."""
         return self.open[self.files[name]].get_tensor(name)
 
+    def _count(self, part: Tensor) -> None:
+        with self.counting:
+            self.nbytes += part.nbytes
+
     def _multiplied(self, name: str, part: Tensor, where: tuple[slice, ...]) -> Tensor:
         """A part of a weight in float8, each value times the scale of its block; float32."""
         cuts = [cut.indices(size) for cut, size in zip((*where, slice(None)), self.shape(name), strict=False)]
         blocks = tuple(slice(start // _BLOCK, -(-stop // _BLOCK)) for start, stop, _ in cuts)
         scales = self.open[self.files[name + _SCALE]].get_slice(name + _SCALE)[blocks].float()
-        self.nbytes += scales.nbytes
+        self._count(scales)
         for dim, (start, stop, _) in enumerate(cuts):
             index = torch.arange(start, stop) // _BLOCK - start // _BLOCK
             scales = scales.index_select(dim, index)

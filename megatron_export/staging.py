@@ -158,7 +158,7 @@ class Guest:
     def __init__(self, target: Path, rank: int, finished: dict[str, Checks], sync: bool = True) -> None:
         self.target = target
         self.folder = partial_of(target)
-        self.path = journal_of(target) / _OF_GUESTS.replace("*", str(rank))
+        self.journal = journal_of(target) / _OF_GUESTS.replace("*", str(rank))
         self.finished = dict(finished)
         self.sync = sync
         self.noting = threading.Lock()
@@ -174,7 +174,7 @@ class Guest:
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
         with naming(self.target), self.noting:
-            _finish(self.folder, self.path, file, checks, self.sync)
+            _finish(self.folder, self.journal, file, checks, self.sync)
             self.finished[file] = checks
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
-errors sizes piece config progress
+errors sizes piece config progress ahead
 signals fingerprint untrusted pulse layout
 names formats
 item placement

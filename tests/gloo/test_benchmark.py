@@ -37,7 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, so that its imports are not waited for again; one thread, as in `output`."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # where a script's neighbours are found
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark", module)
@@ -48,31 +48,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def quality(benchmark: ModuleType) -> ModuleType:
+    """The subcommand's own module."""
+    return sys.modules["bench.quality"]
+
+
 def run(benchmark: ModuleType, *flags: object) -> int:
     return benchmark.main(["quality", *QUICK, *map(str, flags)])
-
-
-def test_encode_times_every_format_against_a_copy(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    flags = ["--shape", "128", "256", "--repeats", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")]
-    assert benchmark.main(["encode", *flags]) == 0
-    said = capsys.readouterr().out
-    found = read_json(tmp_path / "found.json")
-    names = [row["format"] for row in found["rows"]]
-    assert names == [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
-    assert names[:5] == ["copy", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]
-    assert names[5:] == [f"{name}{groups}" for name in ("int4_awq", "w4a8_awq") for groups in ("", ", groups of 64")]
-    size = 128 * 256
-    copy, fp8, _, nvfp4, *_, int4 = found["rows"][:6]
-    assert [row["bytes"] for row in (copy, fp8, nvfp4)] == [4 * size, 3 * size + 8, size * 5 // 2 + size // 16 + 8]
-    assert int4["bytes"] == size * 5 // 2 + size // 32
-    assert all(row["of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"]) for row in found["rows"])
-
-
-def test_encode_refuses_a_shape_that_a_format_cannot_hold(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    assert benchmark.main(["encode", "--shape", "130", "200", "--device", "cpu", "--repeats", "1"]) == 1
-    assert "--shape 130 200: nvfp4 needs multiples of 1 and 16" in capsys.readouterr().err
 
 
 def rows_of(said: str) -> dict[str, dict[str, str]]:
@@ -104,12 +87,12 @@ def test_the_table_has_a_finite_row_for_every_format_and_for_what_the_search_is_
         assert 0 <= int(layer) < 4
 
 
-def test_losses_and_divergences_are_those_of_torch(benchmark: ModuleType) -> None:
+def test_losses_and_divergences_are_those_of_torch(quality: ModuleType) -> None:
     """The divergence is of the first model's distribution from the other's: sum of p * (log p - log q)."""
-    score = benchmark.Score("other", EXAMPLE)
+    score = quality.Score("other", EXAMPLE)
     mine, theirs = torch.randn(2, 3, 7, 11).to(torch.bfloat16)
     ids = torch.randint(0, 11, (3, 7))
-    benchmark.compare_tokens(score, mine, theirs, ids)
+    quality.compare_tokens(score, mine, theirs, ids)
     log_q, log_p = (logits[:, :-1].double().log_softmax(-1) for logits in (mine, theirs))
     losses = nll_loss(log_q.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
     torch.testing.assert_close(torch.stack(score.losses), losses, atol=1e-6, rtol=0)
@@ -117,17 +100,17 @@ def test_losses_and_divergences_are_those_of_torch(benchmark: ModuleType) -> Non
     torch.testing.assert_close(torch.cat(score.divergences).double(), divergences.flatten(), atol=1e-6, rtol=0)
 
 
-def test_layers_are_compared_on_what_the_reference_gave_each_of_them(benchmark: ModuleType) -> None:
+def test_layers_are_compared_on_what_the_reference_gave_each_of_them(quality: ModuleType) -> None:
     """Signals are 1 and 3 beside an input of 5; noises 0.1 and 0.03 beside them: 20 dB and 40 dB."""
-    score = benchmark.Score("other", EXAMPLE)
+    score = quality.Score("other", EXAMPLE)
     inputs = torch.full((2, 4), 5.0)
-    calls = [benchmark.Call((inputs,), {"add": add}, inputs + add) for add in (1.0, 3.0)]
+    calls = [quality.Call((inputs,), {"add": add}, inputs + add) for add in (1.0, 3.0)]
     wrong = [lambda inputs, add, by=by: inputs + add + by for by in (0.1, 0.03)]
     model = SimpleNamespace(base_model=SimpleNamespace(layers=wrong))
     for _ in range(2):
-        benchmark.compare_layers(score, model, calls)
+        quality.compare_layers(score, model, calls)
     assert [round(20 * math.log10(ratio), 2) for ratio in (score.signal / score.noise).sqrt().tolist()] == [20, 40]
-    assert benchmark.worst_layer(score) == "20.0 dB in 0"
+    assert quality.worst_layer(score) == "20.0 dB in 0"
 
 
 def test_the_search_changes_the_weights_and_only_its_absence_leaves_vectors_of_one(output: tuple[Path, str]) -> None:
@@ -158,12 +141,13 @@ def test_given_checkpoints_are_scored_against_the_first_with_the_same_numbers(
 def test_the_table_is_written_between_the_marks_of_readme(
     output: tuple[Path, str],
     benchmark: ModuleType,
+    quality: ModuleType,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     readme = tmp_path / "README.md"
-    monkeypatch.setattr(benchmark, "README", readme)
+    monkeypatch.setattr(quality, "README", readme)
     readme.write_text("no marks")
     flags = (output[0] / "int4_awq", "--write-readme")
     assert run(benchmark, *flags) == 1
@@ -198,3 +182,26 @@ def test_a_folder_that_holds_exports_already_is_refused_before_anything_is_run(
     assert run(benchmark, "--output", output[0]) == 1
     assert f"{output[0] / 'bf16'}, " in (said := capsys.readouterr().err)
     assert "exists already. Give another --output" in said
+
+
+def test_encode_times_every_format_against_a_copy(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--shape", "128", "256", "--repeats", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")]
+    assert benchmark.main(["encode", *flags]) == 0
+    said = capsys.readouterr().out
+    found = read_json(tmp_path / "found.json")
+    names = [row["format"] for row in found["rows"]]
+    assert names == [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
+    assert names[:5] == ["copy", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]
+    assert names[5:] == [f"{name}{groups}" for name in ("int4_awq", "w4a8_awq") for groups in ("", ", groups of 64")]
+    size = 128 * 256
+    copy, fp8, _, nvfp4, *_, int4 = found["rows"][:6]
+    assert [row["bytes"] for row in (copy, fp8, nvfp4)] == [4 * size, 3 * size + 8, size * 5 // 2 + size // 16 + 8]
+    assert int4["bytes"] == size * 5 // 2 + size // 32
+    assert all(row["of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"]) for row in found["rows"])
+
+
+def test_encode_refuses_a_shape_that_a_format_cannot_hold(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.main(["encode", "--shape", "130", "200", "--device", "cpu", "--repeats", "1"]) == 1
+    assert "--shape 130 200: nvfp4 needs multiples of 1 and 16" in capsys.readouterr().err

@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_export import formats
+from megatron_export import formats, loading
 from megatron_export.formats import FORMATS, KV_FORMATS, Options, chosen
 from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.maxima import Maxima
+from megatron_export.names import parameters_of
 from megatron_export.piece import Amax
 from megatron_export.search import Alphas
+from megatron_export.source import SourceWeights
 
-from ..models import ARCHITECTURES, GOLDEN, LENGTH, SAMPLES, assert_same, make_model, same, tensors
+from ..models import ARCHITECTURES, EXAMPLE, GOLDEN, LENGTH, SAMPLES, assert_same, make_model, read_json, same, tensors
 from ..pure.test_golden_vectors import alone
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,18 @@ def test_a_search_rounds_and_weighs_on_cuda_as_on_the_cpu(name: str, seed: int) 
     amax = weight.abs().amax().float()
     assert same(rounded(search, weight.cuda(), amax.cuda()).cpu(), rounded(search, weight, amax))
     assert same(importance(weight.cuda(), search.group).cpu(), importance(weight, search.group))
+
+
+def test_weights_reach_the_gpu_in_pieces_as_they_are_in_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LOCKED_BYTES", 100_000)
+    sources, whole = parameters_of(read_json(EXAMPLE / "config.json")), alone().cut(False)
+    with SourceWeights(EXAMPLE) as weights:
+        for source in sources.values():
+            on_cpu, there = (torch.empty(source.shape, dtype=source.dtype, device=where) for where in ("cpu", "cuda"))
+            assert all(loading._read(weights, source, shard, whole)() for shard in (on_cpu, there))
+            assert same(there.cpu(), on_cpu)
+        there = torch.full((1000, 100), torch.nan, dtype=torch.bfloat16).pin_memory()
+        assert not loading._send([there], torch.empty_like(there, device="cuda"), 1000)
 
 
 @pytest.mark.parametrize("form", ["NVFP4_AWQ", "INT4_AWQ", "INT4_AWQ_G64"])

@@ -1,0 +1,78 @@
+"""A plot as SVG, by hand: seconds and memory of exports against the size of the model, a line for each kind of run."""
+
+from collections.abc import Callable, Iterable
+from html import escape
+
+from .measuring import Row
+
+WIDTH, HEIGHT, MARGIN = 360, 260, 52  # of a panel; its axes are MARGIN from its edges
+COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#c77d0a", "#555555")
+GB = 1e9
+
+Line = list[tuple[float, float]]
+
+
+def drawn(rows: Iterable[Row]) -> str:
+    """Two panels: seconds; GPU memory above the model, or host memory where there is no GPU."""
+    rows = list(rows)
+    on_gpu = all(row.device != "cpu" for row in rows)
+    panels = [
+        ("seconds", lambda row: row.seconds),
+        ("GB of GPU above the model", lambda row: row.gpu / GB)
+        if on_gpu
+        else ("GB of host", lambda row: row.host / GB),
+    ]
+    lines = dict.fromkeys(_label(row) for row in rows)
+    height = HEIGHT + 16 * len(lines) + 8
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {height}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<rect width="{2 * WIDTH}" height="{height}" fill="white"/>',
+    ]
+    for number, (title, value) in enumerate(panels):
+        parts += _panel(number * WIDTH, title, _lines(rows, value))
+    for number, label in enumerate(lines):
+        y = HEIGHT + 16 * number
+        parts.append(f'<rect x="{MARGIN}" y="{y}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{MARGIN + 16}" y="{y + 9}">{escape(label)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _label(row: Row) -> str:
+    return f"{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
+
+
+def _lines(rows: list[Row], value: Callable[[Row], float]) -> dict[str, Line]:
+    """Label -> points by size."""
+    found: dict[str, Line] = {}
+    for row in rows:
+        found.setdefault(_label(row), []).append((row.model_bytes / GB, value(row)))
+    return {label: sorted(line) for label, line in found.items()}
+
+
+def _panel(left: int, title: str, lines: dict[str, Line]) -> list[str]:
+    """Both axes begin at 0, so that what grows in proportion is straight, and what does not grow is level."""
+    right = max(x for line in lines.values() for x, _ in line)
+    top = max(y for line in lines.values() for _, y in line) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (WIDTH - 1.5 * MARGIN) * x / right, (HEIGHT - 2 * MARGIN) * y / top
+        return round(left + MARGIN + across, 1), round(HEIGHT - MARGIN - up, 1)
+
+    (x0, y0), (x1, y1) = place(0, 0), place(right, top)
+    parts = [
+        f'<path d="M{x0} {y1}V{y0}H{x1}" fill="none" stroke="#999"/>',
+        f'<text x="{x0}" y="{y1 - 14}" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{x1}" y="{y0 + 32}" text-anchor="end">GB of the model in bfloat16</text>',
+    ]
+    for part in (0, 0.5, 1):
+        (x, _), (_, y) = place(right * part, 0), place(0, top * part)
+        parts.append(f'<text x="{x}" y="{y0 + 16}" text-anchor="middle">{right * part:.3g}</text>')
+        parts.append(f'<text x="{x0 - 6}" y="{y + 4}" text-anchor="end">{top * part:.3g}</text>')
+    for number, line in enumerate(lines.values()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = [place(x, y) for x, y in line]
+        path = " ".join(f"{x},{y}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in points]
+    return parts

@@ -1,0 +1,247 @@
+"""`export` and `scale`: how long an export takes and what it takes, beside `save_file` of the same bytes in the same run.
+
+    [torchrun --nproc-per-node N] launch/benchmark.py export [--shape 8b] [--formats fp8 nvfp4] [--tp N] [--json FILE]
+    [torchrun --nproc-per-node N] launch/benchmark.py scale [--shape 8b] [--sizes 2 4 8 16 32] [--tp N] [--svg FILE]
+
+A model is built on the device with weights made from their names, and exported once to warm up, which is when memory is
+measured. Then an export and `save_file` by rank 0 from host memory take turns, each into a new folder that is deleted
+before the next; with and without fsync, the same on both sides.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from megatron_export.cli import EXAMPLE_MODEL
+from megatron_export.config import ExportConfig
+from megatron_export.errors import ExportError, report
+from megatron_export.formats import FORMATS
+from megatron_export.preview import Preview, previewed
+from megatron_export.sizes import readable
+
+from .drawing import drawn
+from .measuring import (
+    Row,
+    alone_or_torchrun,
+    delete,
+    held_from,
+    peaks_of,
+    read_rows,
+    save,
+    table,
+    timed,
+    write_rows,
+)
+from .shapes import SHAPES, config_of, fill, made_up, write_config
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a format to export it in, and what the plan tells of that."""
+
+    model: str
+    config: dict
+    format: str
+    told: Preview
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The flags of `export`."""
+    parser.set_defaults(run=export)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8", "nvfp4"], help="default: fp8 nvfp4")
+    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
+    add_common(parser)
+    _add_ranks(parser)
+
+
+def add_scale(parser: argparse.ArgumentParser) -> None:
+    """The flags of `scale`."""
+    parser.set_defaults(run=scale)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"], help="default: nvfp4")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="numbers of layers; default: 2 4 8 16 32"
+    )
+    parser.add_argument("--with", dest="others", type=Path, nargs="+", default=[], help="files of --json to show too")
+    parser.add_argument("--svg", type=Path, help="a plot of time and memory against the size of the model")
+    add_common(parser)
+    _add_ranks(parser)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is measured, and how often."""
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of a known model; default: 8b")
+    parser.add_argument("--hf-model", help="or those in this folder's config.json; its weights are not read")
+    parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
+    parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    for name in ("tp", "pp", "ep"):
+        parser.add_argument(f"--{name}", type=int, default=1, help="default: 1")
+    parser.add_argument("--etp", type=int, help="default: as --tp")
+    parser.add_argument("--writers", choices=("rank0", "node", "all"), default="rank0", help="default: rank0")
+    parser.add_argument("--fsync", choices=("no", "yes", "both"), default="both", help="default: both")
+    parser.add_argument("--alone", action="store_true", help="no save_file beside it, which holds all bytes in memory")
+
+
+def export(flags: argparse.Namespace) -> None:
+    """Measure each format of one model."""
+    _show(flags, _measured(flags, [flags.layers]))
+
+
+def scale(flags: argparse.Namespace) -> None:
+    """Measure models of the same shape and ever more layers."""
+    others = [row for file in flags.others for row in read_rows(file)]
+    rows = others + _measured(flags, flags.sizes)
+    _show(flags, rows)
+    if flags.svg and os.environ["RANK"] == "0":
+        flags.svg.write_text(drawn(rows))
+
+
+def _show(flags: argparse.Namespace, rows: list[Row]) -> None:
+    if os.environ["RANK"] == "0":
+        print("\n".join(table(rows)), flush=True)
+        if flags.json:
+            write_rows(flags.json, rows)
+
+
+def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
+    """A row for each size, format and kind of sync. All is planned first, so that what does not fit is refused before any work."""
+    from megatron_export import build, topology
+
+    alone_or_torchrun()
+    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.repeat < 1:
+        raise ExportError(f"--repeat must be at least 1, not {flags.repeat}")
+    rows = []
+    with TemporaryDirectory() as temporary:
+        source = Path(temporary)
+        models = [
+            [
+                case_of(flags, config_of(flags.shape, flags.hf_model, size), name, source, device)
+                for name in flags.formats
+            ]
+            for size in sizes
+        ]
+        refuse(flags, [case for cases in models for case in cases], device)
+        with topology.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
+            for cases in models:
+                config = cases[0].config
+                write_config(source, config)
+                with topology.current() as here:
+                    model = build.build_model(config, here, max_sequence_length=None)
+                    fill(model, config, here)
+                for case in cases:
+                    rows += _rows(flags, case, model, source, here.device)
+                del model
+    return rows
+
+
+def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path, device: str) -> Case:
+    """What the plan tells of an export by these flags; `source` gets the model's config.json."""
+    world = int(os.environ["WORLD_SIZE"])
+    sizes = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp")}
+    settings = ExportConfig(
+        hf_model=str(write_config(source, config)), format=form, output=flags.output / "run", device=device, **sizes
+    )
+    name = Path(flags.hf_model).name if flags.hf_model else flags.shape
+    return Case(name, config, form, previewed(settings, EXAMPLE_MODEL, world))
+
+
+def refuse(flags: argparse.Namespace, cases: list[Case], device: str) -> None:
+    """Raise if there is too little room for one of them."""
+    report([problem for case in cases for problem in _problems(flags, case, device)])
+
+
+def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
+    """What there is too little room for."""
+    told, what = case.told, f"{case.model} of {case.config['num_hidden_layers']} layers in {case.format}"
+    problems = []
+    if told.needed > told.free:
+        problems.append(
+            f"{what} takes {readable(told.needed)} on the disk of {told.disk}, which has {readable(told.free)} free. "
+            "Give fewer --layers, or an --output on another disk"
+        )
+    if device == "cuda":
+        room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if max(told.forecast.gpu) > room:
+            problems.append(
+                f"{what} takes {readable(max(told.forecast.gpu))} of a GPU that has {readable(room)}. Use more ranks"
+            )
+    beside = 0 if flags.alone else told.plan.nbytes
+    host, room = sum(told.forecast.host) + beside, _available()
+    if host > room:
+        problems.append(
+            f"{what} takes {readable(host)} of memory, and {readable(room)} are available here. Give fewer --layers"
+            + (", or --alone" if host - beside <= room else "")
+        )
+    return problems
+
+
+def _available() -> int:
+    """Bytes of memory that this machine can still give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, device: torch.device) -> list[Row]:
+    from megatron_export import export_hf_checkpoint
+
+    out, beside = flags.output.resolve() / "run", flags.output.resolve() / "saved"
+    run = partial(
+        export_hf_checkpoint,
+        model,
+        out,
+        hf_model=source,
+        format=case.format,
+        calibration=made_up(case.told.plan),
+        writers=flags.writers,
+    )
+    reports = []
+    gpu, host = peaks_of(lambda: reports.append(run(sync=False)), device)
+    first = os.environ["RANK"] == "0"
+    held = held_from(out) if first and not flags.alone else {}
+    delete(out)
+    rows = []
+    for sync in {"no": [False], "yes": [True], "both": [False, True]}[flags.fsync]:
+        times, saved = [], []
+        for _ in range(flags.repeat):
+            times.append(timed(partial(run, sync=sync)))
+            delete(out)
+            if not flags.alone:
+                saved.append(timed(partial(save, held, beside, sync) if first else lambda: None))
+                delete(beside)
+        rows.append(
+            Row(
+                tool="megatron_export",
+                model=case.model,
+                layers=case.config["num_hidden_layers"],
+                format=case.format,
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                ranks=_ranks(flags),
+                writers=flags.writers,
+                fsync=sync,
+                model_bytes=reports[0].plan.source_nbytes,
+                written=reports[0].plan.nbytes,
+                times=tuple(times),
+                saved=tuple(saved),
+                wire=sum(reports[0].wire),
+                gpu=gpu,
+                host=host,
+            )
+        )
+    return rows
+
+
+def _ranks(flags: argparse.Namespace) -> str:
+    """The world and how it is divided."""
+    sizes = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp")}
+    return " ".join([os.environ["WORLD_SIZE"], *(f"{name} {size}" for name, size in sizes.items() if (size or 1) > 1)])

@@ -1,0 +1,141 @@
+"""`peer`: the same model exported by this package and by NVIDIA ModelOpt, where it is installed, in the same run.
+
+    launch/benchmark.py peer [--shape 8b | --hf-model DIR] [--formats fp8 nvfp4] [--json FILE]
+
+One process, TP=1, the same weights, nothing of calibration in the seconds: ours has statistics that are made up, ModelOpt has
+seen a few tokens. Neither side syncs what it wrote; each writes into a new folder. ModelOpt changes the model that it
+quantizes, so it comes second, and every format begins with a new one.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_export.errors import ExportError
+
+from .exporting import Case, add_common, case_of, refuse
+from .measuring import Row, alone, delete, peaks_of, table, timed, write_rows
+from .shapes import config_of, fill, made_up, write_config
+
+CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
+TOKENS = 64  # that ModelOpt's quantizers are shown
+HYBRID = "megatron.core.models.hybrid"  # a package that ModelOpt imports and Megatron-Core 0.16 does not have
+
+
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    """The flags of `peer`."""
+    parser.set_defaults(run=peer, tp=1, pp=1, ep=1, etp=None, writers="rank0", alone=True)
+    parser.add_argument("--formats", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: fp8 nvfp4")
+    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
+    add_common(parser)
+
+
+def peer(flags: argparse.Namespace) -> None:
+    """Measure both on one model, format by format."""
+    from megatron_export import topology
+
+    quantization, peers = _modelopt()
+    alone()
+    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with TemporaryDirectory() as temporary:
+        config = config_of(flags.shape, flags.hf_model, flags.layers)
+        source = write_config(Path(temporary), config)
+        cases = [case_of(flags, config, name, source, device) for name in flags.formats]
+        refuse(flags, cases, device)
+        with topology.started(1, 1, device):
+            rows = [row for case in cases for row in _rows(flags, case, source, quantization, peers)]
+    print("\n".join(table(rows)), flush=True)
+    if flags.json:
+        write_rows(flags.json, rows)
+
+
+def _modelopt() -> tuple[ModuleType, ModuleType]:
+    """ModelOpt's modules that quantize and export."""
+    if find_spec("modelopt") is None:
+        raise ExportError(
+            "ModelOpt is not installed here: pip install nvidia-modelopt omegaconf pulp pydantic requests"
+        )
+    if find_spec(HYBRID) is None:
+        from megatron.core.models.mamba import MambaModel
+
+        package, module = ModuleType(HYBRID), ModuleType(f"{HYBRID}.hybrid_model")
+        package.__path__ = []
+        module.HybridModel = MambaModel  # as it was called before
+        sys.modules |= {package.__name__: package, module.__name__: module}
+    import modelopt.torch.export as peers
+    import modelopt.torch.quantization as quantization
+
+    return quantization, peers
+
+
+def _rows(
+    flags: argparse.Namespace, case: Case, source: Path, quantization: ModuleType, peers: ModuleType
+) -> list[Row]:
+    """A row of each, from one model."""
+    from megatron_export import export_hf_checkpoint, topology
+    from megatron_export.cpu import without_cuda
+
+    out = flags.output.resolve() / "run"
+    with topology.current() as here:
+        device = here.device
+        model = _built(case.config, here)
+    statistics = made_up(case.told.plan)
+    ours = partial(export_hf_checkpoint, model, out, hf_model=source, format=case.format, calibration=statistics)
+    rows = [_row(flags, case, "megatron_export", partial(ours, sync=False), out, device)]
+    with without_cuda(device), torch.no_grad():
+        quantization.quantize(model, getattr(quantization, CONFIGS[case.format]), _shown)
+        theirs = partial(peers.export_mcore_gpt_to_hf, model, str(source), dtype=torch.bfloat16, export_dir=str(out))
+        rows.append(_row(flags, case, "ModelOpt", theirs, out, device))
+    return rows
+
+
+def _built(config: dict, here: Any) -> Any:
+    from megatron_export import build
+
+    model = build.build_model(config, here, max_sequence_length=TOKENS)
+    fill(model, config, here)
+    return model
+
+
+def _shown(model: Any) -> None:
+    """Run a few tokens through the model."""
+    device = next(model.parameters()).device
+    ids = torch.arange(TOKENS, device=device)[None]
+    model(ids, ids, torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=device).triu(1))
+
+
+def _row(
+    flags: argparse.Namespace, case: Case, tool: str, work: Callable[[], object], out: Path, device: torch.device
+) -> Row:
+    gpu, host = peaks_of(work, device)
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    delete(out)
+    times = []
+    for _ in range(flags.repeat):
+        times.append(timed(work))
+        delete(out)
+    return Row(
+        tool=tool,
+        model=case.model,
+        layers=case.config["num_hidden_layers"],
+        format=case.format,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        ranks="1",
+        writers="rank0",
+        fsync=False,
+        model_bytes=case.told.plan.source_nbytes,
+        written=written,
+        times=tuple(times),
+        saved=(),
+        wire=0,
+        gpu=gpu,
+        host=host,
+    )

@@ -1,0 +1,122 @@
+"""Models of known shapes without files: configs as they are published, and weights made from their names.
+
+A weight's row is a stretch of one fixed vector of random numbers; which one follows from the tensor's HF name and the row's
+number, so that a rank makes just the rows and columns it holds, on its device, and every topology has the same model.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron_export.errors import ExportError
+from megatron_export.measured import needed_by
+from megatron_export.names import Source, is_expert, parameters_of
+from megatron_export.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron_export.topology import Topology
+
+STD = 0.02
+NUMBERS = 1 << 20  # of the vector; rows begin at different places of it
+STRIDE = 40503  # from one row's place to the next one's, odd
+
+
+def _dense(hidden: int, layers: int, ffn: int, heads: int, groups: int, vocab: int) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab,
+    }
+
+
+def _experts(hidden: int, layers: int, ffn: int, heads: int, expert_ffn: int) -> dict:
+    return _dense(hidden, layers, ffn, heads, 4, 151936) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert_ffn,
+        "norm_topk_prob": True,
+    }
+
+
+_ALL = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "torch_dtype": "bfloat16"}
+SHAPES = {
+    name: _ALL | config
+    for name, config in {
+        "tiny": _dense(128, 2, 384, 4, 2, 512),
+        "1b": _dense(2048, 22, 5632, 32, 4, 32000),
+        "8b": _dense(4096, 32, 14336, 32, 8, 128256),
+        "70b": _dense(8192, 80, 28672, 64, 8, 128256),
+        "405b": _dense(16384, 126, 53248, 128, 8, 128256),
+        "30b-a3b": _experts(2048, 48, 6144, 32, 768),
+        "235b-a22b": _experts(4096, 94, 12288, 64, 1536),
+    }.items()
+}
+
+
+def config_of(shape: str, hf_model: str | None, layers: int | None) -> dict:
+    """The config of a known shape, or of a model's folder, perhaps with another number of layers."""
+    if hf_model:
+        from megatron_export import assets
+
+        config = assets.read_config(assets.find_model(hf_model, weights=False))
+    else:
+        config = SHAPES[shape]
+    if layers is not None and layers < 1:
+        raise ExportError(f"--layers must be at least 1, not {layers}")
+    return config if layers is None else config | {"num_hidden_layers": layers}
+
+
+def write_config(folder: Path, config: dict) -> Path:
+    """A model's folder with nothing but its config.json."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class MadeWeights:
+    """Stands where loading has the files of a checkpoint, and makes what it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.numbers = (torch.randn(2 * NUMBERS, generator=generator) * STD).to(device)
+
+    def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
+        """What `where` selects of a part of a parameter, [out, in] or [out]; norms are around 1."""
+        shape = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)[part].shape
+        place = zlib.crc32(f"{source.canonical}.{part}".encode()) % NUMBERS
+        rows = range(*where[0].indices(shape[0]))
+        if len(shape) == 1:
+            return (1 + self.numbers[place:][: shape[0]][where[0]]).to(source.dtype)
+        columns = range(*(where[1] if len(where) > 1 else slice(None)).indices(shape[1]))
+        numbers = self.numbers.to(source.dtype).unfold(0, len(columns), 1)
+        first = (place + torch.arange(rows.start, rows.stop, device=numbers.device) * STRIDE) % NUMBERS
+        return numbers[first + columns.start]
+
+
+def fill(model: nn.Module | list[nn.Module], config: dict, here: "Topology") -> None:
+    """Give a model the weights that its parameters' names mean."""
+    from megatron_export.loading import shard_of
+    from megatron_export.model import shards_of
+
+    weights, sources = MadeWeights(here.device), parameters_of(config)
+    for name, shard in shards_of(model).items():
+        shard.copy_(shard_of(weights, sources[name], shard, here.cut(is_expert(name))))
+
+
+def made_up(plan: Plan) -> dict[str, Tensor]:
+    """The statistics that a plan needs, all of them 1."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in plan.items:
+        shapes |= {name: shape for name, shape in needed_by(item).items() if shape is not None}
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
