@@ -12,11 +12,11 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-TASK_PER_RANK=${TASK_PER_RANK:-}   # not empty: srun starts every rank itself, without torchrun
-MAX_RESTARTS=${MAX_RESTARTS:-20}   # how often the job may go back into the queue
-srun_flags=()                      # of every step, for example (--container-image=... --container-mounts=...)
-# . .venv/bin/activate             # whatever brings a python that has megatron_export
-# ... to here. In --signal, B: is this script, which passes it on: torchrun's processes are not to get it each on their own.
+TASK_PER_RANK=${TASK_PER_RANK:-}  # not empty: srun starts every rank itself, without torchrun
+MAX_RESTARTS=${MAX_RESTARTS:-20}  # how often the job may go back into the queue
+srun_flags=()                     # for example (--container-image=... --container-mounts=...)
+# . .venv/bin/activate            # whatever brings a python that has megatron_export
+# ... to here. SLURM sends the signal of --signal=B: to this script alone, so many seconds before the time limit.
 
 say() { echo "launch/slurm.sh: $*" >&2; }
 refuse() { say "error: $*" && exit 2; }
@@ -45,8 +45,8 @@ else
 fi
 
 srun='' ended=''
-trap 'kill -USR1 $srun' USR1
-trap 'ended=1' TERM
+trap 'kill -USR1 "$srun" || :' USR1  # srun passes it on to its tasks
+trap 'ended=1' TERM  # SLURM sends it to the tasks itself
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --export=ALL --kill-on-bad-exit=0 --wait=60 \
   "${srun_flags[@]}" "${step[@]}" "$@" &
 srun=$!
@@ -68,10 +68,6 @@ elif [ "$status" = 75 ] && [ "$restarts" -ge "$MAX_RESTARTS" ]; then
   say "stopped by a signal, and not queued again after $restarts restarts. Give it more --time; --resume goes on where it was"
 elif [ "$status" = 75 ]; then
   say "stopped by a signal: the job is queued again, restart $((restarts + 1)) of at most $MAX_RESTARTS"
-  if scontrol requeue "$SLURM_JOB_ID"; then
-    sleep 300 || :  # until SLURM ends this script: its exit could be taken for one of the next run
-  else
-    say "scontrol could not queue the job again: sbatch it again, with --resume"
-  fi
+  scontrol requeue "$SLURM_JOB_ID" || say "scontrol could not queue it: sbatch it again, with --resume"
 fi
 exit "$status"

@@ -3,6 +3,7 @@
 set -euo pipefail
 if [ -z "${TORCHELASTIC_RUN_ID:-}" ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # as torchrun sets it
 fi
 [ "$RANK" = 0 ] || exec >>"$LOGS/rank-$RANK.log" 2>&1
 exec python launch/export.py "$@"

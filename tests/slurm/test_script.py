@@ -86,7 +86,7 @@ def test_a_job_that_comes_to_its_time_limit_goes_back_into_the_queue_and_resumes
     cluster.told("scontrol", "update", f"JobId={number}", "TimeLimit=10")
     assert cluster.ended(number) == Job("COMPLETED", 0, 1), says(place)
     assert contents(place / "out") == whole
-    assert "stopped by SIGUSR1" in says(place)
+    assert "the job is queued again, restart 1 of at most 20" in says(place)
 
 
 def test_a_refused_export_keeps_its_status_and_its_message(cluster: Cluster, place: Path) -> None:
