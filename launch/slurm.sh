@@ -37,7 +37,7 @@ restarts=${SLURM_RESTART_COUNT:-0}
 [ "$restarts" = 0 ] || set -- "$@" --resume
 
 if [ -n "$TASK_PER_RANK" ]; then
-  step=(--ntasks-per-node="$RANKS_PER_NODE" bash launch/slurm_rank.sh)
+  step=(--ntasks-per-node="$RANKS_PER_NODE" --distribution=block bash launch/slurm_rank.sh)
   tasks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
 else
   step=(--ntasks-per-node=1 python launch/slurm_node.py)

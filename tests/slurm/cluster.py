@@ -1,4 +1,7 @@
-"""A SLURM cluster of two nodes on this machine: its own munge, key, ports and folder, nothing of the system's."""
+"""A SLURM cluster of two nodes on this machine: its own munge, key, ports and folder, nothing of the system's.
+
+Jobs are numbered from a port that is this cluster's alone, because launch/slurm.sh makes the ports of jobs from their numbers.
+"""
 
 import getpass
 import os
@@ -20,6 +23,7 @@ CONFIG = """
 ClusterName=export
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge

@@ -14,13 +14,16 @@ from .cluster import ROOT, Cluster, Job, until
 SCRIPT = ROOT / "launch" / "slurm.sh"
 FLAGS = ("--device", "cpu", "--tp", 2, "--calib-samples", 2, "--calib-seq-len", 32, "--max-shard-size", "1MB")
 END = """
-import os, signal, sys, time
-statuses = os.environ["STATUSES"].split()
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:], flush=True)
-status = int(statuses[int(os.environ["RANK"])])
-time.sleep(3600 if status == 99 else 0.5)
+import os, pathlib, signal, sys, time
+rank, world = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+print("rank", rank, "of", world, *sys.argv[1:], flush=True)
+pathlib.Path("rank-" + rank).touch()
+while len(list(pathlib.Path().glob("rank-*"))) < world:
+    time.sleep(0.05)
+status = int(os.environ["STATUSES"].split()[int(rank)])
+time.sleep(3600 if status == 99 else 0)
 os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
-"""
+"""  # launch/export.py: once all ranks are there, each ends with its status of STATUSES, or waits if that is 99
 
 
 @pytest.fixture
