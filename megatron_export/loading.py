@@ -1,4 +1,5 @@
-"""The safetensors files of an HF checkpoint become the shards of a Megatron-Core model.
+"""The safetensors files of an HF checkpoint, or the tensors of a Megatron checkpoint, become the shards of a Megatron-Core
+model.
 
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
 """
@@ -8,10 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .errors import ExportError
 from .layout import even_cut
-from .model import chunks_of, shards_of
-from .names import Source, copied_prefixes, is_expert, parameters_of, shape_of
+from .model import copies_of, shards_of
+from .names import Source, copied_prefixes, is_expert, parameters_of
 from .piece import Axis
 from .source import SourceWeights, expected_shapes, part_shapes
 from .topology import Cut, Topology
@@ -30,13 +32,7 @@ def load_hf_weights(
     Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
     of `dropped` are passed over.
     """
-    sources, shards = parameters_of(config), shards_of(model)
-    last = chunks_of(model)[-1]
-    name = "embedding.word_embeddings.weight"
-    if name not in shards and last.post_process and shape_of(config).tied:
-        shards[name] = last.output_layer.weight.detach()
-    elif name not in shards and last.mtp_process:
-        shards[name] = last.embedding.word_embeddings.weight.detach()
+    sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
     with SourceWeights(folder) as weights:
         weights.check(
             expected_shapes(sources.values()),
@@ -50,6 +46,24 @@ def load_hf_weights(
                 raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
             shard.copy_(loaded)
         return weights.nbytes
+
+
+def load_checkpoint(
+    model: nn.Module | list[nn.Module],
+    checkpoint: Checkpoint,
+    topology: Topology,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> int:
+    """Fill this rank's shards, and its copy of the embedding, from a Megatron checkpoint; returns the bytes read."""
+    for name, shard in progress((shards_of(model) | copies_of(model)).items()):
+        cut = topology.cut(is_expert(name))
+        loaded = checkpoint.shard(checkpoint.sources[name], tuple(shard.shape), cut.rank, cut.size)
+        if not loaded.isfinite().all():
+            raise ExportError(
+                f"{checkpoint.storage.folder}: NaN or Inf in {name}. The model diverged, or the file is damaged"
+            )
+        shard.copy_(loaded)
+    return checkpoint.storage.nbytes
 
 
 def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, manifest, topology
+from .checkpoint import Checkpoint, CheckpointShards
 from .contradictions import contradictions
 from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
@@ -41,7 +42,7 @@ class _Work:
     """What is encoded, and the numbers that it is encoded with."""
 
     plan: Plan
-    shards: dict[str, Tensor]
+    shards: Mapping[str, Tensor]
     amaxes: dict[str, Tensor]
     calibration: dict[str, Tensor]
 
@@ -76,7 +77,7 @@ class Report:
 
 
 def export_hf_checkpoint(
-    model: nn.Module | list[nn.Module],
+    model: nn.Module | list[nn.Module] | Checkpoint,
     export_dir: str | Path,
     *,
     hf_model: str | Path,
@@ -100,7 +101,8 @@ def export_hf_checkpoint(
     """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
 
     model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
-                    not; quantized as the bfloat16 of its weights
+                    not; quantized as the bfloat16 of its weights. Or a `Checkpoint`: no model is built, each rank reads the
+                    shards that it exports, one after the other, and all of them twice
     hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
                     does not have (the parts of Llama 4 that see); its other weights are not read
     format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4
@@ -132,12 +134,17 @@ def export_hf_checkpoint(
             copied = copied_tensors(folder, copied_prefixes(config))
             files = of_folder(folder)
             config = without_mtp(config) if mtp == "drop" else config
-            report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
-            shards = shards_of(model)
-            if mtp == "drop":
-                shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
-        finish_gathering(model)
-        held = gather.locate(here, shards)
+            if isinstance(model, Checkpoint):
+                held = model.held(here.sizes)
+                shards: Mapping[str, Tensor] = CheckpointShards(model, held, here.rank, here.device)
+            else:
+                report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
+                shards = shards_of(model)
+                if mtp == "drop":
+                    shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
+        if not isinstance(model, Checkpoint):
+            finish_gathering(model)
+            held = gather.locate(here, shards)
         with together(here, "plan the export"):
             plan = make_plan(
                 config,

@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress
 signals fingerprint untrusted pulse layout
-names formats
-item placement
-policy smoothing
+names formats pickles
+item placement stored
+policy smoothing claims
 plan
 quant_config readers
 cpu assets staging statistics calibration_data emulation
-measured source topology model writer
+measured source topology model writer checkpoint
 gather build contradictions verify
 loading survey manifest forecast
 maxima search watching preview
