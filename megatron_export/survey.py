@@ -31,7 +31,11 @@ def survey(
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
     with together(here, "read the weights"):
-        largest = [_largest(here, item, shards[item.source.canonical], calibration) for item in heeded(mine)]
+        largest, sums = [], {}
+        for item in heeded(mine):
+            shard = shards[item.source.canonical]  # once: it may be read from disk
+            largest.append(_largest(here, item, shard, calibration))
+            sums[item.source.canonical] = _checksum(here, item, shard)
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
         report(
             [
@@ -40,7 +44,6 @@ def survey(
                 if not finite
             ]
         )
-        sums = {item.source.canonical: _checksum(here, item, shards[item.source.canonical]) for item in mine}
     return _agreed(here, plan, mine, values, calibration), _digest(gather.at_first(here, sums))
 
 

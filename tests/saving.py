@@ -1,8 +1,10 @@
 """Checkpoints as Megatron-Core itself saves them: small ones, of models that are built here, with what training leaves beside."""
 
 import argparse
+import pickle
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.enums import AttnBackend
 from torch import nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_export import topology
 from megatron_export.build import build_model
@@ -101,12 +104,24 @@ def _training_state(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def saved_model(source: Path, folder: Path, sizes: dict, **how: Any) -> None:
-    """In a rank of a pool: build the model of an HF folder at these sizes, and save it."""
+@contextmanager
+def built(source: Path, sizes: dict) -> Iterator[tuple[nn.Module | list[nn.Module], dict]]:
+    """In a rank of a pool: the model of an HF folder at these sizes, and config.json's dict."""
     config = read_json(source / "config.json")
     rest = {name: size for name, size in sizes.items() if name not in ("tp", "pp")}
     with topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
         with topology.current() as here:
             model = build_model(config, here, max_sequence_length=LENGTH)
             load_hf_weights(model, source, config, here)
-        save(model, folder, config, **how)
+        yield model, config
+
+
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of an iteration other keys, as another layer spec would have."""
+    path = folder / ".metadata"
+    held = pickle.loads(path.read_bytes())  # noqa: S301 - made by this test
+    held.state_dict_metadata = {rename(key): said for key, said in held.state_dict_metadata.items()}
+    held.storage_data = {
+        MetadataIndex(rename(index.fqn), index.offset, index.index): info for index, info in held.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(held))
