@@ -24,10 +24,11 @@ from .untrusted import shown, told
 MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
 _MOST_AT_ONCE = 1 << 20  # of what describes an archive
 _DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_KINDS = (bool, dict, float, frozenset, int, list, set, str, tuple)
 _VALUES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
-    **{("builtins", kind.__name__): kind for kind in (bool, dict, float, frozenset, int, list, set, str, tuple)},
+    **{(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in _KINDS},  # of pickle 3, and 2
     **{("torch", name): found for name, found in _DTYPES.items()},
 }
 _STORAGES = {  # what `data.pkl` calls the numbers of a tensor
@@ -38,7 +39,7 @@ _STORAGES = {  # what `data.pkl` calls the numbers of a tensor
 }
 _INERT = {  # packages whose objects are in checkpoints; nothing of them is needed
     *("argparse", "collections", "datetime", "enum", "functools", "lightning", "megatron", "modelopt", "nemo"),
-    *("numpy", "omegaconf", "pathlib", "signal", "torch", "transformer_engine", "types", "_codecs"),
+    *("numpy", "omegaconf", "pathlib", "signal", "torch", "transformer_engine", "types", "_codecs", "copy_reg"),
 }
 
 
@@ -163,7 +164,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
         if self.at < 0:
-            raise ValueError("it points before its start")
+            raise zipfile.BadZipFile("it points before its start")
         return self.at
 
     def tell(self) -> int:

@@ -116,6 +116,12 @@ def built(source: Path, sizes: dict) -> Iterator[tuple[nn.Module | list[nn.Modul
         yield model, config
 
 
+def saved_model(source: Path, folder: Path, sizes: dict, **how: Any) -> None:
+    """In a rank: save the model of an HF folder at these sizes."""
+    with built(source, sizes) as (model, config):
+        save(model, folder, config, **how)
+
+
 def renamed(folder: Path, rename: Callable[[str], str]) -> None:
     """Give the tensors of an iteration other keys, as another layer spec would have."""
     path = folder / ".metadata"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_export import calibrate, export_hf_checkpoint, save_calibration
 
@@ -66,6 +67,27 @@ def saved(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[s
         without_weights(source, base / "live" / "hf")
         folders[case] = base / "live"
     return folders
+
+
+KEYS = {
+    "dense": {"decoder.layers.mlp.linear_fc1.weight": (4, 192, 64)},
+    "moe": {"decoder.layers.0.mlp.experts.experts.linear_fc1.weight": (4, 96, 64)},
+    "moe of equal layers": {"decoder.layers.mlp.experts.experts.linear_fc1.weight": (4, 4, 192, 64)},
+    "moe of single experts": {
+        "decoder.layers.0.mlp.experts.experts.3.linear_fc1.weight_w": (96, 64),
+        "decoder.layers.0.mlp.experts.experts.3.linear_fc1.weight_v": (96, 64),
+    },
+    "mla": {"mtp.layers.0.transformer_layer.self_attention.linear_q_down_proj.weight": (48, 64)},
+}
+
+
+def test_megatron_spells_keys_in_all_the_ways_that_are_read(saved: dict) -> None:
+    """Also: what training needs beside the model is there where a case means it."""
+    for case, expected in KEYS.items():
+        found = FileSystemReader(saved[case] / "saved" / "iter_0000007").read_metadata().state_dict_metadata
+        assert {key: tuple(found[key].size) for key in expected} == expected
+        moments = [key for key in found if key.startswith("optimizer.state.exp_avg.")]
+        assert bool(moments) is SAVED[case][3].get("optimizer", False)
 
 
 def flags_of(folder: Path, form: str) -> tuple:
