@@ -28,6 +28,12 @@ _COMPARED = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
+_DERIVED = (
+    "kv_channels",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_query_groups",
+)  # from others, where they are None
 _PLAIN = {  # of a model whose settings do not name them
     "add_qkv_bias": False,
     "qk_layernorm": False,
@@ -43,7 +49,9 @@ def contradictions_of(storage: Storage, config: dict, mtp_dropped: bool) -> list
     meant, problems = _meant(config), []
     for where, said in _sayings(storage):
         for name in _COMPARED:
-            if name not in said or name not in meant or (mtp_dropped and name == "mtp_num_layers"):
+            if name not in said or name not in meant or (said[name] is None and name in _DERIVED):
+                continue
+            if mtp_dropped and name == "mtp_num_layers":
                 continue
             has, means = (_spelled(name, value, meant["num_layers"]) for value in (said[name], meant[name]))
             if has != means:
@@ -61,6 +69,8 @@ def _meant(config: dict) -> dict[str, Any]:
     without = set()
     if shape.kv_lora:
         without |= {"kv_channels", "num_query_groups", "rotary_percent"}
+    if "qk_l2_norm" in meant:  # norms without weights, which have a setting of their own
+        without.add("qk_layernorm")
     if not shape.dense:
         without.add("ffn_hidden_size")
     if meant.get("moe_router_score_function") == "sigmoid":
@@ -101,7 +111,8 @@ def _arguments(storage: Storage) -> dict[str, Any]:
     if isinstance(common, list) and common:  # which holds the dict of each rank, of which there is one
         common = common[0]
     found = common.get("args") if isinstance(common, dict) else None
-    return found.state if isinstance(found, Inert) and isinstance(found.state, dict) else {}
+    found = found.state if isinstance(found, Inert) else found
+    return found if isinstance(found, dict) else {}
 
 
 def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -110,8 +121,7 @@ def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         said["num_query_groups"] = arguments.get("num_attention_heads")
     if "untie_embeddings_and_output_weights" in arguments:
         said["share_embeddings_and_output_weights"] = not arguments["untie_embeddings_and_output_weights"]
-    unset = ("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "num_query_groups")  # derived where they are None
-    return {name: value for name, value in said.items() if value is not None or name not in unset}
+    return said
 
 
 def _of_run(text: bytes) -> dict[str, Any]:

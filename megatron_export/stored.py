@@ -7,7 +7,7 @@ writes it. All of it is untrusted. Tensors with an axis for layers or experts ar
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .untrusted import MOST_ELEMENTS, inside, shown
 
 METADATA = ".metadata"
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
+_MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _WAY_OUT = "Copy or save the checkpoint again"
 
@@ -93,7 +94,7 @@ class Storage:
 
     def check(self, tensors: Iterable[Stored]) -> None:
         """Raise unless these tensors are plain numbers in files that are there, and long enough."""
-        problems, ends = [], {}
+        problems, places = [], []
         for tensor in tensors:
             if tensor.dtype not in _PLAIN:
                 kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PLAIN)
@@ -101,9 +102,23 @@ class Storage:
                     f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
                     "quantized already? Give a checkpoint of the original model"
                 )
-            for chunk in tensor.chunks:
-                place = chunk.place
-                ends[place.file] = max(ends.get(place.file, 0), place.start + place.length)
+            places += [chunk.place for chunk in tensor.chunks]
+        report(problems + self._missing(places))
+
+    def object(self, key: str) -> Any:
+        """An object that is no tensor, its own tensors as `Inert`."""
+        place = self.objects[key]
+        report(self._missing([place]))
+        path, _ = self._files[place.file]
+        with judged(path), path.open("rb") as file:
+            return saved(file, place.start, place.length)
+
+    def _missing(self, places: Iterable[Place]) -> list[str]:
+        """Which of the files where these lie are not there, or too short."""
+        ends: dict[str, int] = {}
+        for place in places:
+            ends[place.file] = max(ends.get(place.file, 0), place.start + place.length)
+        problems = []
         for name, end in sorted(ends.items()):
             path = inside(self.folder, name)
             if not path.is_file():
@@ -112,38 +127,31 @@ class Storage:
             self._files[name] = (path, path.stat())
             if (size := path.stat().st_size) < end:
                 problems.append(f"{path} has {size:,} bytes, but {METADATA} means at least {end:,}. {_WAY_OUT}")
-        report(problems)
-
-    def object(self, key: str) -> Any:
-        """An object that is no tensor, its own tensors as `Inert`."""
-        place = self.objects[key]
-        path = inside(self.folder, place.file)
-        with judged(path), path.open("rb") as file:
-            return saved(file, place.start, place.length)
+        return problems
 
     def read(self, tensor: Stored, lead: tuple[int, ...], rows: slice, columns: slice | None) -> Tensor:
         """Rows and columns (of one with one axis, rows) of entry `lead` of the first axes of a tensor that was checked."""
         where = (rows, columns)[: len(tensor.shape) - len(lead)]
-        made = torch.empty([cut.stop - cut.start for cut in where], dtype=tensor.dtype)
-        filled = 0
+        boxes = {}
         for chunk in tensor.at(lead):
-            offsets, sizes = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
-            spans = zip(where, offsets, sizes, strict=True)
+            spans = zip(where, chunk.offsets[len(lead) :], chunk.sizes[len(lead) :], strict=True)
             box = tuple(slice(max(cut.start, o), min(cut.stop, o + n)) for cut, o, n in spans)
-            if any(cut.start >= cut.stop for cut in box):
-                continue
-            local = tuple(slice(cut.start - o, cut.stop - o) for cut, o in zip(box, offsets, strict=True))
-            entry = tuple(index - o for index, o in zip(lead, chunk.offsets, strict=False))
-            part = self._part(tensor, chunk, entry, local)
-            made[tuple(slice(c.start - w.start, c.stop - w.start) for c, w in zip(box, where, strict=True))] = part
-            filled += part.numel()
-        if filled != made.numel():
+            if all(cut.start < cut.stop for cut in box):
+                boxes[chunk] = box
+        if not _cover(list(boxes.values()), where):
             raise ExportError(
                 f"{self.folder}: the parts of {tensor.key} do not make it whole, or overlap. Save the checkpoint again"
+            )
+        made = torch.empty([cut.stop - cut.start for cut in where], dtype=tensor.dtype)
+        for chunk, box in boxes.items():
+            entry = tuple(index - o for index, o in zip(lead, chunk.offsets, strict=False))
+            made[_within(box, [cut.start for cut in where])] = self._part(
+                tensor, chunk, entry, _within(box, chunk.offsets[len(lead) :])
             )
         return made
 
     def _part(self, tensor: Stored, chunk: Chunk, entry: tuple[int, ...], where: tuple[slice, ...]) -> Tensor:
+        """What `where` selects of entry `entry` of a chunk."""
         path, was = self._files[chunk.place.file]
         with judged(path, _WAY_OUT), path.open("rb", buffering=0) as file:
             now = os.fstat(file.fileno())
@@ -152,26 +160,23 @@ class Storage:
             if chunk.place not in self._numbers:
                 self._numbers[chunk.place] = _found(file, tensor, chunk)
             numbers = self._numbers[chunk.place]
-            strides = numbers.strides[len(entry) :]
-            begin = numbers.start + tensor.dtype.itemsize * (
-                sum(index * stride for index, stride in zip(entry, numbers.strides, strict=False))
-            )
-            sizes = chunk.sizes[len(entry) :]
+            ahead = sum(index * stride for index, stride in zip(entry, numbers.strides, strict=False))
+            begin = numbers.start + ahead * tensor.dtype.itemsize
+            sizes, strides = chunk.sizes[len(entry) :], numbers.strides[len(entry) :]
             width = prod(sizes[1:])
-            if strides != (width, 1)[-len(sizes) :] and sizes[1:] != (1,):
+            if strides != (width, 1)[-len(sizes) :]:  # it was saved transposed
                 reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
                 return self._span(file, begin, reach, tensor.dtype).as_strided(sizes, strides)[where]
-            if len(where) == 1 or where[1] == slice(0, width):
-                count = (where[0].stop - where[0].start) * width
-                found = self._span(file, begin + where[0].start * width * tensor.dtype.itemsize, count, tensor.dtype)
-                return found.view(-1, *sizes[1:])
+            rows, columns = where[0], where[1:]
+            whole = columns in ((), (slice(0, width),))
+            step = rows.stop - rows.start if whole else max(1, _STRIP // (width * tensor.dtype.itemsize))
             strips = []
-            step = max(1, _STRIP // (width * tensor.dtype.itemsize))
-            for first in range(where[0].start, where[0].stop, step):
-                rows = min(step, where[0].stop - first)
-                strip = self._span(file, begin + first * width * tensor.dtype.itemsize, rows * width, tensor.dtype)
-                strips.append(strip.view(rows, width)[:, where[1]].clone())
-            return torch.cat(strips)
+            for first in range(rows.start, rows.stop, step):
+                count = min(step, rows.stop - first)
+                strip = self._span(file, begin + first * width * tensor.dtype.itemsize, count * width, tensor.dtype)
+                strip = strip.view(count, *sizes[1:])
+                strips.append(strip if whole else strip[:, *columns].clone())
+            return strips[0] if whole else torch.cat(strips)
 
     def _span(self, file: Any, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` numbers of a file, from byte `start` on."""
@@ -185,6 +190,24 @@ class Storage:
             done += read
         self.nbytes += done
         return made.view(dtype)
+
+
+def _within(box: tuple[slice, ...], start: Iterable[int]) -> tuple[slice, ...]:
+    """The same place, seen from `start`."""
+    return tuple(slice(cut.start - o, cut.stop - o) for cut, o in zip(box, start, strict=True))
+
+
+def _cover(boxes: list[tuple[slice, ...]], where: tuple[slice, ...]) -> bool:
+    """Whether places inside `where` fill it, and none of them twice."""
+    filled = sum(prod(cut.stop - cut.start for cut in box) for box in boxes)
+    return (
+        filled == prod(cut.stop - cut.start for cut in where)
+        and len(boxes) <= _MOST_PARTS
+        and not any(
+            all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(*pair, strict=True))
+            for pair in combinations(boxes, 2)
+        )
+    )
 
 
 def _is(said: object, kind: str) -> bool:

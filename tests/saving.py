@@ -64,13 +64,14 @@ def save(
     *,
     optimizer: bool = False,
     metadata: dict | None = None,
-    args: argparse.Namespace | None = None,
+    args: dict | None = None,
 ) -> None:
-    """On every rank of a world: save a model as Megatron-LM does, as iteration 7 of `folder`."""
+    """On every rank of a world: save a model as Megatron-LM does, as iteration 7 of `folder`; `args` are arguments that differ."""
     chunks = model if isinstance(model, list) else [model]
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    said = argparse.Namespace(**vars(arguments(config)) | (args or {}))
     metadata = {"dp_cp_group": group} | (metadata or {})
-    state: dict[str, Any] = {"args": args or arguments(config), "checkpoint_version": 3.0, "iteration": ITERATION}
+    state: dict[str, Any] = {"args": said, "checkpoint_version": 3.0, "iteration": ITERATION}
     place = folder / f"iter_{ITERATION:07d}"
     place.mkdir(parents=True, exist_ok=True)
     context = SimpleNamespace(get_context=lambda kind: _PROCESSES)

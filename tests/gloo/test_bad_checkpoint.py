@@ -1,6 +1,5 @@
 """Checkpoints that are not what they should be, or mean harm: refused with all that is wrong, before any tensor is read."""
 
-import argparse
 import json
 import os
 import pickle
@@ -185,7 +184,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda place: (place / ".metadata").write_bytes(pickle.dumps([1])),
         (".metadata: not read (it does not say where tensors lie)",),
     ),
-    "common state broken": (
+    "common state broken": (  # if there is such a file, it speaks
         lambda place: (place / "common.pt").write_bytes(b"PK"),
         ("common.pt: not read (no archive of torch.save",),
     ),
@@ -239,14 +238,6 @@ def test_iterations_are_found_by_the_tracker_by_number_and_by_their_own_folder(f
         find_iteration(saved / "release", 7)
 
 
-def with_arguments(folder: Path, **changes: Any) -> None:
-    """Other arguments in `common.pt`."""
-    path = folder / "saved" / ITERATION / "common.pt"
-    held = torch.load(path, weights_only=False)
-    held["args"] = argparse.Namespace(**vars(held["args"]) | changes)
-    torch.save(held, path)
-
-
 RUN = """
 model:
   _target_: megatron.bridge.models.qwen.Qwen3MoEModelProvider
@@ -259,9 +250,10 @@ train: {iters: 5}
 """
 
 
-def test_all_contradictions_are_told_at_once(folder: Path, tmp_path: Path) -> None:
-    if (folder / "saved" / ITERATION / "common.pt").is_file():
-        with_arguments(folder, num_layers=5, rotary_base=777, num_experts=8, swiglu=False, tokenizer_model="x")
+def test_all_contradictions_are_told_at_once(saved: Path, folder: Path, ranks: Ranks, tmp_path: Path) -> None:
+    shutil.rmtree(folder / "saved")
+    args = {"num_layers": 5, "rotary_base": 777, "num_experts": 8, "swiglu": False, "tokenizer_model": "x"}
+    ranks.call(1, saved_model, saved / "hf", folder / "saved", {}, args=args)
     (folder / "saved" / ITERATION / "run_config.yaml").write_text(RUN.replace("mark", str(tmp_path / "mark")))
     without(Q)(folder / "saved" / ITERATION)
     said = said_of(folder)

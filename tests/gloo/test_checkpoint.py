@@ -13,7 +13,7 @@ from megatron_export import calibrate, export_hf_checkpoint, save_calibration
 
 from ..models import add_mtp, assert_same, make_model, tensors
 from ..ranks import Ranks, command, living
-from ..saving import built, save
+from ..saving import built, save, saved_model
 from .test_topologies import calibration_flags, export
 
 FORMS = ("bf16", "fp8_pb", "nvfp4_awq")
@@ -104,6 +104,16 @@ def test_a_checkpoint_exports_the_bytes_of_the_model_that_was_saved(
         assert_same(tensors(tmp_path / form), tensors(saved[case] / form))
         assert "load " not in said  # no model was built
     assert_same(tensors(tmp_path / "bf16"), tensors(saved[case].parent / SAVED[case][0]))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "glm4_moe", "llama4", "gpt_oss"])
+def test_other_architectures_come_back_bit_for_bit(name: str, models: dict, ranks: Ranks, tmp_path: Path) -> None:
+    sizes = {"tp": 2} if name == "qwen2" else {"ep": 2}
+    ranks.call(2, saved_model, models[name], tmp_path / "saved", sizes)
+    hf = without_weights(models[name], tmp_path / "hf")
+    flags = ("--hf-model", hf, "--megatron-checkpoint", tmp_path / "saved", "--format", "bf16")
+    export(ranks, 2, *flags, "--pp", 2, "--output", tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), tensors(models[name]))
 
 
 @pytest.mark.parametrize("sizes", [("--tp", 2), ("--pp", 2)], ids=str)
