@@ -1,4 +1,6 @@
-"""The command's story: an HF checkpoint becomes a Megatron model on this topology, is calibrated, and is exported."""
+"""The command's story: a checkpoint of HF or of Megatron becomes a Megatron model on this topology, is calibrated, and is
+exported; one of Megatron that needs no calibration is exported as it is.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
