@@ -25,6 +25,7 @@ from .plan import Held, assumed
 from .stored import METADATA, Storage, Stored
 from .untrusted import inside, read_json, shown
 
+_SETTINGS = "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
@@ -40,7 +41,7 @@ def find_iteration(folder: Path, iteration: int | None) -> Path:
     """The folder of one iteration: number `iteration` of a checkpoint, or its latest one, or `folder` where it is one."""
     if not folder.is_dir():
         raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
-    if (folder / METADATA).exists() or _legacy(folder):
+    if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
         if iteration is not None and folder.name != _name(iteration):
             raise ExportError(f"{folder} is one iteration already, not number {iteration}. Leave out --iteration")
         return _checked(folder)
@@ -80,11 +81,11 @@ def _checked(folder: Path) -> Path:
             f"{folder} is a checkpoint of the old kind, a file for each rank (mp_rank_*), which only the run that made it can "
             "read. Convert it there with Megatron-LM's --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
         )
-    path = inside(folder, "metadata.json")
+    path = inside(folder, _SETTINGS)
     if not path.is_file():
         if (folder / METADATA).is_file():
-            raise ExportError(f"{folder} has no metadata.json: it is a checkpoint {_KINDS['fsdp_dtensor']}")
-        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither metadata.json nor {METADATA}")
+            raise ExportError(f"{folder} has no {_SETTINGS}: it is a checkpoint {_KINDS['fsdp_dtensor']}")
+        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither {_SETTINGS} nor {METADATA}")
     try:
         said = read_json(path)
         kind = said.get("sharded_backend") if isinstance(said, dict) else None
@@ -94,6 +95,10 @@ def _checked(folder: Path) -> Path:
         raise ExportError(f"{folder} is a {kind} checkpoint {_KINDS[kind]}")
     if kind != "torch_dist":
         raise ExportError(f"{path}: sharded_backend is {shown(kind)}; only 'torch_dist' is read")
+    if not (folder / METADATA).is_file():
+        raise ExportError(
+            f"{folder} has no {METADATA}, which is written last: saving it was interrupted. Give another one"
+        )
     return folder
 
 
@@ -140,51 +145,51 @@ class Checkpoint:
             cuts = source.layout.rows(size, index, count, shape[0])
         shard, at = torch.zeros(shape, dtype=homes[0].tensor.dtype), 0
         for home, rows in ((home, rows) for cut in cuts for home, rows in _rows(homes, cut)):
-            count_read = rows.stop - rows.start
-            shard[at : at + count_read] = self.storage.read(home.tensor, home.lead, rows, columns)
-            at += count_read
+            after = at + rows.stop - rows.start
+            shard[at:after] = self.storage.read(home.tensor, home.lead, rows, columns)
+            at = after
         return shard
 
     def _found(self, mtp_dropped: bool) -> tuple[dict[str, tuple[_Home, ...]], list[str]]:
         """Where every parameter lies, and what is wrong with the names and shapes."""
-        shape = shape_of(self.config)
-        pairs = (
-            2 if "decoder.final_norm.weight" in self.storage.tensors else 1
-        )  # of a `HybridModel`, whose layers are halves
-        numbers = {
-            "decoder": [layer // pairs for layer in range(shape.layers * pairs)],
-            "mtp": [shape.layers + layer for layer in range(shape.mtp)],
-        }
         found: dict[str, dict[str, _Home]] = {}
-        strange, problems = [], []
+        strange, twice = [], []
+        numbers, experts = self._numbers(), range(shape_of(self.config).experts)
         for key, tensor in self.storage.tensors.items():
             if "_extra_state" in key or (mtp_dropped and key.startswith("mtp.")):
                 continue
             for name, part, lead in _entries(key, tensor):
                 try:
-                    full = canonical(name, numbers, range(shape.experts))
-                except IndexError:  # of a layer or an expert that config.json does not mean
+                    full = canonical(name, numbers, experts)
+                except IndexError:  # a layer or an expert that config.json does not mean
                     full = name
                 if full not in self.sources:
                     strange.append(name)
                 elif part in found.setdefault(full, {}):
-                    problems.append(f"{self.storage.folder}: two tensors are both {full}, one of them {key}")
+                    twice.append(full)
                 else:
                     found[full][part] = _Home(tensor, lead)
         homes = {name: tuple(parts[part] for part in sorted(parts, reverse=True)) for name, parts in found.items()}
         lacking = [name for name in self.sources if name not in homes]
+        folder = self.storage.folder
+        problems = []
         if any(is_mtp(name, self.config) for name in lacking):
-            problems.append(
-                f"{self.storage.folder} lacks layers that predict one more token, which config.json means: --mtp drop"
-            )
+            problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
+        problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]
         problems += [
-            f"{self.storage.folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)
+            f"{folder}: there is a tensor {name} that config.json does not call for" for name in _alike(strange)
         ]
-        problems += [
-            f"{self.storage.folder}: there is a tensor {name} that config.json does not call for"
-            for name in _alike(strange)
-        ]
-        return homes, problems + _misshapen(self.sources, homes, self.storage.folder)
+        problems += [f"{folder}: two tensors are both {name}" for name in _alike(twice)]
+        return homes, problems + _misshapen(self.sources, homes, folder)
+
+    def _numbers(self) -> dict[str, list[int]]:
+        """The numbers that layers have in config.json: of a `HybridModel`, two make one."""
+        shape = shape_of(self.config)
+        halves = 2 if "decoder.final_norm.weight" in self.storage.tensors else 1
+        return {
+            "decoder": [layer // halves for layer in range(shape.layers * halves)],
+            "mtp": [shape.layers + layer for layer in range(shape.mtp)],
+        }
 
 
 class CheckpointShards(Mapping[str, Tensor]):

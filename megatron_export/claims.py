@@ -7,7 +7,7 @@ keeps its settings in `run_config.yaml`. They are only compared: config.json dec
 from typing import Any
 
 from .names import settings_of, shape_of, unscaled_rope_settings
-from .pickles import Inert, judged, read_saved
+from .pickles import WAY_OUT, Inert, judged, read_saved
 from .stored import Storage
 from .untrusted import inside, shown
 
@@ -48,10 +48,11 @@ def contradictions_of(storage: Storage, config: dict, mtp_dropped: bool) -> list
     """Where the checkpoint in that folder describes another model than config.json's dict, as sentences."""
     meant, problems = _meant(config), []
     for where, said in _sayings(storage):
+        hybrid = said.get("hybrid_layer_pattern") or said.get("hybrid_override_pattern")  # whose layers are halves
         for name in _COMPARED:
             if name not in said or name not in meant or (said[name] is None and name in _DERIVED):
                 continue
-            if mtp_dropped and name == "mtp_num_layers":
+            if (mtp_dropped and name == "mtp_num_layers") or (hybrid and name in ("num_layers", "moe_layer_freq")):
                 continue
             has, means = (_spelled(name, value, meant["num_layers"]) for value in (said[name], meant[name]))
             if has != means:
@@ -103,7 +104,9 @@ def _arguments(storage: Storage) -> dict[str, Any]:
     """Megatron-LM's arguments; {} where there are none."""
     path = inside(storage.folder, COMMON)
     if path.is_file():
-        common = read_saved(path)
+        common = read_saved(
+            path, f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
+        )
     elif key := next((key for key in storage.objects if key.startswith(COMMON_OBJECT)), None):
         common = storage.object(key)
     else:

@@ -21,16 +21,9 @@ import torch
 from .errors import ExportError
 from .untrusted import shown, told
 
+WAY_OUT = "Copy or save the checkpoint again, or do not trust it"
 MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
 _MOST_AT_ONCE = 1 << 20  # of what describes an archive
-_DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
-_KINDS = (bool, dict, float, frozenset, int, list, set, str, tuple)
-_VALUES: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): dict,
-    **{(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in _KINDS},  # of pickle 3, and 2
-    **{("torch", name): found for name, found in _DTYPES.items()},
-}
 _STORAGES = {  # what `data.pkl` calls the numbers of a tensor
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -47,19 +40,47 @@ class Inert:
     """Stands for an object of a class that is not looked up: what it was called with, and the state that it was given."""
 
     name = ""
+    args: tuple = ()
+    state: Any = None
 
-    def __init__(self, *args: object, **_: object) -> None:
+    def __init__(self, *args: object) -> None:
         self.args = args
-        self.state: Any = None
 
     def __setstate__(self, state: object) -> None:
         self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """What a container of its own kind holds is not kept."""
+
+    def append(self, value: object) -> None:
+        """The same."""
 
     def get(self, name: str) -> Any:
         """An attribute that it was saved with; `ValueError` if it has none."""
         if not isinstance(self.state, dict) or name not in self.state:
             raise ValueError(f"a {self.name} has no {name}")
         return self.state[name]
+
+
+class _Table(dict):
+    """Any kind of dict: what it was made from, and its own attributes, are not kept."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_KINDS = (bool, dict, float, frozenset, int, list, set, str, tuple)
+_VALUES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _Table,
+    ("collections", "defaultdict"): _Table,
+    **{(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in _KINDS},  # of pickle 3, and 2
+    **{("torch", name): found for name, found in _DTYPES.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +111,9 @@ def read_pickle(path: Path) -> Any:
         return unpickled(file.read(MOST_BYTES + 1))
 
 
-def read_saved(path: Path) -> Any:
+def read_saved(path: Path, way_out: str) -> Any:
     """The object of a file that torch.save wrote, its tensors as `Inert`."""
-    with judged(path), path.open("rb") as file:
+    with judged(path, way_out), path.open("rb") as file:
         return saved(file, 0, os.fstat(file.fileno()).st_size)
 
 
@@ -128,7 +149,7 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
 
 
 @contextmanager
-def judged(path: Path, way_out: str = "Copy or save the checkpoint again, or do not trust it") -> Iterator[None]:
+def judged(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
     """Why a file is not read becomes an `ExportError` about it."""
     try:
         yield
@@ -140,7 +161,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _VALUES:
             return _VALUES[module, name]
-        if module.partition(".")[0] not in _INERT:
+        if module.partition(".")[0] not in _INERT and name != "getattr":  # by which Python 3.11 named members of enums
             raise ValueError(f"it names {shown(f'{module}.{name}')}, which no checkpoint needs; nothing of it was run")
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 

@@ -222,12 +222,14 @@ def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Place]:
     for index, info in found.items():
         if not isinstance(index, Inert) or not isinstance(info, Inert) or not isinstance(index.state, dict):
             raise ValueError("it does not say where tensors lie")
+        key, offsets = index.get("fqn"), index.state.get("offset")
         name, start, length = (info.get(what) for what in ("relative_path", "offset", "length"))
-        if not isinstance(name, str) or not _sizes((start, length)):
-            raise ValueError(f"{shown(index.state.get('fqn'))} lies nowhere")
+        if not isinstance(name, str) or not _sizes((start, length)) or not (offsets is None or _sizes(offsets)):
+            raise ValueError(f"{shown(key)} lies nowhere")
         if info.state.get("transform_descriptors"):
-            raise ValueError(f"{shown(index.state.get('fqn'))} is compressed")
-        places[index.get("fqn"), index.state.get("offset")] = Place(name, start, length)
+            raise ValueError(f"{shown(key)} is compressed")
+        if isinstance(key, str):
+            places[key, offsets] = Place(name, start, length)
     return places
 
 

@@ -172,6 +172,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "fsdp without a word": (lambda place: (place / "metadata.json").unlink(), ("has no metadata.json", "Megatron-FSDP")),
     "zarr": (of_kind("zarr"), ("is a zarr checkpoint", "--ckpt-format torch_dist")),
     "another kind": (of_kind("x"), ("sharded_backend is 'x'; only 'torch_dist' is read",)),
+    "interrupted": (lambda place: (place / ".metadata").unlink(), ("has no .metadata, which is written last",)),
     "file lost": (lambda place: (place / "__0_0.distcp").unlink(), ("__0_0.distcp is missing. Copy or save",)),
     "file truncated": (truncated, ("__0_0.distcp has 1,000 bytes, but .metadata means at least",)),
     "file overwritten": (overwritten, (".distcp: not read (no archive of torch.save", "Copy or save")),

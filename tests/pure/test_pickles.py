@@ -1,15 +1,18 @@
 """What pickle and torch.save wrote: read back, and never run; damage and bombs are refused in bounded memory."""
 
 import argparse
+import datetime
+import functools
 import io
 import os
 import pickle
 import subprocess
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +49,7 @@ def test_objects_of_the_packages_that_write_checkpoints_are_kept_and_not_made() 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(
-    "function", [os.system, eval, exec, getattr, open, subprocess.run, __import__, bytearray, os.unlink], ids=str
+    "function", [os.system, eval, exec, setattr, open, subprocess.run, __import__, bytearray, os.unlink], ids=str
 )
 def test_what_no_checkpoint_names_is_refused(function: Any, protocol: int, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
@@ -59,8 +62,9 @@ def test_what_no_checkpoint_names_is_refused(function: Any, protocol: int, tmp_p
 def test_functions_of_torch_and_pathlib_are_not_called(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
     evil = [Calls(torch.save, {}, str(tmp_path / "made")), Calls(Path.unlink, Calls(Path, str(tmp_path / "kept")))]
+    evil.append(Calls(getattr, Calls(Path, str(tmp_path / "made")), "touch"))
     found = unpickled(pickle.dumps(evil))
-    assert [one.name for one in found] == ["torch.serialization.save", "pathlib.Path.unlink"]
+    assert [one.name for one in found] == ["torch.serialization.save", "pathlib.Path.unlink", "builtins.getattr"]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -163,9 +167,27 @@ def test_a_hostile_tensor_is_refused(name: str) -> None:
         saved_tensor(file, 0, len(file.getvalue()))
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_training_keeps_beside_the_model_is_no_obstacle(protocol: int, tmp_path: Path) -> None:
+    weights = OrderedDict(a=torch.ones(2))
+    weights._metadata = {"version": 1}
+    held = {
+        "args": argparse.Namespace(when=datetime.datetime(2026, 1, 2), call=functools.partial(torch.relu)),
+        "groups": defaultdict(list, a=[1]),
+        "history": deque([1, 2], maxlen=3),
+        "weights": weights,
+        "random": np.random.RandomState(3).get_state(),
+        "seed": np.int64(4),
+    }
+    torch.save(held, tmp_path / "common.pt", pickle_protocol=protocol)
+    found = read_saved(tmp_path / "common.pt", "Copy it again")
+    assert sorted(found) == sorted(held)
+    assert found["groups"] == {"a": [1]}
+
+
 def test_saved_objects_are_read_without_their_tensors(tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace(layers=3), "moments": torch.ones(1 << 20)}, tmp_path / "common.pt")
-    found = read_saved(tmp_path / "common.pt")
+    found = read_saved(tmp_path / "common.pt", "Copy it again")
     assert found["args"].get("layers") == 3
     assert found["moments"].name == "torch._utils._rebuild_tensor_v2"
 

@@ -7,6 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -113,3 +115,28 @@ def test_numbers_that_are_no_weights_are_refused(dtype: torch.dtype, tmp_path: P
     lay(tmp_path, WHOLE[0, 0].to(dtype), (8, 12))
     with pytest.raises(ExportError, match="quantized already"):
         opened(tmp_path)
+
+
+@given(st.integers(0, 1000), st.binary(min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_metadata_damaged_anywhere_is_refused_or_describes_tensors(
+    damage: tuple[Path, bytes], at: int, noise: bytes
+) -> None:
+    folder, good = damage
+    at = at * len(good) // 1000
+    (folder / ".metadata").write_bytes(good[:at] + noise + good[at + len(noise) :])
+    try:
+        storage = opened(folder)
+        for tensor in storage.tensors.values():
+            if len(tensor.shape) == 2:
+                storage.read(tensor, (), slice(0, tensor.shape[0]), slice(0, tensor.shape[1]))
+    except ExportError as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A folder, and its metadata as it was."""
+    folder = tmp_path_factory.mktemp("damage")
+    lay(folder, WHOLE[0, 0], (4, 12))
+    return folder, (folder / ".metadata").read_bytes()
