@@ -157,7 +157,9 @@ def judged(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
         raise ExportError(f"{path}: not read ({told(error)}). {way_out}") from error
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    """In Python: the one in C, which is faster, takes as much memory as a few bytes of a pickle ask for."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _VALUES:
             return _VALUES[module, name]
