@@ -128,6 +128,16 @@ class Checkpoint:
         report(contradictions_of(self.storage, config, mtp_dropped) + problems)
         self.storage.check({id(home.tensor): home.tensor for homes in self._homes.values() for home in homes}.values())
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the iteration."""
+        return self.storage.folder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read so far."""
+        return self.storage.nbytes
+
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
         """Where its parameters would live in a model on a topology of these sizes: those ranks read them."""
         rest = {name: sizes[name] for name in ("pp", "ep", "vpp", "world")}
@@ -171,8 +181,7 @@ class Checkpoint:
                     found[full][part] = _Home(tensor, lead)
         homes = {name: tuple(parts[part] for part in sorted(parts, reverse=True)) for name, parts in found.items()}
         lacking = [name for name in self.sources if name not in homes]
-        folder = self.storage.folder
-        problems = []
+        problems, folder = [], self.folder
         if any(is_mtp(name, self.config) for name in lacking):
             problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
         problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]

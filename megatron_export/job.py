@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import assets, build, calibration_data, gather, loading, statistics, topology
+from . import assets, build, calibration_data, filling, gather, loading, statistics, topology
 from .calibration import calibrate
 from .checkpoint import Checkpoint, find_iteration
 from .config import ExportConfig
@@ -128,7 +128,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 progress=progress,
             )
         if model is checkpoint:
-            job.bytes_read = sum(gather.everyone(here, checkpoint.storage.nbytes))
+            job.bytes_read = sum(gather.everyone(here, checkpoint.nbytes))
     return job
 
 
@@ -253,7 +253,7 @@ def _load(
     with together(here, "load the weights"):
         steps = partial(_steps, progress)
         if isinstance(source, Checkpoint):
-            read = loading.load_checkpoint(model, source, here, steps)
+            read = filling.load_checkpoint(model, source, here, steps)
         else:
             read = loading.load_hf_weights(model, source, hf_config, here, steps, dropped)
     job.bytes_read = sum(gather.everyone(here, read))

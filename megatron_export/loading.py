@@ -1,5 +1,4 @@
-"""The safetensors files of an HF checkpoint, or the tensors of a Megatron checkpoint, become the shards of a Megatron-Core
-model.
+"""The safetensors files of an HF checkpoint become the shards of a Megatron-Core model.
 
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
 """
@@ -9,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
 from .errors import ExportError
 from .layout import even_cut
 from .model import copies_of, shards_of
@@ -46,24 +44,6 @@ def load_hf_weights(
                 raise ExportError(f"{folder}: NaN or Inf in {names}. The checkpoint is damaged: fetch or save it again")
             shard.copy_(loaded)
         return weights.nbytes
-
-
-def load_checkpoint(
-    model: nn.Module | list[nn.Module],
-    checkpoint: Checkpoint,
-    topology: Topology,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> int:
-    """Fill this rank's shards, and its copy of the embedding, from a Megatron checkpoint; returns the bytes read."""
-    for name, shard in progress((shards_of(model) | copies_of(model)).items()):
-        cut = topology.cut(is_expert(name))
-        loaded = checkpoint.shard(checkpoint.sources[name], tuple(shard.shape), cut.rank, cut.size)
-        if not loaded.isfinite().all():
-            raise ExportError(
-                f"{checkpoint.storage.folder}: NaN or Inf in {name}. The model diverged, or the file is damaged"
-            )
-        shard.copy_(loaded)
-    return checkpoint.storage.nbytes
 
 
 def _shard(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:

@@ -19,7 +19,7 @@ quant_config readers
 cpu assets staging statistics calibration_data emulation
 measured source topology model writer checkpoint
 gather build contradictions verify
-loading survey manifest forecast
+loading filling survey manifest forecast
 maxima search watching preview
 clipping
 calibration
