@@ -28,6 +28,11 @@ class ExportConfig:
     """tensor-parallel size of the experts; ep * etp * pp must divide the world size (default: that of --tp)"""
     hf_model: str | None = None
     """HF model folder or hub id: weights, config, tokenizer (default: the example model in this repository)"""
+    megatron_checkpoint: Path | None = None
+    """checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) to take the weights from, of any parallelism; --hf-model gives
+    config and tokenizer"""
+    iteration: int | None = None
+    """iteration of the Megatron checkpoint (default: its latest)"""
     format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
     """format of the linears' weights and activations"""
     kv_cache: Literal["none", "fp8", "nvfp4"] = "none"
@@ -91,6 +96,7 @@ class ExportConfig:
             raise ValueError(f"--vpp {self.vpp} needs --pp of at least 2")
         if self.output is None and not self.dry_run:
             raise ValueError("--output DIR is needed (or --dry-run)")
+        self._check_source()
         if self.load_calibration and (self.save_calibration or self.calib_data):
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
@@ -102,6 +108,12 @@ class ExportConfig:
             )
         if self.format == "bf16" and self.save_calibration:
             raise ValueError("--format bf16 needs no calibration: --save-calibration has no effect")
+
+    def _check_source(self) -> None:
+        if self.megatron_checkpoint and self.hf_model is None:
+            raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
+        if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
+            raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
 
 
 def helps() -> dict[str, str]:

@@ -1,15 +1,19 @@
-"""The command's story: an HF checkpoint becomes a Megatron model on this topology, is calibrated, and is exported."""
+"""The command's story: a checkpoint of HF or of Megatron becomes a Megatron model on this topology, is calibrated, and is
+exported; one of Megatron that needs no calibration is exported as it is.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from . import assets, build, calibration_data, gather, loading, statistics, topology
+from . import assets, build, calibration_data, filling, gather, loading, statistics, topology
 from .calibration import calibrate
+from .checkpoint import Checkpoint, find_iteration
 from .config import ExportConfig
 from .errors import ExportError
 from .fingerprint import check_unchanged, of_folder
@@ -61,6 +65,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
             build.check_divides(hf_config, here, config.pp_layout)
             folder = assets.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
+            checkpoint = _checkpoint(config, hf_config)
             copied = copied_tensors(folder, copied_prefixes(hf_config))
             job.plan = planned(config, hf_config, copied, here.world, nodes)
             _check(config, job.plan, folder, here)
@@ -77,8 +82,10 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
         if config.dry_run:
             return job
         files = of_folder(folder)
-        with job.stage("load"):
-            model = _load(job, config, hf_config, folder, dropped, samples, here, progress)
+        model = checkpoint
+        if checkpoint is None or samples is not None:
+            with job.stage("load"):
+                model = _load(job, config, hf_config, checkpoint or folder, dropped, samples, here, progress)
         with together(here, "load the weights"):
             check_unchanged(folder, files)
         if samples is not None:
@@ -122,6 +129,8 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 timeout=config.timeout,
                 progress=progress,
             )
+        if model is checkpoint:
+            job.bytes_read = sum(gather.everyone(here, checkpoint.nbytes))
     return job
 
 
@@ -142,7 +151,9 @@ def _provenance(config: ExportConfig, folder: Path) -> dict:
     )
     said = {name: getattr(config, name) for name in names}
     calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
-    return {"hf_model": config.hf_model or str(folder), "calibration": calibration}
+    trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
+    trained |= {"iteration": config.iteration} if config.iteration is not None else {}
+    return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}
 
 
 def _model_folder(config: ExportConfig, example_model: Path) -> Path:
@@ -150,13 +161,22 @@ def _model_folder(config: ExportConfig, example_model: Path) -> Path:
         raise ExportError(
             "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         )
-    return assets.find_model(config.hf_model or example_model, weights=not config.dry_run)
+    weights = not config.dry_run and config.megatron_checkpoint is None
+    return assets.find_model(config.hf_model or example_model, weights=weights)
+
+
+def _checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
+    """The Megatron checkpoint that the weights come from, its names, shapes and settings checked."""
+    if config.megatron_checkpoint is None:
+        return None
+    folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
+    return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", pp_layout=config.pp_layout)
 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
-        inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration)
+        inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration, config.megatron_checkpoint)
         check_apart(config.output, *(path for path in inputs if path))
     if config.save_calibration and here.first:
         _check_save(config.save_calibration.resolve(), config.output)
@@ -209,7 +229,7 @@ def _load(
     job: Job,
     config: ExportConfig,
     hf_config: dict,
-    folder: Path,
+    source: Path | Checkpoint,
     dropped: tuple[str, ...],
     samples: Tensor | None,
     here: Topology,
@@ -219,8 +239,14 @@ def _load(
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        read = loading.load_hf_weights(
-            model, folder, hf_config, here, lambda steps: heeded(progress("load", steps)), dropped
-        )
+        steps = partial(_steps, progress)
+        if isinstance(source, Checkpoint):
+            read = filling.load_checkpoint(model, source, here, steps)
+        else:
+            read = loading.load_hf_weights(model, source, hf_config, here, steps, dropped)
     job.bytes_read = sum(gather.everyone(here, read))
     return model
+
+
+def _steps(progress: Progress, steps: Iterable) -> Iterable:
+    return heeded(progress("load", steps))

@@ -23,6 +23,10 @@ class Layout(Protocol):
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice: ...
 
+    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
+        """Which rows of the whole tensor, of `size` rows, the shard holds, in its order."""
+        return (even_cut(size, index, count),)
+
     def splits(self, rows: int) -> bool:
         """Whether a shard of so many rows holds whole parts, so that it can be split by itself."""
         return True
@@ -85,6 +89,9 @@ class Vocab(Layout):
         start = min(index * shard_rows, self.vocab)
         return slice(start, min(start + shard_rows, self.vocab))
 
+    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
+        return (self.source(self.vocab, index, count, shard_rows),)
+
 
 @dataclass(frozen=True)
 class Split(Layout):
@@ -100,6 +107,10 @@ class Split(Layout):
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
         return even_cut(part_rows, index, count)
+
+    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
+        own = even_cut(part_rows := size // len(self.parts), index, count)
+        return tuple(slice(n * part_rows + own.start, n * part_rows + own.stop) for n in range(len(self.parts)))
 
 
 @dataclass(frozen=True)

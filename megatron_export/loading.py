@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .ahead import in_order
 from .errors import report
 from .layout import even_cut
-from .model import chunks_of, shards_of
-from .names import Source, copied_prefixes, is_expert, parameters_of, shape_of
+from .model import copies_of, shards_of
+from .names import Source, copied_prefixes, is_expert, parameters_of
 from .piece import Axis
 from .source import SourceWeights, expected_shapes, part_shapes
 from .topology import Cut, Topology
@@ -38,13 +38,7 @@ def load_hf_weights(
     Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
     of `dropped` are passed over.
     """
-    sources, shards = parameters_of(config), shards_of(model)
-    last = chunks_of(model)[-1]
-    name = "embedding.word_embeddings.weight"
-    if name not in shards and last.post_process and shape_of(config).tied:
-        shards[name] = last.output_layer.weight.detach()
-    elif name not in shards and last.mtp_process:
-        shards[name] = last.embedding.word_embeddings.weight.detach()
+    sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
     with SourceWeights(folder) as weights:
         weights.check(
             expected_shapes(sources.values()),

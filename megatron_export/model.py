@@ -50,6 +50,20 @@ def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     return shards
 
 
+def copies_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
+    """The copy of the embedding that this rank keeps, where the parameter itself lives elsewhere: of a tied model on the last
+    pipeline stage, and of one whose layers predict one more token where these are. By canonical name.
+    """
+    last = chunks_of(model)[-1]
+    if any(chunk.pre_process for chunk in chunks_of(model)):
+        return {}
+    if last.post_process and last.share_embeddings_and_output_weights:
+        return {"embedding.word_embeddings.weight": last.output_layer.weight.detach()}
+    if last.mtp_process:
+        return {"embedding.word_embeddings.weight": last.embedding.word_embeddings.weight.detach()}
+    return {}
+
+
 def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     """Canonical module name -> module, for every linear that a format may quantize; experts in one module, as Transformer
     Engine groups them, under the name of one without its number.

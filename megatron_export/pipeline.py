@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gather, manifest, topology
+from .checkpoint import Checkpoint
 from .contents import contents_of
 from .filing import Bucket
 from .formats import Options
@@ -67,7 +68,7 @@ class _Done:
 
 
 def export_hf_checkpoint(
-    model: nn.Module | list[nn.Module],
+    model: nn.Module | list[nn.Module] | Checkpoint,
     export_dir: str | Path,
     *,
     hf_model: str | Path,
@@ -93,7 +94,8 @@ def export_hf_checkpoint(
     """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
 
     model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
-                    not; quantized as the bfloat16 of its weights
+                    not; quantized as the bfloat16 of its weights. Or a `Checkpoint`: no model is built, each rank reads the
+                    shards that it exports, one after the other, and all of them twice
     hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
                     does not have (the parts of Llama 4 that see); its other weights are not read
     format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4

@@ -1,7 +1,7 @@
 """What every export begins with: the model's shards, a plan of what they become, and the numbers that they are encoded with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import assets, gather
+from .checkpoint import Checkpoint, CheckpointShards
 from .contradictions import contradictions
 from .errors import ExportError, report
 from .filing import Writers
@@ -58,18 +59,18 @@ class Planned:
     """A plan, and what it was made from."""
 
     plan: Plan
-    shards: dict[str, Tensor]
+    shards: Mapping[str, Tensor]
     original: Original
     request: Request
 
 
 def planned(
     here: Topology,
-    model: nn.Module | list[nn.Module],
+    model: nn.Module | list[nn.Module] | Checkpoint,
     request: Request,
     check: Callable[[Plan, Original], Any] = lambda plan, original: None,
 ) -> Planned:
-    """Plan the export of a live model; `check` may refuse it on rank 0. Collective."""
+    """Plan the export of a live model, or of a checkpoint; `check` may refuse it on rank 0. Collective."""
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
@@ -79,12 +80,18 @@ def planned(
         copied = copied_tensors(folder, copied_prefixes(config))
         files = of_folder(folder)
         config = without_mtp(config) if request.mtp == "drop" else config
-        report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
-        shards = shards_of(model)
-        if request.mtp == "drop":
-            shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
-    finish_gathering(model)
-    held, nodes = gather.locate(here, shards), gather.nodes(here)
+        if isinstance(model, Checkpoint):
+            held = model.held(here.sizes)
+            shards: Mapping[str, Tensor] = CheckpointShards(model, held, here.rank, here.device)
+        else:
+            report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
+            shards = shards_of(model)
+            if request.mtp == "drop":
+                shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
+    if not isinstance(model, Checkpoint):
+        finish_gathering(model)
+        held = gather.locate(here, shards)
+    nodes = gather.nodes(here)
     original = Original(folder, files, config)
     with together(here, "plan the export"):
         plan = make_plan(

@@ -1,6 +1,6 @@
 """Buckets on their way through all ranks: split, smoothed, quantized on the shards, and delivered to the ranks that write them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Work:
     """
 
     plan: Plan
-    shards: dict[str, Tensor]
+    shards: Mapping[str, Tensor]
     amaxes: dict[str, Tensor]
     calibration: dict[str, Tensor]
 

@@ -2,6 +2,8 @@
 are finite, and a checksum of the whole model.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from .topology import Topology
 
 
 def survey(
-    here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]
+    here: Topology, plan: Plan, shards: Mapping[str, Tensor], calibration: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], str]:
     """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it, float32 []; and, on
     rank 0, a checksum of the model.
@@ -29,7 +31,11 @@ def survey(
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
     with together(here, "read the weights"):
-        largest = [_largest(here, item, shards[item.source.canonical], calibration) for item in heeded(mine)]
+        largest, sums = [], {}
+        for item in heeded(mine):
+            shard = shards[item.source.canonical]  # once: it may be read from disk
+            largest.append(_largest(here, item, shard, calibration))
+            sums[item.source.canonical] = _checksum(here, item, shard)
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
         report(
             [
@@ -38,7 +44,6 @@ def survey(
                 if not finite
             ]
         )
-        sums = {item.source.canonical: _checksum(here, item, shards[item.source.canonical]) for item in mine}
     return _agreed(here, plan, mine, values, calibration), _digest(gather.at_first(here, sums))
 
 

@@ -11,17 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress ahead
 signals fingerprint untrusted pulse layout
-names formats
-item placement
-policy smoothing filing
+names formats pickles
+item placement stored
+policy smoothing filing claims
 plan
 quant_config readers conveyor
 contents
 cpu assets staging statistics calibration_data emulation
-measured source topology model shard
+measured source topology model shard checkpoint
 writer
 gather build contradictions verify
-loading survey manifest forecast stream
+loading filling survey manifest forecast stream
 maxima search watching preview
 clipping
 calibration prepare

@@ -1,0 +1,148 @@
+"""What a Megatron checkpoint says of the model in it, where that is not what config.json means.
+
+Megatron-LM keeps its arguments in `common.pt`, or, since megatron-core 0.18, in an object among the tensors; Megatron-Bridge
+keeps its settings in `run_config.yaml`. They are only compared: config.json decides.
+"""
+
+from typing import Any
+
+from .names import settings_of, shape_of, unscaled_rope_settings
+from .pickles import WAY_OUT, Inert, judged, read_saved
+from .stored import Storage
+from .untrusted import inside, shown
+
+COMMON, RUN_CONFIG = "common.pt", "run_config.yaml"
+COMMON_OBJECT = "common_state/"
+_MOST_YAML = 1 << 20
+_ARGUMENTS = {  # what Megatron-LM calls some fields of `TransformerConfig`
+    "norm_epsilon": "layernorm_epsilon",
+    "num_experts": "num_moe_experts",
+    "swiglu": "gated_linear_unit",
+}
+_COMPARED = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
+    *("layernorm_epsilon", "normalization", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
+    *("rotary_base", "rotary_percent", "share_embeddings_and_output_weights", "multi_latent_attention"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq"),
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
+)
+_DERIVED = (
+    "kv_channels",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_query_groups",
+)  # from others, where they are None
+_PLAIN = {  # of a model whose settings do not name them
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_percent": 1.0,
+    "multi_latent_attention": False,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+}
+
+
+def contradictions_of(storage: Storage, config: dict, mtp_dropped: bool) -> list[str]:
+    """Where the checkpoint in that folder describes another model than config.json's dict, as sentences."""
+    meant, problems = _meant(config), []
+    for where, said in _sayings(storage):
+        hybrid = said.get("hybrid_layer_pattern") or said.get("hybrid_override_pattern")  # whose layers are halves
+        for name in _COMPARED:
+            if name not in said or name not in meant or (said[name] is None and name in _DERIVED):
+                continue
+            if (mtp_dropped and name == "mtp_num_layers") or (hybrid and name in ("num_layers", "moe_layer_freq")):
+                continue
+            has, means = (_spelled(name, value, meant["num_layers"]) for value in (said[name], meant[name]))
+            if has != means:
+                problems.append(
+                    f"{storage.folder}: {where} say {name} = {shown(said[name])}, but config.json means {shown(meant[name])}"
+                )
+    return problems
+
+
+def _meant(config: dict) -> dict[str, Any]:
+    """What config.json means of `_COMPARED`, but for what has no effect in its model."""
+    shape = shape_of(config)
+    meant = _PLAIN | settings_of(config) | unscaled_rope_settings(config)
+    meant["share_embeddings_and_output_weights"] = shape.tied
+    without = set()
+    if shape.kv_lora:
+        without |= {"kv_channels", "num_query_groups", "rotary_percent"}
+    if "qk_l2_norm" in meant:  # norms without weights, which have a setting of their own
+        without.add("qk_layernorm")
+    if not shape.dense:
+        without.add("ffn_hidden_size")
+    if meant.get("moe_router_score_function") == "sigmoid":
+        without.add("moe_router_pre_softmax")
+    return {name: value for name, value in meant.items() if name not in without}
+
+
+def _spelled(name: str, value: object, layers: int) -> object:
+    """A value in one of its spellings, where there are several that mean the same."""
+    if name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk") and value == 1:
+        return None
+    if name in ("mtp_num_layers", "moe_shared_expert_intermediate_size") and value == 0:
+        return None
+    if name == "moe_layer_freq" and type(value) is int and value > 0:
+        return [int(layer % value == 0) for layer in range(layers)]
+    return value
+
+
+def _sayings(storage: Storage) -> list[tuple[str, dict[str, Any]]]:
+    """Who speaks, and what it says under the names of `TransformerConfig`."""
+    found = [("the arguments", _of_arguments(arguments))] if (arguments := _arguments(storage)) else []
+    path = inside(storage.folder, RUN_CONFIG)
+    if path.is_file():
+        with judged(path), path.open("rb") as file:
+            found.append((f"the settings in {RUN_CONFIG}", _of_run(file.read(_MOST_YAML + 1))))
+    return found
+
+
+def _arguments(storage: Storage) -> dict[str, Any]:
+    """Megatron-LM's arguments; {} where there are none."""
+    path = inside(storage.folder, COMMON)
+    if path.is_file():
+        common = read_saved(
+            path, f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
+        )
+    elif key := next((key for key in storage.objects if key.startswith(COMMON_OBJECT)), None):
+        common = storage.object(key)
+    else:
+        return {}
+    if isinstance(common, list) and common:  # which holds the dict of each rank, of which there is one
+        common = common[0]
+    found = common.get("args") if isinstance(common, dict) else None
+    found = found.state if isinstance(found, Inert) else found
+    return found if isinstance(found, dict) else {}
+
+
+def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    said = {_ARGUMENTS.get(name, name): value for name, value in arguments.items()}
+    if not arguments.get("group_query_attention"):
+        said["num_query_groups"] = arguments.get("num_attention_heads")
+    if "untie_embeddings_and_output_weights" in arguments:
+        said["share_embeddings_and_output_weights"] = not arguments["untie_embeddings_and_output_weights"]
+    return said
+
+
+def _of_run(text: bytes) -> dict[str, Any]:
+    """The settings of the model in a run_config.yaml. Nothing that its tags name is made."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor(None, lambda loader, node: None)
+    if len(text) > _MOST_YAML:
+        raise ValueError(f"more than {_MOST_YAML:,} bytes")
+    try:
+        run = yaml.load(text, Loader)  # noqa: S506 - a safe one
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"not YAML: {type(error).__name__}") from error
+    model = run.get("model") if isinstance(run, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no settings of a model")
+    inner = (value for value in model.values() if isinstance(value, dict) and "num_layers" in value)
+    return model | next(inner, {})

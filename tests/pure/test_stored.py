@@ -1,0 +1,142 @@
+"""Parts of tensors that lie in pieces in several files: what is asked for is put together, and little else is read."""
+
+import pickle
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_export import ExportError, stored
+from megatron_export.stored import Storage
+
+KEY = "decoder.layers.mlp.linear_fc1.weight"
+WHOLE = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).bfloat16()  # layers, experts, rows, columns
+
+
+def lay(folder: Path, whole: Tensor, sizes: tuple[int, ...], transposed: bool = False) -> None:
+    """Save a tensor in chunks of these sizes, each file with two of them, as torch.distributed.checkpoint would."""
+    chunks, places = [], {}
+    for number, offsets in enumerate(product(*(range(0, n, s) for n, s in zip(whole.shape, sizes, strict=True)))):
+        part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].clone()
+        part = part.mT.contiguous().mT if transposed else part
+        path = folder / f"__{number // 2}_0.distcp"
+        with path.open("ab") as file:
+            start = file.tell()
+            torch.save(part, file)
+            places[MetadataIndex(KEY, offsets)] = _StorageInfo(path.name, start, file.tell() - start)
+        chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
+    said = TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.shape, chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({KEY: said}, storage_data=places)))
+
+
+def opened(folder: Path) -> Storage:
+    storage = Storage(folder)
+    storage.check(storage.tensors.values())
+    return storage
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 3, 8, 12), (1, 1, 8, 12), (1, 3, 4, 12), (2, 1, 8, 6), (1, 1, 3, 5)], ids=str)
+def test_any_part_of_any_entry_is_read(sizes: tuple, transposed: bool, tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE, sizes, transposed)
+    storage = opened(tmp_path)
+    for layer, expert in product(range(2), range(3)):
+        for rows, columns in product(
+            (slice(0, 8), slice(2, 5), slice(7, 8)), (slice(0, 12), slice(6, 12), slice(4, 5))
+        ):
+            with mock.patch.object(stored, "_STRIP", 2 * 12 * 2):  # two rows
+                found = storage.read(storage.tensors[KEY], (layer, expert), rows, columns)
+            assert torch.equal(found, WHOLE[layer, expert, rows, columns])
+
+
+def test_no_more_is_read_than_whole_rows_of_what_is_asked_for(tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE, (2, 3, 8, 12))
+    storage = opened(tmp_path)
+    storage.read(storage.tensors[KEY], (1, 2), slice(3, 5), slice(0, 12))
+    assert storage.nbytes == 2 * 12 * 2
+
+
+def test_vectors_are_read(tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE[0, 0], (3, 12))
+    storage = opened(tmp_path)
+    assert torch.equal(storage.read(storage.tensors[KEY], (4,), slice(2, 9), None), WHOLE[0, 0, 4, 2:9])
+
+
+def test_chunks_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Two at one place, and none at another: together as many numbers as the tensor has."""
+    lay(tmp_path, WHOLE[0, 0], (4, 12))
+    held = pickle.loads((tmp_path / ".metadata").read_bytes())
+    held.state_dict_metadata[KEY].chunks[1] = held.state_dict_metadata[KEY].chunks[0]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(held))
+    storage = opened(tmp_path)
+    with pytest.raises(ExportError, match="do not make it whole, or overlap"):
+        storage.read(storage.tensors[KEY], (), slice(2, 6), slice(0, 12))
+
+
+def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE[0, 0], (8, 12))
+    storage = opened(tmp_path)
+    (path,) = tmp_path.glob("*.distcp")
+    storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+    with path.open("r+b") as file:
+        file.truncate(700)
+    storage._files[path.name] = (path, path.stat())
+    with pytest.raises(ExportError, match="it ends before byte"):
+        storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+
+
+def test_numbers_of_another_type_or_size_than_announced_are_refused(tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE[0, 0], (8, 12))
+    held = pickle.loads((tmp_path / ".metadata").read_bytes())
+    held.state_dict_metadata[KEY].properties.dtype = torch.float32
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(held))
+    storage = opened(tmp_path)
+    with pytest.raises(
+        ExportError, match=r"is torch.bfloat16 \(8, 12\) there, but torch.float32 \(8, 12\) in .metadata"
+    ):
+        storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_numbers_that_are_no_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE[0, 0].to(dtype), (8, 12))
+    with pytest.raises(ExportError, match="quantized already"):
+        opened(tmp_path)
+
+
+@given(st.integers(0, 1000), st.binary(min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_metadata_damaged_anywhere_is_refused_or_describes_tensors(
+    damage: tuple[Path, bytes], at: int, noise: bytes
+) -> None:
+    folder, good = damage
+    at = at * len(good) // 1000
+    (folder / ".metadata").write_bytes(good[:at] + noise + good[at + len(noise) :])
+    try:
+        storage = opened(folder)
+        for tensor in storage.tensors.values():
+            if len(tensor.shape) == 2:
+                storage.read(tensor, (), slice(0, tensor.shape[0]), slice(0, tensor.shape[1]))
+    except ExportError as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A folder, and its metadata as it was."""
+    folder = tmp_path_factory.mktemp("damage")
+    lay(folder, WHOLE[0, 0], (4, 12))
+    return folder, (folder / ".metadata").read_bytes()

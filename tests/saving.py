@@ -1,0 +1,134 @@
+"""Checkpoints as Megatron-Core itself saves them: small ones, of models that are built here, with what training leaves beside."""
+
+import argparse
+import pickle
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.enums import AttnBackend
+from torch import nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_export import topology
+from megatron_export.build import build_model
+from megatron_export.cpu import without_cuda
+from megatron_export.loading import load_hf_weights
+from megatron_export.names import settings_of, shape_of, unscaled_rope_settings
+
+from .models import LENGTH, read_json
+
+ITERATION = 7
+
+
+class _Process:
+    """Runs where it is started: the ranks of a test may have no children."""
+
+    def __init__(self, target: Callable, kwargs: dict) -> None:
+        self.start = lambda: target(**kwargs)
+
+    def join(self) -> None:
+        pass
+
+
+_PROCESSES = SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Process=_Process, Manager=lambda: _PROCESSES)
+
+
+def arguments(config: dict) -> argparse.Namespace:
+    """What Megatron-LM's arguments would be for a model of config.json's dict; some that no reader knows too."""
+    names = {"layernorm_epsilon": "norm_epsilon", "num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
+    settings = settings_of(config) | unscaled_rope_settings(config)
+    said = {names.get(name, name): value for name, value in settings.items()}
+    return argparse.Namespace(
+        **said,
+        group_query_attention=True,
+        untie_embeddings_and_output_weights=not shape_of(config).tied,
+        params_dtype=torch.bfloat16,
+        attention_backend=AttnBackend.auto,
+        tokenizer_model=Path("/somewhere"),
+    )
+
+
+def save(
+    model: nn.Module | list[nn.Module],
+    folder: Path,
+    config: dict,
+    *,
+    optimizer: bool = False,
+    metadata: dict | None = None,
+    args: dict | None = None,
+) -> None:
+    """On every rank of a world: save a model as Megatron-LM does, as iteration 7 of `folder`; `args` are arguments that differ."""
+    chunks = model if isinstance(model, list) else [model]
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    said = argparse.Namespace(**vars(arguments(config)) | (args or {}))
+    metadata = {"dp_cp_group": group} | (metadata or {})
+    state: dict[str, Any] = {"args": said, "checkpoint_version": 3.0, "iteration": ITERATION}
+    place = folder / f"iter_{ITERATION:07d}"
+    place.mkdir(parents=True, exist_ok=True)
+    context = SimpleNamespace(get_context=lambda kind: _PROCESSES)
+    with (
+        without_cuda(torch.device("cpu")),
+        mock.patch.object(filesystem_async, "mp", context),
+        mock.patch.object(filesystem_async, "_results_queue", None),
+    ):
+        for number, chunk in enumerate(chunks):
+            name = "model" if len(chunks) == 1 else f"model{number}"
+            state[name] = chunk.sharded_state_dict(metadata=metadata)
+        if optimizer:
+            state |= _training_state(chunks)
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, str(place))
+    if torch.distributed.get_rank() == 0:
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    torch.distributed.barrier()
+
+
+def _training_state(chunks: list[nn.Module]) -> dict[str, Any]:
+    """Entries as the distributed optimizer and the random number generators leave them, one for each rank."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    moments = {
+        f"optimizer.state.{kind}.decoder.layers.mlp.linear_fc1.weight": torch.full((4, 6), float(rank))
+        for kind in ("exp_avg", "exp_avg_sq", "fp32_param")
+    }
+    return {
+        "optimizer": {key: ShardedTensor.from_rank_offsets(key, x, (0, rank, world)) for key, x in moments.items()},
+        "rng_state": ShardedObject("rng_state", {"torch": torch.get_rng_state()}, (world,), (rank,)),
+    }
+
+
+@contextmanager
+def built(source: Path, sizes: dict) -> Iterator[tuple[nn.Module | list[nn.Module], dict]]:
+    """In a rank of a pool: the model of an HF folder at these sizes, and config.json's dict."""
+    config = read_json(source / "config.json")
+    rest = {name: size for name, size in sizes.items() if name not in ("tp", "pp")}
+    with topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
+        with topology.current() as here:
+            model = build_model(config, here, max_sequence_length=LENGTH)
+            load_hf_weights(model, source, config, here)
+        yield model, config
+
+
+def saved_model(source: Path, folder: Path, sizes: dict, **how: Any) -> None:
+    """In a rank: save the model of an HF folder at these sizes."""
+    with built(source, sizes) as (model, config):
+        save(model, folder, config, **how)
+
+
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of an iteration other keys, as another layer spec would have."""
+    path = folder / ".metadata"
+    held = pickle.loads(path.read_bytes())  # noqa: S301 - made by this test
+    held.state_dict_metadata = {rename(key): said for key, said in held.state_dict_metadata.items()}
+    held.storage_data = {
+        MetadataIndex(rename(index.fqn), index.offset, index.index): info for index, info in held.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(held))
