@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -235,18 +234,16 @@ def _load(
     here: Topology,
     progress: Progress,
 ) -> object:
+    def steps(items: Iterable) -> Iterable:
+        return heeded(progress("load", items))
+
     with together(here, "build the model"):
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        steps = partial(_steps, progress)
         if isinstance(source, Checkpoint):
             read = filling.load_checkpoint(model, source, here, steps)
         else:
             read = loading.load_hf_weights(model, source, hf_config, here, steps, dropped)
     job.bytes_read = sum(gather.everyone(here, read))
     return model
-
-
-def _steps(progress: Progress, steps: Iterable) -> Iterable:
-    return heeded(progress("load", steps))

@@ -101,6 +101,12 @@ def test_every_rank_refuses_it_through_the_command(folder: Path, ranks: Ranks, t
     assert not (tmp_path / "mark").exists()
 
 
+def test_an_output_that_would_replace_the_checkpoint_is_refused(folder: Path, ranks: Ranks) -> None:
+    flags = ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved", "--format", "bf16")
+    said = refused(ranks, folder, *flags, "--overwrite", "--output", folder / "saved")
+    assert_says(said, f"{folder / 'saved'} holds {folder / 'saved'}, which this export needs")
+
+
 def legacy(place: Path) -> None:
     shutil.rmtree(place)
     (place / "mp_rank_00").mkdir(parents=True)

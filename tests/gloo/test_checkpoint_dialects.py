@@ -92,6 +92,14 @@ def test_every_dialect_has_the_same_parameters(dialect: str, saved: dict, tmp_pa
     assert_same(parameters(source, other), parameters(source, folder))
 
 
+def test_a_hybrid_model_says_how_many_halves_of_layers_it_has(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
+    source, folder = saved["mixtral"]
+    args = {"num_layers": 8, "moe_layer_freq": 1, "hybrid_override_pattern": "*E*E*E*E"}
+    ranks.call(1, saved_model, source, tmp_path, {}, args=args)
+    renamed(tmp_path / "iter_0000007", hybrid)
+    assert_same(parameters(source, tmp_path), parameters(source, folder))
+
+
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_shards_of_any_number_of_ranks_make_the_whole(count: int, saved: dict) -> None:
     """Of 8, more than there are query groups, and a vocabulary that is padded further than it was saved."""
