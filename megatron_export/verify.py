@@ -8,10 +8,11 @@ other.
 
 import hashlib
 import json
+import os
 import re
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ from .shard import header_of
 from .staging import Checks
 
 CHUNK = 16 << 20
-THREADS = 4  # files that are read at a time
+THREADS = 4  # files that are read and hashed at a time
+JUDGES = 6  # threads that read and judge their chunks
 BUFFERS = 3  # chunks of each of them
 
 
@@ -61,6 +63,14 @@ class _Found(NamedTuple):
     problems: list[str]
 
 
+class _Judged(NamedTuple):
+    """A chunk of a file, the checksums of what it has of each span (tensor, slice, crc32, length), and what is wrong."""
+
+    chunk: memoryview
+    crcs: list[tuple[str, int, int, int]]
+    problems: list[str]
+
+
 class ReadBack:
     """Use as a context. Reads the files that it is told to follow, `THREADS` at a time."""
 
@@ -71,7 +81,7 @@ class ReadBack:
 
     def __enter__(self) -> "ReadBack":
         self.readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
-        self.judges = ThreadPoolExecutor(THREADS, thread_name_prefix="judge")
+        self.judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -140,28 +150,35 @@ def _read(
     judges: ThreadPoolExecutor,
     copied: frozenset[str],
 ) -> _Found:
-    """Read one file, chunk after chunk, and judge each while the next one is read and hashed."""
+    """Read one file: chunks are read and judged ahead of the one that is hashed."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
-    buffers = [bytearray(min(CHUNK, end - len(header))) for _ in range(BUFFERS)]
-    digest, judging = hashlib.sha256(header), []
+    buffers = [memoryview(bytearray(min(CHUNK, end - len(header)))) for _ in range(BUFFERS)]
+    digest, problems = hashlib.sha256(header), []
+    chunks: list[_Judged] = []
+    reading: deque[Future[_Judged]] = deque()
+
+    def hash_next() -> None:
+        chunks.append(reading.popleft().result())
+        digest.update(chunks[-1].chunk)
+
     with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
             return _Found(Verified(0, ""), {}, [f"{path.name}: its header is not what was written"])
         for number, offset in enumerate(range(len(header), end, CHUNK)):
-            if not ready(min(offset + CHUNK, end)):
+            size = min(CHUNK, end - offset)
+            if not ready(offset + size):
                 return _Found(Verified(0, ""), {}, [f"{path.name}: it was not written to its end"])
-            if number >= BUFFERS:
-                judging[number - BUFFERS].result()  # now its buffer is free
-            chunk = memoryview(buffers[number % BUFFERS])[: min(CHUNK, end - offset)]
-            chunk = chunk[: file.readinto(chunk)]
-            first = bisect_right(starts, offset) - 1
-            judging.append(judges.submit(_judge, path.name, spans, first, offset, chunk, copied))
-            digest.update(chunk)
-        problems = [f"{path.name}: longer than its header says"] if file.read(1) else []
+            if len(reading) == BUFFERS - 1:
+                hash_next()  # now its buffer is free
+            chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
+            reading.append(judges.submit(_judge, file.fileno(), path.name, spans, first, offset, chunk, copied))
+        while reading:
+            hash_next()
+        problems += [f"{path.name}: longer than its header says"] if os.pread(file.fileno(), 1, end) else []
     parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for crcs, wrong in (one.result() for one in judging):
-        problems += wrong
-        for name, index, crc, length in crcs:
+    for one in chunks:
+        problems += one.problems
+        for name, index, crc, length in one.crcs:
             parts[name, index].append((crc, length))
     slices, crcs = defaultdict(list), defaultdict(list)
     for span in spans:
@@ -174,9 +191,10 @@ def _read(
 
 
 def _judge(
-    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
-) -> tuple[list[tuple[str, int, int, int]], list[str]]:
-    """The checksums of what a chunk, which starts at `offset` in its file and in span `first`, has of each span; what is wrong."""
+    descriptor: int, file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
+) -> _Judged:
+    """Read a chunk, which starts at `offset` in its file and in span `first`."""
+    chunk = chunk[: os.preadv(descriptor, [chunk], offset)]
     crcs, problems = [], []
     for span in (spans[number] for number in range(first, len(spans))):
         start, end = max(span.start - offset, 0), min(span.start + span.nbytes - offset, len(chunk))
@@ -185,7 +203,7 @@ def _judge(
         part = chunk[start:end]
         crcs.append((span.output.name, span.index, zlib.crc32(part), len(part)))
         problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
-    return crcs, problems
+    return _Judged(chunk, crcs, problems)
 
 
 _EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
