@@ -153,11 +153,12 @@ class Checkpoint:
             columns = even_cut(source.shape[1], index, count)
         elif source.cut and not (source.either and shape == source.shape):
             cuts = source.layout.rows(size, index, count, shape[0])
-        shard, at = torch.zeros(shape, dtype=homes[0].tensor.dtype), 0
+        shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
         for home, rows in ((home, rows) for cut in cuts for home, rows in _rows(homes, cut)):
             after = at + rows.stop - rows.start
-            shard[at:after] = self.storage.read(home.tensor, home.lead, rows, columns)
+            self.storage.read(home.tensor, home.lead, rows, columns, shard[at:after])
             at = after
+        shard[at:] = 0
         return shard
 
     def _found(self, mtp_dropped: bool) -> tuple[dict[str, tuple[_Home, ...]], list[str]]:

@@ -129,8 +129,10 @@ class Storage:
                 problems.append(f"{path} has {size:,} bytes, but {METADATA} means at least {end:,}. {_WAY_OUT}")
         return problems
 
-    def read(self, tensor: Stored, lead: tuple[int, ...], rows: slice, columns: slice | None) -> Tensor:
-        """Rows and columns (of one with one axis, rows) of entry `lead` of the first axes of a tensor that was checked."""
+    def read(self, tensor: Stored, lead: tuple[int, ...], rows: slice, columns: slice | None, into: Tensor) -> None:
+        """Fill `into` with rows and columns (of one with one axis, rows) of entry `lead` of the first axes of a tensor that was
+        checked.
+        """
         where = (rows, columns)[: len(tensor.shape) - len(lead)]
         boxes = {}
         for chunk in tensor.at(lead):
@@ -142,16 +144,15 @@ class Storage:
             raise ExportError(
                 f"{self.folder}: the parts of {tensor.key} do not make it whole, or overlap. Save the checkpoint again"
             )
-        made = torch.empty([cut.stop - cut.start for cut in where], dtype=tensor.dtype)
         for chunk, box in boxes.items():
             entry = tuple(index - o for index, o in zip(lead, chunk.offsets, strict=False))
-            made[_within(box, [cut.start for cut in where])] = self._part(
-                tensor, chunk, entry, _within(box, chunk.offsets[len(lead) :])
-            )
-        return made
+            part = into[_within(box, [cut.start for cut in where])]
+            self._read_part(tensor, chunk, entry, _within(box, chunk.offsets[len(lead) :]), part)
 
-    def _part(self, tensor: Stored, chunk: Chunk, entry: tuple[int, ...], where: tuple[slice, ...]) -> Tensor:
-        """What `where` selects of entry `entry` of a chunk."""
+    def _read_part(
+        self, tensor: Stored, chunk: Chunk, entry: tuple[int, ...], where: tuple[slice, ...], into: Tensor
+    ) -> None:
+        """Fill `into` with what `where` selects of entry `entry` of a chunk."""
         path, was = self._files[chunk.place.file]
         with judged(path, _WAY_OUT), path.open("rb", buffering=0) as file:
             now = os.fstat(file.fileno())
@@ -166,30 +167,30 @@ class Storage:
             width = prod(sizes[1:])
             if strides != (width, 1)[-len(sizes) :]:  # it was saved transposed
                 reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
-                return self._span(file, begin, reach, tensor.dtype).as_strided(sizes, strides)[where]
-            rows, columns = where[0], where[1:]
-            whole = columns in ((), (slice(0, width),))
-            step = rows.stop - rows.start if whole else max(1, _STRIP // (width * tensor.dtype.itemsize))
-            strips = []
+                whole = torch.empty(reach, dtype=tensor.dtype)
+                self._span(file, begin, whole)
+                into.copy_(whole.as_strided(sizes, strides)[where])
+                return
+            rows, columns, row_bytes = where[0], where[1:], width * tensor.dtype.itemsize
+            if columns in ((), (slice(0, width),)) and into.is_contiguous() and into.dtype is tensor.dtype:
+                self._span(file, begin + rows.start * row_bytes, into)
+                return
+            step = max(1, _STRIP // row_bytes)
             for first in range(rows.start, rows.stop, step):
-                count = min(step, rows.stop - first)
-                strip = self._span(file, begin + first * width * tensor.dtype.itemsize, count * width, tensor.dtype)
-                strip = strip.view(count, *sizes[1:])
-                strips.append(strip if whole else strip[:, *columns].clone())
-            return strips[0] if whole else torch.cat(strips)
+                strip = torch.empty(min(step, rows.stop - first), *sizes[1:], dtype=tensor.dtype)
+                self._span(file, begin + first * row_bytes, strip)
+                into[first - rows.start : first - rows.start + len(strip)] = strip[:, *columns]
 
-    def _span(self, file: Any, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` numbers of a file, from byte `start` on."""
-        made = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        into, done = memoryview(made.numpy()), 0
+    def _span(self, file: Any, start: int, into: Tensor) -> None:
+        """Fill a contiguous tensor with the bytes of a file from `start` on."""
+        view, done = memoryview(into.view(-1).view(torch.uint8).numpy()), 0
         file.seek(start)
-        while done < len(into):
-            read = file.readinto(into[done:])
+        while done < len(view):
+            read = file.readinto(view[done:])
             if not read:
-                raise ValueError(f"it ends before byte {start + len(into):,}")
+                raise ValueError(f"it ends before byte {start + len(view):,}")
             done += read
         self.nbytes += done
-        return made.view(dtype)
 
 
 def _within(box: tuple[slice, ...], start: Iterable[int]) -> tuple[slice, ...]:

@@ -48,6 +48,14 @@ def opened(folder: Path) -> Storage:
     return storage
 
 
+def read(storage: Storage, lead: tuple[int, ...], rows: slice, columns: slice | None) -> Tensor:
+    """A part of the tensor, in a tensor of its own."""
+    sizes = [cut.stop - cut.start for cut in (rows, columns) if cut]
+    into = torch.full(sizes, -1.0, dtype=storage.tensors[KEY].dtype)
+    storage.read(storage.tensors[KEY], lead, rows, columns, into)
+    return into
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 3, 8, 12), (1, 1, 8, 12), (1, 3, 4, 12), (2, 1, 8, 6), (1, 1, 3, 5)], ids=str)
 def test_any_part_of_any_entry_is_read(sizes: tuple, transposed: bool, tmp_path: Path) -> None:
@@ -58,21 +66,28 @@ def test_any_part_of_any_entry_is_read(sizes: tuple, transposed: bool, tmp_path:
             (slice(0, 8), slice(2, 5), slice(7, 8)), (slice(0, 12), slice(6, 12), slice(4, 5))
         ):
             with mock.patch.object(stored, "_STRIP", 2 * 12 * 2):  # two rows
-                found = storage.read(storage.tensors[KEY], (layer, expert), rows, columns)
+                found = read(storage, (layer, expert), rows, columns)
             assert torch.equal(found, WHOLE[layer, expert, rows, columns])
 
 
 def test_no_more_is_read_than_whole_rows_of_what_is_asked_for(tmp_path: Path) -> None:
     lay(tmp_path, WHOLE, (2, 3, 8, 12))
     storage = opened(tmp_path)
-    storage.read(storage.tensors[KEY], (1, 2), slice(3, 5), slice(0, 12))
+    read(storage, (1, 2), slice(3, 5), slice(0, 12))
     assert storage.nbytes == 2 * 12 * 2
+
+
+def test_numbers_of_another_kind_than_asked_for_are_converted(tmp_path: Path) -> None:
+    lay(tmp_path, WHOLE[0, 0], (4, 12))
+    storage, into = opened(tmp_path), torch.empty(8, 12)
+    storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12), into)
+    assert torch.equal(into, WHOLE[0, 0].float())
 
 
 def test_vectors_are_read(tmp_path: Path) -> None:
     lay(tmp_path, WHOLE[0, 0], (3, 12))
     storage = opened(tmp_path)
-    assert torch.equal(storage.read(storage.tensors[KEY], (4,), slice(2, 9), None), WHOLE[0, 0, 4, 2:9])
+    assert torch.equal(read(storage, (4,), slice(2, 9), None), WHOLE[0, 0, 4, 2:9])
 
 
 def test_chunks_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -83,19 +98,19 @@ def test_chunks_that_overlap_are_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(held))
     storage = opened(tmp_path)
     with pytest.raises(ExportError, match="do not make it whole, or overlap"):
-        storage.read(storage.tensors[KEY], (), slice(2, 6), slice(0, 12))
+        read(storage, (), slice(2, 6), slice(0, 12))
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
     lay(tmp_path, WHOLE[0, 0], (8, 12))
     storage = opened(tmp_path)
     (path,) = tmp_path.glob("*.distcp")
-    storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+    read(storage, (), slice(0, 8), slice(0, 12))
     with path.open("r+b") as file:
         file.truncate(700)
     storage._files[path.name] = (path, path.stat())
     with pytest.raises(ExportError, match="it ends before byte"):
-        storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+        read(storage, (), slice(0, 8), slice(0, 12))
 
 
 def test_numbers_of_another_type_or_size_than_announced_are_refused(tmp_path: Path) -> None:
@@ -107,7 +122,7 @@ def test_numbers_of_another_type_or_size_than_announced_are_refused(tmp_path: Pa
     with pytest.raises(
         ExportError, match=r"is torch.bfloat16 \(8, 12\) there, but torch.float32 \(8, 12\) in .metadata"
     ):
-        storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12))
+        read(storage, (), slice(0, 8), slice(0, 12))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
@@ -129,7 +144,8 @@ def test_metadata_damaged_anywhere_is_refused_or_describes_tensors(
         storage = opened(folder)
         for tensor in storage.tensors.values():
             if len(tensor.shape) == 2:
-                storage.read(tensor, (), slice(0, tensor.shape[0]), slice(0, tensor.shape[1]))
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+                storage.read(tensor, (), *(slice(0, size) for size in tensor.shape), whole)
     except ExportError as error:
         assert str(error)
 
