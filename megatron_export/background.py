@@ -2,8 +2,9 @@
 
 The training process stops for as long as it takes to encode the model and to copy what comes out into files that are in memory
 (`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
-its own then copies them into the staging folder, reads them back and publishes, as any export does, and frees the memory file by
-file. It outlives the training process.
+its own then copies them into the staging folder, reads them back and publishes, as any export does. It outlives the training
+process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept for the next
+export, which then stops it for a fraction of that.
 
     python -m megatron_export.background FD    what a `_Job` says, which is in the file with that descriptor
 """
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -50,6 +51,7 @@ class Handle:
     stopped: float
     nbytes: int
     process: subprocess.Popen | None
+    memory: "_Memory | None" = None
     outcome: tuple[int, str] | None = None
 
     def done(self) -> bool:
@@ -70,6 +72,9 @@ class Handle:
                 self.outcome = gather.from_first(here, mine)
             if self.outcome is None:
                 return False
+            if self.memory:
+                self.memory.release()
+                self.memory = None
             status, said = self.outcome
             with together(here, "write in the background"):
                 if status:
@@ -89,23 +94,32 @@ class _Job:
 
 
 class _Memory:
-    """Where a writer's files grow in memory: a descriptor each."""
+    """Where a writer's files grow in memory: a descriptor each. What `keep` keeps serves the next export with these files."""
 
-    def __init__(self, target: Path) -> None:
+    spare: ClassVar[dict[tuple, dict[str, int]]] = {}
+
+    def __init__(self, target: Path, plan: Plan, keep: bool) -> None:
         self.target = target
+        self.keep = keep
         self.finished: dict[str, Checks] = {}
-        self.descriptors: dict[str, int] = {}
+        self.kind = tuple((file, sum(o.nbytes for o in outputs)) for file, outputs in plan.files.items())
+        self.descriptors = self.spare.pop(self.kind, {})
 
     def path(self, file: str) -> Path:
-        self.descriptors[file] = os.memfd_create(file)
+        if file not in self.descriptors:
+            self.descriptors[file] = os.memfd_create(file)
         return Path(f"/proc/self/fd/{self.descriptors[file]}")
 
     def finish(self, file: str, checks: Checks) -> None:
         self.finished[file] = checks
 
-    def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+    def release(self) -> None:
+        """Nobody reads it any more."""
+        if self.keep and self.kind not in self.spare:
+            self.spare[self.kind] = self.descriptors
+            return
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
 
 def export_hf_checkpoint_async(
@@ -115,6 +129,7 @@ def export_hf_checkpoint_async(
     overwrite: bool = False,
     sync: bool = True,
     provenance: dict | None = None,
+    keep_memory: bool = False,
     timeout: float = SILENCE,
     **settings: Any,
 ) -> Handle:
@@ -122,6 +137,7 @@ def export_hf_checkpoint_async(
 
     settings    hf_model, format, calibration, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude, mtp,
                 quantize_mla, max_shard_size; rank 0 writes, and what was interrupted is not resumed
+    keep_memory keep rank 0's memory for the next export of this model; it is free again when the process ends
     The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint.
     Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
     """
@@ -142,15 +158,19 @@ def export_hf_checkpoint_async(
         found = planned(here, model, Request(**settings, options=Options(**options)), check)
         work, identity = surveyed(here, found)
         place = Place(target, overwrite, False, sync, found.original, identity, provenance or {})
-        memory = _Memory(target) if here.first else None
+        memory = _Memory(target, work.plan, keep_memory) if here.first else None
         try:
             _keep(here, work, memory)
             with together(here, "start the process that writes"):
                 process = _started(work.plan, place, here.sizes, memory) if memory else None
-        finally:
+        except BaseException:
             if memory:
-                memory.close()
-    return Handle(target, time.monotonic() - started, work.plan.nbytes, process)
+                memory.release()
+            raise
+    if memory and not keep_memory:  # the process that writes has it now, and frees it file by file
+        memory.release()
+        memory = None
+    return Handle(target, time.monotonic() - started, work.plan.nbytes, process, memory)
 
 
 def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:

@@ -58,7 +58,7 @@ class Shard:
         self.sync = sync
         header, self.starts = header_of(outputs)
         self.left = sum(output.nbytes for output in outputs)
-        self.descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
+        self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         os.write(self.descriptor, header)
         os.truncate(path, len(header) + self.left)
         self.changed = threading.Condition()

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,32 @@ def in_background(source: Path, out: Path, tp: int, pp: int) -> tuple[int, list[
         handle.wait()  # a second time it knows
         assert (out / "kept").is_dir()
         return handle.nbytes, [*said, handle.done()]
+
+
+def twice(source: Path, out: Path) -> list[int]:
+    """In a rank: two exports with the memory of the first, of other weights; how much memory was found new for each."""
+    found = []
+    with loaded(source, 2) as (model, here):
+        for name in ("first", "second"):
+            with mock.patch.object(os, "memfd_create", wraps=os.memfd_create) as made:
+                handle = export_hf_checkpoint_async(
+                    model, out / name, hf_model=source, format="bf16", max_shard_size="100KB", keep_memory=True
+                )
+            found.append(len([call for call in made.call_args_list if "safetensors" in call.args[0]]))
+            handle.wait()
+            for weight in shards_of(model).values():
+                weight.mul_(2)
+        export_hf_checkpoint(model, out / "third", hf_model=source, format="bf16", max_shard_size="100KB")
+    return found
+
+
+def test_memory_that_is_kept_serves_the_next_export(ranks: Ranks, models: dict, tmp_path: Path) -> None:
+    found = ranks.call(2, twice, models["llama31"], tmp_path)
+    assert found[0][0] > 2 and found[0][1] == 0
+    assert found[1] == [0, 0]
+    first, second, third = (tensors(tmp_path / name) for name in ("first", "second", "third"))
+    assert_same(second, {name: tensor * 2 for name, tensor in first.items()})
+    assert_same(third, {name: tensor * 2 for name, tensor in second.items()})
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
