@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from megatron_export import export_hf_checkpoint, plan, topology
+from megatron_export import export_hf_checkpoint, filing, topology
 from megatron_export.build import build_model
 from megatron_export.checkpoint import Checkpoint, find_iteration
 
@@ -30,7 +30,7 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
     config = CONFIG | {"num_hidden_layers": layers}
     with (
         topology.started(1, 1, "cpu"),
-        mock.patch.object(plan, "BUCKET_BYTES", BUCKET),
+        mock.patch.object(filing, "BUCKET_BYTES", BUCKET),
         mock.patch("megatron_export.assets.read_config", lambda _: config),
     ):
         before = _resident("VmRSS")
