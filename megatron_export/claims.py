@@ -1,7 +1,7 @@
 """What a Megatron checkpoint says of the model in it, where that is not what config.json means.
 
-Megatron-LM keeps its arguments in `common.pt`, or, since megatron-core 0.18, in an object among the tensors; Megatron-Bridge
-keeps its settings in `run_config.yaml`. They are only compared: config.json decides.
+Megatron-LM keeps its arguments in `common.pt`, newer versions in an object among the tensors; Megatron-Bridge keeps its
+settings in `run_config.yaml`. They are only compared: config.json decides.
 """
 
 from typing import Any
@@ -17,7 +17,6 @@ _MOST_YAML = 1 << 20
 _ARGUMENTS = {  # what Megatron-LM calls some fields of `TransformerConfig`
     "norm_epsilon": "layernorm_epsilon",
     "num_experts": "num_moe_experts",
-    "swiglu": "gated_linear_unit",
 }
 _COMPARED = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
@@ -28,12 +27,8 @@ _COMPARED = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
-_DERIVED = (
-    "kv_channels",
-    "ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "num_query_groups",
-)  # from others, where they are None
+# Derived from others where they are None.
+_DERIVED = ("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "num_query_groups")
 _PLAIN = {  # of a model whose settings do not name them
     "add_qkv_bias": False,
     "qk_layernorm": False,
@@ -57,7 +52,8 @@ def contradictions_of(storage: Storage, config: dict, mtp_dropped: bool) -> list
             has, means = (_spelled(name, value, meant["num_layers"]) for value in (said[name], meant[name]))
             if has != means:
                 problems.append(
-                    f"{storage.folder}: {where} say {name} = {shown(said[name])}, but config.json means {shown(meant[name])}"
+                    f"{storage.folder}: {where} say {name} = {shown(said[name])}, but config.json means {shown(meant[name])}. "
+                    "Give the --hf-model that belongs to it"
                 )
     return problems
 
@@ -70,6 +66,8 @@ def _meant(config: dict) -> dict[str, Any]:
     without = set()
     if shape.kv_lora:
         without |= {"kv_channels", "num_query_groups", "rotary_percent"}
+    if meant["add_bias_linear"]:  # which gives q, k and v theirs
+        without.add("add_qkv_bias")
     if "qk_l2_norm" in meant:  # norms without weights, which have a setting of their own
         without.add("qk_layernorm")
     if not shape.dense:
@@ -120,6 +118,8 @@ def _arguments(storage: Storage) -> dict[str, Any]:
 
 def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     said = {_ARGUMENTS.get(name, name): value for name, value in arguments.items()}
+    if "swiglu" in arguments:
+        said["gated_linear_unit"] = bool(arguments["swiglu"] or arguments.get("quick_geglu"))
     if not arguments.get("group_query_attention"):
         said["num_query_groups"] = arguments.get("num_attention_heads")
     if "untie_embeddings_and_output_weights" in arguments:
