@@ -16,6 +16,7 @@ from .fingerprint import check_unchanged, of_folder
 from .formats import Options
 from .gather import together
 from .item import Output
+from .journal import kept_statistics
 from .measured import check_calibration
 from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
@@ -24,7 +25,6 @@ from .progress import Progress
 from .signals import heeded
 from .sizes import parse_size
 from .source import copied_tensors
-from .staging import kept_statistics
 from .topology import Topology
 from .writer import check_apart, check_target
 

@@ -19,6 +19,7 @@ from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
 from .item import Item, Measured
+from .journal import naming
 from .measured import check_calibration, measured
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
@@ -29,7 +30,7 @@ from .quant_config import config_json, hf_quant_config
 from .signals import heed
 from .sizes import parse_size
 from .source import SourceWeights, copied_tensors
-from .staging import Staging
+from .staging import Staging, tidy
 from .survey import survey
 from .topology import SILENCE, Topology
 from .verify import verify
@@ -177,7 +178,9 @@ def _write(here: Topology, work: "_Work", place: "_Place", progress: Progress) -
         writer, done = None, False
         with together(here, "start writing"):
             done = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
-            if here.first and not done:
+            if done:
+                tidy(place.folder)
+            elif here.first:
                 check_empty(place.folder, overwrite=place.overwrite)
                 which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
                 staging = Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume)
@@ -227,12 +230,13 @@ def _publish(
     check_unchanged(place.source, place.source_files)
     writer.complete(jsons, assets.files_to_copy(place.source))
     heed()
-    found = verify(staging.folder, plan, staging.finished, progress)
+    found = verify(staging, plan, progress)
     heed()
-    write_json(
-        staging.folder / MANIFEST,
-        manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
-    )
+    with naming(place.folder):
+        write_json(
+            staging.folder / MANIFEST,
+            manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
+        )
     staging.publish()
 
 

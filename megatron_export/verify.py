@@ -21,9 +21,10 @@ import torch
 
 from .errors import report
 from .item import Output
+from .journal import Checks
 from .plan import Plan
 from .progress import Progress, quiet
-from .staging import Checks
+from .staging import Staging
 from .writer import header_of
 
 CHUNK = 16 << 20
@@ -32,35 +33,42 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one file: its size in bytes, its sha256, and the crc32 of each tensor."""
+    """What was found in one file: its size in bytes, its sha256, the crc32 of each tensor; where it is not what was written,
+    and what is wrong with what was written.
+    """
 
     nbytes: int
     sha256: str
     tensors: dict[str, int] = field(default_factory=dict)
+    damages: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
-def verify(folder: Path, plan: Plan, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
-    """Read every file of `folder` back; `checks` are the checksums of what was written, by file.
+def verify(staging: Staging, plan: Plan, progress: Progress = quiet) -> dict[str, Verified]:
+    """Read every file of a staging folder back, against the checksums of what was written.
 
-    Raises one `ExportError` with all that is wrong.
+    Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.
     """
+    folder, checks = staging.folder, staging.finished
     copied = {output.name for output in plan.copied}
     with ThreadPoolExecutor(THREADS) as pool:
         reading = [pool.submit(_read, folder / name, plan.files[name], checks[name], copied) for name in plan.files]
-        read = [one.result() for one in progress("verify", reading)]
-    report([problem for problems, _ in read for problem in problems] + _recipe(folder, plan))
-    found = dict(zip(plan.files, (verified for _, verified in read), strict=True))
+        found = dict(zip(plan.files, (one.result() for one in progress("verify", reading)), strict=True))
+    if damaged := [name for name, one in found.items() if one.damages]:
+        staging.forget(damaged)
+        lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
+        report([*(damage for one in found.values() for damage in one.damages), f"{folder}: {lost}"])
+    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, plan))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
 
 
-def _read(path: Path, outputs: tuple[Output, ...], checks: Checks, copied: set[str]) -> tuple[list[str], Verified]:
-    """What is wrong in one file, and what was found."""
+def _read(path: Path, outputs: tuple[Output, ...], checks: Checks, copied: set[str]) -> Verified:
     header, starts = header_of(outputs)
-    digest, crcs, problems, buffer = hashlib.sha256(), {}, [], bytearray(CHUNK)
+    digest, crcs, damages, problems, buffer = hashlib.sha256(), {}, [], [], bytearray(CHUNK)
     with path.open("rb") as file:
         if file.read(len(header)) != header:
-            return [f"{path}: its header is not what was written"], Verified(0, "")
+            return Verified(0, "", damages=(f"{path}: its header is not what was written",))
         digest.update(header)
         for output in sorted(outputs, key=lambda o: starts[o.name]):
             slices = checks[output.name]
@@ -73,12 +81,13 @@ def _read(path: Path, outputs: tuple[Output, ...], checks: Checks, copied: set[s
                     problems += [] if output.name in copied else _wrong_values(path, output, chunk)
                 seen.append(part)
             if seen != slices:
-                problems.append(f"{path}: {output.name} is not what was written")
+                damages.append(f"{path}: {output.name} is not what was written")
             crcs[output.name] = crc
         rest = file.read(1)
     if rest:
-        problems.append(f"{path}: longer than its header says")
-    return list(dict.fromkeys(problems)), Verified(path.stat().st_size, digest.hexdigest(), crcs)
+        damages.append(f"{path}: longer than its header says")
+    problems = dict.fromkeys(problems)
+    return Verified(path.stat().st_size, digest.hexdigest(), crcs, tuple(damages), tuple(problems))
 
 
 def _chunks(file: BufferedReader, buffer: bytearray, nbytes: int) -> Iterator[memoryview]:

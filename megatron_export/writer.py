@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .errors import ExportError
 from .item import Output
+from .journal import naming, partial_of
 from .plan import Plan
-from .staging import Staging, naming, partial_of
+from .staging import Staging
 
 SPARE_BYTES = 64 << 20
 MANIFEST = "export_manifest.json"
@@ -57,8 +58,8 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool 
     if not os.access(parent, os.W_OK):
         raise ExportError(f"{parent} is not writable. Give another --output")
     free = shutil.disk_usage(parent).free
-    kept = partial_of(export_dir) if resume else None
-    free += sum(path.stat().st_size for path in kept.iterdir()) if kept and kept.is_dir() else 0
+    kept = partial_of(export_dir)  # is gone on with, or removed
+    free += sum(path.stat().st_blocks * 512 for path in kept.iterdir()) if kept.is_dir() else 0
     if free < plan.nbytes + SPARE_BYTES:
         raise ExportError(
             f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free. Make room for "
@@ -98,7 +99,7 @@ class Shard:
         self.outputs = {output.name: output for output in outputs}
         header, self.starts = header_of(outputs)
         self.descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
-        os.write(self.descriptor, header)
+        _write_at(self.descriptor, header, 0)
         os.truncate(path, len(header) + sum(output.nbytes for output in outputs))
         self.checks: dict[str, dict[int, int]] = {name: {} for name in self.outputs}  # by index of the slice
 
@@ -156,10 +157,7 @@ class CheckpointWriter:
         assert output.index not in shard.checks[output.name], output
         data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         check = self.pool.submit(zlib.crc32, data)
-        offset, rest = shard.start_of(output), data
-        while rest:
-            count = os.pwrite(shard.descriptor, rest, offset)
-            rest, offset = rest[count:], offset + count
+        _write_at(shard.descriptor, data, shard.start_of(output))
         shard.checks[output.name][output.index] = check.result()
         self.missing[file] -= 1
         if not self.missing[file]:
@@ -188,6 +186,13 @@ class CheckpointWriter:
                 write_json(folder / name, content)
             if len(self.plan.files) > 1:
                 write_json(folder / INDEX, {"metadata": {"total_size": self.plan.nbytes}, "weight_map": self.homes})
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """All of it: the system may write less than it is given, before it says that there is no more room."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def write_json(path: Path, content: dict) -> None:
