@@ -204,6 +204,7 @@ def _write(here: Topology, work: "_Work", place: "_Place", progress: Progress) -
             with together(here, "write"):
                 if writer:
                     writer.write(gather.open_at_writer(bucket, parcel))
+        here.pulse.at("export", "")
         with together(here, "copy what stays as it is"):
             if writer and plan.copied:
                 with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
