@@ -200,6 +200,7 @@ def _write(here: Topology, work: "_Work", place: "_Place", progress: Progress) -
                     if (name := item.source.canonical) in parts
                 }
                 parcel = gather.parcel_to_writer(here, bucket, encoded)
+            del parts, encoded  # or they would be there while the next bucket is encoded
             gather.deliver(here, parcel)
             with together(here, "write"):
                 if writer:

@@ -101,8 +101,14 @@ def _act(fault: Fault) -> None:
         call(argument)
 
 
+def in_small_steps() -> None:
+    """Short waits and small buckets, in this process."""
+    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
+    plan.BUCKET_BYTES = 30_000
+
+
 @contextmanager
-def _armed(fault: Fault | None, rank: int) -> Iterator[None]:
+def armed(fault: Fault | None, rank: int) -> Iterator[None]:
     if fault is None or rank not in fault.ranks:
         yield
         return
@@ -122,7 +128,6 @@ def _armed(fault: Fault | None, rank: int) -> Iterator[None]:
 def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[str, ...], log: str) -> None:
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
     torch.set_num_threads(1)
-
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -132,9 +137,8 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
         "MASTER_PORT": str(port),
     }
     cli._let_rank_0_speak = lambda: None
-    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
-    plan.BUCKET_BYTES = 30_000
-    with _armed(fault, rank):
+    in_small_steps()
+    with armed(fault, rank):
         status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
     os._exit(status)
 
