@@ -1,9 +1,10 @@
 """The command's story: an HF checkpoint becomes a Megatron model on this topology, is calibrated, and is exported."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from .config import ExportConfig
 from .errors import ExportError
 from .fingerprint import check_unchanged, of_folder
 from .gather import together
+from .journal import kept_statistics
 from .measured import check_calibration
 from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
@@ -22,7 +24,6 @@ from .preview import planned
 from .progress import Progress
 from .signals import heeded
 from .source import copied_tensors
-from .staging import kept_statistics
 from .topology import Topology
 from .writer import check_apart, check_target
 
@@ -219,8 +220,15 @@ def _load(
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
-        read = loading.load_hf_weights(
-            model, folder, hf_config, here, lambda steps: heeded(progress("load", steps)), dropped
-        )
+        steps = partial(_located, here, progress)
+        read = loading.load_hf_weights(model, folder, hf_config, here, steps, dropped)
+    here.pulse.at("load the weights", "")
     job.bytes_read = sum(gather.everyone(here, read))
     return model
+
+
+def _located(here: Topology, progress: Progress, steps: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The steps of loading, each of which says where this rank is."""
+    for name, shard in heeded(progress("load", steps)):
+        here.pulse.at("load the weights", name)
+        yield name, shard

@@ -22,6 +22,7 @@ from .filing import Bucket, Writers
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
+from .journal import Checks, naming
 from .measured import check_calibration
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
@@ -31,7 +32,7 @@ from .quant_config import config_json, hf_quant_config
 from .signals import heed
 from .sizes import parse_size
 from .source import SourceWeights, copied_tensors
-from .staging import Checks, Guest, Staging
+from .staging import Guest, Staging, tidy
 from .stream import Work, delivered
 from .survey import survey
 from .topology import SILENCE, Topology
@@ -199,7 +200,9 @@ def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: P
         staging, published = None, False
         with together(here, "start writing"):
             published = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
-            if here.first and not published:
+            if published:
+                tidy(place.folder)
+            elif here.first:
                 staging = stack.enter_context(_staging(place))
                 staging.keep(work.calibration)
         published, kept = gather.from_first(here, (published, staging.finished if staging else {}))
@@ -215,6 +218,7 @@ def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: P
                 if bucket.writer == here.rank:
                     writer.write(found.tensors())
         done.end("encode")
+        here.pulse.at("export", "")
         with together(here, "finish the files"):
             if writer and plan.copied:
                 with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
@@ -264,20 +268,20 @@ def _publish(
     staging: Staging,
     place: "_Place",
     sizes: dict[str, int],
-    read: list[tuple[dict[str, Verified], list[str]]],
+    read: list[dict[str, Verified]],
 ) -> None:
     """Add the other files, judge what all writers read back, and give the folder its name."""
     quant = hf_quant_config(plan)
     jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
     check_unchanged(place.source, place.source_files)
     complete(plan, staging, jsons, assets.files_to_copy(place.source))
-    found = {file: verified for files, _ in read for file, verified in files.items()}
-    found = judged(staging.folder, plan, found, [problem for _, problems in read for problem in problems])
+    found = judged(staging, plan, {file: verified for files in read for file, verified in files.items()})
     heed()
-    write_json(
-        staging.folder / MANIFEST,
-        manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
-    )
+    with naming(place.folder):
+        write_json(
+            staging.folder / MANIFEST,
+            manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
+        )
     staging.publish()
 
 

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,11 @@ import torch
 from .errors import report
 from .fingerprint import joined_crc32
 from .item import Output
+from .journal import Checks
 from .plan import Plan
 from .progress import Progress, quiet
 from .shard import header_of, slices_of
-from .staging import Checks
+from .staging import Staging
 
 CHUNK = 16 << 20
 THREADS = 4  # files that are read at a time
@@ -37,11 +38,15 @@ BUFFERS = 3  # chunks of each of them
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one file: its size in bytes, its sha256, and the crc32 of each tensor."""
+    """What was found in one file: its size in bytes, its sha256, the crc32 of each tensor; where it is not what was written,
+    and what is wrong with what was written.
+    """
 
     nbytes: int
     sha256: str
     tensors: dict[str, int] = field(default_factory=dict)
+    damages: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 class _Span(NamedTuple):
@@ -54,11 +59,10 @@ class _Span(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a file holds: sums of its slices by tensor, and what is wrong with it by itself."""
+    """What a file holds, and sums of its slices by tensor."""
 
     verified: Verified
     slices: dict[str, list[int]]
-    problems: list[str]
 
 
 class ReadBack:
@@ -82,40 +86,39 @@ class ReadBack:
         """Read a file with these tensors; `ready` waits until all before a place in it is there, and says whether it is."""
         self.reading[path.name] = self.readers.submit(self._read, path, outputs, ready)
 
-    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> tuple[dict[str, Verified], list[str]]:
-        """What was read, by file, and all that is wrong with it; `checks` are the checksums of what was written."""
-        verified, problems = {}, []
+    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
+        """What was read, by file; `checks` are the checksums of what was written."""
+        verified = {}
         for file in progress("verify", list(self.reading)):
             found = self.reading[file].result()
-            verified[file] = found.verified
-            problems += found.problems
             written = checks[file] if found.slices else {}
-            problems += [
-                f"{file}: {name} is not what was written"
-                for name, sums in written.items()
-                if found.slices[name] != sums
-            ]
-        return verified, problems
+            other = (f"{file}: {n} is not what was written" for n, sums in written.items() if found.slices[n] != sums)
+            verified[file] = replace(found.verified, damages=(*found.verified.damages, *other))
+        return verified
 
     def _read(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool]) -> _Found:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def verify(folder: Path, plan: Plan, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
-    """Read every file of `folder` back; `checks` are the checksums of what was written, by file.
-
-    Raises one `ExportError` with all that is wrong.
-    """
+def verify(staging: Staging, plan: Plan, progress: Progress = quiet) -> dict[str, Verified]:
+    """Read every file of a staging folder back, against the checksums of what was written, and judge them."""
     with ReadBack(plan) as back:
         for file, outputs in plan.files.items():
-            back.follow(folder / file, outputs)
-        found, problems = back.found(checks, progress)
-    return judged(folder, plan, found, problems)
+            back.follow(staging.folder / file, outputs)
+        return judged(staging, plan, back.found(staging.finished, progress))
 
 
-def judged(folder: Path, plan: Plan, found: dict[str, Verified], problems: list[str]) -> dict[str, Verified]:
-    """What was found in all files of a folder, after the recipe was checked too; raises one `ExportError` with all `problems`."""
-    report(problems + _recipe(folder, plan))
+def judged(staging: Staging, plan: Plan, found: dict[str, Verified]) -> dict[str, Verified]:
+    """What was found in all files of a folder, after the recipe was checked too.
+
+    Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.
+    """
+    folder = staging.folder
+    if damaged := [file for file, one in found.items() if one.damages]:
+        staging.forget(damaged)
+        lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
+        report([*(damage for file in damaged for damage in found[file].damages), f"{folder}: {lost}"])
+    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, plan))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     found = {file: found[file] for file in plan.files}
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
@@ -144,10 +147,10 @@ def _read(
     digest, judging = hashlib.sha256(header), []
     with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
-            return _Found(Verified(0, ""), {}, [f"{path.name}: its header is not what was written"])
+            return _Found(Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {})
         for number, offset in enumerate(range(len(header), end, CHUNK)):
             if not ready(min(offset + CHUNK, end)):
-                return _Found(Verified(0, ""), {}, [f"{path.name}: it was not written to its end"])
+                return _Found(Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {})
             if number >= BUFFERS:
                 judging[number - BUFFERS].result()  # now its buffer is free
             chunk = memoryview(buffers[number % BUFFERS])[: min(CHUNK, end - offset)]
@@ -155,7 +158,8 @@ def _read(
             first = bisect_right(starts, offset) - 1
             judging.append(judges.submit(_judge, path.name, spans, first, offset, chunk, copied))
             digest.update(chunk)
-        problems = [f"{path.name}: longer than its header says"] if file.read(1) else []
+        damages = (f"{path.name}: longer than its header says",) if file.read(1) else ()
+    problems: list[str] = []
     parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for crcs, wrong in (one.result() for one in judging):
         problems += wrong
@@ -167,8 +171,8 @@ def _read(
         slices[span.output.name].append(joined_crc32(found))
         crcs[span.output.name] += found
     sums = {name: joined_crc32(found) for name, found in crcs.items()}
-    verified = Verified(path.stat().st_size, digest.hexdigest(), sums)
-    return _Found(verified, slices, list(dict.fromkeys(problems)))
+    problems = list(dict.fromkeys(problems))
+    return _Found(Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(problems)), slices)
 
 
 def _judge(
