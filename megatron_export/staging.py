@@ -126,11 +126,11 @@ class Staging:
 
     def _rewrite(self) -> None:
         """Write a whole journal, without lines that were cut off or are of files that have gone."""
-        path = self.journal / JOURNAL
         lines = [{"kind": KIND, **self.fingerprint}, *(self._about(*item) for item in self.finished.items())]
-        path.with_suffix(".new").write_bytes(b"".join(map(line_of, lines)))
-        sync(path.with_suffix(".new"))
-        path.with_suffix(".new").rename(path)
+        new = self.journal / "new"
+        new.write_bytes(b"".join(map(line_of, lines)))
+        sync(new)
+        new.rename(self.journal / JOURNAL)
         sync(self.journal)
 
     def keep(self, statistics: dict[str, Tensor]) -> None:
