@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def test_a_disk_that_gets_full_is_told_and_resume_finishes_when_there_is_room(
     whole: dict,
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture,
+    tell: Callable[[str], None],
 ) -> None:
     how, place = means(request, tmp_path / "tried"), tmp_path / "disk"
     if how == "there":
@@ -110,8 +110,7 @@ def test_a_disk_that_gets_full_is_told_and_resume_finishes_when_there_is_room(
     fault = Fault("full disk", point, (0,), (fill, (place, left)))
     if how == "nowhere":
         fault = Fault("small files", "first bucket", (0,))
-        with capsys.disabled():
-            print("\nnothing can be mounted here: a limit on the size of files stands in for a full disk")
+        tell("nothing can be mounted here: a limit on the size of files stands in for a full disk")
     with disk(place, 80 * MIB) if how == "here" else made(place):
         given = (*flags(models, place / "out"), *(["--overwrite"] if old else []))
         if old:
