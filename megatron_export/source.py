@@ -36,8 +36,8 @@ class SourceWeights:
         self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
         for path in sorted(set(self.files.values())):
-            self.sizes[path] = path.stat().st_size
             self.open[path] = opened(path)
+            self.sizes[path] = path.stat().st_size
         seen: dict[str, Path] = {}
         for path, file in self.open.items():
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -139,7 +139,8 @@ class SourceWeights:
         process.
         """
         path = self.files[name]
-        if (size := path.stat().st_size) != self.sizes[path]:
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.sizes[path]:
             raise ExportError(
                 f"{path} changed while it was read: it has {size:,} bytes now, it had {self.sizes[path]:,}. Start again when "
                 "nobody writes there"

@@ -2,9 +2,11 @@
 
 What is measured is the resident memory of a whole process, as Linux keeps its peak, from the call of the export on; Python,
 torch and Megatron (0.4 GB) are part of it. On the CPU a rank's weights are too, while in use they are on a GPU: so the bytes of
-its parameters are subtracted, and nothing else. The encoded tensors, which a GPU would hold as well, stay counted.
+its parameters are subtracted, and nothing else. The encoded tensors, which a GPU would hold as well, stay counted. glibc is told to
+give back what is freed, as MALLOC_MMAP_THRESHOLD_=1048576 does: what it keeps beyond that differs from run to run.
 """
 
+import ctypes
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +48,7 @@ def peak_of_export(folder: Path, layers: int) -> int:
 
 
 SHARD = 100_000_000
+M_MMAP_THRESHOLD = -3  # of malloc.h
 LARGE = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
 
 
@@ -54,6 +57,7 @@ def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
     config = LARGE | {"num_hidden_layers": layers}
     linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
     statistics = {f"{name}input_amax": torch.tensor(1.0) for name in linears}
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     with topology.started(2, 1, "cpu"):
         with topology.current() as here:
             model = build_model(config, here, max_sequence_length=1)
