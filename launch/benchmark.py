@@ -5,6 +5,8 @@
 Without a CHECKPOINT the model is calibrated once, exported in every format, and the exports are scored; two more rows
 show what a search is worth. With CHECKPOINTs, from whatever tool, those are scored. The first row is what the others
 are compared with, and its tokenizer serves for all. emulation.py says what is computed and how near it is to engines.
+
+    python launch/benchmark.py encode       see benchmark_encode.py
 """
 
 import argparse
@@ -19,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from benchmark_encode import add_encode
 from torch import Tensor, nn
 
 from megatron_export.cli import EXAMPLE_MODEL, bar
@@ -73,8 +76,9 @@ class Score:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 refused or failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="quality")
+    commands = parser.add_subparsers(required=True, metavar="{quality,encode}")
     add_quality(commands.add_parser("quality", help="perplexity, divergence and size of checkpoints, as a table"))
+    add_encode(commands.add_parser("encode", help="the speed of each format against a copy's, as a table"))
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:

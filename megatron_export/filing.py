@@ -81,29 +81,30 @@ def writers_of(files: dict[str, tuple[Output, ...]], items: Sequence[Item], writ
 
 
 def buckets_of(
-    items: Sequence[Item], files: dict[str, tuple[Output, ...]], writers: dict[str, int]
+    items: Sequence[Item], files: dict[str, tuple[Output, ...]], writers: dict[str, int], limit: int | None = None
 ) -> tuple[Bucket, ...]:
-    """Every item once, in the order in which they are sent: a bucket for each lane of each writer, and again."""
+    """Every item once, in the order in which they are sent: a bucket for each lane of each writer, and again. A bucket has at most
+    `limit` bytes, `BUCKET_BYTES` if it is None, or one larger item.
+    """
     homes, contents = _homes(files), defaultdict(list)
     for item in items:
         contents[homes[item.outputs[0].name]].append(item)
     lanes: dict[tuple[int, int], list[Bucket]] = defaultdict(list)
     begun: dict[int, int] = defaultdict(int)
     for file, writer in writers.items():
-        lanes[begun[writer] % LANES, writer] += _cut(contents[file], writer)
+        lanes[begun[writer] % LANES, writer] += _cut(contents[file], writer, limit or BUCKET_BYTES)
         begun[writer] += 1
     waiting = [lanes[key] for key in sorted(lanes)]
     rounds = max((len(lane) for lane in waiting), default=0)
     return tuple(lane[turn] for turn in range(rounds) for lane in waiting if turn < len(lane))
 
 
-def _cut(items: list[Item], writer: int) -> list[Bucket]:
-    """Buckets of at most `BUCKET_BYTES`, or of one larger item."""
+def _cut(items: list[Item], writer: int, limit: int) -> list[Bucket]:
     cuts: list[list[Item]] = []
-    size = BUCKET_BYTES
+    size = limit
     for item in items:
         nbytes = sum(output.nbytes for output in item.outputs)
-        if size + nbytes > BUCKET_BYTES:
+        if size + nbytes > limit:
             cuts.append([])
             size = 0
         cuts[-1].append(item)

@@ -6,7 +6,7 @@ receiver, who has the same plan, unpacks it. A rank's failure becomes every rank
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -219,6 +219,22 @@ def deliver(here: Topology, parcel: Parcel) -> int:
     return parcel.mine.nbytes
 
 
+def to_all(here: Topology, bucket: Bucket, tensors: Iterable[tuple[Output, Tensor]]) -> list[tuple[Output, Tensor]]:
+    """The tensors of a bucket that its writer has, on every rank's device."""
+    mine = list(tensors)
+    outputs = [output for item in bucket.items for output in item.outputs]
+    packed = torch.empty(_size(outputs), dtype=torch.uint8, device=here.device)
+    if here.rank == bucket.writer:
+        packed = _packed(outputs, [tensor for _, tensor in mine])
+    dist.broadcast(packed, bucket.writer)
+    found, offset = [], 0
+    for output in outputs:
+        data = packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
+        found.append((output, data))
+        offset += _padded(output.nbytes)
+    return found
+
+
 def _parcel(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> Parcel:
     if here.rank != to:
         return Parcel(to, mine, {})
@@ -236,17 +252,19 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _size(message: tuple[Output, ...]) -> int:
+def _size(message: Sequence[Output]) -> int:
     return sum(_padded(output.nbytes) for output in message)
 
 
 def _pack(message: tuple[Output, ...], pieces: dict[str, Piece]) -> Tensor:
     """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype."""
-    device = next(iter(pieces.values())).data.device
-    packed = torch.zeros(_size(message), dtype=torch.uint8, device=device)
+    return _packed(message, [pieces[output.name].data for output in message])
+
+
+def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
+    packed = torch.zeros(_size(message), dtype=torch.uint8, device=tensors[0].device)
     offset = 0
-    for output in message:
-        data = pieces[output.name].data
+    for output, data in zip(message, tensors, strict=True):
         assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), output
         packed[offset : offset + output.nbytes] = data.contiguous().reshape(-1).view(torch.uint8)
         offset += _padded(output.nbytes)

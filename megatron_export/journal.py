@@ -7,6 +7,7 @@ quantized with.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,36 @@ def line_of(said: dict) -> bytes:
     """A line of a journal."""
     text = json.dumps(said, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def finish(folder: Path, journal: Path, file: str, checks: Checks, sync_too: bool) -> None:
+    """Note in a journal that a file is complete."""
+    if sync_too:
+        sync(folder)
+    note(journal, about(folder, file, checks), sync_too=sync_too)
+
+
+def about(folder: Path, file: str, checks: Checks) -> dict:
+    """What a line says of a file that is complete."""
+    return {"file": file, "bytes": (folder / file).stat().st_size, "tensors": checks}
+
+
+def note(path: Path, *lines: dict, sync_too: bool) -> None:
+    """Add lines to a journal."""
+    with path.open("ab") as journal:
+        journal.write(b"".join(map(line_of, lines)))
+        journal.flush()
+        if sync_too:
+            os.fsync(journal.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_line(line: bytes) -> dict | None:

@@ -11,7 +11,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .plan import Plan
+from .contents import Contents
 from .shard import DTYPES
 from .verify import Verified
 from .writer import MANIFEST
@@ -20,7 +20,7 @@ KIND = "megatron_export manifest 1"
 _PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")
 
 
-def manifest(plan: Plan, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
+def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
     """The content of the file."""
     tensors = {
         output.name: {
@@ -29,7 +29,7 @@ def manifest(plan: Plan, found: dict[str, Verified], identity: dict[str, str], r
             "shape": list(output.shape),
             "crc32": f"{found[file].tensors[output.name]:08x}",
         }
-        for file, outputs in plan.files.items()
+        for file, outputs in contents.files.items()
         for output in outputs
     }
     return {

@@ -2,58 +2,34 @@
 publish.
 """
 
-import dataclasses
 import resource
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import assets, gather, manifest, topology
-from .contradictions import contradictions
-from .errors import ExportError, report
-from .filing import Bucket, Writers
-from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
+from . import gather, manifest, topology
+from .contents import contents_of
+from .filing import Bucket
 from .formats import Options
 from .gather import together
-from .journal import Checks, naming
-from .measured import check_calibration
-from .model import finish_gathering, shards_of
-from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
-from .plan import Plan, make_plan
+from .journal import Checks
+from .names import copied_prefixes
+from .plan import Plan
+from .prepare import Original, Request, planned, surveyed
 from .progress import Progress, quiet
-from .quant_config import config_json, hf_quant_config
-from .signals import heed
-from .sizes import parse_size
-from .source import SourceWeights, copied_tensors
+from .publishing import Place, opened, publish
+from .source import SourceWeights
 from .staging import Guest, Staging, tidy
 from .stream import Work, delivered
-from .survey import survey
 from .topology import SILENCE, Topology
-from .verify import ReadBack, Verified, judged
-from .writer import MANIFEST, CheckpointWriter, check_apart, check_empty, check_target, complete, write_json
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where it goes: the target, the original model whose other files are copied, with the state that its files were in at the
-    start, and what the manifest says.
-    """
-
-    folder: Path
-    overwrite: bool
-    resume: bool
-    sync: bool
-    source: Path
-    source_files: dict[str, tuple[int, int]]
-    identity: dict[str, str]
-    provenance: dict
+from .verify import ReadBack
+from .writer import CheckpointWriter, check_apart, check_target
 
 
 @dataclass(frozen=True)
@@ -142,58 +118,28 @@ def export_hf_checkpoint(
     done = _Done()
     done.end("start")
     options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
+    request = Request(
+        hf_model, format, calibration, kv_cache, options, exclude, mtp, quantize_mla, max_shard_size, writers
+    )
     export_dir = Path(export_dir).resolve()
+
+    def check(plan: Plan, original: Original) -> None:
+        check_target(export_dir, plan, overwrite=overwrite, resume=resume)
+        check_apart(export_dir, original.folder)
+
     with topology.current(timeout) as here:
-        with together(here, "read the model's shapes"):
-            folder = assets.find_model(hf_model, weights=False)
-            if mtp not in ("keep", "drop"):
-                raise ExportError(f"mtp must be 'keep' or 'drop', not {mtp!r}")
-            config = assets.read_config(folder)
-            folder = assets.with_copied(folder, hf_model, copied_prefixes(config))
-            copied = copied_tensors(folder, copied_prefixes(config))
-            files = of_folder(folder)
-            config = without_mtp(config) if mtp == "drop" else config
-            report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
-            shards = shards_of(model)
-            if mtp == "drop":
-                shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
-        finish_gathering(model)
-        held = gather.locate(here, shards)
-        nodes = gather.nodes(here)
-        with together(here, "plan the export"):
-            plan = make_plan(
-                config,
-                held,
-                format=format,
-                options=options,
-                kv_cache=kv_cache,
-                exclude=exclude,
-                quantize_mla=quantize_mla,
-                max_shard_bytes=parse_size(max_shard_size),
-                copied=copied,
-                writers=Writers(writers, nodes),
-            )
-            check_calibration(plan, calibration)
-            if here.first:
-                check_target(export_dir, plan, overwrite=overwrite, resume=resume)
-                check_apart(export_dir, folder)
+        found = planned(here, model, request, check)
         done.end("plan")
-        amaxes, digest = survey(here, plan, shards, calibration or {})
+        work, identity = surveyed(here, found)
         done.end("survey")
-        identity = {
-            "version": version("megatron_export"),
-            "settings": of_settings([dataclasses.asdict(options), _said(plan)]),
-            "model": digest,
-            "statistics": of_statistics(calibration or {}),
-        }
-        place = _Place(export_dir, overwrite, resume, sync, folder, files, identity, provenance or {})
-        _write(here, Work(plan, shards, amaxes, calibration or {}), place, done, progress)
+        place = Place(export_dir, overwrite, resume, sync, found.original, identity, provenance or {})
+        _write(here, work, place, done, progress)
         peak_host, peak_gpu, wire = zip(*gather.everyone(here, (*_peaks(here), done.sent)), strict=True)
     seconds = time.monotonic() - done.ends["start"]
-    return Report(export_dir, plan, seconds, peak_host, peak_gpu, done.kept, wire, done.stages)
+    return Report(export_dir, found.plan, seconds, peak_host, peak_gpu, done.kept, wire, done.stages)
 
 
-def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: Progress) -> None:
+def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Progress) -> None:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
     plan = work.plan
     with ExitStack() as stack:
@@ -203,7 +149,7 @@ def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: P
             if published:
                 tidy(place.folder)
             elif here.first:
-                staging = stack.enter_context(_staging(place))
+                staging = stack.enter_context(opened(place))
                 staging.keep(work.calibration)
         published, kept = gather.from_first(here, (published, staging.finished if staging else {}))
         done.kept = len(plan.files) if published else len(kept)
@@ -221,7 +167,7 @@ def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: P
         here.pulse.at("export", "")
         with together(here, "finish the files"):
             if writer and plan.copied:
-                with SourceWeights(place.source, only=copied_prefixes(plan.config)) as weights:
+                with SourceWeights(place.original.folder, only=copied_prefixes(plan.config)) as weights:
                     writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
             if writer:
                 writer.flush()
@@ -232,25 +178,19 @@ def _write(here: Topology, work: Work, place: "_Place", done: _Done, progress: P
         done.end("verify")
         with together(here, "publish", heeding=False):
             if staging:
-                _publish(plan, staging, place, here.sizes, [one for one in read if one])
+                publish(contents_of(plan), staging, place, here.sizes, [one for one in read if one])
         done.end("publish")
 
 
-def _staging(place: "_Place") -> Staging:
-    check_empty(place.folder, overwrite=place.overwrite)
-    which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
-    return Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume, sync=place.sync)
-
-
 def _opened(
-    here: Topology, plan: Plan, place: "_Place", staging: Staging | None, kept: dict[str, Checks], stack: ExitStack
+    here: Topology, plan: Plan, place: Place, staging: Staging | None, kept: dict[str, Checks], stack: ExitStack
 ) -> tuple[CheckpointWriter | None, ReadBack | None]:
     """The writer of this rank's files and what reads them back, if it has any; what is complete already is read at once."""
     mine = [file for file, rank in plan.writers.items() if rank == here.rank]
     if not mine:
         return None, None
     desk = staging or Guest(place.folder, here.rank, kept, place.sync)
-    back = stack.enter_context(ReadBack(plan))
+    back = stack.enter_context(ReadBack(contents_of(plan)))
     for file in kept.keys() & set(mine):
         back.follow(desk.folder / file, plan.files[file])
     writer = CheckpointWriter(plan, desk, rank=here.rank, device=here.device, sync=place.sync, follow=back.follow)
@@ -261,34 +201,6 @@ def _left(plan: Plan, kept: dict[str, Checks]) -> list[Bucket]:
     """The buckets without what an interrupted run has completed."""
     done = {output.name for file in kept for output in plan.files[file]}
     return [bucket for bucket in plan.buckets if bucket.items[0].outputs[0].name not in done]
-
-
-def _publish(
-    plan: Plan,
-    staging: Staging,
-    place: "_Place",
-    sizes: dict[str, int],
-    read: list[dict[str, Verified]],
-) -> None:
-    """Add the other files, judge what all writers read back, and give the folder its name."""
-    quant = hf_quant_config(plan)
-    jsons = {"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {})
-    check_unchanged(place.source, place.source_files)
-    complete(plan, staging, jsons, assets.files_to_copy(place.source))
-    found = judged(staging, plan, {file: verified for files in read for file, verified in files.items()})
-    heed()
-    with naming(place.folder):
-        write_json(
-            staging.folder / MANIFEST,
-            manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
-        )
-    staging.publish()
-
-
-def _said(plan: Plan) -> dict:
-    """What a plan decides of the bytes."""
-    files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
-    return {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}
 
 
 def _peaks(here: Topology) -> tuple[int, int]:

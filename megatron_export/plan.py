@@ -80,6 +80,7 @@ def make_plan(
     max_shard_bytes: int = 5_000_000_000,
     copied: tuple[Output, ...] = (),
     writers: Writers = Writers(),  # noqa: B008 - frozen
+    bucket_bytes: int | None = None,
 ) -> Plan:
     """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
     original has beside them.
@@ -133,7 +134,7 @@ def make_plan(
         form=form,
         kv=kv,
         items=tuple(items),
-        buckets=buckets_of(items, files, writing),
+        buckets=buckets_of(items, files, writing, bucket_bytes),
         files=files,
         writers=writing,
         quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),

@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import torch
 from .fingerprint import joined_crc32
 from .item import Output
 from .journal import Checks
-from .plan import Plan
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -51,13 +50,6 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def slices_of(plan: Plan) -> dict[str, int]:
-    """Tensor -> of how many slices it is made, 1 if it is made whole."""
-    counts = Counter(output.name for item in plan.items for output in item.outputs)
-    counts.update(output.name for output in plan.copied)
-    return counts
-
-
 def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """All of it: the system may write less than it is given, before it says that there is no more room."""
     while data:
@@ -75,8 +67,8 @@ def _start_writeback(descriptor: int, start: int, nbytes: int) -> None:
 class Shard:
     """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
 
-    def __init__(self, path: Path, outputs: tuple[Output, ...], slices: dict[str, int], sync: bool) -> None:
-        self.name = path.name
+    def __init__(self, name: str, path: Path, outputs: tuple[Output, ...], slices: dict[str, int], sync: bool) -> None:
+        self.name = name
         self.outputs = {output.name: output for output in outputs}
         self.slices = slices
         self.sync = sync

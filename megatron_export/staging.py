@@ -25,13 +25,16 @@ from .journal import (
     OF_GUESTS,
     STATISTICS,
     Checks,
+    about,
+    finish,
     journal_of,
     kept,
-    line_of,
     naming,
+    note,
     old_of,
     partial_of,
     read_journal,
+    sync,
 )
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -124,10 +127,13 @@ class Staging:
         if self.sync:
             sync(self.target.parent)
 
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
         with naming(self.target), self.noting:
-            _finish(self.folder, self.journal / JOURNAL, file, checks, self.sync)
+            finish(self.folder, self.journal / JOURNAL, file, checks, self.sync)
             self.finished[file] = checks
 
     def forget(self, files: Iterable[str]) -> None:
@@ -142,8 +148,8 @@ class Staging:
         """One journal of all ranks' lines, in place of those that are there, some of which may be cut off or damaged."""
         new = self.journal / "new"
         new.unlink(missing_ok=True)
-        lines = (_about(self.folder, file, checks) for file, checks in self.finished.items())
-        _note(new, {"kind": KIND, **self.fingerprint}, *lines, sync_too=self.sync)
+        lines = (about(self.folder, file, checks) for file, checks in self.finished.items())
+        note(new, {"kind": KIND, **self.fingerprint}, *lines, sync_too=self.sync)
         new.rename(self.journal / JOURNAL)
         for path in self.journal.glob(OF_GUESTS):
             path.unlink()
@@ -210,29 +216,14 @@ class Guest:
                 "share, or --writers rank0"
             )
 
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
         with naming(self.target), self.noting:
-            _finish(self.folder, self.path, file, checks, self.sync)
+            finish(self.folder, self.path, file, checks, self.sync)
             self.finished[file] = checks
-
-
-def _finish(folder: Path, journal: Path, file: str, checks: Checks, sync_too: bool) -> None:
-    if sync_too:
-        sync(folder)
-    _note(journal, _about(folder, file, checks), sync_too=sync_too)
-
-
-def _about(folder: Path, file: str, checks: Checks) -> dict:
-    return {"file": file, "bytes": (folder / file).stat().st_size, "tensors": checks}
-
-
-def _note(path: Path, *lines: dict, sync_too: bool) -> None:
-    with path.open("ab") as journal:
-        journal.write(b"".join(map(line_of, lines)))
-        journal.flush()
-        if sync_too:
-            os.fsync(journal.fileno())
 
 
 def tidy(target: Path) -> None:
@@ -259,15 +250,6 @@ def exchange(one: Path, other: Path) -> None:
 def _swapped(one: Path, other: Path) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locked(target: Path, journal: Path) -> int:

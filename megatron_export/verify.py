@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .contents import Contents
 from .errors import report
 from .fingerprint import joined_crc32
 from .item import Output
 from .journal import Checks
-from .plan import Plan
 from .progress import Progress, quiet
-from .shard import header_of, slices_of
+from .shard import header_of
 from .staging import Staging
 
 CHUNK = 16 << 20
@@ -66,11 +66,11 @@ class _Found(NamedTuple):
 
 
 class ReadBack:
-    """Use as a context. Reads the files of a plan that it is told to follow, `THREADS` at a time."""
+    """Use as a context. Reads the files that it is told to follow, `THREADS` at a time."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.copied = {output.name for output in plan.copied}
-        self.slices = slices_of(plan)
+    def __init__(self, contents: Contents) -> None:
+        self.copied = contents.copied
+        self.slices = contents.slices
         self.reading: dict[str, Future[_Found]] = {}
 
     def __enter__(self) -> "ReadBack":
@@ -100,15 +100,15 @@ class ReadBack:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def verify(staging: Staging, plan: Plan, progress: Progress = quiet) -> dict[str, Verified]:
+def verify(staging: Staging, contents: Contents, progress: Progress = quiet) -> dict[str, Verified]:
     """Read every file of a staging folder back, against the checksums of what was written, and judge them."""
-    with ReadBack(plan) as back:
-        for file, outputs in plan.files.items():
+    with ReadBack(contents) as back:
+        for file, outputs in contents.files.items():
             back.follow(staging.folder / file, outputs)
-        return judged(staging, plan, back.found(staging.finished, progress))
+        return judged(staging, contents, back.found(staging.finished, progress))
 
 
-def judged(staging: Staging, plan: Plan, found: dict[str, Verified]) -> dict[str, Verified]:
+def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
     """What was found in all files of a folder, after the recipe was checked too.
 
     Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.
@@ -118,9 +118,9 @@ def judged(staging: Staging, plan: Plan, found: dict[str, Verified]) -> dict[str
         staging.forget(damaged)
         lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
         report([*(damage for file in damaged for damage in found[file].damages), f"{folder}: {lost}"])
-    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, plan))
+    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
-    found = {file: found[file] for file in plan.files}
+    found = {file: found[file] for file in contents.files}
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
 
 
@@ -139,7 +139,7 @@ def _read(
     header: bytes,
     ready: Callable[[int], bool],
     judges: ThreadPoolExecutor,
-    copied: set[str],
+    copied: frozenset[str],
 ) -> _Found:
     """Read one file, chunk after chunk, and judge each while the next one is read and hashed."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
@@ -176,7 +176,7 @@ def _read(
 
 
 def _judge(
-    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: set[str]
+    file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
 ) -> tuple[list[tuple[str, int, int, int]], list[str]]:
     """The checksums of what a chunk, which starts at `offset` in its file and in span `first`, has of each span; what is wrong."""
     crcs, problems = [], []
@@ -214,14 +214,14 @@ def is_scale(name: str) -> bool:
     return "scale" in name.rpartition(".")[2]
 
 
-def _recipe(folder: Path, plan: Plan) -> list[str]:
-    """Where the files, the exclude lists and the plan disagree on what is quantized."""
-    outputs = [output for file in plan.files.values() for output in file]
+def _recipe(folder: Path, contents: Contents) -> list[str]:
+    """Where the files, the exclude lists and the contents disagree on what is quantized."""
+    outputs = [output for file in contents.files.values() for output in file]
     scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
-    meant = set(plan.quantized)
+    meant = set(contents.quantized)
     problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
     problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
-    if not plan.form.quantization:
+    if not contents.quantized:
         return problems
     left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
     for file, excluded in _excluded(folder).items():

@@ -9,17 +9,19 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .contents import Contents, contents_of
 from .conveyor import Conveyor
 from .errors import ExportError
 from .item import Output
-from .journal import naming, partial_of
+from .journal import Checks, naming, partial_of
 from .plan import Plan
-from .shard import Shard, slices_of
-from .staging import Guest, Staging
+from .shard import Shard
+from .staging import Staging
 
 SPARE_BYTES = 64 << 20
 MANIFEST = "export_manifest.json"
@@ -65,6 +67,19 @@ def check_apart(export_dir: Path, *inputs: Path) -> None:
             raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
 
 
+class Desk(Protocol):
+    """Where a writer puts its files, and notes those that are complete."""
+
+    target: Path
+    finished: dict[str, Checks]
+
+    def path(self, file: str) -> Path:
+        """Where a file grows."""
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that it is complete."""
+
+
 Follow = Callable[[Path, tuple[Output, ...], Callable[[int], bool]], None]
 
 
@@ -78,7 +93,7 @@ class CheckpointWriter:
     def __init__(
         self,
         plan: Plan,
-        staging: Staging | Guest,
+        staging: Desk,
         *,
         rank: int = 0,
         device: torch.device | None = None,
@@ -90,7 +105,7 @@ class CheckpointWriter:
         self.sync = sync
         self.follow = follow
         self.homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
-        self.slices = slices_of(plan)
+        self.slices = contents_of(plan).slices
         self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
         self.shards: dict[str, Shard] = {}
         self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
@@ -132,9 +147,9 @@ class CheckpointWriter:
     def _begin(self, file: str) -> None:
         if file in self.shards:
             return
-        path, outputs = self.staging.folder / file, self.plan.files[file]
+        path, outputs = self.staging.path(file), self.plan.files[file]
         with naming(self.staging.target):
-            self.shards[file] = shard = Shard(path, outputs, self.slices, self.sync)
+            self.shards[file] = shard = Shard(file, path, outputs, self.slices, self.sync)
         if self.follow:
             self.follow(path, outputs, shard.ready)
 
@@ -168,16 +183,16 @@ class CheckpointWriter:
             raise ExportError(f"{len(lacking)} tensors were never written, first {lacking[0]}")
 
 
-def complete(plan: Plan, staging: Staging, jsons: dict[str, dict], copies: list[Path]) -> None:
+def complete(contents: Contents, staging: Staging, copies: list[Path]) -> None:
     """Add the JSON files, copies of `copies`, and the index to a folder in which all shards are."""
     with naming(staging.target):
         for path in copies:
             shutil.copyfile(path, staging.folder / path.name)
-        for name, content in jsons.items():
+        for name, content in contents.jsons.items():
             write_json(staging.folder / name, content)
-        if len(plan.files) > 1:
-            homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
-            write_json(staging.folder / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": homes})
+        if len(contents.files) > 1:
+            homes = {output.name: file for file, outputs in contents.files.items() for output in outputs}
+            write_json(staging.folder / INDEX, {"metadata": {"total_size": contents.nbytes}, "weight_map": homes})
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -35,10 +35,15 @@ def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     scale = scale_of(amax.weight)
     scaled = (weight.float() / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX)
+    return pieces(scaled.to(torch.float8_e4m3fn), scale, scale_of(amax.input))
+
+
+def pieces(codes: Tensor, scale: Tensor, input_scale: Tensor) -> dict[str, Piece]:
+    """The tensors above, by suffix."""
     return {
-        "weight": Piece(scaled.to(torch.float8_e4m3fn), (Axis.OUT, Axis.IN)),
+        "weight": Piece(codes, (Axis.OUT, Axis.IN)),
         "weight_scale": Piece(scale, ()),
-        "input_scale": Piece(scale_of(amax.input), ()),
+        "input_scale": Piece(input_scale, ()),
     }
 
 

@@ -42,11 +42,16 @@ def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dic
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [out/128, 128, in/128, 128]
     scale = scale_of(blocks.abs().amax(dim=(1, 3), keepdim=True))
     scaled = (blocks / scale).clamp_(-E4M3_MAX, E4M3_MAX).flatten(2).flatten(0, 1)[:out, :columns]
+    return pieces(scaled.to(torch.float8_e4m3fn), scale, native)
+
+
+def pieces(codes: Tensor, scale: Tensor, native: bool) -> dict[str, Piece]:
+    """The tensors above, by suffix; `scale` as in ModelOpt's spelling."""
     suffix, axes = (
         ("weight_scale_inv", (Axis.OUT, Axis.IN)) if native else ("weight_scale", (Axis.OUT, None, Axis.IN, None))
     )
     return {
-        "weight": Piece(scaled.to(torch.float8_e4m3fn), (Axis.OUT, Axis.IN)),
+        "weight": Piece(codes, (Axis.OUT, Axis.IN)),
         suffix: Piece(scale[:, 0, :, 0] if native else scale, axes),
     }
 

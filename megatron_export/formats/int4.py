@@ -35,10 +35,12 @@ def encode(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     scale = scale_of(group_amax(weight, group, amax.clip), INT4_MAX)
     codes = (weight.float().unflatten(1, (-1, group)) / scale.unsqueeze(2)).round_().clamp_(INT4_MIN, INT4_MAX)
     codes = codes.flatten(1).to(torch.int8).view(torch.uint8) & 15
-    return {
-        "weight": Piece(pack(codes, dim=0), (Axis.OUT, Axis.IN)),
-        "weight_scale": Piece(scale, (Axis.OUT, Axis.IN)),
-    }
+    return pieces(pack(codes, dim=0), scale)
+
+
+def pieces(packed: Tensor, scale: Tensor) -> dict[str, Piece]:
+    """The tensors above, by suffix."""
+    return {"weight": Piece(packed, (Axis.OUT, Axis.IN)), "weight_scale": Piece(scale, (Axis.OUT, Axis.IN))}
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:

@@ -69,11 +69,16 @@ def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     tensor_scale = scale_of(amax.weight, E2M1_MAX * E4M3_MAX)
     block_scale = block_scales(blocks, tensor_scale)
     codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
+    return pieces(pack(codes, dim=1), block_scale, tensor_scale, scale_of(amax.input, E2M1_MAX * E4M3_MAX))
+
+
+def pieces(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scale: Tensor) -> dict[str, Piece]:
+    """The tensors above, by suffix."""
     return {
-        "weight": Piece(pack(codes, dim=1), (Axis.OUT, Axis.IN)),
+        "weight": Piece(packed, (Axis.OUT, Axis.IN)),
         "weight_scale": Piece(block_scale, (Axis.OUT, Axis.IN)),
         "weight_scale_2": Piece(tensor_scale, ()),
-        "input_scale": Piece(scale_of(amax.input, E2M1_MAX * E4M3_MAX), ()),
+        "input_scale": Piece(input_scale, ()),
     }
 
 

@@ -29,8 +29,12 @@ OPTIONS = ("group_size", "awq_clip")
 
 def encode(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above but for pre_quant_scale, by suffix."""
-    scalars = {"weight_scale_2": Piece(scale_of(amax.weight), ()), "input_scale": Piece(scale_of(amax.input), ())}
-    return int4.encode(weight, amax, group) | scalars
+    return int4.encode(weight, amax, group) | scalars(amax)
+
+
+def scalars(amax: Amax) -> dict[str, Piece]:
+    """What this format has beside int4's tensors, by suffix."""
+    return {"weight_scale_2": Piece(scale_of(amax.weight), ()), "input_scale": Piece(scale_of(amax.input), ())}
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:

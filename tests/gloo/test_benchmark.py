@@ -37,6 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, so that its imports are not waited for again; one thread, as in `output`."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where a script's neighbours are found
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark", module)
@@ -49,6 +50,29 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def run(benchmark: ModuleType, *flags: object) -> int:
     return benchmark.main(["quality", *QUICK, *map(str, flags)])
+
+
+def test_encode_times_every_format_against_a_copy(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--shape", "128", "256", "--repeats", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")]
+    assert benchmark.main(["encode", *flags]) == 0
+    said = capsys.readouterr().out
+    found = read_json(tmp_path / "found.json")
+    names = [row["format"] for row in found["rows"]]
+    assert names == [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
+    assert names[:5] == ["copy", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]
+    assert names[5:] == [f"{name}{groups}" for name in ("int4_awq", "w4a8_awq") for groups in ("", ", groups of 64")]
+    size = 128 * 256
+    copy, fp8, _, nvfp4, *_, int4 = found["rows"][:6]
+    assert [row["bytes"] for row in (copy, fp8, nvfp4)] == [4 * size, 3 * size + 8, size * 5 // 2 + size // 16 + 8]
+    assert int4["bytes"] == size * 5 // 2 + size // 32
+    assert all(row["of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"]) for row in found["rows"])
+
+
+def test_encode_refuses_a_shape_that_a_format_cannot_hold(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.main(["encode", "--shape", "130", "200", "--device", "cpu", "--repeats", "1"]) == 1
+    assert "--shape 130 200: nvfp4 needs multiples of 1 and 16" in capsys.readouterr().err
 
 
 def rows_of(said: str) -> dict[str, dict[str, str]]:

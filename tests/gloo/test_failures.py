@@ -147,9 +147,9 @@ FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {
     no_memory_to_send: ("rank 1 failed to quantize: MemoryError: no buffer to pack in",),
     no_memory_to_receive: ("rank 0 failed to write: MemoryError: no room for whole tensors",),
     broken_encoder: ("rank 1 failed to quantize: RuntimeError: a broken encoder",),
-    full_disk: ("rank 0 failed to write: cannot write {output} (", "No space left", "another --output"),
+    full_disk: ("rank 0 failed to finish the files: cannot write {output} (", "No space left", "another --output"),
     broken_disk: ("rank 0 failed to start writing: cannot write {output} (", "Input/output error"),
-    no_rename: ("rank 0 failed to verify and publish: cannot write {output} (", "busy", "1 of its files", "--resume"),
+    no_rename: ("rank 0 failed to publish: cannot write {output} (", "busy", "1 of its files", "--resume"),
 }
 
 

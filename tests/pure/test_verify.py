@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_export.contents import contents_of
 from megatron_export.errors import ExportError
 from megatron_export.fingerprint import added, checksum, of_statistics
 from megatron_export.journal import kept
 from megatron_export.manifest import identity_of, manifest
 from megatron_export.plan import Plan, assumed, make_plan
-from megatron_export.quant_config import config_json, hf_quant_config
 from megatron_export.shard import header_of
 from megatron_export.verify import Verified, verify
 from megatron_export.writer import MANIFEST, complete, write_json
@@ -47,11 +47,9 @@ def verified(
     with exporting(folder / "out", plan) as writer:
         writer.write((o, tensors[o.name]) for item in plan.items for o in item.outputs)
         writer.flush()
-        complete(
-            plan, writer.staging, {"config.json": config_json(plan), "hf_quant_config.json": hf_quant_config(plan)}, []
-        )
+        complete(contents_of(plan), writer.staging, [])
         damage(writer.staging.folder)
-        return verify(writer.staging, plan)
+        return verify(writer.staging, contents_of(plan))
 
 
 def at(plan: Plan, folder: Path, name: str) -> tuple[Path, int]:
@@ -71,7 +69,7 @@ def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) ->
 
     found = verified(plan, tmp_path, sound(plan), look)
     assert {name: one.sha256 for name, one in found.items()} == dict(zip((p.name for p in paths), sums, strict=True))
-    said = manifest(plan, found, {"model": "a"}, {"topology": {"tp": 1}})
+    said = manifest(contents_of(plan), found, {"model": "a"}, {"topology": {"tp": 1}})
     assert said["tensors"].keys() == {output.name for output in plan.files["model.safetensors"]}
     assert said["tensors"][f"{NAME}.input_scale"] == {
         "file": "model.safetensors", "dtype": "F32", "shape": [], "crc32": f"{zlib.crc32(struct.pack('<f', 1.0)):08x}",
@@ -134,10 +132,9 @@ def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: P
         assert {writer.homes[o.name] for o, _ in again} == {damaged}
         writer.write(again)
         writer.flush()
-        jsons = {"config.json": config_json(plan), "hf_quant_config.json": hf_quant_config(plan)}
-        complete(plan, writer.staging, jsons, [])
+        complete(contents_of(plan), writer.staging, [])
         with pytest.raises(ExportError, match=r"model.norm.weight holds NaN or Inf$"):
-            verify(writer.staging, plan)
+            verify(writer.staging, contents_of(plan))
         assert len(writer.staging.finished) == len(plan.files)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_export.contents import contents_of
 from megatron_export.errors import ExportError
 from megatron_export.item import Output
 from megatron_export.plan import Plan, assumed, make_plan
@@ -49,9 +50,9 @@ def exporting(target: Path, plan: Plan, **options: bool) -> Iterator[CheckpointW
         yield writer
 
 
-def publish(writer: CheckpointWriter, jsons: dict | None = None, copies: tuple[Path, ...] = ()) -> None:
+def publish(writer: CheckpointWriter, copies: tuple[Path, ...] = ()) -> None:
     writer.flush()
-    complete(writer.plan, writer.staging, jsons or {}, list(copies))
+    complete(contents_of(writer.plan), writer.staging, list(copies))
     writer.staging.publish()
 
 
@@ -61,7 +62,7 @@ def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) 
         for pair in reversed(written):
             writer.write([pair])
         assert not (tmp_path / "out").exists()
-        publish(writer, {"config.json": CONFIG}, (EXAMPLE / "tokenizer.json",))
+        publish(writer, (EXAMPLE / "tokenizer.json",))
     assert_same(tensors(tmp_path / "out"), {output.name: tensor for output, tensor in written})
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == sum(output.nbytes for output, _ in written)

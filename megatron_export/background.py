@@ -1,0 +1,227 @@
+"""An export that training does not wait for: encoded tensors are kept in memory, and another process writes them.
+
+The training process stops for as long as it takes to encode the model and to copy what comes out into files that are in memory
+(`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
+its own then copies them into the staging folder, reads them back and publishes, as any export does, and frees the memory file by
+file. It outlives the training process.
+
+    python -m megatron_export.background    reads a `_Job` from its standard input
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import gather, topology
+from .contents import Contents, contents_of
+from .errors import ExportError, told
+from .formats import Options
+from .gather import together
+from .journal import Checks, sync
+from .plan import Plan
+from .prepare import Original, Request, planned, surveyed
+from .publishing import Place, opened, publish
+from .stream import Work, delivered
+from .topology import SILENCE, Topology
+from .verify import ReadBack
+from .writer import CheckpointWriter, check_apart, check_empty, check_target
+
+CHUNK = 64 << 20
+
+
+@dataclass
+class Handle:
+    """An export that another process is writing. Every rank has one; `done` and `wait` are collective.
+
+    `stopped` is how many seconds the caller was held up, `nbytes` what rank 0's host keeps until it is written.
+    """
+
+    folder: Path
+    stopped: float
+    nbytes: int
+    process: subprocess.Popen | None
+    outcome: tuple[int, str] | None = None
+
+    def done(self) -> bool:
+        """Whether the export has ended. `ExportError` on every rank if it failed."""
+        return self._ended(lambda process: process.poll() is not None)
+
+    def wait(self) -> None:
+        """Return when the checkpoint is published. `ExportError` on every rank if it failed: then `folder` is as it was."""
+        self._ended(lambda process: True)
+
+    def _ended(self, ready: Callable[[subprocess.Popen], bool]) -> bool:
+        with topology.current() as here:
+            if self.outcome is None:
+                mine = None
+                if self.process and ready(self.process):
+                    said = self.process.communicate()[1].decode().strip()
+                    mine = (self.process.returncode, said)
+                self.outcome = gather.from_first(here, mine)
+            if self.outcome is None:
+                return False
+            status, said = self.outcome
+            with together(here, "write in the background"):
+                if status:
+                    raise ExportError(said or f"the process that writes {self.folder} ended with status {status}")
+            return True
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the other process is told: the memory that each file is in, and what was written to it."""
+
+    contents: Contents
+    place: Place
+    sizes: dict[str, int]
+    files: dict[str, int]
+    checks: dict[str, Checks]
+
+
+class _Memory:
+    """Where a writer's files grow in memory: a descriptor each."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.finished: dict[str, Checks] = {}
+        self.descriptors: dict[str, int] = {}
+
+    def path(self, file: str) -> Path:
+        self.descriptors[file] = os.memfd_create(file)
+        return Path(f"/proc/self/fd/{self.descriptors[file]}")
+
+    def finish(self, file: str, checks: Checks) -> None:
+        self.finished[file] = checks
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+
+def export_hf_checkpoint_async(
+    model: nn.Module | list[nn.Module],
+    export_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = True,
+    provenance: dict | None = None,
+    timeout: float = SILENCE,
+    **settings: Any,
+) -> Handle:
+    """`export_hf_checkpoint`, but return as soon as the encoded model is in memory; the bytes that come out are the same.
+
+    settings    hf_model, format, calibration, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude, mtp,
+                quantize_mla, max_shard_size; rank 0 writes, and what was interrupted is not resumed
+    The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint.
+    Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
+    """
+    started = time.monotonic()
+    options = {name: settings.pop(name) for name in list(settings) if name in Options.__dataclass_fields__}
+    target = Path(export_dir).resolve()
+
+    def check(plan: Plan, original: Original) -> None:
+        check_target(target, plan, overwrite=overwrite)
+        check_empty(target, overwrite=overwrite)
+        check_apart(target, original.folder)
+        if plan.copied:
+            raise ExportError(
+                f"{len(plan.copied)} tensors are copied from the original model. Use export_hf_checkpoint"
+            )
+
+    with topology.current(timeout) as here:
+        found = planned(here, model, Request(**settings, options=Options(**options)), check)
+        work, identity = surveyed(here, found)
+        place = Place(target, overwrite, False, sync, found.original, identity, provenance or {})
+        memory = _Memory(target) if here.first else None
+        try:
+            _keep(here, work, memory)
+            with together(here, "start the process that writes"):
+                process = _started(work.plan, place, here.sizes, memory) if memory else None
+        finally:
+            if memory:
+                memory.close()
+    return Handle(target, time.monotonic() - started, work.plan.nbytes, process)
+
+
+def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
+    """Encode all buckets; rank 0 keeps them."""
+    with ExitStack() as stack:
+        with together(here, "keep"):
+            writer = CheckpointWriter(work.plan, memory, device=here.device, sync=False) if memory else None
+            if writer:
+                stack.enter_context(writer)
+        for bucket in work.plan.buckets:
+            found = delivered(here, bucket, work)
+            with together(here, "keep"):
+                if writer:
+                    writer.write(found.tensors())
+        with together(here, "keep"):
+            if writer:
+                writer.flush()
+
+
+def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
+    """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
+    job = pickle.dumps(_Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_export.background"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=tuple(memory.descriptors.values()),
+        start_new_session=True,
+    )
+    process.stdin.write(job)
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def _write(job: _Job) -> None:
+    """The other process's work."""
+    contents = job.contents
+    with opened(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
+        writing = {
+            file: pool.submit(_copy, staging.path(file), descriptor, job.place.sync)
+            for file, descriptor in job.files.items()
+        }
+        for file, copied in writing.items():
+            copied.result()
+            back.follow(staging.path(file), contents.files[file])
+            staging.finish(file, job.checks[file])
+        publish(contents, staging, job.place, job.sizes, [back.found(staging.finished)])
+
+
+def _copy(path: Path, descriptor: int, to_disk: bool) -> None:
+    """Write one file to disk, then free its memory."""
+    size, offset = os.fstat(descriptor).st_size, 0
+    with path.open("wb") as file:
+        while offset < size:
+            offset += os.sendfile(file.fileno(), descriptor, offset, min(CHUNK, size - offset))
+    os.close(descriptor)
+    if to_disk:
+        sync(path)
+
+
+def main() -> int:
+    """Run as a process; what goes wrong is one message on standard error, and status 1."""
+    try:
+        _write(pickle.loads(sys.stdin.buffer.read()))
+    except Exception as error:  # noqa: BLE001 - whoever waits for this process must hear of it
+        sys.stderr.write(told(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""A live model's HF tensors, one after the other and quantized as an export would, for a loop that refits an engine with them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gather, topology
+from .errors import ExportError
+from .filing import BUCKET_BYTES
+from .formats import Options
+from .gather import together
+from .item import Output
+from .model import finish_gathering, shards_of
+from .prepare import Planned, Request, planned, surveyed
+from .stream import delivered
+from .topology import SILENCE
+
+
+def plan_hf_tensors(
+    model: nn.Module | list[nn.Module], *, bucket_bytes: int = BUCKET_BYTES, timeout: float = SILENCE, **settings: Any
+) -> Planned:
+    """Plan a stream of a model's tensors once, for many calls of `iter_hf_tensors` while it is trained. Reads no weights.
+
+    settings      of `export_hf_checkpoint`: hf_model, format, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude,
+                  mtp, quantize_mla
+    bucket_bytes  of encoded tensors that are made at a time; a larger parameter is made alone
+    Collective: every rank calls it with the same arguments. `ExportError` on every rank when it cannot be done.
+    """
+    options = {name: settings.pop(name) for name in list(settings) if name in Options.__dataclass_fields__}
+    calibration = settings.pop("calibration", None)
+    request = Request(**settings, options=Options(**options), bucket_bytes=bucket_bytes, calibration=calibration)
+    with topology.current(timeout) as here:
+        return planned(here, model, request)
+
+
+def iter_hf_tensors(
+    model: nn.Module | list[nn.Module],
+    *,
+    calibration: dict[str, Tensor] | None = None,
+    plan: Planned | None = None,
+    everywhere: bool = False,
+    timeout: float = SILENCE,
+    **settings: Any,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `export_hf_checkpoint` would write, by HF name and on this rank's device: on rank 0, or `everywhere`.
+
+    model       as for `export_hf_checkpoint`; it is left as it was, and must not be changed before the last tensor came
+    calibration as for `export_hf_checkpoint`
+    plan        what `plan_hf_tensors` returned for this model, or another of its shape; or give its arguments as `settings`
+    Every rank must take all tensors: it is collective from one bucket to the next. On ranks that get none it yields none. Memory
+    is a few buckets, whatever the model; a tensor belongs to whom it was given. `ExportError` as there.
+    """
+    if plan is not None and settings:
+        raise ExportError(f"iter_hf_tensors: give either plan or {', '.join(settings)}")
+    if plan is None:
+        plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **settings)
+    with topology.current(timeout) as here:
+        with together(here, "read the model's shapes"):
+            shards = {name: shard for name, shard in shards_of(model).items() if name in plan.shards}
+            if [*shards] != [*plan.shards] or any(shards[n].shape != plan.shards[n].shape for n in shards):
+                raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
+        finish_gathering(model)
+        current = replace(plan, shards=shards, request=replace(plan.request, calibration=calibration))
+        work, _ = surveyed(here, current)
+        slices: dict[str, list[tuple[Output, Tensor]]] = {}
+        for bucket in plan.plan.buckets:
+            found = delivered(here, bucket, work)
+            with together(here, "put tensors together"):
+                tensors = list(found.tensors()) if here.rank == bucket.writer else []
+            if everywhere:
+                tensors = gather.to_all(here, bucket, tensors)
+            for output, tensor in tensors:
+                if not output.count:
+                    yield output.name, tensor
+                    continue
+                made = slices.setdefault(output.name, [])
+                made.append((output, tensor))
+                if len(made) == output.count:
+                    parts = sorted(slices.pop(output.name), key=lambda pair: pair[0].index)
+                    yield output.name, torch.stack([part for _, part in parts])

@@ -1,0 +1,62 @@
+"""The kernels in Triton's interpreter, which runs them on the CPU: prints what differs from plain torch, then how much ran.
+
+Run as a module of its own, as the interpreter must be asked for before Triton is imported.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+
+from megatron_export.formats import kernels  # noqa: E402
+
+from .kernel_cases import cases, wrong  # noqa: E402
+
+DTYPES = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+NUMPY = {tl.float32: np.float32, tl.bfloat16: np.uint16, tl.float8e4nv: np.uint8}
+
+
+def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """float32(x * y + z), rounded once, as GPUs do; the interpreter's rounds twice.
+
+    The product is exact in float64. The sum is rounded to odd there, which a second rounding does not notice.
+    """
+    product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+    total = product + addend
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    even = total.view(np.int64) % 2 == 0
+    odd = np.where(even & (lost != 0) & np.isfinite(total), np.nextafter(total, np.copysign(np.inf, lost)), total)
+    return TensorHandle(odd.astype(np.float32), z.dtype.scalar)
+
+
+def cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, mode: object = None) -> TensorHandle:
+    """To nearest even, and to 448 beyond it, as GPUs do; the interpreter rounds halves up."""
+    numbers = torch.from_numpy(np.ascontiguousarray(source.data)).view(DTYPES[source.dtype.scalar])
+    if target.scalar == tl.float8e4nv:
+        numbers = numbers.clamp(-448, 448)
+    made = numbers.to(DTYPES[target.scalar])
+    return TensorHandle(made.view(torch.uint8).numpy().view(NUMPY[target.scalar]), target.scalar)
+
+
+def main() -> None:
+    """Run all cases."""
+    InterpreterBuilder.create_fma = fma
+    for name in ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc"):
+        setattr(InterpreterBuilder, name, cast)
+    ran = 0
+    with np.errstate(all="ignore"):
+        for case in cases(seed=0, count=3):
+            if said := wrong(case, kernels.made_for(case[1]), "cpu"):
+                print(said)
+            ran += 1
+    print(f"{ran} cases")
+
+
+if __name__ == "__main__":
+    main()

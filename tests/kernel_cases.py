@@ -1,0 +1,87 @@
+"""Weights that bring the kernels of formats/kernels.py to their limits, and what is wrong with the results."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_export.formats import Form, Options, chosen
+from megatron_export.piece import Amax, Piece
+
+from .models import same
+
+FORMS = {
+    "fp8": chosen("fp8"),
+    "fp8_pb": chosen("fp8_pb"),
+    "fp8_pb modelopt": chosen("fp8_pb", Options(fp8_pb_spelling="modelopt")),
+    "nvfp4": chosen("nvfp4"),
+    "int4_awq": chosen("int4_awq"),
+    "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
+    "w4a8_awq": chosen("w4a8_awq"),
+}
+Case = tuple[str, Form, Tensor, Amax]
+
+
+def every_number() -> Tensor:
+    """All finite bfloat16, zeros and subnormals too, in rising order of their bytes: [510, 128]."""
+    return (
+        torch.arange(0x7F80)
+        .repeat(2)
+        .add(torch.tensor([0, 0x8000]).repeat_interleave(0x7F80))
+        .to(torch.uint16)
+        .view(torch.bfloat16)
+        .view(510, 128)
+    )
+
+
+def amaxes(generator: torch.Generator, count: int) -> Iterator[Tensor]:
+    """Largest magnitudes as trained weights have them, exact and awkward ones, some whose scales are beyond all limits."""
+    yield from torch.tensor([0.0, 448.0, 2688.0, 7.0, 1.0, 0.1, 2.0**-133, 3.0e38])
+    mantissas = 1 + torch.rand(count, generator=generator)
+    yield from mantissas.ldexp(torch.randint(-20, 10, (count,), generator=generator))
+    yield from mantissas.ldexp(torch.randint(-132, 127, (count,), generator=generator)).to(torch.bfloat16).float()
+
+
+def cases(seed: int, count: int) -> Iterator[Case]:
+    """Every format on every number, in order and mixed, at 8 + 2 * `count` amaxes; on ties; on small and ragged shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    ordered = every_number()
+    mixed = ordered.flatten()[torch.randperm(ordered.numel(), generator=generator)].view(510, 128)
+    small = ordered[(ordered.abs().amax(dim=1) < 16) & (ordered.abs().amax(dim=1) > 2**-16)]
+    ties = torch.randint(-56, 57, (64, 256), generator=generator).to(torch.bfloat16) / 8
+    for name, form in FORMS.items():
+        for amax in amaxes(generator, count) if name in ("fp8", "nvfp4") else [torch.tensor(1.0)]:
+            yield f"{name}, all numbers, amax {amax}", form, ordered, Amax(amax, amax)
+            yield f"{name}, all numbers mixed, amax {amax}", form, mixed, Amax(amax, amax)
+        for scale in (1.0, 2.0**-10, 2.0**-110, 2.0**100):
+            yield f"{name}, ties times {scale}", form, ties * scale, Amax(torch.tensor(7.0 * scale), torch.tensor(0.0))
+        for rows, columns in ((2, 128), (34, 384), (130, 256), *(((1, 16), (3, 48)) if form.tile[0] == 1 else ())):
+            weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+            weight[rows // 2] = 0
+            weight[0, 0] = -0.0
+            yield f"{name}, {rows} x {columns}", form, weight.to(torch.bfloat16), of(weight)
+        yield f"{name}, rows of like size", form, small[: len(small) // 2 * 2], of(small)
+    for rows, columns in ((130, 200), (1, 1), (257, 7), (127, 129)):
+        weight = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+        yield f"fp8_pb, {rows} x {columns}", FORMS["fp8_pb"], weight, of(weight)
+        yield f"fp8, {rows} x {columns}", FORMS["fp8"], weight, of(weight)
+
+
+def of(weight: Tensor) -> Amax:
+    """A weight's own amax, for its inputs too."""
+    return Amax(weight.to(torch.bfloat16).abs().amax().float(), weight[0, 0].abs().float())
+
+
+def wrong(case: Case, kernel: Callable[[Tensor, Amax], dict[str, Piece]], device: str) -> str:
+    """What differs between a kernel there and plain torch on the CPU: "" for nothing."""
+    label, form, weight, amax = case
+    expected = form.encode(weight, amax)
+    found = kernel(weight.to(device), Amax(amax.weight.to(device), amax.input.to(device)))
+    if list(found) != list(expected):
+        return f"{label}: {list(found)}, not {list(expected)}"
+    differing = [
+        suffix
+        for suffix, piece in expected.items()
+        if found[suffix].axes != piece.axes or not same(found[suffix].data.cpu(), piece.data)
+    ]
+    return f"{label}: {', '.join(differing)}" if differing else ""
