@@ -28,10 +28,10 @@ from .contents import Contents, contents_of
 from .errors import ExportError, told
 from .formats import Options
 from .gather import together
+from .journal import Checks, sync
 from .plan import Plan
 from .prepare import Original, Request, planned, surveyed
 from .publishing import Place, opened, publish
-from .staging import Checks, sync
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .verify import ReadBack

@@ -59,7 +59,7 @@ def main(say: Callable[..., None], arguments: list[str] | None = None) -> int:
 
 def _way_on(config: ExportConfig) -> str:
     """What is left of a failed export, and how to use it."""
-    from .staging import kept
+    from .journal import kept
 
     complete = kept(config.output.resolve()) if config.output else 0
     return (

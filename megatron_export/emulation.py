@@ -12,17 +12,16 @@ format says; it is multiplied in float32 with the weight that the format's own `
 
 Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so; k_scale and v_scale are then what
 input_scale is for inputs. Everything else is transformers' own bfloat16 model. Engines round the same values but add
-in another order, so expect their numbers close to these and not equal. ModelOpt 0.47's own checkpoints are read too.
+in another order, so expect their numbers close to these and not equal. ModelOpt 0.47's own checkpoints are read too; whose
+ever a folder is, none of its code is run.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import ExportError, report
@@ -30,6 +29,7 @@ from .formats import chosen, nvfp4
 from .formats.fp8 import E4M3_MAX, scale_of
 from .formats.fp8_pb import BLOCK
 from .piece import Amax, Piece
+from .untrusted import inside, opened, read_header, read_json, shown, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,15 +130,22 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     linears, cache = _algorithms(folder)
-    tensors = {name: tensor for path in _files(folder) for name, tensor in load_file(path, device=str(device)).items()}
-    config = AutoConfig.from_pretrained(folder)
+    tensors = _tensors(folder, device)
+    _table(folder, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong value leads to
+        raise ExportError(f"{folder}: no config.json of a model that transformers knows ({told(error)})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
     missing = _take_linears(model, tensors, linears) if linears else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
-    lacking, extra = model.load_state_dict(tensors, strict=False)
+    try:
+        lacking, extra = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ExportError(f"{folder}: its tensors are not of the model in its config.json ({told(error)})") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     missing += [name for name in lacking if name not in tied]
     report(
@@ -149,21 +156,47 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
 
 
 def _files(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
+    found = [inside(folder, path.name) for path in sorted(folder.glob("*.safetensors"))]
     if not found:
         raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
     return found
 
 
+def _tensors(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """All tensors of a folder, by name."""
+    found: dict[str, Tensor] = {}
+    for path in _files(folder):
+        file = opened(path)
+        names = list(file.keys())
+        if twice := found.keys() & names:
+            raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
+        found |= {name: file.get_tensor(name).to(device) for name in names}
+    return found
+
+
+def _table(folder: Path, file: str) -> dict[str, Any]:
+    """What a JSON file of a folder holds."""
+    path = inside(folder, file)
+    try:
+        said = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
+    if not isinstance(said, dict):
+        raise ExportError(f"{path}: {shown(said)}, not a table of settings. Fetch it again")
+    return said
+
+
 def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tensor], Tensor] | None]:
     """How hf_quant_config.json says that linears, and keys and values, are quantized; None for not at all."""
     path = folder / "hf_quant_config.json"
-    said = json.loads(path.read_text())["quantization"] if path.exists() else {}
+    said = _table(folder, path.name).get("quantization") if path.exists() else {}
+    if not isinstance(said, dict):
+        raise ExportError(f"{path}: quantization is {shown(said)}, not a table of settings. Fetch it again")
     found = []
     for key, table in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", KV_ALGORITHMS)):
         name = said.get(key)
-        if name is not None and name.upper() not in table:
-            raise ExportError(f"{path}: {key} {name!r} is not known here; known are {', '.join(table)}")
+        if name is not None and (not isinstance(name, str) or name.upper() not in table):
+            raise ExportError(f"{path}: {key} {shown(name)} is not known here; known are {', '.join(table)}")
         found.append(None if name is None else table[name.upper()])
     return found[0], found[1]
 
@@ -226,7 +259,7 @@ def bits_per_weight(folder: Path) -> float:
 
 def _header(path: Path) -> dict[str, tuple[str, int]]:
     """Dtype and bytes of every tensor of a safetensors file, by name."""
-    with path.open("rb") as file:
-        said = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    opened(path)
+    said = read_header(path)
     said.pop("__metadata__", None)
     return {name: (one["dtype"], one["data_offsets"][1] - one["data_offsets"][0]) for name, one in said.items()}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from .config import ExportConfig
 from .errors import ExportError
 from .fingerprint import check_unchanged, of_folder
 from .gather import together
+from .journal import kept_statistics
 from .measured import check_calibration
 from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
 from .pipeline import Report, export_hf_checkpoint
@@ -25,7 +27,6 @@ from .preview import planned
 from .progress import Progress
 from .signals import heeded
 from .source import copied_tensors
-from .staging import kept_statistics
 from .topology import Topology
 from .writer import check_apart, check_target
 
@@ -234,16 +235,22 @@ def _load(
     here: Topology,
     progress: Progress,
 ) -> object:
-    def steps(items: Iterable) -> Iterable:
-        return heeded(progress("load", items))
-
     with together(here, "build the model"):
         length = None if samples is None else samples.shape[1]
         model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
+        steps = partial(_located, here, progress)
         if isinstance(source, Checkpoint):
             read = filling.load_checkpoint(model, source, here, steps)
         else:
             read = loading.load_hf_weights(model, source, hf_config, here, steps, dropped)
+    here.pulse.at("load the weights", "")
     job.bytes_read = sum(gather.everyone(here, read))
     return model
+
+
+def _located(here: Topology, progress: Progress, steps: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The steps of loading, each of which says where this rank is."""
+    for name, shard in heeded(progress("load", steps)):
+        here.pulse.at("load the weights", name)
+        yield name, shard

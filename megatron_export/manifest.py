@@ -42,10 +42,13 @@ def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str,
 
 
 def identity_of(folder: Path) -> dict | None:
-    """What the manifest of a published folder says decided its bytes; None if there is none."""
+    """What the manifest of a published folder says decided its bytes; None if there is none, or if a file that it names is
+    gone or has another size.
+    """
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return said["identity"] if said["kind"] == KIND else None
+        there = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
+        return said["identity"] if said["kind"] == KIND and there else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

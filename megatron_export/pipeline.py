@@ -19,13 +19,14 @@ from .contents import contents_of
 from .filing import Bucket
 from .formats import Options
 from .gather import together
+from .journal import Checks
 from .names import copied_prefixes
 from .plan import Plan
 from .prepare import Original, Request, planned, surveyed
 from .progress import Progress, quiet
 from .publishing import Place, opened, publish
 from .source import SourceWeights
-from .staging import Checks, Guest, Staging
+from .staging import Guest, Staging, tidy
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .verify import ReadBack
@@ -147,7 +148,9 @@ def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Prog
         staging, published = None, False
         with together(here, "start writing"):
             published = here.first and place.resume and manifest.identity_of(place.folder) == place.identity
-            if here.first and not published:
+            if published:
+                tidy(place.folder)
+            elif here.first:
                 staging = stack.enter_context(opened(place))
                 staging.keep(work.calibration)
         published, kept = gather.from_first(here, (published, staging.finished if staging else {}))
@@ -161,6 +164,7 @@ def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Prog
             pass
         done.sent = stream.sent
         done.end("encode")
+        here.pulse.at("export", "")
         with together(here, "finish the files"):
             if writer and plan.copied:
                 with SourceWeights(place.original.folder, only=copied_prefixes(plan.config)) as weights:

@@ -6,6 +6,7 @@ from pathlib import Path
 from . import assets, manifest
 from .contents import Contents
 from .fingerprint import check_unchanged, of_settings
+from .journal import naming
 from .prepare import Original
 from .signals import heed
 from .staging import Staging
@@ -38,16 +39,16 @@ def publish(
     staging: Staging,
     place: Place,
     sizes: dict[str, int],
-    read: list[tuple[dict[str, Verified], list[str]]],
+    read: list[dict[str, Verified]],
 ) -> None:
     """Add the other files, judge what all writers read back, and give the folder its name."""
     check_unchanged(place.original.folder, place.original.files)
     complete(contents, staging, assets.files_to_copy(place.original.folder))
-    found = {file: verified for files, _ in read for file, verified in files.items()}
-    found = judged(staging.folder, contents, found, [problem for _, problems in read for problem in problems])
+    found = judged(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
-    write_json(
-        staging.folder / MANIFEST,
-        manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance}),
-    )
+    with naming(place.folder):
+        write_json(
+            staging.folder / MANIFEST,
+            manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance}),
+        )
     staging.publish()

@@ -1,4 +1,5 @@
-"""Which ranks are alive, and where each of them is: every rank says so every second, apart from the work, and rank 0 listens.
+"""Which ranks are alive, and where each of them is: every rank says so every second and when it comes to another place, apart
+from the work, and rank 0 listens.
 
 A rank that dies without a word leaves the others in a collective that never ends. Here they learn who it was and where, and
 leave: by an exception if they can, else by ending the process.
@@ -25,7 +26,11 @@ _OF_PEERS = re.compile(r"gloo|nccl|connection|broken pipe|timed? ?out", re.IGNOR
 
 
 class Pulse:
-    """One rank's. `share` gives every rank what rank 0 passes; collective, as are `started` and `stop` of all ranks."""
+    """One rank's. `share` gives every rank what rank 0 passes; collective, as are `started` and `stop` of all ranks. All that a
+    process has open, one in another, are at one place.
+    """
+
+    place, tensor = "start", ""
 
     def __init__(self, rank: int, world: int, share: Callable[[object], object], timeout: float) -> None:
         self.rank = rank
@@ -33,10 +38,12 @@ class Pulse:
         self.timeout = timeout
         self.beat = min(BEAT, timeout / 5)
         self.verdict = ""
-        self.place = "start"
+        Pulse.place, Pulse.tensor = "start", ""
         self.stopped = threading.Event()
+        self.moved = threading.Event()
         self.told = threading.Event()
         self.thread: threading.Thread | None = None
+        self.place_of_0, self.broken = "start", False
         if world == 1:
             return
         host = os.environ.get("MASTER_ADDR") or socket.gethostname()
@@ -49,12 +56,17 @@ class Pulse:
         self.store = server or dist.TCPStore(host, port, is_master=False, **settings)
         self._say(0)
         share(None)  # now all have
+        self.answered = time.monotonic()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
+        if rank:
+            threading.Thread(target=self._miss_0, daemon=True).start()
 
-    def at(self, stage: str, tensor: str = "") -> None:
-        """Say where this rank is."""
-        self.place = f"{stage}, at {tensor}" if tensor else stage
+    def at(self, stage: str, tensor: str | None = None) -> None:
+        """Say where this rank is; `tensor` holds until another is named, or "" for none."""
+        Pulse.tensor = self.tensor if tensor is None else tensor
+        Pulse.place = f"{stage}, at {self.tensor}" if self.tensor else stage
+        self.moved.set()
 
     def check(self) -> None:
         """Raise if a rank is known to be gone."""
@@ -81,29 +93,39 @@ class Pulse:
 
     def stop(self) -> None:
         self.stopped.set()
+        self.moved.set()
         if self.thread:
-            self.thread.join()
+            self.thread.join(GRACE)  # it may be held by rank 0
 
     def _say(self, number: int) -> None:
         self.store.set(f"{self.rank}", f"{number} {self.place}")
 
     def _run(self) -> None:
         heard = {rank: ("", time.monotonic()) for rank in range(1, self.world)} if self.rank == 0 else {}
-        number, answered, place_of_0 = 0, time.monotonic(), ""
-        while not self.stopped.wait(self.beat):
+        number, listened = 0, time.monotonic()
+        while not self.moved.wait(self.beat) or not self.stopped.is_set():
+            self.moved.clear()
             number += 1
             try:
                 self._say(number)
                 if self.store.check([_VERDICT]):
                     return self._leave(self.store.get(_VERDICT).decode())
-                place_of_0 = self._said("0")[1]
-                answered = time.monotonic()
+                self.place_of_0 = self._said("0")[1]
+                self.answered = time.monotonic()
             except Exception:  # noqa: BLE001 - whatever a connection that is gone raises
-                if time.monotonic() - answered > min(self.timeout, ALARMED * self.beat):
-                    return self._leave(f"rank 0 is gone: it does not answer. It was at: {place_of_0}")
+                self.broken = True
                 continue
-            if heard:
+            if heard and time.monotonic() - listened >= self.beat / 2:
+                listened = time.monotonic()
                 self._listen(heard)
+        return None
+
+    def _miss_0(self) -> None:
+        """Judge rank 0, apart from the thread that talks to its store: what is frozen there holds whoever asks."""
+        while not self.stopped.wait(self.beat):
+            limit = min(self.timeout, ALARMED * self.beat) if self.broken else self.timeout
+            if time.monotonic() - self.answered > limit:
+                return self._leave(f"rank 0 is gone: it does not answer. It was at: {self.place_of_0}")
         return None
 
     def _listen(self, heard: dict[int, tuple[str, float]]) -> None:

@@ -3,6 +3,7 @@
 Source: safetensors file format 0.3 (8-byte header length, JSON, data).
 """
 
+import ctypes
 import json
 import os
 import struct
@@ -16,7 +17,7 @@ import torch
 
 from .fingerprint import joined_crc32
 from .item import Output
-from .staging import Checks, start_writeback
+from .journal import Checks
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -25,6 +26,7 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
 }
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
@@ -48,6 +50,20 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """All of it: the system may write less than it is given, before it says that there is no more room."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _start_writeback(descriptor: int, start: int, nbytes: int) -> None:
+    """Have the system begin to write a part of a file to disk, so that little is left when all is to be there (Linux)."""
+    ctypes.CDLL(None).sync_file_range(
+        descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE
+    )  # a hint: where it fails, fsync does all the work
+
+
 class Shard:
     """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
 
@@ -59,7 +75,7 @@ class Shard:
         header, self.starts = header_of(outputs)
         self.left = sum(output.nbytes for output in outputs)
         self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        os.write(self.descriptor, header)
+        _write_at(self.descriptor, header, 0)
         os.truncate(path, len(header) + self.left)
         self.changed = threading.Condition()
         self.frontier = len(header)  # all before it is written
@@ -70,13 +86,11 @@ class Shard:
     def write(self, output: Output, start: int, data: memoryview) -> bool:
         """Write a chunk of a tensor, or of a slice of one, that starts at its byte `start`; returns whether that was the last."""
         assert output.whole == self.outputs[output.name], output
-        first = offset = self.starts[output.name] + output.index * output.nbytes + start
-        rest = data
-        while rest:
-            count = os.pwrite(self.descriptor, rest, offset)
-            rest, offset = rest[count:], offset + count
+        first = self.starts[output.name] + output.index * output.nbytes + start
+        offset = first + len(data)
+        _write_at(self.descriptor, data, first)
         if self.sync:
-            start_writeback(self.descriptor, first, len(data))
+            _start_writeback(self.descriptor, first, len(data))
         crc = zlib.crc32(data)
         with self.changed:
             chunks = self.crcs[output.name, output.index]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,22 +19,41 @@ _noticed: list[str] = []
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """While open, the signals do not end this process at once. Main thread only."""
+    """While open, the signals do not end this process at once. Main thread only.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not _noticed:
-            timer = threading.Timer(GRACE, _leave)
-            timer.daemon = True
-            timer.start()
-        _noticed.append(signal.Signals(number).name)
-
+    Python runs handlers between its own steps, so never while a collective waits for a rank that does not come; the system
+    writes a signal's number to a socket at once, and a thread reads it.
+    """
     _noticed.clear()
-    before = {number: signal.signal(number, handle) for number in HEEDED}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(heard, over), daemon=True)
+    thread.start()
+    outer = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _note) for number in HEEDED}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(outer)
+        over.set()
+        told.close()
+        thread.join()
+        heard.close()
+
+
+def _note(number: int, frame: FrameType | None = None) -> None:
+    _noticed.append(signal.Signals(number).name)
+
+
+def _watch(heard: socket.socket, over: threading.Event) -> None:
+    while number := heard.recv(1):
+        if number[0] in HEEDED:
+            _note(number[0])
+            if not over.wait(GRACE):
+                _leave()
 
 
 def asked_to_stop() -> bool:

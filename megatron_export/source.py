@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .item import Output
 from .layout import stacked_rows
 from .names import Source
 from .untrusted import INDEX, opened, read_index
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
@@ -30,11 +34,12 @@ class SourceWeights:
         """Open the files of `folder` that hold tensors whose names begin with one of `only`."""
         self.folder = folder
         self.files = {name: path for name, path in _files(folder).items() if name.startswith(only)}
-        self.open = {}
+        self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
         self.counting = Lock()
         for path in sorted(set(self.files.values())):
             self.open[path] = opened(path)
+            self.sizes[path] = path.stat().st_size
         seen: dict[str, Path] = {}
         for path, file in self.open.items():
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -102,7 +107,7 @@ class SourceWeights:
 
     def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of tensor `name` that `where` selects, in `dtype`."""
-        part = self.open[self.files[name]].get_slice(name)[where]
+        part = self._mapped(name).get_slice(name)[where]
         self._count(part)
         return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
 
@@ -129,7 +134,20 @@ class SourceWeights:
 
     def whole(self, name: str) -> Tensor:
         """A tensor as it is."""
-        return self.open[self.files[name]].get_tensor(name)
+        return self._mapped(name).get_tensor(name)
+
+    def _mapped(self, name: str) -> "safe_open":
+        """The file that holds a tensor, to read it now. Files are mapped: a read behind the end that one has now would kill the
+        process.
+        """
+        path = self.files[name]
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.sizes[path]:
+            raise ExportError(
+                f"{path} changed while it was read: it has {size:,} bytes now, it had {self.sizes[path]:,}. Start again when "
+                "nobody writes there"
+            )
+        return self.open[path]
 
     def _count(self, part: Tensor) -> None:
         with self.counting:
@@ -139,7 +157,7 @@ class SourceWeights:
         """A part of a weight in float8, each value times the scale of its block; float32."""
         cuts = [cut.indices(size) for cut, size in zip((*where, slice(None)), self.shape(name), strict=False)]
         blocks = tuple(slice(start // _BLOCK, -(-stop // _BLOCK)) for start, stop, _ in cuts)
-        scales = self.open[self.files[name + _SCALE]].get_slice(name + _SCALE)[blocks].float()
+        scales = self._mapped(name + _SCALE).get_slice(name + _SCALE)[blocks].float()
         self._count(scales)
         for dim, (start, stop, _) in enumerate(cuts):
             index = torch.arange(start, stop) // _BLOCK - start // _BLOCK

@@ -148,7 +148,7 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
     from safetensors import SafetensorError, safe_open
 
     try:
-        header = _header(path)
+        header = read_header(path)
         file = safe_open(path, framework="pt")
         for name, said in header.items():
             _check_name(name)
@@ -159,7 +159,7 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
     return file
 
 
-def _header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file, of which the library itself would take the last of two with the same name."""
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +27,10 @@ from .contents import Contents
 from .errors import report
 from .fingerprint import joined_crc32
 from .item import Output
+from .journal import Checks
 from .progress import Progress, quiet
 from .shard import header_of
-from .staging import Checks
+from .staging import Staging
 
 CHUNK = 16 << 20
 THREADS = 4  # files that are read and hashed at a time
@@ -39,11 +40,15 @@ BUFFERS = 3  # chunks of each of them
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one file: its size in bytes, its sha256, and the crc32 of each tensor."""
+    """What was found in one file: its size in bytes, its sha256, the crc32 of each tensor; where it is not what was written,
+    and what is wrong with what was written.
+    """
 
     nbytes: int
     sha256: str
     tensors: dict[str, int] = field(default_factory=dict)
+    damages: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 class _Span(NamedTuple):
@@ -56,11 +61,10 @@ class _Span(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a file holds: sums of its slices by tensor, and what is wrong with it by itself."""
+    """What a file holds, and sums of its slices by tensor."""
 
     verified: Verified
     slices: dict[str, list[int]]
-    problems: list[str]
 
 
 class _Judged(NamedTuple):
@@ -92,42 +96,39 @@ class ReadBack:
         """Read a file with these tensors; `ready` waits until all before a place in it is there, and says whether it is."""
         self.reading[path.name] = self.readers.submit(self._read, path, outputs, ready)
 
-    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> tuple[dict[str, Verified], list[str]]:
-        """What was read, by file, and all that is wrong with it; `checks` are the checksums of what was written."""
-        verified, problems = {}, []
+    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
+        """What was read, by file; `checks` are the checksums of what was written."""
+        verified = {}
         for file in progress("verify", list(self.reading)):
             found = self.reading[file].result()
-            verified[file] = found.verified
-            problems += found.problems
             written = checks[file] if found.slices else {}
-            problems += [
-                f"{file}: {name} is not what was written"
-                for name, sums in written.items()
-                if found.slices[name] != sums
-            ]
-        return verified, problems
+            other = (f"{file}: {n} is not what was written" for n, sums in written.items() if found.slices[n] != sums)
+            verified[file] = replace(found.verified, damages=(*found.verified.damages, *other))
+        return verified
 
     def _read(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool]) -> _Found:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def verify(
-    folder: Path, contents: Contents, checks: dict[str, Checks], progress: Progress = quiet
-) -> dict[str, Verified]:
-    """Read every file of `folder` back; `checks` are the checksums of what was written, by file.
-
-    Raises one `ExportError` with all that is wrong.
-    """
+def verify(staging: Staging, contents: Contents, progress: Progress = quiet) -> dict[str, Verified]:
+    """Read every file of a staging folder back, against the checksums of what was written, and judge them."""
     with ReadBack(contents) as back:
         for file, outputs in contents.files.items():
-            back.follow(folder / file, outputs)
-        found, problems = back.found(checks, progress)
-    return judged(folder, contents, found, problems)
+            back.follow(staging.folder / file, outputs)
+        return judged(staging, contents, back.found(staging.finished, progress))
 
 
-def judged(folder: Path, contents: Contents, found: dict[str, Verified], problems: list[str]) -> dict[str, Verified]:
-    """What was found in all files of a folder, after the recipe was checked too; raises one `ExportError` with all `problems`."""
-    report(problems + _recipe(folder, contents))
+def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
+    """What was found in all files of a folder, after the recipe was checked too.
+
+    Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.
+    """
+    folder = staging.folder
+    if damaged := [file for file, one in found.items() if one.damages]:
+        staging.forget(damaged)
+        lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
+        report([*(damage for file in damaged for damage in found[file].damages), f"{folder}: {lost}"])
+    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     found = {file: found[file] for file in contents.files}
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
@@ -153,7 +154,7 @@ def _read(
     """Read one file: chunks are read and judged ahead of the one that is hashed."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
     buffers = [memoryview(bytearray(min(CHUNK, end - len(header)))) for _ in range(BUFFERS)]
-    digest, problems = hashlib.sha256(header), []
+    digest = hashlib.sha256(header)
     chunks: list[_Judged] = []
     reading: deque[Future[_Judged]] = deque()
 
@@ -163,18 +164,19 @@ def _read(
 
     with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
-            return _Found(Verified(0, ""), {}, [f"{path.name}: its header is not what was written"])
+            return _Found(Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {})
         for number, offset in enumerate(range(len(header), end, CHUNK)):
             size = min(CHUNK, end - offset)
             if not ready(offset + size):
-                return _Found(Verified(0, ""), {}, [f"{path.name}: it was not written to its end"])
+                return _Found(Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {})
             if len(reading) == BUFFERS - 1:
                 hash_next()  # now its buffer is free
             chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
             reading.append(judges.submit(_judge, file.fileno(), path.name, spans, first, offset, chunk, copied))
         while reading:
             hash_next()
-        problems += [f"{path.name}: longer than its header says"] if os.pread(file.fileno(), 1, end) else []
+        damages = (f"{path.name}: longer than its header says",) if os.pread(file.fileno(), 1, end) else ()
+    problems: list[str] = []
     parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for one in chunks:
         problems += one.problems
@@ -186,8 +188,8 @@ def _read(
         slices[span.output.name].append(joined_crc32(found))
         crcs[span.output.name] += found
     sums = {name: joined_crc32(found) for name, found in crcs.items()}
-    verified = Verified(path.stat().st_size, digest.hexdigest(), sums)
-    return _Found(verified, slices, list(dict.fromkeys(problems)))
+    problems = list(dict.fromkeys(problems))
+    return _Found(Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(problems)), slices)
 
 
 def _judge(

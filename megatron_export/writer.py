@@ -18,9 +18,10 @@ from .contents import Contents, contents_of
 from .conveyor import Conveyor
 from .errors import ExportError
 from .item import Output
+from .journal import Checks, naming, partial_of
 from .plan import Plan
 from .shard import Shard
-from .staging import Checks, Staging, naming, partial_of
+from .staging import Staging
 
 SPARE_BYTES = 64 << 20
 MANIFEST = "export_manifest.json"
@@ -50,8 +51,8 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool 
     if not os.access(parent, os.W_OK):
         raise ExportError(f"{parent} is not writable. Give another --output")
     free = shutil.disk_usage(parent).free
-    kept = partial_of(export_dir) if resume else None
-    free += sum(path.stat().st_size for path in kept.iterdir()) if kept and kept.is_dir() else 0
+    kept = partial_of(export_dir)  # is gone on with, or removed
+    free += sum(path.stat().st_blocks * 512 for path in kept.iterdir()) if kept.is_dir() else 0
     if free < plan.nbytes + SPARE_BYTES:
         raise ExportError(
             f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free. Make room for "

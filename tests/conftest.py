@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the ranks, and one small checkpoint per architecture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,17 @@ def ranks(pool: list[Ranks]) -> Ranks:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name -> folder of a small checkpoint; the token ids to calibrate with are in ../ids/calibration.safetensors."""
     return {name: make_model(tmp_path_factory.mktemp("models"), name) for name in ARCHITECTURES}
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Prints a line at the end of the run, in whatever process the test runs."""
+    return partial(record_property, "told")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                for line in (text for name, text in report.user_properties if name == "told"):
+                    terminalreporter.write_line(line)

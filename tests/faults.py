@@ -21,7 +21,7 @@ from megatron_export.job import run as _run  # noqa: F401 - imported before the 
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults"])
-SECONDS = 25.0
+SECONDS = 60.0
 
 # name -> where, and at which call of it, counted from 1
 POINTS: dict[str, tuple[Any, str, int]] = {
@@ -36,9 +36,10 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "verify": (verify, "_read", 2),
     "publish": (staging.Staging, "publish", 1),
     "rename": (staging.Staging, "_replace", 1),
-    "after the rename": (staging.Staging, "_leave", 1),
+    "published": (staging.Staging, "__exit__", 1),
+    "tidied": (staging.Staging, "_leave", 1),
 }
-AT_WRITER = ("first file", "last file", "verify", "publish", "rename", "after the rename")
+AT_WRITER = ("first file", "last file", "verify", "publish", "rename", "published", "tidied")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def _sleep() -> None:
     time.sleep(3)
 
 
+def _freeze() -> None:
+    """No connection breaks, and nothing is said any more."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _no_room() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -77,6 +83,7 @@ def _small_files() -> None:
 
 ACTIONS: dict[str, Callable[[], None]] = {
     "kill": _kill,
+    "freeze": _freeze,
     "raise": _fail,
     "slow": _sleep,
     "no room": _no_room,
@@ -94,8 +101,14 @@ def _act(fault: Fault) -> None:
         call(argument)
 
 
+def in_small_steps() -> None:
+    """Short waits and small buckets, in this process."""
+    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
+    filing.BUCKET_BYTES, filing.LANES = 30_000, 2
+
+
 @contextmanager
-def _armed(fault: Fault | None, rank: int) -> Iterator[None]:
+def armed(fault: Fault | None, rank: int) -> Iterator[None]:
     if fault is None or rank not in fault.ranks:
         yield
         return
@@ -124,9 +137,8 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
         "MASTER_PORT": str(port),
     }
     cli._let_rank_0_speak = lambda: None
-    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
-    filing.BUCKET_BYTES, filing.LANES = 30_000, 2
-    with _armed(fault, rank):
+    in_small_steps()
+    with armed(fault, rank):
         status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
     os._exit(status)
 
@@ -145,10 +157,12 @@ def export_with(fault: Fault | None, folder: Path, *flags: object, world: int = 
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(max(started + SECONDS - time.monotonic(), 0.1))
+    frozen = fault.ranks if fault and fault.action == "freeze" else ()
+    for rank, process in enumerate(processes):
+        if rank not in frozen:
+            process.join(max(started + SECONDS - time.monotonic(), 0.1))
     seconds = time.monotonic() - started
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive() and rank not in frozen]
     for process in processes:
         process.kill()
         process.join()

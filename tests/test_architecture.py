@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress ahead
-signals fingerprint untrusted pulse layout
+signals fingerprint untrusted pulse layout journal
 names formats pickles
 item placement stored
 policy smoothing filing claims

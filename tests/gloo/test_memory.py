@@ -1,12 +1,21 @@
-"""Memory of an export is bounded by its buckets: it does not grow with the number of layers, on any rank."""
+"""Memory of an export is bounded by its buckets: it does not grow with the number of layers, on any rank.
 
+What is measured is the resident memory of a whole process, as Linux keeps its peak, from the call of the export on; Python,
+torch and Megatron (0.4 GB) are part of it. On the CPU a rank's weights are too, while in use they are on a GPU: so the bytes of
+its parameters are subtracted, and nothing else. The encoded tensors, which a GPU would hold as well, stay counted. glibc is told to
+give back what is freed, as MALLOC_MMAP_THRESHOLD_=1048576 does: what it keeps beyond that differs from run to run.
+"""
+
+import ctypes
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from megatron_export import export_hf_checkpoint, filing, topology
 from megatron_export.build import build_model
+from megatron_export.model import chunks_of
 from megatron_export.names import parameters_of
 
 from ..models import EXAMPLE, read_json
@@ -36,6 +45,42 @@ def peak_of_export(folder: Path, layers: int) -> int:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
             return _resident("VmHWM") - before
+
+
+SHARD = 100_000_000
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+
+
+def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
+    """Bytes of this rank's weights, and of its peak beside them during an fp8 export at TP=2."""
+    config = LARGE | {"num_hidden_layers": layers}
+    linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
+    statistics = {f"{name}input_amax": torch.tensor(1.0) for name in linears}
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    with topology.started(2, 1, "cpu"):
+        with topology.current() as here:
+            model = build_model(config, here, max_sequence_length=1)
+        weights = [parameter.data.fill_(0.02) for chunk in chunks_of(model) for parameter in chunk.parameters()]
+        nbytes = sum(weight.nbytes for weight in weights)
+        with mock.patch("megatron_export.assets.read_config", lambda _: config):
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            export_hf_checkpoint(
+                model, folder, hf_model=EXAMPLE, format="fp8", calibration=statistics, max_shard_size=SHARD
+            )
+            return nbytes, _resident("VmHWM") - nbytes
+
+
+@pytest.mark.parametrize("layers", [10, 20, 40])
+def test_the_writer_needs_two_shards_and_a_gigabyte_whatever_the_size_of_the_model(layers: int, tmp_path: Path) -> None:
+    """Of 0.3, 0.6 and 1.2 GB; the other rank a gigabyte beside its weights."""
+    ranks = Ranks(2)  # new ones, whose heaps are empty
+    (weights, writer), (_, other) = ranks.call(2, peak_beside_weights, tmp_path / "out", layers)
+    ranks.close()
+    print(f"2 x {weights:,} bytes of weights: writer {writer:,} beside its own, other rank {other:,}")
+    assert abs(2 * weights / (layers * 30.4e6) - 1) < 0.1
+    assert writer < 2 * SHARD + 10**9
+    assert other < 10**9
 
 
 def _resident(key: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_export.staging import journal_of, kept
+from megatron_export.journal import journal_of, kept
 
 from ..faults import Fault, export_with
 from ..models import LENGTH, contents, read_json

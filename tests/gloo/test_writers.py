@@ -8,8 +8,8 @@ import torch
 
 from megatron_export import export_hf_checkpoint, gather, topology
 from megatron_export.build import build_model
+from megatron_export.journal import kept
 from megatron_export.loading import load_hf_weights
-from megatron_export.staging import kept
 
 from ..faults import Fault, export_with
 from ..models import LENGTH, assert_same, contents, read_json, tensors

@@ -1,6 +1,7 @@
 """Emulated linears against a slow and separate account of the rounding; what is missing or too much is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,6 +273,66 @@ def test_an_unknown_algorithm_and_an_empty_folder_are_refused(plain: Path, tmp_p
     (tmp_path / "none").mkdir()
     with pytest.raises(ExportError, match="no .safetensors file"):
         load(tmp_path / "none")
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def name_no_model(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "nothing", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "evil.py").write_text("raise SystemExit('was run')")
+
+
+def mean_another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+
+
+def lead_out(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def promise_a_long_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def say_it_twice(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "more.safetensors")
+
+
+def quantize_by_a_number(folder: Path) -> None:
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": 8}}')
+
+
+def quantize_by_a_list(folder: Path) -> None:
+    (folder / "hf_quant_config.json").write_text('{"quantization": []}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_config, "not JSON"),
+        (name_no_model, "no config.json of a model"),
+        (mean_another_size, "not of the model in its config.json"),
+        (lead_out, "a symbolic link out of its folder"),
+        (promise_a_long_header, "its header would have 1,152,921,504,606,846,976 bytes"),
+        (say_it_twice, "is in another file too"),
+        (quantize_by_a_number, "quant_algo 8 is not known here"),
+        (quantize_by_a_list, r"quantization is \[\], not a table"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_folder_is_not_trusted(damage: Callable, message: str, plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(plain, folder)
+    damage(folder)
+    with pytest.raises(ExportError, match=message):
+        load(folder)
+    if "header" in message or "link" in message:
+        with pytest.raises(ExportError, match=message):
+            bits_per_weight(folder)
 
 
 @pytest.mark.parametrize(

@@ -367,26 +367,25 @@ def fuzz(folder: Path, count: int, seed: int) -> tuple[dict[str, list[int]], flo
     return counts, slowest, peak() - before
 
 
-def run(folder: Path, count: int, seed: int, capsys: pytest.CaptureFixture) -> None:
+def run(folder: Path, count: int, seed: int, tell: Callable[[str], None]) -> None:
     started = time.monotonic()
     counts, slowest, grown = fuzz(folder, count, seed)
     tried, refused = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
-    with capsys.disabled():
-        print(
-            f"\nfuzzed sources: {tried} inputs, {refused} refused ("
-            + ", ".join(f"{kind} {refused} of {tried}" for kind, (tried, refused) in counts.items())
-            + f"), {time.monotonic() - started:.0f} s, the slowest {slowest:.1f} s, memory grew by {grown >> 20} MiB"
-        )
+    tell(
+        f"fuzzed sources: {tried} inputs, {refused} refused ("
+        + ", ".join(f"{kind} {refused} of {tried}" for kind, (tried, refused) in counts.items())
+        + f"), {time.monotonic() - started:.0f} s, the slowest {slowest:.1f} s, memory grew by {grown >> 20} MiB"
+    )
     assert tried == count
     assert all(0 < refused <= tried for tried, refused in counts.values())
     assert slowest < MOST_SECONDS
     assert grown < MOST_MEMORY
 
 
-def test_damaged_sources_are_read_or_refused_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path, 600, 1, capsys)
+def test_damaged_sources_are_read_or_refused_with_a_sentence(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    run(tmp_path, 600, 1, tell)
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_sources_are_read_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run(tmp_path, 10_000, 2, capsys)
+def test_ten_thousand_damaged_sources_are_read_or_refused(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    run(tmp_path, 10_000, 2, tell)

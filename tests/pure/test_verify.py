@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch import Tensor
 from megatron_export.contents import contents_of
 from megatron_export.errors import ExportError
 from megatron_export.fingerprint import added, checksum, of_statistics
+from megatron_export.journal import kept
 from megatron_export.manifest import identity_of, manifest
 from megatron_export.plan import Plan, assumed, make_plan
 from megatron_export.shard import header_of
@@ -46,7 +49,7 @@ def verified(
         writer.flush()
         complete(contents_of(plan), writer.staging, [])
         damage(writer.staging.folder)
-        return verify(writer.staging.folder, contents_of(plan), writer.staging.finished)
+        return verify(writer.staging, contents_of(plan))
 
 
 def at(plan: Plan, folder: Path, name: str) -> tuple[Path, int]:
@@ -62,6 +65,7 @@ def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) ->
     def look(folder: Path) -> None:
         paths.extend(sorted(folder.iterdir()))
         sums.extend(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+        shutil.copytree(folder, tmp_path / "published")
 
     found = verified(plan, tmp_path, sound(plan), look)
     assert {name: one.sha256 for name, one in found.items()} == dict(zip((p.name for p in paths), sums, strict=True))
@@ -71,9 +75,11 @@ def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) ->
         "file": "model.safetensors", "dtype": "F32", "shape": [], "crc32": f"{zlib.crc32(struct.pack('<f', 1.0)):08x}",
     }  # fmt: skip
     assert set(said["run"]["versions"]) >= {"python", "torch", "megatron_export", "megatron-core"}
-    write_json(tmp_path / MANIFEST, said)
-    assert identity_of(tmp_path) == {"model": "a"}
+    write_json(tmp_path / "published" / MANIFEST, said)
+    assert identity_of(tmp_path / "published") == {"model": "a"}
     assert identity_of(tmp_path / "nowhere") is None
+    (tmp_path / "published" / "config.json").write_text("{}")
+    assert identity_of(tmp_path / "published") is None
 
 
 def flipped(plan: Plan, name: str) -> Callable[[Path], None]:
@@ -101,6 +107,35 @@ def shorter(folder: Path) -> None:
 def other_header(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F16" ', 1))
+
+
+def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: Path) -> None:
+    """Whatever an export that goes on finds damaged, it writes again; an error of values would come again."""
+    plan = make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_bytes=1_000_000)
+    tensors = sound(plan)
+    tensors["model.norm.weight"][0] = torch.nan
+    target, damaged = tmp_path / "out", next(iter(plan.files))
+
+    def damage(folder: Path) -> None:
+        with (folder / damaged).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+
+    with pytest.raises(ExportError, match=f"{damaged}.* is not what was written(.|\n)*--resume writes these") as found:
+        verified(plan, tmp_path, tensors, damage)
+    assert "NaN" not in str(found.value)  # what a damaged file holds says nothing of the model
+    assert kept(target) == len(plan.files) - 1
+    with exporting(target, plan, resume=True) as writer:
+        again = [(o, tensors[o.name]) for item in plan.items for o in item.outputs if writer.wants(o)]
+        assert {writer.homes[o.name] for o, _ in again} == {damaged}
+        writer.write(again)
+        writer.flush()
+        complete(contents_of(plan), writer.staging, [])
+        with pytest.raises(ExportError, match=r"model.norm.weight holds NaN or Inf$"):
+            verify(writer.staging, contents_of(plan))
+        assert len(writer.staging.finished) == len(plan.files)
 
 
 @pytest.mark.parametrize("name", [f"{NAME}.weight", f"{NAME}.weight_scale", "model.norm.weight"])
