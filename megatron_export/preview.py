@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import assets
+from .checking import of_plan, verdicts
 from .config import ExportConfig
+from .engines import Verdict
 from .errors import ExportError
 from .forecast import Forecast, forecast
 from .formats import Options
@@ -18,7 +20,6 @@ from .names import architecture_of, copied_prefixes, is_linear_weight, makes_key
 from .placement import Grid, grid_of
 from .plan import Held, Plan, assumed, make_plan
 from .policy import modules
-from .readers import Verdict, verdicts
 from .sizes import parse_size, readable
 from .source import copied_tensors
 from .writer import SPARE_BYTES
@@ -110,7 +111,7 @@ def _preview(
         grid=grid,
         forecast=forecast(plan, held, grid, device),
         left=tuple(_left(plan, config.exclude)),
-        engines=verdicts(plan),
+        engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,
         disk=disk,
         free=shutil.disk_usage(disk).free,

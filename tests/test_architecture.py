@@ -11,21 +11,22 @@ PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress
 signals fingerprint untrusted pulse layout
-names formats
+names formats engines
 item placement
 policy smoothing
 plan
-quant_config readers
+quant_config
 cpu assets staging statistics calibration_data emulation
 measured source topology model writer
 gather build contradictions verify
-loading survey manifest forecast
+loading survey manifest forecast checking
 maxima search watching preview
 clipping
 calibration
 pipeline
 job
-cli
+cli check_command
+commands
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}

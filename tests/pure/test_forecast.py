@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_export import cli
+from megatron_export.checking import of_plan, verdicts
 from megatron_export.config import ExportConfig
 from megatron_export.errors import ExportError
 from megatron_export.forecast import Forecast, forecast
@@ -18,7 +19,6 @@ from megatron_export.formats import FORMATS, Options
 from megatron_export.placement import grid_of
 from megatron_export.plan import assumed, make_plan
 from megatron_export.preview import Preview, as_json, previewed, rows
-from megatron_export.readers import BY_FORMAT, verdicts
 from megatron_export.sizes import readable
 
 from ..models import EXAMPLE
@@ -344,19 +344,19 @@ YES, NO, UNKNOWN = True, False, None
 )
 def test_engines(config: dict, settings: dict, loads: tuple) -> None:
     plan = make_plan(config, assumed(config, 1), **settings)
-    found = verdicts(plan)
+    found = verdicts(of_plan(plan))
     assert tuple(verdict.loads for verdict in found.values()) == loads
     assert all(verdict.why for verdict in found.values() if not verdict.loads)
 
 
 def test_what_to_mind_is_told_with_the_engine() -> None:
     plan = make_plan(LLAMA, assumed(LLAMA, 1), format="nvfp4", kv_cache="nvfp4")
-    assert {engine: verdict.text for engine, verdict in verdicts(plan).items()} == {
+    assert {engine: verdict.text for engine, verdict in verdicts(of_plan(plan)).items()} == {
         "vLLM": "loads: its NVFP4 KV cache with FlashInfer only",
         "SGLang": "loads: with --kv-cache-dtype nvfp4 on Blackwell",
         "TensorRT-LLM": "loads: on Blackwell",
     }
     plan = make_plan(QWEN_MOE, assumed(QWEN_MOE, 1), format="fp8_pb", kv_cache="fp8")
-    assert verdicts(plan)["SGLang"].text == (
+    assert verdicts(of_plan(plan))["SGLang"].text == (
         "loads: its FP8 KV cache with --kv-cache-dtype fp8_e4m3; ignores the scales of this architecture's KV cache"
     )
