@@ -50,7 +50,7 @@ def of_folder(folder: Path) -> Checkpoint:
     files = [name for name in names if name.endswith(".safetensors")]
     index = {name: path.name for name, path in read_index(folder).items()} if INDEX in names else None
     read = {file: {name: Header(*said) for name, said in headers(inside(folder, file)).items()} for file in files}
-    expected, copied = _expected(config)
+    expected, copied = expected_of(config)
     return Checkpoint(
         config=config,
         quant=_json(folder, _QUANT),
@@ -75,7 +75,7 @@ def _json(folder: Path, name: str) -> dict | None:
     return found
 
 
-def _expected(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[str, ...]]:
+def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[str, ...]]:
     """The tensors of the model that config.json means, and the prefixes of those that are copied; None where it has a part
     that the tables do not know.
     """

@@ -21,7 +21,7 @@ class Names:
     def __init__(self, listed: tuple[str, ...]) -> None:
         self.listed = listed
         self.plain = frozenset(listed)
-        self.globs = tuple(name for name in listed if any(letter in name for letter in "*?["))
+        self.globs = tuple(name for name in listed if name.startswith("re:") or any(letter in name for letter in "*?["))
         self.of_experts = tuple(name for name in listed if "experts" in name)
 
     @cached_property
