@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .engines import ENGINES, Checkpoint, Header, Verdict, judged
+from .engines import ENGINES, Checkpoint, Header, Verdict, engines_in, judged
 from .errors import ExportError
 from .names import ARCHITECTURES, copied_prefixes, parameters_of
 from .names.shape import architecture_name
@@ -93,14 +93,6 @@ def verdicts(
     """Name of the engine -> its verdict; without `engines`, of all of them."""
     found = (judged(checkpoint, engine, version, gpu) for engine in engines or ENGINES)
     return {verdict.engine: verdict for verdict in found}
-
-
-def engines_in(text: str) -> tuple[str, ...]:
-    """The engines of a list such as 'vllm,sglang'; `ValueError` with the known ones."""
-    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
-    if odd := [name for name in names if name not in ENGINES]:
-        raise ValueError(f"unknown engine {odd[0]!r}. Known: {', '.join(ENGINES)}")
-    return names
 
 
 def refusals(plan: Plan, target: str) -> list[str]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import assets, build, calibration_data, gather, loading, statistics, topology
 from .calibration import calibrate
+from .checking import refusals
 from .config import ExportConfig
-from .errors import ExportError
+from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder
 from .formats import Options
 from .gather import together
@@ -114,6 +115,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 mtp=config.mtp,
                 quantize_mla=config.quantize_mla,
                 max_shard_size=config.max_shard_size,
+                target=config.target,
                 overwrite=config.overwrite,
                 resume=config.resume,
                 provenance=_provenance(config, folder),
@@ -166,6 +168,8 @@ def _plan(config: ExportConfig, hf_config: dict, copied: tuple[Output, ...]) -> 
 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
+    if here.first:
+        report(refusals(plan, config.target))
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
         inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, manifest, topology
+from .checking import refusals
 from .contradictions import contradictions
 from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
@@ -91,6 +92,7 @@ def export_hf_checkpoint(
     mtp: str = "keep",
     quantize_mla: bool = False,
     max_shard_size: str | int = "5GB",
+    target: str = "",
     overwrite: bool = False,
     resume: bool = False,
     provenance: dict | None = None,
@@ -112,6 +114,7 @@ def export_hf_checkpoint(
     mtp             keep or drop layers that predict one more token (DeepSeek)
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
+    target          engines that must load the result, such as "vllm,sglang"; one that would refuse it is an error
     resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
                     statistics are others
     timeout         seconds after which a rank that is not heard of counts as gone
@@ -152,6 +155,7 @@ def export_hf_checkpoint(
             )
             check_calibration(plan, calibration)
             if here.first:
+                report(refusals(plan, target))
                 check_target(export_dir, plan, overwrite=overwrite, resume=resume)
                 check_apart(export_dir, folder)
         amaxes, digest = survey(here, plan, shards, calibration or {})

@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import assets
-from .checking import of_plan, verdicts
+from .checking import of_plan, refusals, verdicts
 from .config import ExportConfig
 from .engines import Verdict
-from .errors import ExportError
+from .errors import ExportError, report
 from .forecast import Forecast, forecast
 from .formats import Options
 from .item import Item, Output
@@ -79,6 +79,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
         max_shard_bytes=parse_size(config.max_shard_size),
         copied=copied,
     )
+    report(refusals(plan, config.target))
     return _preview(config, plan, held, world, config.device or "cuda", remarks)
 
 

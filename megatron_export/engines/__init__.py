@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, Header
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 
-__all__ = ["ENGINES", "GPUS", "Checkpoint", "Effect", "Finding", "Header", "Rule", "Verdict", "judged"]
+__all__ = ["ENGINES", "GPUS", "Checkpoint", "Effect", "Finding", "Header", "Rule", "Verdict", "engines_in", "judged"]
 
 ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm": tensorrt_llm}
 
@@ -25,3 +25,11 @@ def judged(checkpoint: Checkpoint, engine: str, version: str | None = None, gpu:
     module = ENGINES[engine]
     findings = module.judge(checkpoint, version or module.VERSION, gpu)
     return Verdict(module.NAME, version or module.VERSION, findings.all())
+
+
+def engines_in(text: str) -> tuple[str, ...]:
+    """The engines of a list such as 'vllm,sglang'; `ValueError` with the known ones."""
+    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
+    if odd := [name for name in names if name not in ENGINES]:
+        raise ValueError(f"unknown engine {odd[0]!r}. Known: {', '.join(ENGINES)}")
+    return names

@@ -102,6 +102,8 @@ def without_expert_kernels() -> None:
         setattr(module, f"select_{kind}_moe_backend", lambda **named: (backends[kind], None))
 
     stub(fp8, "fp8"), stub(modelopt, "fp8"), stub(modelopt, "nvfp4")  # noqa: B018
+    MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))  # of weights alone in four bits
+    MarlinNvFp4LinearKernel.process_weights_after_loading = lambda self, layer: None
     for method in (fp8.Fp8MoEMethod, modelopt.ModelOptFp8MoEMethod, modelopt.ModelOptNvFp4FusedMoE):
         method.process_weights_after_loading = lambda self, layer: None
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_export import commands
-from megatron_export.checking import engines_in, lines, of_folder, refusals, rules, verdicts
-from megatron_export.engines import ENGINES, Checkpoint, Effect, judged
+from megatron_export.checking import lines, of_folder, refusals, rules, verdicts
+from megatron_export.engines import ENGINES, Checkpoint, Effect, engines_in, judged
 from megatron_export.engines.matching import (
     Names,
     Partly,
@@ -284,6 +284,13 @@ def test_check_prints_json(tmp_path: Path) -> None:
         (("check", "x", "--version", "1"), 2, ""),
         (("check", "x", "--engine", "tgi"), 2, ""),
         (("check", "/nowhere"), 1, "error: /nowhere is not a folder"),
+        (("plan", "--target", "tgi"), 2, ""),
+        (
+            ("plan", "--format", "int4_awq", "--target", "vllm,tensorrt_llm"),
+            1,
+            "error: --target: vLLM will not load this",
+        ),
+        (("plan", "--format", "nvfp4", "--target", "vllm,sglang,tensorrt_llm"), 0, "vLLM              loads"),
         (("check", "--rules"), 0, "every expert is there; it does not look"),
     ],
 )
