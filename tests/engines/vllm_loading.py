@@ -90,8 +90,9 @@ def emulate() -> None:
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(InBlocks)
 
 
-def without_expert_kernels() -> None:
-    """Quantized experts are built and loaded, and never run."""
+def without_kernels() -> None:
+    """Quantized experts, and linears with weights alone in four bits, are built and loaded, and never run."""
+    from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization import fp8, modelopt
@@ -101,8 +102,10 @@ def without_expert_kernels() -> None:
     def stub(module: ModuleType, kind: str) -> None:
         setattr(module, f"select_{kind}_moe_backend", lambda **named: (backends[kind], None))
 
-    stub(fp8, "fp8"), stub(modelopt, "fp8"), stub(modelopt, "nvfp4")  # noqa: B018
-    MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))  # of weights alone in four bits
+    stub(fp8, "fp8")
+    stub(modelopt, "fp8")
+    stub(modelopt, "nvfp4")
+    MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))
     MarlinNvFp4LinearKernel.process_weights_after_loading = lambda self, layer: None
     for method in (fp8.Fp8MoEMethod, modelopt.ModelOptFp8MoEMethod, modelopt.ModelOptNvFp4FusedMoE):
         method.process_weights_after_loading = lambda self, layer: None
@@ -175,7 +178,7 @@ def main() -> int:
     arguments = parser.parse_args()
     emulate()
     if not arguments.generate:
-        without_expert_kernels()
+        without_kernels()
     for folder in arguments.folders:
         sys.stdout.write(json.dumps(tried(folder, arguments.generate)) + "\n")
         sys.stdout.flush()
