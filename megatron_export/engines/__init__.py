@@ -23,8 +23,11 @@ ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm"
 def judged(checkpoint: Checkpoint, engine: str, version: str | None = None, gpu: str | None = None) -> Verdict:
     """What the engine of that name in `ENGINES` makes of a checkpoint, on a GPU of `GPUS` where one is given."""
     module = ENGINES[engine]
-    findings = module.judge(checkpoint, version or module.VERSION, gpu)
-    return Verdict(module.NAME, version or module.VERSION, findings.all())
+    asked = version or module.VERSION
+    found = module.judge(checkpoint, asked, gpu).all()
+    if not f"{module.VERSION}.".startswith(f"{asked}."):
+        found += (Finding("version", Effect.MINDS, f"these are the rules of {module.VERSION}", "", ()),)
+    return Verdict(module.NAME, asked, found)
 
 
 def engines_in(text: str) -> tuple[str, ...]:

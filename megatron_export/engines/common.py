@@ -168,7 +168,7 @@ def _problems(
             yield "dtype", f"its {suffix} is {header.dtype}, and {algorithm} has {' or '.join(dtypes)}", ""
         elif header.shape not in shapes:
             yield "shape", f"its {suffix} is {list(header.shape)}, and {algorithm} has {named(shapes)}", ""
-    for suffix in module.keys() - wants.keys() - HARMLESS:
+    for suffix in sorted(module.keys() - wants.keys() - HARMLESS - optional):
         yield "extra", f"its {suffix} is no tensor of {algorithm}", ""
 
 

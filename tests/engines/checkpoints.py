@@ -188,8 +188,6 @@ def mix_every_layer(said: Said) -> None:
 
 
 def say_w4a16(said: Said) -> None:
-    for name in [name for name in _tensors(said) if name.endswith("input_scale")]:
-        del _tensors(said)[name]
     said["config"]["quantization_config"] |= {"quant_algo": "W4A16_NVFP4"}
     said["quant"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
 
@@ -263,7 +261,7 @@ DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
     (MOE, lose_an_experts_scale):            ("scale", "scale", "scale", False),
     (FP8, cut_a_weight):                     ("shape", "shape", "shape", True),
     (FP8, store_in_integers):                ("dtype", "dtype", "dtype", False),
-    (NVFP4, add_pre_quant_scale):            ("extra", "extra", "extra", True),
+    (NVFP4, add_pre_quant_scale):            ("extra", "awq", "extra", True),
     (NVFP4, leave_out_what_is_quantized):    ("left out", "left out", "left out", True),
     (NVFP4, store_in_bfloat16): ("not left out", "not left out", "not left out", True),
     (NVFP4, leave_out_a_part):               ("partly", "partly", "left out", True),
@@ -277,7 +275,7 @@ DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
     (NVFP4, keep_the_file_alone_without_its_size): ("config", "config", "", True),
     (NVFP4, mix_nothing):                    ("mixed", "mixed", "left out", True),
     (NVFP4, mix_every_layer):                ("", "", "", False),
-    (NVFP4, say_w4a16):                      ("", "", "", False),
+    (NVFP4, say_w4a16): ("", "extra", "extra", False),
     (FP8, store_in_blocks):                  ("blocks", "llama blocks", "", True),
     (FP8, cut_a_block):                      ("inputs", "algorithm", "case", True),
     (FP8_KV, lose_a_layers_cache_scales):    ("kv scales", "", "", False),

@@ -252,7 +252,13 @@ def command(*arguments: object) -> tuple[int, str]:
         (golden("models/llama-INT4_AWQ"), (), 1, "vLLM 0.32.0: refused:\n    it does not know W4A16_AWQ"),
         (golden("models/llama-INT4_AWQ"), ("--engine", "tensorrt_llm"), 0, "TensorRT-LLM 1.3: loads"),
         (golden(NVFP4), ("--engine", "tensorrt_llm", "--gpu", "h200"), 1, "does not compute NVFP4 on h200"),
-        (golden(NVFP4), ("--engine", "vllm", "--version", "0.31"), 0, "vLLM 0.31: loads"),
+        (
+            golden(NVFP4),
+            ("--engine", "vllm", "--version", "0.31"),
+            0,
+            "vLLM 0.31: loads:\n    these are the rules of 0.32.0",
+        ),
+        (golden(NVFP4), ("--engine", "vllm", "--version", "0.32"), 0, "vLLM 0.32: loads"),
         (golden("models/llama-FP8-mcore"), (), 0, "TensorRT-LLM 1.3: loads"),
     ],
 )
