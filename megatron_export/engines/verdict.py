@@ -95,10 +95,15 @@ class Findings:
         self.found.setdefault((rule, why, way), []).extend(names)
 
     def all(self) -> tuple[Finding, ...]:
-        """The findings, the worst first."""
-        order = list(Effect)
+        """The findings, the worst first, then in the order of the rules."""
+        effects, rules = list(Effect), list(self.rules)
         made = [
-            Finding(rule, self.rules[rule].effect, why, way, tuple(names))
+            Finding(rule, self.rules[rule].effect, why, way, tuple(sorted(set(names), key=_in_order)))
             for (rule, why, way), names in self.found.items()
         ]
-        return tuple(sorted(made, key=lambda finding: order.index(finding.effect)))
+        return tuple(sorted(made, key=lambda one: (effects.index(one.effect), rules.index(one.rule), one.why)))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]

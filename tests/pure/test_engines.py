@@ -46,7 +46,7 @@ GOLDEN = {
     "models/deepseekv3-FP8-mcore":      ("bias", "latent scale", "latent"),
     "models/deepseekv3-INT4_AWQ":       ("algorithm", "algorithm", "latent"),
     "models/deepseekv3-NVFP4":          ("bias", "latent", "latent"),
-    "models/deepseekv3-NVFP4-KVNVFP4":  ("kv latent", "latent", "latent"),
+    "models/deepseekv3-NVFP4-KVNVFP4":  ("bias", "latent", "latent"),
     "models/deepseekv3-NVFP4_AWQ":      ("algorithm", "awq", "latent"),
     "models/deepseekv3-W4A8_AWQ":       ("algorithm", "algorithm", "latent"),
     "models/deepseekv3-bf16":           ("unknown", "bias", "unknown"),  # as all *-bf16: token ids beside the weights
