@@ -56,7 +56,6 @@ def of_folder(folder: Path) -> Checkpoint:
         quant=_json(folder, _QUANT),
         files=read,
         index=index,
-        others=tuple(name for name in names if name not in read),
         expected=expected,
         copied=copied,
     )

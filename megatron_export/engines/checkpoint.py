@@ -68,7 +68,6 @@ class View:
 class Checkpoint:
     """config, quant  config.json, and hf_quant_config.json where there is one
     files     safetensors file -> its tensors; index: tensor -> file, of the index where there is one
-    others    names of all other files
     expected  HF tensor -> its shape, of the model that config.json means, before it is quantized; None of an architecture
               that has no table here
     copied    what the names of tensors begin with that stay as they are
@@ -78,7 +77,6 @@ class Checkpoint:
     quant: dict | None
     files: dict[str, dict[str, Header]]
     index: dict[str, str] | None = None
-    others: tuple[str, ...] = ()
     expected: dict[str, tuple[int, ...]] | None = None
     copied: tuple[str, ...] = ()
 

@@ -126,8 +126,8 @@ def check_linears(
         try:
             algorithm = algorithm_of(group)
         except Partly:
-            why = f"{ignored} names some of {', '.join(group.parts)} and not all, which the engine joins"
-            findings.add("partly", why, group.parent, way="exclude all of them, or none")
+            why = f"{', '.join(group.parts) or 'experts'} are told apart in {ignored or 'the config'}, and the engine joins them"
+            findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
             continue
         for name, module in group.members.items():
             if algorithm is None or not is_quantized(module):

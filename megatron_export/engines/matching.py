@@ -4,7 +4,6 @@ Every engine compares other names in another way: with the names of its joined m
 names, globs or ancestors. A `Part` error is what an engine raises where only some members of a joined module are listed.
 """
 
-import re
 from fnmatch import fnmatch, fnmatchcase
 from functools import cached_property
 
@@ -21,18 +20,13 @@ class Names:
     def __init__(self, listed: tuple[str, ...]) -> None:
         self.listed = listed
         self.plain = frozenset(listed)
-        self.globs = tuple(name for name in listed if name.startswith("re:") or any(letter in name for letter in "*?["))
+        self.globs = tuple(name for name in listed if any(letter in name for letter in "*?["))
         self.of_experts = tuple(name for name in listed if "experts" in name)
 
     @cached_property
     def words(self) -> tuple[str, ...]:
         """What may be a part of a module's name; a trailing star says the same as none there."""
         return tuple(name[:-1] if name.endswith("*") and name[-2:-1] not in (".", "") else name for name in self.listed)
-
-    @cached_property
-    def patterns(self) -> tuple[re.Pattern[str], ...]:
-        """As SGLang reads them: a star is any text, everything else but dots is a regular expression."""
-        return tuple(re.compile(name.replace(".", r"\.").replace("*", ".*")) for name in self.listed if "*" in name)
 
     @cached_property
     def tails(self) -> frozenset[str]:
@@ -94,7 +88,7 @@ def sglang_excluded(names: Names, parent: str, parts: tuple[str, ...], joined: s
     candidates = prefixes | {word for one in prefixes for word in one.split(".")}
     if not names.plain.isdisjoint(candidates):
         return True
-    if any(pattern.fullmatch(one) for pattern in names.patterns for one in candidates):
+    if any(fnmatchcase(one, glob) for glob in names.globs for one in candidates):
         return True
     latent = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"} & names.tails
     return any(tail in prefix.rpartition(".")[2] for tail in latent)
@@ -113,6 +107,4 @@ def tensorrt_llm(names: Names, parent: str, parts: tuple[str, ...], joined: str)
 
 
 def _glob(glob: str, name: str) -> bool:
-    if glob.startswith("re:"):
-        return bool(re.match(glob[3:], name))
     return fnmatchcase(name, glob) or (glob.endswith(".*") and fnmatchcase(name, glob[:-2]))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .checkpoint import Group
-from .matching import JOINED, Names
+from .matching import JOINED, Names, Partly
 
 Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
 
@@ -44,15 +44,16 @@ def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> b
 
 
 def algorithm_in(reading: Reading, group: Group) -> str | None:
-    """The algorithm of a group that is not left out."""
+    """The algorithm of a group that is not left out; `Partly` where a mixed model has several for what is joined."""
     if reading.algorithm:
         return reading.algorithm
-    listed = [reading.layers.get(name) for name in group.members]
-    inside = [algorithm for name, algorithm in reading.layers.items() if name.startswith(group.parent + ".")]
-    found = [algorithm for algorithm in listed if algorithm]
+    found = {reading.layers[name] for name in group.members if name in reading.layers}
     if not found and group.kind in ("experts", "stack"):
-        found = inside[:1]
-    return found[0] if found else None
+        inside = (algorithm for name, algorithm in reading.layers.items() if name.startswith(f"{group.parent}."))
+        return reading.layers.get(group.parent, next(inside, None))
+    if len(found) > 1:
+        raise Partly
+    return found.pop() if found else None
 
 
 def listed(section: dict, *keys: str) -> tuple[str, ...]:

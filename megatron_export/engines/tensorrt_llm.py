@@ -40,6 +40,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "extra":         (_M, "other tensors of a quantized linear are not looked at", "linear", READ),
     "left out":      (_R, "what is left out of quantization is stored in bfloat16", "excluded", READ),
     "not left out":  (_R, "what is stored in bfloat16 is left out", "excluded", READ),
+    "partly":        (_R, "a mixed model has one algorithm for q, k and v, and for gate and up", "linear", READ),
     "dialect":       (_R, "quant_method or producer is modelopt, or quant_method is fp8", "configs", READ),
     "algorithm":     (_R, "quant_algo is one of its own, to the letter", "mode", READ),
     "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", READ),

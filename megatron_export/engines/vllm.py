@@ -68,6 +68,11 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "gpu":           (_R, "the GPU computes it", "modelopt", READ),
 })
 # fmt: on
+_BLOCKS_OF_MIXED = {  # how a mixed model's linears and experts in blocks are spelled
+    ("linear", "FP8_BLOCK_SCALES"): None,
+    ("experts", "FP8_PB_WO"): "blocks",
+    ("experts", "FP8_BLOCK_SCALES"): "blocks",
+}
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
 _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
 _LATENT = "fused_qkv_a_proj"
@@ -93,7 +98,8 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         if group.kind == "router" and not (modelopt and checkpoint.architecture in _ASKS_ROUTERS):
             return None
         matcher = vllm_modelopt if modelopt else vllm_exactly
-        return None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
+        found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
+        return _BLOCKS_OF_MIXED.get((group.kind, found), found) if reading.layers else found
 
     optional = frozenset({"input_scale"} if reading.algorithm == "W4A16_NVFP4" else ())
     if reading.algorithm is None and any(group.quantized for group in view.groups):
@@ -155,7 +161,7 @@ def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings
         if not layers:
             findings.add("mixed", "quantized_layers lists none", way="list them")
             return None
-        if odd := {one for one in layers.values() if one not in _ALGORITHMS}:
+        if odd := {one for one in layers.values() if one not in (*_ALGORITHMS, "FP8_BLOCK_SCALES")}:
             findings.add("mixed", f"quantized_layers has {', '.join(sorted(odd))}", way=FORMATS)
             return None
         return Reading("", where, names, layers, size_in(section, 16), kv, "modelopt")

@@ -187,6 +187,12 @@ def mix_every_layer(said: Said) -> None:
     said["quant"]["quantization"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
 
+def mix_within_a_joined_linear(said: Said) -> None:
+    mix_every_layer(said)
+    for section in (said["config"]["quantization_config"], said["quant"]["quantization"]):
+        section["quantized_layers"] |= {"model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"}}
+
+
 def say_w4a16(said: Said) -> None:
     said["config"]["quantization_config"] |= {"quant_algo": "W4A16_NVFP4"}
     said["quant"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
@@ -275,6 +281,7 @@ DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
     (NVFP4, keep_the_file_alone_without_its_size): ("config", "config", "", True),
     (NVFP4, mix_nothing):                    ("mixed", "mixed", "left out", True),
     (NVFP4, mix_every_layer):                ("", "", "", False),
+    (NVFP4, mix_within_a_joined_linear):     ("partly", "partly", "partly", True),
     (NVFP4, say_w4a16): ("", "extra", "extra", False),
     (FP8, store_in_blocks):                  ("blocks", "llama blocks", "", True),
     (FP8, cut_a_block):                      ("inputs", "algorithm", "case", True),

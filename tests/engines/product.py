@@ -26,7 +26,6 @@ _MLA = {
     "moe_intermediate_size": 128,
 }
 _LLAMA4 = _HEADS | {"intermediate_size": 128, "intermediate_size_mlp": 384}
-_SEES = {"vision_output_dim": 64}
 MODELS = {
     "llama31": _WIDE,
     "llama32": _HEADS,

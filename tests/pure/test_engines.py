@@ -195,8 +195,6 @@ ATTENTION, MLP, EXPERTS = "model.layers.1.self_attn", "model.layers.1.mlp", "mod
         ([MLP], EXPERTS, (), "", (True, False, False, True, True)),
         ([EXPERTS], EXPERTS, (), "", (True, True, True, True, True)),
         ([f"{EXPERTS}.3.down_proj"], EXPERTS, (), "", (True, True, False, True, False)),
-        (["re:.*experts$"], EXPERTS, (), "", (False, False, False, False, True)),
-        (["re:experts"], EXPERTS, (), "", (False, False, False, False, False)),
         (["kv_a_proj_with_mqa"], ATTENTION, ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj_with_mqa",
          (True, False, True, False, False)),
     ],
