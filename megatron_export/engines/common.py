@@ -12,9 +12,8 @@ from .layouts import HARMLESS, named, size_of, wanted
 from .matching import Partly
 from .verdict import Findings
 
-HF_FIRST = "the exporter's own files are read back before they are published; fetch or export this one again"
+AGAIN = "fetch it again, or export it again"
 _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
-Problems = tuple[tuple[str, str, str], ...]
 
 
 def check_files(checkpoint: Checkpoint, findings: Findings) -> None:
@@ -69,9 +68,9 @@ def _missing(checkpoint: Checkpoint, name: str, one_by_one: set[str], findings: 
     elif inside and f"{container}.experts" in one_by_one and name.rpartition(".")[0] == f"{container}.experts":
         return  # a stack that is written expert by expert
     elif inside:
-        findings.add("experts", "a routed expert that is not there", name, way=HF_FIRST)
+        findings.add("experts", "a routed expert that is not there", name, way=AGAIN)
     else:
-        findings.add("missing", "it is not there", name, way=HF_FIRST)
+        findings.add("missing", "it is not there", name, way=AGAIN)
 
 
 def _known(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], module: str, suffix: str) -> bool:
@@ -95,15 +94,30 @@ def is_mtp(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def check_experts(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
-    """Every layer's experts, all of them with the same linears."""
+    """Every layer's experts, of an architecture that has no table here."""
+    if checkpoint.expected is not None:
+        return
     for group in view.groups:
-        if group.kind != "experts" or not checkpoint.experts:
-            continue
         parts = {name.rpartition(".")[2] for name in group.members}
         lacking = len(parts) * checkpoint.experts - len(group.members)
-        if lacking > 0 and checkpoint.expected is None:
-            findings.add("experts", f"{lacking} linears of its {checkpoint.experts} experts are not there", group.parent,
-                         way=HF_FIRST)  # fmt: skip
+        if group.kind == "experts" and lacking > 0:
+            why = f"{lacking} linears of its {checkpoint.experts} experts are not there"
+            findings.add("experts", why, group.parent, way=AGAIN)
+
+
+def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], str | None]) -> None:
+    """Layers that predict one more token, which engines load with the same config when they are asked to speculate."""
+    for group in view.groups:
+        if not group.mtp or group.kind not in ("linear", "experts"):
+            continue
+        try:
+            quantizes = algorithm_of(group) is not None
+        except Partly:
+            quantizes = not group.quantized
+        if quantizes != group.quantized:
+            how = "quantized and" if group.quantized else "in bfloat16 and not"
+            why = f"speculative decoding with it fails: it is stored {how} left out"
+            findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
 def check_linears(
@@ -134,7 +148,7 @@ def check_linears(
                 _agree(name, module, algorithm, ignored, findings)
                 continue
             shape = expected.get(f"{name}.weight", expected.get(name))
-            size = size_of(module, algorithm) if shape is None or group.kind == "stack" else shape[-2:]
+            size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
             key = (algorithm, size, group.kind, group.parts, *module.items())
             if key not in known:
                 known[key] = tuple(_problems(module, algorithm, size, group, group_size, optional))
@@ -152,10 +166,10 @@ def _agree(name: str, module: Module, algorithm: str | None, ignored: str, findi
 
 
 def _problems(
-    module: Module, algorithm: str, size: tuple[int, int], group: Group, group_size: int, optional: frozenset[str]
+    module: Module, algorithm: str, size: tuple[int, ...], group: Group, group_size: int, optional: frozenset[str]
 ) -> Iterator[tuple[str, str, str]]:
     if group.kind == "stack":
-        yield from _of_stack(module, algorithm)
+        yield from _of_stack(module, algorithm, size)
         return
     wants = wanted(algorithm, *size, group_size)
     joined = len(group.parts) > 1
@@ -163,7 +177,7 @@ def _problems(
         header = module.get(suffix)
         if header is None:
             if suffix not in optional and not (suffix == "pre_quant_scale" and (joined or group.kind == "experts")):
-                yield "scale", f"its {suffix} is not there, which {algorithm} needs", "export it again"
+                yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
         elif header.dtype not in dtypes:
             yield "dtype", f"its {suffix} is {header.dtype}, and {algorithm} has {' or '.join(dtypes)}", ""
         elif header.shape not in shapes:
@@ -172,8 +186,11 @@ def _problems(
         yield "extra", f"its {suffix} is no tensor of {algorithm}", ""
 
 
-def _of_stack(module: Module, algorithm: str) -> Iterator[tuple[str, str, str]]:
-    """Experts in one tensor: their scales have its name with _weight_scale, _input_scale, _weight_scale_2."""
+def _of_stack(module: Module, algorithm: str, size: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
+    """Experts in one tensor [experts, inputs, outputs]: their scales have its name with _weight_scale and so on."""
     needs = {"FP8": {"weight_scale", "input_scale"}, "NVFP4": {"weight_scale", "weight_scale_2", "input_scale"}}
     for suffix in sorted(needs.get(algorithm, {"weight_scale"}) - module.keys()):
-        yield "scale", f"its {suffix} is not there, which {algorithm} needs", "export it again"
+        yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
+    packed = 2 if module["weight"].dtype == "U8" else 1
+    if size and module["weight"].shape[-2:] != (size[0] // packed, size[1]):
+        yield "shape", f"its weight is {list(module['weight'].shape)}, and experts are {list(size)}", AGAIN

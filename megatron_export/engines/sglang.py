@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 accepts: read in its sources; none of it has been run."""
 
 from .checkpoint import Checkpoint, Group
-from .common import check_experts, check_files, check_linears, check_model
+from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
 from .gpus import BLACKWELL, GPUS
 from .matching import Names, sglang_excluded, sglang_skipped
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
@@ -47,9 +47,9 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", READ),
     "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", READ),
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", READ),
-    "dialect":       (_R, "quant_method is modelopt or fp8", "configs", READ),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "weights", READ),
     "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", READ),
     "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", READ),
@@ -105,14 +105,16 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         return algorithm_in(reading, group)
 
     if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way="export it again")
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return findings
     check_linears(
         checkpoint, view, findings, algorithm_of, reading.group_size, frozenset(("pre_quant_scale",)), reading.where
     )
     if reading.algorithm is not None:
         _check_layouts(checkpoint, gpu, findings)
-        _check_mtp(checkpoint, reading, findings)
+        check_mtp(view, findings, algorithm_of)
+        if checkpoint.number("num_nextn_predict_layers") > 1:
+            findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         _check_gpu(reading, gpu, findings)
     _check_kv(checkpoint, reading, gpu, findings)
     if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
@@ -133,20 +135,20 @@ def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
     method = str(section.get("quant_method", "modelopt"))
     if method == "fp8":
         if section.get("weight_block_size") != [128, 128]:
-            findings.add("algorithm", f"fp8 in blocks of {section.get('weight_block_size')}: no rules about it")
+            findings.add("another", f"no rules about fp8 in blocks of {section.get('weight_block_size')}")
             return None
         names = listed(section, "ignored_layers", "modules_to_not_convert")
         both = tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
         return Reading("blocks", "modules_to_not_convert", Names(both), kv=kv_of(section.get("kv_cache_scheme")),
                        dialect="native")  # fmt: skip
     if not method.startswith("modelopt"):
-        findings.add("dialect", f"quant_method is {method!r}", way="set it to modelopt")
+        findings.add("another", f"no rules about quant_method {method}")
         return None
     return _read_modelopt(section, where, findings)
 
 
 def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | None:
-    algorithm = str(section.get("quant_algo", ""))
+    algorithm = str(section.get("quant_algo") or "")
     kv = kv_of(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo"))
     names = Names(listed(section, where, "exclude_modules", "ignore"))
     if algorithm == "MIXED_PRECISION":
@@ -224,17 +226,6 @@ def _check_latent(group: Group, four: bool, findings: Findings) -> None:
             findings.add(
                 "latent scale", "its scales have a dim", group.parent, way="write them as numbers without dims"
             )
-
-
-def _check_mtp(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
-    if checkpoint.number("num_nextn_predict_layers") > 1:
-        findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
-    matcher = sglang_excluded if reading.dialect == "modelopt" else sglang_skipped
-    for group in checkpoint.indexed.groups:
-        plain = group.mtp and group.kind in ("linear", "experts") and not group.quantized
-        if plain and not left_out(reading, group, matcher, _LATENT):
-            why = "speculative decoding with it fails: it is stored in bfloat16 and not left out"
-            findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
 def _check_kv(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:

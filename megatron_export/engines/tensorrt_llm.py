@@ -1,7 +1,7 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
 
 from .checkpoint import Checkpoint, Group
-from .common import check_experts, check_files, check_linears, check_model
+from .common import AGAIN, check_experts, check_files, check_linears, check_model
 from .gpus import BLACKWELL, GPUS
 from .matching import Names, tensorrt_llm
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
@@ -41,11 +41,11 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "left out":      (_R, "what is left out of quantization is stored in bfloat16", "excluded", READ),
     "not left out":  (_R, "what is stored in bfloat16 is left out", "excluded", READ),
     "partly":        (_R, "a mixed model has one algorithm for q, k and v, and for gate and up", "linear", READ),
-    "dialect":       (_R, "quant_method or producer is modelopt, or quant_method is fp8", "configs", READ),
     "algorithm":     (_R, "quant_algo is one of its own, to the letter", "mode", READ),
     "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", READ),
     "case":          (_M, "releases up to 1.2 know fp8_pb_wo in small letters alone", "configs", READ),
     "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "reading", READ),
     "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
@@ -104,7 +104,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         return "modelopt blocks" if found == "blocks" and not inverse else found
 
     if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way="export it again")
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return findings
     optional = _OPTIONAL.get(reading.algorithm, frozenset())
     check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
@@ -126,6 +126,9 @@ def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | 
         _compare(inline, nested, findings)
         return _named(nested, "exclude_modules", nested.get("kv_cache_quant_algo"), version, findings)
     if inline.get("quant_method") == "fp8":
+        if inline.get("weight_block_size") != [128, 128]:
+            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
+            return None
         names = Names(listed(inline, "modules_to_not_convert", "ignored_layers"))
         return Reading(
             "blocks", "modules_to_not_convert", names, kv=kv_of(inline.get("kv_cache_scheme")), dialect="native"
@@ -133,7 +136,7 @@ def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | 
     producer = inline.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
     if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":
-        findings.add("dialect", f"quant_method is {inline.get('quant_method')!r}", way="set it to modelopt")
+        findings.add("another", f"no rules about quant_method {inline.get('quant_method')}")
         return None
     scheme = inline.get("kv_cache_scheme")
     if kv_of(scheme) == "NVFP4":
@@ -145,13 +148,13 @@ def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | 
 
 
 def _named(section: dict, where: str, kv: object, version: str, findings: Findings) -> Reading | None:
-    algorithm = str(section.get("quant_algo", ""))
+    algorithm = str(section.get("quant_algo") or "")
     old = _number(version) < (1, 3)
     if algorithm == "MIXED_PRECISION":
         layers = {name: _ALGORITHMS[one] for name, one in layers_of(section).items() if one in _ALGORITHMS}
         return Reading("", where, Names(listed(section, where)), layers, size_in(section, 16), kv_of(kv), "modelopt")
     if algorithm not in _ALGORITHMS:
-        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way="export it again")
+        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=AGAIN)
         return None
     if old and algorithm in _NEW:
         findings.add("old", f"release {version} does not know {algorithm}", way="serve with a newer one")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from .checkpoint import Checkpoint, Group
-from .common import check_experts, check_files, check_linears, check_model
+from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
 from .gpus import BLACKWELL, GPUS
 from .matching import Names, vllm_exactly, vllm_modelopt
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
@@ -47,9 +47,10 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", SEEN),
     "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
-    "dialect":       (_R, "quant_method is modelopt or fp8", "configs", SEEN),
+    "dialect":       (_R, "quantization_config says quant_method", "configs", SEEN),
     "config":        (_R, "hf_quant_config.json alone serves a few algorithms, with all its keys", "configs", SEEN),
     "algorithm":     (_R, "quant_algo is one of its seven", "modelopt", SEEN),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "loader", SEEN),
     "mixed":         (_R, "a mixed model lists its quantized_layers, of algorithms that it has", "modelopt", READ),
     "blocks":        (_R, "of joined linears all but the last have whole blocks of 128 rows, of experts all", "blocks", SEEN),
@@ -103,13 +104,13 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
 
     optional = frozenset({"input_scale"} if reading.algorithm == "W4A16_NVFP4" else ())
     if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way="export it again")
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return findings
     check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
         _check_layouts(checkpoint, reading, findings)
-        _check_mtp(checkpoint, reading, findings)
+        check_mtp(view, findings, algorithm_of)
         _check_gpu(reading, gpu, findings)
     _check_kv(checkpoint, reading, findings)
     if checkpoint.latent and checkpoint.text.get("topk_method") != "noaux_tc":
@@ -130,19 +131,26 @@ def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         if inline.get("weight_block_size") != [128, 128]:
-            findings.add("algorithm", f"fp8 in blocks of {inline.get('weight_block_size')}: no rules about it")
+            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
             return None
         names = listed(inline, "ignored_layers", "modules_to_not_convert")
         return Reading("blocks", "modules_to_not_convert", Names(names), kv=kv_of(inline.get("kv_cache_scheme")),
                        dialect="native")  # fmt: skip
     if not method.startswith("modelopt"):
-        findings.add("dialect", f"quant_method is {method!r}", way="set it to modelopt")
+        _unknown_dialect(method, findings)
         return None
     return _read_modelopt(inline, "ignore", kv_of(inline.get("kv_cache_scheme")), findings)
 
 
+def _unknown_dialect(method: str, findings: Findings) -> None:
+    if method:
+        findings.add("another", f"no rules about quant_method {method}")
+    else:
+        findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
+
+
 def _read_nested(checkpoint: Checkpoint, nested: dict, findings: Findings) -> Reading | None:
-    algorithm = str(nested.get("quant_algo", "")).upper()
+    algorithm = str(nested.get("quant_algo") or "").upper()
     lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
     if algorithm not in _NESTED:
         findings.add("config", f"hf_quant_config.json alone says {algorithm}", way="put it into config.json too")
@@ -154,7 +162,7 @@ def _read_nested(checkpoint: Checkpoint, nested: dict, findings: Findings) -> Re
 
 
 def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings) -> Reading | None:
-    algorithm = str(section.get("quant_algo", "")).upper()
+    algorithm = str(section.get("quant_algo") or "").upper()
     names = Names(listed(section, where))
     if algorithm == "MIXED_PRECISION":
         layers = layers_of(section)
@@ -214,15 +222,6 @@ def _check_blocks(group: Group, reading: Reading, findings: Findings) -> None:
                          name, way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
         if reading.algorithm == "FP8_PB_WO" and inputs % 128:
             findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")
-
-
-def _check_mtp(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
-    matcher = vllm_modelopt if reading.dialect == "modelopt" else vllm_exactly
-    for group in checkpoint.indexed.groups:
-        plain = group.mtp and group.kind in ("linear", "experts") and not group.quantized
-        if plain and not left_out(reading, group, matcher, _LATENT):
-            why = "speculative decoding with it fails: it is stored in bfloat16 and not left out"
-            findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
 def _check_kv(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:

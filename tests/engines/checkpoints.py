@@ -276,7 +276,7 @@ DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
     (MOE, forget_a_router):                  ("not left out", "", "", True),
     (MOE, list_experts_by_a_short_word):     ("left out", "left out", "", True),
     (NVFP4, forget_the_method):              ("dialect", "", "", True),
-    (NVFP4, say_another_method):             ("dialect", "dialect", "dialect", True),
+    (NVFP4, say_another_method):             ("another", "another", "another", True),
     (NVFP4, keep_the_file_alone):            ("", "", "", False),
     (NVFP4, keep_the_file_alone_without_its_size): ("config", "config", "", True),
     (NVFP4, mix_nothing):                    ("mixed", "mixed", "left out", True),
