@@ -70,7 +70,7 @@ def kv_of(scheme: object) -> str | None:
     if isinstance(scheme, str):
         return scheme.upper()
     if isinstance(scheme, dict) and scheme.get("type") == "float":
-        return {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits"), "another")
+        return {"8": "FP8", "4": "NVFP4"}.get(str(scheme.get("num_bits")), "another")
     return "another" if scheme else None
 
 

@@ -1,8 +1,12 @@
 """The engines' rules: what ModelOpt wrote, checkpoints damaged in one way each, and how names are matched."""
 
+import copy
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -328,3 +332,29 @@ def test_target_names_engines_and_refusals_are_errors() -> None:
         "--target: vLLM will not load this: it does not know W4A16_AWQ (choose --format fp8, fp8_pb or nvfp4)",
         "--target: SGLang will not load this: it does not know W4A16_AWQ (choose --format fp8, fp8_pb or nvfp4)",
     ]
+
+
+JUNK = (None, 0, -1, 1.5, "", "x" * 50, [], [[1]], [None], {}, {"a": {}}, True, ["*" * 30 + "a"], {"quant_algo": 5})
+
+
+def places(inside: object) -> Iterator[tuple[dict | list, Any]]:
+    """Every place in a JSON value where another value could stand."""
+    found = inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, list) else ()
+    for key, value in found:
+        yield inside, key
+        yield from places(value)
+
+
+def test_no_config_and_no_header_however_odd_breaks_the_rules() -> None:
+    dice = random.Random(3)
+    for _ in range(400):
+        said = golden(dice.choice(list(HEADERS)))
+        for _ in range(dice.choice((1, 2))):
+            at, key = dice.choice(list(places(dice.choice([one for one in (said["config"], said["quant"]) if one]))))
+            at[key] = copy.deepcopy(dice.choice(JUNK))
+        tensors = next(iter(said["files"].values()))
+        shape = dice.choice(([], [0], [1], [3, 5], [2, 2, 2], [0, 128], [128, 128, 1, 1]))
+        tensors[dice.choice(list(tensors))] = [dice.choice(("F32", "U8", "F8_E4M3", "BOOL")), shape]
+        tensors[dice.choice(("weight", ".", "k_scale", "x.experts.y.weight", "experts.weight"))] = ["F32", [4, 4]]
+        checkpoint = described(said)
+        assert all(verdict.text for verdict in verdicts(checkpoint, gpu=dice.choice((None, "h200", "t4"))).values())
