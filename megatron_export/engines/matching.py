@@ -24,9 +24,13 @@ class Names:
         self.of_experts = tuple(name for name in listed if "experts" in name)
 
     @cached_property
-    def words(self) -> tuple[str, ...]:
-        """What may be a part of a module's name; a trailing star says the same as none there."""
-        return tuple(name[:-1] if name.endswith("*") and name[-2:-1] not in (".", "") else name for name in self.listed)
+    def expanded(self) -> "Names":
+        """As vLLM reads them: a star right after a word stands for that module, and for all that is in it."""
+        found: list[str] = []
+        for name in self.listed:
+            whole = name.endswith("*") and len(name) > 1 and name[-2] != "."
+            found += [name[:-1], f"{name[:-1]}.*"] if whole else [name]
+        return Names(tuple(found))
 
     @cached_property
     def tails(self) -> frozenset[str]:
@@ -57,11 +61,10 @@ def vllm_exactly(names: Names, parent: str, parts: tuple[str, ...], joined: str)
 
 def vllm_modelopt(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
     """vLLM of ModelOpt's dialect: exactly; or a listed name is a part of the module's; or it is a glob of the whole."""
-    prefix = full(parent, joined)
+    names, prefix = names.expanded, full(parent, joined)
     if vllm_exactly(names, parent, parts, joined):
         return True
-    short = prefix.removeprefix("language_model.")
-    return any(word != prefix and (word in prefix or word in short) for word in names.words) or any(
+    return any(name in prefix for name in names.listed if name != prefix) or any(
         fnmatch(prefix, glob) for glob in names.globs
     )
 

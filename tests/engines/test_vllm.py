@@ -1,14 +1,17 @@
 """A real vLLM, on a CPU: it loads what the rules say it loads, and refuses what they say it refuses. See README for its setup."""
 
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_export.checking import of_folder
 from megatron_export.engines import Effect, judged, vllm
+from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, vllm_modelopt
 
 from ..ranks import Ranks, living
 from . import product
@@ -98,6 +101,50 @@ def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
         "bf16": None,
         "nvfp4_kv": None,
     }
+
+
+def test_names_are_matched_as_vllm_does() -> None:
+    """On random lists, against vLLM's own functions."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptFp8Config
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    dice, packed = (
+        random.Random(5),
+        {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]},
+    )
+    assert Fp8Config().ignored_layers_match_mode == "exact"
+    groups = [("", ("lm_head",), "lm_head")]
+    for layer in (f"{root}.layers.{n}" for root in ("model", "language_model.model") for n in (1, 11)):
+        for mlp in (f"{layer}.mlp", f"{layer}.mlp.shared_experts"):
+            groups += [(mlp, ("gate_proj", "up_proj"), "gate_up_proj"), (mlp, ("down_proj",), "down_proj")]
+        groups += [(f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"), (f"{layer}.mlp.experts", (), "")]
+
+    def named() -> str:
+        parent, parts, _ = dice.choice(groups)
+        words = full(parent, dice.choice(parts or ("3.down_proj",))).split(".")
+        start, stop = dice.choice((0, 0, len(words) - 1)), dice.choice((len(words), dice.randint(1, len(words))))
+        return dice.choice(("", "", "*")) + ".".join(words[start:stop]) + dice.choice(("", "", "", "*", ".*"))
+
+    def answer(ask: Callable[..., bool], *given: object) -> bool | None:
+        try:
+            return ask(*given)
+        except (Partly, ValueError):
+            return None
+
+    for _ in range(5000):
+        parent, parts, joined = dice.choice(groups)
+        listed = [named() for _ in range(dice.randint(1, 6))] + [
+            full(parent, part) for part in parts[: dice.randint(0, 3)]
+        ]
+        config = ModelOptFp8Config("FP8", True, None, list(listed))
+        config.packed_modules_mapping = packed
+        config.apply_vllm_mapper(WeightsMapper())
+        names, prefix = Names(tuple(listed)), full(parent, joined)
+        ours = [answer(match, names, parent, parts, joined) for match in (vllm_modelopt, vllm_exactly)]
+        theirs = [answer(config.is_layer_excluded, prefix), answer(is_layer_skipped, prefix, listed, packed)]
+        assert ours == theirs, (prefix, listed)
 
 
 @pytest.mark.slow
