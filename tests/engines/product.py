@@ -56,8 +56,9 @@ FORMATS = {
 ALSO = {"mla": {"quantize_mla": True}}
 
 
-def source(folder: Path, name: str, mtp: bool = False) -> Path:
-    """A bfloat16 checkpoint in those sizes."""
+def source(folder: Path, name: str) -> Path:
+    """A bfloat16 checkpoint in those sizes; of NAME-mtp, with a layer that predicts one more token."""
+    name, _, mtp = name.partition("-")
     made = make_model(folder, name, **MODELS[name])
     if mtp:
         add_mtp(made)
@@ -67,7 +68,7 @@ def source(folder: Path, name: str, mtp: bool = False) -> Path:
     return made
 
 
-def export(model: Path, out: Path, names: list[str]) -> dict[str, str]:
+def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str, str]:
     """In a rank: export a checkpoint in the formats of those names into folders of `out`; what was refused, and why."""
     import torch
     from safetensors.torch import load_file
@@ -95,6 +96,7 @@ def export(model: Path, out: Path, names: list[str]) -> dict[str, str]:
                     hf_model=model,
                     calibration=None if settings["format"] == "bf16" else measured,
                     **settings,
+                    **more,
                 )
             except ExportError as error:
                 refused[name] = str(error)

@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[2]
 SOME = {
     "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq"],
     "qwen3_moe": ["fp8_kv", "nvfp4_awq"],
-    "deepseek_v3": ["fp8_pb", "nvfp4", "nvfp4+mla"],
+    "deepseek_v3-mtp": ["fp8_pb", "nvfp4", "nvfp4+mla"],
     "llama4": ["fp8", "fp8_pb"],
     "llama4_vision": ["fp8_kv", "nvfp4"],
     "gpt_oss": ["bf16", "fp8"],
 }
 EVERY = {
     name: [*product.FORMATS, *((f"{form}+mla" for form in product.FORMATS) if name == "deepseek_v3" else ())]
-    for name in product.MODELS
+    for name in (*product.MODELS, "deepseek_v3-mtp", "glm4_moe-mtp")
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_awq")
 UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for
@@ -150,7 +150,7 @@ def test_names_are_matched_as_vllm_does() -> None:
 @pytest.mark.slow
 def test_vllm_generates_in_every_format_that_a_cpu_can_compute(pool: list[Ranks], tmp_path: Path) -> None:
     dense = {name: list(GENERATING) for name in ("llama31", "llama32", "qwen2", "qwen3")}
-    experts = {name: ["bf16"] for name in ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss")}
+    experts = {name: ["bf16"] for name in ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")}
     folders = exported(living(pool), dense | experts, tmp_path)
     assert {str(folder): one["error"] for folder, one in _generated(folders).items() if one["error"]} == {}
 

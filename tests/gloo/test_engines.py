@@ -31,6 +31,14 @@ def test_a_plan_has_the_verdict_of_the_folder_that_it_becomes(name: str, pool: l
         assert verdicts(found) == verdicts(planned)
 
 
+def test_a_target_that_refuses_is_an_error_of_the_library(pool: list[Ranks], models: dict, tmp_path: Path) -> None:
+    names = ["fp8_pb_modelopt", "fp8_pb"]
+    [refused] = living(pool).call(1, product.export, models["qwen3"], tmp_path, names, target="sglang")
+    assert refused["fp8_pb_modelopt"].startswith("--target: SGLang will not load this: refuses FP8_PB_WO")
+    assert "its 96 rows are no whole blocks of 128, which SGLang wants of joined linears" in refused["fp8_pb"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_that_refuses_ends_the_command_before_it_loads_anything(
     models: dict[str, Path], ranks: Ranks, tmp_path: Path
 ) -> None:
