@@ -1,6 +1,8 @@
-"""The command that needs no ranks: python -m megatron_export plan --hf-model PATH_OR_ID --tp N --format fp8."""
+"""The commands that need no ranks: python -m megatron_export plan --hf-model PATH_OR_ID --tp N, or check DIR."""
 
-from megatron_export.cli import plan
+import sys
+
+from megatron_export.commands import run
 
 if __name__ == "__main__":
-    raise SystemExit(plan(print))
+    raise SystemExit(run(print, sys.argv[1:]))

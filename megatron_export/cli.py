@@ -14,6 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from .config import ExportConfig, helps
+from .engines import engines_in
 from .errors import ExportError, Interrupted, RankLost, StartError
 from .progress import quiet
 from .signals import AGAIN, noticed
@@ -28,7 +29,7 @@ EXAMPLE_MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
 PLANNED = (  # the settings that decide what is written and what it takes
     *("output", "tp", "pp", "vpp", "pp_layout", "ep", "etp", "hf_model", "format", "kv_cache", "group_size"),
     *("fp8_pb_spelling", "awq_output", "awq_clip", "max_shard_size", "writers", "exclude", "mtp"),
-    *("quantize_mla", "device"),
+    *("quantize_mla", "target", "device"),
 )
 
 
@@ -106,7 +107,7 @@ def plan(say: Callable[..., None], arguments: list[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     texts = helps()
     for field in fields(ExportConfig):
-        default = f" (default: {field.default})" if field.default not in (None, (), False) else ""
+        default = f" (default: {field.default})" if field.default not in (None, (), False, "") else ""
         flag = f"--{field.name.replace('_', '-')}"
         if field.name in names:
             parser.add_argument(flag, help=texts[field.name] + default, **_argument(field.type, field.default))
@@ -115,6 +116,7 @@ def _add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
 def _config(parser: argparse.ArgumentParser, values: dict) -> ExportConfig:
     try:
         parse_size(values["max_shard_size"])
+        engines_in(values["target"])
         return ExportConfig(**values | {"exclude": tuple(values["exclude"])})
     except ValueError as error:
         parser.error(str(error))
@@ -129,10 +131,12 @@ def bar(stage: str, steps: Iterable) -> Iterable:
 
 def table(job: "Job") -> list[str]:
     """The lines shown at the end: what was written, from what, in how long, with how much memory."""
+    from .checking import of_plan, verdicts
     from .preview import plan_rows
 
     report, rows = job.report, plan_rows(job.plan)
     rows += [("note", remark) for remark in job.plan.remarks]
+    rows += [(engine, verdict.text) for engine, verdict in verdicts(of_plan(job.plan)).items()]
     if job.tokens:
         rows.append(("experts", _experts(job.tokens)))
     if report.kept:

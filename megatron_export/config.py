@@ -78,6 +78,8 @@ class ExportConfig:
     """layers that predict one more token (DeepSeek): export them like the others, or leave them out"""
     quantize_mla: bool = False
     """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
+    target: str = ""
+    """engines that must load the result, such as vllm,sglang,tensorrt_llm: if one would refuse it, nothing is written"""
     trust_remote_code: bool = False
     """run Python code that the model's folder has for its tokenizer; it can do whatever you can"""
     dry_run: bool = False

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import assets, build, calibration_data, filling, gather, loading, statistics, topology
 from .calibration import calibrate
+from .checking import refusals
 from .checkpoint import Checkpoint, find_iteration
 from .config import ExportConfig
-from .errors import ExportError
+from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder
 from .gather import together
 from .journal import kept_statistics
@@ -121,6 +122,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 mtp=config.mtp,
                 quantize_mla=config.quantize_mla,
                 max_shard_size=config.max_shard_size,
+                target=config.target,
                 overwrite=config.overwrite,
                 resume=config.resume,
                 writers=config.writers,
@@ -174,6 +176,8 @@ def _checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
 
 
 def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
+    if here.first:
+        report(refusals(plan, config.target))
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
         inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration, config.megatron_checkpoint)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from . import gather, manifest, topology
+from .checking import refusals
 from .checkpoint import Checkpoint
 from .contents import contents_of
+from .errors import report
 from .filing import Bucket
 from .formats import Options
 from .gather import together
@@ -84,6 +86,7 @@ def export_hf_checkpoint(
     mtp: str = "keep",
     quantize_mla: bool = False,
     max_shard_size: str | int = "5GB",
+    target: str = "",
     overwrite: bool = False,
     resume: bool = False,
     writers: str = "rank0",
@@ -108,6 +111,7 @@ def export_hf_checkpoint(
     mtp             keep or drop layers that predict one more token (DeepSeek)
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
+    target          engines that must load the result, such as "vllm,sglang"; one that would refuse it is an error
     resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
                     statistics are others
     writers         which ranks write files: "rank0", "node" (the first of every node) or "all"; the bytes are the same
@@ -126,6 +130,7 @@ def export_hf_checkpoint(
     export_dir = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:
+        report(refusals(plan, target))
         check_target(export_dir, plan, overwrite=overwrite, resume=resume)
         check_apart(export_dir, original.folder)
 

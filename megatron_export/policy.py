@@ -127,11 +127,9 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
     """What engines load of Llama 4."""
-    remarks = ["SGLang does not load the scales of this model's KV cache; vLLM does"] if kv else []
+    remarks = ["SGLang does not load the scales of this model's KV cache"] if kv else []
     if form.name == "fp8_pb":
-        remarks.append(
-            "experts are written one by one, as vLLM and SGLang read them; TensorRT-LLM reads only stacked ones"
-        )
+        remarks.append("experts are written one by one; TensorRT-LLM reads only stacked ones")
     elif not stacked:
         remarks.append(
             f"no engine is known to load this model in {form.name}: TensorRT-LLM, which has it, reads stacked experts"
@@ -139,7 +137,7 @@ def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
     elif form.smoothing and form.smoothing.keeps:
         remarks.append("only TensorRT-LLM reads pre_quant_scale")
     elif form.name != "fp8":
-        remarks.append(f"SGLang does not load stacked experts in {form.name}; vLLM and TensorRT-LLM do")
+        remarks.append(f"SGLang does not load stacked experts in {form.name}")
     return remarks
 
 

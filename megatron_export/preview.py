@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import assets
+from .checking import of_plan, refusals, verdicts
 from .config import ExportConfig
-from .errors import ExportError
+from .engines import Verdict
+from .errors import ExportError, report
 from .filing import Writers
 from .forecast import Forecast, forecast
 from .formats import Options
@@ -19,7 +21,6 @@ from .names import architecture_of, copied_prefixes, is_linear_weight, makes_key
 from .placement import Grid, grid_of
 from .plan import Held, Plan, assumed, make_plan
 from .policy import modules
-from .readers import Verdict, verdicts
 from .sizes import parse_size, readable
 from .source import copied_tensors
 from .writer import SPARE_BYTES
@@ -70,6 +71,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
     plan = planned(config, hf_config, copied, world)
+    report(refusals(plan, config.target))
     return _preview(config, plan, world, config.device or "cuda", remarks)
 
 
@@ -126,7 +128,7 @@ def _preview(
         grid=grid,
         forecast=forecast(plan, held, grid, device),
         left=tuple(_left(plan, config.exclude)),
-        engines=verdicts(plan),
+        engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,
         disk=disk,
         free=shutil.disk_usage(disk).free,

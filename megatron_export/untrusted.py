@@ -159,6 +159,13 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
     return file
 
 
+def headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> dtype, as safetensors spells it, and shape, of a file whose header was judged."""
+    opened(path)
+    said = read_header(path)
+    return {name: (one["dtype"], tuple(one["shape"])) for name, one in said.items() if name != "__metadata__"}
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file, of which the library itself would take the last of two with the same name."""
     with path.open("rb") as file:

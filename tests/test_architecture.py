@@ -11,24 +11,25 @@ PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress ahead
 signals fingerprint untrusted pulse layout journal
-names formats pickles
+names formats pickles engines
 item placement stored
 policy smoothing filing claims
 plan
-quant_config readers conveyor
+quant_config conveyor
 contents
 cpu assets staging statistics calibration_data emulation
 measured source topology model shard checkpoint
 writer
 gather build contradictions verify
-loading filling survey manifest forecast stream
+loading filling survey manifest forecast stream checking
 maxima search watching preview
 clipping
 calibration prepare
 publishing refit
 pipeline background
 job
-cli
+cli check_command
+commands
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}

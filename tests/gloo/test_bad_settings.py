@@ -21,6 +21,7 @@ USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "not a number": (("--pp", "two"), ("--pp", "invalid int value: 'two'")),
     "no samples": (("--calib-samples", 0), ("--calib-samples must be at least 1, not 0",)),
     "size": (("--max-shard-size", "5XB"), ("'5XB' is not a size", "like 5GB")),
+    "target": (("--target", "vllm,tgi"), ("unknown engine 'tgi'. Known: vllm, sglang, tensorrt_llm",)),
     "calibration of fp8_pb": (
         ("--format", "fp8_pb", "--calib-data", "none.txt"),
         ("--format fp8_pb needs no calibration", "--calib-data"),

@@ -71,7 +71,8 @@ def test_a_dry_run_tells_what_the_export_then_writes(ranks: Ranks, tmp_path: Pat
     dry = run(ranks, 2, *flags, "--dry-run").splitlines()
     real = run(ranks, 2, *flags, "--output", tmp_path / "out").splitlines()
     assert [line.split("  ")[0] for line in real if line in dry] == [
-        "format", "modules", "gathered first", "written", "compression", "peak GPU memory"
+        "format", "modules", "gathered first", "written", "compression", "vLLM", "SGLang", "TensorRT-LLM",
+        "peak GPU memory"
     ]  # fmt: skip
     nbytes = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert any(line.startswith("on disk") and f"{nbytes:,} bytes" in line for line in dry)

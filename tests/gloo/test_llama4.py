@@ -201,7 +201,7 @@ def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_scor
 @pytest.mark.parametrize(
     ("form", "remark"),
     [
-        ("fp8_pb", "experts are written one by one, as vLLM and SGLang read them"),
+        ("fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
         ("int4_awq", "no engine is known to load this model in int4_awq"),
         ("nvfp4", "SGLang does not load stacked experts in nvfp4"),
     ],

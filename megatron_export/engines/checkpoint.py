@@ -1,0 +1,205 @@
+"""A checkpoint as engines see it before they read weights: two configs, and names, dtypes and shapes.
+
+Made from a folder or from a plan. Engines join linears: a `Group` is what becomes one module of theirs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+_SIBLINGS = {part: parts for parts in FUSED for part in parts}
+_ROUTERS = ("gate", "router")
+_STACKS = ("gate_up_proj", "down_proj")
+_NOT_LINEAR = ("eh_proj",)
+_SEES = ("vision", "multi_modal", "visual")
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor; the dtype as it spells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Module = dict[str, Header]
+
+
+@dataclass
+class Group:
+    """What an engine makes one module of: a linear, several that it joins, the experts of a layer, the output layer.
+
+    kind     linear, experts, stack (experts in one tensor), head or router
+    parent   the HF module that it is in; of experts, their container
+    parts    the last words of the members' names, in an engine's order
+    members  HF module -> its tensors
+    mtp      whether it belongs to a layer that predicts one more token
+    """
+
+    kind: str
+    parent: str
+    parts: tuple[str, ...]
+    members: dict[str, Module] = field(default_factory=dict)
+    mtp: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the first member is stored quantized."""
+        return is_quantized(next(iter(self.members.values())))
+
+
+@dataclass(frozen=True)
+class View:
+    """What an engine that opens certain files finds in them.
+
+    modules  HF module -> suffix -> tensor
+    groups   the linears among them
+    kv       how the scales of a KV cache are spelled below an attention -> the attentions that have them
+    """
+
+    tensors: dict[str, Header]
+    modules: dict[str, Module]
+    groups: tuple[Group, ...]
+    kv: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config, quant  config.json, and hf_quant_config.json where there is one
+    files     safetensors file -> its tensors; index: tensor -> file, of the index where there is one
+    expected  HF tensor -> its shape, of the model that config.json means, before it is quantized; None of an architecture
+              that has no table here
+    copied    what the names of tensors begin with that stay as they are
+    """
+
+    config: dict
+    quant: dict | None
+    files: dict[str, dict[str, Header]]
+    index: dict[str, str] | None = None
+    expected: dict[str, tuple[int, ...]] | None = None
+    copied: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """Its first name, '' for none."""
+        found = self.config.get("architectures")
+        return str(found[0]) if isinstance(found, list) and found else ""
+
+    @property
+    def text(self) -> dict:
+        """The part of config.json that describes the decoder."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(self.text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", False)))
+
+    @property
+    def layers(self) -> int:
+        """Layers of the decoder, without those that predict one more token."""
+        return self.number("num_hidden_layers")
+
+    @property
+    def latent(self) -> bool:
+        """Whether its attention is latent."""
+        return bool(self.text.get("kv_lora_rank"))
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer; 0 for none."""
+        keys = ("num_experts", "n_routed_experts", "num_local_experts")
+        return next((found for key in keys if (found := self.number(key))), 0)
+
+    def number(self, key: str) -> int:
+        """A whole number of the decoder's config, 0 where there is none."""
+        found = self.text.get(key)
+        return found if isinstance(found, int) else 0
+
+    @cached_property
+    def inline(self) -> dict | None:
+        """config.json's `quantization_config`."""
+        found = self.config.get("quantization_config", self.text.get("quantization_config"))
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def nested(self) -> dict | None:
+        """What hf_quant_config.json says."""
+        found = (self.quant or {}).get("quantization")
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def whole(self) -> View:
+        """All files."""
+        return self._view(self.files)
+
+    @cached_property
+    def indexed(self) -> View:
+        """The files that the index names, or all."""
+        named = set((self.index or {}).values())
+        return self.whole if self.index is None or named >= set(self.files) else self._view(named & set(self.files))
+
+    def _view(self, files: Iterable[str]) -> View:
+        tensors = {name: header for file in sorted(files) for name, header in self.files[file].items()}
+        modules, kv = _modules(tensors)
+        linears = {name: module for name, module in modules.items() if not name.startswith(_SEES + self.copied)}
+        return View(tensors, modules, tuple(_groups(linears, self.layers)), kv)
+
+
+def is_quantized(module: Module) -> bool:
+    """Whether a linear is stored in codes."""
+    return module["weight"].dtype in ("F8_E4M3", "U8", "I8") or "weight_scale" in module
+
+
+def _modules(tensors: dict[str, Header]) -> tuple[dict[str, Module], dict[str, list[str]]]:
+    modules: dict[str, Module] = {}
+    kv: dict[str, list[str]] = {}
+    for name, header in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in ("k_scale", "v_scale"):
+            parent, _, last = module.rpartition(".")
+            at, spelled = (parent, f"{last}.{suffix}") if last.endswith("_proj") else (module, suffix)
+            kv.setdefault(spelled, []).append(at)
+            continue
+        if suffix.startswith(_STACKS):
+            stack = next(stack for stack in _STACKS if suffix.startswith(stack))
+            module, suffix = f"{module}.{stack}", suffix.removeprefix(stack).removeprefix("_") or "weight"
+        modules.setdefault(module, {})[suffix] = header
+    return modules, kv
+
+
+def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:
+    groups: dict[tuple[str, ...], Group] = {}
+    for name, module in modules.items():
+        if "weight" not in module or len(module["weight"].shape) < 2:
+            continue
+        parent, _, last = name.rpartition(".")
+        container, inside, _ = name.partition(".experts.")
+        key: tuple[str, ...] = (parent, last)
+        if inside:
+            stack = len(module["weight"].shape) == 3
+            key = (f"{container}.experts", last if stack else "")
+            group = Group("stack" if stack else "experts", key[0], (last,) if stack else ())
+        elif last == "lm_head":
+            group = Group("head", parent, (last,))
+        elif last in _ROUTERS:
+            group = Group("router", parent, (last,))
+        elif last.endswith(("_proj", "_proj_with_mqa")) and last not in _NOT_LINEAR:
+            parts = _SIBLINGS.get(last, (last,))
+            parts = parts if all(f"{parent}.{part}" in modules for part in parts) else (last,)
+            key = (parent, *parts)
+            group = Group("linear", parent, parts)
+        else:
+            continue
+        found = groups.setdefault(key, group)
+        if not found.members:
+            found.mtp = _layer(name) >= layers > 0
+        found.members[name] = module
+    return groups.values()
+
+
+def _layer(name: str) -> int:
+    after = name.partition("layers.")[2].partition(".")[0]
+    return int(after) if after.isdecimal() else -1

@@ -1,0 +1,252 @@
+"""What SGLang 0.5.23 accepts: read in its sources; none of it has been run."""
+
+from .checkpoint import Checkpoint, Group
+from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .gpus import BLACKWELL, GPUS
+from .matching import Names, sglang_excluded, sglang_skipped
+from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .verdict import Effect, Findings, table
+
+NAME, VERSION = "SGLang", "0.5.23"
+_FILES = {
+    "archs": "srt/models/registry.py",
+    "cache": "srt/model_executor/model_runner.py",
+    "configs": "srt/configs/model_config.py",
+    "deepseek": "srt/models/deepseek_v2.py",
+    "deepseek loader": "srt/models/deepseek_common/deepseek_weight_loader.py",
+    "fp8": "srt/layers/quantization/fp8.py",
+    "gpt_oss": "srt/models/gpt_oss.py",
+    "joined": "srt/layers/quantization/utils.py",
+    "kv": "srt/arg_groups/kv_cache_hook.py",
+    "llama": "srt/models/llama.py",
+    "llama4": "srt/models/llama4.py",
+    "loader": "srt/model_loader/loader.py",
+    "mixtral": "srt/models/mixtral.py",
+    "mllama4": "srt/models/mllama4.py",
+    "modelopt": "srt/layers/quantization/modelopt_quant.py",
+    "mtp": "srt/models/deepseek_nextn.py",
+    "qwen": "srt/models/qwen3_moe.py",
+    "weights": "srt/model_loader/weight_utils.py",
+}
+_R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
+READ = False
+
+# fmt: off
+RULES = table(f"{NAME} {VERSION}", _FILES, {
+    "files":         (_R, "every file of the index is there", "weights", READ),
+    "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
+    "twice":         (_R, "no tensor is in two files that are read", "weights", READ),
+    "architecture":  (_U, "an architecture with rules", "archs", READ),
+    "missing":       (_R, "every tensor of the model is there; it does not look", "llama", READ),
+    "experts":       (_R, "every expert is there; it does not look", "qwen", READ),
+    "unknown":       (_M, "tensors that the model does not have are skipped", "llama", READ),
+    "shape":         (_R, "shapes are those of config.json and of the algorithm", "modelopt", READ),
+    "dtype":         (_R, "dtypes are those of the algorithm", "modelopt", READ),
+    "scale":         (_R, "every quantized linear has all its scales", "modelopt", READ),
+    "extra":         (_L, "other tensors of a quantized linear are skipped", "llama", READ),
+    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", READ),
+    "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", READ),
+    "partly":        (_R, "q, k, v and gate, up are left out together", "joined", READ),
+    "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", READ),
+    "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "unquantized":   (_R, "codes need a quantization config", "weights", READ),
+    "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", READ),
+    "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", READ),
+    "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", READ),
+    "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", READ),
+    "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", READ),
+    "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
+    "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
+    "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
+    "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", READ),
+    "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
+    "bias":          (_R, "DeepSeek's config.json says topk_method", "deepseek", READ),
+    "kv flag":       (_M, "the KV cache is FP8 by itself with FP8 weights alone", "cache", READ),
+    "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
+    "kv mixtral":    (_R, "Mixtral has no k_proj.k_scale", "mixtral", READ),
+    "kv ignored":    (_L, "KV scales are loaded in Llama, Qwen 3 and DeepSeek", "qwen", READ),
+    "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
+    "mtp count":     (_L, "there is one layer that predicts one more token", "deepseek loader", READ),
+    "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
+    "gpu":           (_R, "the GPU computes it", "modelopt", READ),
+})
+# fmt: on
+_ALGORITHMS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8")
+_MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MXFP8": "MXFP8", "NVFP4": "NVFP4",
+          "W4A16_NVFP4": "W4A16_NVFP4"}  # fmt: skip
+_LATENT = "fused_qkv_a_proj_with_mqa"
+_LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
+_FOUR = ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
+_KEEPS_KV = ("LlamaForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM")
+FORMATS = "choose --format fp8, fp8_pb or nvfp4"
+
+
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+    """All that SGLang would find."""
+    findings, view = Findings(RULES), checkpoint.indexed
+    check_files(checkpoint, findings)
+    check_model(checkpoint, view, findings)
+    check_experts(checkpoint, view, findings)
+    reading = read(checkpoint, findings)
+    if reading is None:
+        return findings
+    modelopt = reading.dialect == "modelopt"
+    prefix = "language_model." if checkpoint.architecture == "Llama4ForConditionalGeneration" else ""
+
+    def algorithm_of(group: Group) -> str | None:
+        if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not modelopt):
+            return None
+        inside = group if group.parent.startswith(prefix) else Group(group.kind, prefix + group.parent, group.parts)
+        of_experts = group.kind in ("experts", "stack")
+        skipped = not (modelopt and of_experts) and left_out(reading, inside, sglang_skipped, _LATENT)
+        if skipped or (modelopt and left_out(reading, inside, sglang_excluded, _LATENT)):
+            return None
+        return algorithm_in(reading, group)
+
+    if reading.algorithm is None and any(group.quantized for group in view.groups):
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+        return findings
+    check_linears(
+        checkpoint, view, findings, algorithm_of, reading.group_size, frozenset(("pre_quant_scale",)), reading.where
+    )
+    if reading.algorithm is not None:
+        _check_layouts(checkpoint, gpu, findings)
+        check_mtp(view, findings, algorithm_of)
+        if checkpoint.number("num_nextn_predict_layers") > 1:
+            findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
+        _check_gpu(reading, gpu, findings)
+    _check_kv(checkpoint, reading, gpu, findings)
+    if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
+        findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
+    if checkpoint.architecture.startswith("Deepseek") and "topk_method" not in checkpoint.text:
+        findings.add(
+            "bias", "config.json does not say topk_method", way='set "topk_method": "noaux_tc" there, as DeepSeek does'
+        )
+    return findings
+
+
+def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
+    """What SGLang takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
+    inline, nested = checkpoint.inline, checkpoint.nested
+    if inline is None and nested is None:
+        return Reading()
+    section, where = (inline, "ignore") if inline is not None else (nested, "exclude_modules")
+    method = str(section.get("quant_method", "modelopt"))
+    if method == "fp8":
+        if section.get("weight_block_size") != [128, 128]:
+            findings.add("another", f"no rules about fp8 in blocks of {section.get('weight_block_size')}")
+            return None
+        names = listed(section, "ignored_layers", "modules_to_not_convert")
+        both = tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
+        return Reading("blocks", "modules_to_not_convert", Names(both), kv=kv_of(section.get("kv_cache_scheme")),
+                       dialect="native")  # fmt: skip
+    if not method.startswith("modelopt"):
+        findings.add("another", f"no rules about quant_method {method}")
+        return None
+    return _read_modelopt(section, where, findings)
+
+
+def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | None:
+    algorithm = str(section.get("quant_algo") or "")
+    kv = kv_of(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo"))
+    names = Names(listed(section, where, "exclude_modules", "ignore"))
+    if algorithm == "MIXED_PRECISION":
+        layers = layers_of(section)
+        if not set(layers.values()) & {"NVFP4", "W4A16_NVFP4"}:
+            findings.add(
+                "mixed", "no layer is in NVFP4, so it is taken for another format", way="quantize a layer to NVFP4"
+            )
+            return None
+        known = {name: _MIXED[one] for name, one in layers.items() if one in _MIXED}
+        return Reading("", where, names, known, size_in(section, 16), kv, "modelopt")
+    if algorithm not in _ALGORITHMS:
+        why = (
+            "refuses FP8_PB_WO"
+            if algorithm.upper() == "FP8_PB_WO"
+            else f"it does not know {algorithm or 'the empty quant_algo'}"
+        )
+        findings.add("algorithm", why, way="--fp8-pb-spelling native" if algorithm.upper() == "FP8_PB_WO" else FORMATS)
+        return None
+    if where == "exclude_modules" and "NVFP4" in algorithm and not isinstance(section.get("group_size"), int):
+        findings.add("config", "hf_quant_config.json has no group_size", way="put it there")
+        return None
+    return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
+
+
+def _check_layouts(checkpoint: Checkpoint, gpu: str | None, findings: Findings) -> None:
+    if checkpoint.architecture == "GptOssForCausalLM":
+        findings.add("gpt_oss", "not tried with this architecture")
+    blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
+    for group in checkpoint.indexed.groups:
+        if group.mtp or not group.quantized:
+            continue
+        module = next(iter(group.members.values()))
+        four = module["weight"].dtype == "U8"
+        if group.kind == "stack" and "weight_scale_2" in module and checkpoint.architecture.startswith("Llama4"):
+            findings.add("stack", "does not load stacked experts in nvfp4", *group.members, way="--format fp8")
+        if checkpoint.architecture.startswith("Llama4") and "q_proj" in group.parts and four:
+            findings.add(
+                "rotated", "it puts rows of q and k in another order", group.parent, way="--exclude q, k and v"
+            )
+        if "weight_scale_inv" in module:
+            _check_blocks(checkpoint, group, findings)
+        of_experts = group.kind == "experts"
+        if four and any("pre_quant_scale" in one for one in group.members.values()) and (of_experts or not blackwell):
+            findings.add("awq", "it does not apply pre_quant_scale" + (" to experts" if of_experts else " but on Blackwell"),
+                         group.parent, way="--awq-output folded")  # fmt: skip
+        if checkpoint.latent and ".self_attn" in group.parent:
+            _check_latent(group, four, findings)
+
+
+def _check_blocks(checkpoint: Checkpoint, group: Group, findings: Findings) -> None:
+    if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
+        findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
+                     way="--format fp8, or a version with its pull request 30234")  # fmt: skip
+    for name, module in group.members.items():
+        rows = module["weight"].shape[0]
+        latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
+        joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
+        if joined and not latent and rows % 128:
+            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
+                         way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
+
+
+def _check_latent(group: Group, four: bool, findings: Findings) -> None:
+    if group.parts == ("kv_b_proj",) and four:
+        findings.add(
+            "latent",
+            "it loads kv_b_proj in bfloat16, FP8 or blocks of FP8 alone",
+            group.parent,
+            way="without --quantize-mla",
+        )
+    if len(group.parts) == 2:
+        scales = [header for one in group.members.values() for suffix, header in one.items() if "scale" in suffix]
+        if any(header.shape == (1,) for header in scales):
+            findings.add(
+                "latent scale", "its scales have a dim", group.parent, way="write them as numbers without dims"
+            )
+
+
+def _check_kv(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
+    kv = checkpoint.indexed.kv
+    if not (reading.kv or kv):
+        return
+    if reading.kv == "NVFP4":
+        findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
+        if gpu is not None and GPUS[gpu] < BLACKWELL:
+            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
+    elif reading.algorithm != "FP8":
+        findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
+    if checkpoint.architecture == "MixtralForCausalLM" and "k_proj.k_scale" in kv:
+        findings.add("kv mixtral", "does not load the scales of Mixtral's KV cache", way="--kv-cache none")
+    elif kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
+        findings.add("kv ignored", "ignores the scales of this architecture's KV cache")
+
+
+def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+    least = max((_LEAST.get(one, 80) for one in {reading.algorithm, *reading.layers.values()} if one), default=80)
+    if gpu is not None and GPUS[gpu] < least:
+        findings.add(
+            "gpu", f"{reading.algorithm} needs compute capability {least / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
+        )

@@ -1,0 +1,211 @@
+"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
+
+from .checkpoint import Checkpoint, Group
+from .common import AGAIN, check_experts, check_files, check_linears, check_model
+from .gpus import BLACKWELL, GPUS
+from .matching import Names, tensorrt_llm
+from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .verdict import Effect, Findings, table
+
+NAME, VERSION = "TensorRT-LLM", "1.3"
+_FILES = {
+    "archs": "_torch/models/modeling_auto.py",
+    "configs": "quantization/modelopt_config.py",
+    "deepseek": "_torch/models/modeling_deepseekv3.py",
+    "excluded": "models/modeling_utils.py",
+    "gpt_oss": "_torch/models/modeling_gpt_oss.py",
+    "linear": "_torch/modules/linear.py",
+    "llama": "_torch/models/modeling_llama.py",
+    "loader": "_torch/models/checkpoints/hf/weight_loader.py",
+    "mode": "quantization/mode.py",
+    "model": "_torch/models/modeling_utils.py",
+    "moe": "_torch/modules/fused_moe/quantization.py",
+    "reading": "_torch/model_config.py",
+}
+_R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
+READ = False
+
+# fmt: off
+RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
+    "files":         (_R, "there are weights", "loader", READ),
+    "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
+    "twice":         (_R, "no tensor is in two files: all are read, and the index is not", "loader", READ),
+    "architecture":  (_U, "an architecture with rules", "archs", READ),
+    "missing":       (_R, "every tensor of the model is there", "model", READ),
+    "experts":       (_R, "every expert is there", "moe", READ),
+    "unknown":       (_M, "tensors that the model does not have are not looked at", "model", READ),
+    "shape":         (_R, "shapes are those of config.json and of the algorithm", "linear", READ),
+    "dtype":         (_R, "dtypes are those of the algorithm", "linear", READ),
+    "scale":         (_R, "every quantized linear has all its scales; FP8 goes without input_scale", "linear", READ),
+    "extra":         (_M, "other tensors of a quantized linear are not looked at", "linear", READ),
+    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "excluded", READ),
+    "not left out":  (_R, "what is stored in bfloat16 is left out", "excluded", READ),
+    "partly":        (_R, "a mixed model has one algorithm for q, k and v, and for gate and up", "linear", READ),
+    "algorithm":     (_R, "quant_algo is one of its own, to the letter", "mode", READ),
+    "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", READ),
+    "case":          (_M, "releases up to 1.2 know fp8_pb_wo in small letters alone", "configs", READ),
+    "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "unquantized":   (_R, "codes need a quantization config", "reading", READ),
+    "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
+    "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
+    "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
+    "latent":        (_R, "latent attention is in bfloat16 or blocks of FP8", "deepseek", READ),
+    "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", READ),
+    "kv flat":       (_L, "config.json alone can say an FP8 KV cache, not one of NVFP4", "configs", READ),
+    "mtp":           (_L, "layers that predict one more token are there if config.json means them", "deepseek", READ),
+    "machine":       (_M, "some formats run on some GPUs alone", "linear", READ),
+    "gpu":           (_R, "the GPU computes it", "linear", READ),
+})
+# fmt: on
+_ALGORITHMS = {  # as configs spell them -> as layouts do
+    "FP8": "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_BLOCK_SCALES": "blocks",
+    "FP8_PB_WO": "blocks",
+    "fp8_pb_wo": "blocks",
+    "NVFP4": "NVFP4",
+    "NVFP4_AWQ": "NVFP4_AWQ",
+    "W4A16_NVFP4": "W4A16_NVFP4",
+    "W4A16_AWQ": "W4A16_AWQ",
+    "W4A8_AWQ": "W4A8_AWQ",
+    "MXFP8": "MXFP8",
+}
+_NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
+_OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
+_MACHINES = {  # algorithm -> on what, and the compute capabilities
+    "NVFP4": ("on Blackwell", range(BLACKWELL, 1000)),
+    "NVFP4_AWQ": ("on Blackwell", range(BLACKWELL, 1000)),
+    "MXFP8": ("on Blackwell", range(BLACKWELL, 1000)),
+    "W4A8_AWQ": ("on Ada and Hopper", range(89, 91)),
+    "W4A16_NVFP4": ("on Ada, Hopper and GeForce Blackwell", (*range(89, 100), 120, 121)),
+    "FP8": ("", range(89, 1000)),
+    "blocks": ("", range(89, 1000)),
+}
+
+
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+    """All that TensorRT-LLM would find."""
+    findings, view = Findings(RULES), checkpoint.whole
+    check_files(checkpoint, findings)
+    check_model(checkpoint, view, findings)
+    check_experts(checkpoint, view, findings)
+    reading = read(checkpoint, version, findings)
+    if reading is None:
+        return findings
+
+    def algorithm_of(group: Group) -> str | None:
+        if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not group.quantized):
+            return None
+        if left_out(reading, group, tensorrt_llm, "kv_a_proj_with_mqa"):
+            return None
+        found = algorithm_in(reading, group)
+        inverse = any("weight_scale_inv" in module for module in group.members.values())
+        return "modelopt blocks" if found == "blocks" and not inverse else found
+
+    if reading.algorithm is None and any(group.quantized for group in view.groups):
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+        return findings
+    optional = _OPTIONAL.get(reading.algorithm, frozenset())
+    check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
+    if reading.algorithm is not None:
+        _check_layouts(checkpoint, reading, findings)
+        _check_gpu(reading, gpu, findings)
+    if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
+        findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
+    return findings
+
+
+def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | None:
+    """What TensorRT-LLM takes from the configs: hf_quant_config.json's word, and config.json's where that has none."""
+    inline, nested = checkpoint.inline, checkpoint.nested
+    file = nested is not None and nested.get("quant_algo") is not None
+    if not file and inline is None:
+        return Reading()
+    if file:
+        _compare(inline, nested, findings)
+        return _named(nested, "exclude_modules", nested.get("kv_cache_quant_algo"), version, findings)
+    if inline.get("quant_method") == "fp8":
+        if inline.get("weight_block_size") != [128, 128]:
+            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
+            return None
+        names = Names(listed(inline, "modules_to_not_convert", "ignored_layers"))
+        return Reading(
+            "blocks", "modules_to_not_convert", names, kv=kv_of(inline.get("kv_cache_scheme")), dialect="native"
+        )
+    producer = inline.get("producer")
+    maker = producer.get("name") if isinstance(producer, dict) else None
+    if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":
+        findings.add("another", f"no rules about quant_method {inline.get('quant_method')}")
+        return None
+    scheme = inline.get("kv_cache_scheme")
+    if kv_of(scheme) == "NVFP4":
+        findings.add(
+            "kv flat", "without hf_quant_config.json it does not know an NVFP4 KV cache", way="write that file too"
+        )
+        scheme = None
+    return _named(inline, "ignore", scheme, version, findings)
+
+
+def _named(section: dict, where: str, kv: object, version: str, findings: Findings) -> Reading | None:
+    algorithm = str(section.get("quant_algo") or "")
+    old = _number(version) < (1, 3)
+    if algorithm == "MIXED_PRECISION":
+        layers = {name: _ALGORITHMS[one] for name, one in layers_of(section).items() if one in _ALGORITHMS}
+        return Reading("", where, Names(listed(section, where)), layers, size_in(section, 16), kv_of(kv), "modelopt")
+    if algorithm not in _ALGORITHMS:
+        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=AGAIN)
+        return None
+    if old and algorithm in _NEW:
+        findings.add("old", f"release {version} does not know {algorithm}", way="serve with a newer one")
+        return None
+    if algorithm == "FP8_PB_WO":
+        findings.add("case", "releases up to 1.2 know it as fp8_pb_wo alone", way="--fp8-pb-spelling native")
+    group_size = size_in(section, 16 if "NVFP4" in algorithm else 128)
+    return Reading(_ALGORITHMS[algorithm], where, Names(listed(section, where)), {}, group_size, kv_of(kv), "modelopt")
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
+    if inline is None or not str(inline.get("quant_method", "")).startswith("modelopt"):
+        return
+    kinds = {
+        "quant_algo": (inline.get("quant_algo"), nested.get("quant_algo")),
+        "KV cache": (kv_of(inline.get("kv_cache_scheme")), kv_of(nested.get("kv_cache_quant_algo"))),
+        "list of modules left out": (set(listed(inline, "ignore")), set(listed(nested, "exclude_modules"))),
+    }
+    for kind, (one, other) in kinds.items():
+        if one != other:
+            findings.add(
+                "two configs", f"config.json and hf_quant_config.json have another {kind}, and it reads the latter"
+            )
+
+
+def _check_layouts(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+    if checkpoint.architecture == "GptOssForCausalLM":
+        findings.add("gpt_oss", "not tried with this architecture")
+    for group in checkpoint.whole.groups:
+        if group.mtp or not group.quantized:
+            continue
+        module = next(iter(group.members.values()))
+        if group.kind == "experts" and checkpoint.architecture.startswith("Llama4"):
+            findings.add("llama4", "reads experts of Llama 4 only where they are stacked in one tensor", group.parent,
+                         way="--format fp8 or nvfp4")  # fmt: skip
+        elif group.kind == "experts" and reading.algorithm == "blocks" and "weight_scale_inv" not in module:
+            findings.add("block experts", "it reads scales of experts as weight_scale_inv alone", group.parent,
+                         way="--fp8-pb-spelling native")  # fmt: skip
+        if checkpoint.latent and ".self_attn" in group.parent and "weight_scale_inv" not in module:
+            findings.add("latent", "it loads latent attention in bfloat16 or blocks of FP8 alone", group.parent,
+                         way="without --quantize-mla")  # fmt: skip
+
+
+def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+    for algorithm in sorted({reading.algorithm, *reading.layers.values()} & _MACHINES.keys()):
+        on, capabilities = _MACHINES[algorithm]
+        if gpu is None and on:
+            findings.add("machine", on)
+        elif gpu is not None and GPUS[gpu] not in capabilities:
+            findings.add("gpu", f"it does not compute {algorithm} on {gpu}", way=f"it does {on}" if on else "")

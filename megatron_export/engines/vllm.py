@@ -1,0 +1,255 @@
+"""What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, kernels apart."""
+
+from collections.abc import Callable
+
+from .checkpoint import Checkpoint, Group
+from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .gpus import BLACKWELL, GPUS
+from .matching import Names, vllm_exactly, vllm_modelopt
+from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .verdict import Effect, Findings, table
+
+NAME, VERSION = "vLLM", "0.32.0"
+_FILES = {
+    "archs": "model_executor/models/registry.py",
+    "blocks": "model_executor/layers/quantization/utils/fp8_utils.py",
+    "cache": "utils/torch_utils.py",
+    "config": "config/vllm.py",
+    "configs": "transformers_utils/model_arch_config_convertor.py",
+    "deepseek": "model_executor/models/deepseek_v2.py",
+    "flashinfer": "v1/attention/backends/flashinfer.py",
+    "gpt_oss": "model_executor/models/gpt_oss.py",
+    "joined": "model_executor/layers/quantization/utils/quant_utils.py",
+    "kv": "model_executor/layers/quantization/kv_cache.py",
+    "llama4": "model_executor/models/llama4.py",
+    "loader": "model_executor/model_loader/default_loader.py",
+    "model": "model_executor/models/utils.py",
+    "modelopt": "model_executor/layers/quantization/modelopt.py",
+    "mtp": "model_executor/models/deepseek_mtp.py",
+    "weights": "model_executor/model_loader/weight_utils.py",
+}
+_R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
+SEEN, READ = True, False
+
+# fmt: off
+RULES = table(f"{NAME} {VERSION}", _FILES, {
+    "files":         (_R, "every file of the index is there", "weights", SEEN),
+    "consolidated":  (_R, "no consolidated*.safetensors, which are read as Mistral's own format", "loader", SEEN),
+    "twice":         (_R, "no tensor is in two files; it does not look, and keeps the last", "loader", SEEN),
+    "architecture":  (_U, "an architecture with rules", "archs", SEEN),
+    "missing":       (_R, "every tensor is there; of a quantized model it does not look by itself", "loader", SEEN),
+    "experts":       (_R, "every expert is there; it does not look, and computes with anything", "loader", SEEN),
+    "unknown":       (_R, "no tensor that the model does not have", "model", SEEN),
+    "shape":         (_R, "shapes are those of config.json and of the algorithm", "modelopt", SEEN),
+    "dtype":         (_R, "dtypes are those of the algorithm; it converts values of others", "model", SEEN),
+    "scale":         (_R, "every quantized linear has all its scales", "modelopt", SEEN),
+    "extra":         (_R, "a quantized linear has no other tensors, such as pre_quant_scale", "model", SEEN),
+    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", SEEN),
+    "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
+    "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
+    "dialect":       (_R, "quantization_config says quant_method", "configs", SEEN),
+    "config":        (_R, "hf_quant_config.json alone serves a few algorithms, with all its keys", "configs", SEEN),
+    "algorithm":     (_R, "quant_algo is one of its seven", "modelopt", SEEN),
+    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "unquantized":   (_R, "codes need a quantization config", "loader", SEEN),
+    "mixed":         (_R, "a mixed model lists its quantized_layers, of algorithms that it has", "modelopt", SEEN),
+    "blocks":        (_R, "of joined linears all but the last have whole blocks of 128 rows, of experts all", "blocks", SEEN),
+    "inputs":        (_R, "FP8_PB_WO has inputs in whole blocks of 128", "modelopt", SEEN),
+    "block experts": (_R, "experts in FP8_PB_WO or FP8_PER_CHANNEL_PER_TOKEN are in a mixed model", "modelopt", READ),
+    "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
+    "gpt_oss":       (_R, "GPT-OSS is not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
+    "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
+    "kv latent":     (_R, "latent attention has no NVFP4 KV cache", "config", SEEN),
+    "kv mla":        (_L, "latent attention has no KV scales: its cache has a scale of 1", "deepseek", SEEN),
+    "kv dialect":    (_M, "with quant_method fp8 the KV cache is quantized on request", "cache", READ),
+    "kv nvfp4":      (_M, "an NVFP4 KV cache needs FlashInfer", "flashinfer", READ),
+    "kv scales":     (_L, "KV scales are there for every layer, or the cache has a scale of 1", "kv", READ),
+    "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
+    "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
+    "gpu":           (_R, "the GPU computes it", "modelopt", READ),
+})
+# fmt: on
+_BLOCKS_OF_MIXED = {  # how a mixed model's linears and experts in blocks are spelled
+    ("linear", "FP8_BLOCK_SCALES"): None,
+    ("experts", "FP8_PB_WO"): "blocks",
+    ("experts", "FP8_BLOCK_SCALES"): "blocks",
+}
+_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
+_NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
+_LATENT = "fused_qkv_a_proj"
+_LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80, "blocks": 75}
+_ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
+FORMATS = "choose --format fp8, fp8_pb or nvfp4"
+
+
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+    """All that vLLM would find."""
+    findings, view = Findings(RULES), checkpoint.indexed
+    check_files(checkpoint, findings)
+    check_model(checkpoint, view, findings)
+    check_experts(checkpoint, view, findings)
+    reading = read(checkpoint, findings)
+    if reading is None:
+        return findings
+    modelopt = reading.dialect == "modelopt"
+
+    def algorithm_of(group: Group) -> str | None:
+        if reading.algorithm is None or (group.kind == "head" and not modelopt):
+            return None
+        if group.kind == "router" and not (modelopt and checkpoint.architecture in _ASKS_ROUTERS):
+            return None
+        matcher = vllm_modelopt if modelopt else vllm_exactly
+        found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
+        return _BLOCKS_OF_MIXED.get((group.kind, found), found) if reading.layers else found
+
+    optional = frozenset({"input_scale"} if reading.algorithm == "W4A16_NVFP4" else ())
+    if reading.algorithm is None and any(group.quantized for group in view.groups):
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+        return findings
+    check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
+    if reading.algorithm is not None:
+        _check_tied(checkpoint, algorithm_of, findings)
+        _check_layouts(checkpoint, reading, findings)
+        check_mtp(view, findings, algorithm_of)
+        _check_gpu(reading, gpu, findings)
+    _check_kv(checkpoint, reading, findings)
+    if checkpoint.latent and checkpoint.text.get("topk_method") != "noaux_tc":
+        biases = [name for name in view.tensors if name.endswith("e_score_correction_bias")]
+        if biases and checkpoint.architecture.startswith("Deepseek"):
+            findings.add("bias", "config.json does not say that routers have it", *biases,
+                         way='set "topk_method": "noaux_tc" in config.json, as DeepSeek does')  # fmt: skip
+    return findings
+
+
+def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
+    """What vLLM takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
+    inline, nested = checkpoint.inline, checkpoint.nested
+    if inline is None and nested is None:
+        return Reading()
+    if inline is None:
+        return _read_nested(checkpoint, nested, findings)
+    method = str(inline.get("quant_method", "")).lower()
+    if method == "fp8":
+        if inline.get("weight_block_size") != [128, 128]:
+            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
+            return None
+        names = listed(inline, "ignored_layers", "modules_to_not_convert")
+        return Reading("blocks", "modules_to_not_convert", Names(names), kv=kv_of(inline.get("kv_cache_scheme")),
+                       dialect="native")  # fmt: skip
+    if not method.startswith("modelopt"):
+        _unknown_dialect(method, findings)
+        return None
+    return _read_modelopt(inline, "ignore", kv_of(inline.get("kv_cache_scheme")), findings)
+
+
+def _unknown_dialect(method: str, findings: Findings) -> None:
+    if method:
+        findings.add("another", f"no rules about quant_method {method}")
+    else:
+        findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
+
+
+def _read_nested(checkpoint: Checkpoint, nested: dict, findings: Findings) -> Reading | None:
+    algorithm = str(nested.get("quant_algo") or "").upper()
+    lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
+    if algorithm not in _NESTED:
+        findings.add("config", f"hf_quant_config.json alone says {algorithm}", way="put it into config.json too")
+        return None
+    if algorithm == "NVFP4" and lacking:
+        findings.add("config", f"hf_quant_config.json has no {', '.join(sorted(lacking))}", way="put it there")
+        return None
+    return _read_modelopt(nested, "exclude_modules", kv_of(nested.get("kv_cache_quant_algo")), findings)
+
+
+def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings) -> Reading | None:
+    algorithm = str(section.get("quant_algo") or "").upper()
+    names = Names(listed(section, where))
+    if algorithm == "MIXED_PRECISION":
+        layers = layers_of(section)
+        if not layers:
+            findings.add("mixed", "quantized_layers lists none", way="list them")
+            return None
+        if odd := {one for one in layers.values() if one not in (*_ALGORITHMS, "FP8_BLOCK_SCALES")}:
+            findings.add("mixed", f"quantized_layers has {', '.join(sorted(odd))}", way=FORMATS)
+            return None
+        return Reading("", where, names, layers, size_in(section, 16), kv, "modelopt")
+    if algorithm not in _ALGORITHMS:
+        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=FORMATS)
+        return None
+    groups = section.get("config_groups")
+    if algorithm == "NVFP4" and isinstance(groups, dict) and groups:
+        inputs = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
+        algorithm = "W4A16_NVFP4" if not any(inputs) else algorithm
+    return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
+
+
+def _check_tied(checkpoint: Checkpoint, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
+    """Of a tied model too an output layer is built, before it is made the embedding."""
+    inside = next(
+        (name.rpartition("model.embed")[0] for name in checkpoint.indexed.modules if "model.embed" in name), ""
+    )
+    if checkpoint.tied and algorithm_of(Group("head", inside.strip("."), ("lm_head",))):
+        findings.add(
+            "not left out", "it is the embedding, and by the config it is quantized", "lm_head", way="name it in ignore"
+        )
+
+
+def _check_layouts(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+    if checkpoint.architecture == "GptOssForCausalLM":
+        findings.add(
+            "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
+        )
+        return
+    for group in checkpoint.indexed.groups:
+        if group.mtp or not group.quantized:
+            continue
+        if group.kind == "stack" and checkpoint.architecture != "Llama4ForConditionalGeneration":
+            findings.add("stack", f"it does not load stacked experts of {checkpoint.architecture} with scales",
+                         *group.members, way="--format fp8_pb writes them one by one")  # fmt: skip
+        elif group.kind == "experts" and reading.algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
+            findings.add("block experts", f"it does not load experts in {reading.algorithm}", group.parent,
+                         way="--fp8-pb-spelling native")  # fmt: skip
+        if reading.algorithm in ("blocks", "FP8_PB_WO"):
+            _check_blocks(group, reading, findings)
+
+
+def _check_blocks(group: Group, reading: Reading, findings: Findings) -> None:
+    for name, module in group.members.items():
+        rows, inputs = module["weight"].shape[-2:]
+        last = name.rpartition(".")[2] == group.parts[-1] if group.parts else name.endswith(("down_proj", "w2"))
+        if reading.algorithm == "blocks" and not last and rows % 128:
+            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which vLLM wants of q, k, gate and experts",
+                         name, way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
+        if reading.algorithm == "FP8_PB_WO" and inputs % 128:
+            findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")
+
+
+def _check_kv(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+    kv = checkpoint.indexed.kv
+    if checkpoint.latent:
+        if reading.kv == "NVFP4":
+            findings.add("kv latent", "it has no NVFP4 cache for latent attention", way="--kv-cache none")
+        elif reading.kv or kv:
+            findings.add("kv mla", "its FP8 cache of latent attention has a scale of 1", way="--kv-cache none")
+        return
+    if reading.kv == "NVFP4":
+        findings.add("kv nvfp4", "its NVFP4 KV cache with FlashInfer only")
+    if (reading.kv or kv) and reading.dialect == "native":
+        findings.add("kv dialect", "its FP8 KV cache with --kv-cache-dtype fp8")
+    if reading.kv and reading.algorithm is not None:
+        found = {at for spelled, places in kv.items() for at in places if spelled.endswith("k_scale")}
+        if len(found) < checkpoint.layers:
+            findings.add("kv scales", f"KV scales are there for {len(found)} of {checkpoint.layers} layers; the cache of others "
+                         "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip
+
+
+def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+    if gpu is None:
+        return
+    least = max((_LEAST.get(one, 75) for one in {reading.algorithm, *reading.layers.values()} if one), default=75)
+    if GPUS[gpu] < least:
+        findings.add(
+            "gpu", f"{reading.algorithm} needs compute capability {least / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
+        )
+    if reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
+        findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")

@@ -1,0 +1,103 @@
+"""Small checkpoints of every architecture in every format, in sizes that engines accept: whole blocks, latents of 576."""
+
+import json
+from pathlib import Path
+
+from ..models import LENGTH, add_mtp, make_model, read_json
+
+_WIDE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+}
+_HEADS = _WIDE | {"head_dim": 64}
+_EXPERTS = _HEADS | {"moe_intermediate_size": 128}
+_MLA = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "q_lora_rank": 128,
+    "moe_intermediate_size": 128,
+}
+_LLAMA4 = _HEADS | {"intermediate_size": 128, "intermediate_size_mlp": 384}
+MODELS = {
+    "llama31": _WIDE,
+    "llama32": _HEADS,
+    "qwen2": _WIDE,
+    "qwen3": _HEADS,
+    "qwen3_moe": _EXPERTS,
+    "mixtral": _HEADS,
+    "deepseek_v3": _WIDE | _MLA,
+    "glm4_moe": _EXPERTS,
+    "gpt_oss": _HEADS | {"intermediate_size": 128},
+    "llama4": _LLAMA4,
+    "llama4_vision": _LLAMA4,
+}
+FORMATS = {
+    "bf16": {"format": "bf16"},
+    "fp8": {"format": "fp8"},
+    "fp8_kv": {"format": "fp8", "kv_cache": "fp8"},
+    "fp8_pb": {"format": "fp8_pb"},
+    "fp8_pb_modelopt": {"format": "fp8_pb", "fp8_pb_spelling": "modelopt"},
+    "nvfp4": {"format": "nvfp4"},
+    "nvfp4_kv": {"format": "nvfp4", "kv_cache": "fp8"},
+    "nvfp4_kvnvfp4": {"format": "nvfp4", "kv_cache": "nvfp4"},
+    "nvfp4_awq": {"format": "nvfp4_awq"},
+    "nvfp4_awq_modelopt": {"format": "nvfp4_awq", "awq_output": "modelopt"},
+    "int4_awq": {"format": "int4_awq"},
+    "w4a8_awq": {"format": "w4a8_awq"},
+}
+ALSO = {"mla": {"quantize_mla": True}}
+
+
+def source(folder: Path, name: str) -> Path:
+    """A bfloat16 checkpoint in those sizes; of NAME-mtp, with a layer that predicts one more token."""
+    name, _, mtp = name.partition("-")
+    made = make_model(folder, name, **MODELS[name])
+    if mtp:
+        add_mtp(made)
+    if name == "deepseek_v3":  # as DeepSeek's own config.json has it, and transformers leaves it out
+        file = made / "config.json"
+        file.write_text(json.dumps(read_json(file) | {"topk_method": "noaux_tc"}))
+    return made
+
+
+def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str, str]:
+    """In a rank: export a checkpoint in the formats of those names into folders of `out`; what was refused, and why."""
+    import torch
+    from safetensors.torch import load_file
+
+    from megatron_export import ExportError, calibrate, export_hf_checkpoint, loading, topology
+    from megatron_export.build import build_model
+
+    config = read_json(model / "config.json")
+    refused = {}
+    with topology.started(1, 1, "cpu"):
+        with topology.current() as here:
+            built = build_model(config, here, max_sequence_length=LENGTH)
+            loading.load_hf_weights(built, model, config, here)
+        ids = load_file(model.parent / "ids" / "calibration.safetensors")["input_ids"]
+        measured = None
+        for name in names:
+            settings = FORMATS[name.removesuffix("+mla")] | (ALSO["mla"] if name.endswith("+mla") else {})
+            try:
+                if measured is None and settings["format"] != "bf16":
+                    awq = [FORMATS[n.removesuffix("+mla")]["format"] for n in names]
+                    measured = calibrate(built, ids.to(torch.int64).split(4), format=sorted(set(awq) - {"bf16"}))
+                export_hf_checkpoint(
+                    built,
+                    out / name,
+                    hf_model=model,
+                    calibration=None if settings["format"] == "bf16" else measured,
+                    **settings,
+                    **more,
+                )
+            except ExportError as error:
+                refused[name] = str(error)
+    return refused

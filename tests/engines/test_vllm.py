@@ -1,0 +1,160 @@
+"""A real vLLM, on a CPU: it loads what the rules say it loads, and refuses what they say it refuses. See README for its setup."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_export.checking import of_folder
+from megatron_export.engines import Effect, judged, vllm
+from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, vllm_modelopt
+
+from ..ranks import Ranks, living
+from . import product
+from .checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+SOME = {
+    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq"],
+    "qwen3_moe": ["fp8_kv", "nvfp4_awq"],
+    "deepseek_v3-mtp": ["fp8_pb", "nvfp4", "nvfp4+mla"],
+    "llama4": ["fp8", "fp8_pb"],
+    "llama4_vision": ["fp8_kv", "nvfp4"],
+    "gpt_oss": ["bf16", "fp8"],
+}
+EVERY = {
+    name: [*product.FORMATS, *((f"{form}+mla" for form in product.FORMATS) if name == "deepseek_v3" else ())]
+    for name in (*product.MODELS, "deepseek_v3-mtp", "glm4_moe-mtp")
+}
+GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_awq")
+UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for
+CACHE_SCALES = "with dtype torch.float32 into parameter with dtype torch.bfloat16"  # vLLM keeps KV scales in bfloat16
+
+
+def tried(*folders: Path, generate: bool = False) -> dict[Path, dict]:
+    """What became of each folder in vLLM, one after the other in a process of its own."""
+    flags = ["--generate"] if generate else []
+    command = [sys.executable, "-m", "tests.engines.vllm_loading", *flags, *map(str, folders)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"folder"')]
+    assert len(said) == len(folders), done.stderr[-3000:]
+    return {Path(one["folder"]): one for one in said}
+
+
+def exported(ranks: Ranks, names: dict[str, list[str]], out: Path) -> list[Path]:
+    """Folders of those models in those formats, but for what the exporter refuses."""
+    folders = []
+    for name, forms in names.items():
+        (out / name).mkdir()
+        (out / f"{name}-source").mkdir()
+        model = product.source(out / f"{name}-source", name)
+        [refused] = ranks.call(1, product.export, model, out / name, forms, seconds=300)
+        folders += [out / name / form for form in forms if form not in refused]
+    return folders
+
+
+def disagreements(folders: list[Path]) -> dict[str, str]:
+    """Where vLLM did not do what the rules say, or warned of scales."""
+    found = {}
+    for folder, one in tried(*folders).items():
+        verdict = judged(of_folder(folder), "vllm")
+        warned = [text for text in one["warned"] if "not found" in text or "scale" in text and CACHE_SCALES not in text]
+        warned = [text for text in warned if "q scaling factor" not in text]  # of queries; nothing calibrates it
+        if (one["error"] is None) != (verdict.loads is not False) or (one["error"] is None and warned):
+            found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one['error']} | {warned}"
+    return found
+
+
+def test_vllm_loads_what_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), SOME, tmp_path)) == {}
+
+
+@pytest.mark.slow
+def test_vllm_loads_every_architecture_in_every_format_as_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), EVERY, tmp_path)) == {}
+
+
+def test_vllm_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
+    folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
+    for folder, one in tried(*folders).items():
+        name = folders[folder]
+        loads = judged(described(golden(name)), "vllm").loads
+        assert (one["error"] is None) == (loads or name in UNNOTICED), f"{name}: {one['error']}"
+
+
+def test_vllm_refuses_what_is_damaged(tmp_path: Path) -> None:
+    damages = {written(damaged(*damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
+    for folder, one in tried(*damages).items():
+        rule, _, _, noticed = DAMAGES[damages[folder]]
+        refuses = bool(rule) and vllm.RULES[rule].effect in (Effect.REFUSES, Effect.UNKNOWN)
+        assert (one["error"] is not None) == (refuses and noticed), f"{damages[folder]}: {one['error']}"
+
+
+def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
+    folders = exported(living(pool), {"qwen3": ["bf16", "nvfp4_kv"]}, tmp_path)
+    assert {folder.name: one["error"] for folder, one in _generated(folders).items()} == {
+        "bf16": None,
+        "nvfp4_kv": None,
+    }
+
+
+def test_names_are_matched_as_vllm_does() -> None:
+    """On random lists, against vLLM's own functions."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptFp8Config
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    dice, packed = (
+        random.Random(5),
+        {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]},
+    )
+    assert Fp8Config().ignored_layers_match_mode == "exact"
+    groups = [("", ("lm_head",), "lm_head")]
+    for layer in (f"{root}.layers.{n}" for root in ("model", "language_model.model") for n in (1, 11)):
+        for mlp in (f"{layer}.mlp", f"{layer}.mlp.shared_experts"):
+            groups += [(mlp, ("gate_proj", "up_proj"), "gate_up_proj"), (mlp, ("down_proj",), "down_proj")]
+        groups += [(f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"), (f"{layer}.mlp.experts", (), "")]
+
+    def named() -> str:
+        parent, parts, _ = dice.choice(groups)
+        words = full(parent, dice.choice(parts or ("3.down_proj",))).split(".")
+        start, stop = dice.choice((0, 0, len(words) - 1)), dice.choice((len(words), dice.randint(1, len(words))))
+        return dice.choice(("", "", "*")) + ".".join(words[start:stop]) + dice.choice(("", "", "", "*", ".*"))
+
+    def answer(ask: Callable[..., bool], *given: object) -> bool | None:
+        try:
+            return ask(*given)
+        except (Partly, ValueError):
+            return None
+
+    for _ in range(5000):
+        parent, parts, joined = dice.choice(groups)
+        listed = [named() for _ in range(dice.randint(1, 6))] + [
+            full(parent, part) for part in parts[: dice.randint(0, 3)]
+        ]
+        config = ModelOptFp8Config("FP8", True, None, list(listed))
+        config.packed_modules_mapping = packed
+        config.apply_vllm_mapper(WeightsMapper())
+        names, prefix = Names(tuple(listed)), full(parent, joined)
+        ours = [answer(match, names, parent, parts, joined) for match in (vllm_modelopt, vllm_exactly)]
+        theirs = [answer(config.is_layer_excluded, prefix), answer(is_layer_skipped, prefix, listed, packed)]
+        assert ours == theirs, (prefix, listed)
+
+
+@pytest.mark.slow
+def test_vllm_generates_in_every_format_that_a_cpu_can_compute(pool: list[Ranks], tmp_path: Path) -> None:
+    dense = {name: list(GENERATING) for name in ("llama31", "llama32", "qwen2", "qwen3")}
+    experts = {name: ["bf16"] for name in ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")}
+    folders = exported(living(pool), dense | experts, tmp_path)
+    assert {str(folder): one["error"] for folder, one in _generated(folders).items() if one["error"]} == {}
+
+
+def _generated(folders: list[Path]) -> dict[Path, dict]:
+    """Each in a process of its own: an engine keeps its threads and its memory."""
+    return {folder: one for folder in folders for one in tried(folder, generate=True).values()}
