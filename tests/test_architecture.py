@@ -12,16 +12,16 @@ LEVELS = """
 errors sizes piece config progress
 signals fingerprint untrusted pulse layout
 names formats
-item placement
-policy smoothing
+item placement rounding finished
+policy smoothing described
 plan
 quant_config readers
 cpu assets staging statistics calibration_data emulation
 measured source topology model writer
-gather build contradictions verify
-loading survey manifest forecast
-maxima search watching preview
-clipping
+gather build contradictions verify sides
+loading survey manifest forecast likeness structure
+maxima search watching preview diagnosis
+clipping judge
 calibration
 pipeline
 job
