@@ -1,6 +1,6 @@
-"""The command that needs no ranks: python -m megatron_export plan --hf-model PATH_OR_ID --tp N --format fp8."""
+"""The commands that need no ranks: python -m megatron_export plan|verify|diff ..."""
 
-from megatron_export.cli import plan
+from megatron_export.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(plan(print))
+    raise SystemExit(main(print))

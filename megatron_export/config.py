@@ -71,6 +71,18 @@ class ExportConfig:
     """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
     trust_remote_code: bool = False
     """run Python code that the model's folder has for its tokenizer; it can do whatever you can"""
+    verify: bool = False
+    """judge the checkpoint against --hf-model before it is published; what is not good enough is not published"""
+    min_snr: float | None = None
+    """with --verify: least signal-to-noise of a weight in dB (default: what its format gives at worst)"""
+    max_ppl_ratio: float | None = None
+    """with --verify: largest perplexity over the original's, measured on --verify-text"""
+    verify_text: Path | None = None
+    """with --verify: also measure perplexity and KL on this text, in emulated arithmetic, if both models fit on rank 0"""
+    report: bool = False
+    """--verify, and write report.html and a model card, README.md, into the checkpoint"""
+    push_to_hub: str | None = None
+    """upload the published checkpoint to this repository of the hub, which is made, private, if there is none"""
     dry_run: bool = False
     """print what would be written, read no weights, write nothing"""
     device: Literal["cuda", "cpu"] | None = None
@@ -91,6 +103,7 @@ class ExportConfig:
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
+        self._check_judging()
         needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache == "none")
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
@@ -98,6 +111,14 @@ class ExportConfig:
             )
         if self.format == "bf16" and self.save_calibration:
             raise ValueError("--format bf16 needs no calibration: --save-calibration has no effect")
+
+    def _check_judging(self) -> None:
+        judged = self.verify or self.report
+        for name in ("min_snr", "max_ppl_ratio", "verify_text"):
+            if getattr(self, name) is not None and not judged:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect without --verify or --report")
+        if self.max_ppl_ratio is not None and self.verify_text is None:
+            raise ValueError("--max-ppl-ratio needs --verify-text FILE")
 
 
 def helps() -> dict[str, str]:

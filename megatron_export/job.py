@@ -4,14 +4,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from . import assets, build, calibration_data, gather, loading, statistics, topology
+from . import (
+    assets,
+    build,
+    calibration_data,
+    gather,
+    hub,
+    inspection,
+    loading,
+    presentation,
+    statistics,
+    topology,
+)
 from .calibration import calibrate
 from .config import ExportConfig
-from .errors import ExportError
+from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder
 from .formats import Options
 from .gather import together
@@ -32,7 +44,8 @@ from .writer import check_apart, check_target
 @dataclass
 class Job:
     """What has been settled and done so far; `report` is None after a dry run, `tokens` maps the experts of each layer to
-    how many calibration tokens each was given.
+    how many calibration tokens each was given; `verdict` has the rows of the judgement, where one was asked for, and of what
+    followed.
     """
 
     plan: Plan | None = None
@@ -40,6 +53,7 @@ class Job:
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    verdict: list[tuple[str, str]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -117,10 +131,35 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 overwrite=config.overwrite,
                 resume=config.resume,
                 provenance=_provenance(config, folder),
+                notes=_notes(job, known or {}),
+                finish=partial(_finish, job, config, folder, here, progress),
                 timeout=config.timeout,
                 progress=progress,
             )
+        with together(here, "upload"):
+            if config.push_to_hub and here.first:
+                job.verdict.append(("pushed", hub.push(config.output.resolve(), config.push_to_hub)))
     return job
+
+
+def _notes(job: Job, known: dict[str, Tensor]) -> dict:
+    """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
+    alphas = {name: round(float(value), 2) for name, value in known.items() if ".alpha." in name}
+    tokens = {name.removesuffix(".tokens"): counts.tolist() for name, counts in job.tokens.items()}
+    seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
+    return {"seconds": seconds} | ({"alphas": alphas} if alphas else {}) | ({"tokens": tokens} if tokens else {})
+
+
+def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progress: Progress, staged: Path) -> None:
+    """Judge what is about to be published, and describe it."""
+    if not (config.verify or config.report):
+        return
+    wanted = inspection.Wanted(config.min_snr, config.max_ppl_ratio, config.verify_text, device=here.device.type)
+    found = inspection.inspected(staged, folder, wanted, progress)
+    report([f"not published: {problem}" for problem in found.problems])
+    job.verdict = [pair for pair in inspection.rows(found) if pair[0] not in ("checkpoint", "format")]
+    if config.report:
+        presentation.present(found, config.hf_model or str(folder), config.output.name)
 
 
 def _kept(config: ExportConfig) -> dict[str, Tensor] | None:

@@ -139,7 +139,7 @@ def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: P
                 asked.append(lambda: "")
                 judged.problems.append(f"{text}{f'; {more}' if more else ''}")
             judged.problems += _factors(sides, item, part)
-    for output in progress("copied", sides.plan.copied):
+    for output in sides.plan.copied:
         if output.name in sides.found and not torch.equal(
             sides.found.read(output.name), sides.weights.whole(output.name)
         ):

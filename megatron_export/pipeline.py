@@ -3,7 +3,7 @@
 import dataclasses
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -59,6 +59,8 @@ class _Place:
     source_files: dict[str, tuple[int, int]]
     identity: dict[str, str]
     provenance: dict
+    notes: dict
+    finish: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def export_hf_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     provenance: dict | None = None,
+    notes: dict | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
     timeout: float = SILENCE,
     progress: Progress = quiet,
 ) -> Report:
@@ -116,6 +120,8 @@ def export_hf_checkpoint(
                     statistics are others
     timeout         seconds after which a rank that is not heard of counts as gone
     provenance      what the manifest says of where model and statistics came from, as JSON has it
+    notes           what the manifest says besides, which another run may say otherwise
+    finish          is called on rank 0 with the folder when all is in it but its final name; what it raises stops the export
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
@@ -161,7 +167,7 @@ def export_hf_checkpoint(
             "model": digest,
             "statistics": of_statistics(calibration or {}),
         }
-        place = _Place(export_dir, overwrite, resume, folder, files, identity, provenance or {})
+        place = _Place(export_dir, overwrite, resume, folder, files, identity, provenance or {}, notes or {}, finish)
         kept = _write(here, _Work(plan, shards, amaxes, calibration or {}), place, progress)
         peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
     return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, kept)
@@ -231,8 +237,10 @@ def _publish(
     heed()
     write_json(
         staging.folder / MANIFEST,
-        manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance}),
+        manifest.manifest(plan, found, place.identity, {"topology": sizes, **place.provenance, **place.notes}),
     )
+    place.finish(staging.folder)
+    heed()
     staging.publish()
 
 

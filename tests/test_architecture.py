@@ -9,23 +9,27 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
-errors sizes piece config progress
-signals fingerprint untrusted pulse layout
+errors sizes piece config progress terminal style charts
+signals fingerprint untrusted pulse layout hub
 names formats
 item placement rounding finished
 policy smoothing described
 plan
 quant_config readers
 cpu assets staging statistics calibration_data emulation
-measured source topology model writer
+measured source topology model writer perplexity
 gather build contradictions verify sides
 loading survey manifest forecast likeness structure
-maxima search watching preview diagnosis
-clipping judge
-calibration
-pipeline
+maxima search watching preview diagnosis differences
+clipping judge comparison
+calibration inspection
+pipeline account
+card maps
+report
+presentation
 job
 cli
+commands
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}

@@ -106,7 +106,7 @@ def of_layer(one: str, other: str) -> Callable[[Tensors], None]:
     )
 
 
-Q, O, DOWN = f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj", f"{MLP}.down_proj"
+Q, OUT, DOWN = f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj", f"{MLP}.down_proj"
 # what is wrong -> format, how, what is said of it
 DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "gate and up swapped": (
@@ -128,8 +128,8 @@ DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         "int4_awq", changed(f"{EXPERTS}.0.up_proj.weight_scale", lambda t: t.roll(1, 0) * (1 + torch.arange(64)[:, None])),
         f"{EXPERTS}.0.up_proj.weight: "),
     "scales transposed": (
-        "nvfp4", changed(f"{O}.weight_scale", lambda t: raw(t).T.reshape(t.shape).view(t.dtype)),
-        f"{O}.weight: .*its weight_scale is transposed"),
+        "nvfp4", changed(f"{OUT}.weight_scale", lambda t: raw(t).T.reshape(t.shape).view(t.dtype)),
+        f"{OUT}.weight: .*its weight_scale is transposed"),
     "nibbles in the other order": (
         "nvfp4", changed(f"{DOWN}.weight", lambda t: t << 4 | t >> 4),
         f"{DOWN}.weight: .*the two codes in each of its bytes are in the other order"),
@@ -169,7 +169,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "weight_scale_2 of gate is not that of up": (
         "nvfp4", changed(f"{MLP}.up_proj.weight_scale_2", lambda t: t * 1.001),
         f"{MLP}.up_proj.weight_scale_2 is .* but {MLP}.gate_proj.weight_scale_2"),
-    "input_scale missing": ("nvfp4", dropped(f"{O}.input_scale"), f"{O}.input_scale is missing"),
+    "input_scale missing": ("nvfp4", dropped(f"{OUT}.input_scale"), f"{OUT}.input_scale is missing"),
     "a norm that took no smoothing over": (
         "nvfp4_awq", lambda found: found.update({f"{L1}.input_layernorm.weight": NORMS[f"{L1}.input_layernorm.weight"]}),
         f"{Q}.weight: .*its columns are scaled by .*, which {L1}.input_layernorm.weight does not undo"),
@@ -180,8 +180,8 @@ DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "a bias dropped": ("nvfp4", dropped(f"{Q}.bias"), f"{Q}.bias is missing"),
     "a bias of zeros": ("nvfp4", changed(f"{Q}.bias", torch.zeros_like), f"{Q}.bias: 64 of 64 numbers differ"),
     "the inputs of o_proj in another order": (
-        "int4_awq", changed(f"{O}.weight", heads_permuted),
-        f"{O}.weight: .*its inputs are in another order: number 0 is the reference's 56"),
+        "int4_awq", changed(f"{OUT}.weight", heads_permuted),
+        f"{OUT}.weight: .*its inputs are in another order: number 0 is the reference's 56"),
     "the head replaced": (
         "nvfp4", lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"].clone()}),
         "lm_head.weight: .*it holds what the reference has in model.embed_tokens.weight"),
@@ -189,7 +189,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         "nvfp4", lambda found: left_alone(found, f"{EXPERTS}.1.down_proj"),
         f"{EXPERTS}.1.down_proj.weight is not quantized, unlike"),
     "a pre_quant_scale missing": (
-        "int4_awq", dropped(f"{O}.pre_quant_scale"), f"{O}.pre_quant_scale is missing"),
+        "int4_awq", dropped(f"{OUT}.pre_quant_scale"), f"{OUT}.pre_quant_scale is missing"),
     "a router in another order": (
         "nvfp4", changed(f"{L1}.mlp.gate.weight", rows_swapped), f"{L1}.mlp.gate.weight: 2 of 4 rows differ"),
 }  # fmt: skip
@@ -283,7 +283,7 @@ CONFIGS: dict[str, tuple[str, Callable[[dict], None], str]] = {
         "config.json", lambda c: c.pop("quantization_config"), "config.json says quant_algo None, but the tensors are"),
     "too much excluded": (
         "config.json", lambda c: c["quantization_config"]["ignore"].append("*.o_proj"),
-        f"config.json excludes {O}, whose {O}.weight is quantized"),
+        f"config.json excludes {OUT}, whose {OUT}.weight is quantized"),
     "too little excluded": (
         "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].remove("lm_head"),
         "hf_quant_config.json does not exclude lm_head, whose lm_head.weight is not"),

@@ -1,0 +1,14 @@
+"""report.html and README.md, beside the weights. Engines read neither; the manifest lists neither, as both name its sha256."""
+
+from . import card, report
+from .account import account_of
+from .inspection import Inspection
+
+FILES = ("report.html", "README.md")
+
+
+def present(found: Inspection, origin: str, name: str | None = None) -> None:
+    """Write both into the folder that was inspected; `origin` is what it was made from, `name` what it will be called."""
+    run = account_of(found, origin, name)
+    for file, text in zip(FILES, (report.page(run), card.text(run)), strict=True):
+        (found.judged.folder / file).write_text(text, encoding="utf-8")
