@@ -5,7 +5,6 @@ What is compared, and how the smoothing of AWQ is undone, stands in `sides.py`; 
 """
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,7 +113,10 @@ def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeig
     plan, mixed = plan_of(found, said, reference)
     if said.format != "nvfp4":
         return plan, mixed
-    smoothed, again = plan_of(found, replace(said, format="nvfp4_awq"), reference)
+    try:
+        smoothed, again = plan_of(found, replace(said, format="nvfp4_awq"), reference)
+    except ExportError:  # an architecture that cannot be smoothed
+        return plan, mixed
     sides = Sides(smoothed, found, weights, torch.device("cpu"))
     norms = [i for i in smoothed.items if i.smoothed.rows and not is_linear_weight(i.source.canonical)]
     norms = [item for item in norms if item.source.names().keys() == {""} and sides.comparable(item, "")]
@@ -127,32 +129,33 @@ def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeig
 
 
 def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: Progress) -> None:
-    asked: list[Callable[[], str]] = []
+    diagnosed = 0
     for item in progress("compare", sides.plan.items):
         for part in item.source.names():
             if not sides.comparable(item, part):
                 continue
             found = likeness(sides, item, part)
             judged.weights.append(found)
-            if text := _verdict(found, tolerance(sides, item, part), min_snr):
-                more = diagnosis(sides, item, part, (found.first or (0, 0))[0]) if len(asked) < DIAGNOSED else ""
-                asked.append(lambda: "")
-                judged.problems.append(f"{text}{f'; {more}' if more else ''}")
+            text = _verdict(found, tolerance(sides, item, part), min_snr)
+            if found.wrong and diagnosed < DIAGNOSED and (more := diagnosis(sides, item, part, found.first[0])):
+                text += f"; {more}"
+            diagnosed += bool(found.wrong)
+            judged.problems += [text] if text else []
             judged.problems += _factors(sides, item, part)
     for output in sides.plan.copied:
-        if output.name in sides.found and not torch.equal(
-            sides.found.read(output.name), sides.weights.whole(output.name)
-        ):
-            judged.problems.append(f"{output.name} is not the reference's, of which it should be a copy")
+        name = output.name
+        if name in sides.found and not torch.equal(sides.found.read(name), sides.weights.whole(name)):
+            judged.problems.append(f"{name} is not the reference's, of which it should be a copy")
     _compare_head(judged, sides)
 
 
 def _compare_head(judged: Judgement, sides: Sides) -> None:
     """A tied model may have its head once more, if it is the embedding."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if sides.plan.config.get("tie_word_embeddings") and head in sides.found and embedding in sides.found:
-        pairs = zip(sides.found.strips(head), sides.found.strips(embedding), strict=False)
-        if sides.found.shape(head) != sides.found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):
+    embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
+    head, found = embedding.replace("model.embed_tokens", "lm_head"), sides.found
+    if "output_layer.weight" not in sides.items and head in found and embedding in found:
+        pairs = zip(found.strips(head), found.strips(embedding), strict=False)
+        if found.shape(head) != found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):
             judged.problems.append(f"{head} is not {embedding}, to which config.json ties it")
 
 

@@ -147,8 +147,9 @@ def _block(item: Item, columns: int) -> tuple[int, int]:
 def _sums(values: Tensor, high: int, wide: int) -> Tensor:
     """The sum of every block of `high` rows and `wide` columns; the last ones may be partial."""
     rows, columns = values.shape
-    padded = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
-    return padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).sum(dim=(1, 3))
+    if columns % wide or rows % high:
+        values = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
+    return values.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).sum(dim=(1, 3))
 
 
 def _add_scales(found: Likeness, pieces: dict) -> None:

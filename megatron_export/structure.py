@@ -78,9 +78,9 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
     expected = {output.name: output for outputs in plan.files.values() for output in outputs}
     for name in sorted(expected.keys() - set(found) - found.lost):
         yield f"{name} is missing"
-    tied = {"lm_head.weight"} if shape_of(plan.config).tied else set()
-    for name in sorted(set(found) - expected.keys() - tied):
-        if not name.endswith("rotary_emb.inv_freq"):
+    allowed = ("rotary_emb.inv_freq", *(("lm_head.weight",) if shape_of(plan.config).tied else ()))
+    for name in sorted(set(found) - expected.keys()):
+        if not name.endswith(allowed):
             yield f"{name} is not part of this model in {plan.form.name}"
     for name in sorted(expected.keys() & set(found)):
         output, dtype, shape = expected[name], found.spelled(name), found.shape(name)
@@ -117,17 +117,19 @@ def _meaning(config: dict) -> dict:
 
 def _excludes(said: Described, plan: Plan) -> Iterator[str]:
     """Where an exclude list names what is quantized, or does not name a linear that is not."""
-    linears = [
-        item for item in plan.items if is_linear_weight(item.source.canonical) or "router" in item.source.canonical
-    ]
-    left = {module for item in linears if not item.form for module in modules(item.source, item.stacked)}
-    left |= {"lm_head"} if not shape_of(plan.config).tied and plan.form.quantization else set()
+    items = [item for item in plan.items if _is_multiplied(item.source.canonical) and not item.form]
+    left = {module for item in items for module in modules(item.source, item.stacked) if plan.form.quantization}
     for file, entries in said.excludes.items():
         named = {module for module in said.quantized | left if any(covers(entry, module) for entry in entries)}
         for module in sorted(named & said.quantized):
             yield f"{file} excludes {module}, whose {module}.weight is quantized"
         for module in sorted(left - named - said.quantized):
             yield f"{file} does not exclude {module}, whose {module}.weight is not quantized"
+
+
+def _is_multiplied(canonical: str) -> bool:
+    """Whether a weight is that of a linear layer, of whatever kind."""
+    return is_linear_weight(canonical) or canonical.endswith((".router.weight", "output_layer.weight"))
 
 
 def unequal(found: Finished, plan: Plan) -> Iterator[str]:
