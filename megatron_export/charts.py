@@ -26,6 +26,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"
 
 
+def listed(sentences: Iterable[str]) -> str:
+    """Sentences with long names in them."""
+    return "<ul>" + "".join(f"<li>{_breakable(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
 def heat(
     rows: Sequence[str], columns: Sequence[str], cells: dict[tuple[str, str], Cell], *, strong: str, dense: bool = False
 ) -> str:

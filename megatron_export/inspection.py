@@ -102,7 +102,7 @@ def score_rows(found: Score) -> list[tuple[str, str]]:
 def worst_lines(found: Inspection) -> list[list[str]]:
     """Cells of the worst weights."""
     return [
-        [one.name, f"{one.snr:.1f} dB", f"{one.cosine:.5f}", f"{one.worst:.1f} dB at {one.at[0]}, {one.at[1]}"]
+        [one.name, f"{one.snr:z.1f} dB", f"{one.cosine:.5f}", f"{one.worst:z.1f} dB at {one.at[0]}, {one.at[1]}"]
         for one in worst(found.judged.weights)
     ]
 

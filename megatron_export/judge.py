@@ -141,7 +141,7 @@ def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: P
                 text += f"; {more}"
             diagnosed += bool(found.wrong)
             judged.problems += [text] if text else []
-            judged.problems += _factors(sides, item, part)
+            judged.problems += [] if found.wrong else _factors(sides, item, part)
     for output in sides.plan.copied:
         name = output.name
         if name in sides.found and not torch.equal(sides.found.read(name), sides.weights.whole(name)):
@@ -166,11 +166,11 @@ def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:
         row, column = found.first
         if found.format == "bf16":
             rows = "row" if len(found.shape) > 1 else "number"
-            return f"{name}: {found.wrong:,} of {found.blocks:,} {rows}s differ from the reference, first {row} ({snr:.1f} dB)"
+            return f"{name}: {found.wrong:,} of {found.blocks:,} {rows}s differ from the reference, first {row} ({snr:z.1f} dB)"
         where = f"row {row}" + (f", input {column}" if column else "")
         return (
             f"{name}: {found.wrong:,} of {found.blocks:,} blocks are further from the reference than rounding explains, "
-            f"first at {where} ({snr:.1f} dB)"
+            f"first at {where} ({snr:z.1f} dB)"
         )
     share = found.codes / max(found.count, 1)
     if found.format != "bf16" and share > (CODES_SMOOTHED if found.smoothed else CODES):
@@ -180,7 +180,7 @@ def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:
         )
     floor = FLOORS.get(found.format, 0.0) if min_snr is None else min_snr
     if snr < floor and not (found.format == "bf16" and tolerance):
-        return f"{name}: {snr:.1f} dB, below {floor:g}"
+        return f"{name}: {snr:z.1f} dB, below {floor:g}"
     return ""
 
 

@@ -5,7 +5,7 @@ import re
 
 from . import charts
 from .account import Account
-from .likeness import Likeness, decibels
+from .likeness import Likeness
 from .names import is_linear_weight
 
 SPAN = 6.0  # dB that the colours of a map stand for at least
@@ -25,7 +25,7 @@ _ALPHAS = {
 
 
 def errors(run: Account) -> str:
-    """The map of layers and modules; experts of a layer together."""
+    """The map of layers and modules; of a layer's experts, the worst."""
     cells: dict[tuple[str, str], list[Likeness]] = {}
     linears = {
         name for i in run.plan.items if is_linear_weight(i.source.canonical) for name in i.source.names().values()
@@ -33,19 +33,16 @@ def errors(run: Account) -> str:
     for one in run.judged.weights:
         if (found := _LAYER.fullmatch(one.name)) and one.name in linears:
             cells.setdefault((found[1], _label(found[2])), []).append(one)
-    values = {
-        place: decibels(sum(one.signal for one in found), sum(one.noise for one in found))
-        for place, found in cells.items()
-        if found[0].format != "bf16"
-    }
+    worst = {place: min(found, key=lambda one: one.snr) for place, found in cells.items() if found[0].format != "bf16"}
+    values = {place: one.snr for place, one in worst.items() if one.snr < math.inf}
     if not values:
         return ""
     high = max(values.values())
-    low = min(*values.values(), high - SPAN)
+    low = min(max(0.0, min(values.values())), high - SPAN)
     made = {}
     for (layer, label), found in cells.items():
         value = values.get((layer, label))
-        what = f"layer {layer}, {label}" + (f", {len(found)} experts together" if len(found) > 1 else "")
+        what = f"layer {layer}, {label}" + (f", the worst of {len(found)} experts" if len(found) > 1 else "")
         if value is None:
             made[layer, label] = (math.nan, "bf16", f"{what}: left in bfloat16")
         else:
@@ -55,6 +52,7 @@ def errors(run: Account) -> str:
     return (
         "<h2>How near every weight is</h2><p>Signal to noise of each module's decoded weights in dB, by layer; more is better, "
         "and 6 dB are one bit. "
+        + ("Of a layer's experts, the worst one is shown. " if any(len(found) > 1 for found in cells.values()) else "")
         + (
             "The original was smoothed as the checkpoint is before they were compared. "
             if run.plan.form.smoothing
@@ -79,7 +77,9 @@ def alphas(run: Account) -> str:
     alphas = run.manifest.get("run", {}).get("alphas", {})
     used = {i.smoothed.columns.replace(".pre_quant_scale.", ".alpha.") for i in run.plan.items if i.smoothed.columns}
     cells = {}
-    for name, alpha in sorted(alphas.items(), key=lambda one: list(_ALPHAS).index(_leaf(one[0]))):
+    for name, alpha in sorted(
+        alphas.items(), key=lambda one: (list(_ALPHAS).index(_leaf(one[0])), ".experts" in one[0])
+    ):
         if name not in used:
             continue
         module = name.partition(".alpha.")[0]

@@ -71,7 +71,7 @@ def _sections(run: Account) -> Iterator[str]:
 def _problems(run: Account) -> str:
     if not run.problems:
         return ""
-    return f"<h2 class=no>What is wrong</h2><ul>{''.join(f'<li>{escape(problem)}</li>' for problem in run.problems[:50])}</ul>"
+    return "<h2 class=no>What is wrong</h2>" + charts.listed(run.problems[:50])
 
 
 def _quantized(run: Account) -> list[Likeness]:
@@ -98,7 +98,7 @@ def _score(run: Account) -> str:
 
 def _worst(run: Account) -> str:
     lines = [
-        [one.name, f"{one.snr:.1f} dB", f"{one.cosine:.5f}", f"{one.worst:.1f} dB at {one.at[0]}, {one.at[1]}"]
+        [one.name, f"{one.snr:z.1f} dB", f"{one.cosine:.5f}", f"{one.worst:z.1f} dB at {one.at[0]}, {one.at[1]}"]
         for one in worst(run.judged.weights)
     ]
     if not lines:
@@ -119,7 +119,7 @@ def _scales(run: Account) -> str:
     inputs = [value for name, value in run.judged.scalars.items() if name.endswith("input_scale")]
     caches = [value for name, value in run.judged.scalars.items() if name.endswith(("k_scale", "v_scale"))]
     ranges = [
-        (what, f"{min(found):.3g} to {max(found):.3g}, {median(found):.3g} in the middle, of {len(found)}")
+        (what, f"{min(found):.3g} to {max(found):.3g}, {median(found):.3g} in the middle, of {len(found):,}")
         for what, found in (("input scales", inputs), ("KV cache scales", caches))
         if found
     ]

@@ -34,7 +34,8 @@ td.name { font: 13px ui-monospace, Menlo, Consolas, monospace; min-width: 150px;
 table.heat { width: auto; min-width: min(100%, 560px); border-spacing: 2px; border-collapse: separate; table-layout: auto; }
 table.heat td { border: 0; border-radius: 4px; padding: 5px 6px; text-align: center; font-size: 12px; min-width: 38px; }
 table.heat th { padding: 2px 4px; font-size: 12px; text-align: center; vertical-align: bottom; line-height: 1.2; }
-table.heat tbody th { text-align: right; vertical-align: middle; padding-right: 8px; }
+table.heat tbody th { position: sticky; left: 0; background: var(--card); text-align: right;
+  vertical-align: middle; padding-right: 8px; }
 table.heat td.none { background: var(--none); color: var(--soft); }
 table.dense td { padding: 0; height: 12px; min-width: 3px; border-radius: 1px; }
 table.dense { border-spacing: 1px; }
@@ -54,11 +55,11 @@ table.dense { border-spacing: 1px; }
 pre { background: var(--none); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo,
   Consolas, monospace; margin: 6px 0 12px; }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-ul { padding-left: 20px; margin: 8px 0; } li { overflow-wrap: anywhere; margin: 4px 0; }
+ul { padding-left: 20px; margin: 8px 0; } li { overflow-wrap: break-word; margin: 6px 0; }
 dl { display: grid; grid-template-columns: minmax(110px, 170px) 1fr; gap: 6px 16px; margin: 8px 0 0; font-size: 15px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 520px) { main { padding: 20px 12px 40px; } section { padding: 16px 14px; } .tiles { gap: 8px;
   grid-template-columns: 1fr 1fr; } .tile { padding: 12px; } .tile b { font-size: 21px; } dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: 8px; } table.heat td { padding: 5px 2px; min-width: 34px; } }
+  dd { margin-bottom: 8px; } table.heat td { padding: 5px 2px; min-width: 34px; } table.dense td { padding: 0; min-width: 3px; } }
 @media print { section, .tile { break-inside: avoid; } body { background: #fff; } }
 """
