@@ -35,7 +35,14 @@ def rows(pairs: Iterable[tuple[str, str]], title: str = "") -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.ROUNDED, show_header=False, title=title or None, title_justify="left", border_style="dim")
+    table = Table(
+        box=box.ROUNDED,
+        show_header=False,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        border_style="dim",
+    )
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
@@ -58,7 +65,9 @@ def grid(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") 
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", header_style="bold"
+    )
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", overflow="fold")
     for line in lines:
@@ -70,7 +79,7 @@ def bar(stage: str, steps: Iterable) -> Iterator:
     """Passes the steps of a stage on, and shows on stderr how far it is."""
     from rich.console import Console
 
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True)
     if not pretty(sys.stderr):
         yield from _told(console, stage, steps)
         return
@@ -78,7 +87,7 @@ def bar(stage: str, steps: Iterable) -> Iterator:
 
     columns = (
         progress.TextColumn("{task.description:>9}", style="bold cyan"),
-        progress.BarColumn(30),
+        progress.BarColumn(30, complete_style="cyan", finished_style="green"),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
     )
@@ -94,7 +103,7 @@ def _told(console: "RenderableType", stage: str, steps: Iterable) -> Iterator:
     def tell() -> None:
         seconds = int(time.monotonic() - started)
         line = f"{stage:>9} {done}/{total or done} {seconds // 60:02}:{seconds % 60:02}"
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     for step in steps:
         yield step
