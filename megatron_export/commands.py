@@ -48,16 +48,21 @@ def _verify(say: Say, flags: argparse.Namespace) -> int:
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = inspection.Wanted(flags.min_snr, flags.max_ppl_ratio, flags.text, flags.windows, device)
     found = inspection.inspected(flags.folder.resolve(), reference, wanted, terminal.bar)
-    if flags.report and found.judged.plan:
+    if flags.report:
         presentation.present(found, named)
     if flags.json:
         say(json.dumps(inspection.as_json(found), indent=2), flush=True)
     else:
         say(terminal.grid(inspection.HEADS, inspection.worst_lines(found), "worst weights"), flush=True)
         say(terminal.rows(inspection.rows(found), "verify"), flush=True)
-    if flags.push_to_hub and not found.problems:
+    if found.problems or not flags.push_to_hub:
+        return int(bool(found.problems))
+    try:
         say(terminal.rows([("pushed", hub.push(flags.folder.resolve(), flags.push_to_hub))]), flush=True)
-    return 1 if found.problems else 0
+    except ExportError as error:
+        say(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def diff(say: Say, arguments: list[str]) -> int:

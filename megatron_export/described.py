@@ -53,8 +53,8 @@ class Described:
 
 def described(found: Finished) -> Described:
     """Read what a checkpoint is off its headers and its two configs."""
-    inner = json_of(found.folder, "config.json").get("quantization_config") or {}
-    outer = json_of(found.folder, "hf_quant_config.json").get("quantization") or {}
+    inner = _table(json_of(found.folder, "config.json").get("quantization_config"))
+    outer = _table(json_of(found.folder, "hf_quant_config.json").get("quantization"))
     quantized = _quantized(found)
     claims = {
         "config.json": _claimed(inner.get("quant_algo") or _native(inner)),
@@ -138,6 +138,10 @@ def _group_size(found: Finished, quantized: dict[str, dict[str, str]]) -> int:
     return most if most in (64, 128) else 128
 
 
+def _table(said: object) -> dict:
+    return said if isinstance(said, dict) else {}
+
+
 def _native(inner: dict) -> str | None:
     return "FP8_BLOCK_SCALES" if inner.get("quant_method") == "fp8" and inner.get("weight_block_size") else None
 
@@ -161,4 +165,4 @@ def _cache(said: dict) -> str | None:
 def _excludes(inner: dict, outer: dict) -> dict[str, list[str]]:
     lists = {"config.json": inner.get("ignore") or inner.get("modules_to_not_convert")} if inner else {}
     lists |= {"hf_quant_config.json": outer.get("exclude_modules")} if outer else {}
-    return {file: [str(entry) for entry in said or ()] for file, said in lists.items()}
+    return {file: [str(entry) for entry in said] if isinstance(said, list) else [] for file, said in lists.items()}

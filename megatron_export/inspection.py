@@ -17,13 +17,15 @@ WORST = 10  # weights that are shown
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured, and what is good enough. `text` None: no perplexity."""
+    """What is measured, and what is good enough. `text` None: no perplexity; `listed`: whether files are compared with
+    the sums in the manifest."""
 
     min_snr: float | None = None
     max_ppl_ratio: float | None = None
     text: Path | None = None
     windows: int | None = None
     device: str = "cpu"
+    listed: bool = True
 
 
 @dataclass
@@ -38,13 +40,16 @@ class Inspection:
 
 def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress = quiet) -> Inspection:
     """Judge a checkpoint against its original and, on a text, score both."""
-    judged = judge(folder, reference, device=wanted.device, min_snr=wanted.min_snr, progress=progress)
+    how = {"device": wanted.device, "min_snr": wanted.min_snr, "listed": wanted.listed}
+    judged = judge(folder, reference, **how, progress=progress)
     problems, scored, unscored = list(judged.problems), None, ""
     if wanted.text and judged.plan and not problems:
         try:
             scored = score(folder, reference, wanted.text, wanted.device, wanted.windows, progress)
-        except ExportError as error:
-            unscored = str(error)[:MOST_LETTERS]
+        except Exception as error:  # transformers raises its own for models that it does not know in this form
+            unscored = (str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}")[
+                :MOST_LETTERS
+            ]
     elif wanted.text:
         unscored = "it is not sound"
     if wanted.max_ppl_ratio is not None:

@@ -154,7 +154,9 @@ def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progre
     """Judge what is about to be published, and describe it."""
     if not (config.verify or config.report):
         return
-    wanted = inspection.Wanted(config.min_snr, config.max_ppl_ratio, config.verify_text, device=here.device.type)
+    wanted = inspection.Wanted(
+        config.min_snr, config.max_ppl_ratio, config.verify_text, device=here.device.type, listed=False
+    )
     found = inspection.inspected(staged, folder, wanted, progress)
     report([f"not published: {problem}" for problem in found.problems])
     job.verdict = [pair for pair in inspection.rows(found) if pair[0] not in ("checkpoint", "format")]

@@ -24,6 +24,7 @@ from .progress import Progress, quiet
 from .sides import Sides
 from .source import SourceWeights
 from .structure import bad_numbers, contradictions, plan_of, unequal
+from .untrusted import inside, shown
 from .writer import MANIFEST
 
 # dB below which a weight is broken rather than rounded, whatever the model
@@ -59,14 +60,16 @@ def judge(
     *,
     device: torch.device | str = "cpu",
     min_snr: float | None = None,
+    listed: bool = True,
     progress: Progress = quiet,
 ) -> Judgement:
-    """Judge the checkpoint in `folder`. `ExportError` where it cannot be: no tensors, an unknown architecture, a reference
-    that is not whole.
+    """Judge the checkpoint in `folder`; `listed`: also against the sums in its manifest, if it has one.
+
+    `ExportError` where it cannot be judged: no tensors, an unknown architecture, a reference that is not whole.
     """
     found = Finished(folder)
     said = described(found)
-    problems = [*found.problems, *said.problems, *_against_manifest(folder)]
+    problems = [*found.problems, *said.problems, *(_against_manifest(folder) if listed else ())]
     parameters_of(assets.read_config(reference))  # what is wrong with the reference itself is raised
     with SourceWeights(reference) as weights:
         try:
@@ -91,13 +94,15 @@ def judge(
 def _against_manifest(folder: Path) -> list[str]:
     """Files that are not what the manifest says, if there is one."""
     files = json_of(folder, MANIFEST).get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(said, dict) for said in files.values()):
+        return [f"{MANIFEST}: {shown(files)} is no list of files"]
+    paths = [inside(folder, name) for name in files]
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda name: _sha256(folder / name), files)
-        read = dict(zip(files, sums, strict=True))
+        sums = dict(zip(files, pool.map(_sha256, paths), strict=True))
     return [
-        f"{name} is {'missing' if mine is None else 'not the file'} that {MANIFEST} lists"
-        for name, mine in read.items()
-        if mine != files[name]["sha256"]
+        f"{name} is {'missing, a file' if mine is None else 'not the file'} that {MANIFEST} lists"
+        for name, mine in sums.items()
+        if mine != files[name].get("sha256")
     ]
 
 
@@ -119,13 +124,13 @@ def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeig
         return plan, mixed
     sides = Sides(smoothed, found, weights, torch.device("cpu"))
     norms = [i for i in smoothed.items if i.smoothed.rows and not is_linear_weight(i.source.canonical)]
-    norms = [item for item in norms if item.source.names().keys() == {""} and sides.comparable(item, "")]
-    other = [
-        not torch.equal(sides.decoded(item, "", all_), sides.plain(item, "", all_))
-        for item in norms
-        for all_ in (slice(0, item.source.shape[0]),)
-    ]
+    other = [_differs(sides, item) for item in norms if "" in item.source.names() and sides.comparable(item, "")]
     return (smoothed, again) if 2 * sum(other) > len(other) else (plan, mixed)
+
+
+def _differs(sides: Sides, norm: Item) -> bool:
+    rows = slice(0, norm.source.shape[0])
+    return not torch.equal(sides.decoded(norm, "", rows), sides.plain(norm, "", rows))
 
 
 def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: Progress) -> None:

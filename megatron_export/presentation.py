@@ -2,6 +2,7 @@
 
 from . import card, report
 from .account import account_of
+from .errors import ExportError
 from .inspection import Inspection
 
 FILES = ("report.html", "README.md")
@@ -9,6 +10,8 @@ FILES = ("report.html", "README.md")
 
 def present(found: Inspection, origin: str, name: str | None = None) -> None:
     """Write both into the folder that was inspected; `origin` is what it was made from, `name` what it will be called."""
+    if found.judged.plan is None:
+        raise ExportError(f"no report of {found.judged.folder}: {found.problems[-1]}")
     run = account_of(found, origin, name)
     for file, text in zip(FILES, (report.page(run), card.text(run)), strict=True):
         (found.judged.folder / file).write_text(text, encoding="utf-8")

@@ -58,15 +58,8 @@ def test_a_sound_checkpoint_ends_with_0_and_says_so(reference: Path, checkpoint:
     "name", ["FP8-KVFP8", "FP8_PB_WO", "NVFP4", "NVFP4_AWQ", "NVFP4-KVNVFP4", "INT4_AWQ", "W4A8_AWQ"]
 )
 def test_what_modelopt_wrote_is_sound(name: str, reference: Path) -> None:
-    assert run("verify", GOLDEN / "models" / f"llama-{name}", "--reference", reference) == (0, any_text)
-
-
-class _Any:
-    def __eq__(self, other: object) -> bool:
-        return True
-
-
-any_text = _Any()
+    status, said = run("verify", GOLDEN / "models" / f"llama-{name}", "--reference", reference)
+    assert status == 0, said
 
 
 def test_thresholds_end_with_1(reference: Path, checkpoint: Path) -> None:

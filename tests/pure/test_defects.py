@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_export.errors import ExportError
 from megatron_export.judge import judge
 
 from ..exported import exported
@@ -321,3 +322,30 @@ def test_an_index_that_is_not_that_of_the_files_is_found(
     paths = sorted(path.name for path in folder.glob("*.safetensors"))
     edited(folder, "model.safetensors.index.json", lambda c: c["weight_map"].update({"lm_head.weight": paths[0]}))
     assert f"says that lm_head.weight is in {paths[0]}" in problems(folder, reference)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3, {"ignore": 3, "quant_algo": []}, {"kv_cache_scheme": "?"}])
+def test_configs_of_no_sense_are_problems_and_not_crashes(
+    value: object, sound: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    folder = copied_files(sound["nvfp4"], tmp_path / "out")
+    edited(folder, "config.json", lambda c: c.update(quantization_config=value))
+    assert "config.json says quant_algo None, but the tensors are those of NVFP4" in problems(folder, reference)
+
+
+@pytest.mark.parametrize("files", [[], {"a": 1}, {"model-00001-of-00003.safetensors": {}}])
+def test_a_manifest_of_no_sense_is_a_problem(
+    files: object, sound: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    folder = copied_files(sound["nvfp4"], tmp_path / "out")
+    (folder / "export_manifest.json").write_text(json.dumps({"files": files}))
+    assert "export_manifest.json" in problems(folder, reference)
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(
+    sound: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    folder = copied_files(sound["nvfp4"], tmp_path / "out")
+    (folder / "export_manifest.json").write_text(json.dumps({"files": {"../../secret": {"sha256": "0"}}}))
+    with pytest.raises(ExportError, match="is not the name of a file in this folder"):
+        judge(folder, reference)
