@@ -116,8 +116,8 @@ class Sides:
     def plain(self, item: Item, part: str, rows: slice) -> Tensor:
         """Some rows of the original, not smoothed."""
         source = item.source
-        if source.names()[part] not in self.weights.files and part in source.copies() | set(source.layout.parts[1:]):
-            part = part if source.stack or not source.copies() else source.layout.parts[0]
+        if source.copies() and source.names()[part] not in self.weights.files:
+            part = source.layout.parts[0]  # a copy that the original leaves out
         where = (rows, *([slice(None)] * (len(source.shape) - 1)))
         return self.weights.read_part(source, part, where).to(self.device).float()
 
