@@ -24,10 +24,10 @@ def diagnosis(sides: Sides, item: Item, part: str, row: int) -> str:
     start = min(row // ROWS * ROWS, max(count - 1, 0) // ROWS * ROWS)
     rows = slice(start, min(start + ROWS, count))
     mine, target = sides.decoded(item, part, rows), sides.target(item, part, rows)
-    target = torch.where(target.isnan(), mine, target)
-    bar = max(NEAR, _fit(mine, target) + NEAR)
     if not mine.isfinite().all():
         return "it decodes to NaN or Inf"
+    target = torch.where(target.isnan(), mine, target)
+    bar = max(NEAR, _fit(mine, target) + NEAR)
     for text, guess in _guesses(sides, item, part, rows, mine, target):
         if guess is not None and _fit(*guess) >= bar:
             return text

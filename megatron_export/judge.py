@@ -23,7 +23,7 @@ from .plan import Plan
 from .progress import Progress, quiet
 from .sides import Sides
 from .source import SourceWeights
-from .structure import bad_numbers, contradictions, plan_of, unequal
+from .structure import bad_numbers, faults, plan_of, unequal
 from .untrusted import inside, shown
 from .writer import MANIFEST
 
@@ -76,7 +76,7 @@ def judge(
             plan, mixed = _plan(found, said, reference, weights)
         except ExportError as error:
             return Judgement(folder, reference, said, None, [*problems, f"not compared further: {error}"])
-        problems += [*mixed, *contradictions(found, said, plan)]
+        problems += [*mixed, *faults(found, said, plan)]
         judged = Judgement(folder, reference, said, plan, problems, nbytes=found.nbytes())
         for name in progress("numbers", list(found)):
             problems += bad_numbers(found, name)

@@ -51,11 +51,10 @@ class Sides:
         name = self._on_disk(item, output)
         if name not in self.found or DTYPES.get(self.found.spelled(name)) is not output.dtype:
             return False
-        shape = self.found.shape(name)
-        shape = shape[1:] if item.stacked and output.axes else shape
-        return torch.Size(shape).numel() == torch.Size(output.shape).numel() * (
-            len(item.source.names()) if item.stacked and output.axes else 1
-        ) and (item.stacked or len(output.shape) < 2 or shape == output.shape)
+        shape, count = self.found.shape(name), torch.Size(output.shape).numel()
+        if item.stacked and output.axes:
+            return torch.Size(shape[1:]).numel() == count * len(item.source.names())
+        return shape == output.shape or torch.Size(shape).numel() == count == 1
 
     def _outputs(self, item: Item, part: str) -> list[Output]:
         """The tensors that a part's weight is decoded from."""

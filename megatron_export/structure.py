@@ -69,7 +69,7 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     return plan, problems
 
 
-def contradictions(found: Finished, said: Described, plan: Plan) -> list[str]:
+def faults(found: Finished, said: Described, plan: Plan) -> list[str]:
     """Everything that headers and configs alone show to be wrong."""
     return [*_tensors(found, plan), *_settings(found.folder, plan), *_excludes(said, plan)]
 
