@@ -49,7 +49,7 @@ def _verify(say: Say, flags: argparse.Namespace) -> int:
     wanted = inspection.Wanted(flags.min_snr, flags.max_ppl_ratio, flags.text, flags.windows, device)
     found = inspection.inspected(flags.folder.resolve(), reference, wanted, terminal.bar)
     if flags.report:
-        presentation.present(found, named)
+        presentation.present(found, named, flags.push_to_hub)
     if flags.json:
         say(json.dumps(inspection.as_json(found), indent=2), flush=True)
     else:

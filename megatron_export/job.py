@@ -161,7 +161,7 @@ def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progre
     report([f"not published: {problem}" for problem in found.problems])
     job.verdict = [pair for pair in inspection.rows(found) if pair[0] not in ("checkpoint", "format")]
     if config.report:
-        presentation.present(found, config.hf_model or str(folder), config.output.name)
+        presentation.present(found, config.hf_model or str(folder), config.push_to_hub or config.output.name)
 
 
 def _kept(config: ExportConfig) -> dict[str, Tensor] | None:

@@ -293,3 +293,16 @@ def test_a_hub_id_is_the_cards_base_model(reference: Path, checkpoint: Path) -> 
 
     found = inspection.inspected(checkpoint, reference, inspection.Wanted())
     assert "base_model: org/name\nbase_model_relation: quantized\n" in card.text(account_of(found, "org/name"))
+
+
+def test_a_card_of_somebody_else_is_not_replaced(reference: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "README.md").write_text("# Mine\n")
+    flags = ("verify", tmp_path, "--reference", reference, "--report")
+    status, said = run(*flags)
+    assert status == 2
+    assert f"{tmp_path / 'README.md'} is there already, and not from here" in said
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "README.md").unlink()
+    assert [run(*flags)[0], run(*flags)[0]] == [0, 0]
