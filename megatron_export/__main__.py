@@ -1,8 +1,6 @@
-"""The commands that need no ranks: python -m megatron_export plan --hf-model PATH_OR_ID --tp N, or check DIR."""
+"""The commands that need no ranks: python -m megatron_export plan|check|verify|diff ..."""
 
-import sys
-
-from megatron_export.commands import run
+from megatron_export.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(run(print, sys.argv[1:]))
+    raise SystemExit(main(print))

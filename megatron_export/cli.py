@@ -7,18 +7,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
+from . import terminal
 from .config import ExportConfig, helps
 from .engines import engines_in
 from .errors import ExportError, Interrupted, RankLost, StartError
 from .progress import quiet
 from .signals import AGAIN, noticed
 from .sizes import parse_size, readable
+from .terminal import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,8 @@ def main(say: Callable[..., None], arguments: list[str] | None = None) -> int:
         say(f"\nerror: {error}{_way_on(config)}", file=sys.stderr, flush=True)
         return status
     if first:
-        say("\n".join(table(job) if job.report else _dry(config, job)), flush=True)
+        pairs, title = (table(job), "exported") if job.report else (_dry(config, job), "dry run")
+        say(terminal.rows(pairs, title), flush=True)
     return 0
 
 
@@ -99,8 +102,10 @@ def plan(say: Callable[..., None], arguments: list[str] | None = None) -> int:
         return 1
     finally:
         gc.enable()
-    lines = [json.dumps(preview.as_json(found), indent=2)] if as_json else _aligned(preview.rows(found))
-    say("\n".join(lines), flush=True)
+    say(
+        json.dumps(preview.as_json(found), indent=2) if as_json else terminal.rows(preview.rows(found), "plan"),
+        flush=True,
+    )
     return 0
 
 
@@ -122,15 +127,8 @@ def _config(parser: argparse.ArgumentParser, values: dict) -> ExportConfig:
         parser.error(str(error))
 
 
-def bar(stage: str, steps: Iterable) -> Iterable:
-    """A progress bar for one stage."""
-    from tqdm import tqdm
-
-    return tqdm(steps, bar_format=f"{stage:>9} {{bar:30}} {{n_fmt}}/{{total_fmt}} {{elapsed}}")
-
-
-def table(job: "Job") -> list[str]:
-    """The lines shown at the end: what was written, from what, in how long, with how much memory."""
+def table(job: "Job") -> list[tuple[str, str]]:
+    """The rows shown at the end: what was written, from what, in how long, with how much memory."""
     from .checking import of_plan, verdicts
     from .preview import plan_rows
 
@@ -149,17 +147,17 @@ def table(job: "Job") -> list[str]:
         ("peak GPU memory", _peaks(report.peak_gpu) if any(report.peak_gpu) else "no GPU"),
         ("folder", str(report.folder)),
     ]
-    return _aligned(rows)
+    return rows + job.verdict
 
 
-def _dry(config: ExportConfig, job: "Job") -> list[str]:
-    """The lines shown after a dry run: those of `plan`."""
+def _dry(config: ExportConfig, job: "Job") -> list[tuple[str, str]]:
+    """The rows shown after a dry run: those of `plan`."""
     import torch
 
     from .preview import preview_of, rows
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _aligned(rows(preview_of(config, job.plan, int(os.environ["WORLD_SIZE"]), device)))
+    return rows(preview_of(config, job.plan, int(os.environ["WORLD_SIZE"]), device))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -182,10 +180,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _let_rank_0_speak() -> None:
     time.sleep(2)
-
-
-def _aligned(rows: list[tuple[str, str]]) -> list[str]:
-    return [f"{name:<16}  {value}" for name, value in rows]
 
 
 def _experts(tokens: dict[str, "Tensor"]) -> str:

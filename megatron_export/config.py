@@ -82,6 +82,18 @@ class ExportConfig:
     """engines that must load the result, such as vllm,sglang,tensorrt_llm: if one would refuse it, nothing is written"""
     trust_remote_code: bool = False
     """run Python code that the model's folder has for its tokenizer; it can do whatever you can"""
+    verify: bool = False
+    """judge the checkpoint against --hf-model before it is published; what is not good enough is not published"""
+    min_snr: float | None = None
+    """with --verify: least signal-to-noise of a weight in dB (default: what its format gives at worst)"""
+    max_ppl_ratio: float | None = None
+    """with --verify: largest perplexity over the original's, measured on --verify-text"""
+    verify_text: Path | None = None
+    """with --verify: also measure perplexity and KL on this text, in emulated arithmetic, if both models fit on rank 0"""
+    report: bool = False
+    """--verify, and write report.html and a model card, README.md, into the checkpoint"""
+    push_to_hub: str | None = None
+    """upload the published checkpoint to this repository of the hub, which is made, private, if there is none"""
     dry_run: bool = False
     """print what would be written, read no weights, write nothing"""
     device: Literal["cuda", "cpu"] | None = None
@@ -103,6 +115,7 @@ class ExportConfig:
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
+        self._check_judging()
         needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache == "none")
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
@@ -116,6 +129,14 @@ class ExportConfig:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
             raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
+
+    def _check_judging(self) -> None:
+        judged = self.verify or self.report
+        for name in ("min_snr", "max_ppl_ratio", "verify_text"):
+            if getattr(self, name) is not None and not judged:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect without --verify or --report")
+        if self.max_ppl_ratio is not None and self.verify_text is None:
+            raise ValueError("--max-ppl-ratio needs --verify-text FILE")
 
 
 def helps() -> dict[str, str]:

@@ -122,6 +122,35 @@ class EmulatedLinear(nn.Module):
         return nn.functional.linear(rounded, self.decoded(), bias).to(torch.bfloat16)
 
 
+class EmulatedExperts(nn.Module):
+    """The experts of a layer one by one, as they are on disk, called as transformers calls those that it stacks."""
+
+    def __init__(self, stacked: nn.Module) -> None:
+        super().__init__()
+        self.act_fn, (self.count, double, hidden) = stacked.act_fn, stacked.gate_up_proj.shape
+        sizes = {
+            "gate_proj": (hidden, double // 2),
+            "up_proj": (hidden, double // 2),
+            "down_proj": (double // 2, hidden),
+        }
+        for number in range(self.count):
+            linears = {name: nn.Linear(*size, bias=False, dtype=torch.bfloat16) for name, size in sizes.items()}
+            self.add_module(str(number), nn.ModuleDict(linears))
+
+    def forward(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """[tokens, hidden], and the experts of each token and their weights [tokens, k] -> [tokens, hidden]."""
+        outputs = torch.zeros_like(inputs)
+        for number in range(self.count):
+            token, place = torch.where(chosen == number)
+            if not len(token):
+                continue
+            expert, given = self.get_submodule(str(number)), inputs[token]
+            middle = self.act_fn(expert["gate_proj"](given)) * expert["up_proj"](given)
+            made = expert["down_proj"](middle) * weights[token, place, None]
+            outputs.index_add_(0, token, made.to(outputs.dtype))
+        return outputs
+
+
 def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     """The model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra."""
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -140,6 +169,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
         del config.quantization_config  # transformers would look for a quantizer of its own
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
+        _part_experts(model, tensors)
     missing = _take_linears(model, tensors, linears) if linears else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
     try:
@@ -199,6 +229,13 @@ def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tenso
             raise ExportError(f"{path}: {key} {shown(name)} is not known here; known are {', '.join(table)}")
         found.append(None if name is None else table[name.upper()])
     return found[0], found[1]
+
+
+def _part_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Experts that transformers keeps in two stacks become single ones where the checkpoint has them so."""
+    for name, module in list(model.named_modules()):
+        if f"{name}.0.gate_proj.weight" in tensors and hasattr(module, "gate_up_proj"):
+            model.set_submodule(name, EmulatedExperts(module))
 
 
 def _take_linears(model: nn.Module, tensors: dict[str, Tensor], algorithm: Algorithm) -> list[str]:

@@ -11,7 +11,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import assets, build, calibration_data, filling, gather, loading, statistics, topology
+from . import (
+    assets,
+    build,
+    calibration_data,
+    filling,
+    gather,
+    hub,
+    inspection,
+    loading,
+    presentation,
+    statistics,
+    topology,
+)
 from .calibration import calibrate
 from .checking import refusals
 from .checkpoint import Checkpoint, find_iteration
@@ -35,7 +47,8 @@ from .writer import check_apart, check_target
 @dataclass
 class Job:
     """What has been settled and done so far; `report` is None after a dry run, `tokens` maps the experts of each layer to
-    how many calibration tokens each was given.
+    how many calibration tokens each was given; `verdict` has the rows of the judgement, where one was asked for, and of what
+    followed.
     """
 
     plan: Plan | None = None
@@ -43,6 +56,7 @@ class Job:
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    verdict: list[tuple[str, str]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -128,12 +142,39 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 writers=config.writers,
                 sync=not config.no_fsync,
                 provenance=_provenance(config, folder),
+                notes=_notes(job, known or {}),
+                finish=partial(_finish, job, config, folder, here, progress),
                 timeout=config.timeout,
                 progress=progress,
             )
         if model is checkpoint:
             job.bytes_read = sum(gather.everyone(here, checkpoint.nbytes))
+        with together(here, "upload"):
+            if config.push_to_hub and here.first:
+                job.verdict.append(("pushed", hub.push(config.output.resolve(), config.push_to_hub)))
     return job
+
+
+def _notes(job: Job, known: dict[str, Tensor]) -> dict:
+    """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
+    alphas = {name: round(float(value), 2) for name, value in known.items() if ".alpha." in name}
+    tokens = {name.removesuffix(".tokens"): counts.tolist() for name, counts in job.tokens.items()}
+    seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
+    return {"seconds": seconds} | ({"alphas": alphas} if alphas else {}) | ({"tokens": tokens} if tokens else {})
+
+
+def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progress: Progress, staged: Path) -> None:
+    """Judge what is about to be published, and describe it."""
+    if not (config.verify or config.report):
+        return
+    wanted = inspection.Wanted(
+        config.min_snr, config.max_ppl_ratio, config.verify_text, device=here.device.type, listed=False
+    )
+    found = inspection.inspected(staged, folder, wanted, progress)
+    report([f"not published: {problem}" for problem in found.problems])
+    job.verdict = [pair for pair in inspection.rows(found) if pair[0] not in ("checkpoint", "format")]
+    if config.report:
+        presentation.present(found, config.hf_model or str(folder), config.push_to_hub or config.output.name)
 
 
 def _kept(config: ExportConfig) -> dict[str, Tensor] | None:

@@ -1,6 +1,6 @@
 """`export_manifest.json`: what is in a published folder, and how it came about. No engine reads it.
 
-files     of every other file: bytes and sha256
+files     of every other file: bytes and sha256; but for report.html and README.md, which name the sha256 of this one
 tensors   name -> file, dtype, shape, crc32 of its bytes
 identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
 run       what does not: versions of what computed it, sizes of the topology, where model and statistics came from
@@ -45,12 +45,29 @@ def identity_of(folder: Path) -> dict | None:
     """What the manifest of a published folder says decided its bytes; None if there is none, or if a file that it names is
     gone or has another size.
     """
+    said = said_of(folder)
+    try:
+        there = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
+        return said["identity"] if there else None
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def said_of(folder: Path) -> dict:
+    """The manifest of a published folder; empty if there is none."""
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        there = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
-        return said["identity"] if said["kind"] == KIND and there else None
+        return said if said["kind"] == KIND else {}
     except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def origin_of(folder: Path) -> str | None:
+    """The folder, if it is there, or the hub id that a published folder was made from, as its manifest names it."""
+    named = said_of(folder).get("run", {}).get("hf_model")
+    if not isinstance(named, str) or (Path(named).is_absolute() and not Path(named).is_dir()):
         return None
+    return named
 
 
 def _versions() -> dict[str, str]:

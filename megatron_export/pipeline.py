@@ -4,7 +4,7 @@ publish.
 
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -92,6 +92,8 @@ def export_hf_checkpoint(
     writers: str = "rank0",
     sync: bool = True,
     provenance: dict | None = None,
+    notes: dict | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
     timeout: float = SILENCE,
     progress: Progress = quiet,
 ) -> Report:
@@ -118,6 +120,8 @@ def export_hf_checkpoint(
     sync            whether everything is on the disk, not only in the system's memory, before the folder gets its name
     timeout         seconds after which a rank that is not heard of counts as gone
     provenance      what the manifest says of where model and statistics came from, as JSON has it
+    notes           what the manifest says besides, which another run may say otherwise
+    finish          is called on rank 0 with the folder when all is in it but its final name; what it raises stops the export
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
@@ -139,14 +143,16 @@ def export_hf_checkpoint(
         done.end("plan")
         work, identity = surveyed(here, found)
         done.end("survey")
-        place = Place(export_dir, overwrite, resume, sync, found.original, identity, provenance or {})
-        _write(here, work, place, done, progress)
+        place = Place(export_dir, overwrite, resume, sync, found.original, identity, provenance or {}, notes or {})
+        _write(here, work, place, done, progress, finish)
         peak_host, peak_gpu, wire = zip(*gather.everyone(here, (*_peaks(here), done.sent)), strict=True)
     seconds = time.monotonic() - done.ends["start"]
     return Report(export_dir, found.plan, seconds, peak_host, peak_gpu, done.kept, wire, done.stages)
 
 
-def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Progress) -> None:
+def _write(
+    here: Topology, work: Work, place: Place, done: _Done, progress: Progress, finish: Callable[[Path], None]
+) -> None:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
     plan = work.plan
     with ExitStack() as stack:
@@ -183,7 +189,7 @@ def _write(here: Topology, work: Work, place: Place, done: _Done, progress: Prog
         done.end("verify")
         with together(here, "publish", heeding=False):
             if staging:
-                publish(contents_of(plan), staging, place, here.sizes, [one for one in read if one])
+                publish(contents_of(plan), staging, place, here.sizes, [one for one in read if one], finish)
         done.end("publish")
 
 

@@ -141,7 +141,7 @@ def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
     return remarks
 
 
-def _together(name: str) -> str:
+def fused_with(name: str) -> str:
     """What is the same for all linears that engines join: their layer's experts, or its projections to latents."""
     if is_expert(name):
         return name.partition(".experts.")[0]
@@ -154,7 +154,7 @@ def _excluded(
     """The canonical linears that `exclude` takes out, and what is wrong with its globs."""
     joined: dict[str, list[str]] = {}
     for name, found in linears.items():
-        joined.setdefault(_together(name), []).extend(found)
+        joined.setdefault(fused_with(name), []).extend(found)
     known = [*(module for found in joined.values() for module in found), *never]
     problems = [
         f"--exclude {glob!r} matches no module; they are named like {known[0]}"
@@ -169,7 +169,7 @@ def _excluded(
         touched.add(key)
         if kept:
             problems.append(f"--exclude must name all of {_some(fused)}, which engines fuse: {_some(kept)} left out")
-    return {name for name in linears if _together(name) in touched}, problems
+    return {name for name in linears if fused_with(name) in touched}, problems
 
 
 def _container(module: str) -> str:

@@ -1,6 +1,7 @@
 """The end of an export on rank 0: the files around the weights, the judgement of all that was read back, the manifest, the name."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import assets, manifest
@@ -25,6 +26,7 @@ class Place:
     original: Original
     identity: dict[str, str]
     provenance: dict
+    notes: dict = field(default_factory=dict)
 
 
 def opened(place: Place) -> Staging:
@@ -40,8 +42,9 @@ def publish(
     place: Place,
     sizes: dict[str, int],
     read: list[dict[str, Verified]],
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Add the other files, judge what all writers read back, and give the folder its name."""
+    """Add the other files, judge what all writers read back, and give the folder its name; `finish` is called with it before."""
     check_unchanged(place.original.folder, place.original.files)
     complete(contents, staging, assets.files_to_copy(place.original.folder))
     found = judged(staging, contents, {file: verified for files in read for file, verified in files.items()})
@@ -49,6 +52,8 @@ def publish(
     with naming(place.folder):
         write_json(
             staging.folder / MANIFEST,
-            manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance}),
+            manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance, **place.notes}),
         )
+    finish(staging.folder)
+    heed()
     staging.publish()

@@ -243,7 +243,7 @@ def _recipe(folder: Path, contents: Contents) -> list[str]:
         return problems
     left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
     for file, excluded in _excluded(folder).items():
-        matched = {module for module in scaled | left if any(_covers(entry, module) for entry in excluded)}
+        matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
         problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
         problems += [
             f"{folder / file} does not exclude {module}, which is not quantized" for module in sorted(left - matched)
@@ -259,7 +259,7 @@ def _is_matrix(output: Output) -> bool:
     return len(output.shape) > 1 and not is_scale(output.name) and not output.name.endswith("bias")
 
 
-def _covers(entry: str, module: str) -> bool:
+def covers(entry: str, module: str) -> bool:
     """Whether an entry of an exclude list is about a module: by its name, a glob, or that of what it is in."""
     return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
 

@@ -9,24 +9,26 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
-errors sizes piece config progress ahead
-signals fingerprint untrusted pulse layout journal
+errors sizes piece config progress ahead terminal style charts
+signals fingerprint untrusted pulse layout journal hub
 names formats pickles engines
-item placement stored
-policy smoothing filing claims
+item placement stored rounding finished
+policy smoothing filing claims described
 plan
 quant_config conveyor
 contents
 cpu assets staging statistics calibration_data emulation
-measured source topology model shard checkpoint
+measured source topology model shard checkpoint perplexity
 writer
-gather build contradictions verify
-loading filling survey manifest forecast stream checking
-maxima search watching preview
-clipping
-calibration prepare
-publishing refit
-pipeline background
+gather build contradictions verify sides
+loading filling survey manifest forecast stream checking likeness structure
+maxima search watching preview diagnosis differences
+clipping judge comparison
+calibration prepare inspection
+publishing refit account
+pipeline background card maps
+report
+presentation
 job
 cli check_command
 commands

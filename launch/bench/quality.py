@@ -21,10 +21,11 @@ from megatron_export.cli import EXAMPLE_MODEL, bar
 from megatron_export.emulation import bits_per_weight, load
 from megatron_export.errors import ExportError
 from megatron_export.formats import FORMATS, KV_FORMATS
+from megatron_export.perplexity import WINDOW, of_window, windows_of
 
 from .measuring import alone
 
-WINDOW, BATCH, MICRO_BATCH = 512, 8, 4
+BATCH, MICRO_BATCH = 8, 4
 LAYER_WINDOWS = 16  # that the layers are compared on, one by one
 README = Path(__file__).resolve().parents[2] / "README.md"
 MARKS = "<!-- quality -->", "<!-- /quality -->"
@@ -162,20 +163,6 @@ def without_search(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def windows_of(text: Path, checkpoint: Path) -> Tensor:
-    """The text's tokens in rows of `WINDOW`; what does not fill a row is left out."""
-    from transformers import AutoTokenizer
-
-    if not text.is_file():
-        raise ExportError(f"no text file {text}. Give --text one that exists")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        raise ExportError(f"{checkpoint}: no tokenizer that loads ({error}). The first CHECKPOINT needs one") from error
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
-
-
 @torch.no_grad()
 def measure(scores: list[Score], windows: Tensor, device: torch.device) -> None:
     """Run all models over one batch after the other, and keep only numbers. The first is the reference."""
@@ -206,11 +193,9 @@ def watched(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[Call]]:
 def compare_tokens(score: Score, logits: Tensor, reference: Tensor, batch: Tensor) -> None:
     """Add the loss of every window of a batch and the divergence of all its predictions; one window at a time."""
     for mine, theirs, ids in zip(logits, reference, batch, strict=True):
-        mine, theirs = (
-            values[:-1].float().log_softmax(dim=-1) for values in (mine, theirs)
-        )  # [tokens - 1, vocabulary]
-        score.losses.append(-mine.gather(1, ids[1:, None]).double().mean().cpu())
-        score.divergences.append((theirs.exp() * (theirs - mine)).sum(dim=-1).cpu())
+        loss, divergence = of_window(mine, theirs, ids)
+        score.losses.append(loss)
+        score.divergences.append(divergence)
 
 
 def compare_layers(score: Score, model: nn.Module, calls: list[Call]) -> None:

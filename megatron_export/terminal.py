@@ -1,0 +1,133 @@
+"""What is shown, in two forms: for people at a terminal, with rich; plain lines for log files, pipes, NO_COLOR and dumb terminals.
+
+The plain form of rows is `name  value`, the name in 16 columns; other programs read it.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from operator import length_hint
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EVERY = 30  # seconds between the lines of a stage in a log file
+PLACE = 16  # columns of a row's name
+
+
+def pretty(stream: TextIO | None = None) -> bool:
+    """Whether a person looks at `stream` (stdout), on a terminal that can show more than text."""
+    stream = stream or sys.stdout
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    return stream.isatty() and not dumb and not os.environ.get("NO_COLOR")
+
+
+def rows(pairs: Iterable[tuple[str, str]], title: str = "") -> str:
+    """Names and values, one a line."""
+    pairs = list(pairs)
+    if not pretty():
+        return "\n".join(f"{name:<{PLACE}}  {value}" for name, value in pairs)
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.ROUNDED,
+        show_header=False,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        border_style="dim",
+    )
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, Text(value, style=_style(name, value)))
+    return _drawn(table)
+
+
+def grid(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> str:
+    """A table with heads; all columns but the first to the right."""
+    lines = [list(line) for line in lines]
+    if not pretty():
+        widths = [max(len(line[n]) for line in [list(heads), *lines]) for n in range(len(heads))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if n else cell.ljust(width)
+                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in [list(heads), *lines]
+        )
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", header_style="bold"
+    )
+    for n, head in enumerate(heads):
+        table.add_column(head, justify="right" if n else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return _drawn(table)
+
+
+def bar(stage: str, steps: Iterable) -> Iterator:
+    """Passes the steps of a stage on, and shows on stderr how far it is."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not pretty(sys.stderr):
+        yield from _told(console, stage, steps)
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description:>9}", style="bold cyan"),
+        progress.BarColumn(30, complete_style="cyan", finished_style="green"),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=console) as shown:
+        yield from shown.track(steps, description=stage)
+
+
+def _told(console: "RenderableType", stage: str, steps: Iterable) -> Iterator:
+    """In lines, one for every half minute, and one at the end."""
+    total, done = length_hint(steps), 0
+    started = said = time.monotonic()
+
+    def tell() -> None:
+        seconds = int(time.monotonic() - started)
+        line = f"{stage:>9} {done}/{total or done} {seconds // 60:02}:{seconds % 60:02}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for step in steps:
+        yield step
+        done += 1
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            tell()
+    if total or done:
+        tell()
+
+
+def _style(name: str, value: str) -> str:
+    if name == "problem" or value.startswith(("no:", "refused")):
+        return "red"
+    if value.startswith("loads") or name == "sound":
+        return "green"
+    return "yellow" if name in ("note", "left alone") else ""
+
+
+def _drawn(shown: "RenderableType") -> str:
+    """What rich makes of something, as text with colours."""
+    from rich.console import Console
+
+    text = StringIO()
+    width = min(shutil.get_terminal_size((100, 24)).columns, 140)
+    Console(file=text, force_terminal=True, width=width).print(shown)
+    return text.getvalue().rstrip("\n")

@@ -1,0 +1,72 @@
+"""Small checkpoints as an export on one rank writes them, without Megatron: the plan's own items, split and encoded whole."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_export.formats import Options
+from megatron_export.item import Item, Measured
+from megatron_export.piece import Piece
+from megatron_export.plan import Plan, assumed, make_plan
+from megatron_export.quant_config import config_json, hf_quant_config
+from megatron_export.source import SourceWeights
+from megatron_export.writer import INDEX, write_json
+
+from .models import read_json
+
+
+def exported(reference: Path, folder: Path, format: str, **settings: object) -> Plan:
+    """Write what an export of `reference` would; calibration is made up. Returns its plan."""
+    config = read_json(reference / "config.json")
+    options = Options(**settings.pop("options", {}))
+    plan = make_plan(config, assumed(config, 1), format=format, options=options, **settings)
+    folder.mkdir(parents=True)
+    made: dict[str, Tensor] = {}
+    with SourceWeights(reference) as weights:
+        parts = {item.source.canonical: _parts(item, weights, plan) for item in plan.items}
+    slices: dict[str, dict[int, Tensor]] = {}
+    for item in plan.items:
+        name = item.source.canonical
+        encoded = item.encode(parts[name], 0, _amax(plan, name, parts), _measured(item, plan))
+        for output, tensor in item.assembled(encoded):
+            slices.setdefault(output.name, {})[output.index] = tensor
+            made[output.name] = tensor
+    for output in (output for outputs in plan.files.values() for output in outputs):
+        found = slices[output.name]
+        made[output.name] = torch.stack(list(found.values())) if len(found) > 1 else made[output.name]
+    for file, outputs in plan.files.items():
+        save_file({o.name: made[o.name].contiguous().clone() for o in outputs}, folder / file)
+    if len(plan.files) > 1:
+        homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
+        write_json(folder / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": homes})
+    write_json(folder / "config.json", config_json(plan))
+    if quant := hf_quant_config(plan):
+        write_json(folder / "hf_quant_config.json", quant)
+    return plan
+
+
+def _parts(item: Item, weights: SourceWeights, plan: Plan) -> dict[str, Piece]:
+    everything = (slice(None),) * len(item.source.shape)
+    parts = {part: weights.read_part(item.source, part, everything) for part in item.source.layout.parts}
+    return item.split(item.source.layout.join(parts, item.shard_shape[0]), 0, _measured(item, plan))
+
+
+def _measured(item: Item, plan: Plan) -> Measured:
+    """Made up, and the same for all who share a number; vectors between a half and two."""
+    vectors = {}
+    for name in item.smoothed.vectors:
+        readers = [other for other in plan.items if other.smoothed.columns == name]
+        generator = torch.Generator().manual_seed(len(name))
+        values = 4.0 ** (torch.rand(readers[0].source.shape[1], generator=generator) - 0.5)
+        feeding = next((i.source.layout for i in plan.items if ("v", name) in i.smoothed.rows), None)
+        vectors[name] = feeding.same_in_group(values) if feeding else values
+    return Measured(
+        input=torch.tensor(3.0), kv=(torch.tensor(5.0), torch.tensor(2.0)) if item.kv else (), vectors=vectors
+    )
+
+
+def _amax(plan: Plan, name: str, parts: dict[str, dict[str, Piece]]) -> Tensor:
+    fused = next((group for group in plan.fused if name in group), (name,))
+    return torch.stack([piece.data.abs().amax().float() for other in fused for piece in parts[other].values()]).amax()
