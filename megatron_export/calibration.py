@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from . import topology
+from .additions import quantizers_of
 from .clipping import Clips
 from .cpu import without_cuda
 from .errors import ExportError
@@ -176,7 +177,12 @@ def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) 
 
 
 def _check_modules(model: nn.Module | list[nn.Module]) -> None:
-    """Raise if weights are in modules that cannot be observed."""
+    """Raise if weights are in modules that cannot be observed, or inputs are not those of the model itself."""
+    if any(not quantizer.get("_disabled") for quantizer in quantizers_of(model).values()):
+        raise ExportError(
+            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
+            "the quantizers' own statistics are used; or disable them"
+        )
     called = {pooled(name) for name in linears_of(model)}
     if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
         raise ExportError(

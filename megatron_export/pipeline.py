@@ -18,6 +18,7 @@ from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
+from .inherited import Asked, settled
 from .item import Item, Measured
 from .measured import check_calibration, measured
 from .model import finish_gathering, shards_of
@@ -80,9 +81,9 @@ def export_hf_checkpoint(
     export_dir: str | Path,
     *,
     hf_model: str | Path,
-    format: str = "fp8",
+    format: str | None = None,
     calibration: dict[str, Tensor] | None = None,
-    kv_cache: str = "none",
+    kv_cache: str | None = None,
     group_size: int = 128,
     fp8_pb_spelling: str = "native",
     awq_output: str = "folded",
@@ -103,8 +104,10 @@ def export_hf_checkpoint(
                     not; quantized as the bfloat16 of its weights
     hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
                     does not have (the parts of Llama 4 that see); its other weights are not read
-    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4
-    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache
+    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4. Not given: what
+                    ModelOpt quantized the model to, else fp8 and none
+    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache. A model that
+                    ModelOpt quantized has its own
     group_size      128 or 64, for int4_awq and w4a8_awq
     fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
     awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
@@ -121,6 +124,7 @@ def export_hf_checkpoint(
     """
     started = time.monotonic()
     options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
+    asked = Asked(format, kv_cache, options, calibration, tuple(exclude), quantize_mla)
     export_dir = Path(export_dir).resolve()
     with topology.current(timeout) as here:
         with together(here, "read the model's shapes"):
@@ -137,32 +141,35 @@ def export_hf_checkpoint(
             if mtp == "drop":
                 shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
         finish_gathering(model)
+        asked = settled(here, model, config, asked)
         held = gather.locate(here, shards)
         with together(here, "plan the export"):
             plan = make_plan(
                 config,
                 held,
-                format=format,
-                options=options,
-                kv_cache=kv_cache,
-                exclude=exclude,
-                quantize_mla=quantize_mla,
+                format=asked.format,
+                options=asked.options,
+                kv_cache=asked.kv_cache,
+                exclude=asked.exclude,
+                quantize_mla=asked.quantize_mla,
                 max_shard_bytes=parse_size(max_shard_size),
                 copied=copied,
+                smoothed=asked.smoothed,
             )
-            check_calibration(plan, calibration)
+            check_calibration(plan, asked.calibration)
             if here.first:
                 check_target(export_dir, plan, overwrite=overwrite, resume=resume)
                 check_apart(export_dir, folder)
-        amaxes, digest = survey(here, plan, shards, calibration or {})
+        statistics = asked.calibration or {}
+        amaxes, digest = survey(here, plan, shards, statistics)
         identity = {
             "version": version("megatron_export"),
-            "settings": of_settings([dataclasses.asdict(options), _said(plan)]),
+            "settings": of_settings([dataclasses.asdict(asked.options), _said(plan)]),
             "model": digest,
-            "statistics": of_statistics(calibration or {}),
+            "statistics": of_statistics(statistics),
         }
         place = _Place(export_dir, overwrite, resume, folder, files, identity, provenance or {})
-        kept = _write(here, _Work(plan, shards, amaxes, calibration or {}), place, progress)
+        kept = _write(here, _Work(plan, shards, amaxes, statistics), place, progress)
         peak_host, peak_gpu = zip(*gather.everyone(here, _peaks(here)), strict=True)
     return Report(export_dir, plan, time.monotonic() - started, peak_host, peak_gpu, kept)
 

@@ -17,9 +17,9 @@ policy smoothing
 plan
 quant_config readers
 cpu assets staging statistics calibration_data emulation
-measured source topology model writer
-gather build contradictions verify
-loading survey manifest forecast
+measured source topology model writer quantizers
+gather build contradictions verify additions
+loading survey manifest forecast inherited
 maxima search watching preview
 clipping
 calibration
