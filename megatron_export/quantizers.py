@@ -74,15 +74,17 @@ def kinds_of(quantizers: Quantizers) -> dict[str, str]:
 
     Raises for what no format here does, naming modules and settings.
     """
-    problems, found = [], {}
+    problems: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for module, parts in _by_module(quantizers).items():
         words = {name: text for name, attributes in parts.items() if (text := _words(attributes))}
         smoothed = _vector(parts.get("input_quantizer", {})) is not None
         kind, problem = _kind(module, words, smoothed)
-        problems += [problem] if problem else []
         if kind and found.setdefault(pooled(module), kind) != kind:
-            problems.append(f"{module} is quantized to {kind}, another expert of its layer to {found[pooled(module)]}")
-    report(problems)
+            problem = f"it is quantized to {kind}, and another expert of its layer to {found[pooled(module)]}"
+        if problem:
+            problems.setdefault(problem, []).append(module)
+    report([f"{some[0]} ({len(some)} such): {problem}" for problem, some in problems.items()])
     return found
 
 
@@ -179,16 +181,16 @@ def _kind(module: str, words: dict[str, str], smoothed: bool) -> tuple[str | Non
         known = {"input_quantizer", "weight_quantizer", "weight_quantizer.0", "weight_quantizer.1"}
         if kind and smoothed and is_expert(module):
             return None, (
-                f"{module}: ModelOpt gave each expert a pre_quant_scale of its own, and here a layer's experts share one. "
-                "Quantize them without AWQ"
+                "ModelOpt gave each expert a pre_quant_scale of its own, and here a layer's experts share one. Quantize them "
+                "without AWQ"
             )
         if kind and not words.keys() - known:
             return kind, ""
     said = [f"{name} is {text}" for name, text in sorted(words.items())]
     said += ["inputs are multiplied by a pre_quant_scale"] if smoothed else []
     return None, (
-        f"{module}: ModelOpt's {'; '.join(said)}: no format here does that. Quantize it otherwise, or disable its "
-        "quantizers before they are calibrated"
+        f"ModelOpt's {'; '.join(said)}: no format here does that. Quantize it otherwise, or disable its quantizers before "
+        "they are calibrated"
     )
 
 

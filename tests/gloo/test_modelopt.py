@@ -1,0 +1,50 @@
+"""Models that nvidia-modelopt quantized, against what ModelOpt itself exports. `pytest -m modelopt`, where it is installed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..modelopt import export_hf_route, export_megatron_route, export_ours, keep, recipe, smooth, train
+from ..models import assert_same, make_model, read_json, same, tensors
+from ..ranks import RankFailed, Ranks
+
+pytestmark = pytest.mark.modelopt
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that groups of 128 divide, on two ranks too."""
+    return make_model(tmp_path_factory.mktemp("models"), "llama31", hidden_size=256, intermediate_size=512,
+                      num_hidden_layers=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "cache", "finish"),
+    [
+        ("FP8_DEFAULT_CFG", None, keep),
+        ("FP8_DEFAULT_CFG", None, train),
+        ("FP8_DEFAULT_CFG", "FP8_KV_CFG", keep),
+        ("NVFP4_DEFAULT_CFG", None, train),
+        ("NVFP4_DEFAULT_CFG", "NVFP4_KV_CFG", keep),
+        ("NVFP4_DEFAULT_CFG", None, smooth),
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", None, keep),
+        ("INT4_AWQ_CFG", None, keep),
+        ("W4A8_AWQ_BETA_CFG", None, keep),
+    ],
+)
+def test_every_tensor_equals_modelopts_hf_export_with_the_same_quantizers(
+    name: str, cache: str | None, finish: Callable, tp: int, source: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    config = recipe(name, cache)
+    asked = {"fp8_pb_spelling": "modelopt"} if "2D" in name else {}
+    found = ranks.call(tp, export_ours, source, tmp_path / "ours", tp, config, finish, asked)
+    states, shards = zip(*found, strict=True)
+    export_hf_route(source, tmp_path / "theirs", config, list(states), list(shards))
+    ours, theirs = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert_same(ours, {key: tensor.view(ours[key].shape) for key, tensor in theirs.items()})
+    said, wanted = (read_json(tmp_path / made / "hf_quant_config.json")["quantization"] for made in ("ours", "theirs"))
+    assert said["quant_algo"].lower() == wanted["quant_algo"].lower()
+    assert said.get("kv_cache_quant_algo") == wanted.get("kv_cache_quant_algo")
