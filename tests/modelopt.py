@@ -119,6 +119,7 @@ def export_hf_route(source: Path, out: Path, config: dict, states: list[dict[str
     """ModelOpt's export of transformers' model, with the weights and quantizers' state of the Megatron model's ranks."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint as export
+    from modelopt.torch.quantization.model_calib import max_calibrate
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, attn_implementation="eager")
@@ -144,17 +145,9 @@ def export_hf_route(source: Path, out: Path, config: dict, states: list[dict[str
                 target.amax = held[0]
             else:  # amaxes of blocks: of the weights as they are now
                 weight = model.get_submodule(f"{owner}.{part}").weight
-                target._amax.copy_(_block_amax(weight, target))
+                target.reset_amax()
+                max_calibrate(target, lambda quantizer, weight=weight: quantizer(weight), distributed_sync=False)
     export(model, export_dir=out)
-
-
-def _block_amax(weight: Tensor, quantizer: nn.Module) -> Tensor:
-    """What max calibration gives a static quantizer of blocks."""
-    from modelopt.torch.quantization.model_calib import max_calibrate
-
-    del quantizer._amax
-    max_calibrate(quantizer, lambda q: q(weight), distributed_sync=False)
-    return quantizer._amax.clone()
 
 
 def keep(model: nn.Module) -> None:
