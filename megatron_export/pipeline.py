@@ -3,7 +3,7 @@
 import dataclasses
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import assets, gather, manifest, topology
+from .adapters import adapted
 from .contradictions import contradictions
 from .errors import ExportError, report
 from .fingerprint import check_unchanged, of_folder, of_settings, of_statistics
@@ -42,7 +43,7 @@ class _Work:
     """What is encoded, and the numbers that it is encoded with."""
 
     plan: Plan
-    shards: dict[str, Tensor]
+    shards: Mapping[str, Tensor]
     amaxes: dict[str, Tensor]
     calibration: dict[str, Tensor]
 
@@ -94,6 +95,7 @@ def export_hf_checkpoint(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     resume: bool = False,
+    merge_lora: bool = False,
     provenance: dict | None = None,
     timeout: float = SILENCE,
     progress: Progress = quiet,
@@ -115,6 +117,7 @@ def export_hf_checkpoint(
     mtp             keep or drop layers that predict one more token (DeepSeek)
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
+    merge_lora      add LoRA adapters (Megatron-Bridge's, ModelOpt's) to the weights that are written
     resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
                     statistics are others
     timeout         seconds after which a rank that is not heard of counts as gone
@@ -143,6 +146,7 @@ def export_hf_checkpoint(
         finish_gathering(model)
         asked = settled(here, model, config, asked)
         held = gather.locate(here, shards)
+        shards = adapted(here, model, shards, merge_lora)
         with together(here, "plan the export"):
             plan = make_plan(
                 config,

@@ -2,6 +2,8 @@
 are finite, and a checksum of the whole model.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from .topology import Topology
 
 
 def survey(
-    here: Topology, plan: Plan, shards: dict[str, Tensor], calibration: dict[str, Tensor]
+    here: Topology, plan: Plan, shards: Mapping[str, Tensor], calibration: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], str]:
     """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it, float32 []; and, on
     rank 0, a checksum of the model.

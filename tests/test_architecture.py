@@ -19,7 +19,7 @@ quant_config readers
 cpu assets staging statistics calibration_data emulation
 measured source topology model writer quantizers
 gather build contradictions verify additions
-loading survey manifest forecast inherited
+loading survey manifest forecast inherited adapters
 maxima search watching preview
 clipping
 calibration

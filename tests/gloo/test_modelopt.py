@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from ..modelopt import export_hf_route, export_megatron_route, export_ours, keep, recipe, smooth, train
-from ..models import assert_same, make_model, read_json, same, tensors
-from ..ranks import RankFailed, Ranks
+from ..modelopt import export_hf_route, export_ours, keep, recipe, smooth, train
+from ..models import assert_same, make_model, read_json, tensors
+from ..ranks import Ranks
 
 pytestmark = pytest.mark.modelopt
 
