@@ -62,14 +62,14 @@ def quantize(
         weight = module.weight.detach()
         rounds = "_disabled" not in inputs
         amax = torch.tensor(2.0 + sum(pooled(name).encode()) % 7, dtype=torch.bfloat16) if rounds else None
-        if weights is INT4:
+        if weights == INT4:
             own = weight.view(-1, 128).abs().amax(dim=1, keepdim=True).float()
-        elif weights is FP8_PB:
+        elif weights == FP8_PB:
             own = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax(dim=(1, 3), keepdim=True)
         else:
             own = weight.abs().amax()
         module.weight_quantizer = Quantizer(weights, own * factor)
-        if weights is INT4 and rounds:
+        if weights == INT4 and rounds:
             both = Quantizer(INT4, own * factor), Quantizer(FP8, weight.abs().amax())
             module.weight_quantizer = nn.Sequential(*both)
         module.input_quantizer, module.output_quantizer = Quantizer(inputs, amax, vector), Quantizer(OFF)
