@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -40,6 +40,15 @@ def recipe(name: str, cache: str | None) -> dict:
     return update_quant_cfg_with_kv_cache_quant(found, getattr(mtq, cache)["quant_cfg"]) if cache else found
 
 
+def _complete_megatron() -> None:
+    """ModelOpt's Megatron exporter imports a module that Megatron-Core 0.16 does not have, when ModelOpt is first imported."""
+    name = "megatron.core.models.hybrid"
+    if name not in sys.modules and find_spec(name) is None:
+        made = ModuleType(f"{name}.hybrid_model")
+        made.HybridModel = type("HybridModel", (nn.Module,), {})
+        sys.modules |= {name: ModuleType(name), made.__name__: made}
+
+
 def _attention_with_quantizers() -> None:
     """Let ModelOpt quantize the attention of Megatron's local spec as it does Transformer Engine's, which is not here."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -60,6 +69,7 @@ def _attention_with_quantizers() -> None:
 @contextmanager
 def quantized(source: Path, tp: int, config: dict, finish: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
     """In a rank: its part of a model, quantized by ModelOpt; `finish` may do more with it."""
+    _complete_megatron()
     import modelopt.torch.quantization as mtq
 
     hf_config = read_json(source / "config.json")
@@ -92,12 +102,9 @@ def export_ours(
         return before, {name: shard.clone() for name, shard in shards_of(model).items()}
 
 
-def export_megatron_route(source: Path, out: Path, tp: int, config: dict) -> list[str]:
-    """In a rank: quantize and export with ModelOpt's own Megatron exporter; returns what it printed as a warning."""
-    stub = ModuleType("megatron.core.models.hybrid.hybrid_model")  # that Megatron-Core 0.16 does not have
-    stub.HybridModel = type("HybridModel", (nn.Module,), {})
-    names = {"megatron.core.models.hybrid": ModuleType("hybrid"), stub.__name__: stub}
-    with quantized(source, tp, config, lambda model: None) as model, mock.patch.dict(sys.modules, names):
+def export_megatron_route(source: Path, out: Path, tp: int, config: dict) -> None:
+    """In a rank: quantize and export with ModelOpt's own Megatron exporter."""
+    with quantized(source, tp, config, keep) as model:
         from modelopt.torch.export.unified_export_megatron import export_mcore_gpt_to_hf
 
         with without_cuda():

@@ -257,7 +257,9 @@ def refused_adapters(source: Path, out: Path, kind: str) -> str:
         elif kind == "quantized":
             quantize(model, FP8, FP8)
         try:
-            export_hf_checkpoint(model, out, hf_model=source, format="bf16", merge_lora=True)
+            export_hf_checkpoint(
+                model, out, hf_model=source, format=None if kind == "quantized" else "bf16", merge_lora=True
+            )
         except ExportError as error:
             return str(error)
     return ""
