@@ -69,9 +69,8 @@ class Merged(Mapping[str, Tensor]):
 def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
     """weight + the sum of scale * second @ first over its adapters, of a [out, in] weight or a shard of one, in its dtype."""
     made = torch.empty_like(weight)
-    factors = [
-        (adapter.scale, adapter.second.detach().double(), adapter.first.detach().double()) for adapter in adapters
-    ]
+    exact = {"device": weight.device, "dtype": torch.float64}
+    factors = [(adapter.scale, adapter.second.to(**exact), adapter.first.to(**exact)) for adapter in adapters]
     for rows in row_strips(weight, 1):
         total = weight[rows].double()
         for scale, second, first in factors:

@@ -17,7 +17,7 @@ _QUANTIZER = re.compile(r"(\w+_quantizer)((?:\.\d+)*)")
 def quantizers_of(model: nn.Module | list[nn.Module]) -> dict[str, dict[str, Any]]:
     """Canonical name -> attributes and buffers of every quantizer of this rank, as quantizers.py wants them.
 
-    Of experts in one module, quantizers of weights are named by their expert, others by all of them.
+    Of experts in one module, those of their weights may be numbered; what they share is named for each of them.
     """
     found = {}
     for chunk in chunks_of(model):
@@ -45,7 +45,7 @@ def _has_quantizers(module: nn.Module) -> bool:
 def _names(owner: str, kind: str, numbers: str, experts: list[int]) -> Iterator[str]:
     """The names of the quantizer `kind` and its numbers in module `owner`; several for one that experts in one module share."""
     layer, _, linear = owner.rpartition(".")
-    if not (is_expert(f"{owner}.") and layer.endswith(".experts") and kind == "weight_quantizer"):
+    if not (is_expert(f"{owner}.") and layer.endswith(".experts")):
         yield f"{owner}.{kind}{numbers}"
         return
     first, *others = numbers.split(".")[1:] or [""]

@@ -13,7 +13,7 @@ from .gather import everyone, maximum, spread, together, whole
 from .model import weights_of
 from .names import cut_of, is_expert, is_linear_weight, parameters_of, pooled, settings_of, shape_of
 from .piece import Axis
-from .quantizers import Recipe, blocks_in, kinds_of, recipe_of, scalars_in, vectors_in
+from .quantizers import Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
 from .topology import Topology
 
 
@@ -38,8 +38,9 @@ def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, as
     with together(here, "read the model's quantizers"):
         quantizers = quantizers_of(model)
         mine = kinds_of(quantizers)
-    kinds = {module: kind for theirs in everyone(here, mine) for module, kind in theirs.items()}
+    everywhere = everyone(here, mine)
     with together(here, "read the model's quantizers"):
+        kinds = merged_kinds(everywhere)
         recipe = recipe_of(kinds)
         if recipe is None:
             return replace(asked, format=asked.format or "fp8", kv_cache=asked.kv_cache or "none")
@@ -69,8 +70,9 @@ def _contradictions(config: dict, recipe: Recipe, asked: Asked) -> list[str]:
         for field, wanted, has in (
             ("format", asked.format, recipe.format),
             ("kv_cache", asked.kv_cache, recipe.kv_cache),
+            ("group_size", asked.options.group_size, recipe.group_size),
         )
-        if wanted not in (None, has)
+        if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
     ]
     if asked.calibration is not None:
         problems.append(

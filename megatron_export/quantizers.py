@@ -6,6 +6,7 @@ A quantizer is a dict of its attributes and buffers under ModelOpt's own names (
 `v_bmm_quantizer`. Nothing of ModelOpt is imported.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -85,6 +86,15 @@ def kinds_of(quantizers: Quantizers) -> dict[str, str]:
         if problem:
             problems.setdefault(problem, []).append(module)
     report([f"{some[0]} ({len(some)} such): {problem}" for problem, some in problems.items()])
+    return found
+
+
+def merged_kinds(everywhere: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What `kinds_of` found on every rank, put together; other ranks may have other experts of a layer."""
+    found: dict[str, str] = {}
+    for module, kind in (item for kinds in everywhere for item in kinds.items()):
+        if found.setdefault(module, kind) != kind:
+            raise ExportError(f"{module} is quantized to {found[module]} on one rank and to {kind} on another")
     return found
 
 

@@ -18,6 +18,7 @@ from megatron_export.names import parameters_of
 from ..additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, factors, quantize, vector_of
 from ..models import LENGTH, assert_same, make_model, read_json, tensors
 from ..ranks import Ranks
+from .test_grouped_experts import GroupedMLP
 from .test_live_model import batches, differences, loaded, traces
 
 
@@ -109,7 +110,19 @@ def test_weights_that_are_smoothed_already_are_not_smoothed_again(
         assert (f"model.layers.{number}.mlp.down_proj.pre_quant_scale" in found) is (how[0] == INT4)
 
 
-def export_experts(source: Path, out: Path, ep: int) -> None:
+def group(model: nn.Module) -> None:
+    """Put the experts of each layer into one module, and their quantizers as ModelOpt has them there."""
+    for layer in experts_of(model).values():
+        grouped = GroupedMLP(layer.experts)
+        for name in ("linear_fc1", "linear_fc2"):
+            single = [getattr(expert, name) for expert in layer.experts.local_experts]
+            linear = getattr(grouped, name)
+            linear.weight_quantizer = nn.ModuleList([one.weight_quantizer for one in single])
+            linear.input_quantizer = single[0].input_quantizer
+        layer.experts = grouped
+
+
+def export_experts(source: Path, out: Path, ep: int, grouped: bool) -> None:
     """In a rank: export experts with quantizers, and one layer's attention without."""
     config = read_json(source / "config.json")
     with topology.started(1, 1, "cpu", ep=ep), topology.current() as here:
@@ -119,6 +132,8 @@ def export_experts(source: Path, out: Path, ep: int) -> None:
         for name, module in linears_of(model).items():
             if name.startswith("decoder.layers.0.self_attention"):
                 module.weight_quantizer._disabled = module.input_quantizer._disabled = True
+        if grouped:
+            group(model)
         export_hf_checkpoint(model, out, hf_model=source)
 
 
@@ -126,7 +141,7 @@ def test_experts_have_amaxes_of_their_own_and_linears_without_quantizers_stay(
     models: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
     for ep in (1, 2):
-        ranks.call(ep, export_experts, models["qwen3_moe"], tmp_path / str(ep), ep)
+        ranks.call(ep, export_experts, models["qwen3_moe"], tmp_path / str(ep), ep, grouped=ep == 2)
     found, source = tensors(tmp_path / "1"), tensors(models["qwen3_moe"])
     assert_same(found, tensors(tmp_path / "2"))
     for expert in range(4):

@@ -62,7 +62,8 @@ def test_modelopts_megatron_export_equals_ours_on_one_rank_and_loses_half_of_the
     weights = [key for key in ours if not key.endswith("input_scale")]  # ModelOpt measured the inputs at either TP
     assert_same({key: ours[key] for key in weights}, {key: on_two[key] for key in weights})
     cut = {
-        key: tensor[:500] if key in ("lm_head.weight", "model.embed_tokens.weight") else tensor for key, tensor in found[1].items()
+        key: tensor[:500] if key in ("lm_head.weight", "model.embed_tokens.weight") else tensor
+        for key, tensor in found[1].items()
     }
     assert_same(ours, {key: tensor.view(ours[key].shape) for key, tensor in cut.items()})
     assert found[2].keys() == ours.keys()
