@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_export import ExportError, calibrate, export_hf_checkpoint, topology
 from megatron_export.build import build_model
 from megatron_export.loading import load_hf_weights
-from megatron_export.model import linears_of
+from megatron_export.model import experts_of, linears_of
 from megatron_export.names import parameters_of
 
 from ..additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, factors, quantize, vector_of
