@@ -67,13 +67,15 @@ def _attention_with_quantizers() -> None:
 
 
 @contextmanager
-def quantized(source: Path, tp: int, config: dict, finish: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
+def quantized(
+    source: Path, tp: int, config: dict, finish: Callable[[nn.Module], None], ep: int = 1
+) -> Iterator[nn.Module]:
     """In a rank: its part of a model, quantized by ModelOpt; `finish` may do more with it."""
     _complete_megatron()
     import modelopt.torch.quantization as mtq
 
     hf_config = read_json(source / "config.json")
-    with topology.started(tp, 1, "cpu"), topology.current() as here:
+    with topology.started(tp, 1, "cpu", ep=ep), topology.current() as here:
         model = build_model(hf_config, here, max_sequence_length=LENGTH)
         load_hf_weights(model, source, hf_config, here)
         _attention_with_quantizers()
@@ -92,10 +94,10 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def export_ours(
-    source: Path, out: Path, tp: int, config: dict, finish: Callable[[nn.Module], None], asked: dict
+    source: Path, out: Path, tp: int, config: dict, finish: Callable[[nn.Module], None], asked: dict, ep: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """In a rank: quantize with ModelOpt, export with ours; returns this rank's quantizers' state and shards."""
-    with quantized(source, tp, config, finish) as model:
+    with quantized(source, tp, config, finish, ep) as model:
         before = state(model)
         export_hf_checkpoint(model, out, hf_model=source, **asked)
         assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
