@@ -28,8 +28,7 @@ def quantizers_of(model: nn.Module | list[nn.Module]) -> dict[str, dict[str, Any
                 if kind is None or not hasattr(quantizer, "_num_bits"):
                     continue
                 buffers = {key: value for key, value in quantizer._buffers.items() if value is not None}
-                said = {key: value for key, value in vars(quantizer).items() if key.startswith("_")} | buffers
-                found |= dict.fromkeys(_names(owner, *kind.groups(), experts), said)
+                found |= dict.fromkeys(_names(owner, *kind.groups(), experts), vars(quantizer) | buffers)
     return found
 
 

@@ -1,5 +1,6 @@
 """What a live model inherits from ModelOpt, agreed over all ranks: the recipe of its quantizers and their statistics."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from .errors import report
 from .formats import Options
 from .gather import everyone, maximum, spread, together, whole
 from .model import weights_of
-from .names import cut_of, is_expert, is_linear_weight, parameters_of, pooled, settings_of, shape_of
+from .names import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
 from .piece import Axis
 from .quantizers import Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
 from .topology import Topology
@@ -106,14 +107,12 @@ def _stale(weights: dict[str, Tensor], blocks: dict[str, tuple[Tensor, tuple[int
         own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
         if own.shape != amax.shape or not torch.equal(own, amax.to(own.device)):
             found.append(module)
-    return (
-        [
-            f"{found[0]} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what "
-            "is exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
-        ]
-        if found
-        else []
-    )
+    if not found:
+        return []
+    return [
+        f"{found[0]} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
+        "exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
+    ]
 
 
 def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
@@ -136,14 +135,14 @@ def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) 
 
 def _left_alone(config: dict, recipe: Recipe) -> Iterable[str]:
     """The HF modules of linears that ModelOpt did not quantize; a layer's experts as one."""
-    modules: dict[str, None] = {}
-    for name, source in parameters_of(config).items():
-        if is_linear_weight(name) and pooled(name).removesuffix(".weight") not in recipe.quantized:
-            for hf in source.names().values():
-                modules[
-                    hf.partition(".experts.")[0] + ".experts" if is_expert(name) else hf.removesuffix(".weight")
-                ] = None
-    return modules
+    sources = parameters_of(config).items()
+    left = [
+        s
+        for name, s in sources
+        if is_linear_weight(name) and pooled(name).removesuffix(".weight") not in recipe.quantized
+    ]
+    names = [hf.removesuffix(".weight") for source in left for hf in source.names().values()]
+    return dict.fromkeys(re.sub(r"\.experts\..*", ".experts", name) for name in names)
 
 
 def _quantizes_latent(config: dict, recipe: Recipe) -> bool:

@@ -44,6 +44,8 @@ _ODD = {  # what no format here does
     "_rotate": "rotated",
     "_bias": "with an offset",
     "_scale": "compressed",
+    "_svdquant_lora_a": "beside a product of two matrices",
+    "backend": "by a backend of its own",
 }
 _CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale is 1
 
@@ -208,7 +210,7 @@ def _words(attributes: Attributes) -> str:
     """How a quantizer rounds; empty for one that does not."""
     if attributes.get("_disabled") or "_num_bits" not in attributes:
         return ""
-    blocks = {key: size for key, size in (attributes.get("_block_sizes") or {}).items() if size is not None}
+    blocks = {key: size for key, size in (attributes.get("_block_sizes") or {}).items() if size not in (None, False)}
     sizes = [str(blocks.pop(dim)) for dim in (-2, -1) if dim in blocks]
     dynamic, scales = blocks.pop("type", "static") == "dynamic", blocks.pop("scale_bits", None)
     axis = None if sizes else attributes.get("_axis")  # with blocks, ModelOpt sets it to what they come to

@@ -69,6 +69,12 @@ def test_without_quantizers_that_round_there_is_no_recipe() -> None:
         (linear(QKV, FP8, FP8, output_quantizer=FP8), "output_quantizer is e4m3"),
         (linear(QKV, FP8 | {"_scale": torch.ones(())}, FP8), "e4m3, compressed"),
         (linear(QKV, NVFP4 | {"_block_sizes": {-1: 16, "scale_bits": (4, 3)}}, NVFP4), "blocks of 16, with scales"),
+        (linear(QKV, NVFP4 | {"_svdquant_lora_a": torch.ones(2, 2)}, NVFP4 | VECTOR), "beside a product of two matrices"),
+        (linear(QKV, FP8 | {"backend": "my_backend"}, FP8), "weight_quantizer is e4m3, by a backend of its own"),
+        (
+            linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {"four_over_six": True}}, NVFP4),
+            "and {'four_over_six': True}",
+        ),
         (linear("output_layer", FP8, FP8), "output_layer .*: ModelOpt's input_quantizer is e4m3"),
         (cache({"_num_bits": 8}, {"_num_bits": 8}), "self_attention .*: ModelOpt's k_bmm_quantizer is int8"),
         (cache(FP8 | {"_bias": {"enable": True}}, FP8), "k_bmm_quantizer is e4m3, with an offset"),
