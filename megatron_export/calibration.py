@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from . import topology
+from .additions import adapters_of, is_quantized
 from .clipping import Clips
 from .cpu import without_cuda
 from .errors import ExportError
@@ -76,7 +77,7 @@ def calibrate(
             batches = list(batches)
             _check_parallelism(chunks_of(model)[0], batches, here)
             _check(batches, chunks_of(model)[0].vocab_size)
-            _check_modules(model)
+            _check_modules(model, bool(smoothings))
         _check_replicas(here, model, batches)
         finish_gathering(model)
         run = partial(_observe, here, model, batches, progress, all_experts)
@@ -175,8 +176,18 @@ def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) 
         )
 
 
-def _check_modules(model: nn.Module | list[nn.Module]) -> None:
-    """Raise if weights are in modules that cannot be observed."""
+def _check_modules(model: nn.Module | list[nn.Module], searched: bool) -> None:
+    """Raise if weights are in modules that cannot be observed, or inputs are not those of the model itself."""
+    if is_quantized(model):
+        raise ExportError(
+            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
+            "the quantizers' own statistics are used; or disable them"
+        )
+    if searched and (adapted := adapters_of(model)):
+        raise ExportError(
+            f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
+            "the adapters into the model first"
+        )
     called = {pooled(name) for name in linears_of(model)}
     if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
         raise ExportError(

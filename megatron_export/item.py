@@ -140,8 +140,8 @@ class Item:
         return tensor
 
     def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
-        columns = self.smoothed.columns
-        return tensor if columns is None else tensor.float() / self._mine(vectors[columns], index, Axis.IN)
+        done = self.smoothed.columns is None or (self.form is not None and self.form.smoothing.done)
+        return tensor if done else tensor.float() / self._mine(vectors[self.smoothed.columns], index, Axis.IN)
 
     def _smooth_rows(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         """The rows of a shard that holds parts of parts."""

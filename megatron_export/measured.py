@@ -45,7 +45,7 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16
         amax = (
             needed[name]
-            if smoothed.columns is None
+            if smoothed.columns is None or item.form.smoothing.done
             else (needed[channels(name)] * vectors[smoothed.columns]).amax().to(torch.bfloat16).float()
         )
     return Measured(
@@ -87,7 +87,8 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
         needed[smoothed.columns] = item.source.shape[1:]
     if item.form and item.form.activations:
         key = input_key(name)
-        needed |= {channels(key): item.source.shape[1:]} if smoothed.columns else {key: ()}
+        by_channel = smoothed.columns and not item.form.smoothing.done
+        needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}
     if smoothed.ratio:
         needed[smoothed.ratio] = ()
     for (_, codes), part in zip(smoothed.codes, item.parts, strict=bool(smoothed.codes)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ExportError
 from .layout import QKV, Identity, Layout, Split
-from .names import canonical, is_linear_weight, makes_keys
+from .names import canonical, is_linear_weight, makes_keys, without_additions
 
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
 
@@ -34,7 +34,7 @@ def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
 def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
 
-    Left out: the copies of the embedding that Megatron keeps on the last pipeline stage, of tied models as
+    Left out: adapters and quantizers, the copies of the embedding that Megatron keeps on the last pipeline stage, of tied models as
     `output_layer.weight`, and for layers that predict one more token under its own name.
     """
     shards: dict[str, Tensor] = {}
@@ -70,12 +70,20 @@ def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     """
     linears = {}
     for chunk in chunks_of(model):
-        numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
-        for name, module in chunk.named_modules():
-            full = canonical(f"{name}.weight", numbers, experts)
-            if is_linear_weight(full):
-                linears[full.removesuffix(".weight")] = module
+        for name, module in canonical_modules(chunk):
+            if is_linear_weight(f"{name}.weight"):
+                linears[name] = module  # of one with an adapter around it, the linear itself, which comes last
     return linears
+
+
+def canonical_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a chunk under their canonical names, an adapter before the module that it wraps under the same; what is
+    inside of adapters and quantizers is left out.
+    """
+    numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
+    for name, module in chunk.named_modules():
+        if (plain := without_additions(name)) is not None:
+            yield canonical(f"{plain}.weight", numbers, experts).removesuffix(".weight"), module
 
 
 def weights_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
@@ -251,6 +259,13 @@ _LEGACY = {"weight1": "linear_fc1", "weight2": "linear_fc2"}  # of Megatron's gr
 
 
 def _tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by the names that they have without adapters and quantizers, which are left out."""
+    for name, tensor in _all_tensors(chunk):
+        if (plain := without_additions(name)) is not None:
+            yield plain, tensor
+
+
+def _all_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from chunk.named_parameters()
     for prefix, module in chunk.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -75,9 +75,9 @@ def export_hf_checkpoint(
     export_dir: str | Path,
     *,
     hf_model: str | Path,
-    format: str = "fp8",
+    format: str | None = None,
     calibration: dict[str, Tensor] | None = None,
-    kv_cache: str = "none",
+    kv_cache: str | None = None,
     group_size: int = 128,
     fp8_pb_spelling: str = "native",
     awq_output: str = "folded",
@@ -91,6 +91,7 @@ def export_hf_checkpoint(
     resume: bool = False,
     writers: str = "rank0",
     sync: bool = True,
+    merge_lora: bool = False,
     provenance: dict | None = None,
     notes: dict | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
@@ -104,8 +105,10 @@ def export_hf_checkpoint(
                     shards that it exports, one after the other, and all of them twice
     hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
                     does not have (the parts of Llama 4 that see); its other weights are not read
-    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4
-    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache
+    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4. Not given: what
+                    ModelOpt quantized the model to, else fp8 and none
+    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache. A model that
+                    ModelOpt quantized has its own
     group_size      128 or 64, for int4_awq and w4a8_awq
     fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
     awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
@@ -114,6 +117,7 @@ def export_hf_checkpoint(
     quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
     max_shard_size  largest shard, as bytes or like "5GB"
     target          engines that must load the result, such as "vllm,sglang"; one that would refuse it is an error
+    merge_lora      add LoRA adapters (Megatron-Bridge's, ModelOpt's) to the weights that are written
     resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
                     statistics are others
     writers         which ranks write files: "rank0", "node" (the first of every node) or "all"; the bytes are the same
@@ -129,8 +133,9 @@ def export_hf_checkpoint(
     done.end("start")
     options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
     request = Request(
-        hf_model, format, calibration, kv_cache, options, exclude, mtp, quantize_mla, max_shard_size, writers
-    )
+        hf_model, format, calibration, kv_cache, options, tuple(exclude), mtp, quantize_mla, max_shard_size, writers,
+        merge_lora=merge_lora,
+    )  # fmt: skip
     export_dir = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:

@@ -81,13 +81,16 @@ def make_plan(
     copied: tuple[Output, ...] = (),
     writers: Writers = Writers(),  # noqa: B008 - frozen
     bucket_bytes: int | None = None,
+    smoothed: bool = False,
 ) -> Plan:
     """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
-    original has beside them.
+    original has beside them, `smoothed` says that the weights of an AWQ format have their factors already.
 
     Raises one `ExportError` with every reason why it cannot be done.
     """
     form, kv = chosen(format, options), chosen_kv(kv_cache)
+    if smoothed:
+        form = replace(form, smoothing=replace(form.smoothing, done=True))
     plain = not form.quantization
     sources = parameters_of(config)
     sources = {name: _as_held(source, held.get(name)) for name, source in sources.items()}

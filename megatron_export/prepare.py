@@ -1,8 +1,8 @@
 """What every export begins with: the model's shards, a plan of what they become, and the numbers that they are encoded with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import assets, gather
+from .adapters import adapted
 from .checkpoint import Checkpoint, CheckpointShards
 from .contradictions import contradictions
 from .errors import ExportError, report
@@ -17,6 +18,7 @@ from .filing import Writers
 from .fingerprint import of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
+from .inherited import Asked, settled
 from .measured import check_calibration
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
@@ -33,16 +35,17 @@ class Request:
     """What is asked of an export; `export_hf_checkpoint` says what each field means."""
 
     hf_model: str | Path
-    format: str = "fp8"
+    format: str | None = None
     calibration: dict[str, Tensor] | None = None
-    kv_cache: str = "none"
+    kv_cache: str | None = None
     options: Options = Options()
-    exclude: Iterable[str] = ()
+    exclude: tuple[str, ...] = ()
     mtp: str = "keep"
     quantize_mla: bool = False
     max_shard_size: str | int = "5GB"
     writers: str = "rank0"
     bucket_bytes: int | None = None
+    merge_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ class Original:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and what it was made from."""
+    """A plan, and what it was made from: what was asked for, and what that means for a model that ModelOpt quantized."""
 
     plan: Plan
     shards: Mapping[str, Tensor]
     original: Original
     request: Request
+    asked: Asked
 
 
 def planned(
@@ -88,39 +92,67 @@ def planned(
             shards = shards_of(model)
             if request.mtp == "drop":
                 shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
+    asked = _asked(request)
     if not isinstance(model, Checkpoint):
         finish_gathering(model)
+        asked = settled(here, model, config, asked)
         held = gather.locate(here, shards)
+        shards = adapted(here, model, shards, request.merge_lora)
     nodes = gather.nodes(here)
     original = Original(folder, files, config)
     with together(here, "plan the export"):
         plan = make_plan(
             config,
             held,
-            format=request.format,
-            options=request.options,
-            kv_cache=request.kv_cache,
-            exclude=request.exclude,
-            quantize_mla=request.quantize_mla,
+            format=asked.format or "fp8",
+            options=asked.options,
+            kv_cache=asked.kv_cache or "none",
+            exclude=asked.exclude,
+            quantize_mla=asked.quantize_mla,
             max_shard_bytes=parse_size(request.max_shard_size),
             copied=copied,
             writers=Writers(request.writers, nodes),
             bucket_bytes=request.bucket_bytes,
+            smoothed=asked.smoothed,
         )
         if here.first:
             check(plan, original)
-    return Planned(plan, shards, original, request)
+    return Planned(plan, shards, original, request, asked)
+
+
+def renewed(
+    here: Topology, model: nn.Module | list[nn.Module], plan: Planned, calibration: dict[str, Tensor] | None
+) -> Planned:
+    """The same plan for the weights that a model has now. Collective."""
+    with together(here, "read the model's shapes"):
+        shards = {name: shard for name, shard in shards_of(model).items() if name in plan.shards}
+        if [*shards] != [*plan.shards] or any(shards[n].shape != plan.shards[n].shape for n in shards):
+            raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
+    finish_gathering(model)
+    asked = settled(here, model, plan.plan.config, _asked(replace(plan.request, calibration=calibration)))
+    return replace(plan, shards=adapted(here, model, shards, plan.request.merge_lora), asked=asked)
+
+
+def _asked(request: Request) -> Asked:
+    return Asked(
+        request.format,
+        request.kv_cache,
+        request.options,
+        request.calibration,
+        tuple(request.exclude),
+        request.quantize_mla,
+    )
 
 
 def surveyed(here: Topology, planned: Planned) -> tuple[Work, dict[str, str]]:
     """What is to be encoded, with the maxima that all ranks agreed on; and what decides the bytes. Collective."""
-    plan, statistics = planned.plan, planned.request.calibration or {}
+    plan, statistics = planned.plan, planned.asked.calibration or {}
     with together(here, "check the calibration"):
-        check_calibration(plan, planned.request.calibration)
+        check_calibration(plan, planned.asked.calibration)
     amaxes, digest = survey(here, plan, planned.shards, statistics)
     identity = {
         "version": version("megatron_export"),
-        "settings": of_settings([dataclasses.asdict(planned.request.options), _said(plan)]),
+        "settings": of_settings([dataclasses.asdict(planned.asked.options), _said(plan)]),
         "model": digest,
         "statistics": of_statistics(statistics),
     }

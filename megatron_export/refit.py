@@ -1,7 +1,6 @@
 """A live model's HF tensors, one after the other and quantized as an export would, for a loop that refits an engine with them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ from . import gather, topology
 from .errors import ExportError
 from .filing import BUCKET_BYTES
 from .formats import Options
-from .gather import together
 from .item import Output
-from .model import finish_gathering, shards_of
-from .prepare import Planned, Request, planned, surveyed
+from .prepare import Planned, Request, planned, renewed, surveyed
 from .stream import Stream
 from .topology import SILENCE
 
@@ -58,13 +55,7 @@ def iter_hf_tensors(
     if plan is None:
         plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **settings)
     with topology.current(timeout) as here:
-        with together(here, "read the model's shapes"):
-            shards = {name: shard for name, shard in shards_of(model).items() if name in plan.shards}
-            if [*shards] != [*plan.shards] or any(shards[n].shape != plan.shards[n].shape for n in shards):
-                raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
-        finish_gathering(model)
-        current = replace(plan, shards=shards, request=replace(plan.request, calibration=calibration))
-        work, _ = surveyed(here, current)
+        work, _ = surveyed(here, renewed(here, model, plan, calibration))
         slices: dict[str, list[tuple[Output, Tensor]]] = {}
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):

@@ -27,7 +27,7 @@ def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> d
         feeders = [[(f, part) for f, part in feeders_of(name) if f in sources] for name in names]
         folded = all(found and _takes_over(found, left_alone, how) for found in feeders)
         search = how.search
-        if reads_heads(names[0]) and _queries_per_group(sources, feeders[0]) > 1:
+        if reads_heads(names[0]) and (how.done or _queries_per_group(sources, feeders[0]) > 1):
             folded = folded and not how.keeps
             search += SHARED if folded else ""
         if not quantized or not (folded or how.keeps):

@@ -56,6 +56,11 @@ def input_key(canonical: str) -> str:
     return pooled(canonical).removesuffix("weight") + "input_amax"
 
 
+def weight_key(canonical: str) -> str:
+    """The amax that a linear weight is quantized with, where it is not to be taken from the weight itself."""
+    return canonical.removesuffix("weight") + "weight_amax"
+
+
 def experts_module(canonical: str) -> str:
     """The module of all experts of a layer that a parameter of one is in."""
     return canonical.partition(".experts.")[0] + ".experts"

@@ -18,6 +18,7 @@ from .names import is_expert
 from .piece import Axis
 from .plan import Plan
 from .signals import heeded
+from .statistics import weight_key
 from .topology import Topology
 
 
@@ -60,6 +61,11 @@ def _agreed(
         if item.form and item.source.cut is None:
             amaxes[item.source.canonical] = amax
     for item in mine:
+        given = calibration.get(weight_key(item.source.canonical))
+        if (
+            item.form and given is not None and not item.smoothed.rows
+        ):  # which change the weight that it was measured on
+            amaxes[item.source.canonical] = given.to(here.device)
         if item.form and item.smoothed.ratio:
             amaxes[item.source.canonical] = amaxes[item.source.canonical] * calibration[item.smoothed.ratio].to(
                 here.device

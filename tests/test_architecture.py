@@ -18,10 +18,10 @@ plan
 quant_config conveyor
 contents
 cpu assets staging statistics calibration_data emulation
-measured source topology model shard checkpoint perplexity
+measured source topology model shard checkpoint perplexity quantizers
 writer
-gather build contradictions verify sides
-loading filling survey manifest forecast stream checking likeness structure
+gather build contradictions verify sides additions
+loading filling survey manifest forecast stream checking likeness structure inherited adapters
 maxima search watching preview diagnosis differences
 clipping judge comparison
 calibration prepare inspection

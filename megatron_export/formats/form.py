@@ -28,12 +28,14 @@ class Smoothing:
     folds   whether a vector may be folded into a preceding linear, where that is exact, and not only into a norm
     keeps   whether a vector that is not folded is written as `pre_quant_scale`; otherwise its linear is not smoothed
     clip    whether the search's clipping is applied too
+    done    whether the weights are smoothed already, as those of a model that ModelOpt calibrated are
     """
 
     search: str
     folds: bool
     keeps: bool
     clip: bool
+    done: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from ..layout import Layout
 from ..piece import Axis
 from ..untrusted import shown
 from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
-from .dialects import canonical
+from .dialects import canonical, without_additions
 from .feeding import feeders_of, other_readers_of, reads_heads, vector_home
 from .parameters import (
     EITHER,
@@ -64,6 +64,7 @@ __all__ = [
     "shape_of",
     "unscaled_rope_settings",
     "vector_home",
+    "without_additions",
     "without_mtp",
 ]
 

@@ -3,7 +3,8 @@
 Canonical names are those of the local spec, with global numbers of layers and experts from 0. The Transformer Engine
 spec keeps norms inside the linear that follows them, and all experts of a rank in one module with a weight for each; a
 rank's own layers are numbered from 0 on every pipeline stage and chunk, and its experts on every rank. Layers that predict
-one more token (MTP) are numbered after those of the decoder, as HF does.
+one more token (MTP) are numbered after those of the decoder, as HF does. Adapters (Megatron-Bridge's and ModelOpt's LoRA) wrap
+a linear or are inside it, as ModelOpt's quantizers are: canonical names are those without them.
 """
 
 import re
@@ -18,6 +19,12 @@ _FUSED_NORMS = {
 _EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.|(linear_fc[12])\.(?=weight\d|bias\d))(.+)"
 )
+_ADDED = re.compile(r"\.(?:adapter|linear_in|linear_out|lora_[ab]_\w+|\w+_quantizer)\.")
+
+
+def without_additions(name: str) -> str | None:
+    """The name that a parameter, buffer or module has without adapters and quantizers; None for one that is part of these."""
+    return None if _ADDED.search(f".{name}.") else name.replace(".to_wrap.", ".").removesuffix(".to_wrap")
 
 
 def canonical(name: str, numbers: dict[str, list[int]], experts: list[int]) -> str:

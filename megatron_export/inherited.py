@@ -1,0 +1,149 @@
+"""What a live model inherits from ModelOpt, agreed over all ranks: the recipe of its quantizers and their statistics."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .additions import quantizers_of
+from .errors import report
+from .formats import Options
+from .gather import everyone, maximum, spread, together, whole
+from .model import weights_of
+from .names import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
+from .piece import Axis
+from .quantizers import Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an export was asked for. None: whatever the model's quantizers say; without any, fp8 and no cache."""
+
+    format: str | None
+    kv_cache: str | None
+    options: Options
+    calibration: dict[str, Tensor] | None
+    exclude: tuple[str, ...]
+    quantize_mla: bool
+    smoothed: bool = False
+
+
+def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, asked: Asked) -> Asked:
+    """What is asked for, with what a model that ModelOpt quantized says itself. Collective.
+
+    `ExportError` if the two contradict each other, or if no format here does what its quantizers do.
+    """
+    with together(here, "read the model's quantizers"):
+        quantizers = quantizers_of(model)
+        mine = kinds_of(quantizers)
+    everywhere = everyone(here, mine)
+    with together(here, "read the model's quantizers"):
+        kinds = merged_kinds(everywhere)
+        recipe = recipe_of(kinds)
+        if recipe is None:
+            return replace(asked, format=asked.format or "fp8", kv_cache=asked.kv_cache or "none")
+        report(_contradictions(config, recipe, asked))
+        report(_stale(weights_of(model), blocks_in(quantizers)))
+        scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
+    statistics: dict[str, Tensor] = {}
+    for theirs in everyone(here, scalars):
+        for name, value in theirs.items():
+            statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
+    statistics |= _agreed_vectors(here, vectors, recipe)
+    return Asked(
+        format=recipe.format,
+        kv_cache=recipe.kv_cache,
+        options=_options(recipe, asked.options),
+        calibration=statistics,
+        exclude=(*asked.exclude, *_left_alone(config, recipe)),
+        quantize_mla=asked.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
+        smoothed=recipe.smoothed,
+    )
+
+
+def _contradictions(config: dict, recipe: Recipe, asked: Asked) -> list[str]:
+    """Where the user wants something else than the model's quantizers do."""
+    problems = [
+        f"{field} is {wanted!r}, but ModelOpt quantized this model to {has!r}. Leave it out, or disable the quantizers"
+        for field, wanted, has in (
+            ("format", asked.format, recipe.format),
+            ("kv_cache", asked.kv_cache, recipe.kv_cache),
+            ("group_size", asked.options.group_size, recipe.group_size),
+        )
+        if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
+    ]
+    if asked.calibration is not None:
+        problems.append(
+            "the model has quantizers of ModelOpt that hold its statistics: leave calibration out, or disable the quantizers"
+        )
+    if recipe.smoothed and asked.exclude:
+        problems.append(
+            "exclude cannot undo what ModelOpt has smoothed: disable those quantizers before they are calibrated"
+        )
+    if recipe.smoothed and settings_of(config).get("rotary_interleaved"):
+        problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {recipe.format}")
+    return problems
+
+
+def _options(recipe: Recipe, options: Options) -> Options:
+    """The options that the recipe settles. ModelOpt gives each query its own factors, which cannot be folded into v."""
+    if recipe.format == "nvfp4_awq":
+        return replace(options, awq_output="modelopt")
+    return replace(options, group_size=recipe.group_size)
+
+
+def _stale(weights: dict[str, Tensor], blocks: dict[str, tuple[Tensor, tuple[int, int]]]) -> list[str]:
+    """Linears whose blocks have other amaxes than their weights have now: clipped ones, or of a model trained since.
+
+    What is written is quantized with the amaxes of the weights' own blocks, so they must be the same.
+    """
+    found = []
+    for module, (amax, (rows, columns)) in blocks.items():
+        weight = weights[module]
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+        own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
+        if own.shape != amax.shape or not torch.equal(own, amax.to(own.device)):
+            found.append(module)
+    if not found:
+        return []
+    return [
+        f"{found[0]} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
+        "exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
+    ]
+
+
+def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The smoothing vectors of all linears, whole. Collective."""
+    mine: dict[str, Tensor] = {}
+    odd = []
+    for module, vector in sorted(vectors.items()):
+        if cut_of(f"{module}.weight") is Axis.IN:
+            vector = whole(here.cut(False), vector, 0)
+        agreed = maximum(vector.clone(), here.stage_group)
+        key = recipe.vector_key(module)
+        if not torch.equal(agreed, vector) or not torch.equal(mine.setdefault(key, agreed), agreed):
+            odd.append(
+                f"{module}: its pre_quant_scale is not the same on all ranks, or of all that read the same input"
+            )
+    with together(here, "read the model's quantizers"):
+        report(odd)
+    return spread(here, mine)
+
+
+def _left_alone(config: dict, recipe: Recipe) -> Iterable[str]:
+    """The HF modules of linears that ModelOpt did not quantize; a layer's experts as one."""
+    sources = parameters_of(config).items()
+    left = [
+        s
+        for name, s in sources
+        if is_linear_weight(name) and pooled(name).removesuffix(".weight") not in recipe.quantized
+    ]
+    names = [hf.removesuffix(".weight") for source in left for hf in source.names().values()]
+    return dict.fromkeys(re.sub(r"\.experts\..*", ".experts", name) for name in names)
+
+
+def _quantizes_latent(config: dict, recipe: Recipe) -> bool:
+    return bool(shape_of(config).kv_lora) and any(".self_attention." in module for module in recipe.quantized)

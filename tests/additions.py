@@ -1,0 +1,164 @@
+"""Stand-ins for what ModelOpt and Megatron-Bridge put into a model: the same attributes and shapes, recorded from the real ones
+(nvidia-modelopt 0.47, Megatron-Bridge's main branch of 2026), without their packages.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_export.model import linears_of
+from megatron_export.names import pooled
+
+NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+FP8 = {"_num_bits": (4, 3)}
+OFF = {"_disabled": True, "_num_bits": 8}
+INT4 = {"_num_bits": 4, "_axis": (0,), "_block_sizes": {-1: 128, "type": "static"}}
+FP8_PB = {"_num_bits": (4, 3), "_axis": (0, 2), "_block_sizes": {-1: 128, -2: 128}}
+
+
+class Quantizer(nn.Module):
+    """ModelOpt's `TensorQuantizer` as it is after calibration; what rounds to blocks keeps no amax here."""
+
+    def __init__(self, said: dict[str, Any], amax: Tensor | None = None, vector: Tensor | None = None) -> None:
+        super().__init__()
+        default = {
+            "_disabled": False,
+            "_num_bits": 8,
+            "_block_sizes": None,
+            "_axis": None,
+            "_dynamic": False,
+            "_unsigned": False,
+            "_narrow_range": False,
+            "_rotate": False,
+            "_bias": None,
+            "_fake_quant": True,
+            "_use_constant_amax": False,
+            "_enable_pre_quant_scale": True,
+        }
+        for name, value in (default | said).items():
+            setattr(self, name, value)
+        for name, buffer in (("_amax", amax), ("_pre_quant_scale", vector)):
+            if buffer is not None:
+                self.register_buffer(name, buffer)
+
+
+def quantize(
+    model: nn.Module,
+    weights: dict,
+    inputs: dict,
+    cache: dict | None = None,
+    *,
+    factor: float = 1,
+    smoothed: bool = False,
+) -> None:
+    """Put quantizers as they are after calibration into every linear, and into attention.
+
+    Weights have the amax of their shard times `factor`; `smoothed` ones are divided by a vector before.
+    """
+    for name, module in linears_of(model).items():
+        vector = smooth(name, module) if smoothed else None
+        weight = module.weight.detach()
+        rounds = "_disabled" not in inputs
+        amax = torch.tensor(2.0 + sum(pooled(name).encode()) % 7, dtype=torch.bfloat16) if rounds else None
+        if weights == INT4:
+            own = weight.view(-1, 128).abs().amax(dim=1, keepdim=True).float()
+        elif weights == FP8_PB:
+            own = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax(dim=(1, 3), keepdim=True)
+        else:
+            own = weight.abs().amax()
+        module.weight_quantizer = Quantizer(weights, own * factor)
+        if weights == INT4 and rounds:
+            both = Quantizer(INT4, own * factor), Quantizer(FP8, weight.abs().amax())
+            module.weight_quantizer = nn.Sequential(*both)
+        module.input_quantizer, module.output_quantizer = Quantizer(inputs, amax, vector), Quantizer(OFF)
+    for number, layer in enumerate(model.decoder.layers if cache else ()):
+        attention = layer.self_attention.core_attention
+        attention.k_bmm_quantizer = Quantizer(cache, torch.tensor(3.0 + number))
+        attention.v_bmm_quantizer = Quantizer(cache, torch.tensor(5.0 + number))
+        attention.q_bmm_quantizer = Quantizer(OFF)
+
+
+def vector_of(name: str, size: int) -> Tensor:
+    """The whole smoothing vector of a linear of `size` inputs, bfloat16, the same on every rank."""
+    made = torch.rand(size, generator=torch.Generator().manual_seed(sum(name.encode())))
+    return (made + 0.5).bfloat16()
+
+
+def smooth(name: str, module: nn.Module) -> Tensor:
+    """Divide a weight by its vector, of which this rank's part is returned."""
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    row_parallel, columns = name.endswith(("linear_proj", "linear_fc2")), module.weight.shape[1]
+    vector = vector_of(name, columns * size).chunk(size)[rank] if row_parallel else vector_of(name, columns)
+    module.weight.data.copy_((module.weight.data.float() / vector.float()).bfloat16())
+    return vector
+
+
+class _Half(nn.Module):
+    """One of the two linears of an adapter: all that is read of it is its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class BridgeAdapter(nn.Module):
+    """Megatron-Bridge's `ParallelLinearAdapter`."""
+
+    def __init__(self, first: Tensor, second: Tensor, dim: int, alpha: int) -> None:
+        super().__init__()
+        self.dim, self.alpha, self.activation = dim, alpha, nn.Identity()
+        self.linear_in, self.linear_out = _Half(first), _Half(second)
+
+
+class BridgeLoRA(nn.Module):
+    """Megatron-Bridge's `LoRALinear`, around the linear that it adapts."""
+
+    def __init__(self, to_wrap: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.to_wrap, self.adapter, self._adapter_enabled = to_wrap, adapter, True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As if the adapter were off: no test computes with it."""
+        return self.to_wrap(*args, **kwargs)
+
+
+def factors(name: str, rows: int, columns: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The two whole bfloat16 matrices of the adapter of a linear, the same on every rank."""
+    made = torch.Generator().manual_seed(sum(name.encode()))
+    first, second = torch.randn(dim, columns, generator=made), torch.randn(rows, dim, generator=made)
+    return first.bfloat16() / 8, second.bfloat16() / 8
+
+
+def adapt(model: nn.Module, style: str, dim: int = 8, alpha: int = 12) -> None:
+    """Put an adapter on every linear, its factors cut as `style`, "bridge" or "modelopt", cuts them."""
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for name, module in linears_of(model).items():
+        rows, columns = module.weight.shape
+        row_parallel = name.endswith(("linear_proj", "linear_fc2"))
+        whole = (rows, columns * size) if row_parallel else (rows * size, columns)
+        first, second = factors(name, *whole, dim)
+        fused = _fused_rows(name, second, rank, size)
+        if row_parallel:
+            first = first.chunk(size, dim=1)[rank]
+            second = second.chunk(size)[rank] if style == "bridge" else second
+        else:
+            first = first.chunk(size)[rank] if style == "bridge" else first
+            second = fused
+        if style == "bridge":
+            owner, _, leaf = next(path for path, held in model.named_modules() if held is module).rpartition(".")
+            adapter = BridgeAdapter(first.clone(), second.clone(), dim, alpha)
+            setattr(model.get_submodule(owner), leaf, BridgeLoRA(module, adapter))
+        else:
+            module.lora_a_default, module.lora_b_default = _Half(first.clone()), _Half(second.clone())
+            adapter = {"lora_a": module.lora_a_default, "lora_b": module.lora_b_default}
+            module._lora_adapters = {"default": adapter | {"rank": dim, "scale": alpha / dim, "enable": True}}
+
+
+def _fused_rows(name: str, second: Tensor, rank: int, size: int) -> Tensor:
+    """The rows of this rank, in the order in which its shard has them: of gate and up, some of each."""
+    if name.endswith("linear_fc1"):
+        gate, up = (half.chunk(size)[rank] for half in second.chunk(2))
+        return torch.cat([gate, up])
+    return second.chunk(size)[rank]

@@ -1,0 +1,130 @@
+"""What the settings of ModelOpt's quantizers mean, and which are refused; tensors and attributes as ModelOpt 0.47 has them."""
+
+import pytest
+import torch
+
+from megatron_export import ExportError
+from megatron_export.quantizers import Quantizers, Recipe, blocks_in, kinds_of, recipe_of, scalars_in, vectors_in
+
+LAYER = "decoder.layers.0"
+QKV, PROJ, FC1 = f"{LAYER}.self_attention.linear_qkv", f"{LAYER}.self_attention.linear_proj", f"{LAYER}.mlp.linear_fc1"
+NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+FP8, OFF, INT4 = {"_num_bits": (4, 3)}, {"_disabled": True, "_num_bits": 8}, {"_num_bits": 4, "_axis": (0,)}
+INT4 |= {"_block_sizes": {-1: 128, "type": "static"}}
+FP8_PB = {"_num_bits": (4, 3), "_axis": (0, 2), "_block_sizes": {-1: 128, -2: 128}}
+MXFP8 = {"_num_bits": (4, 3), "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+VECTOR = {"_pre_quant_scale": torch.ones(128)}
+
+
+def linear(name: str, weights: dict, inputs: dict, **others: dict) -> Quantizers:
+    """The quantizers of one linear."""
+    parts = {"weight_quantizer": weights, "input_quantizer": inputs, "output_quantizer": OFF} | others
+    return {f"{name}.{part}": attributes for part, attributes in parts.items()}
+
+
+def cache(keys: dict, values: dict) -> Quantizers:
+    """The quantizers of one attention."""
+    attention = f"{LAYER}.self_attention.core_attention"
+    return {f"{attention}.k_bmm_quantizer": keys, f"{attention}.v_bmm_quantizer": values}
+
+
+def chain(name: str) -> Quantizers:
+    """Those of W4A8, whose weights are rounded twice."""
+    found = linear(name, {}, FP8 | VECTOR, **{"weight_quantizer.0": INT4, "weight_quantizer.1": FP8})
+    return found | {f"{name}.weight_quantizer": {}}
+
+
+@pytest.mark.parametrize(
+    ("quantizers", "format", "kv_cache"),
+    [
+        (linear(QKV, FP8, FP8), "fp8", "none"),
+        (linear(QKV, FP8, FP8) | cache(FP8, FP8), "fp8", "fp8"),
+        (linear(QKV, FP8_PB, OFF), "fp8_pb", "none"),
+        (linear(QKV, NVFP4, NVFP4) | cache(NVFP4, NVFP4), "nvfp4", "nvfp4"),
+        (linear(QKV, NVFP4, NVFP4 | VECTOR), "nvfp4_awq", "none"),
+        (linear(QKV, INT4, OFF | VECTOR), "int4_awq", "none"),
+        (chain(QKV), "w4a8_awq", "none"),
+    ],
+)
+def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, kv_cache: str) -> None:
+    quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
+    assert recipe_of(kinds_of(quantizers)) == Recipe(format, kv_cache, 128, frozenset({QKV}))
+
+
+def test_without_quantizers_that_round_there_is_no_recipe() -> None:
+    assert recipe_of(kinds_of({})) is None
+    assert recipe_of(kinds_of(linear(QKV, OFF, OFF) | cache(OFF, OFF))) is None
+
+
+@pytest.mark.parametrize(
+    ("quantizers", "said"),
+    [
+        (linear(QKV, {"_num_bits": 8, "_axis": 0}, {"_num_bits": 8}), "weight_quantizer is int8, one scale by axis 0"),
+        (linear(QKV, MXFP8, MXFP8), "weight_quantizer is e4m3 in blocks of 32, dynamic, with scales of e8m0"),
+        (linear(QKV, FP8 | {"_axis": 0}, FP8 | {"_axis": (0, 1), "_dynamic": True}), "by axis .*, as they come"),
+        (linear(QKV, FP8, OFF), "weight_quantizer is e4m3: no format"),
+        (linear(QKV, FP8, FP8 | VECTOR), "inputs are multiplied by a pre_quant_scale: no format"),
+        (linear(QKV, OFF, OFF | VECTOR), "inputs are multiplied by a pre_quant_scale: no format"),
+        (linear(QKV, INT4, OFF), "weight_quantizer is int4 in blocks of 128: no format"),
+        (linear(QKV, FP8, FP8, output_quantizer=FP8), "output_quantizer is e4m3"),
+        (linear(QKV, FP8 | {"_scale": torch.ones(())}, FP8), "e4m3, compressed"),
+        (linear(QKV, NVFP4 | {"_block_sizes": {-1: 16, "scale_bits": (4, 3)}}, NVFP4), "blocks of 16, with scales"),
+        (linear(QKV, NVFP4 | {"_svdquant_lora_a": torch.ones(2, 2)}, NVFP4 | VECTOR), "beside a product of two matrices"),
+        (linear(QKV, FP8 | {"backend": "my_backend"}, FP8), "weight_quantizer is e4m3, by a backend of its own"),
+        (
+            linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {"four_over_six": True}}, NVFP4),
+            "and {'four_over_six': True}",
+        ),
+        (linear("output_layer", FP8, FP8), "output_layer .*: ModelOpt's input_quantizer is e4m3"),
+        (cache({"_num_bits": 8}, {"_num_bits": 8}), "self_attention .*: ModelOpt's k_bmm_quantizer is int8"),
+        (cache(FP8 | {"_bias": {"enable": True}}, FP8), "k_bmm_quantizer is e4m3, with an offset"),
+        (linear(f"{LAYER}.mlp.experts.1.linear_fc1", NVFP4, NVFP4 | VECTOR), "each expert a pre_quant_scale of its own"),
+        (
+            linear(f"{LAYER}.mlp.experts.0.linear_fc1", FP8, FP8) | linear(f"{LAYER}.mlp.experts.1.linear_fc1", OFF, OFF),
+            "experts.1.linear_fc1 .* it is quantized to bf16, and another expert of its layer to fp8",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_format_does_is_refused_by_name(quantizers: Quantizers, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        kinds_of(quantizers)
+
+
+def test_several_formats_and_a_cache_alone_are_refused() -> None:
+    with pytest.raises(ExportError, match=rf"differently.*fp8 \({QKV}, 1 in all\), nvfp4 \({FC1}, 1 in all\)"):
+        recipe_of(kinds_of(linear(QKV, FP8, FP8) | linear(FC1, NVFP4, NVFP4)))
+    with pytest.raises(ExportError, match=r"nothing of this model but its KV cache \(fp8\)"):
+        recipe_of(kinds_of(cache(FP8, FP8)))
+
+
+def test_a_hundred_linears_that_are_refused_are_one_line() -> None:
+    some = {k: v for n in range(100) for k, v in linear(f"decoder.layers.{n}.mlp.linear_fc1", FP8, OFF).items()}
+    with pytest.raises(ExportError, match=r"^decoder.layers.0.mlp.linear_fc1 \(100 such\): [^\n]*$"):
+        kinds_of(some)
+
+
+def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
+    def amax(value: float) -> dict:
+        return {"_amax": torch.tensor(value, dtype=torch.bfloat16)}
+
+    quantizers = linear(QKV, FP8 | amax(0.5), FP8 | amax(3)) | linear(PROJ, FP8, FP8 | amax(2))
+    quantizers |= linear(f"{LAYER}.mlp.experts.0.linear_fc1", FP8 | amax(0.25), FP8 | amax(6))
+    quantizers |= linear(f"{LAYER}.mlp.experts.1.linear_fc1", FP8 | amax(0.75), FP8 | amax(4))
+    quantizers |= linear("output_layer", OFF | amax(9), OFF | amax(9))
+    quantizers |= cache(FP8 | amax(7), FP8 | {"_use_constant_amax": True})
+    assert scalars_in(quantizers) == {
+        f"{QKV}.weight_amax": 0.5,
+        f"{QKV}.input_amax": 3,
+        f"{PROJ}.input_amax": 2,
+        f"{LAYER}.mlp.experts.0.linear_fc1.weight_amax": 0.25,
+        f"{LAYER}.mlp.experts.1.linear_fc1.weight_amax": 0.75,
+        f"{LAYER}.mlp.experts.linear_fc1.input_amax": 6,
+        f"{LAYER}.self_attention.k_amax": 7,
+        f"{LAYER}.self_attention.v_amax": 448,
+    }
+    with pytest.raises(ExportError, match=rf"{QKV}.input_quantizer._amax is nan"):
+        scalars_in(linear(QKV, FP8, FP8 | amax(torch.nan)))
+    assert torch.equal(vectors_in(linear(QKV, INT4, OFF | VECTOR))[QKV], torch.ones(128))
+    blocks, shape = blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
+    assert (blocks.shape, shape) == ((6,), (128, 128))
+    assert blocks_in(linear(QKV, FP8 | amax(1), FP8)) == {}
