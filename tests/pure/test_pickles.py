@@ -50,7 +50,9 @@ def test_objects_of_the_packages_that_write_checkpoints_are_kept_and_not_made() 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(
-    "function", [os.system, eval, exec, setattr, open, subprocess.run, __import__, bytearray, os.unlink], ids=str
+    "function",
+    [os.system, eval, exec, setattr, open, subprocess.run, __import__, bytearray, os.unlink],
+    ids=lambda function: function.__name__,
 )
 def test_what_no_checkpoint_names_is_refused(function: Any, protocol: int, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
