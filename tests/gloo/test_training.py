@@ -1,5 +1,8 @@
 """Twenty steps of training with Megatron's schedules, an export after the tenth: training does not notice."""
 
+import argparse
+import importlib.util
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from megatron_export import calibrate, export_hf_checkpoint, export_hf_checkpoint_async, iter_hf_tensors
 from megatron_export.cpu import without_cuda
 
-from ..models import LENGTH, contents, tensors
+from ..models import EXAMPLE, LENGTH, contents, tensors
 from ..ranks import Ranks
 from .test_live_model import batches, loaded
 
@@ -73,3 +76,34 @@ def test_losses_after_an_export_are_those_of_a_run_without(
     waited, background = (contents(tmp_path / how) for how in HOW)
     assert waited == background
     assert len(tensors(tmp_path / "waited for")) > 100
+
+
+def in_megatron_lm(source: Path, out: Path) -> list[str]:
+    """In a rank: what the example's wrapper does around a stand-in for Megatron-LM's `save_checkpoint_and_time`."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE.parent / "export_in_megatron_lm.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    saved: list[str] = []
+    with loaded(source, 2) as (model, _):
+        flags = example.add_export_args(argparse.ArgumentParser()).parse_args(["--export-hf-model", str(source)])
+        flags.save = str(out)
+        example._flags = lambda: flags
+        wrapped = example.exporting(
+            lambda iteration, model, optimizer, **more: saved.append(f"{iteration} {optimizer} {more}"),
+            lambda: batches(source),
+        )
+        for iteration in (10, 20):
+            wrapped(iteration, [model], "optimizer", context="any")
+        deadline = time.monotonic() + 60
+        while not (out / "hf" / "iter_0000020").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        flags.export_hf_model = None
+        wrapped(30, [model], "optimizer")
+    return saved
+
+
+def test_megatron_lm_exports_what_it_saves(ranks: Ranks, models: dict, tmp_path: Path) -> None:
+    for saved in ranks.call(2, in_megatron_lm, models["llama31"], tmp_path):
+        assert saved == ["10 optimizer {'context': 'any'}", "20 optimizer {'context': 'any'}", "30 optimizer {}"]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["iter_0000010", "iter_0000020"]
+    assert contents(tmp_path / "hf" / "iter_0000010") == contents(tmp_path / "hf" / "iter_0000020")
