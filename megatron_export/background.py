@@ -2,11 +2,9 @@
 
 The training process stops for as long as it takes to encode the model and to copy what comes out into files that are in memory
 (`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
-its own then copies them into the staging folder, reads them back and publishes, as any export does. It outlives the training
-process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept for the next
-export, which then stops it for a fraction of that.
-
-    python -m megatron_export.background FD    what a `_Job` says, which is in the file with that descriptor
+its own (`courier.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives the
+training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept for
+the next export, which then stops it for a fraction of that.
 """
 
 import os
@@ -15,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +21,18 @@ from typing import Any, ClassVar
 from torch import nn
 
 from . import gather, topology
-from .contents import Contents, contents_of
-from .errors import ExportError, told
+from .assets import Original
+from .contents import contents_of
+from .courier import Job
+from .errors import ExportError
 from .formats import Options
 from .gather import together
-from .journal import Checks, sync
+from .journal import Checks
 from .plan import Plan
-from .prepare import Original, Request, planned, surveyed
-from .publishing import Place, opened, publish
+from .prepare import Request, planned, surveyed
+from .publishing import Place
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
-from .verify import ReadBack
 from .writer import CheckpointWriter, check_apart, check_empty, check_target
 
 CHUNK = 64 << 20
@@ -80,17 +78,6 @@ class Handle:
                 if status:
                     raise ExportError(said or f"the process that writes {self.folder} ended with status {status}")
             return True
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the other process is told: the memory that each file is in, and what was written to it."""
-
-    contents: Contents
-    place: Place
-    sizes: dict[str, int]
-    files: dict[str, int]
-    checks: dict[str, Checks]
 
 
 class _Memory:
@@ -191,10 +178,10 @@ def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -
     """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
     job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
     with os.fdopen(job, "wb", closefd=False) as file:
-        pickle.dump(_Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished), file)
+        pickle.dump(Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished), file)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_export.background", f"{job}"],
+            [sys.executable, "-m", "megatron_export.courier", f"{job}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -203,46 +190,3 @@ def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -
         )
     finally:
         os.close(job)
-
-
-def _write(job: _Job) -> None:
-    """The other process's work."""
-    contents = job.contents
-    with opened(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
-        writing = {
-            file: pool.submit(_copy, staging.path(file), descriptor, job.place.sync)
-            for file, descriptor in job.files.items()
-        }
-        for file, copied in writing.items():
-            copied.result()
-            back.follow(staging.path(file), contents.files[file])
-            staging.finish(file, job.checks[file])
-        publish(contents, staging, job.place, job.sizes, [back.found(staging.finished)])
-
-
-def _copy(path: Path, descriptor: int, to_disk: bool) -> None:
-    """Write one file to disk, then free its memory."""
-    size, offset = os.fstat(descriptor).st_size, 0
-    with path.open("wb") as file:
-        while offset < size:
-            offset += os.sendfile(file.fileno(), descriptor, offset, min(CHUNK, size - offset))
-    os.close(descriptor)
-    if to_disk:
-        sync(path)
-
-
-def main() -> int:
-    """Run as a process; what goes wrong is one message on standard error, and status 1."""
-    try:
-        with os.fdopen(int(sys.argv[1]), "rb") as file:
-            file.seek(0)
-            job = pickle.load(file)
-        _write(job)
-    except Exception as error:  # noqa: BLE001 - whoever waits for this process must hear of it
-        sys.stderr.write(told(error))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

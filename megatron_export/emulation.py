@@ -10,10 +10,8 @@ format says; it is multiplied in float32 with the weight that the format's own `
     FP8_PB_WO, FP8_BLOCK_SCALES   e4m3, by token and 128 channels: their amax/448   decoded
     W4A16_AWQ                     bfloat16                                          decoded, rounded to bfloat16
 
-Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so; k_scale and v_scale are then what
-input_scale is for inputs. Everything else is transformers' own bfloat16 model. Engines round the same values but add
-in another order, so expect their numbers close to these and not equal. ModelOpt 0.47's own checkpoints are read too; whose
-ever a folder is, none of its code is run.
+Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so, by k_scale and v_scale. Everything else is
+transformers' own bfloat16 model. Engines add in another order, so expect their numbers close to these and not equal.
 """
 
 from collections.abc import Callable

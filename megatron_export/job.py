@@ -1,6 +1,4 @@
-"""The command's story: a checkpoint of HF or of Megatron becomes a Megatron model on this topology, is calibrated, and is
-exported; one of Megatron that needs no calibration is exported as it is.
-"""
+"""The command's story: an HF or Megatron checkpoint becomes a model on this topology, is calibrated if need be, and exported."""
 
 import time
 from collections.abc import Iterable, Iterator

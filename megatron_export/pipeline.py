@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gather, manifest, topology
+from .assets import Original
 from .checking import refusals
 from .checkpoint import Checkpoint
 from .contents import contents_of
@@ -24,7 +25,7 @@ from .gather import together
 from .journal import Checks
 from .names import copied_prefixes
 from .plan import Plan
-from .prepare import Original, Request, planned, surveyed
+from .prepare import Request, planned, surveyed
 from .progress import Progress, quiet
 from .publishing import Place, opened, publish
 from .source import SourceWeights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import assets, gather
 from .adapters import adapted
+from .assets import Original
 from .checkpoint import Checkpoint, CheckpointShards
 from .contradictions import contradictions
 from .errors import ExportError, report
@@ -46,15 +47,6 @@ class Request:
     writers: str = "rank0"
     bucket_bytes: int | None = None
     merge_lora: bool = False
-
-
-@dataclass(frozen=True)
-class Original:
-    """The model that an export comes from: its folder, the state of its files, its config."""
-
-    folder: Path
-    files: dict[str, tuple[int, int]]
-    config: dict
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import assets, manifest
+from .assets import Original
 from .contents import Contents
 from .fingerprint import check_unchanged, of_settings
 from .journal import naming
-from .prepare import Original
 from .signals import heed
 from .staging import Staging
 from .verify import Verified, judged

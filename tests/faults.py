@@ -25,7 +25,7 @@ SECONDS = 60.0
 
 # name -> where, and at which call of it, counted from 1
 POINTS: dict[str, tuple[Any, str, int]] = {
-    "load": (loading, "_shard", 5),
+    "load": (loading, "shard_of", 5),
     "calibrate": (calibration, "_step", 2),
     "survey": (survey, "_largest", 3),
     "first bucket": (formats, "encode", 2),

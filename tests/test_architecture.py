@@ -24,8 +24,8 @@ gather build contradictions verify sides additions
 loading filling survey manifest forecast stream checking likeness structure inherited adapters
 maxima search watching preview diagnosis differences
 clipping judge comparison
-calibration prepare inspection
-publishing refit account
+calibration prepare inspection publishing
+refit account courier
 pipeline background card maps
 report
 presentation

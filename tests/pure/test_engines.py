@@ -241,7 +241,7 @@ def test_the_worst_decides_and_many_modules_are_one_finding() -> None:
 def command(*arguments: object) -> tuple[int, str]:
     said: list[str] = []
     try:
-        status = commands.run(lambda *words, **_: said.append(" ".join(map(str, words))), list(map(str, arguments)))
+        status = commands.main(lambda *words, **_: said.append(" ".join(map(str, words))), list(map(str, arguments)))
     except SystemExit as exit:
         status = exit.code
     return status, "\n".join(said)
@@ -284,9 +284,9 @@ def test_check_prints_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        ((), 2, "COMMAND: plan, check"),
-        (("--help",), 0, "COMMAND: plan, check"),
-        (("chek",), 2, "COMMAND: plan, check"),
+        ((), 2, "the following arguments are required: COMMAND"),
+        (("--help",), 0, "check     which engines load a checkpoint"),
+        (("chek",), 2, "invalid choice: 'chek'"),
         (("check",), 2, ""),
         (("check", "x", "--rules"), 2, ""),
         (("check", "x", "--version", "1"), 2, ""),
@@ -303,9 +303,9 @@ def test_check_prints_json(tmp_path: Path) -> None:
     ],
 )
 def test_exit_statuses_of_commands(arguments: tuple, status: int, says: str, capsys: pytest.CaptureFixture) -> None:
-    found = command(*arguments)
+    found, printed = command(*arguments), capsys.readouterr()
     assert found[0] == status
-    assert says in found[1]
+    assert says in found[1] + printed.out + printed.err
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,24 +1,27 @@
-"""launch/export.py, but when the third file is complete a job that was not started again waits for a signal."""
+"""launch/export.py, but when three files are complete a job that was not started again waits for a signal."""
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_export import cli, plan, signals, staging
+from megatron_export import cli, filing, signals, writer
 
-finish = staging.Staging.finish
-plan.BUCKET_BYTES = 500_000
+write = writer.CheckpointWriter.write
+filing.BUCKET_BYTES, filing.LANES = 500_000, 1
 
 
-def held(self: staging.Staging, *file: object) -> None:
-    """Note the file, and wait."""
-    finish(self, *file)
-    if "SLURM_RESTART_COUNT" not in os.environ and len(self.finished) == 3:
+def held(self: writer.CheckpointWriter, tensors: Iterable) -> None:
+    """Wait, or have a bucket written."""
+    for finishing in self.finishing:
+        finishing.result()
+    if "SLURM_RESTART_COUNT" not in os.environ and len(self.staging.finished) == 3:
         Path("held").touch()
         while not signals.asked_to_stop():
             time.sleep(0.05)
+    write(self, tensors)
 
 
 if __name__ == "__main__":
-    staging.Staging.finish = held
+    writer.CheckpointWriter.write = held
     raise SystemExit(cli.main(print))
