@@ -5,6 +5,7 @@
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -194,6 +195,11 @@ def test_a_source_that_changes_under_way_is_noticed(
     flags = tuple(source if flag == models["llama31"] else flag for flag in flags)
     fault = Fault(how.__name__, point, (0,), (how, source))
     statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out")
+    if (
+        how is shorten and statuses[0] == -signal.SIGBUS
+    ):  # the file was mapped: it was cut off between the check and the read
+        assert statuses[1] == 1 and "rank 0 is gone" in said and not (tmp_path / "out").exists(), said
+        return
     assert statuses == ([0, 0] if point == "publish" else [1, 1]), said
     assert (tmp_path / "out").exists() == (point == "publish")
     assert point == "publish" or "changed while it was" in said and "Start again when nobody writes there" in said
