@@ -12,6 +12,7 @@ from megatron_export.plan import Held, Plan, assumed, make_plan
 from megatron_export.quant_config import config_json, hf_quant_config
 
 from ..models import EXAMPLE, GOLDEN, read_json, tensors
+from .test_forecast import SMALL_V3
 
 CONFIG = read_json(EXAMPLE / "config.json")
 LLAMA_70B = {
@@ -213,3 +214,10 @@ def test_planned_tensors_are_those_of_modelopt() -> None:
         assert sorted(planned) == sorted(golden)
         for name, tensor in golden.items():
             assert (planned[name].dtype, planned[name].shape) == (tensor.dtype, tuple(tensor.shape)), name
+
+
+def test_deepseek_says_how_it_routes_also_where_transformers_left_it_out() -> None:
+    config = {key: value for key, value in SMALL_V3.items() if key != "topk_method"}
+    made = make_plan(config, assumed(config, 1), format="bf16")
+    assert config_json(made)["topk_method"] == "noaux_tc"
+    assert "topk_method" not in config_json(plan())
