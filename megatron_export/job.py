@@ -147,9 +147,10 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             )
         if model is checkpoint:
             job.bytes_read = sum(gather.everyone(here, checkpoint.nbytes))
-        with together(here, "upload"):
-            if config.push_to_hub and here.first:
-                job.verdict.append(("pushed", hub.push(config.output.resolve(), config.push_to_hub)))
+        if config.push_to_hub:
+            with together(here, "upload"):
+                if here.first:
+                    job.verdict.append(("pushed", hub.push(config.output.resolve(), config.push_to_hub)))
     return job
 
 

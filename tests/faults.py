@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ import torch
 
 from megatron_export import calibration, cli, filing, formats, gather, loading, pulse, signals, staging, survey, verify
 from megatron_export.job import run as _run  # noqa: F401 - imported before the ranks are forked
+
+from .ranks import free_port
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults"])
@@ -145,9 +146,7 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
 
 def export_with(fault: Fault | None, folder: Path, *flags: object, world: int = 2) -> tuple[list[int], str, float]:
     """The exit status of every rank, negative if a signal ended it, what they said, and the seconds that it took."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log, started = folder / "said.log", time.monotonic()
     log.unlink(missing_ok=True)
     texts = tuple(map(str, flags))

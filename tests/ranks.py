@@ -6,9 +6,23 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+_tried = count()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to clients, and in a range of this test process's own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    while True:
+        port = 20_000 + 3_000 * worker + next(_tried) % 3_000
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("localhost", port))
+            return port
 
 
 class RankFailed(AssertionError):
@@ -30,9 +44,7 @@ class Ranks:
     def call(self, world: int, function: Callable, *args: Any, seconds: float = 120, **kwargs: Any) -> list[Any]:
         """What `function(*args, **kwargs)` returned on every rank, in rank order."""
         assert all(process.is_alive() for process, _ in self.workers), "a rank of an earlier test hangs or died"
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for _, pipe in self.workers[:world]:
             pipe.send((world, port, function, args, kwargs))
         results: dict[int, Any] = {}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_export.preview import previewed
 from megatron_export.shard import header_of
 
 from ..models import EXAMPLE, read_json
-from ..ranks import Ranks, command
+from ..ranks import Ranks, command, free_port
 
 MTP = {"num_nextn_predict_layers": 1}
 PLACES = [  # model, changes of its config, ranks, sizes
@@ -228,9 +227,7 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
     if form == "nvfp4":
         ones(tmp_path / "ones.safetensors", config)
         flags += ["--load-calibration", str(tmp_path / "ones.safetensors")]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
     more = alone | {"MASTER_PORT": port, "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
     line = [sys.executable, "-c", EXPORT, *flags, "--output", str(tmp_path / "out")]
