@@ -25,11 +25,10 @@ from .assets import Original
 from .contents import contents_of
 from .courier import Job
 from .errors import ExportError
-from .formats import Options
 from .gather import together
 from .journal import Checks
 from .plan import Plan
-from .prepare import Request, planned, surveyed
+from .prepare import planned, requested, surveyed
 from .publishing import Place
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
@@ -129,7 +128,6 @@ def export_hf_checkpoint_async(
     Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
     """
     started = time.monotonic()
-    options = {name: settings.pop(name) for name in list(settings) if name in Options.__dataclass_fields__}
     target = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:
@@ -142,7 +140,7 @@ def export_hf_checkpoint_async(
             )
 
     with topology.current(timeout) as here:
-        found = planned(here, model, Request(**settings, options=Options(**options)), check)
+        found = planned(here, model, requested(settings), check)
         work, identity = surveyed(here, found)
         place = Place(target, overwrite, False, sync, found.original, identity, provenance or {})
         memory = _Memory(target, work.plan, keep_memory) if here.first else None

@@ -25,6 +25,11 @@ class Contents:
     jsons: dict[str, dict]
 
     @property
+    def homes(self) -> dict[str, str]:
+        """Tensor -> its file."""
+        return {output.name: file for file, outputs in self.files.items() for output in outputs}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(output.nbytes for outputs in self.files.values() for output in outputs)

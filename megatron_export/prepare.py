@@ -49,6 +49,13 @@ class Request:
     merge_lora: bool = False
 
 
+def requested(settings: dict[str, Any], **more: Any) -> Request:
+    """The request that arguments of `export_hf_checkpoint` make."""
+    options = {name: value for name, value in settings.items() if name in Options.__dataclass_fields__}
+    rest = {name: value for name, value in settings.items() if name not in options}
+    return Request(**rest, options=Options(**options), **more)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan, and what it was made from: what was asked for, and what that means for a model that ModelOpt quantized."""

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from . import gather, topology
 from .errors import ExportError
 from .filing import BUCKET_BYTES
-from .formats import Options
 from .item import Output
-from .prepare import Planned, Request, planned, renewed, surveyed
+from .prepare import Planned, planned, renewed, requested, surveyed
 from .stream import Stream
 from .topology import SILENCE
 
@@ -26,11 +25,8 @@ def plan_hf_tensors(
     bucket_bytes  of encoded tensors that are made at a time; a larger parameter is made alone
     Collective: every rank calls it with the same arguments. `ExportError` on every rank when it cannot be done.
     """
-    options = {name: settings.pop(name) for name in list(settings) if name in Options.__dataclass_fields__}
-    calibration = settings.pop("calibration", None)
-    request = Request(**settings, options=Options(**options), bucket_bytes=bucket_bytes, calibration=calibration)
     with topology.current(timeout) as here:
-        return planned(here, model, request)
+        return planned(here, model, requested(settings, bucket_bytes=bucket_bytes))
 
 
 def iter_hf_tensors(

@@ -104,8 +104,8 @@ class CheckpointWriter:
         self.staging = staging
         self.sync = sync
         self.follow = follow
-        self.homes = {output.name: file for file, outputs in plan.files.items() for output in outputs}
-        self.slices = contents_of(plan).slices
+        contents = contents_of(plan)
+        self.homes, self.slices = contents.homes, contents.slices
         self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
         self.shards: dict[str, Shard] = {}
         self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
@@ -191,8 +191,8 @@ def complete(contents: Contents, staging: Staging, copies: list[Path]) -> None:
         for name, content in contents.jsons.items():
             write_json(staging.folder / name, content)
         if len(contents.files) > 1:
-            homes = {output.name: file for file, outputs in contents.files.items() for output in outputs}
-            write_json(staging.folder / INDEX, {"metadata": {"total_size": contents.nbytes}, "weight_map": homes})
+            said = {"metadata": {"total_size": contents.nbytes}, "weight_map": contents.homes}
+            write_json(staging.folder / INDEX, said)
 
 
 def write_json(path: Path, content: dict) -> None:
