@@ -18,6 +18,7 @@ import torch
 from megatron_export import calibration, cli, filing, formats, gather, loading, pulse, signals, staging, survey, verify
 from megatron_export.job import run as _run  # noqa: F401 - imported before the ranks are forked
 
+from .models import LENGTH
 from .ranks import free_port
 
 CONTEXT = get_context("forkserver")
@@ -142,6 +143,15 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
     with armed(fault, rank):
         status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
     os._exit(status)
+
+
+def flags_of(models: dict) -> tuple:
+    """An export at TP=2 into five files, but for where it goes."""
+    source = models["llama31"]
+    data = source.parent / "ids" / "calibration.safetensors"
+    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
+            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
+            "--timeout", 5)  # fmt: skip
 
 
 def export_with(fault: Fault | None, folder: Path, *flags: object, world: int = 2) -> tuple[list[int], str, float]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ..faults import AT_WRITER, POINTS, Fault, export_with
-from ..models import LENGTH, contents
+from ..faults import AT_WRITER, POINTS, Fault, export_with, flags_of
+from ..models import contents
 
 EVERYWHERE = [point for point in POINTS if point not in AT_WRITER]
 AT_A_TENSOR = ("last bucket", "send")  # where others have been said before
@@ -56,11 +56,7 @@ SLOW = [
 
 @pytest.fixture(scope="module")
 def flags(models: dict) -> tuple:
-    source = models["llama31"]
-    data = source.parent / "ids" / "calibration.safetensors"
-    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
-            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
-            "--timeout", 5)  # fmt: skip
+    return flags_of(models)
 
 
 @pytest.fixture(scope="module")

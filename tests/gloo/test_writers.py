@@ -11,8 +11,8 @@ from megatron_export.build import build_model
 from megatron_export.journal import kept
 from megatron_export.loading import load_hf_weights
 
-from ..faults import Fault, export_with
-from ..models import LENGTH, assert_same, contents, read_json, tensors
+from ..faults import Fault, export_with, flags_of
+from ..models import assert_same, contents, read_json, tensors
 from ..ranks import Ranks
 
 CASES = [  # model, format, ranks, sizes, nodes
@@ -72,11 +72,7 @@ def test_other_writers_write_the_same_files(
 
 @pytest.fixture(scope="module")
 def flags(models: dict) -> tuple:
-    source = models["llama31"]
-    data = source.parent / "ids" / "calibration.safetensors"
-    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
-            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
-            "--timeout", 5)  # fmt: skip
+    return flags_of(models)
 
 
 @pytest.mark.parametrize("fault", [Fault("kill", "last bucket", (1,)), Fault("raise", "last bucket", (0,)),
