@@ -2,7 +2,8 @@
 
 A file holds whole parameters, with all that is made of them: so a parameter has one writer, and its bytes travel once. Files
 are filled in order, and as evenly as they can be. A writer has `LANES` files that grow side by side: one is written, read back
-and hashed at the speed of one core, several at that of several. So there are as many files as lanes, if they are not small.
+and hashed at the speed of one core, several at that of several. So there are as many files as lanes, or a multiple of it, if
+they are not small: no file is left over that one core writes alone.
 """
 
 from collections import defaultdict
@@ -13,8 +14,8 @@ from .errors import ExportError
 from .item import Item, Output
 
 BUCKET_BYTES = 64 << 20
-LANES = 4
-SMALL_BYTES = 1_000_000_000
+LANES = 8
+SMALL_BYTES = 500_000_000
 MODES = ("rank0", "node", "all")
 
 
@@ -39,7 +40,7 @@ def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) 
     groups = [[*tensors.values()] for tensors in _groups(items)] + [[output] for output in copied]
     sizes = [sum(output.nbytes for output in group) for group in groups]
     files = _filled(sizes, max_bytes)
-    count = max(len(files), min(LANES, sum(sizes) // SMALL_BYTES))
+    count = min(-(-len(files) // LANES) * LANES, max(len(files), sum(sizes) // SMALL_BYTES))
     even = -(-sum(sizes) // count)
     while even < max_bytes:
         if len(found := _filled(sizes, even)) <= count:

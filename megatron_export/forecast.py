@@ -6,7 +6,7 @@ Bytes are exact. Memory is what is alive at once:
     bucket    while one is encoded and sent: what splitting and smoothing copy of it, its encoded pieces, the message of each
               item, the parcel of all, on its writer what the others sent, and still the parcel of the bucket before; what is
               gathered first travels before that
-    strips    16 bytes for each of the `STRIP_ELEMENTS` weights that are encoded at a time
+    strips    16 bytes for each of the weights that are encoded at a time (formats.form)
 
 On a GPU these are its memory, as `torch.cuda.max_memory_allocated` counts it. On the CPU they are the host's, which has also
 
@@ -27,7 +27,7 @@ from .ahead import AHEAD_BYTES
 from .ahead import THREADS as READERS
 from .conveyor import CHUNK as CONVEYED
 from .conveyor import SLOTS
-from .formats.form import STRIP_ELEMENTS
+from .formats.form import strip_elements
 from .item import Item, Output
 from .layout import QKV, Identity
 from .names import Source, is_expert, is_linear_weight
@@ -107,7 +107,7 @@ class Holding:
 
 def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Forecast:
     """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu."""
-    loads, holdings = _loads(plan, held), _holdings(plan, held, grid)
+    loads, holdings = _loads(plan, held, strip_elements(device)), _holdings(plan, held, grid)
     working = _working(plan, loads)
     own = BASE_BYTES[device] + PLAN_BYTES * len(plan.items) + _statistics(plan)
     files = Counter(plan.writers.values())
@@ -140,8 +140,8 @@ def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> 
     return tuple(totals)
 
 
-def _loads(plan: Plan, held: dict[str, Held]) -> list[dict[int, Load]]:
-    """Of every bucket, what it puts on each rank that takes part in it."""
+def _loads(plan: Plan, held: dict[str, Held], strip: int) -> list[dict[int, Load]]:
+    """Of every bucket, what it puts on each rank that takes part in it; `strip` weights are encoded at a time."""
     known: dict[tuple, tuple[Load, ...]] = {}
     loads = []
     for bucket in plan.buckets:
@@ -149,7 +149,7 @@ def _loads(plan: Plan, held: dict[str, Held]) -> list[dict[int, Load]]:
         for item in bucket.items:
             kind = _kind(item)
             if kind not in known:
-                known[kind] = tuple(_load(item, index) for index in range(len(item.ranks)))
+                known[kind] = tuple(_load(item, index, strip) for index in range(len(item.ranks)))
             alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
         found: dict[int, Load] = defaultdict(Load)
         for (ranks, kind), count in alike.items():
@@ -167,7 +167,7 @@ def _kind(item: Item) -> tuple:
     return (*shape, item.form, item.kv, item.gather_first, how)
 
 
-def _load(item: Item, index: int) -> Load:
+def _load(item: Item, index: int, strip: int) -> Load:
     """What shard `index` of an item puts on its rank."""
     raw, sent = _packed(item.raw_message(index)), _packed(item.message(index))
     whole = sum(part.nbytes for part in item.parts)
@@ -184,7 +184,7 @@ def _load(item: Item, index: int) -> Load:
         copied, splitting = whole, splitting + (whole if interleaved and not item.splits else 0)
     if item.form is None:
         return Load(arrived=arrived, copied=copied, splitting=splitting, sent=sent)
-    strips = 16 * min(largest, STRIP_ELEMENTS) + (sent if largest > STRIP_ELEMENTS else 0)
+    strips = 16 * min(largest, strip) + (sent if largest > strip else 0)
     return Load(0, arrived, copied, splitting, sent, strips, sent)
 
 

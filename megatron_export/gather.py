@@ -174,7 +174,8 @@ def parcel_to_first(here: Topology, item: Item, parts: dict[str, Piece]) -> Parc
     """The bfloat16 shards of an item, on their way to the first rank that holds it."""
     messages = {rank: item.raw_message(index) for index, rank in enumerate(item.ranks)}
     sizes = {rank: _size(message) for rank, message in messages.items()}
-    return _parcel(here, item.ranks[0], sizes, _pack(messages[here.rank], parts))
+    mine = messages[here.rank]
+    return _parcel(here, item.ranks[0], sizes, _packed(mine, [parts[output.name].data for output in mine]))
 
 
 def open_first(here: Topology, item: Item, parcel: Parcel) -> dict[str, Piece] | None:
@@ -191,15 +192,17 @@ def parcel_to_writer(here: Topology, bucket: Bucket, encoded: dict[str, dict[str
     `encoded` maps the canonical names of this rank's items to what it made of them.
     """
     sizes: dict[int, int] = {}
-    outgoing = []
+    message: list[Output] = []
+    tensors: list[Tensor] = []
     for item in bucket.items:
         for index, rank in enumerate(item.ranks):
-            if not (message := item.message(index)):
+            if not (theirs := item.message(index)):
                 continue
-            sizes[rank] = sizes.get(rank, 0) + _size(message)
+            sizes[rank] = sizes.get(rank, 0) + _size(theirs)
             if rank == here.rank:
-                outgoing.append(_pack(message, encoded[item.source.canonical]))
-    return _parcel(here, bucket.writer, sizes, torch.cat(outgoing) if outgoing else None)
+                message += theirs
+                tensors += (encoded[item.source.canonical][output.name].data for output in theirs)
+    return _parcel(here, bucket.writer, sizes, _packed(message, tensors) if message else None)
 
 
 def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Tensor]]:
@@ -263,13 +266,9 @@ def _size(message: Sequence[Output]) -> int:
     return sum(_padded(output.nbytes) for output in message)
 
 
-def _pack(message: tuple[Output, ...], pieces: dict[str, Piece]) -> Tensor:
-    """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype."""
-    return _packed(message, [pieces[output.name].data for output in message])
-
-
 def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
-    packed = torch.zeros(_size(message), dtype=torch.uint8, device=tensors[0].device)
+    """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype; nobody reads the padding."""
+    packed = torch.empty(_size(message), dtype=torch.uint8, device=tensors[0].device)
     offset = 0
     for output, data in zip(message, tensors, strict=True):
         assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), output

@@ -25,6 +25,7 @@ import torch
 
 from .contents import Contents
 from .errors import report
+from .filing import LANES
 from .fingerprint import joined_crc32
 from .item import Output
 from .journal import Checks
@@ -32,9 +33,9 @@ from .progress import Progress, quiet
 from .shard import header_of
 from .staging import Staging
 
-CHUNK = 16 << 20
-THREADS = 4  # files that are read and hashed at a time
-JUDGES = 6  # threads that read and judge their chunks
+CHUNK = 8 << 20
+THREADS = LANES  # files that are read and hashed at a time: all that grow
+JUDGES = 8  # threads that read and judge their chunks
 BUFFERS = 3  # chunks of each of them
 
 

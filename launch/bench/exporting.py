@@ -75,10 +75,15 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The flags of what is measured, and how often."""
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of a known model; default: 8b")
-    parser.add_argument("--hf-model", help="or those in this folder's config.json; its weights are not read")
+    add_model(parser)
     parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
     parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags of the model, of where it runs and where the rows go."""
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of a known model; default: 8b")
+    parser.add_argument("--hf-model", help="or those in this folder's config.json; its weights are not read")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, help="write the rows here too")
 
@@ -206,6 +211,7 @@ def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, devic
         writers=flags.writers,
     )
     reports = []
+    delete(out, beside)  # of a run that was stopped
     gpu, host = peaks_of(lambda: reports.append(run(sync=False)), device)
     first = os.environ["RANK"] == "0"
     held = held_from(out) if first and not flags.alone else {}
@@ -238,6 +244,7 @@ def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, devic
                 host=host,
             )
         )
+        rows[-1].tell()
     return rows
 
 

@@ -50,6 +50,13 @@ class Row:
     def seconds(self) -> float:
         return median(self.times)
 
+    def tell(self) -> None:
+        """Say on rank 0 what was found, as soon as it was: what follows may fail, or be stopped."""
+        if dist.get_rank() == 0:
+            saved = f", save_file {_each(self.saved)}" if self.saved else ""
+            what = f"{self.tool} {self.model} {self.layers} {self.format}{', fsync' if self.fsync else ''}"
+            print(f"{what}: {_each(self.times)}{saved}", flush=True)
+
     def cells(self) -> dict[str, str]:
         """Column -> what the table shows."""
         saved = median(self.saved) if self.saved else None
@@ -69,6 +76,10 @@ class Row:
             "GPU above the model": readable(self.gpu) if self.device != "cpu" else "",
             "host": readable(self.host),
         }
+
+
+def _each(seconds: Iterable[float]) -> str:
+    return f"{', '.join(f'{one:.2f}' for one in seconds)} s"
 
 
 def table(rows: Iterable[Row]) -> list[str]:
@@ -165,9 +176,10 @@ def save(held: Held, folder: Path, sync: bool) -> None:
         os.close(handle)
 
 
-def delete(folder: Path) -> None:
+def delete(*folders: Path) -> None:
     """On rank 0; what is still to be written of other files is written, so that no run pays for another's."""
     if dist.get_rank() == 0:
-        shutil.rmtree(folder)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
         os.sync()
     dist.barrier()

@@ -3,8 +3,9 @@
     launch/benchmark.py peer [--shape 8b | --hf-model DIR] [--formats fp8 nvfp4] [--json FILE]
 
 One process, TP=1, the same weights, nothing of calibration in the seconds: ours has statistics that are made up, ModelOpt has
-seen a few tokens. Neither side syncs what it wrote; each writes into a new folder. ModelOpt changes the model that it
-quantizes, so it comes second, and every format begins with a new one.
+seen a few tokens. Neither side syncs what it wrote; each writes into a new folder, and neither is warmed up: of three runs the
+median is none that compiled a kernel. ModelOpt changes the model that it quantizes, so it comes second, and every format begins
+with a new one.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_export.errors import ExportError
 
@@ -42,7 +44,7 @@ def peer(flags: argparse.Namespace) -> None:
     """Measure both on one model, format by format."""
     from megatron_export import topology
 
-    quantization, peers = _modelopt()
+    quantization, peers = modelopt()
     alone()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as temporary:
@@ -57,7 +59,7 @@ def peer(flags: argparse.Namespace) -> None:
         write_rows(flags.json, rows)
 
 
-def _modelopt() -> tuple[ModuleType, ModuleType]:
+def modelopt() -> tuple[ModuleType, ModuleType]:
     """ModelOpt's modules that quantize and export."""
     if find_spec("modelopt") is None:
         raise ExportError(
@@ -86,7 +88,7 @@ def _rows(
     out = flags.output.resolve() / "run"
     with topology.current() as here:
         device = here.device
-        model = _built(case.config, here)
+        model = built(case.config, here, TOKENS)
     statistics = made_up(case.told.plan)
     ours = partial(export_hf_checkpoint, model, out, hf_model=source, format=case.format, calibration=statistics)
     rows = [_row(flags, case, "megatron_export", partial(ours, sync=False), out, device)]
@@ -97,32 +99,39 @@ def _rows(
     return rows
 
 
-def _built(config: dict, here: Any) -> Any:
+def built(config: dict, here: Any, tokens: int) -> Any:
+    """A model for so many tokens, with weights made from their names."""
     from megatron_export import build
 
-    model = build.build_model(config, here, max_sequence_length=TOKENS)
+    model = build.build_model(config, here, max_sequence_length=tokens)
     fill(model, config, here)
     return model
 
 
 def _shown(model: Any) -> None:
-    """Run a few tokens through the model."""
-    device = next(model.parameters()).device
-    ids = torch.arange(TOKENS, device=device)[None]
-    model(ids, ids, torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=device).triu(1))
+    run_on(model, torch.arange(TOKENS)[None])
+
+
+def run_on(model: Any, ids: Tensor) -> None:
+    """Run token ids [batch, tokens] through the model."""
+    ids = ids.to(next(model.parameters()).device)
+    tokens = ids.shape[1]
+    places = torch.arange(tokens, device=ids.device).expand_as(ids)
+    model(ids, places, torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=ids.device).triu(1))
 
 
 def _row(
     flags: argparse.Namespace, case: Case, tool: str, work: Callable[[], object], out: Path, device: torch.device
 ) -> Row:
-    gpu, host = peaks_of(work, device)
+    times: list[float] = []
+    delete(out)  # of a run that was stopped
+    gpu, host = peaks_of(lambda: times.append(timed(work)), device)
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     delete(out)
-    times = []
-    for _ in range(flags.repeat):
+    for _ in range(flags.repeat - 1):
         times.append(timed(work))
         delete(out)
-    return Row(
+    row = Row(
         tool=tool,
         model=case.model,
         layers=case.config["num_hidden_layers"],
@@ -139,3 +148,5 @@ def _row(
         gpu=gpu,
         host=host,
     )
+    row.tell()
+    return row

@@ -15,7 +15,7 @@ from megatron_export import export_hf_checkpoint, topology
 from megatron_export.build import build_model
 from megatron_export.plan import assumed, make_plan
 
-from ..models import contents, read_json
+from ..models import EXAMPLE, contents, read_json
 from ..ranks import Ranks
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -123,7 +123,7 @@ def test_rows_that_were_not_written_by_json_are_refused(tmp_path: Path) -> None:
 
 PEER = {
     "quantization": """
-        FP8_DEFAULT_CFG = "fp8"
+        FP8_DEFAULT_CFG, INT4_AWQ_CFG = "fp8", "int4_awq"
         def quantize(model, config, forward_loop):
             forward_loop(model)
             model.quantized = config
@@ -140,19 +140,46 @@ PEER = {
 }
 
 
-def test_peer_measures_both_on_a_model_that_can_be_run(tmp_path: Path) -> None:
+def packages(folder: Path) -> Path:
     """With a package in ModelOpt's place that has just the calls that are made of it."""
     for name, code in PEER.items():
-        home = tmp_path / "packages" / "modelopt" / "torch" / name
+        home = folder / "modelopt" / "torch" / name
         home.mkdir(parents=True)
         (home / "__init__.py").write_text(dedent(code))
+    return folder
+
+
+def test_peer_measures_both_on_a_model_that_can_be_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run("peer", *SMALL, "--formats", "fp8", "--output", out, path=tmp_path / "packages")
+    done = run("peer", *SMALL, "--formats", "fp8", "--output", out, path=packages(tmp_path / "packages"))
     assert done.returncode == 0, done.stderr
     ours, theirs = rows_of(done.stdout)
     assert (ours["tool"], theirs["tool"], theirs["written"]) == ("megatron_export", "ModelOpt", "4.07 KB")
     assert float(ours["seconds"]) > 0
     assert list(out.iterdir()) == []
+
+
+def test_search_times_both_on_the_same_tokens(tmp_path: Path) -> None:
+    flags = ("--samples", 3, "--tokens", 8, "--batch", 2, "--device", "cpu", "--json", tmp_path / "rows.json")
+    done = run("search", "--hf-model", EXAMPLE, "--layers", 1, *flags, path=packages(tmp_path / "packages"))
+    assert done.returncode == 0, done.stderr
+    assert [row["tool"] for row in rows_of(done.stdout)] == ["megatron_export", "ModelOpt"]
+    found = read_json(tmp_path / "rows.json")
+    assert (found["samples"], found["layers"]) == (3, 1)
+    assert all(row["tokens/s"] * row["seconds"] == pytest.approx(24) for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(("--batch", 0), "at least 1"), (("--format", "nvfp4_awq", "--device", "cpu"), "on a GPU only. Add --alone")],
+)
+def test_search_refuses_what_cannot_be_measured(
+    shapes: ModuleType, capsys: pytest.CaptureFixture, flags: tuple, reason: str
+) -> None:
+    import benchmark
+
+    assert benchmark.main(["search", *map(str, flags)]) == 1
+    assert reason in capsys.readouterr().err
 
 
 def test_peer_says_what_to_install(
