@@ -33,6 +33,8 @@ class ExportConfig:
     config and tokenizer"""
     iteration: int | None = None
     """iteration of the Megatron checkpoint (default: its latest)"""
+    merge_lora: bool = False
+    """merge LoRA adapters that the Megatron checkpoint has into the weights"""
     format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
     """format of the linears' weights and activations"""
     kv_cache: Literal["none", "fp8", "nvfp4"] = "none"
@@ -129,6 +131,10 @@ class ExportConfig:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
             raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
+        if self.merge_lora and self.megatron_checkpoint is None:
+            raise ValueError(
+                "--merge-lora has no effect without --megatron-checkpoint: an HF model has no adapters in it"
+            )
 
     def _check_judging(self) -> None:
         judged = self.verify or self.report

@@ -84,6 +84,8 @@ def planned(
         files = of_folder(folder)
         config = without_mtp(config) if request.mtp == "drop" else config
         if isinstance(model, Checkpoint):
+            if request.merge_lora:
+                raise ExportError("merge_lora is a setting of the Checkpoint itself. Give it there, not to the export")
             held = model.held(here.sizes)
             shards: Mapping[str, Tensor] = CheckpointShards(model, held, here.rank, here.device)
         else:

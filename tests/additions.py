@@ -2,10 +2,14 @@
 (nvidia-modelopt 0.47, Megatron-Bridge's main branch of 2026), without their packages.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_export.model import linears_of
@@ -96,20 +100,32 @@ def smooth(name: str, module: nn.Module) -> Tensor:
 
 
 class _Half(nn.Module):
-    """One of the two linears of an adapter: all that is read of it is its weight."""
+    """One of the two linears of an adapter: all that is read of it is its weight, of which a rank has its part of axis `cut`."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, cut: int | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight, self.cut = nn.Parameter(weight.clone()), cut
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        axes = {} if self.cut is None else {"weight": self.cut}
+        return make_sharded_tensors_for_checkpoint({"weight": self.weight}, prefix, axes, sharded_offsets)
 
 
 class BridgeAdapter(nn.Module):
     """Megatron-Bridge's `ParallelLinearAdapter`."""
 
-    def __init__(self, first: Tensor, second: Tensor, dim: int, alpha: int) -> None:
+    def __init__(self, first: _Half, second: _Half, dim: int, alpha: int, gated: bool) -> None:
         super().__init__()
-        self.dim, self.alpha, self.activation = dim, alpha, nn.Identity()
-        self.linear_in, self.linear_out = _Half(first), _Half(second)
+        self.dim, self.alpha, self.gated, self.activation = dim, alpha, gated, nn.Identity()
+        self.linear_in, self.linear_out = first, second
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Gate and up are told apart, as in the weight."""
+        found = self.linear_in.sharded_state_dict(f"{prefix}linear_in.", sharded_offsets, metadata)
+        out = self.linear_out.sharded_state_dict(f"{prefix}linear_out.", sharded_offsets, metadata)
+        return found | {
+            key: apply_swiglu_sharded_factory(one, sharded_offsets) if self.gated else one for key, one in out.items()
+        }
 
 
 class BridgeLoRA(nn.Module):
@@ -122,6 +138,10 @@ class BridgeLoRA(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As if the adapter were off: no test computes with it."""
         return self.to_wrap(*args, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        found = self.to_wrap.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return found | self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
 
 
 def factors(name: str, rows: int, columns: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -141,19 +161,49 @@ def adapt(model: nn.Module, style: str, dim: int = 8, alpha: int = 12) -> None:
         first, second = factors(name, *whole, dim)
         fused = _fused_rows(name, second, rank, size)
         if row_parallel:
-            first = first.chunk(size, dim=1)[rank]
-            second = second.chunk(size)[rank] if style == "bridge" else second
+            first = _Half(first.chunk(size, dim=1)[rank], 1)
+            second = _Half(second.chunk(size)[rank], 0) if style == "bridge" else _Half(second, None)
         else:
-            first = first.chunk(size)[rank] if style == "bridge" else first
-            second = fused
+            first = _Half(first.chunk(size)[rank], 0) if style == "bridge" else _Half(first, None)
+            second = _Half(fused, 0)
         if style == "bridge":
             owner, _, leaf = next(path for path, held in model.named_modules() if held is module).rpartition(".")
-            adapter = BridgeAdapter(first.clone(), second.clone(), dim, alpha)
+            adapter = BridgeAdapter(first, second, dim, alpha, leaf == "linear_fc1")
             setattr(model.get_submodule(owner), leaf, BridgeLoRA(module, adapter))
         else:
-            module.lora_a_default, module.lora_b_default = _Half(first.clone()), _Half(second.clone())
-            adapter = {"lora_a": module.lora_a_default, "lora_b": module.lora_b_default}
+            module.lora_a_default, module.lora_b_default = first, second
+            adapter = {"lora_a": first, "lora_b": second}
             module._lora_adapters = {"default": adapter | {"rank": dim, "scale": alpha / dim, "enable": True}}
+            module.sharded_state_dict = partial(_with_adapter, module)
+    if style == "modelopt":
+        model.config.hetereogenous_dist_checkpoint = True  # as ModelOpt spells it, too
+
+
+def _with_adapter(
+    module: nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> dict:
+    """A linear of ModelOpt's, and its adapter, whose gates and ups are not told apart."""
+    found = type(module).sharded_state_dict(module, prefix, sharded_offsets, metadata)
+    for name in ("lora_a_default", "lora_b_default"):
+        found |= getattr(module, name).sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+    return found
+
+
+def describe_adapters(folder: Path, style: str, dim: int = 8, alpha: int = 12) -> None:
+    """Write into the folder of an iteration what those libraries say of the adapters that `adapt` made."""
+    if style == "bridge":
+        run = f"model:\n  num_layers: 4\npeft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  alpha: {alpha}\n  dim: {dim}\n"
+        (folder / "run_config.yaml").write_text(run)
+        return
+    init = {"lora_a_init": "torch.nn.init.kaiming_uniform_", "lora_b_init": "torch.nn.init.zeros_"}
+    patterns = {
+        "*": {"enable": True, "rank": dim, "scale": alpha / dim} | init,
+        "*output_layer*": {"enable": False, "rank": 64, "scale": 1.0} | init,
+    }
+    config = {"adapter_name": "default", "adapter_cfg": patterns, "adapter_type": "lora"}
+    state = {"modelopt_state_dict": [("peft", {"config": config, "metadata": {}})], "modelopt_version": "0.47.0"}
+    (folder / "modelopt_state").mkdir()
+    torch.save(state, folder / "modelopt_state" / "common.pt")
 
 
 def _fused_rows(name: str, second: Tensor, rank: int, size: int) -> Tensor:
