@@ -7,7 +7,9 @@ Its tensors are whole, whatever parallelism wrote them: each rank reads the rows
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from .names import Source, canonical, is_mtp, parameters_of, shape_of, without_a
 from .piece import Axis
 from .plan import Held, assumed
 from .stored import Storage
-from .stored_additions import StoredAdapter, adapters_in
+from .stored_additions import StoredAdapter, adapters_in, quantizers_in
 from .untrusted import shown
 
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
@@ -75,10 +77,32 @@ class Checkpoint:
     def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
         """Shard number `index` of `count` of a parameter, read from disk, in the dtype there; rows that are not there are 0."""
         shard = self._read(self._homes[source.canonical], source, shape, index, count)
-        adapters = self._adapters.get(source.canonical)
-        return (
-            merged(shard, [self._adapter(one, source, shape, index, count) for one in adapters]) if adapters else shard
-        )
+        adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
+        return merged(shard, adapters) if adapters else shard
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has LoRA adapters, which are merged into the weights that are read."""
+        return bool(self._adapters)
+
+    @cached_property
+    def quantizers(self) -> dict[str, dict[str, Any]]:
+        """ModelOpt's, as quantizers.py wants them; amaxes of blocks as where they lie."""
+        return quantizers_in(self.storage, self._full, len(self._experts))
+
+    def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
+        """The shards of a weight, as the ranks that saved it had them, and the amaxes that each had of its blocks."""
+        source, chunks = self.sources[name], sorted(amax.tensor.at(amax.lead), key=lambda chunk: chunk.offsets)
+        axis = 1 if source.cut is Axis.IN else 0
+        if source.shape[axis] % len(chunks):
+            raise ExportError(f"{self.folder}: the amaxes of {name} are in {len(chunks)} parts, which do not divide it")
+        shape = tuple(size // len(chunks) if at == axis else size for at, size in enumerate(source.shape))
+        for index, chunk in enumerate(chunks):
+            own = zip(chunk.offsets, chunk.sizes, strict=True)
+            where = tuple(slice(start, start + size) for start, size in own)[len(amax.lead) :]
+            part = torch.empty([cut.stop - cut.start for cut in where], dtype=amax.tensor.dtype)
+            self.storage.read(amax.tensor, amax.lead, where, part)
+            yield self.shard(source, shape, index, len(chunks)), part
 
     def _adapter(self, one: StoredAdapter, source: Source, shape: tuple[int, ...], index: int, count: int) -> Adapter:
         """What a shard of a weight needs of an adapter."""
@@ -92,17 +116,17 @@ class Checkpoint:
         )
 
     def _read(self, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
-        columns = slice(0, source.shape[1]) if len(source.shape) > 1 else None
+        columns = tuple(slice(0, size) for size in source.shape[1:])
         size = sum(one.shape[0] for one in homes)
         cuts = (slice(0, size),)
         if source.cut is Axis.IN:
-            columns = even_cut(source.shape[1], index, count)
+            columns = (even_cut(source.shape[1], index, count),)
         elif source.cut and not (source.either and shape == source.shape):
             cuts = source.layout.rows(size, index, count, shape[0])
         shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
         for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
             after = at + rows.stop - rows.start
-            self.storage.read(one.tensor, one.lead, rows, columns, shard[at:after])
+            self.storage.read(one.tensor, one.lead, (rows, *columns), shard[at:after])
             at = after
         shard[at:] = 0
         return shard
@@ -112,7 +136,7 @@ class Checkpoint:
         found: dict[str, dict[str, Home]] = {}
         strange, twice = [], []
         for key, tensor in self.storage.tensors.items():
-            if "_extra_state" in key or (without_additions(key) is None and "_quantizer." not in key):
+            if "_extra_state" in key or without_additions(key) is None:
                 continue
             whole, part = part_of(key)
             for name, lead in entries(whole, tensor.shape):
@@ -174,8 +198,8 @@ class Checkpoint:
         """What is wrong with the shapes of adapters."""
         problems = []
         for name, adapters in self._adapters.items():
-            if name not in self._homes:
-                problems.append(f"there is a LoRA adapter of {name}, which is no parameter of this model")
+            if name not in self._homes or len(self.sources[name].shape) != 2:
+                problems.append(f"there is a LoRA adapter of {name}, which is no matrix of this model")
                 continue
             rows = sum(one.shape[0] for one in self._homes[name])
             for one in adapters:

@@ -35,10 +35,10 @@ class ExportConfig:
     """iteration of the Megatron checkpoint (default: its latest)"""
     merge_lora: bool = False
     """merge LoRA adapters that the Megatron checkpoint has into the weights"""
-    format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
-    """format of the linears' weights and activations"""
-    kv_cache: Literal["none", "fp8", "nvfp4"] = "none"
-    """format of the KV cache"""
+    format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] | None = None
+    """format of the linears' weights and activations (default: that of ModelOpt's quantizers in a Megatron checkpoint, else fp8)"""
+    kv_cache: Literal["none", "fp8", "nvfp4"] | None = None
+    """format of the KV cache (default: that of ModelOpt's quantizers in a Megatron checkpoint, else none)"""
     group_size: Literal[128, 64] = 128
     """inputs that share a scale, for int4_awq and w4a8_awq"""
     fp8_pb_spelling: Literal["native", "modelopt"] = "native"
@@ -118,7 +118,7 @@ class ExportConfig:
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
         self._check_judging()
-        needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache == "none")
+        needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache in ("none", None))
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
                 f"--format {self.format} needs no calibration: --calib-data and --load-calibration have no effect"

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import assets, calibration_data, statistics
+from .asked import Asked
 from .checking import refusals
 from .checkpoint import Checkpoint
 from .config import ExportConfig
@@ -35,8 +36,12 @@ def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
     return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", **settings)
 
 
-def check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
+def check(config: ExportConfig, plan: Plan, folder: Path, here: Topology, asked: Asked) -> None:
     """Raise where the plan, or where it is to be written, is refused."""
+    if asked.inherited and (config.save_calibration or config.calib_data):
+        raise ExportError(
+            "--save-calibration and --calib-data have no effect: ModelOpt's quantizers in the checkpoint have its statistics"
+        )
     if here.first:
         report(refusals(plan, config.target))
     if config.output and here.first:

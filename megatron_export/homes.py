@@ -49,11 +49,11 @@ def in_order(parts: dict[str, Home]) -> tuple[Home, ...]:
 
 
 def named(key: str, lead: tuple[int, ...]) -> str:
-    """The name that a model alone on its rank has for entry `lead` of the first axes of the tensor `key`."""
-    layers, rest = _ALIKE.match(key), list(lead)
+    """The name that a model alone on its rank has for entry `lead`, which may be longer, of the first axes of the tensor `key`."""
+    layers = _ALIKE.match(key)
     if layers:
-        key = f"{layers[0]}{rest.pop(0)}.{key[layers.end() :]}"
-    return _EXPERTS.sub(lambda found: f"mlp.experts.local_experts.{found[1] or rest[0]}.", key)
+        key, lead = f"{layers[0]}{lead[0]}.{key[layers.end() :]}", lead[1:]
+    return _EXPERTS.sub(lambda found: f"mlp.experts.local_experts.{found[1] or ''.join(map(str, lead[:1]))}.", key)
 
 
 def entries(

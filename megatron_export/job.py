@@ -22,12 +22,14 @@ from . import (
     statistics,
     topology,
 )
+from .asked import asked_by
 from .calibration import calibrate
 from .checkpoint import Checkpoint
 from .config import ExportConfig
 from .errors import report
 from .fingerprint import check_unchanged, of_folder
 from .gather import together
+from .inherited import told
 from .journal import kept_statistics
 from .measured import check_calibration
 from .names import architecture_of, copied_prefixes, mtp_prefixes, without_mtp
@@ -77,18 +79,19 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             build.check_divides(hf_config, here, config.pp_layout)
             folder = assets.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
             checkpoint = given.open_checkpoint(config, hf_config)
+            asked = told(checkpoint, hf_config, asked_by(config)) if checkpoint else asked_by(config).plain()
             copied = copied_tensors(folder, copied_prefixes(hf_config))
-            job.plan = planned(config, hf_config, copied, here.world, nodes)
-            given.check(config, job.plan, folder, here)
+            job.plan = planned(config, asked, hf_config, copied, here.world, nodes)
+            given.check(config, job.plan, folder, here, asked)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
-            kept = _kept(config) if here.first and known is None else None
+            kept = _kept(config) if here.first and known is None and not asked.inherited else None
         kept = gather.from_first(here, kept)
         with together(here, "check the calibration"):
             known = known or kept
             if known:
                 check_calibration(job.plan, known)
             samples = None
-            if not known and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
+            if not (known or asked.inherited) and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
                 samples = given.read_samples(config, hf_config, folder, example_model, here)
         if config.dry_run:
             return job
@@ -105,7 +108,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 known = calibrate(
                     model,
                     share,
-                    format=config.format,
+                    format=asked.format,
                     group_size=config.group_size,
                     awq_clip=config.awq_clip,
                     all_experts=config.calib_all_experts,

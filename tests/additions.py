@@ -3,6 +3,7 @@
 """
 
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Quantizer(nn.Module):
             "_use_constant_amax": False,
             "_enable_pre_quant_scale": True,
         }
-        for name, value in (default | said).items():
+        self.said = default | said
+        for name, value in self.said.items():
             setattr(self, name, value)
         for name, buffer in (("_amax", amax), ("_pre_quant_scale", vector)):
             if buffer is not None:
@@ -82,6 +84,62 @@ def quantize(
         attention.k_bmm_quantizer = Quantizer(cache, torch.tensor(3.0 + number))
         attention.v_bmm_quantizer = Quantizer(cache, torch.tensor(5.0 + number))
         attention.q_bmm_quantizer = Quantizer(OFF)
+
+
+def prepare_to_save(model: nn.Module, grouped: bool = False) -> None:
+    """Let a model with quantizers be saved as ModelOpt saves it, experts as if they were `grouped` in a module that says for all of
+    them how they round; amaxes are agreed before, as ModelOpt agrees on them.
+    """
+    model.config.hetereogenous_dist_checkpoint = True
+    group = parallel_state.get_tensor_model_parallel_group()
+    modules = linears_of(model) | {
+        f"attention.{number}": layer.self_attention.core_attention for number, layer in enumerate(model.decoder.layers)
+    }
+    for name, module in modules.items():
+        module.sharded_state_dict = partial(_with_quantizers, name, module)
+        module.get_extra_state = partial(_settings, module, grouped and ".experts." in name)
+        for key, buffer in module.named_buffers():
+            if key.endswith("._amax") and buffer.numel() == 1:
+                agreed = buffer.float()
+                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group)
+                buffer.copy_(agreed)
+
+
+def _settings(module: nn.Module, grouped: bool) -> Tensor:
+    """What ModelOpt keeps as a module's `_extra_state`."""
+    file, parts = BytesIO(), module.named_modules()
+    said = {name: part.said for name, part in parts if isinstance(part, Quantizer)}
+    if grouped:
+        weights = said.pop("weight_quantizer")
+        said |= {f"weight_quantizer.{number}": weights for number in range(2)}
+    torch.save({"modelopt_quantizer_state": said, "modelopt_q_tensor_state": None}, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _with_quantizers(
+    name: str, module: nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> dict:
+    """A linear's weight, and the buffers and settings of its quantizers; of attention, only these."""
+    axis = 1 if name.endswith(("linear_proj", "linear_fc2")) else 0
+    state: dict[str, Tensor] = {"_extra_state": module.get_extra_state()}
+    state |= dict(module.named_parameters(recurse=False))
+    axes = dict.fromkeys(state, axis)
+    for key, buffer in module.named_buffers():
+        if name.startswith("attention."):
+            state[key] = buffer
+        elif key.endswith("_pre_quant_scale"):
+            state[key] = buffer
+            axes |= {key: 0} if axis else {}
+        elif buffer.numel() == 1:
+            state[key] = buffer.view(1)
+        else:
+            state[key] = buffer.squeeze(1).squeeze(-1) if buffer.dim() == 4 else buffer.view(len(module.weight), -1)
+            axes[key] = axis
+    found = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+    for key, half in module.named_children():
+        if isinstance(half, _Half):
+            found |= half.sharded_state_dict(f"{prefix}{key}.", sharded_offsets, metadata)
+    return found
 
 
 def vector_of(name: str, size: int) -> Tensor:

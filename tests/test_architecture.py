@@ -14,12 +14,13 @@ signals fingerprint untrusted pulse layout journal hub
 names formats pickles engines
 item placement stored rounding finished lowrank
 policy smoothing filing claims described homes iteration
-plan stored_additions
+plan asked
 quant_config conveyor
 contents
 cpu assets staging statistics calibration_data emulation
-measured source topology model shard checkpoint perplexity quantizers
-writer
+measured source topology model shard perplexity quantizers
+writer stored_additions supposed
+checkpoint
 gather build contradictions verify sides additions
 loading filling survey manifest forecast stream checking likeness structure inherited adapters
 maxima search watching preview diagnosis differences

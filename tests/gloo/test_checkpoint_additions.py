@@ -1,4 +1,6 @@
-"""Checkpoints with LoRA adapters in them, by stand-ins with the keys of the real ones: the bytes of the merged live model."""
+"""Checkpoints with LoRA adapters or ModelOpt's quantizers in them, by stand-ins with the keys of the real ones: the bytes of the
+live model. `test_modelopt.py` has the real quantizers.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_export import calibrate, export_hf_checkpoint, save_calibration
 from megatron_export.names import parameters_of
 
-from ..additions import adapt, describe_adapters
+from ..additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, describe_adapters, prepare_to_save, quantize
 from ..models import assert_same, make_model, read_json, tensors
 from ..ranks import Ranks, command, living
 from ..saving import built, renamed, save
@@ -162,7 +164,7 @@ def without_weights_of_the_model(key: str) -> str:
             True,
             lambda key: key.replace("linear_qkv.adapter.", "core_attention.adapter."),
             "",
-            "there is a LoRA adapter of decoder.layers.0.self_attention.core_attention.weight, which is no parameter of this model",
+            "there is a LoRA adapter of decoder.layers.0.self_attention.core_attention.weight, which is no matrix of this model",
         ),
         (
             "bridge",
@@ -211,6 +213,34 @@ def test_adapters_that_cannot_be_merged_are_refused_by_every_rank(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"*linear_qkv": {"scale": 1.5}},
+        {"*": {"scale": 1.5}, "*linear_fc1": {"scale": 1.0}},
+        {"*": {"scale": 1.5}, "*layers.0.*": {"scale": 2.0}},
+        {"*": {"scale": "1.5"}},
+        {"*": {"scale": [1.5]}},
+        {"*": {"scale": float("nan")}},
+        {"*": {"scale": 10**400}},
+    ],
+    ids=str,
+)
+def test_scales_that_are_not_said_once_are_not_guessed(
+    patterns: dict, saved: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    """A pattern of ModelOpt's that names a layer means its number on a pipeline stage."""
+    shutil.copytree(saved["modelopt"] / "saved", tmp_path / "saved")
+    config = {"adapter_name": "default", "adapter_cfg": patterns}
+    state = {"modelopt_state_dict": [("peft", {"config": config})]}
+    torch.save(state, tmp_path / "saved" / "iter_0000007" / "modelopt_state" / "common.pt")
+    flags = ("--hf-model", saved["modelopt"] / "hf", "--megatron-checkpoint", tmp_path / "saved", "--merge-lora")
+    ((status, text),) = ranks.call(1, command, *flags, "--dry-run", "--device", "cpu")
+    assert status == 1
+    assert "modelopt_state does not say by how much the adapter of decoder.layers.0." in text
+
+
 def test_merging_is_refused_where_there_is_nothing_to_merge(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
     without = tmp_path / "saved"
     shutil.copytree(saved["bridge"] / "saved", without)
@@ -221,3 +251,151 @@ def test_merging_is_refused_where_there_is_nothing_to_merge(saved: dict, ranks: 
     assert "--merge-lora has no effect: " in text
     ((status, text),) = ranks.call(1, command, *flags)
     assert status == 2
+
+
+QUANTIZED: dict[str, tuple[str, dict, tuple, dict]] = {
+    "fp8": ("wide", {"tp": 2}, (FP8, FP8, FP8), {}),
+    "fp8 of equal layers": ("wide", {"tp": 2}, (FP8, FP8, FP8), {}),
+    "nvfp4": ("wide", {"tp": 2}, (NVFP4, NVFP4, NVFP4), {}),
+    "fp8_pb": ("wide", {"tp": 2}, (FP8_PB, OFF), {}),
+    "int4_awq": ("wide", {"tp": 2}, (INT4, OFF), {"smoothed": True}),
+    "w4a8_awq": ("wide", {"tp": 2}, (INT4, FP8), {"smoothed": True}),
+    "nvfp4_awq": ("wide", {"tp": 2}, (NVFP4, NVFP4), {"smoothed": True}),
+    "stale": ("wide", {"tp": 2}, (INT4, OFF), {"smoothed": True, "factor": 0.5}),
+    "experts": ("qwen3_moe", {"ep": 2}, (FP8, FP8), {}),
+    "grouped experts": ("qwen3_moe", {"ep": 2}, (FP8, FP8), {}),
+    "adapters": ("wide", {"tp": 2}, (FP8, FP8), {}),
+    "nonsense": ("wide", {"tp": 2}, (FP8, FP8 | {"_num_bits": "four"}), {}),
+}
+REFUSED = {"stale", "adapters", "nonsense"}
+
+
+def save_quantized(source: Path, folder: Path, case: str) -> None:
+    """In a rank: put quantizers into a model, export it, and save it."""
+    _, sizes, how, changes = QUANTIZED[case]
+    with built(source, sizes) as (model, config):
+        if case == "adapters":
+            adapt(model, "modelopt")
+        quantize(model, *how, **changes)
+        prepare_to_save(model, grouped=case == "grouped experts")
+        apart = "equal layers" not in case
+        model.config.hetereogenous_dist_checkpoint = apart
+        if case not in REFUSED:
+            export_hf_checkpoint(model, folder / "live", hf_model=source)
+        save(model, folder / "saved", config, metadata={"singleton_local_shards": apart})
+        if case == "adapters" and torch.distributed.get_rank() == 0:
+            describe_adapters(folder / "saved" / "iter_0000007", "modelopt")
+
+
+@pytest.fixture(scope="module")
+def quantized(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Case -> a folder with the checkpoint, the live model's export, and an HF folder without weights."""
+    folders, wide = {}, {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    for case, (name, *_) in QUANTIZED.items():
+        base = tmp_path_factory.mktemp("quantized")
+        source = make_model(base, "llama31", **wide) if name == "wide" else make_model(base, name)
+        living(pool).call(2, save_quantized, source, base, case)
+        without_weights(source, base / "hf")
+        folders[case] = base
+    return folders
+
+
+def test_the_stand_ins_have_the_keys_of_real_quantizers(quantized: dict) -> None:
+    expected: dict[str, dict] = {
+        "fp8": {
+            "decoder.layers.0.self_attention.linear_qkv.input_quantizer._amax": (1,),
+            "decoder.layers.0.self_attention.core_attention.k_bmm_quantizer._amax": (),
+            "decoder.layers.0.mlp.linear_fc1.weight_w": (512, 256),
+        },
+        "fp8 of equal layers": {"decoder.layers.mlp.linear_fc1.weight_quantizer._amax": (2, 1)},
+        "fp8_pb": {"decoder.layers.1.mlp.linear_fc1.weight_quantizer._amax": (8, 2)},
+        "w4a8_awq": {
+            "decoder.layers.0.mlp.linear_fc2.weight_quantizer.0._amax": (256, 4),
+            "decoder.layers.0.mlp.linear_fc2.input_quantizer._pre_quant_scale": (512,),
+        },
+        "experts": {"decoder.layers.0.mlp.experts.experts.3.linear_fc1.weight_quantizer._amax": (1,)},
+    }
+    for case, keys in expected.items():
+        found = FileSystemReader(quantized[case] / "saved" / "iter_0000007").read_metadata().state_dict_metadata
+        assert {key: tuple(found[key].size) for key in keys} == keys
+        assert any("linear_qkv._extra_state/shard_0" in key for key in found)
+
+
+def reading(folder: Path) -> tuple:
+    return ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("case", sorted(QUANTIZED.keys() - REFUSED))
+def test_a_quantized_checkpoint_says_itself_what_it_is_exported_to(
+    case: str, tp: int, quantized: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    said = export(ranks, tp, *reading(quantized[case]), "--tp", tp, "--output", tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), tensors(quantized[case] / "live"))
+    assert "load " not in said  # no model was built
+    configs = [read_json(place / "config.json") for place in (tmp_path / "out", quantized[case] / "live")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_dry_run_tells_what_the_quantizers_mean(quantized: dict, ranks: Ranks, tmp_path: Path) -> None:
+    dry = export(ranks, 1, *reading(quantized["nvfp4"]), "--dry-run").splitlines()
+    real = export(ranks, 1, *reading(quantized["nvfp4"]), "--output", tmp_path / "out").splitlines()
+    assert any("nvfp4, KV cache nvfp4" in line for line in dry)
+    assert {"format", "written"} <= {line.split("  ")[0] for line in real if line in dry}
+
+
+def without_settings(key: str) -> str:
+    return f"optimizer.{key}" if "_extra_state" in key else key
+
+
+@pytest.mark.parametrize("case", ["fp8", "nvfp4", "fp8_pb", "int4_awq", "w4a8_awq", "nvfp4_awq", "experts"])
+def test_settings_that_were_not_saved_are_those_of_the_format_that_the_buffers_fit(
+    case: str, quantized: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    shutil.copytree(quantized[case] / "saved", tmp_path / "saved")
+    renamed(tmp_path / "saved" / "iter_0000007", without_settings)
+    flags = (
+        "--hf-model",
+        quantized[case] / "hf",
+        "--megatron-checkpoint",
+        tmp_path / "saved",
+        "--output",
+        tmp_path / "out",
+    )
+    scalar = {"fp8": "fp8", "nvfp4": "nvfp4", "experts": "fp8"}.get(case)
+    if scalar:
+        ((status, text),) = ranks.call(1, command, *flags, "--device", "cpu")
+        assert status == 1
+        assert (
+            "round: it was saved without its _extra_state, and by their buffers they fit fp8 and nvfp4: say --format"
+            in text
+        )
+        flags += ("--format", scalar, *(("--kv-cache", scalar) if case != "experts" else ()))
+    export(ranks, 1, *flags)
+    assert_same(tensors(tmp_path / "out"), tensors(quantized[case] / "live"))
+
+
+@pytest.mark.parametrize(
+    ("case", "flags", "said"),
+    [
+        ("fp8", ("--format", "nvfp4"), "format is 'nvfp4', but ModelOpt quantized this model to 'fp8'"),
+        ("fp8", ("--kv-cache", "none"), "kv_cache is 'none', but ModelOpt quantized this model to 'fp8'"),
+        ("int4_awq", ("--exclude", "*.o_proj"), "exclude cannot undo what ModelOpt has smoothed"),
+        ("fp8", ("--save-calibration", "statistics.safetensors"), "--save-calibration and --calib-data have no effect"),
+        ("fp8", ("--load-calibration", "statistics.safetensors"), "leave calibration out, or disable the quantizers"),
+        ("stale", (), "such): its quantizer's amaxes are not those of its weight's blocks"),
+        (
+            "adapters",
+            ("--merge-lora",),
+            "has LoRA adapters and ModelOpt's quantizers, which were calibrated without them",
+        ),
+    ],
+)
+def test_contradictions_of_a_quantized_checkpoint_are_refused_by_every_rank(
+    case: str, flags: tuple, said: str, quantized: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    flags = (*reading(quantized[case]), *flags, "--tp", 2, "--device", "cpu", "--output", tmp_path / "out")
+    (status, text), (second, silence) = ranks.call(2, command, *flags)
+    assert (status, second, silence) == (1, 1, "")
+    assert said in text
+    assert not (tmp_path / "out").exists()
