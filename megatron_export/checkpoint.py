@@ -23,7 +23,7 @@ from .names import Source, canonical, is_mtp, parameters_of, shape_of, without_a
 from .piece import Axis
 from .plan import Held, assumed
 from .stored import Storage
-from .stored_additions import StoredAdapter, adapters_in, quantizers_in
+from .stored_additions import StoredAdapter, adapters_in, is_adapter, quantizers_in
 from .untrusted import shown
 
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
@@ -33,7 +33,8 @@ class Checkpoint:
     """One iteration, whose names, shapes and settings are those that config.json means; else `ExportError` says all that is not.
 
     `config` is config.json's dict, without layers that predict one more token if they are to be left out (`mtp_dropped`).
-    With `merge_lora`, weights are read with the LoRA adapters that the checkpoint has merged; without, it may have none.
+    With `merge_lora`, weights are read with the LoRA adapters that the checkpoint has merged, or those that are alone in the one
+    in `adapters`; without, there may be none.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Checkpoint:
         mtp_dropped: bool = False,
         pp_layout: str | None = None,
         merge_lora: bool = False,
+        adapters: Path | None = None,
     ) -> None:
         self.config, self.pp_layout = config, pp_layout
         self.sources = parameters_of(config)
@@ -51,13 +53,15 @@ class Checkpoint:
         self.storage = Storage(folder, passed_over)
         shape = shape_of(config)
         self._experts, self._numbers = range(shape.experts), self._layers()
-        self._adapters = adapters_in(self.storage, self._full, shape.experts)
+        self._beside = Storage(adapters, passed_over) if adapters else self.storage
+        self._adapters = adapters_in(self._beside, self._full, shape.experts)
         self._homes, problems = self._found()
-        self._check_adapters(merge_lora, alone=not self._homes)
-        report(contradictions_of(self.storage, config, mtp_dropped) + problems + self._misfits())
-        read = [one for homes in self._homes.values() for one in homes]
-        read += [one for some in self._adapters.values() for adapter in some for one in adapter.homes]
-        self.storage.check({id(one.tensor): one.tensor for one in read}.values())
+        self._check_adapters(merge_lora)
+        for storage in dict.fromkeys((self.storage, self._beside)):
+            problems = contradictions_of(storage, config, mtp_dropped) + problems
+        report(problems + self._misfits())
+        _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
+        _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
 
     @property
     def folder(self) -> Path:
@@ -67,7 +71,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes read so far."""
-        return self.storage.nbytes
+        return sum(storage.nbytes for storage in {self.storage, self._beside})
 
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
         """Where its parameters would live in a model on a topology of these sizes: those ranks read them."""
@@ -76,7 +80,7 @@ class Checkpoint:
 
     def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
         """Shard number `index` of `count` of a parameter, read from disk, in the dtype there; rows that are not there are 0."""
-        shard = self._read(self._homes[source.canonical], source, shape, index, count)
+        shard = _read(self.storage, self._homes[source.canonical], source, shape, index, count)
         adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
         return merged(shard, adapters) if adapters else shard
 
@@ -109,27 +113,11 @@ class Checkpoint:
         rows = replace(source, shape=(source.shape[0], one.rank), cut=source.cut if source.cut is Axis.OUT else None)
         columns = replace(source, shape=(one.rank, source.shape[1]), cut=source.cut if source.cut is Axis.IN else None)
         return Adapter(
-            self._read(one.first, columns, (one.rank, shape[1]), index, count),
-            self._read(one.second, rows, (shape[0], one.rank), index, count),
+            _read(self._beside, one.first, columns, (one.rank, shape[1]), index, count),
+            _read(self._beside, one.second, rows, (shape[0], one.rank), index, count),
             one.rank,
             one.scale,
         )
-
-    def _read(self, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
-        columns = tuple(slice(0, size) for size in source.shape[1:])
-        size = sum(one.shape[0] for one in homes)
-        cuts = (slice(0, size),)
-        if source.cut is Axis.IN:
-            columns = (even_cut(source.shape[1], index, count),)
-        elif source.cut and not (source.either and shape == source.shape):
-            cuts = source.layout.rows(size, index, count, shape[0])
-        shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
-        for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
-            after = at + rows.stop - rows.start
-            self.storage.read(one.tensor, one.lead, (rows, *columns), shard[at:after])
-            at = after
-        shard[at:] = 0
-        return shard
 
     def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
         """Where every parameter lies, and what is wrong with the names and shapes."""
@@ -175,20 +163,31 @@ class Checkpoint:
             "mtp": [shape.layers + layer for layer in range(shape.mtp)],
         }
 
-    def _check_adapters(self, merge: bool, alone: bool) -> None:
-        """Raise unless there are adapters just where they are to be merged, and weights beside them."""
-        some = [one for adapters in self._adapters.values() for one in adapters]
-        if merge and not some:
-            raise ExportError(f"--merge-lora has no effect: {self.folder} has no LoRA adapters. Leave it out")
+    def _check_adapters(self, merge: bool) -> None:
+        """Raise unless there are adapters just where they are to be merged, and weights beside them, but not twice."""
+        folder, some = self._beside.folder, [one for adapters in self._adapters.values() for one in adapters]
+        apart = self._beside is not self.storage
         if not some:
+            if merge or apart:
+                flag = "--lora-checkpoint" if apart else "--merge-lora"
+                raise ExportError(f"{flag} has no effect: {folder} has no LoRA adapters. Leave it out")
             return
         said = f"LoRA adapters ({shown(some[0].first[0].tensor.key)[1:-1]}, {len(some)} in all)"
-        if alone:
+        if not self._homes:
             raise ExportError(
-                f"{self.folder} has {said} and no weights, which are in the checkpoint that was trained further. Merge the two "
-                "first, with Megatron-Bridge's examples/peft/merge_lora.py, and give the checkpoint that it saves"
+                f"{self.folder} has {said} and no weights, which are in the checkpoint that was trained further. Give that one as "
+                "--megatron-checkpoint, and this one as --lora-checkpoint"
             )
-        if not merge:
+        if apart and (weights := [key for key in self._beside.tensors if without_additions(key) is not None]):
+            raise ExportError(
+                f"{folder} has weights beside its adapters ({shown(weights[0])[1:-1]}). Give it as --megatron-checkpoint, with "
+                "--merge-lora"
+            )
+        if apart and any(is_adapter(key) for key in self.storage.tensors):
+            raise ExportError(
+                f"{self.folder} has LoRA adapters of its own. Give the checkpoint that those in {folder} were trained on"
+            )
+        if not merge and not apart:
             raise ExportError(
                 f"{self.folder} has {said}, which an exported checkpoint has no place for. Merge them into the weights with "
                 "--merge-lora"
@@ -223,6 +222,30 @@ class CheckpointShards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.held)
+
+
+def _read(
+    storage: Storage, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int
+) -> Tensor:
+    """Shard number `index` of `count` of a matrix or vector that lies there, and is cut as `source` is."""
+    columns = tuple(slice(0, size) for size in source.shape[1:])
+    size = sum(one.shape[0] for one in homes)
+    cuts = (slice(0, size),)
+    if source.cut is Axis.IN:
+        columns = (even_cut(source.shape[1], index, count),)
+    elif source.cut and not (source.either and shape == source.shape):
+        cuts = source.layout.rows(size, index, count, shape[0])
+    shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
+    for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
+        after = at + rows.stop - rows.start
+        storage.read(one.tensor, one.lead, (rows, *columns), shard[at:after])
+        at = after
+    shard[at:] = 0
+    return shard
+
+
+def _check_tensors(storage: Storage, homes: Iterable[Home]) -> None:
+    storage.check({id(one.tensor): one.tensor for one in homes}.values())
 
 
 def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], folder: Path) -> list[str]:

@@ -35,6 +35,9 @@ class ExportConfig:
     """iteration of the Megatron checkpoint (default: its latest)"""
     merge_lora: bool = False
     """merge LoRA adapters that the Megatron checkpoint has into the weights"""
+    lora_checkpoint: Path | None = None
+    """checkpoint with LoRA adapters alone, as Megatron-Bridge saves them, to merge into the weights of --megatron-checkpoint: the
+    latest iteration, or the iter_* folder that is given"""
     format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] | None = None
     """format of the linears' weights and activations (default: that of ModelOpt's quantizers in a Megatron checkpoint, else fp8)"""
     kv_cache: Literal["none", "fp8", "nvfp4"] | None = None
@@ -131,10 +134,11 @@ class ExportConfig:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
             raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
-        if self.merge_lora and self.megatron_checkpoint is None:
-            raise ValueError(
-                "--merge-lora has no effect without --megatron-checkpoint: an HF model has no adapters in it"
-            )
+        for flag, given in (("--merge-lora", self.merge_lora), ("--lora-checkpoint", self.lora_checkpoint)):
+            if given and self.megatron_checkpoint is None:
+                raise ValueError(
+                    f"{flag} has no effect without --megatron-checkpoint, which has the weights to merge with"
+                )
 
     def _check_judging(self) -> None:
         judged = self.verify or self.report

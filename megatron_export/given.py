@@ -32,7 +32,8 @@ def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
     if config.megatron_checkpoint is None:
         return None
     folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
-    settings = {"pp_layout": config.pp_layout, "merge_lora": config.merge_lora}
+    adapters = find_iteration(config.lora_checkpoint.resolve(), None) if config.lora_checkpoint else None
+    settings = {"pp_layout": config.pp_layout, "merge_lora": config.merge_lora, "adapters": adapters}
     return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", **settings)
 
 
@@ -46,7 +47,8 @@ def check(config: ExportConfig, plan: Plan, folder: Path, here: Topology, asked:
         report(refusals(plan, config.target))
     if config.output and here.first:
         check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
-        inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration, config.megatron_checkpoint)
+        inputs = [folder, Path.cwd(), config.calib_data, config.load_calibration]
+        inputs += [config.megatron_checkpoint, config.lora_checkpoint]
         check_apart(config.output, *(path for path in inputs if path))
     if config.save_calibration and here.first:
         _check_save(config.save_calibration.resolve(), config.output)
@@ -111,4 +113,5 @@ def provenance(config: ExportConfig, folder: Path) -> dict:
     trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
     trained |= {"iteration": config.iteration} if config.iteration is not None else {}
     trained |= {"merge_lora": True} if config.merge_lora else {}
+    trained |= {"lora_checkpoint": str(config.lora_checkpoint)} if config.lora_checkpoint else {}
     return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}

@@ -51,6 +51,11 @@ class StoredAdapter:
         return second, first
 
 
+def is_adapter(key: str) -> bool:
+    """Whether a key is that of a part of an adapter."""
+    return without_additions(key) is None and "_quantizer." not in key
+
+
 def adapters_in(storage: Storage, canonical: Callable[[str], str], experts: int) -> dict[str, list[StoredAdapter]]:
     """Canonical weight -> its LoRA adapters, Megatron-Bridge's or ModelOpt's, in a model with so many experts in a layer.
 
@@ -59,7 +64,7 @@ def adapters_in(storage: Storage, canonical: Callable[[str], str], experts: int)
     """
     found: dict[tuple[str, str], dict[str, dict[str, Home]]] = {}
     for key, tensor in storage.tensors.items():
-        if without_additions(key) is not None or "_quantizer." in key:
+        if not is_adapter(key):
             continue
         whole, part = part_of(key)
         match = _BRIDGE.fullmatch(whole) or _MODELOPT.fullmatch(whole)

@@ -143,7 +143,7 @@ def without_weights_of_the_model(key: str) -> str:
             False,
             without_weights_of_the_model,
             "",
-            "Merge the two first, with Megatron-Bridge's examples/peft",
+            "--megatron-checkpoint, and this one as --lora-checkpoint",
         ),
         (
             "bridge",
@@ -241,10 +241,57 @@ def test_scales_that_are_not_said_once_are_not_guessed(
     assert "modelopt_state does not say by how much the adapter of decoder.layers.0." in text
 
 
+@pytest.fixture
+def halves(saved: dict, tmp_path: Path) -> tuple[Path, Path]:
+    """The checkpoint of "bridge" without its adapters, and one of nothing else."""
+    for name, keep in (("base", without_adapters), ("adapters", without_weights_of_the_model)):
+        shutil.copytree(saved["bridge"] / "saved", tmp_path / name)
+        renamed(tmp_path / name / "iter_0000007", keep)
+    (tmp_path / "base" / "iter_0000007" / "run_config.yaml").unlink()
+    return tmp_path / "base", tmp_path / "adapters"
+
+
+def without_adapters(key: str) -> str:
+    return f"optimizer.{key}" if ".adapter." in key else key
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_adapters_alone_are_merged_into_the_checkpoint_that_they_were_trained_on(
+    tp: int, saved: dict, halves: tuple, ranks: Ranks, tmp_path: Path
+) -> None:
+    base, adapters = halves
+    flags = ("--hf-model", saved["bridge"] / "hf", "--megatron-checkpoint", base, "--lora-checkpoint", adapters)
+    export(ranks, tp, *flags, "--format", "bf16", "--tp", tp, "--output", tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), tensors(saved["bridge"] / "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("base", "adapters", "said"),
+    [
+        ("base", "base", "--lora-checkpoint has no effect: "),
+        (
+            "base",
+            "saved",
+            "has weights beside its adapters (embedding.word_embeddings.weight). Give it as --megatron-checkpoint",
+        ),
+        ("saved", "adapters", "has LoRA adapters of its own. Give the checkpoint that those in"),
+        ("adapters", "adapters", "and no weights, which are in the checkpoint that was trained further"),
+    ],
+)
+def test_adapters_and_weights_that_do_not_belong_together_are_refused(
+    base: str, adapters: str, said: str, saved: dict, halves: tuple, ranks: Ranks, tmp_path: Path
+) -> None:
+    places = {"saved": saved["bridge"] / "saved", "base": halves[0], "adapters": halves[1]}
+    flags = ("--megatron-checkpoint", places[base], "--lora-checkpoint", places[adapters], "--dry-run")
+    ((status, text),) = ranks.call(1, command, "--hf-model", saved["bridge"] / "hf", *flags, "--device", "cpu")
+    assert status == 1
+    assert said in text
+
+
 def test_merging_is_refused_where_there_is_nothing_to_merge(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
     without = tmp_path / "saved"
     shutil.copytree(saved["bridge"] / "saved", without)
-    renamed(without / "iter_0000007", lambda key: f"optimizer.{key}" if ".adapter." in key else key)
+    renamed(without / "iter_0000007", without_adapters)
     flags = ("--hf-model", saved["bridge"] / "hf", "--merge-lora", "--dry-run", "--device", "cpu")
     ((status, text),) = ranks.call(1, command, *flags, "--megatron-checkpoint", without)
     assert status == 1
