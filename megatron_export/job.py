@@ -44,12 +44,13 @@ from .topology import Topology
 
 @dataclass
 class Job:
-    """What has been settled and done so far; `report` is None after a dry run, `tokens` maps the experts of each layer to
-    how many calibration tokens each was given; `verdict` has the rows of the judgement, where one was asked for, and of what
-    followed.
+    """What has been settled and done so far, such as whether calibration data is run; `report` is None after a dry run, `tokens`
+    maps the experts of each layer to how many calibration tokens each was given; `verdict` has the rows of the judgement, where
+    one was asked for, and of what followed.
     """
 
     plan: Plan | None = None
+    calibrates: bool = False
     report: Report | None = None
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -93,6 +94,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
             samples = None
             if not (known or asked.inherited) and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
                 samples = given.read_samples(config, hf_config, folder, example_model, here)
+        job.calibrates = samples is not None
         if config.dry_run:
             return job
         files = of_folder(folder)

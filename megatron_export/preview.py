@@ -74,7 +74,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
     plan = planned(config, asked_by(config).plain(), hf_config, copied, world)
     report(refusals(plan, config.target))
-    return _preview(config, plan, world, config.device or "cuda", remarks)
+    return _preview(config, plan, world, config.device or "cuda", remarks, bool(plan.form.calibrated or plan.kv))
 
 
 def planned(
@@ -103,9 +103,9 @@ def planned(
     )
 
 
-def preview_of(config: ExportConfig, plan: Plan, world: int, device: str) -> Preview:
-    """What a plan that was made for `config` takes on `world` ranks."""
-    return _preview(config, plan, world, device, ())
+def preview_of(config: ExportConfig, plan: Plan, world: int, device: str, calibrates: bool) -> Preview:
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
+    return _preview(config, plan, world, device, (), calibrates)
 
 
 def _preview(
@@ -114,13 +114,14 @@ def _preview(
     world: int | None,
     device: str,
     remarks: tuple[str, ...],
+    calibrates: bool,
 ) -> Preview:
     held = _held(config, plan.config, world)
     grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
     disk = (config.output or Path.cwd()).resolve()
     while not disk.is_dir():
         disk = disk.parent
-    if plan.form.calibrated or plan.kv:
+    if calibrates:
         remarks += ("a calibration run takes memory of its own, which is not counted here",)
     if device == "cpu":
         remarks += (
