@@ -1,19 +1,16 @@
-"""Shards with their LoRA adapters merged, made whenever they are asked for, so that no second copy of the model is held.
-
-The product is taken in float64 from whole factors: those of bfloat16 have products and sums of ranks that float64 holds
-without rounding, unless their sizes are more than 2^30 apart, so that every topology merges to the same bytes.
+"""Shards of a live model with its LoRA adapters merged, made whenever they are asked for, so that no second copy of the model
+is held.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from .additions import Adapter, adapters_of, is_quantized
+from .additions import adapters_of, is_quantized
 from .errors import ExportError, report
-from .formats.form import row_strips
 from .gather import everyone, together, whole
+from .lowrank import Adapter, merged, misfits
 from .names import is_expert
 from .topology import Topology
 
@@ -45,7 +42,8 @@ def adapted(
         for name in found
     }
     with together(here, "read the model's adapters"):
-        report([text for name, some in made.items() for one in some for text in _problems(name, shards[name], one)])
+        factors = [(name, one) for name, some in made.items() for one in some]
+        report([t for n, a in factors for t in misfits(n, shards[n].shape, a.rank, a.second.shape, a.first.shape)])
     return Merged(shards, made)
 
 
@@ -66,19 +64,6 @@ class Merged(Mapping[str, Tensor]):
         return len(self.shards)
 
 
-def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
-    """weight + the sum of scale * second @ first over its adapters, of a [out, in] weight or a shard of one, in its dtype."""
-    made = torch.empty_like(weight)
-    exact = {"device": weight.device, "dtype": torch.float64}
-    factors = [(adapter.scale, adapter.second.to(**exact), adapter.first.to(**exact)) for adapter in adapters]
-    for rows in row_strips(weight, 1):
-        total = weight[rows].double()
-        for scale, second, first in factors:
-            total += scale * (second[rows] @ first)
-        made[rows] = total.to(weight.dtype)
-    return made
-
-
 def _whole(here: Topology, name: str, adapter: Adapter, weight: Tensor) -> Adapter:
     """An adapter with what this rank's shard of the weight needs of it: all ranks, and as many rows as the shard. Collective."""
     cut = here.cut(is_expert(f"{name}."))
@@ -88,17 +73,6 @@ def _whole(here: Topology, name: str, adapter: Adapter, weight: Tensor) -> Adapt
     if second.shape[0] * cut.size == weight.shape[0]:
         second = whole(cut, second, 0)
     return replace(adapter, first=first, second=second)
-
-
-def _problems(name: str, weight: Tensor, adapter: Adapter) -> list[str]:
-    """What is wrong with the sizes of an adapter."""
-    fits = (weight.shape[0], adapter.rank), (adapter.rank, weight.shape[1])
-    sizes = tuple(adapter.second.shape), tuple(adapter.first.shape)
-    if sizes == fits:
-        return []
-    return [
-        f"the adapter of {name} is {sizes[0]} times {sizes[1]}, and a product of {fits[0]} and {fits[1]} was expected"
-    ]
 
 
 def _said(names: Iterable[str]) -> str:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ExportError
+from .lowrank import Adapter
 from .model import canonical_modules, chunks_of, local_experts_of
 from .names import is_expert
 
@@ -50,19 +51,6 @@ def _names(owner: str, kind: str, numbers: str, experts: list[int]) -> Iterator[
     first, *others = numbers.split(".")[1:] or [""]
     for expert in [experts[int(first)]] if first else experts:
         yield ".".join([layer, str(expert), linear, kind, *others])
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter of one linear as a rank holds it: `scale * second @ first` is added to its weight.
-
-    first   [rank, in], perhaps a shard of either; second  [out, rank], perhaps a shard of `out`
-    """
-
-    first: Tensor
-    second: Tensor
-    rank: int
-    scale: float
 
 
 def adapters_of(model: nn.Module | list[nn.Module]) -> dict[str, list[Adapter]]:

@@ -1,132 +1,67 @@
 """A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge, seen as parameters under canonical names: the only reader of
 Megatron checkpoints.
 
-Its tensors are whole, whatever parallelism wrote them: each rank reads the rows and columns of its own shards. Layers that
-are all alike share a tensor with an axis for them, `decoder.layers.mlp...`; else each has its own. So have experts, or their
-gate and up have one each.
+Its tensors are whole, whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import product
-from math import prod
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .claims import contradictions_of
 from .errors import ExportError, report
+from .homes import Home, entries, home, in_order, part_of, spans
 from .layout import even_cut
-from .names import MOST_PARAMETERS, Source, canonical, is_mtp, parameters_of, shape_of
+from .lowrank import Adapter, merged, misfits
+from .names import Source, canonical, is_mtp, parameters_of, shape_of, without_additions
 from .piece import Axis
 from .plan import Held, assumed
-from .stored import METADATA, Storage, Stored
-from .untrusted import inside, read_json, shown
+from .stored import Storage
+from .stored_additions import StoredAdapter, adapters_in, is_adapter, quantizers_in
+from .untrusted import shown
 
-_SETTINGS = "metadata.json"
-TRACKER = "latest_checkpointed_iteration.txt"
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-_ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
-_EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\.\w+?)(_[wv])?$")
-_KINDS = {
-    "fsdp_dtensor": "of Megatron-FSDP. Save it with --ckpt-format torch_dist, from a run without --use-megatron-fsdp",
-    "torch_dcp": "of FSDP. Save it with --ckpt-format torch_dist",
-    "zarr": "of an old Megatron-Core. Load it into the run that made it, and save it with --ckpt-format torch_dist",
-}
-
-
-def find_iteration(folder: Path, iteration: int | None) -> Path:
-    """The folder of one iteration: number `iteration` of a checkpoint, or its latest one, or `folder` where it is one."""
-    if not folder.is_dir():
-        raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
-    if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
-        if iteration is not None and folder.name != _name(iteration):
-            raise ExportError(f"{folder} is one iteration already, not number {iteration}. Leave out --iteration")
-        return _checked(folder)
-    there = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"iter_\d+|release", path.name))
-    choice = f"There are {', '.join(there)}" if there else "There is none"
-    if iteration is not None:
-        found = _name(iteration)
-    elif (folder / TRACKER).is_file():
-        with inside(folder, TRACKER).open("rb") as file:
-            said = file.read(100).decode(errors="replace").strip()
-        if said != "release" and not re.fullmatch(r"[0-9]{1,18}", said):
-            raise ExportError(
-                f"{folder / TRACKER} says {shown(said)}, no iteration. Choose one with --iteration. {choice}"
-            )
-        found = said if said == "release" else _name(int(said))
-    else:
-        raise ExportError(
-            f"{folder} has no {TRACKER}. Choose an iteration with --iteration, if one is complete. {choice}"
-        )
-    if not (folder / found).is_dir():
-        raise ExportError(f"{folder} has no {found}. {choice}")
-    return _checked(folder / found)
-
-
-def _name(iteration: int) -> str:
-    return f"iter_{iteration:07d}"
-
-
-def _legacy(folder: Path) -> bool:
-    return any(folder.glob("mp_rank_*"))
-
-
-def _checked(folder: Path) -> Path:
-    """The folder of an iteration, if it is of the kind that is read here."""
-    if _legacy(folder):
-        raise ExportError(
-            f"{folder} is a checkpoint of the old kind, a file for each rank (mp_rank_*), which only the run that made it can "
-            "read. Convert it there with Megatron-LM's --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
-        )
-    path = inside(folder, _SETTINGS)
-    if not path.is_file():
-        if (folder / METADATA).is_file():
-            raise ExportError(f"{folder} has no {_SETTINGS}: it is a checkpoint {_KINDS['fsdp_dtensor']}")
-        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither {_SETTINGS} nor {METADATA}")
-    try:
-        said = read_json(path)
-        kind = said.get("sharded_backend") if isinstance(said, dict) else None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not JSON ({error}). Copy the checkpoint again") from error
-    if kind in _KINDS:
-        raise ExportError(f"{folder} is a {kind} checkpoint {_KINDS[kind]}")
-    if kind != "torch_dist":
-        raise ExportError(f"{path}: sharded_backend is {shown(kind)}; only 'torch_dist' is read")
-    if not (folder / METADATA).is_file():
-        raise ExportError(
-            f"{folder} has no {METADATA}, which is written last: saving it was interrupted. Give another one"
-        )
-    return folder
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where some rows of a parameter lie: entry `lead` of a tensor's first axes."""
-
-    tensor: Stored
-    lead: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape[len(self.lead) :]
 
 
 class Checkpoint:
     """One iteration, whose names, shapes and settings are those that config.json means; else `ExportError` says all that is not.
 
     `config` is config.json's dict, without layers that predict one more token if they are to be left out (`mtp_dropped`).
+    With `merge_lora`, weights are read with the LoRA adapters that the checkpoint has merged, or those that are alone in the one
+    in `adapters`; without, there may be none.
     """
 
-    def __init__(self, folder: Path, config: dict, *, mtp_dropped: bool = False, pp_layout: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        *,
+        mtp_dropped: bool = False,
+        pp_layout: str | None = None,
+        merge_lora: bool = False,
+        adapters: Path | None = None,
+    ) -> None:
         self.config, self.pp_layout = config, pp_layout
         self.sources = parameters_of(config)
-        self.storage = Storage(folder, passed_over=_TRAINING)
-        self._homes, problems = self._found(mtp_dropped)
-        report(contradictions_of(self.storage, config, mtp_dropped) + problems)
-        self.storage.check({id(home.tensor): home.tensor for homes in self._homes.values() for home in homes}.values())
+        passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
+        self.storage = Storage(folder, passed_over)
+        shape = shape_of(config)
+        self._experts, self._numbers = range(shape.experts), self._layers()
+        self._beside = Storage(adapters, passed_over) if adapters else self.storage
+        self._adapters = adapters_in(self._beside, self._full, shape.experts)
+        self._homes, problems = self._found()
+        self._check_adapters(merge_lora)
+        for storage in dict.fromkeys((self.storage, self._beside)):
+            problems = contradictions_of(storage, config, mtp_dropped) + problems
+        report(problems + self._misfits())
+        _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
+        _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
 
     @property
     def folder(self) -> Path:
@@ -136,7 +71,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes read so far."""
-        return self.storage.nbytes
+        return sum(storage.nbytes for storage in {self.storage, self._beside})
 
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
         """Where its parameters would live in a model on a topology of these sizes: those ranks read them."""
@@ -144,43 +79,63 @@ class Checkpoint:
         return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, **rest)
 
     def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
-        """Shard number `index` of `count` of a parameter, read from disk, as it is stored; rows that are not there are 0."""
-        homes = self._homes[source.canonical]
-        columns = slice(0, source.shape[1]) if len(source.shape) > 1 else None
-        size = sum(home.shape[0] for home in homes)
-        cuts = (slice(0, size),)
-        if source.cut is Axis.IN:
-            columns = even_cut(source.shape[1], index, count)
-        elif source.cut and not (source.either and shape == source.shape):
-            cuts = source.layout.rows(size, index, count, shape[0])
-        shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
-        for home, rows in ((home, rows) for cut in cuts for home, rows in _rows(homes, cut)):
-            after = at + rows.stop - rows.start
-            self.storage.read(home.tensor, home.lead, rows, columns, shard[at:after])
-            at = after
-        shard[at:] = 0
-        return shard
+        """Shard number `index` of `count` of a parameter, read from disk, in the dtype there; rows that are not there are 0."""
+        shard = _read(self.storage, self._homes[source.canonical], source, shape, index, count)
+        adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
+        return merged(shard, adapters) if adapters else shard
 
-    def _found(self, mtp_dropped: bool) -> tuple[dict[str, tuple[_Home, ...]], list[str]]:
+    @property
+    def adapted(self) -> bool:
+        """Whether it has LoRA adapters, which are merged into the weights that are read."""
+        return bool(self._adapters)
+
+    @cached_property
+    def quantizers(self) -> dict[str, dict[str, Any]]:
+        """ModelOpt's, as quantizers.py wants them; amaxes of blocks as where they lie."""
+        return quantizers_in(self.storage, self._full, len(self._experts))
+
+    def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
+        """The shards of a weight, as the ranks that saved it had them, and the amaxes that each had of its blocks."""
+        source, chunks = self.sources[name], sorted(amax.tensor.at(amax.lead), key=lambda chunk: chunk.offsets)
+        axis = 1 if source.cut is Axis.IN else 0
+        if source.shape[axis] % len(chunks):
+            raise ExportError(f"{self.folder}: the amaxes of {name} are in {len(chunks)} parts, which do not divide it")
+        shape = tuple(size // len(chunks) if at == axis else size for at, size in enumerate(source.shape))
+        for index, chunk in enumerate(chunks):
+            own = zip(chunk.offsets, chunk.sizes, strict=True)
+            where = tuple(slice(start, start + size) for start, size in own)[len(amax.lead) :]
+            part = torch.empty([cut.stop - cut.start for cut in where], dtype=amax.tensor.dtype)
+            self.storage.read(amax.tensor, amax.lead, where, part)
+            yield self.shard(source, shape, index, len(chunks)), part
+
+    def _adapter(self, one: StoredAdapter, source: Source, shape: tuple[int, ...], index: int, count: int) -> Adapter:
+        """What a shard of a weight needs of an adapter."""
+        rows = replace(source, shape=(source.shape[0], one.rank), cut=source.cut if source.cut is Axis.OUT else None)
+        columns = replace(source, shape=(one.rank, source.shape[1]), cut=source.cut if source.cut is Axis.IN else None)
+        return Adapter(
+            _read(self._beside, one.first, columns, (one.rank, shape[1]), index, count),
+            _read(self._beside, one.second, rows, (shape[0], one.rank), index, count),
+            one.rank,
+            one.scale,
+        )
+
+    def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
         """Where every parameter lies, and what is wrong with the names and shapes."""
-        found: dict[str, dict[str, _Home]] = {}
+        found: dict[str, dict[str, Home]] = {}
         strange, twice = [], []
-        numbers, experts = self._numbers(), range(shape_of(self.config).experts)
         for key, tensor in self.storage.tensors.items():
-            if "_extra_state" in key or (mtp_dropped and key.startswith("mtp.")):
+            if "_extra_state" in key or without_additions(key) is None:
                 continue
-            for name, part, lead in _entries(key, tensor):
-                try:
-                    full = canonical(name, numbers, experts)
-                except IndexError:  # a layer or an expert that config.json does not mean
-                    full = name
+            whole, part = part_of(key)
+            for name, lead in entries(whole, tensor.shape):
+                full = self._full(name)
                 if full not in self.sources:
                     strange.append(name)
                 elif part in found.setdefault(full, {}):
                     twice.append(full)
                 else:
-                    found[full][part] = _Home(tensor, lead)
-        homes = {name: tuple(parts[part] for part in sorted(parts, reverse=True)) for name, parts in found.items()}
+                    found[full][part] = home(tensor, lead)
+        homes = {name: in_order(parts) for name, parts in found.items()}
         lacking = [name for name in self.sources if name not in homes]
         problems, folder = [], self.folder
         if any(is_mtp(name, self.config) for name in lacking):
@@ -192,7 +147,14 @@ class Checkpoint:
         problems += [f"{folder}: two tensors are both {name}" for name in _alike(twice)]
         return homes, problems + _misshapen(self.sources, homes, folder)
 
-    def _numbers(self) -> dict[str, list[int]]:
+    def _full(self, name: str) -> str:
+        """The canonical name of what a model alone on its rank calls so; the name itself where config.json means no such layer."""
+        try:
+            return canonical(name, self._numbers, self._experts)
+        except IndexError:
+            return name
+
+    def _layers(self) -> dict[str, list[int]]:
         """The numbers that layers have in config.json: of a `HybridModel`, two make one."""
         shape = shape_of(self.config)
         halves = 2 if "decoder.final_norm.weight" in self.storage.tensors else 1
@@ -200,6 +162,48 @@ class Checkpoint:
             "decoder": [layer // halves for layer in range(shape.layers * halves)],
             "mtp": [shape.layers + layer for layer in range(shape.mtp)],
         }
+
+    def _check_adapters(self, merge: bool) -> None:
+        """Raise unless there are adapters just where they are to be merged, and weights beside them, but not twice."""
+        folder, some = self._beside.folder, [one for adapters in self._adapters.values() for one in adapters]
+        apart = self._beside is not self.storage
+        if not some:
+            if merge or apart:
+                flag = "--lora-checkpoint" if apart else "--merge-lora"
+                raise ExportError(f"{flag} has no effect: {folder} has no LoRA adapters. Leave it out")
+            return
+        said = f"LoRA adapters ({shown(some[0].first[0].tensor.key)[1:-1]}, {len(some)} in all)"
+        if not self._homes:
+            raise ExportError(
+                f"{self.folder} has {said} and no weights, which are in the checkpoint that was trained further. Give that one as "
+                "--megatron-checkpoint, and this one as --lora-checkpoint"
+            )
+        if apart and (weights := [key for key in self._beside.tensors if without_additions(key) is not None]):
+            raise ExportError(
+                f"{folder} has weights beside its adapters ({shown(weights[0])[1:-1]}). Give it as --megatron-checkpoint, with "
+                "--merge-lora"
+            )
+        if apart and any(is_adapter(key) for key in self.storage.tensors):
+            raise ExportError(
+                f"{self.folder} has LoRA adapters of its own. Give the checkpoint that those in {folder} were trained on"
+            )
+        if not merge and not apart:
+            raise ExportError(
+                f"{self.folder} has {said}, which an exported checkpoint has no place for. Merge them into the weights with "
+                "--merge-lora"
+            )
+
+    def _misfits(self) -> list[str]:
+        """What is wrong with the shapes of adapters."""
+        problems = []
+        for name, adapters in self._adapters.items():
+            if name not in self._homes or len(self.sources[name].shape) != 2:
+                problems.append(f"there is a LoRA adapter of {name}, which is no matrix of this model")
+                continue
+            rows = sum(one.shape[0] for one in self._homes[name])
+            for one in adapters:
+                problems += misfits(name, (rows, self.sources[name].shape[1]), one.rank, *one.shapes)
+        return [f"{self.folder}: {problem}" for problem in problems]
 
 
 class CheckpointShards(Mapping[str, Tensor]):
@@ -220,36 +224,31 @@ class CheckpointShards(Mapping[str, Tensor]):
         return len(self.held)
 
 
-def _entries(key: str, tensor: Stored) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """What a tensor holds: the name that a model alone on its rank has for it, `_w` (gate) or `_v` (up) where it is a part of
-    it, and where in the tensor's first axes it is.
-    """
-    layers, experts = _ALIKE.match(key), _EXPERTS.search(key)
-    stacks = tensor.shape[: bool(layers) + bool(experts and experts[1] is None)]
-    if len(stacks) == len(tensor.shape) or prod(stacks) > MOST_PARAMETERS:  # nothing that a model has
-        yield key, "", ()
-        return
-    for lead in product(*map(range, stacks)):
-        name, number = key, experts and (experts[1] or lead[-1])
-        if layers:
-            name = f"{layers[0]}{lead[0]}.{key[layers.end() :]}"
-        if experts:
-            name = _EXPERTS.sub(f"mlp.experts.local_experts.{number}.{experts[2]}", name)
-        yield name, (experts and experts[3]) or "", lead
+def _read(
+    storage: Storage, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int
+) -> Tensor:
+    """Shard number `index` of `count` of a matrix or vector that lies there, and is cut as `source` is."""
+    columns = tuple(slice(0, size) for size in source.shape[1:])
+    size = sum(one.shape[0] for one in homes)
+    cuts = (slice(0, size),)
+    if source.cut is Axis.IN:
+        columns = (even_cut(source.shape[1], index, count),)
+    elif source.cut and not (source.either and shape == source.shape):
+        cuts = source.layout.rows(size, index, count, shape[0])
+    shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
+    for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
+        after = at + rows.stop - rows.start
+        storage.read(one.tensor, one.lead, (rows, *columns), shard[at:after])
+        at = after
+    shard[at:] = 0
+    return shard
 
 
-def _rows(homes: tuple[_Home, ...], cut: slice) -> Iterator[tuple[_Home, slice]]:
-    """Where the rows `cut` of a parameter lie."""
-    first = 0
-    for home in homes:
-        size = home.shape[0]
-        rows = slice(max(cut.start - first, 0), min(cut.stop - first, size))
-        if rows.start < rows.stop:
-            yield home, rows
-        first += size
+def _check_tensors(storage: Storage, homes: Iterable[Home]) -> None:
+    storage.check({id(one.tensor): one.tensor for one in homes}.values())
 
 
-def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[_Home, ...]], folder: Path) -> list[str]:
+def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], folder: Path) -> list[str]:
     problems = []
     for name, parts in homes.items():
         source = sources[name]

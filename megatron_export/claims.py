@@ -1,17 +1,20 @@
-"""What a Megatron checkpoint says of the model in it, where that is not what config.json means.
+"""What a Megatron checkpoint says of the model in it: where that is not what config.json means, and what was added to it.
 
 Megatron-LM keeps its arguments in `common.pt`, newer versions in an object among the tensors; Megatron-Bridge keeps its
-settings in `run_config.yaml`. They are only compared: config.json decides.
+settings in `run_config.yaml`. They are only compared: config.json decides. ModelOpt keeps what it did in a folder of its own,
+which is like a checkpoint without tensors.
 """
 
+from pathlib import Path
 from typing import Any
 
+from .errors import ExportError
 from .names import settings_of, shape_of, unscaled_rope_settings
 from .pickles import WAY_OUT, Inert, judged, read_saved
 from .stored import Storage
 from .untrusted import inside, shown
 
-COMMON, RUN_CONFIG = "common.pt", "run_config.yaml"
+COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
 COMMON_OBJECT = "common_state/"
 _MOST_YAML = 1 << 20
 _ARGUMENTS = {  # what Megatron-LM calls some fields of `TransformerConfig`
@@ -91,29 +94,49 @@ def _spelled(name: str, value: object, layers: int) -> object:
 def _sayings(storage: Storage) -> list[tuple[str, dict[str, Any]]]:
     """Who speaks, and what it says under the names of `TransformerConfig`."""
     found = [("the arguments", _of_arguments(arguments))] if (arguments := _arguments(storage)) else []
-    path = inside(storage.folder, RUN_CONFIG)
-    if path.is_file():
-        with judged(path), path.open("rb") as file:
-            found.append((f"the settings in {RUN_CONFIG}", _of_run(file.read(_MOST_YAML + 1))))
+    if run := run_of(storage.folder):
+        found.append((f"the settings in {RUN_CONFIG}", _of_run(storage.folder, run)))
     return found
 
 
 def _arguments(storage: Storage) -> dict[str, Any]:
     """Megatron-LM's arguments; {} where there are none."""
+    found = _common(
+        storage, f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
+    ).get("args")
+    found = found.state if isinstance(found, Inert) else found
+    return found if isinstance(found, dict) else {}
+
+
+def _common(storage: Storage, way_out: str) -> dict[str, Any]:
+    """What all ranks that saved a checkpoint knew; {} where that was not saved."""
     path = inside(storage.folder, COMMON)
     if path.is_file():
-        common = read_saved(
-            path, f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
-        )
+        common = read_saved(path, way_out)
     elif key := next((key for key in storage.objects if key.startswith(COMMON_OBJECT)), None):
         common = storage.object(key)
     else:
         return {}
     if isinstance(common, list) and common:  # which holds the dict of each rank, of which there is one
         common = common[0]
-    found = common.get("args") if isinstance(common, dict) else None
-    found = found.state if isinstance(found, Inert) else found
-    return found if isinstance(found, dict) else {}
+    return common if isinstance(common, dict) else {}
+
+
+def modes_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What ModelOpt did to the model in a checkpoint, in turn: what it calls that, and its settings; [] if it did nothing."""
+    place = folder / MODELOPT
+    if not place.is_dir():
+        return []
+    if place.is_symlink():
+        raise ExportError(f"{place} is a symbolic link, which is not followed. Give the checkpoint that it belongs to")
+    path = inside(place, COMMON)
+    common = read_saved(path, WAY_OUT) if path.is_file() else _common(Storage(place), WAY_OUT)
+    with judged(path):
+        modes = common.get("modelopt_state_dict") if isinstance(common, dict) else None
+        if not isinstance(modes, list) or not all(isinstance(mode, tuple) and len(mode) == 2 for mode in modes):
+            raise ValueError("it does not say what ModelOpt did")
+        settings = [(name, state.get("config") if isinstance(state, dict) else None) for name, state in modes]
+        return [(str(name), config if isinstance(config, dict) else {}) for name, config in settings]
 
 
 def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -127,22 +150,35 @@ def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _of_run(text: bytes) -> dict[str, Any]:
-    """The settings of the model in a run_config.yaml. Nothing that its tags name is made."""
+def run_of(folder: Path) -> dict[str, Any]:
+    """What run_config.yaml says of the run that saved a checkpoint; {} where there is none. Nothing that its tags name is made."""
+    path = inside(folder, RUN_CONFIG)
+    if not path.is_file():
+        return {}
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor(None, lambda loader, node: None)
-    if len(text) > _MOST_YAML:
-        raise ValueError(f"more than {_MOST_YAML:,} bytes")
-    try:
-        run = yaml.load(text, Loader)  # noqa: S506 - a safe one
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"not YAML: {type(error).__name__}") from error
-    model = run.get("model") if isinstance(run, dict) else None
-    if not isinstance(model, dict):
-        raise ValueError("it has no settings of a model")
+    with judged(path), path.open("rb") as file:
+        text = file.read(_MOST_YAML + 1)
+        if len(text) > _MOST_YAML:
+            raise ValueError(f"more than {_MOST_YAML:,} bytes")
+        try:
+            run = yaml.load(text, Loader)  # noqa: S506 - a safe one
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"not YAML: {type(error).__name__}") from error
+        if not isinstance(run, dict):
+            raise ValueError("it has no settings of a model")
+    return run
+
+
+def _of_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the model in a run_config.yaml."""
+    with judged(folder / RUN_CONFIG):
+        model = run.get("model")
+        if not isinstance(model, dict):
+            raise ValueError("it has no settings of a model")
     inner = (value for value in model.values() if isinstance(value, dict) and "num_layers" in value)
     return model | next(inner, {})

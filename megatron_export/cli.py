@@ -157,7 +157,7 @@ def _dry(config: ExportConfig, job: "Job") -> list[tuple[str, str]]:
     from .preview import preview_of, rows
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return rows(preview_of(config, job.plan, int(os.environ["WORLD_SIZE"]), device))
+    return rows(preview_of(config, job.plan, int(os.environ["WORLD_SIZE"]), device, job.calibrates))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -33,10 +33,15 @@ class ExportConfig:
     config and tokenizer"""
     iteration: int | None = None
     """iteration of the Megatron checkpoint (default: its latest)"""
-    format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] = "fp8"
-    """format of the linears' weights and activations"""
-    kv_cache: Literal["none", "fp8", "nvfp4"] = "none"
-    """format of the KV cache"""
+    merge_lora: bool = False
+    """merge LoRA adapters that the Megatron checkpoint has into the weights"""
+    lora_checkpoint: Path | None = None
+    """checkpoint with LoRA adapters alone, as Megatron-Bridge saves them, to merge into the weights of --megatron-checkpoint: the
+    latest iteration, or the iter_* folder that is given"""
+    format: Literal["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq", "int4_awq", "w4a8_awq"] | None = None
+    """format of the linears' weights and activations (default: that of ModelOpt's quantizers in a Megatron checkpoint, else fp8)"""
+    kv_cache: Literal["none", "fp8", "nvfp4"] | None = None
+    """format of the KV cache (default: that of ModelOpt's quantizers in a Megatron checkpoint, else none)"""
     group_size: Literal[128, 64] = 128
     """inputs that share a scale, for int4_awq and w4a8_awq"""
     fp8_pb_spelling: Literal["native", "modelopt"] = "native"
@@ -116,7 +121,7 @@ class ExportConfig:
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
         self._check_judging()
-        needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache == "none")
+        needs_none = self.format == "bf16" or (self.format == "fp8_pb" and self.kv_cache in ("none", None))
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
                 f"--format {self.format} needs no calibration: --calib-data and --load-calibration have no effect"
@@ -129,6 +134,11 @@ class ExportConfig:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
             raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
+        for flag, given in (("--merge-lora", self.merge_lora), ("--lora-checkpoint", self.lora_checkpoint)):
+            if given and self.megatron_checkpoint is None:
+                raise ValueError(
+                    f"{flag} has no effect without --megatron-checkpoint, which has the weights to merge with"
+                )
 
     def _check_judging(self) -> None:
         judged = self.verify or self.report

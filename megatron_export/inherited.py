@@ -1,34 +1,24 @@
-"""What a live model inherits from ModelOpt, agreed over all ranks: the recipe of its quantizers and their statistics."""
+"""What a model, live or in a checkpoint, inherits from ModelOpt: the recipe of its quantizers, and their statistics."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .additions import quantizers_of
-from .errors import report
+from .asked import Asked
+from .checkpoint import Checkpoint
+from .errors import ExportError, report
 from .formats import Options
 from .gather import everyone, maximum, spread, together, whole
 from .model import weights_of
 from .names import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
 from .piece import Axis
-from .quantizers import Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
+from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
+from .supposed import supposed
 from .topology import Topology
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an export was asked for. None: whatever the model's quantizers say; without any, fp8 and no cache."""
-
-    format: str | None
-    kv_cache: str | None
-    options: Options
-    calibration: dict[str, Tensor] | None
-    exclude: tuple[str, ...]
-    quantize_mla: bool
-    smoothed: bool = False
 
 
 def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, asked: Asked) -> Asked:
@@ -44,15 +34,74 @@ def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, as
         kinds = merged_kinds(everywhere)
         recipe = recipe_of(kinds)
         if recipe is None:
-            return replace(asked, format=asked.format or "fp8", kv_cache=asked.kv_cache or "none")
+            return asked.plain()
         report(_contradictions(config, recipe, asked))
-        report(_stale(weights_of(model), blocks_in(quantizers)))
+        weights = weights_of(model)
+        report(
+            _stale(name for name, (amax, size) in blocks_in(quantizers).items() if _differs(weights[name], amax, size))
+        )
         scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
     statistics: dict[str, Tensor] = {}
     for theirs in everyone(here, scalars):
         for name, value in theirs.items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
     statistics |= _agreed_vectors(here, vectors, recipe)
+    return _inherited(config, recipe, asked, statistics)
+
+
+def told(checkpoint: Checkpoint, config: dict, asked: Asked) -> Asked:
+    """The same for the model in a checkpoint, which every rank reads for itself."""
+    quantizers = _quantizers(checkpoint, asked)
+    recipe = recipe_of(kinds_of(quantizers))
+    if recipe is None:
+        return asked.plain()
+    report(_contradictions(config, recipe, asked))
+    if checkpoint.adapted:
+        raise ExportError(
+            f"{checkpoint.folder} has LoRA adapters and ModelOpt's quantizers, which were calibrated without them. Merge the "
+            "adapters into the model, calibrate the quantizers again, and export that"
+        )
+    statistics = {name: torch.tensor(value) for name, value in scalars_in(quantizers).items()}
+    columns, odd = _columns(checkpoint), []
+    for module, vector in vectors_in(quantizers).items():
+        key = recipe.vector_key(module)
+        if len(vector) != columns.get(module) or not (vector.isfinite() & (vector > 0)).all():
+            odd.append(
+                f"{module}: its pre_quant_scale is not a positive number for each of its {columns.get(module)} inputs"
+            )
+        elif not torch.equal(statistics.setdefault(key, vector), vector):
+            odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
+    report(odd)
+    return _inherited(config, recipe, asked, statistics)
+
+
+def _quantizers(checkpoint: Checkpoint, asked: Asked) -> Quantizers:
+    found = checkpoint.quantizers
+    return supposed(found, _columns(checkpoint), asked.format, asked.kv_cache, checkpoint.folder)
+
+
+def _columns(checkpoint: Checkpoint) -> dict[str, int]:
+    """Linear -> how many inputs it has."""
+    return {name.removesuffix(".weight"): one.shape[-1] for name, one in checkpoint.sources.items()}
+
+
+def check_blocks(here: Topology, checkpoint: Checkpoint, asked: Asked) -> None:
+    """Raise if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
+    found = blocks_in(_quantizers(checkpoint, asked))
+    mine = sorted((name, one) for name, one in found.items() if f"{name}.weight" in checkpoint.sources)[
+        here.rank :: here.world
+    ]
+    report(
+        _stale(
+            name
+            for name, (amax, size) in mine
+            if any(_differs(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
+        )
+    )
+
+
+def _inherited(config: dict, recipe: Recipe, asked: Asked, statistics: dict[str, Tensor]) -> Asked:
+    """What is asked for where a recipe says it."""
     return Asked(
         format=recipe.format,
         kv_cache=recipe.kv_cache,
@@ -61,6 +110,7 @@ def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, as
         exclude=(*asked.exclude, *_left_alone(config, recipe)),
         quantize_mla=asked.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
         smoothed=recipe.smoothed,
+        inherited=True,
     )
 
 
@@ -95,18 +145,20 @@ def _options(recipe: Recipe, options: Options) -> Options:
     return replace(options, group_size=recipe.group_size)
 
 
-def _stale(weights: dict[str, Tensor], blocks: dict[str, tuple[Tensor, tuple[int, int]]]) -> list[str]:
-    """Linears whose blocks have other amaxes than their weights have now: clipped ones, or of a model trained since.
+def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
+    """Whether a weight's blocks have other amaxes than these: clipped ones, or of a model trained since.
 
     What is written is quantized with the amaxes of the weights' own blocks, so they must be the same.
     """
-    found = []
-    for module, (amax, (rows, columns)) in blocks.items():
-        weight = weights[module]
-        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
-        own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
-        if own.shape != amax.shape or not torch.equal(own, amax.to(own.device)):
-            found.append(module)
+    rows, columns = block
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+    own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
+    amax = amax.flatten().float().to(own.device)
+    return own.shape != amax.shape or not torch.equal(own, amax)
+
+
+def _stale(linears: Iterable[str]) -> list[str]:
+    found = list(linears)
     if not found:
         return []
     return [

@@ -12,9 +12,9 @@ from torch import Tensor
 from . import (
     assets,
     build,
-    calibration_data,
     filling,
     gather,
+    given,
     hub,
     inspection,
     loading,
@@ -22,16 +22,17 @@ from . import (
     statistics,
     topology,
 )
+from .asked import asked_by
 from .calibration import calibrate
-from .checking import refusals
-from .checkpoint import Checkpoint, find_iteration
+from .checkpoint import Checkpoint
 from .config import ExportConfig
-from .errors import ExportError, report
+from .errors import report
 from .fingerprint import check_unchanged, of_folder
 from .gather import together
+from .inherited import told
 from .journal import kept_statistics
 from .measured import check_calibration
-from .names import architecture_of, copied_prefixes, mtp_prefixes, shape_of, without_mtp
+from .names import architecture_of, copied_prefixes, mtp_prefixes, without_mtp
 from .pipeline import Report, export_hf_checkpoint
 from .plan import Plan
 from .preview import planned
@@ -39,17 +40,17 @@ from .progress import Progress
 from .signals import heeded
 from .source import copied_tensors
 from .topology import Topology
-from .writer import check_apart, check_target
 
 
 @dataclass
 class Job:
-    """What has been settled and done so far; `report` is None after a dry run, `tokens` maps the experts of each layer to
-    how many calibration tokens each was given; `verdict` has the rows of the judgement, where one was asked for, and of what
-    followed.
+    """What has been settled and done so far, such as whether calibration data is run; `report` is None after a dry run, `tokens`
+    maps the experts of each layer to how many calibration tokens each was given; `verdict` has the rows of the judgement, where
+    one was asked for, and of what followed.
     """
 
     plan: Plan | None = None
+    calibrates: bool = False
     report: Report | None = None
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -71,27 +72,29 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     with topology.started(config.tp, config.pp, config.device, **sizes), topology.current(config.timeout) as here:
         nodes = gather.nodes(here)
         with together(here, "check the settings"):
-            folder = _model_folder(config, example_model)
+            folder = given.model_folder(config, example_model)
             hf_config = assets.read_config(folder)
             architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
             dropped = mtp_prefixes(hf_config) if config.mtp == "drop" else ()
             hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
             build.check_divides(hf_config, here, config.pp_layout)
             folder = assets.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
-            checkpoint = _checkpoint(config, hf_config)
+            checkpoint = given.open_checkpoint(config, hf_config)
+            asked = told(checkpoint, hf_config, asked_by(config)) if checkpoint else asked_by(config).plain()
             copied = copied_tensors(folder, copied_prefixes(hf_config))
-            job.plan = planned(config, hf_config, copied, here.world, nodes)
-            _check(config, job.plan, folder, here)
+            job.plan = planned(config, asked, hf_config, copied, here.world, nodes)
+            given.check(config, job.plan, folder, here, asked)
             known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
-            kept = _kept(config) if here.first and known is None else None
+            kept = _kept(config) if here.first and known is None and not asked.inherited else None
         kept = gather.from_first(here, kept)
         with together(here, "check the calibration"):
             known = known or kept
             if known:
                 check_calibration(job.plan, known)
             samples = None
-            if not known and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
-                samples = _samples(config, hf_config, folder, example_model, here)
+            if not (known or asked.inherited) and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
+                samples = given.read_samples(config, hf_config, folder, example_model, here)
+        job.calibrates = samples is not None
         if config.dry_run:
             return job
         files = of_folder(folder)
@@ -107,7 +110,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 known = calibrate(
                     model,
                     share,
-                    format=config.format,
+                    format=asked.format,
                     group_size=config.group_size,
                     awq_clip=config.awq_clip,
                     all_experts=config.calib_all_experts,
@@ -139,7 +142,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                 resume=config.resume,
                 writers=config.writers,
                 sync=not config.no_fsync,
-                provenance=_provenance(config, folder),
+                provenance=given.provenance(config, folder),
                 notes=_notes(job, known or {}),
                 finish=partial(_finish, job, config, folder, here, progress),
                 timeout=config.timeout,
@@ -179,94 +182,6 @@ def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progre
 def _kept(config: ExportConfig) -> dict[str, Tensor] | None:
     """The statistics of the interrupted export that is to go on."""
     return kept_statistics(config.output.resolve()) if config.resume and config.output else None
-
-
-def _provenance(config: ExportConfig, folder: Path) -> dict:
-    """Where the model came from, and what it was calibrated with."""
-    names = (
-        "calib_data",
-        "calib_samples",
-        "calib_seq_len",
-        "calib_batch_size",
-        "calib_all_experts",
-        "load_calibration",
-    )
-    said = {name: getattr(config, name) for name in names}
-    calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
-    trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
-    trained |= {"iteration": config.iteration} if config.iteration is not None else {}
-    return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}
-
-
-def _model_folder(config: ExportConfig, example_model: Path) -> Path:
-    if config.hf_model is None and not example_model.is_dir():
-        raise ExportError(
-            "no example model beside this installation: give --hf-model, or run from a clone of the repository"
-        )
-    weights = not config.dry_run and config.megatron_checkpoint is None
-    return assets.find_model(config.hf_model or example_model, weights=weights)
-
-
-def _checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
-    """The Megatron checkpoint that the weights come from, its names, shapes and settings checked."""
-    if config.megatron_checkpoint is None:
-        return None
-    folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
-    return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", pp_layout=config.pp_layout)
-
-
-def _check(config: ExportConfig, plan: Plan, folder: Path, here: Topology) -> None:
-    if here.first:
-        report(refusals(plan, config.target))
-    if config.output and here.first:
-        check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
-        inputs = (folder, Path.cwd(), config.calib_data, config.load_calibration, config.megatron_checkpoint)
-        check_apart(config.output, *(path for path in inputs if path))
-    if config.save_calibration and here.first:
-        _check_save(config.save_calibration.resolve(), config.output)
-
-
-def _check_save(file: Path, output: Path | None) -> None:
-    if file.is_dir() or not file.parent.is_dir():
-        raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
-    if file.exists():
-        statistics.check_kind(file)
-    if output and file.is_relative_to(output.resolve()):
-        raise ExportError(
-            f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"
-        )
-
-
-def _samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
-    batches = -(-config.calib_samples // config.calib_batch_size)
-    if batches < here.dp_size:
-        raise ExportError(
-            f"--calib-samples {config.calib_samples} of --calib-batch-size {config.calib_batch_size} make {batches} "
-            f"micro-batch{'es' * (batches > 1)}, fewer than the {here.dp_size} data-parallel ranks. Ask for more samples "
-            "or smaller batches"
-        )
-    exchanged = shape_of(hf_config).experts and config.ep * (config.etp or config.tp) > config.tp
-    if exchanged and (batches % here.dp_size or config.calib_samples % config.calib_batch_size):
-        raise ExportError(
-            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {here.dp_size} needs as many "
-            f"micro-batches, all whole: --calib-samples {config.calib_samples} is no multiple of --calib-batch-size "
-            f"{config.calib_batch_size} x {here.dp_size}"
-        )
-    file = config.calib_data or example_model / "calibration.txt"
-    samples = calibration_data.read_samples(
-        file,
-        folder,
-        samples=config.calib_samples,
-        length=config.calib_seq_len,
-        trust_remote_code=config.trust_remote_code,
-    )
-    vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
-    if samples.min() < 0 or samples.max() >= vocab:
-        raise ExportError(
-            f"{file}: token ids {int(samples.min())} to {int(samples.max())}, outside the model's vocabulary of {vocab}. "
-            "Tokenize it for this model"
-        )
-    return samples
 
 
 def _load(

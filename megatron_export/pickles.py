@@ -29,6 +29,7 @@ _STORAGES = {  # what `data.pkl` calls the numbers of a tensor
     "HalfStorage": torch.float16,
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
+    "ByteStorage": torch.uint8,
 }
 _INERT = {  # packages whose objects are in checkpoints; nothing of them is needed
     *("argparse", "collections", "datetime", "enum", "functools", "lightning", "megatron", "modelopt", "nemo"),
@@ -127,6 +128,7 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
     """Where the numbers of the tensor are that torch.save wrote into a part of a file; `ValueError` where it is none."""
     with _archive(file, start, length) as archive:
         found = _described(archive)
+        found = found[0] if isinstance(found, list) and len(found) == 1 else found
         if not isinstance(found, Inert) or found.name != "torch._utils._rebuild_tensor_v2" or len(found.args) < 4:
             raise ValueError(f"{shown(found)} is no tensor")
         storage, offset, shape, strides, *_ = found.args

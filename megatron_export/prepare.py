@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import assets, gather
 from .adapters import adapted
+from .asked import Asked
 from .assets import Original
 from .checkpoint import Checkpoint, CheckpointShards
 from .contradictions import contradictions
@@ -19,7 +20,7 @@ from .filing import Writers
 from .fingerprint import of_folder, of_settings, of_statistics
 from .formats import Options
 from .gather import together
-from .inherited import Asked, settled
+from .inherited import check_blocks, settled, told
 from .measured import check_calibration
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
@@ -84,6 +85,8 @@ def planned(
         files = of_folder(folder)
         config = without_mtp(config) if request.mtp == "drop" else config
         if isinstance(model, Checkpoint):
+            if request.merge_lora:
+                raise ExportError("merge_lora is a setting of the Checkpoint itself. Give it there, not to the export")
             held = model.held(here.sizes)
             shards: Mapping[str, Tensor] = CheckpointShards(model, held, here.rank, here.device)
         else:
@@ -92,7 +95,11 @@ def planned(
             if request.mtp == "drop":
                 shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
     asked = _asked(request)
-    if not isinstance(model, Checkpoint):
+    if isinstance(model, Checkpoint):
+        with together(here, "read the checkpoint's quantizers"):
+            asked = told(model, config, asked)
+            check_blocks(here, model, asked)
+    else:
         finish_gathering(model)
         asked = settled(here, model, config, asked)
         held = gather.locate(here, shards)
@@ -103,9 +110,9 @@ def planned(
         plan = make_plan(
             config,
             held,
-            format=asked.format or "fp8",
+            format=asked.format,
             options=asked.options,
-            kv_cache=asked.kv_cache or "none",
+            kv_cache=asked.kv_cache,
             exclude=asked.exclude,
             quantize_mla=asked.quantize_mla,
             max_shard_bytes=parse_size(request.max_shard_size),

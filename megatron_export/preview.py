@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import assets
+from .asked import Asked, asked_by
 from .checking import of_plan, refusals, verdicts
 from .config import ExportConfig
 from .engines import Verdict
 from .errors import ExportError, report
 from .filing import Writers
 from .forecast import Forecast, forecast
-from .formats import Options
 from .item import Item, Output
 from .names import architecture_of, copied_prefixes, is_linear_weight, makes_keys, shape_of, without_mtp
 from .placement import Grid, grid_of
@@ -32,7 +32,9 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Left:
-    """Modules that stay in bfloat16, and why: the user excluded them, engines would not load them, or never any is quantized."""
+    """Modules that stay in bfloat16, and why: the user excluded them, ModelOpt left them alone, engines would not load them, or
+    never any is quantized.
+    """
 
     why: str
     names: tuple[str, ...]
@@ -70,38 +72,40 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
     hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
-    plan = planned(config, hf_config, copied, world)
+    plan = planned(config, asked_by(config).plain(), hf_config, copied, world)
     report(refusals(plan, config.target))
-    return _preview(config, plan, world, config.device or "cuda", remarks)
+    return _preview(config, plan, world, config.device or "cuda", remarks, bool(plan.form.calibrated or plan.kv))
 
 
 def planned(
     config: ExportConfig,
+    asked: Asked,
     hf_config: dict,
     copied: tuple[Output, ...],
     world: int | None,
     nodes: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan of what `config` says for a model that the command builds; without `nodes`, with `GPUS` ranks on each."""
+    """The plan of what is asked for, of a model that is where `config` says; without `nodes`, with `GPUS` ranks on each."""
     held = _held(config, hf_config, world)
     most = max(rank for one in held.values() for rank in one.ranks)
     return make_plan(
         hf_config,
         held,
-        format=config.format,
-        options=Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
-        kv_cache=config.kv_cache,
-        exclude=config.exclude,
-        quantize_mla=config.quantize_mla,
+        format=asked.format,
+        options=asked.options,
+        kv_cache=asked.kv_cache,
+        exclude=asked.exclude,
+        quantize_mla=asked.quantize_mla,
+        smoothed=asked.smoothed,
         max_shard_bytes=parse_size(config.max_shard_size),
         copied=copied,
         writers=Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1))),
     )
 
 
-def preview_of(config: ExportConfig, plan: Plan, world: int, device: str) -> Preview:
-    """What a plan that was made for `config` takes on `world` ranks."""
-    return _preview(config, plan, world, device, ())
+def preview_of(config: ExportConfig, plan: Plan, world: int, device: str, calibrates: bool) -> Preview:
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
+    return _preview(config, plan, world, device, (), calibrates)
 
 
 def _preview(
@@ -110,13 +114,14 @@ def _preview(
     world: int | None,
     device: str,
     remarks: tuple[str, ...],
+    calibrates: bool,
 ) -> Preview:
     held = _held(config, plan.config, world)
     grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
     disk = (config.output or Path.cwd()).resolve()
     while not disk.is_dir():
         disk = disk.parent
-    if plan.form.calibrated or plan.kv:
+    if calibrates:
         remarks += ("a calibration run takes memory of its own, which is not counted here",)
     if device == "cpu":
         remarks += (
@@ -235,10 +240,14 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> Iterable[Left]:
         name for item in alone if _unread(plan, item) for name in modules(item.source) if not _is_any(name, exclude)
     ]
     unread = set(engines)
-    user = [name for item in alone for name in modules(item.source) if name not in unread]
-    known = {*engines, *user, *(name.partition(".experts.")[0] + ".experts" for name in user)}
+    others = [name for item in alone for name in modules(item.source) if name not in unread]
+    known = {*engines, *others, *(name.partition(".experts.")[0] + ".experts" for name in others)}
+    user = tuple(name for name in others if _is_any(name, exclude))
+    modelopt = tuple(name for name in others if not _is_any(name, exclude))
     if user:
-        yield Left("by --exclude", tuple(user))
+        yield Left("by --exclude", user)
+    if modelopt:
+        yield Left("by ModelOpt", modelopt)
     if engines:
         yield Left("not loaded by every engine", tuple(engines))
     yield Left("never quantized", tuple(name for name in plan.excluded if name not in known))

@@ -72,6 +72,16 @@ class Recipe:
         return f"{vector_home(module)}.pre_quant_scale.{search}"
 
 
+def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
+    """Module -> its quantizers by the rest of their names; those of core attention under the name of the attention."""
+    found: dict[str, dict[str, Attributes]] = {}
+    for name, attributes in quantizers.items():
+        head, _, tail = name.rpartition("_quantizer")
+        owner, _, kind = head.rpartition(".")
+        found.setdefault(owner.removesuffix(".core_attention"), {})[f"{kind}_quantizer{tail}"] = attributes
+    return found
+
+
 def kinds_of(quantizers: Quantizers) -> dict[str, str]:
     """What each module is quantized to: linear -> format, a layer's experts as one; attention -> that of its cache.
 
@@ -79,7 +89,7 @@ def kinds_of(quantizers: Quantizers) -> dict[str, str]:
     """
     problems: dict[str, list[str]] = {}
     found: dict[str, str] = {}
-    for module, parts in _by_module(quantizers).items():
+    for module, parts in by_module(quantizers).items():
         words = {name: text for name, attributes in parts.items() if (text := _words(attributes))}
         smoothed = _vector(parts.get("input_quantizer", {})) is not None
         kind, problem = _kind(module, words, smoothed)
@@ -130,7 +140,7 @@ def recipe_of(kinds: dict[str, str]) -> Recipe | None:
 def scalars_in(quantizers: Quantizers) -> dict[str, float]:
     """The statistics that are one number: amaxes of inputs, of keys and values, and of weights that have one for all."""
     found: dict[str, float] = {}
-    for module, parts in _by_module(quantizers).items():
+    for module, parts in by_module(quantizers).items():
         weight = f"{module}.weight"
         keys = {
             "input_quantizer": input_key(weight),
@@ -151,29 +161,19 @@ def scalars_in(quantizers: Quantizers) -> dict[str, float]:
 
 def vectors_in(quantizers: Quantizers) -> dict[str, Tensor]:
     """Linear -> its `pre_quant_scale`, float32 [in], of the shard if the quantizer is one's."""
-    parts = {module: parts.get("input_quantizer", {}) for module, parts in _by_module(quantizers).items()}
+    parts = {module: parts.get("input_quantizer", {}) for module, parts in by_module(quantizers).items()}
     vectors = {module: _vector(attributes) for module, attributes in parts.items()}
     return {module: vector.flatten().float() for module, vector in vectors.items() if vector is not None}
 
 
-def blocks_in(quantizers: Quantizers) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Linear -> the amaxes that it has of each block of its weight, flat, and a block's shape."""
+def blocks_in(quantizers: Quantizers) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """Linear -> the amaxes that it has of each block of its weight, or what stands for them there; and a block's shape."""
     found = {}
-    for module, parts in _by_module(quantizers).items():
+    for module, parts in by_module(quantizers).items():
         first = parts.get("weight_quantizer.0") or parts.get("weight_quantizer", {})
         amax, sizes = first.get("_amax"), first.get("_block_sizes") or {}
-        if _words(first) and _has_blocks(first) and amax is not None:
-            found[module] = amax.flatten().float(), (sizes.get(-2, 1), sizes[-1])
-    return found
-
-
-def _by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
-    """Module -> its quantizers by the rest of their names; those of core attention under the name of the attention."""
-    found: dict[str, dict[str, Attributes]] = {}
-    for name, attributes in quantizers.items():
-        head, _, tail = name.rpartition("_quantizer")
-        owner, _, kind = head.rpartition(".")
-        found.setdefault(owner.removesuffix(".core_attention"), {})[f"{kind}_quantizer{tail}"] = attributes
+        if _words(first) and has_blocks(first) and amax is not None:
+            found[module] = amax, (sizes.get(-2, 1), sizes[-1])
     return found
 
 
@@ -237,7 +237,7 @@ def _is_on(value: object) -> bool:
     return bool(value.get("enable") if isinstance(value, dict) else getattr(value, "enable", value))
 
 
-def _has_blocks(attributes: Attributes) -> bool:
+def has_blocks(attributes: Attributes) -> bool:
     """Whether a quantizer keeps an amax for every block, and not one for all."""
     blocks = attributes.get("_block_sizes") or {}
     return bool(blocks) and blocks.get("type", "static") == "static"
@@ -245,7 +245,7 @@ def _has_blocks(attributes: Attributes) -> bool:
 
 def _amax(attributes: Attributes) -> float | None:
     """The one amax of a quantizer that rounds; None for one that has more, or was shown nothing."""
-    if not _words(attributes) or _has_blocks(attributes):
+    if not _words(attributes) or has_blocks(attributes):
         return None
     if attributes.get("_use_constant_amax"):
         return _CONSTANT_AMAX

@@ -7,6 +7,7 @@ writes it. All of it is untrusted. Tensors with an axis for layers or experts ar
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from .untrusted import MOST_ELEMENTS, inside, shown
 METADATA = ".metadata"
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
+_MOST_BYTES = 16 << 20  # of an object in a tensor of bytes
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _WAY_OUT = "Copy or save the checkpoint again"
 
@@ -113,6 +115,21 @@ class Storage:
         with judged(path), path.open("rb") as file:
             return saved(file, place.start, place.length)
 
+    def object_in_bytes(self, key: str) -> Any:
+        """The object that torch.save wrote into a tensor of bytes, which is an object here; None where there is no such thing."""
+        place = self.objects[key]
+        report(self._missing([place]))
+        path, _ = self._files[place.file]
+        with judged(path, _WAY_OUT), path.open("rb") as file:
+            try:
+                numbers = saved_tensor(file, place.start, place.length)
+                if numbers.dtype is not torch.uint8 or numbers.strides != (1,) or numbers.shape[0] > _MOST_BYTES:
+                    return None
+                file.seek(numbers.start)
+                return saved(BytesIO(file.read(numbers.shape[0])), 0, numbers.shape[0])
+            except ValueError:  # what another library keeps there
+                return None
+
     def _missing(self, places: Iterable[Place]) -> list[str]:
         """Which of the files where these lie are not there, or too short."""
         ends: dict[str, int] = {}
@@ -129,11 +146,16 @@ class Storage:
                 problems.append(f"{path} has {size:,} bytes, but {METADATA} means at least {end:,}. {_WAY_OUT}")
         return problems
 
-    def read(self, tensor: Stored, lead: tuple[int, ...], rows: slice, columns: slice | None, into: Tensor) -> None:
-        """Fill `into` with rows and columns (of one with one axis, rows) of entry `lead` of the first axes of a tensor that was
-        checked.
+    def entry(self, tensor: Stored, lead: tuple[int, ...]) -> Tensor:
+        """All of entry `lead` of the first axes of a tensor that was checked."""
+        found = torch.empty(tensor.shape[len(lead) :], dtype=tensor.dtype)
+        self.read(tensor, lead, tuple(slice(0, size) for size in found.shape), found)
+        return found
+
+    def read(self, tensor: Stored, lead: tuple[int, ...], where: tuple[slice, ...], into: Tensor) -> None:
+        """Fill `into` with the rows and columns `where` (of one with one axis, rows) of entry `lead` of the first axes of a tensor
+        that was checked.
         """
-        where = (rows, columns)[: len(tensor.shape) - len(lead)]
         boxes = {}
         for chunk in tensor.at(lead):
             spans = zip(where, chunk.offsets[len(lead) :], chunk.sizes[len(lead) :], strict=True)
@@ -164,6 +186,9 @@ class Storage:
             ahead = sum(index * stride for index, stride in zip(entry, numbers.strides, strict=False))
             begin = numbers.start + ahead * tensor.dtype.itemsize
             sizes, strides = chunk.sizes[len(entry) :], numbers.strides[len(entry) :]
+            if not where:  # one number, without axes
+                self._span(file, begin, into)
+                return
             width = prod(sizes[1:])
             if strides != (width, 1)[-len(sizes) :]:  # it was saved transposed
                 reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1

@@ -2,10 +2,15 @@
 (nvidia-modelopt 0.47, Megatron-Bridge's main branch of 2026), without their packages.
 """
 
+from functools import partial
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_export.model import linears_of
@@ -37,7 +42,8 @@ class Quantizer(nn.Module):
             "_use_constant_amax": False,
             "_enable_pre_quant_scale": True,
         }
-        for name, value in (default | said).items():
+        self.said = default | said
+        for name, value in self.said.items():
             setattr(self, name, value)
         for name, buffer in (("_amax", amax), ("_pre_quant_scale", vector)):
             if buffer is not None:
@@ -80,6 +86,62 @@ def quantize(
         attention.q_bmm_quantizer = Quantizer(OFF)
 
 
+def prepare_to_save(model: nn.Module, grouped: bool = False) -> None:
+    """Let a model with quantizers be saved as ModelOpt saves it, experts as if they were `grouped` in a module that says for all of
+    them how they round; amaxes are agreed before, as ModelOpt agrees on them.
+    """
+    model.config.hetereogenous_dist_checkpoint = True
+    group = parallel_state.get_tensor_model_parallel_group()
+    modules = linears_of(model) | {
+        f"attention.{number}": layer.self_attention.core_attention for number, layer in enumerate(model.decoder.layers)
+    }
+    for name, module in modules.items():
+        module.sharded_state_dict = partial(_with_quantizers, name, module)
+        module.get_extra_state = partial(_settings, module, grouped and ".experts." in name)
+        for key, buffer in module.named_buffers():
+            if key.endswith("._amax") and buffer.numel() == 1:
+                agreed = buffer.float()
+                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group)
+                buffer.copy_(agreed)
+
+
+def _settings(module: nn.Module, grouped: bool) -> Tensor:
+    """What ModelOpt keeps as a module's `_extra_state`."""
+    file, parts = BytesIO(), module.named_modules()
+    said = {name: part.said for name, part in parts if isinstance(part, Quantizer)}
+    if grouped:
+        weights = said.pop("weight_quantizer")
+        said |= {f"weight_quantizer.{number}": weights for number in range(2)}
+    torch.save({"modelopt_quantizer_state": said, "modelopt_q_tensor_state": None}, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _with_quantizers(
+    name: str, module: nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> dict:
+    """A linear's weight, and the buffers and settings of its quantizers; of attention, only these."""
+    axis = 1 if name.endswith(("linear_proj", "linear_fc2")) else 0
+    state: dict[str, Tensor] = {"_extra_state": module.get_extra_state()}
+    state |= dict(module.named_parameters(recurse=False))
+    axes = dict.fromkeys(state, axis)
+    for key, buffer in module.named_buffers():
+        if name.startswith("attention."):
+            state[key] = buffer
+        elif key.endswith("_pre_quant_scale"):
+            state[key] = buffer
+            axes |= {key: 0} if axis else {}
+        elif buffer.numel() == 1:
+            state[key] = buffer.view(1)
+        else:
+            state[key] = buffer.squeeze(1).squeeze(-1) if buffer.dim() == 4 else buffer.view(len(module.weight), -1)
+            axes[key] = axis
+    found = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+    for key, half in module.named_children():
+        if isinstance(half, _Half):
+            found |= half.sharded_state_dict(f"{prefix}{key}.", sharded_offsets, metadata)
+    return found
+
+
 def vector_of(name: str, size: int) -> Tensor:
     """The whole smoothing vector of a linear of `size` inputs, bfloat16, the same on every rank."""
     made = torch.rand(size, generator=torch.Generator().manual_seed(sum(name.encode())))
@@ -96,20 +158,32 @@ def smooth(name: str, module: nn.Module) -> Tensor:
 
 
 class _Half(nn.Module):
-    """One of the two linears of an adapter: all that is read of it is its weight."""
+    """One of the two linears of an adapter: all that is read of it is its weight, of which a rank has its part of axis `cut`."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, cut: int | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight, self.cut = nn.Parameter(weight.clone()), cut
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        axes = {} if self.cut is None else {"weight": self.cut}
+        return make_sharded_tensors_for_checkpoint({"weight": self.weight}, prefix, axes, sharded_offsets)
 
 
 class BridgeAdapter(nn.Module):
     """Megatron-Bridge's `ParallelLinearAdapter`."""
 
-    def __init__(self, first: Tensor, second: Tensor, dim: int, alpha: int) -> None:
+    def __init__(self, first: _Half, second: _Half, dim: int, alpha: int, gated: bool) -> None:
         super().__init__()
-        self.dim, self.alpha, self.activation = dim, alpha, nn.Identity()
-        self.linear_in, self.linear_out = _Half(first), _Half(second)
+        self.dim, self.alpha, self.gated, self.activation = dim, alpha, gated, nn.Identity()
+        self.linear_in, self.linear_out = first, second
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Gate and up are told apart, as in the weight."""
+        found = self.linear_in.sharded_state_dict(f"{prefix}linear_in.", sharded_offsets, metadata)
+        out = self.linear_out.sharded_state_dict(f"{prefix}linear_out.", sharded_offsets, metadata)
+        return found | {
+            key: apply_swiglu_sharded_factory(one, sharded_offsets) if self.gated else one for key, one in out.items()
+        }
 
 
 class BridgeLoRA(nn.Module):
@@ -122,6 +196,10 @@ class BridgeLoRA(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As if the adapter were off: no test computes with it."""
         return self.to_wrap(*args, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        found = self.to_wrap.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return found | self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
 
 
 def factors(name: str, rows: int, columns: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -141,19 +219,49 @@ def adapt(model: nn.Module, style: str, dim: int = 8, alpha: int = 12) -> None:
         first, second = factors(name, *whole, dim)
         fused = _fused_rows(name, second, rank, size)
         if row_parallel:
-            first = first.chunk(size, dim=1)[rank]
-            second = second.chunk(size)[rank] if style == "bridge" else second
+            first = _Half(first.chunk(size, dim=1)[rank], 1)
+            second = _Half(second.chunk(size)[rank], 0) if style == "bridge" else _Half(second, None)
         else:
-            first = first.chunk(size)[rank] if style == "bridge" else first
-            second = fused
+            first = _Half(first.chunk(size)[rank], 0) if style == "bridge" else _Half(first, None)
+            second = _Half(fused, 0)
         if style == "bridge":
             owner, _, leaf = next(path for path, held in model.named_modules() if held is module).rpartition(".")
-            adapter = BridgeAdapter(first.clone(), second.clone(), dim, alpha)
+            adapter = BridgeAdapter(first, second, dim, alpha, leaf == "linear_fc1")
             setattr(model.get_submodule(owner), leaf, BridgeLoRA(module, adapter))
         else:
-            module.lora_a_default, module.lora_b_default = _Half(first.clone()), _Half(second.clone())
-            adapter = {"lora_a": module.lora_a_default, "lora_b": module.lora_b_default}
+            module.lora_a_default, module.lora_b_default = first, second
+            adapter = {"lora_a": first, "lora_b": second}
             module._lora_adapters = {"default": adapter | {"rank": dim, "scale": alpha / dim, "enable": True}}
+            module.sharded_state_dict = partial(_with_adapter, module)
+    if style == "modelopt":
+        model.config.hetereogenous_dist_checkpoint = True  # as ModelOpt spells it, too
+
+
+def _with_adapter(
+    module: nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> dict:
+    """A linear of ModelOpt's, and its adapter, whose gates and ups are not told apart."""
+    found = type(module).sharded_state_dict(module, prefix, sharded_offsets, metadata)
+    for name in ("lora_a_default", "lora_b_default"):
+        found |= getattr(module, name).sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+    return found
+
+
+def describe_adapters(folder: Path, style: str, dim: int = 8, alpha: int = 12) -> None:
+    """Write into the folder of an iteration what those libraries say of the adapters that `adapt` made."""
+    if style == "bridge":
+        run = f"model:\n  num_layers: 4\npeft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  alpha: {alpha}\n  dim: {dim}\n"
+        (folder / "run_config.yaml").write_text(run)
+        return
+    init = {"lora_a_init": "torch.nn.init.kaiming_uniform_", "lora_b_init": "torch.nn.init.zeros_"}
+    patterns = {
+        "*": {"enable": True, "rank": dim, "scale": alpha / dim} | init,
+        "*output_layer*": {"enable": False, "rank": 64, "scale": 1.0} | init,
+    }
+    config = {"adapter_name": "default", "adapter_cfg": patterns, "adapter_type": "lora"}
+    state = {"modelopt_state_dict": [("peft", {"config": config, "metadata": {}})], "modelopt_version": "0.47.0"}
+    (folder / "modelopt_state").mkdir()
+    torch.save(state, folder / "modelopt_state" / "common.pt")
 
 
 def _fused_rows(name: str, second: Tensor, rank: int, size: int) -> Tensor:

@@ -19,6 +19,7 @@ from megatron_export.model import shards_of
 from megatron_export.names import parameters_of
 
 from .models import LENGTH, read_json
+from .saving import ITERATION, built, save
 
 
 def _batches(source: Path) -> list[Tensor]:
@@ -52,6 +53,7 @@ def _complete_megatron() -> None:
 def _attention_with_quantizers() -> None:
     """Let ModelOpt quantize the attention of Megatron's local spec as it does Transformer Engine's, which is not here."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 
     class QuantAttention(QuantModule):
@@ -61,6 +63,15 @@ def _attention_with_quantizers() -> None:
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
             query, key = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key)
             return super().forward(query, key, self.v_bmm_quantizer(value), *args, **kwargs)
+
+        def get_extra_state(self) -> None:
+            """As Transformer Engine's has one, ModelOpt's own is asked for it."""
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        ) -> dict:
+            state = self.state_dict(prefix="", keep_vars=True)
+            return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
     if DotProductAttention not in QuantModuleRegistry:
         QuantModuleRegistry.register({DotProductAttention: "local_DotProductAttention"})(QuantAttention)
@@ -102,6 +113,42 @@ def export_ours(
         export_hf_checkpoint(model, out, hf_model=source, **asked)
         assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
         return before, {name: shard.clone() for name, shard in shards_of(model).items()}
+
+
+def adapt_and_save(source: Path, folder: Path, tp: int) -> None:
+    """In a rank: put ModelOpt's LoRA adapters into a model, export it with ours, and save it with ModelOpt's state beside."""
+    _complete_megatron()
+    import modelopt.torch.peft as mtpf
+    from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
+
+    config = read_json(source / "config.json")
+    every = {"rank": 8, "scale": 1.5, "enable": True}
+    settings = {"adapter_type": "lora", "adapter_name": "tuned"}
+    with built(source, {"tp": tp}) as (model, _), without_cuda(torch.device("cpu")):
+        mtpf.update_model(model, settings | {"adapter_cfg": {"*": every, "*output_layer*": {"enable": False}}})
+        torch.manual_seed(torch.distributed.get_rank())
+        for name, weight in model.named_parameters():
+            cut = ("linear_qkv.lora_b", "linear_fc1.lora_b", "linear_proj.lora_a", "linear_fc2.lora_a")
+            if "lora_" in name:
+                weight.data.normal_(std=0.1)
+                if not any(one in name for one in cut):
+                    torch.distributed.broadcast(weight.data, 0)
+        export_hf_checkpoint(model, folder / "live", hf_model=source, format="bf16", merge_lora=True)
+        save(model, folder / "saved", config)
+        save_sharded_modelopt_state([model], str(folder / "saved" / f"iter_{ITERATION:07d}"))
+
+
+def export_and_save(
+    source: Path, folder: Path, tp: int, config: dict, finish: Callable[[nn.Module], None], asked: dict, ep: int = 1
+) -> None:
+    """In a rank: quantize with ModelOpt, export with ours, and save as Megatron-LM does with ModelOpt's state beside."""
+    with quantized(source, tp, config, finish, ep) as model:
+        from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
+
+        export_hf_checkpoint(model, folder / "live", hf_model=source, **asked)
+        save(model, folder / "saved", read_json(source / "config.json"))
+        with without_cuda(torch.device("cpu")):
+            save_sharded_modelopt_state([model], str(folder / "saved" / f"iter_{ITERATION:07d}"))
 
 
 def export_megatron_route(source: Path, out: Path, tp: int, config: dict) -> None:

@@ -12,19 +12,20 @@ LEVELS = """
 errors sizes piece config progress ahead terminal style charts
 signals fingerprint untrusted pulse layout journal hub
 names formats pickles engines
-item placement stored rounding finished
-policy smoothing filing claims described
-plan
+item placement stored rounding finished lowrank
+policy smoothing filing claims described homes iteration
+plan asked
 quant_config conveyor
 contents
 cpu assets staging statistics calibration_data emulation
-measured source topology model shard checkpoint perplexity quantizers
-writer
+measured source topology model shard perplexity quantizers
+writer stored_additions supposed
+checkpoint
 gather build contradictions verify sides additions
 loading filling survey manifest forecast stream checking likeness structure inherited adapters
 maxima search watching preview diagnosis differences
 clipping judge comparison
-calibration prepare inspection publishing
+calibration prepare inspection publishing given
 refit account courier
 pipeline background card maps
 report

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.checkpoint import Checkpoint, find_iteration
+from megatron_export.checkpoint import Checkpoint
+from megatron_export.iteration import find_iteration
 from megatron_export.names import parameters_of
 
 from ..models import make_model, read_json

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.checkpoint import Checkpoint, find_iteration
+from megatron_export.checkpoint import Checkpoint
+from megatron_export.iteration import find_iteration
 from megatron_export.names import parameters_of
 from megatron_export.piece import Axis
 

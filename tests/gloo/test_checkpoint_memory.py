@@ -7,7 +7,8 @@ import torch
 
 from megatron_export import export_hf_checkpoint, filing, topology
 from megatron_export.build import build_model
-from megatron_export.checkpoint import Checkpoint, find_iteration
+from megatron_export.checkpoint import Checkpoint
+from megatron_export.iteration import find_iteration
 
 from ..models import EXAMPLE
 from ..ranks import Ranks

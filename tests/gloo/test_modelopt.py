@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from ..modelopt import export_hf_route, export_megatron_route, export_ours, keep, recipe, smooth, train
+from ..modelopt import (
+    adapt_and_save,
+    export_and_save,
+    export_hf_route,
+    export_megatron_route,
+    export_ours,
+    keep,
+    recipe,
+    smooth,
+    train,
+)
 from ..models import assert_same, make_model, read_json, tensors
 from ..ranks import Ranks
+from .test_checkpoint import without_weights
+from .test_topologies import export
 
 pytestmark = pytest.mark.modelopt
 
@@ -47,6 +59,58 @@ def test_every_tensor_equals_modelopts_hf_export_with_the_same_quantizers(
     said, wanted = (read_json(tmp_path / made / "hf_quant_config.json")["quantization"] for made in ("ours", "theirs"))
     assert said["quant_algo"].lower() == wanted["quant_algo"].lower()
     assert said.get("kv_cache_quant_algo") == wanted.get("kv_cache_quant_algo")
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "finish"),
+    [
+        ("FP8_DEFAULT_CFG", "FP8_KV_CFG", train),
+        ("NVFP4_DEFAULT_CFG", "NVFP4_KV_CFG", train),
+        ("NVFP4_DEFAULT_CFG", None, smooth),
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", None, keep),
+        ("INT4_AWQ_CFG", None, keep),
+        ("W4A8_AWQ_BETA_CFG", None, keep),
+    ],
+)
+def test_a_checkpoint_of_a_quantized_model_exports_the_bytes_of_the_live_one(
+    name: str, cache: str | None, finish: Callable, source: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    asked = {"fp8_pb_spelling": "modelopt"} if "2D" in name else {}
+    ranks.call(2, export_and_save, source, tmp_path, 2, recipe(name, cache), finish, asked)
+    flags = ("--hf-model", without_weights(source, tmp_path / "hf"), "--megatron-checkpoint", tmp_path / "saved")
+    flags += ("--fp8-pb-spelling", "modelopt") if "2D" in name else ()
+    for tp in (1, 2):
+        said = export(ranks, tp, *flags, "--tp", tp, "--output", tmp_path / f"out-{tp}")
+        assert_same(tensors(tmp_path / f"out-{tp}"), tensors(tmp_path / "live"))
+        assert "load " not in said  # no model was built
+        configs = [read_json(tmp_path / made / "hf_quant_config.json") for made in (f"out-{tp}", "live")]
+        assert configs[0]["quantization"] == configs[1]["quantization"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_checkpoint_with_quantized_experts_exports_the_bytes_of_the_live_model(
+    name: str, models: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    """ModelOpt gives each expert keys of its own, and its gate and up too."""
+    ranks.call(2, export_and_save, models[name], tmp_path, 1, recipe("FP8_DEFAULT_CFG", None), keep, {}, 2)
+    flags = ("--hf-model", without_weights(models[name], tmp_path / "hf"), "--megatron-checkpoint", tmp_path / "saved")
+    for sizes in (("--tp", 2), ("--ep", 2)):
+        out = tmp_path / "-".join(map(str, sizes))
+        export(ranks, 2, *flags, *sizes, "--output", out)
+        assert_same(tensors(out), tensors(tmp_path / "live"))
+
+
+def test_a_checkpoint_with_adapters_is_merged_to_the_bytes_of_the_merged_live_model(
+    source: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.call(2, adapt_and_save, source, tmp_path, 2)
+    flags = ("--hf-model", without_weights(source, tmp_path / "hf"), "--megatron-checkpoint", tmp_path / "saved")
+    for tp in (1, 2):
+        sizes = ("--format", "bf16", "--tp", tp, "--output", tmp_path / f"out-{tp}")
+        export(ranks, tp, *flags, "--merge-lora", *sizes)
+        assert_same(tensors(tmp_path / f"out-{tp}"), tensors(tmp_path / "live"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert (tensors(tmp_path / "live")[name] - tensors(source)[name]).abs().max() > 0.01
 
 
 def test_modelopts_megatron_export_equals_ours_on_one_rank_and_loses_half_of_the_model_on_two(

@@ -126,5 +126,5 @@ def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
         scalars_in(linear(QKV, FP8, FP8 | amax(torch.nan)))
     assert torch.equal(vectors_in(linear(QKV, INT4, OFF | VECTOR))[QKV], torch.ones(128))
     blocks, shape = blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
-    assert (blocks.shape, shape) == ((6,), (128, 128))
+    assert (blocks.shape, shape) == ((2, 1, 3, 1), (128, 128))
     assert blocks_in(linear(QKV, FP8 | amax(1), FP8)) == {}

@@ -52,7 +52,7 @@ def read(storage: Storage, lead: tuple[int, ...], rows: slice, columns: slice | 
     """A part of the tensor, in a tensor of its own."""
     sizes = [cut.stop - cut.start for cut in (rows, columns) if cut]
     into = torch.full(sizes, -1.0, dtype=storage.tensors[KEY].dtype)
-    storage.read(storage.tensors[KEY], lead, rows, columns, into)
+    storage.read(storage.tensors[KEY], lead, (rows, columns) if columns else (rows,), into)
     return into
 
 
@@ -80,7 +80,7 @@ def test_no_more_is_read_than_whole_rows_of_what_is_asked_for(tmp_path: Path) ->
 def test_numbers_of_another_kind_than_asked_for_are_converted(tmp_path: Path) -> None:
     lay(tmp_path, WHOLE[0, 0], (4, 12))
     storage, into = opened(tmp_path), torch.empty(8, 12)
-    storage.read(storage.tensors[KEY], (), slice(0, 8), slice(0, 12), into)
+    storage.read(storage.tensors[KEY], (), (slice(0, 8), slice(0, 12)), into)
     assert torch.equal(into, WHOLE[0, 0].float())
 
 
@@ -145,7 +145,7 @@ def test_metadata_damaged_anywhere_is_refused_or_describes_tensors(
         for tensor in storage.tensors.values():
             if len(tensor.shape) == 2:
                 whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-                storage.read(tensor, (), *(slice(0, size) for size in tensor.shape), whole)
+                storage.read(tensor, (), tuple(slice(0, size) for size in tensor.shape), whole)
     except ExportError as error:
         assert str(error)
 

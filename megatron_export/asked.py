@@ -1,0 +1,41 @@
+"""What an export is asked for, as far as a model that ModelOpt quantized may say it itself."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .config import ExportConfig
+from .formats import Options
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an export was asked for. None: whatever the model's quantizers say; without any, fp8 and no cache.
+
+    `inherited`: they have said it, and the statistics are theirs.
+    """
+
+    format: str | None
+    kv_cache: str | None
+    options: Options
+    calibration: dict[str, Tensor] | None
+    exclude: tuple[str, ...]
+    quantize_mla: bool
+    smoothed: bool = False
+    inherited: bool = False
+
+    def plain(self) -> "Asked":
+        """Of a model without quantizers."""
+        return replace(self, format=self.format or "fp8", kv_cache=self.kv_cache or "none")
+
+
+def asked_by(config: ExportConfig) -> Asked:
+    """What the command was asked for; of statistics, only whether a file of them was given."""
+    return Asked(
+        config.format,
+        config.kv_cache,
+        Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
+        {} if config.load_calibration else None,
+        config.exclude,
+        config.quantize_mla,
+    )
