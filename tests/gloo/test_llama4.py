@@ -21,6 +21,7 @@ from ..models import LENGTH, assert_same, make_model, read_json, same, tensors
 from ..ranks import Ranks, command, living
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
+PLAIN = PREFIX.removeprefix("language_model.")
 SEEN = ("vision_model.", "multi_modal_projector.")
 
 
@@ -121,16 +122,35 @@ def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, m
 def test_excluded_stacks_are_named_as_engines_name_them(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     others = ("--format", "fp8", "--exclude", "*layers.1.feed_forward.experts.*")
-    status, said = ranks.call(1, command, *flags(models["llama4"], out, *others))[0]
+    status, said = ranks.call(1, command, *flags(models["llama4_vision"], out, *others))[0]
     assert status == 0, said
-    assert (
-        "model.layers.1.feed_forward.experts"
-        in read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
-    )
-    found, source = tensors(out), tensors(models["llama4"])
-    name = "model.layers.{}.feed_forward.experts.gate_up_proj"
+    left = read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
+    assert "language_model.model.layers.1.feed_forward.experts" in left
+    found, source = tensors(out), tensors(models["llama4_vision"])
+    name = "language_model.model.layers.{}.feed_forward.experts.gate_up_proj"
     assert same(found[name.format(1)], source[name.format(1)])
     assert found[name.format(3)].dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf16(
+    form: str, ranks: Ranks, models: dict, tmp_path: Path
+) -> None:
+    stack = f"{PLAIN}gate_up_proj"
+    original = tensors(models["llama4"])[stack]
+    status, said = ranks.call(2, command, *flags(models["llama4"], tmp_path / form, "--format", form, "--tp", 2))[0]
+    assert status == 0, said
+    assert f"of all engines vLLM alone loads this model in {form}" in said
+    found = tensors(tmp_path / form)
+    assert not any(name.startswith(stack) for name in found)
+    for expert, weight in enumerate(original):
+        amax = Amax(weight.abs().max().float(), torch.ones(()))
+        for part, rows in zip(("gate", "up"), weight.T.chunk(2), strict=True):
+            for suffix, piece in encode(chosen(form), rows.contiguous(), amax).items():
+                assert suffix == "input_scale" or same(found[f"{PLAIN}{expert}.{part}_proj.{suffix}"], piece.data)
+    bf16 = flags(models["llama4"], tmp_path / "bf16")[:6]
+    assert ranks.call(1, command, *bf16, "--format", "bf16")[0][0] == 0
+    assert same(tensors(tmp_path / "bf16")[stack], original)
 
 
 def test_tensors_in_other_types_are_copied_in_theirs(ranks: Ranks, models: dict, tmp_path: Path) -> None:
