@@ -69,8 +69,6 @@ def settle(
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
     remarks = []
-    if kv and config["architectures"][0] == "MixtralForCausalLM":
-        remarks.append("SGLang does not load the scales of a KV cache beside Mixtral's keys; vLLM and TensorRT-LLM do")
     if config["architectures"][0] == "GptOssForCausalLM":
         remarks.append(f"no engine is known to load this architecture in {form.name} as it is written here")
     if quantize_mla and not latent:
@@ -132,11 +130,8 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
 def _of_llama4(config: dict, form: Form, stacked: bool, kv: bool) -> list[str]:
     """What engines load of Llama 4."""
     if config["architectures"][0] == "Llama4ForCausalLM":
-        read = (
-            "no engine is known to load"
-            if form.smoothing and form.smoothing.keeps
-            else "of all engines vLLM alone loads"
-        )
+        kept = form.smoothing is not None and form.smoothing.keeps  # as pre_quant_scale
+        read = "no engine is known to load" if kept else "of all engines vLLM alone loads"
         return [f"{read} this model in {form.name}: SGLang and TensorRT-LLM have Llama4ForConditionalGeneration"]
     remarks = ["SGLang does not load the scales of this model's KV cache"] if kv else []
     if form.name == "fp8_pb":

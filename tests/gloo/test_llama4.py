@@ -219,19 +219,19 @@ def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_scor
 
 
 @pytest.mark.parametrize(
-    ("form", "remark"),
+    ("name", "form", "remark"),
     [
-        ("fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
-        ("int4_awq", "no engine is known to load this model in int4_awq"),
-        ("nvfp4", "SGLang does not load stacked experts in nvfp4"),
+        ("llama4", "fp8", "of all engines vLLM alone loads this model in fp8"),
+        ("llama4", "int4_awq", "no engine is known to load this model in int4_awq"),
+        ("llama4_vision", "fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
+        ("llama4_vision", "int4_awq", "no engine is known to load this model in int4_awq"),
+        ("llama4_vision", "nvfp4", "SGLang does not load stacked experts in nvfp4"),
     ],
 )
-def test_the_plan_says_what_engines_do_with_the_experts(form: str, remark: str, models: dict) -> None:
-    config = read_json(models["llama4"] / "config.json") | {
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 128,
-        "hidden_size": 128,
-    }
+def test_the_plan_says_what_engines_do_with_the_experts(name: str, form: str, remark: str, models: dict) -> None:
+    config = read_json(models[name] / "config.json")
+    sizes = {"intermediate_size": 128, "intermediate_size_mlp": 128, "hidden_size": 128}
+    config |= {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
     plan = make_plan(config, assumed(config, 1), format=form)
     assert any(remark in said for said in plan.remarks)
 
