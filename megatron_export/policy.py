@@ -8,7 +8,10 @@ from .formats import Form
 from .item import Output
 from .names import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
 
-_STACKED_FORMS = ("bf16", "fp8", "nvfp4", "nvfp4_awq")  # in which engines read experts stacked in one tensor
+_STACKED = {  # architecture -> the formats in which experts are written stacked in one tensor, as HF has them; others in bf16 alone
+    "Llama4ForConditionalGeneration": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
+    "GptOssForCausalLM": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
+}
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 
@@ -50,7 +53,8 @@ def settle(
 ) -> Policy:
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
     whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
-    stacked = any(source.stack for source in sources.values()) and form.name in _STACKED_FORMS
+    stackable = _STACKED.get(config["architectures"][0], ("bf16",))
+    stacked = any(source.stack for source in sources.values()) and form.name in stackable
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
@@ -65,8 +69,6 @@ def settle(
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
     remarks = []
-    if kv and config["architectures"][0] == "MixtralForCausalLM":
-        remarks.append("SGLang does not load the scales of a KV cache beside Mixtral's keys; vLLM and TensorRT-LLM do")
     if config["architectures"][0] == "GptOssForCausalLM":
         remarks.append(f"no engine is known to load this architecture in {form.name} as it is written here")
     if quantize_mla and not latent:
@@ -79,7 +81,7 @@ def settle(
         out |= latent
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     if settings_of(config).get("rotary_interleaved"):
-        remarks += _of_llama4(form, stacked, kv)
+        remarks += _of_llama4(config, form, stacked, kv)
         keys = {name for name in linears if makes_keys(name)} - out
         if keys and form.name != "fp8":
             remarks.append(
@@ -125,8 +127,12 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(experts) for experts in found.values()]
 
 
-def _of_llama4(form: Form, stacked: bool, kv: bool) -> list[str]:
+def _of_llama4(config: dict, form: Form, stacked: bool, kv: bool) -> list[str]:
     """What engines load of Llama 4."""
+    if config["architectures"][0] == "Llama4ForCausalLM":
+        kept = form.smoothing is not None and form.smoothing.keeps  # as pre_quant_scale
+        read = "no engine is known to load" if kept else "of all engines vLLM alone loads"
+        return [f"{read} this model in {form.name}: SGLang and TensorRT-LLM have Llama4ForConditionalGeneration"]
     remarks = ["SGLang does not load the scales of this model's KV cache"] if kv else []
     if form.name == "fp8_pb":
         remarks.append("experts are written one by one; TensorRT-LLM reads only stacked ones")

@@ -7,7 +7,7 @@ is described in config.json as DeepSeek's own checkpoints are.
 
 from .plan import Plan
 
-_ROUTING = {"DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"}}
+_ROUTING = {"DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}}
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 

@@ -1,15 +1,16 @@
-"""What SGLang 0.5.23 accepts: read in its sources; none of it has been run."""
+"""What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, its kernels were not."""
 
 from .checkpoint import Checkpoint, Group
 from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
 from .gpus import BLACKWELL, GPUS
-from .matching import Names, sglang_excluded, sglang_skipped
+from .matching import JOINED, Names, sglang_excluded, sglang_skipped
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
 _FILES = {
     "archs": "srt/models/registry.py",
+    "attention": "srt/layers/radix_attention.py",
     "cache": "srt/model_executor/model_runner.py",
     "configs": "srt/configs/model_config.py",
     "deepseek": "srt/models/deepseek_v2.py",
@@ -21,7 +22,6 @@ _FILES = {
     "llama": "srt/models/llama.py",
     "llama4": "srt/models/llama4.py",
     "loader": "srt/model_loader/loader.py",
-    "mixtral": "srt/models/mixtral.py",
     "mllama4": "srt/models/mllama4.py",
     "modelopt": "srt/layers/quantization/modelopt_quant.py",
     "mtp": "srt/models/deepseek_nextn.py",
@@ -29,43 +29,44 @@ _FILES = {
     "weights": "srt/model_loader/weight_utils.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
-READ = False
+SEEN, READ = True, False
 
 # fmt: off
 RULES = table(f"{NAME} {VERSION}", _FILES, {
-    "files":         (_R, "every file of the index is there", "weights", READ),
-    "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
+    "files":         (_R, "every file of the index is there", "weights", SEEN),
+    "consolidated":  (_M, "files of Mistral's own format are left out", "loader", SEEN),
     "twice":         (_R, "no tensor is in two files that are read", "weights", READ),
-    "architecture":  (_U, "an architecture with rules", "archs", READ),
-    "missing":       (_R, "every tensor of the model is there; it does not look", "llama", READ),
-    "experts":       (_R, "every expert is there; it does not look", "qwen", READ),
-    "unknown":       (_M, "tensors that the model does not have are skipped", "llama", READ),
-    "shape":         (_R, "shapes are those of config.json and of the algorithm", "modelopt", READ),
+    "architecture":  (_U, "an architecture with rules", "archs", SEEN),
+    "missing":       (_R, "every tensor of the model is there; it does not look", "llama", SEEN),
+    "experts":       (_R, "every expert is there; it does not look", "qwen", SEEN),
+    "unknown":       (_M, "tensors that the model does not have are skipped", "llama", SEEN),
+    "shape":         (_R, "shapes are those of config.json and of the algorithm", "modelopt", SEEN),
     "dtype":         (_R, "dtypes are those of the algorithm", "modelopt", READ),
-    "scale":         (_R, "every quantized linear has all its scales", "modelopt", READ),
-    "extra":         (_L, "other tensors of a quantized linear are skipped", "llama", READ),
+    "scale":         (_R, "every quantized linear has all its scales", "modelopt", SEEN),
+    "extra":         (_L, "other tensors of a quantized linear are skipped", "llama", SEEN),
     "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", READ),
-    "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", READ),
-    "partly":        (_R, "q, k, v and gate, up are left out together", "joined", READ),
-    "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", READ),
-    "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", READ),
+    "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
+    "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
+    "mixed joined":  (_R, "a mixed model has joined linears in Qwen 3 MoE, Llama 4 and, to latents, DeepSeek", "modelopt", SEEN),
+    "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
+    "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
-    "unquantized":   (_R, "codes need a quantization config", "weights", READ),
-    "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", READ),
-    "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", READ),
-    "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", READ),
-    "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", READ),
-    "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", READ),
+    "unquantized":   (_R, "codes need a quantization config", "weights", SEEN),
+    "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", SEEN),
+    "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", SEEN),
+    "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", SEEN),
+    "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
+    "dense":         (_R, "Qwen 3 MoE has experts in every layer", "qwen", SEEN),
+    "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", SEEN),
     "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
-    "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
+    "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
     "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
-    "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", READ),
+    "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", SEEN),
     "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
-    "bias":          (_R, "DeepSeek's config.json says topk_method", "deepseek", READ),
+    "bias":          (_R, "DeepSeek's config.json says topk_method, scoring_func and moe_layer_freq", "deepseek", SEEN),
     "kv flag":       (_M, "the KV cache is FP8 by itself with FP8 weights alone", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
-    "kv mixtral":    (_R, "Mixtral has no k_proj.k_scale", "mixtral", READ),
-    "kv ignored":    (_L, "KV scales are loaded in Llama, Qwen 3 and DeepSeek", "qwen", READ),
+    "kv ignored":    (_L, "KV scales are loaded in Llama and DeepSeek", "attention", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp count":     (_L, "there is one layer that predicts one more token", "deepseek loader", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
@@ -77,8 +78,13 @@ _MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MX
           "W4A16_NVFP4": "W4A16_NVFP4"}  # fmt: skip
 _LATENT = "fused_qkv_a_proj_with_mqa"
 _LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
-_FOUR = ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
-_KEEPS_KV = ("LlamaForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM")
+_KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
+_JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+_ROUTES = {
+    "topk_method": '"noaux_tc"',
+    "scoring_func": '"sigmoid"',
+    "moe_layer_freq": "1",
+}  # as DeepSeek's config.json does
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
@@ -111,18 +117,13 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         checkpoint, view, findings, algorithm_of, reading.group_size, frozenset(("pre_quant_scale",)), reading.where
     )
     if reading.algorithm is not None:
-        _check_layouts(checkpoint, gpu, findings)
+        _check_layouts(checkpoint, reading, gpu, findings)
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         _check_gpu(reading, gpu, findings)
     _check_kv(checkpoint, reading, gpu, findings)
-    if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
-        findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
-    if checkpoint.architecture.startswith("Deepseek") and "topk_method" not in checkpoint.text:
-        findings.add(
-            "bias", "config.json does not say topk_method", way='set "topk_method": "noaux_tc" there, as DeepSeek does'
-        )
+    _check_config(checkpoint, findings)
     return findings
 
 
@@ -174,9 +175,27 @@ def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | N
     return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
 
 
-def _check_layouts(checkpoint: Checkpoint, gpu: str | None, findings: Findings) -> None:
+def _check_config(checkpoint: Checkpoint, findings: Findings) -> None:
+    """What config.json must say, and what must not be, quantized or not."""
+    if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
+        findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
+    if checkpoint.architecture == "Qwen3MoeForCausalLM":
+        dense = checkpoint.text.get("mlp_only_layers") or checkpoint.number("decoder_sparse_step") > 1
+        if dense:
+            findings.add("dense", "it makes experts of every layer, and config.json means some without")
+    lacking = [key for key in _ROUTES if key not in checkpoint.text]
+    if checkpoint.architecture.startswith("Deepseek") and lacking:
+        said = ", ".join(f'"{key}": {_ROUTES[key]}' for key in lacking)
+        findings.add(
+            "bias", f"config.json does not say {', '.join(lacking)}", way=f"set {said} there, as DeepSeek does"
+        )
+
+
+def _check_layouts(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
-        findings.add("gpt_oss", "not tried with this architecture")
+        findings.add(
+            "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
+        )
     blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
     for group in checkpoint.indexed.groups:
         if group.mtp or not group.quantized:
@@ -189,6 +208,9 @@ def _check_layouts(checkpoint: Checkpoint, gpu: str | None, findings: Findings) 
             findings.add(
                 "rotated", "it puts rows of q and k in another order", group.parent, way="--exclude q, k and v"
             )
+        if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
+            findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
+                         group.parent, way="quantize all of it in one algorithm")  # fmt: skip
         if "weight_scale_inv" in module:
             _check_blocks(checkpoint, group, findings)
         of_experts = group.kind == "experts"
@@ -202,7 +224,7 @@ def _check_layouts(checkpoint: Checkpoint, gpu: str | None, findings: Findings) 
 def _check_blocks(checkpoint: Checkpoint, group: Group, findings: Findings) -> None:
     if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
-                     way="--format fp8, or a version with its pull request 30234")  # fmt: skip
+                     way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
     for name, module in group.members.items():
         rows = module["weight"].shape[0]
         latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
@@ -238,9 +260,7 @@ def _check_kv(checkpoint: Checkpoint, reading: Reading, gpu: str | None, finding
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
     elif reading.algorithm != "FP8":
         findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
-    if checkpoint.architecture == "MixtralForCausalLM" and "k_proj.k_scale" in kv:
-        findings.add("kv mixtral", "does not load the scales of Mixtral's KV cache", way="--kv-cache none")
-    elif kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
+    if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
         findings.add("kv ignored", "ignores the scales of this architecture's KV cache")
 
 

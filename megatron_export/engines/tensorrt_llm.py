@@ -48,6 +48,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "reading", READ),
     "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
+    "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
     "latent":        (_R, "latent attention is in bfloat16 or blocks of FP8", "deepseek", READ),
@@ -108,6 +109,8 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         return findings
     optional = _OPTIONAL.get(reading.algorithm, frozenset())
     check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
+    if checkpoint.architecture == "Llama4ForCausalLM":
+        findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, findings)
         _check_gpu(reading, gpu, findings)

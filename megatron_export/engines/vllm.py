@@ -59,6 +59,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
+    "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
     "kv latent":     (_R, "latent attention has no NVFP4 KV cache", "config", SEEN),
     "kv mla":        (_L, "latent attention has no KV scales: its cache has a scale of 1", "deepseek", SEEN),
     "kv dialect":    (_M, "with quant_method fp8 the KV cache is quantized on request", "cache", READ),
@@ -113,11 +114,8 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         check_mtp(view, findings, algorithm_of)
         _check_gpu(reading, gpu, findings)
     _check_kv(checkpoint, reading, findings)
-    if checkpoint.latent and checkpoint.text.get("topk_method") != "noaux_tc":
-        biases = [name for name in view.tensors if name.endswith("e_score_correction_bias")]
-        if biases and checkpoint.architecture.startswith("Deepseek"):
-            findings.add("bias", "config.json does not say that routers have it", *biases,
-                         way='set "topk_method": "noaux_tc" in config.json, as DeepSeek does')  # fmt: skip
+    if checkpoint.latent and checkpoint.architecture.startswith("Deepseek"):
+        _check_routers(checkpoint, findings)
     return findings
 
 
@@ -183,6 +181,16 @@ def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings
     return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
 
 
+def _check_routers(checkpoint: Checkpoint, findings: Findings) -> None:
+    biases = [name for name in checkpoint.indexed.tensors if name.endswith("e_score_correction_bias")]
+    if biases and checkpoint.text.get("topk_method") != "noaux_tc":
+        findings.add("bias", "config.json does not say that routers have it", *biases,
+                     way='set "topk_method": "noaux_tc" in config.json, as DeepSeek does')  # fmt: skip
+    if biases and "scoring_func" not in checkpoint.text:
+        findings.add("softmax", "config.json does not say that routers take sigmoid, and it computes softmax",
+                     way='set "scoring_func": "sigmoid" in config.json, as DeepSeek does')  # fmt: skip
+
+
 def _check_tied(checkpoint: Checkpoint, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
     """Of a tied model too an output layer is built, before it is made the embedding."""
     inside = next(
@@ -205,7 +213,7 @@ def _check_layouts(checkpoint: Checkpoint, reading: Reading, findings: Findings)
             continue
         if group.kind == "stack" and checkpoint.architecture != "Llama4ForConditionalGeneration":
             findings.add("stack", f"it does not load stacked experts of {checkpoint.architecture} with scales",
-                         *group.members, way="--format fp8_pb writes them one by one")  # fmt: skip
+                         *group.members, way="export it again: experts of this architecture are written one by one")  # fmt: skip
         elif group.kind == "experts" and reading.algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
             findings.add("block experts", f"it does not load experts in {reading.algorithm}", group.parent,
                          way="--fp8-pb-spelling native")  # fmt: skip

@@ -9,6 +9,7 @@ ONLY = {
     "rope_interleave": (True, None),
     "scoring_func": ("sigmoid", None),
     "topk_method": ("noaux_tc", None),
+    "moe_layer_freq": (1, None),
     "attention_bias": (False, None),
     "norm_topk_prob": (True,),
     "hidden_act": ("silu", None),

@@ -246,7 +246,7 @@ def disagree(said: Said) -> None:
 
 
 def name_the_method_of_routers(said: Said) -> None:
-    said["config"]["topk_method"] = "noaux_tc"
+    said["config"] |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
 
 
 def rename_the_architecture(said: Said) -> None:
@@ -280,7 +280,7 @@ DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
     (NVFP4, keep_the_file_alone):            ("", "", "", False),
     (NVFP4, keep_the_file_alone_without_its_size): ("config", "config", "", True),
     (NVFP4, mix_nothing):                    ("mixed", "mixed", "left out", True),
-    (NVFP4, mix_every_layer):                ("", "", "", False),
+    (NVFP4, mix_every_layer):                ("", "mixed joined", "", False),
     (NVFP4, mix_within_a_joined_linear):     ("partly", "partly", "partly", True),
     (NVFP4, say_w4a16): ("", "extra", "extra", False),
     (FP8, store_in_blocks):                  ("blocks", "llama blocks", "", True),

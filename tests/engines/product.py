@@ -1,6 +1,5 @@
 """Small checkpoints of every architecture in every format, in sizes that engines accept: whole blocks, latents of 576."""
 
-import json
 from pathlib import Path
 
 from ..models import LENGTH, add_mtp, make_model, read_json
@@ -57,14 +56,12 @@ ALSO = {"mla": {"quantize_mla": True}}
 
 
 def source(folder: Path, name: str) -> Path:
-    """A bfloat16 checkpoint in those sizes; of NAME-mtp, with a layer that predicts one more token."""
-    name, _, mtp = name.partition("-")
-    made = make_model(folder, name, **MODELS[name])
-    if mtp:
+    """A bfloat16 checkpoint in those sizes; of NAME-mtp, with a layer that predicts one more token, of NAME-sparse, with
+    experts in every layer."""
+    name, _, kind = name.partition("-")
+    made = make_model(folder, name, **MODELS[name] | ({"mlp_only_layers": []} if kind == "sparse" else {}))
+    if kind == "mtp":
         add_mtp(made)
-    if name == "deepseek_v3":  # as DeepSeek's own config.json has it, and transformers leaves it out
-        file = made / "config.json"
-        file.write_text(json.dumps(read_json(file) | {"topk_method": "noaux_tc"}))
     return made
 
 

@@ -21,6 +21,7 @@ from ..models import LENGTH, assert_same, make_model, read_json, same, tensors
 from ..ranks import Ranks, command, living
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
+PLAIN = PREFIX.removeprefix("language_model.")
 SEEN = ("vision_model.", "multi_modal_projector.")
 
 
@@ -121,16 +122,35 @@ def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, m
 def test_excluded_stacks_are_named_as_engines_name_them(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     others = ("--format", "fp8", "--exclude", "*layers.1.feed_forward.experts.*")
-    status, said = ranks.call(1, command, *flags(models["llama4"], out, *others))[0]
+    status, said = ranks.call(1, command, *flags(models["llama4_vision"], out, *others))[0]
     assert status == 0, said
-    assert (
-        "model.layers.1.feed_forward.experts"
-        in read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
-    )
-    found, source = tensors(out), tensors(models["llama4"])
-    name = "model.layers.{}.feed_forward.experts.gate_up_proj"
+    left = read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
+    assert "language_model.model.layers.1.feed_forward.experts" in left
+    found, source = tensors(out), tensors(models["llama4_vision"])
+    name = "language_model.model.layers.{}.feed_forward.experts.gate_up_proj"
     assert same(found[name.format(1)], source[name.format(1)])
     assert found[name.format(3)].dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf16(
+    form: str, ranks: Ranks, models: dict, tmp_path: Path
+) -> None:
+    stack = f"{PLAIN}gate_up_proj"
+    original = tensors(models["llama4"])[stack]
+    status, said = ranks.call(2, command, *flags(models["llama4"], tmp_path / form, "--format", form, "--tp", 2))[0]
+    assert status == 0, said
+    assert f"of all engines vLLM alone loads this model in {form}" in said
+    found = tensors(tmp_path / form)
+    assert not any(name.startswith(stack) for name in found)
+    for expert, weight in enumerate(original):
+        amax = Amax(weight.abs().max().float(), torch.ones(()))
+        for part, rows in zip(("gate", "up"), weight.T.chunk(2), strict=True):
+            for suffix, piece in encode(chosen(form), rows.contiguous(), amax).items():
+                assert suffix == "input_scale" or same(found[f"{PLAIN}{expert}.{part}_proj.{suffix}"], piece.data)
+    bf16 = flags(models["llama4"], tmp_path / "bf16")[:6]
+    assert ranks.call(1, command, *bf16, "--format", "bf16")[0][0] == 0
+    assert same(tensors(tmp_path / "bf16")[stack], original)
 
 
 def test_tensors_in_other_types_are_copied_in_theirs(ranks: Ranks, models: dict, tmp_path: Path) -> None:
@@ -199,19 +219,19 @@ def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_scor
 
 
 @pytest.mark.parametrize(
-    ("form", "remark"),
+    ("name", "form", "remark"),
     [
-        ("fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
-        ("int4_awq", "no engine is known to load this model in int4_awq"),
-        ("nvfp4", "SGLang does not load stacked experts in nvfp4"),
+        ("llama4", "fp8", "of all engines vLLM alone loads this model in fp8"),
+        ("llama4", "int4_awq", "no engine is known to load this model in int4_awq"),
+        ("llama4_vision", "fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
+        ("llama4_vision", "int4_awq", "no engine is known to load this model in int4_awq"),
+        ("llama4_vision", "nvfp4", "SGLang does not load stacked experts in nvfp4"),
     ],
 )
-def test_the_plan_says_what_engines_do_with_the_experts(form: str, remark: str, models: dict) -> None:
-    config = read_json(models["llama4"] / "config.json") | {
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 128,
-        "hidden_size": 128,
-    }
+def test_the_plan_says_what_engines_do_with_the_experts(name: str, form: str, remark: str, models: dict) -> None:
+    config = read_json(models[name] / "config.json")
+    sizes = {"intermediate_size": 128, "intermediate_size_mlp": 128, "hidden_size": 128}
+    config |= {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
     plan = make_plan(config, assumed(config, 1), format=form)
     assert any(remark in said for said in plan.remarks)
 

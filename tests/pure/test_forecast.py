@@ -330,7 +330,7 @@ YES, NO, UNKNOWN = True, False, None
         (LLAMA, {"format": "nvfp4_awq", "options": Options(awq_output="modelopt")}, (NO, NO, YES)),
         (LLAMA, {"format": "int4_awq"}, (NO, NO, YES)),
         (LLAMA, {"format": "w4a8_awq"}, (NO, NO, YES)),
-        (MIXTRAL, {"format": "fp8", "kv_cache": "fp8"}, (YES, NO, YES)),
+        (MIXTRAL, {"format": "fp8", "kv_cache": "fp8"}, (YES, YES, YES)),
         (QWEN_MOE, {"format": "nvfp4", "kv_cache": "fp8"}, (YES, YES, YES)),
         (SMALL_V3, {"format": "nvfp4"}, (YES, YES, YES)),
         (SMALL_V3, {"format": "fp8", "quantize_mla": True}, (YES, YES, NO)),
@@ -338,7 +338,7 @@ YES, NO, UNKNOWN = True, False, None
         (LLAMA4_SEES, {"format": "fp8"}, (YES, YES, YES)),
         (LLAMA4_SEES, {"format": "nvfp4"}, (YES, NO, YES)),
         (LLAMA4_SEES, {"format": "fp8_pb"}, (YES, YES, NO)),
-        (LLAMA4, {"format": "fp8"}, (NO, NO, YES)),  # stacked experts in a model that does not see
+        (LLAMA4, {"format": "fp8"}, (YES, NO, NO)),  # experts one by one in a model that does not see
         (LLAMA4, {"format": "fp8_pb"}, (YES, NO, NO)),
         (LLAMA4, {"format": "int4_awq"}, (NO, NO, NO)),
     ],

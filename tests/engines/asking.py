@@ -1,0 +1,36 @@
+"""Exports of small models in all formats, and what a real engine makes of them in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ..ranks import Ranks
+from . import product
+
+ROOT = Path(__file__).parents[2]
+EVERY = {
+    name: [*product.FORMATS, *((f"{form}+mla" for form in product.FORMATS) if name == "deepseek_v3" else ())]
+    for name in (*product.MODELS, "deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_moe-sparse")
+}
+
+
+def tried(loading: str, *folders: Path, flags: tuple[str, ...] = ()) -> dict[Path, dict]:
+    """What became of each folder, one after the other, in the module of that name beside this one."""
+    command = [sys.executable, "-m", f"tests.engines.{loading}", *flags, *map(str, folders)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"folder"')]
+    assert len(said) == len(folders), done.stderr[-3000:]
+    return {Path(one["folder"]): one for one in said}
+
+
+def exported(ranks: Ranks, names: dict[str, list[str]], out: Path) -> list[Path]:
+    """Folders of those models in those formats, but for what the exporter refuses."""
+    folders = []
+    for name, forms in names.items():
+        (out / name).mkdir()
+        (out / f"{name}-source").mkdir()
+        model = product.source(out / f"{name}-source", name)
+        [refused] = ranks.call(1, product.export, model, out / name, forms, seconds=300)
+        folders += [out / name / form for form in forms if form not in refused]
+    return folders

@@ -1,0 +1,152 @@
+"""Checkpoints loaded by a real SGLang on a CPU, each twice: into memory of zeros and into memory of ones; a JSON line about each.
+
+    python -m tests.engines.sglang_loading CHECKPOINT...
+
+What differs between the two was never loaded, whatever SGLang says of it. Configs, construction of models, names, shapes, joined
+loading and the split of latent projections are SGLang's own, and are those of a GPU: its branches for CPUs are switched off.
+Nothing is computed: its kernels are not installed, packages that only they need are empty, and weights are not made ready for them.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..ranks import free_port
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS = {"SGLANG_USE_CPU_ENGINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+HOW = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "skip_tokenizer_init": True,
+    "moe_runner_backend": "marlin",  # what it takes on Hopper for experts in four bits; others are loaded alike
+}
+EMPTY = ("IPython", "gguf", "sgl_kernel", "tvm_ffi")
+DERIVED = ("blockscale_swizzled",)  # made of what was loaded, later
+DEFAULTS = ("k_scale", "v_scale", "pre_quant_scale")  # are 1 where a checkpoint has none
+
+
+class Anything(type):
+    """A class that has every attribute, and whose instances are such classes; as a decorator it changes nothing."""
+
+    def __getattr__(cls, name: str) -> "Anything":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name, (), {})
+
+    def __call__(cls, *given: Any, **named: Any) -> Any:
+        return given[0] if len(given) == 1 and callable(given[0]) else Anything(cls.__name__, (), {})
+
+
+class Package(ModuleType):
+    """A package that has every name."""
+
+    __path__ = []
+
+    def __getattr__(self, name: str) -> Anything:
+        return getattr(Anything("", (), {}), name)
+
+
+class Empty(MetaPathFinder, Loader):
+    """Imports packages that are not there."""
+
+    def find_spec(self, name: str, *rest: object) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in EMPTY else None
+
+    def create_module(self, spec: ModuleSpec) -> Package:
+        return Package(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def imported() -> None:
+    """Import SGLang and its models, without its kernels, and have them take the way of a GPU."""
+    sys.meta_path.append(Empty())
+    from sglang.srt.layers.rotary_embedding import factory
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sglang.") and "rotary" not in name and "_is_cpu" in vars(module):
+            module._is_cpu = False
+    factory.get_rope_cpu = lambda *given: factory.get_rope(*given[:-1])  # which wants scaled rotations
+
+
+def started(folder: Path) -> Any:
+    """SGLang's settings for a checkpoint in force, on one rank; its own description of the model."""
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.server_args import ServerArgs
+
+    arguments = ServerArgs(model_path=str(folder), **HOW)
+    runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0))
+    initialize_moe_config()
+    config = ModelConfig.from_server_args(arguments)
+    if not importlib.import_module("torch").distributed.is_initialized():
+        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=free_port())
+    bootstrap.init_layer_runtime(model_config=config)
+    return config
+
+
+def loaded(config: Any, byte: int) -> dict[str, "torch.Tensor"]:
+    """The bytes of all parameters, loaded into memory that is full of one. Raises what SGLang raises."""
+    import torch
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader import loader
+
+    files = loader.DefaultModelLoader(LoadConfig())
+    quantization = loader._get_quantization_config(config, files.load_config)
+    with loader.set_default_torch_dtype(config.dtype):
+        model = loader._initialize_model(config, files.load_config, quantization)
+        for parameter in model.parameters():
+            filling = torch.full((parameter.numel() * parameter.element_size(),), byte, dtype=torch.uint8)
+            parameter.data.copy_(filling.view(parameter.dtype).view(parameter.shape))
+        files.load_weights_only(model, files._get_all_weights(config, model), torch.device("cpu"))
+    for name, module in model.named_modules():
+        split = getattr(module, "w_kc", None)  # of latent attention
+        assert split is None or split.dtype != torch.uint8, f"{name} takes codes of four bits for numbers"
+    return {name: one.data.contiguous().view(-1).view(torch.uint8) for name, one in model.named_parameters()}
+
+
+def tried(folder: Path) -> dict:
+    """What became of a checkpoint: an `error`, parameters that were not filled (`lacking`), whether KV scales were (`kv`)."""
+    try:
+        config = started(folder)
+        zeros, ones = loaded(config, 0), loaded(config, 255)
+    except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
+        return {"folder": str(folder), "error": f"{type(error).__name__}: {error}", "lacking": [], "kv": False}
+    unequal = [name for name in zeros if not zeros[name].equal(ones[name])]
+    lacking = [name for name in unequal if not name.endswith(DERIVED + DEFAULTS)]
+    kv = any(name.endswith("k_scale") and name not in unequal for name in zeros)
+    return {"folder": str(folder), "error": None, "lacking": lacking, "kv": kv}
+
+
+def main() -> int:
+    """Try every checkpoint that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    imported()
+    for folder in arguments.folders:
+        sys.stdout.write(json.dumps(tried(folder)) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    os.environ |= SETTINGS
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""A real SGLang, on a CPU: it fills what the rules say it fills, and refuses or leaves empty what they say it does not load.
+See README for its setup."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_export.checking import of_folder
+from megatron_export.engines import Verdict, judged
+
+from ..ranks import Ranks, living
+from .asking import EVERY, exported, tried
+from .checkpoints import (
+    DAMAGES,
+    HEADERS,
+    damaged,
+    described,
+    golden,
+    leave_out_what_is_quantized,
+    repeat_a_tensor,
+    store_in_integers,
+    written,
+)
+
+pytestmark = pytest.mark.sglang
+SOME = {
+    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4_kv", "int4_awq"],
+    "qwen3": ["fp8_kv", "fp8_pb"],
+    "qwen3_moe": ["bf16", "fp8"],
+    "qwen3_moe-sparse": ["fp8_kv", "fp8_pb", "nvfp4_awq"],
+    "mixtral": ["fp8_kv", "nvfp4"],
+    "deepseek_v3": ["fp8_pb", "nvfp4", "fp8+mla", "nvfp4+mla"],
+    "llama4": ["bf16", "fp8"],
+    "llama4_vision": ["fp8_kv", "fp8_pb", "nvfp4"],
+    "gpt_oss": ["bf16", "fp8"],
+}
+WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
+UNNOTICED = (repeat_a_tensor, store_in_integers, leave_out_what_is_quantized)  # values are converted, or padded
+
+
+def agrees(verdict: Verdict, one: dict) -> bool:
+    """Whether SGLang filled every parameter of what the rules say it loads, and of nothing else."""
+    broken = {finding.rule for finding in verdict.findings if finding.effect is verdict.effect}
+    return filled(one) == (bool(verdict.loads) or broken <= WHILE_COMPUTING)
+
+
+def filled(one: dict) -> bool:
+    """Whether nothing was raised and nothing is lacking."""
+    return one["error"] is None and not one["lacking"]
+
+
+def disagreements(folders: list[Path]) -> dict[str, str]:
+    """Where SGLang did not do what the rules say."""
+    found = {}
+    for folder, one in tried("sglang_loading", *folders).items():
+        verdict = judged(of_folder(folder), "sglang")
+        keeps = "_kv" in folder.name and all(finding.rule != "kv ignored" for finding in verdict.findings)
+        if not agrees(verdict, one) or (filled(one) and one["kv"] != keeps):
+            found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one}"
+    return found
+
+
+def test_sglang_loads_what_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), SOME, tmp_path)) == {}
+
+
+@pytest.mark.slow
+def test_sglang_loads_every_architecture_in_every_format_as_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), EVERY, tmp_path)) == {}
+
+
+def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
+    folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
+    for folder, one in tried("sglang_loading", *folders).items():
+        verdict = judged(described(golden(folders[folder])), "sglang")
+        assert agrees(verdict, one), f"{folders[folder]}: {verdict.text} | {one}"
+
+
+def test_sglang_refuses_what_is_damaged_or_leaves_it_empty(tmp_path: Path) -> None:
+    damages = {written(damaged(*damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
+    for folder, one in tried("sglang_loading", *damages).items():
+        verdict = judged(described(damaged(*damages[folder])), "sglang")
+        unnoticed = damages[folder][1] in UNNOTICED
+        assert filled(one) if unnoticed else agrees(verdict, one), f"{damages[folder]}: {verdict.text} | {one}"
