@@ -5,6 +5,7 @@ python launch/benchmark.py encode    how near encoding comes to the speed of mem
 launch/benchmark.py export           seconds, bytes and memory of exports, beside `save_file` of the same bytes
 launch/benchmark.py scale            the same against the size of the model
 python launch/benchmark.py peer      exports beside those of NVIDIA ModelOpt
+python launch/benchmark.py serve     checkpoints in a real vLLM, beside their decoded numbers
 """
 
 import argparse
@@ -16,6 +17,7 @@ from bench.encoding import add_encode
 from bench.exporting import add_export, add_scale
 from bench.peering import add_peer
 from bench.quality import add_quality
+from bench.serving import add_serve
 
 from megatron_export.errors import ExportError
 
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_export(commands.add_parser("export", help="seconds, bytes and memory of exports, beside save_file"))
     add_peer(commands.add_parser("peer", help="exports beside those of NVIDIA ModelOpt, where it is installed"))
     add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
+    add_serve(commands.add_parser("serve", help="checkpoints in a real vLLM, beside what check says and decode gives"))
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:
