@@ -36,8 +36,8 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 SAID = {True: "loads", False: "refused", None: "unknown"}
 COLUMNS = (
     "folder",
-    "`check`",
-    "vLLM",
+    "`check` of vLLM",
+    "here",
     "first tokens",
     "perplexity",
     "through decode",
@@ -51,7 +51,7 @@ class Row:
     """What became of one folder.
 
     through         vllm or decode
-    loads, why      what the rules of `check` say of vLLM, before it is asked
+    loads, why      what the rules of `check` say that vLLM does; decode is not held against them
     error           what went wrong; then there are no `tokens` and no `losses` (of the windows, nats per token)
     warned, chose   what vLLM warned of, and which kernels it took
     """
@@ -70,9 +70,17 @@ class Row:
     chose: list[str] = field(default_factory=list)
 
     @property
+    def became(self) -> str:
+        """Without a version nobody answered: the process died, was ended, or was never asked."""
+        if self.error is None:
+            return "generates"
+        return "refused" if self.version else "no answer"
+
+    @property
     def agrees(self) -> bool:
-        """Whether it did what the rules say; where they say nothing, whatever it does."""
-        return self.loads is None or self.loads == (self.error is None)
+        """Whether vLLM did what the rules say; where they say nothing, any answer does."""
+        expected = {True: ("generates",), False: ("refused",), None: ("generates", "refused")}[self.loads]
+        return self.through == "decode" or self.became in expected
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +123,7 @@ def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[s
         windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []
         found = attempt(folder, windows, flags)
     except Exception as error:  # noqa: BLE001 - no folder may stop the others
-        found = {"error": f"{type(error).__name__}: {error}"}
+        found = {"error": f"{type(error).__name__}: {error}"[:1500]}
     row = Row(name, flags.through, loads, why, round(time.monotonic() - began, 1), **found)
     if flags.json:
         with flags.json.open("a") as file:
@@ -175,8 +183,8 @@ def table(rows: Iterable[Row], decoded: dict[str, Row]) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         beside = decoded.get(row.folder)
-        became = "refused" if row.error else "generates"
-        cells = [row.folder, SAID[row.loads], became if row.agrees else f"**{became}**", first_tokens(row, beside)]
+        became = row.became if row.agrees else f"**{row.became}**"
+        cells = [row.folder, SAID[row.loads], became, first_tokens(row, beside)]
         lines.append(f"| {' | '.join(cells + figures(row, beside))} |")
     return lines
 
