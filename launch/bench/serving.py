@@ -160,6 +160,8 @@ def through_vllm(folder: Path, windows: list[list[int]], flags: argparse.Namespa
 @torch.no_grad()
 def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
     """The same from transformers, with the quantized arithmetic emulated."""
+    import transformers
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids, losses = load(folder, device), list(PROMPT), []
     for _ in range(TOKENS):
@@ -167,7 +169,7 @@ def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Names
     for batch in torch.tensor(windows, device=device).split(BATCH) if windows else ():
         logits = model(batch, use_cache=False).logits
         losses += [float(of_window(mine, mine, row)[0]) for mine, row in zip(logits, batch, strict=True)]
-    return {"tokens": ids[len(PROMPT) :], "losses": losses, "device": device}
+    return {"tokens": ids[len(PROMPT) :], "losses": losses, "version": transformers.__version__, "device": device}
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -217,7 +219,7 @@ def notes(rows: list[Row]) -> list[str]:
     for row in rows:
         lines += [f"{row.folder}: warned: {text}" for text in of_scales(row.warned)]
         if row.error:
-            lines.append(
-                f"{row.folder}: {row.error.splitlines()[0][:300]}" + (f"; check: {row.why}" if row.why else "")
-            )
+            said = row.error.strip().splitlines()
+            line = said[0] if row.became == "refused" else said[-1]  # a traceback tells at its end
+            lines.append(f"{row.folder}: {row.became}: {line[:300]}" + (f"; check: {row.why}" if row.why else ""))
     return lines
