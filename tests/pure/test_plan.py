@@ -217,7 +217,7 @@ def test_planned_tensors_are_those_of_modelopt() -> None:
 
 
 def test_deepseek_says_how_it_routes_also_where_transformers_left_it_out() -> None:
-    config = {key: value for key, value in SMALL_V3.items() if key != "topk_method"}
+    config = {key: value for key, value in SMALL_V3.items() if key not in ("topk_method", "scoring_func")}
     made = make_plan(config, assumed(config, 1), format="bf16")
-    assert config_json(made)["topk_method"] == "noaux_tc"
+    assert config_json(made) | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} == config_json(made)
     assert "topk_method" not in config_json(plan())
