@@ -6,6 +6,7 @@ launch/benchmark.py export           seconds, bytes and memory of exports, besid
 launch/benchmark.py scale            the same against the size of the model
 python launch/benchmark.py peer      exports beside those of NVIDIA ModelOpt
 python launch/benchmark.py search    the search of an AWQ format beside ModelOpt's
+python launch/benchmark.py serve     checkpoints in a real vLLM, beside their decoded numbers
 """
 
 import argparse
@@ -18,6 +19,7 @@ from bench.exporting import add_export, add_scale
 from bench.peering import add_peer
 from bench.quality import add_quality
 from bench.searching import add_search
+from bench.serving import add_serve
 
 from megatron_export.errors import ExportError
 
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_peer(commands.add_parser("peer", help="exports beside those of NVIDIA ModelOpt, where it is installed"))
     add_search(commands.add_parser("search", help="the search of an AWQ format, beside that of ModelOpt"))
     add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
+    add_serve(commands.add_parser("serve", help="checkpoints in a real vLLM, beside what check says and decode gives"))
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:

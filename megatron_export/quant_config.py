@@ -46,7 +46,8 @@ def quantization_config(plan: Plan) -> dict | None:
 def config_json(plan: Plan) -> dict:
     """The source's own config, with the dtype of what was written and the description of the quantization.
 
-    And with what engines take from it that transformers leaves out when it saves a model: DeepSeek's name for its routing.
+    And with what engines take from it that transformers leaves out when it saves a model: DeepSeek's names for its routing;
+    without `scoring_func` vLLM takes softmax, and other experts.
     """
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
     for architecture in plan.config["architectures"]:

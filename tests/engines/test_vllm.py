@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.bench.vllm_process import of_scales
 from megatron_export.checking import of_folder
 from megatron_export.engines import Effect, judged, vllm
 from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, vllm_modelopt
@@ -25,7 +26,6 @@ SOME = {
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_awq")
 UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for
-CACHE_SCALES = "with dtype torch.float32 into parameter with dtype torch.bfloat16"  # vLLM keeps KV scales in bfloat16
 
 
 def disagreements(folders: list[Path]) -> dict[str, str]:
@@ -33,8 +33,7 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     found = {}
     for folder, one in tried("vllm_loading", *folders).items():
         verdict = judged(of_folder(folder), "vllm")
-        warned = [text for text in one["warned"] if "not found" in text or "scale" in text and CACHE_SCALES not in text]
-        warned = [text for text in warned if "q scaling factor" not in text]  # of queries; nothing calibrates it
+        warned = of_scales(one["warned"])
         if (one["error"] is None) != (verdict.loads is not False) or (one["error"] is None and warned):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one['error']} | {warned}"
     return found

@@ -9,85 +9,13 @@ those are loaded and not run.
 
 import argparse
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from types import ModuleType
 
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CONFIGURE_LOGGING": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-HOW = {
-    "skip_tokenizer_init": True,
-    "dtype": "bfloat16",
-    "enforce_eager": True,
-    "max_model_len": 64,
-    "model_loader_extra_config": {"enable_weights_track": True},
-}
-PROMPT = [1, 5, 9, 77, 200, 31, 400, 8]
-
-
-class Heard(logging.Handler):
-    """The warnings of vLLM."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
-def emulate() -> None:
-    """Give the CPU the linear kernels that it lacks, in plain torch."""
-    import torch
-    import vllm._custom_ops as ops
-    import vllm.model_executor.kernels.linear as linear
-    from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
-    from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
-    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
-    from vllm.model_executor.layers.fusion import fused_act_quant
-    from vllm.platforms import PlatformEnum
-
-    def scaled_fp8_quant(
-        input: torch.Tensor, scale: torch.Tensor | None = None, *rest: object, **named: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        values = input.float()
-        if scale is None:
-            by_token = named.get("use_per_token_if_dynamic", False)
-            largest = values.abs().amax(-1, keepdim=True) if by_token else values.abs().amax().reshape(1)
-            scale = largest.clamp(min=1e-12) / 448
-        return (values / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale
-
-    class InBlocks(Fp8BlockScaledMMLinearKernel):
-        """Weights in blocks of 128 x 128, multiplied out; inputs as they are."""
-
-        apply_input_quant = False
-
-        @classmethod
-        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-            return True, None
-
-        def apply_block_scaled_mm(
-            self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor, **named: object
-        ) -> torch.Tensor:
-            scales = Bs.float().repeat_interleave(128, 0)[: B.shape[0]].repeat_interleave(128, 1)[:, : B.shape[1]]
-            return A @ (B.float() * scales).to(A.dtype).T
-
-    ops.scaled_fp8_quant = scaled_fp8_quant
-    fused_act_quant._FUSED_ACT_QUANT.clear()
-    linear.register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
-    linear.register_linear_kernel(EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
-    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(InBlocks)
+from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, heard
 
 
 def without_kernels() -> None:
@@ -111,21 +39,6 @@ def without_kernels() -> None:
         method.process_weights_after_loading = lambda self, layer: None
 
 
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """What vLLM warns of within."""
-    import vllm.logger
-
-    handler = Heard()
-    logger = logging.getLogger("vllm")
-    logger.addHandler(handler)
-    vllm.logger._print_warning_once.cache_clear()
-    try:
-        yield handler.said
-    finally:
-        logger.removeHandler(handler)
-
-
 def loaded(folder: Path) -> None:
     """Build the model of a checkpoint, load its weights and make them ready. Raises what vLLM raises."""
     import torch
@@ -136,7 +49,7 @@ def loaded(folder: Path) -> None:
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    config = EngineArgs(model=str(folder), **HOW).create_engine_config()
+    config = EngineArgs(model=str(folder), max_model_len=SHORT, **HOW).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         if not torch.distributed.is_initialized():
             parallel_state.init_distributed_environment(1, 0, f"file://{mkdtemp()}/store", 0, "gloo")
@@ -149,25 +62,14 @@ def loaded(folder: Path) -> None:
             parallel_state.destroy_model_parallel()
 
 
-def generated(folder: Path) -> list[int]:
-    """Eight greedy tokens, and that their probabilities are numbers."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model=str(folder), max_num_seqs=2, **HOW)
-    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True)
-    answer = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)[0].outputs[0]
-    assert all(step[token].logprob > -1e9 for token, step in zip(answer.token_ids, answer.logprobs, strict=True))
-    return list(answer.token_ids)
-
-
 def tried(folder: Path, generate: bool) -> dict:
     """What became of a checkpoint: `tokens`, or an `error`, and what vLLM warned of."""
-    with heard() as warned:
+    with heard() as said:
         try:
-            tokens = generated(folder) if generate else loaded(folder)
+            tokens = asked(str(folder), [], {})["tokens"] if generate else loaded(folder)
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
-            return {"folder": str(folder), "error": f"{type(error).__name__}: {error}", "warned": warned}
-    return {"folder": str(folder), "tokens": tokens, "error": None, "warned": warned}
+            return {"folder": str(folder), "error": f"{type(error).__name__}: {error}", "warned": said.warned}
+    return {"folder": str(folder), "tokens": tokens, "error": None, "warned": said.warned}
 
 
 def main() -> int:

@@ -1,0 +1,225 @@
+"""`serve`: what a real vLLM does with checkpoints, beside what `check` says of them and what their decoded numbers do.
+
+    python launch/benchmark.py serve [--text FILE] [--jobs N] [--with FILE] [--json FILE] FOLDER ...
+    python launch/benchmark.py serve --through decode --text FILE --json FILE FOLDER ...
+
+Each folder is loaded by vLLM in a process of its own, with the check for missing weights switched on, and gives a few greedy
+tokens and, with a text, its perplexity over the windows that `quality` takes. Whatever happens there, the others are tried too.
+`--through decode` does the same in transformers, with the quantized arithmetic emulated (emulation.py); it needs no vLLM, and
+`--with` shows what it found beside vLLM's, from the same or another machine.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_export.checking import of_folder
+from megatron_export.emulation import load
+from megatron_export.engines import GPUS, judged
+from megatron_export.errors import ExportError
+from megatron_export.perplexity import BATCH, WINDOW, of_window, windows_of
+
+from . import vllm_process
+from .vllm_process import MARK, PROMPT, TOKENS, of_scales
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+SAID = {True: "loads", False: "refused", None: "unknown"}
+COLUMNS = (
+    "folder",
+    "`check` of vLLM",
+    "here",
+    "first tokens",
+    "perplexity",
+    "through decode",
+    "ratio",
+    "change, nats per token",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one folder.
+
+    through         vllm or decode
+    loads, why      what the rules of `check` say that vLLM does; decode is not held against them
+    error           what went wrong; then there are no `tokens` and no `losses` (of the windows, nats per token)
+    warned, chose   what vLLM warned of, and which kernels it took
+    """
+
+    folder: str
+    through: str
+    loads: bool | None
+    why: str
+    seconds: float = 0.0
+    version: str = ""
+    device: str = ""
+    error: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    chose: list[str] = field(default_factory=list)
+
+    @property
+    def became(self) -> str:
+        """Without a version nobody answered: the process died, was ended, or was never asked."""
+        if self.error is None:
+            return "generates"
+        return "refused" if self.version else "no answer"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether vLLM did what the rules say; where they say nothing, any answer does."""
+        expected = {True: ("generates",), False: ("refused",), None: ("generates", "refused")}[self.loads]
+        return self.through == "decode" or self.became in expected
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`."""
+    parser.set_defaults(run=serve)
+    parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="checkpoints")
+    parser.add_argument("--through", choices=("vllm", "decode"), default="vllm", help="default: vllm")
+    parser.add_argument(
+        "--text", type=Path, help="measure perplexity on it; without a tokenizer, its bytes are the tokens"
+    )
+    parser.add_argument("--windows", type=int, help=f"how many windows of {WINDOW} tokens; default: all there are")
+    parser.add_argument("--jobs", type=int, default=1, help="folders at a time, on one GPU; default: 1")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that vLLM has for a folder; default: 300")
+    parser.add_argument("--attention", metavar="BACKEND", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
+    parser.add_argument("--gpu", choices=GPUS, help="the GPU that the rules are asked about; default: any")
+    parser.add_argument("--json", type=Path, help="add a line about each folder to this file as soon as it is known")
+    parser.add_argument("--with", dest="beside", type=Path, help="such a file of --through decode, to compare with")
+
+
+def serve(flags: argparse.Namespace) -> None:
+    """Try every folder; print the table. `ExportError` where one did not do what the rules say."""
+    decoded = {row.folder: row for row in (read_rows(flags.beside) if flags.beside else [])}
+    attempt = {"vllm": through_vllm, "decode": through_decode}[flags.through]
+    with ThreadPoolExecutor(flags.jobs if flags.through == "vllm" else 1) as pool:
+        waiting = [pool.submit(tried, folder, flags, attempt) for folder in flags.folders]
+        rows = [one.result() for one in waiting]
+    print("\n" + "\n".join(table(rows, decoded)), flush=True)
+    print("\n".join(["", *notes(rows)]), flush=True)
+    if odd := [row.folder for row in rows if not row.agrees or of_scales(row.warned)]:
+        raise ExportError(f"{len(odd)} of {len(rows)} did not do what `check` says: {', '.join(odd)}")
+
+
+def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[str, Any]]) -> Row:
+    """One folder; what goes wrong is in its row."""
+    began = time.monotonic()
+    name, loads, why = f"{folder.resolve().parent.name}/{folder.resolve().name}", None, ""
+    try:
+        verdict = judged(of_folder(folder), "vllm", gpu=flags.gpu)
+        loads, why = verdict.loads, verdict.why
+        windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []
+        found = attempt(folder, windows, flags)
+    except Exception as error:  # noqa: BLE001 - no folder may stop the others
+        found = {"error": f"{type(error).__name__}: {error}"[:1500]}
+    row = Row(name, flags.through, loads, why, round(time.monotonic() - began, 1), **found)
+    if flags.json:
+        with flags.json.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+    print(f"{name}: {row.seconds} s, {row.error or row.tokens}", flush=True)
+    return row
+
+
+def ids_of(text: Path, folder: Path) -> torch.Tensor:
+    """The text's tokens in rows of `WINDOW`; its bytes, for a model that has no tokenizer."""
+    if any((folder / name).exists() for name in VOCABULARIES):
+        return windows_of(text, folder)
+    held = text.read_bytes()
+    return torch.frombuffer(bytearray(held[: len(held) // WINDOW * WINDOW]), dtype=torch.uint8).long().view(-1, WINDOW)
+
+
+def through_vllm(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
+    """What vLLM's process answers, or how it ended without an answer."""
+    request = {"folder": str(folder), "windows": windows, "attention": flags.attention}
+    command = [sys.executable, vllm_process.__file__]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=flags.timeout
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or b""  # bytes, whatever `text` says
+        return {"error": f"no answer in {flags.timeout:g} s; its last words: {said.decode(errors='replace')[-1500:]}"}
+    answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not answers:
+        return {"error": f"exit status {done.returncode}; its last words: {(done.stdout + done.stderr)[-1500:]}"}
+    return json.loads(answers[-1].removeprefix(MARK))
+
+
+@torch.no_grad()
+def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
+    """The same from transformers, with the quantized arithmetic emulated."""
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids, losses = load(folder, device), list(PROMPT), []
+    for _ in range(TOKENS):
+        ids.append(int(model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].argmax()))
+    for batch in torch.tensor(windows, device=device).split(BATCH) if windows else ():
+        logits = model(batch, use_cache=False).logits
+        losses += [float(of_window(mine, mine, row)[0]) for mine, row in zip(logits, batch, strict=True)]
+    return {"tokens": ids[len(PROMPT) :], "losses": losses, "version": transformers.__version__, "device": device}
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file of --json."""
+    try:
+        return [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(f"{file}: not written by --json ({error}). Give a file that was") from error
+
+
+def table(rows: Iterable[Row], decoded: dict[str, Row]) -> list[str]:
+    """The lines of a markdown table."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        beside = decoded.get(row.folder)
+        became = row.became if row.agrees else f"**{row.became}**"
+        cells = [row.folder, SAID[row.loads], became, first_tokens(row, beside)]
+        lines.append(f"| {' | '.join(cells + figures(row, beside))} |")
+    return lines
+
+
+def first_tokens(row: Row, beside: Row | None) -> str:
+    """The tokens, and how many of them decode gives too before the first that differs."""
+    shown = " ".join(map(str, row.tokens))
+    if not (row.tokens and beside and beside.tokens):
+        return shown
+    pairs = zip(row.tokens, beside.tokens, strict=True)
+    same = next((n for n, (mine, theirs) in enumerate(pairs) if mine != theirs), len(row.tokens))
+    return f"{shown} ({same} as decode)"
+
+
+def figures(row: Row, beside: Row | None) -> list[str]:
+    """Perplexity, decode's, their ratio, and the change, paired by window, with its standard error."""
+    mine = torch.tensor(row.losses, dtype=torch.float64)
+    theirs = torch.tensor(beside.losses if beside else [], dtype=torch.float64)
+    cells = [f"{losses.mean().exp():.4f}" if len(losses) else "" for losses in (mine, theirs)]
+    if len(mine) < 2 or len(mine) != len(theirs):
+        return [*cells, "", ""]
+    change = mine - theirs
+    error = change.std() / math.sqrt(len(change))
+    return [*cells, f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}"]
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What the table has no room for: engines, kernels, warnings of scales, and every error beside what the rules say."""
+    lines = sorted({f"{row.through} {row.version} on {row.device}" for row in rows if row.device})
+    for row in rows:
+        lines += [f"{row.folder}: warned: {text}" for text in of_scales(row.warned)]
+        if row.error:
+            said = row.error.strip().splitlines()
+            line = said[0] if row.became == "refused" else said[-1]  # a traceback tells at its end
+            lines.append(f"{row.folder}: {row.became}: {line[:300]}" + (f"; check: {row.why}" if row.why else ""))
+    return lines

@@ -1,0 +1,194 @@
+"""One checkpoint in a real vLLM, in a process of its own: what vLLM is given, and what is replaced where it has no GPU.
+
+    python launch/bench/vllm_process.py < request > answer
+
+The request is a JSON object with the arguments of `served`; the answer is the last line that is printed, after MARK. What judges
+a checkpoint (configs, names, shapes, fused loading, scales) is vLLM's own, and so are its kernels on a GPU. vLLM's CPU build
+lacks those of quantized linears; there they are emulated. Imports nothing of this repository.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+MARK = "ANSWER "
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+HOW = {
+    "skip_tokenizer_init": True,
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    # vLLM does not notice weights that are missing from a quantized checkpoint unless told to.
+    "model_loader_extra_config": {"enable_weights_track": True},
+}
+GPU = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 29}  # not measured: others may share the GPU
+SHORT = 64  # tokens that fit into an engine that is given no windows
+PROMPT = [1, 5, 9, 77, 200, 31, 400, 8]
+TOKENS = 8
+# Warnings that a good checkpoint gets too: vLLM keeps KV scales in bfloat16, and nothing calibrates queries.
+USUAL = (
+    "with dtype torch.float32 into parameter with dtype torch.bfloat16",
+    "q scaling factor",
+    "uncalibrated q_scale",
+)
+
+
+class Heard(logging.Handler):
+    """The warnings of vLLM, and which kernels it says that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.warned: list[str] = []
+        self.chose: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self.warned.append(text)
+        elif text.startswith(("Using ", "Selected ")) and ("ernel" in text or "ackend" in text):
+            self.chose.append(text)
+
+
+def of_scales(warned: list[str]) -> list[str]:
+    """Those warnings that tell of scales which were not found, or not taken as they are."""
+    return [text for text in warned if "scal" in text.lower() and not any(usual in text for usual in USUAL)]
+
+
+@contextmanager
+def heard() -> Iterator[Heard]:
+    """What vLLM says within."""
+    import vllm.logger
+
+    handler = Heard()
+    logger = logging.getLogger("vllm")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    for said in ("_print_info_once", "_print_warning_once"):
+        getattr(vllm.logger, said).cache_clear()
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def emulate() -> None:
+    """Give the CPU the linear kernels that it lacks, in plain torch."""
+    import torch
+    import vllm._custom_ops as ops
+    import vllm.model_executor.kernels.linear as linear
+    from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+    from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+    from vllm.model_executor.layers.fusion import fused_act_quant
+    from vllm.platforms import PlatformEnum
+
+    def scaled_fp8_quant(
+        input: torch.Tensor, scale: torch.Tensor | None = None, *rest: object, **named: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values = input.float()
+        if scale is None:
+            by_token = named.get("use_per_token_if_dynamic", False)
+            largest = values.abs().amax(-1, keepdim=True) if by_token else values.abs().amax().reshape(1)
+            scale = largest.clamp(min=1e-12) / 448
+        return (values / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+    class InBlocks(Fp8BlockScaledMMLinearKernel):
+        """Weights in blocks of 128 x 128, multiplied out; inputs as they are."""
+
+        apply_input_quant = False
+
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+        def apply_block_scaled_mm(
+            self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor, **named: object
+        ) -> torch.Tensor:
+            scales = Bs.float().repeat_interleave(128, 0)[: B.shape[0]].repeat_interleave(128, 1)[:, : B.shape[1]]
+            return A @ (B.float() * scales).to(A.dtype).T
+
+    ops.scaled_fp8_quant = scaled_fp8_quant
+    fused_act_quant._FUSED_ACT_QUANT.clear()
+    linear.register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+    linear.register_linear_kernel(EmulationMxfp8LinearKernel, PlatformEnum.CPU, "mxfp8")
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(InBlocks)
+
+
+def served(folder: str, windows: list[list[int]], attention: str | None = None) -> dict[str, Any]:
+    """What becomes of a checkpoint.
+
+    windows    ids of a text in rows of one length; may be empty
+    attention  a backend of vLLM's by its name, in place of the one that it would take
+
+    Returns `version` and `device`; `tokens`, the first greedy ones after PROMPT; `losses`, the mean negative log-likelihood of
+    each window's tokens after its first; `error` in place of these two; `warned` and `chose`, what vLLM said.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    gpu = not current_platform.is_cpu()
+    if not gpu:
+        emulate()
+    device = current_platform.get_device_name() if gpu else "CPU, emulated"
+    answer: dict[str, Any] = {"version": vllm.__version__, "device": device, "error": None}
+    with heard() as said:
+        try:
+            answer |= asked(folder, windows, (GPU if gpu else {}) | backend(attention))
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
+            answer["error"] = f"{type(error).__name__}: {error}"
+    return answer | {"warned": list(dict.fromkeys(said.warned)), "chose": list(dict.fromkeys(said.chose))}
+
+
+def backend(attention: str | None) -> dict[str, Any]:
+    """How vLLM is told which attention backend to take."""
+    return {"attention_config": {"backend": attention}} if attention else {}
+
+
+def asked(folder: str, windows: list[list[int]], how: dict[str, Any]) -> dict[str, list]:
+    """Start vLLM on a checkpoint; its first `tokens` and the `losses` of the windows. Raises what vLLM raises."""
+    from vllm import LLM, SamplingParams
+
+    length = len(windows[0]) + 1 if windows else SHORT
+    llm = LLM(model=folder, max_model_len=length, max_num_seqs=64, language_model_only=True, **HOW, **how)
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, detokenize=False, ignore_eos=True)
+    [answer] = llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)
+    tokens, steps = list(answer.outputs[0].token_ids), answer.outputs[0].logprobs
+    if not all(step[token].logprob > -1e9 for token, step in zip(tokens, steps, strict=True)):  # NaN is not greater
+        raise ArithmeticError(f"the tokens {tokens} have probabilities that are no numbers")
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    answers = llm.generate([{"prompt_token_ids": row} for row in windows], scored, use_tqdm=False)
+    return {
+        "tokens": tokens,
+        "losses": [_loss(row, one.prompt_logprobs) for row, one in zip(windows, answers, strict=True)],
+    }
+
+
+def _loss(row: list[int], steps: list) -> float:
+    """Of one window: nothing predicts its first token."""
+    found = [step[token].logprob for token, step in zip(row[1:], steps[1:], strict=True)]
+    return -sum(found) / len(found)
+
+
+def main() -> int:
+    """Answer one request."""
+    os.environ |= SETTINGS
+    request = json.loads(sys.stdin.read())
+    answer = served(**request)
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
+    sys.stdout.flush()
+    os._exit(0)  # what an engine leaves running is not waited for
+
+
+if __name__ == "__main__":
+    sys.exit(main())
