@@ -4,7 +4,7 @@ The training process stops for as long as it takes to encode the model and to co
 (`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
 its own (`courier.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives the
 training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept for
-the next export, which then stops it for a fraction of that.
+the next export, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of what is in memory.
 """
 
 import os
@@ -87,7 +87,7 @@ class _Memory:
     def __init__(self, target: Path, plan: Plan, keep: bool) -> None:
         self.target = target
         self.keep = keep
-        self.finished: dict[str, Checks] = {}
+        self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
         self.kind = tuple((file, sum(o.nbytes for o in outputs)) for file, outputs in plan.files.items())
         self.descriptors = self.spare.pop(self.kind, {})
 
@@ -97,7 +97,7 @@ class _Memory:
         return Path(f"/proc/self/fd/{self.descriptors[file]}")
 
     def finish(self, file: str, checks: Checks) -> None:
-        self.finished[file] = checks
+        pass  # the other process begins when all are
 
     def release(self) -> None:
         """Nobody reads it any more."""
@@ -162,7 +162,7 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
     """Encode all buckets; rank 0 keeps them."""
     with ExitStack() as stack:
         with together(here, "keep"):
-            writer = CheckpointWriter(work.plan, memory, device=here.device, sync=False) if memory else None
+            writer = CheckpointWriter(work.plan, memory, device=here.device, sync=False, checked=False) if memory else None
             if writer:
                 stack.enter_context(writer)
         for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):
@@ -176,7 +176,7 @@ def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -
     """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
     job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
     with os.fdopen(job, "wb", closefd=False) as file:
-        pickle.dump(Job(contents_of(plan), place, sizes, memory.descriptors, memory.finished), file)
+        pickle.dump(Job(contents_of(plan), place, sizes, memory.descriptors), file)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_export.courier", f"{job}"],

@@ -14,7 +14,7 @@ from .contents import Contents
 from .errors import told
 from .journal import Checks, sync
 from .publishing import Place, opened, publish
-from .verify import ReadBack
+from .verify import ReadBack, checks_of
 
 CHUNK = 64 << 20
 
@@ -27,7 +27,6 @@ class Job:
     place: Place
     sizes: dict[str, int]
     files: dict[str, int]
-    checks: dict[str, Checks]
 
 
 def _write(job: Job) -> None:
@@ -35,18 +34,19 @@ def _write(job: Job) -> None:
     contents = job.contents
     with opened(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
         writing = {
-            file: pool.submit(_copy, staging.path(file), descriptor, job.place.sync)
+            file: pool.submit(_copy, staging.path(file), descriptor, contents, job.place.sync)
             for file, descriptor in job.files.items()
         }
         for file, copied in writing.items():
-            copied.result()
+            checks = copied.result()
             back.follow(staging.path(file), contents.files[file])
-            staging.finish(file, job.checks[file])
+            staging.finish(file, checks)
         publish(contents, staging, job.place, job.sizes, [back.found(staging.finished)])
 
 
-def _copy(path: Path, descriptor: int, to_disk: bool) -> None:
-    """Write one file to disk, then free its memory."""
+def _copy(path: Path, descriptor: int, contents: Contents, to_disk: bool) -> Checks:
+    """Write one file to disk, then free its memory; returns the checksums of what was there."""
+    checks = checks_of(descriptor, contents.files[path.name], contents.slices)
     size, offset = os.fstat(descriptor).st_size, 0
     with path.open("wb") as file:
         while offset < size:
@@ -54,6 +54,7 @@ def _copy(path: Path, descriptor: int, to_disk: bool) -> None:
     os.close(descriptor)
     if to_disk:
         sync(path)
+    return checks
 
 
 def main() -> int:

@@ -135,6 +135,18 @@ def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> 
     return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
 
 
+def checks_of(descriptor: int, outputs: tuple[Output, ...], slices: dict[str, int]) -> Checks:
+    """The checksums of the tensors in an open file, as they are now."""
+    checks, buffer = defaultdict(list), memoryview(bytearray(CHUNK))
+    for span in _spans(outputs, slices):
+        crc = 0
+        for offset in range(span.start, span.start + span.nbytes, CHUNK):
+            chunk = buffer[: min(CHUNK, span.start + span.nbytes - offset)]
+            crc = zlib.crc32(chunk[: os.preadv(descriptor, [chunk], offset)], crc)
+        checks[span.output.name].append(crc)
+    return dict(checks)
+
+
 def _spans(outputs: tuple[Output, ...], slices: dict[str, int]) -> Iterator[_Span]:
     """In the order of the file."""
     starts = header_of(outputs)[1]

@@ -87,7 +87,7 @@ class CheckpointWriter:
     """Writes the files that the plan gives to one rank. Use as a context, inside that of its `Staging`.
 
     `follow` is told of every file that is begun: its path, its tensors, and a function that waits until so many bytes of it are
-    written, and says whether they are. Without `sync` nothing is forced to the disk.
+    written, and says whether they are. Without `sync` nothing is forced to the disk; what is not `checked` has no checksums.
     """
 
     def __init__(
@@ -98,11 +98,13 @@ class CheckpointWriter:
         rank: int = 0,
         device: torch.device | None = None,
         sync: bool = True,
+        checked: bool = True,
         follow: Follow | None = None,
     ) -> None:
         self.plan = plan
         self.staging = staging
         self.sync = sync
+        self.checked = checked
         self.follow = follow
         contents = contents_of(plan)
         self.homes, self.slices = contents.homes, contents.slices
@@ -149,7 +151,7 @@ class CheckpointWriter:
             return
         path, outputs = self.staging.path(file), self.plan.files[file]
         with naming(self.staging.target):
-            self.shards[file] = shard = Shard(file, path, outputs, self.slices, self.sync)
+            self.shards[file] = shard = Shard(file, path, outputs, self.slices, self.sync, self.checked)
         if self.follow:
             self.follow(path, outputs, shard.ready)
 
