@@ -39,7 +39,7 @@ from ..engines.checkpoints import (
     planned,
     written,
 )
-from .test_forecast import LLAMA, LLAMA4, MIXTRAL, QWEN_MOE, SMALL_V3
+from .test_forecast import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN_MOE, SMALL_V3
 
 GPT_OSS = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "sliding_window": 8, "head_dim": 32}
 # What ModelOpt wrote -> the first rule that vLLM, SGLang and TensorRT-LLM find broken, or mind; '' for none.
@@ -132,7 +132,10 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "gpt-oss": lambda: found(planned(GPT_OSS, format="fp8")),
     "mixtral": lambda: found(planned(MIXTRAL, format="fp8", kv_cache="fp8")),
     "native with cache": lambda: found(planned(QWEN_MOE, format="fp8_pb", kv_cache="fp8")),
-    "llama 4": lambda: found(planned(LLAMA4, format="nvfp4")),
+    "llama 4": lambda: found(planned(LLAMA4_SEES, format="nvfp4")),
+    "llama 4, stacked as one that sees": lambda: found(
+        replace(planned(LLAMA4_SEES, format="fp8"), config=planned(LLAMA4, format="fp8").config)
+    ),
     "llama 4, in blocks": lambda: found(planned(LLAMA4, format="fp8_pb")),
     "llama 4, keys in four bits": lambda: found(
         replace(planned(LLAMA, format="nvfp4"), config=planned(LLAMA, format="nvfp4").config | {"architectures": ["Llama4X"]})
@@ -142,6 +145,7 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
         replace(planned(SMALL_V3, format="fp8"), config=planned(SMALL_V3, format="fp8").config | {"num_nextn_predict_layers": 2})
     ),
     "no layer that predicts": lambda: found(described(golden("models/deepseekv3-FP8-mcore"))),
+    "dense among experts": lambda: found(planned(QWEN_MOE | {"mlp_only_layers": [1]}, format="bf16")),
     "few rows": lambda: found(planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb")),
     "old": lambda: [
         [f.rule for f in judged(planned(LLAMA, format="fp8_pb", options=Options(fp8_pb_spelling="modelopt")), "tensorrt_llm",
