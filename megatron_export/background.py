@@ -162,7 +162,9 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
     """Encode all buckets; rank 0 keeps them."""
     with ExitStack() as stack:
         with together(here, "keep"):
-            writer = CheckpointWriter(work.plan, memory, device=here.device, sync=False, checked=False) if memory else None
+            writer = (
+                CheckpointWriter(work.plan, memory, device=here.device, sync=False, checked=False) if memory else None
+            )
             if writer:
                 stack.enter_context(writer)
         for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):

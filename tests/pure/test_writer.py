@@ -89,13 +89,15 @@ STACKED = {
 
 
 def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path) -> None:
-    plan = make_plan(STACKED, assumed(STACKED, 1), format="nvfp4")
+    """Of what is quantized, this model alone keeps stacks."""
+    config = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": STACKED}
+    plan = make_plan(config, assumed(config, 1), format="nvfp4")
     written = content(plan)
     with exporting(tmp_path / "out", plan) as writer:
         writer.write(reversed(written))
         publish(writer)
     found = tensors(tmp_path / "out")
-    prefix = "model.layers.0.feed_forward.experts."
+    prefix = "language_model.model.layers.0.feed_forward.experts."
     assert {name.removeprefix(prefix): found[name].shape for name in found if name.startswith(prefix)} == {
         f"{stack}{suffix}": shape
         for stack, rows, columns in (("gate_up_proj", 32, 32), ("down_proj", 16, 32))
