@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_export import gather, staging
+from megatron_export.errors import ExportError
 
 from ..models import read_json, tensors
 from ..ranks import Ranks
@@ -122,12 +123,12 @@ def late_nan() -> AbstractContextManager:
 
 def no_memory_to_send() -> AbstractContextManager:
     def replacement(real: Callable) -> Callable:
-        def pack(message: Any, pieces: Any) -> Any:
+        def packed(message: Any, tensors: Any) -> Any:
             raise MemoryError("no buffer to pack in")
 
-        return pack
+        return packed
 
-    return on_rank(1, gather, "_pack", replacement)
+    return on_rank(1, gather, "_packed", replacement)
 
 
 def no_memory_to_receive() -> AbstractContextManager:
@@ -183,7 +184,7 @@ def message_during(fault: Callable[[], AbstractContextManager], *flags: object) 
     from megatron_export import cli, job
 
     config = cli.parse([str(flag) for flag in flags], first=False)
-    with fault(), pytest.raises(job.ExportError) as refusal:
+    with fault(), pytest.raises(ExportError) as refusal:
         job.run(config, cli.EXAMPLE_MODEL, lambda stage, steps: steps)
     return str(refusal.value)
 
