@@ -1,11 +1,14 @@
-"""What an export is asked for, as far as a model that ModelOpt quantized may say it itself."""
+"""What an export is asked for, as far as a model that ModelOpt quantized may say it itself; and the plan of that."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from .config import ExportConfig
 from .formats import Options
+from .plan import Held, Plan, make_plan
+from .sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,21 @@ class Asked:
     def plain(self) -> "Asked":
         """Of a model without quantizers."""
         return replace(self, format=self.format or "fp8", kv_cache=self.kv_cache or "none")
+
+    def plan(self, config: dict, held: dict[str, Held], max_shard_size: str | int, **more: Any) -> Plan:
+        """The plan of it, for a model of config.json's dict that is where `held` says; `more` is passed on to `make_plan`."""
+        return make_plan(
+            config,
+            held,
+            format=self.format,
+            options=self.options,
+            kv_cache=self.kv_cache,
+            exclude=self.exclude,
+            quantize_mla=self.quantize_mla,
+            smoothed=self.smoothed,
+            max_shard_bytes=parse_size(max_shard_size),
+            **more,
+        )
 
 
 def asked_by(config: ExportConfig) -> Asked:

@@ -24,8 +24,7 @@ from .inherited import check_blocks, settled, told
 from .measured import check_calibration
 from .model import finish_gathering, shards_of
 from .names import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
-from .plan import Plan, make_plan
-from .sizes import parse_size
+from .plan import Plan
 from .source import copied_tensors
 from .stream import Work
 from .survey import survey
@@ -107,19 +106,9 @@ def planned(
     nodes = gather.nodes(here)
     original = Original(folder, files, config)
     with together(here, "plan the export"):
-        plan = make_plan(
-            config,
-            held,
-            format=asked.format,
-            options=asked.options,
-            kv_cache=asked.kv_cache,
-            exclude=asked.exclude,
-            quantize_mla=asked.quantize_mla,
-            max_shard_bytes=parse_size(request.max_shard_size),
-            copied=copied,
-            writers=Writers(request.writers, nodes),
-            bucket_bytes=request.bucket_bytes,
-            smoothed=asked.smoothed,
+        writers = Writers(request.writers, nodes)
+        plan = asked.plan(
+            config, held, request.max_shard_size, copied=copied, writers=writers, bucket_bytes=request.bucket_bytes
         )
         if here.first:
             check(plan, original)

@@ -19,9 +19,9 @@ from .forecast import Forecast, forecast
 from .item import Item, Output
 from .names import architecture_of, copied_prefixes, is_linear_weight, makes_keys, shape_of, without_mtp
 from .placement import Grid, grid_of
-from .plan import Held, Plan, assumed, make_plan
+from .plan import Held, Plan, assumed
 from .policy import modules
-from .sizes import parse_size, readable
+from .sizes import readable
 from .source import copied_tensors
 from .writer import SPARE_BYTES
 
@@ -88,19 +88,8 @@ def planned(
     """The plan of what is asked for, of a model that is where `config` says; without `nodes`, with `GPUS` ranks on each."""
     held = _held(config, hf_config, world)
     most = max(rank for one in held.values() for rank in one.ranks)
-    return make_plan(
-        hf_config,
-        held,
-        format=asked.format,
-        options=asked.options,
-        kv_cache=asked.kv_cache,
-        exclude=asked.exclude,
-        quantize_mla=asked.quantize_mla,
-        smoothed=asked.smoothed,
-        max_shard_bytes=parse_size(config.max_shard_size),
-        copied=copied,
-        writers=Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1))),
-    )
+    writers = Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1)))
+    return asked.plan(hf_config, held, config.max_shard_size, copied=copied, writers=writers)
 
 
 def preview_of(config: ExportConfig, plan: Plan, world: int, device: str, calibrates: bool) -> Preview:

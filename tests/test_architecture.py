@@ -14,8 +14,8 @@ signals fingerprint untrusted pulse layout journal hub
 names formats pickles engines
 item placement stored rounding finished lowrank
 policy smoothing filing claims described homes iteration
-plan asked
-quant_config conveyor
+plan
+quant_config conveyor asked
 contents
 cpu assets staging statistics calibration_data emulation
 measured source topology model shard perplexity quantizers

@@ -23,6 +23,8 @@ from megatron_export.formats.form import row_strips
 from megatron_export.formats.kernels import kernel_of
 from megatron_export.piece import Amax, Axis, join
 
+from .markdown import markdown
+
 IN_TURN = 4  # weights, so that none is in a cache when it is read again
 WARM_UP = 5
 AHEAD = 100  # copies that keep the GPU busy until all that is to be timed has been asked for
@@ -131,8 +133,8 @@ def row(label: str, path: str, size: int, seconds: float, copy: float) -> dict:
 
 def table(rows: list[dict]) -> list[str]:
     """The lines of a markdown table."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for found in rows:
-        numbers = f"{found['gb_per_s']:,.1f} | {found['of_copy']:.2f} | {found['seconds'] * 1000:.3f}"
-        lines.append(f"| {found['format']} | {found['path']} | {numbers} |")
-    return lines
+    cells = (
+        (one["format"], one["path"], f"{one['gb_per_s']:,.1f}", f"{one['of_copy']:.2f}", f"{one['seconds'] * 1000:.3f}")
+        for one in rows
+    )
+    return markdown(COLUMNS, cells)

@@ -21,6 +21,8 @@ from torch import Tensor
 from megatron_export.errors import ExportError
 from megatron_export.sizes import readable
 
+from .markdown import markdown
+
 Held = dict[str, dict[str, Tensor]]  # file -> its tensors
 
 
@@ -86,8 +88,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     """The lines of a markdown table, without columns that are empty."""
     cells = [row.cells() for row in rows]
     columns = [name for name in cells[0] if any(row[name] for row in cells)]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return lines + [f"| {' | '.join(row[name] for name in columns)} |" for row in cells]
+    return markdown(columns, ([row[name] for name in columns] for row in cells))
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:

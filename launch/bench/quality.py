@@ -23,6 +23,7 @@ from megatron_export.errors import ExportError
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.perplexity import WINDOW, of_window, windows_of
 
+from .markdown import markdown
 from .measuring import alone
 
 BATCH, MICRO_BATCH = 8, 4
@@ -215,7 +216,7 @@ def square(left: Tensor, right: Tensor) -> Tensor:
 def table(scores: list[Score]) -> list[str]:
     """The lines of a markdown table."""
     first = torch.stack(scores[0].losses)
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     for score in scores:
         losses, divergence = torch.stack(score.losses), torch.cat(score.divergences)
         change = losses - first
@@ -224,8 +225,8 @@ def table(scores: list[Score]) -> list[str]:
         cells = [score.label, f"{bits_per_weight(score.folder):.3f}", f"{size:,}", f"{losses.mean().exp():.4f}"]
         cells += [f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}" if score is not scores[0] else ""]
         cells += [f"{divergence.mean():.5f}", f"{divergence.max():.2f}", worst_layer(score)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown(COLUMNS, rows)
 
 
 def worst_layer(score: Score) -> str:

@@ -20,6 +20,7 @@ from megatron_export.errors import ExportError
 from megatron_export.sizes import readable
 
 from .exporting import add_model
+from .markdown import markdown
 from .measuring import alone, peaks_of, timed
 from .peering import built, modelopt, run_on
 from .shapes import config_of
@@ -84,7 +85,5 @@ def _row(tool: str, work: Callable[[], object], tokens: int, device: torch.devic
 
 
 def _table(rows: list[dict]) -> list[str]:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        lines.append(f"| {row['tool']} | {row['seconds']:.1f} | {row['tokens/s']:,.0f} | {readable(row['gpu'])} |")
-    return lines
+    cells = ((row["tool"], f"{row['seconds']:.1f}", f"{row['tokens/s']:,.0f}", readable(row["gpu"])) for row in rows)
+    return markdown(COLUMNS, cells)

@@ -30,6 +30,7 @@ from megatron_export.errors import ExportError
 from megatron_export.perplexity import BATCH, WINDOW, of_window, windows_of
 
 from . import vllm_process
+from .markdown import markdown
 from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
@@ -182,13 +183,12 @@ def read_rows(file: Path) -> list[Row]:
 
 def table(rows: Iterable[Row], decoded: dict[str, Row]) -> list[str]:
     """The lines of a markdown table."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    cells = []
     for row in rows:
         beside = decoded.get(row.folder)
         became = row.became if row.agrees else f"**{row.became}**"
-        cells = [row.folder, SAID[row.loads], became, first_tokens(row, beside)]
-        lines.append(f"| {' | '.join(cells + figures(row, beside))} |")
-    return lines
+        cells.append([row.folder, SAID[row.loads], became, first_tokens(row, beside), *figures(row, beside)])
+    return markdown(COLUMNS, cells)
 
 
 def first_tokens(row: Row, beside: Row | None) -> str:
