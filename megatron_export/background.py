@@ -4,7 +4,8 @@ The training process stops for as long as it takes to encode the model and to co
 (`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
 its own (`courier.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives the
 training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept for
-the next export, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of what is in memory.
+the next export, mapped, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of what is in
+memory.
 """
 
 import os
@@ -30,6 +31,7 @@ from .journal import Checks
 from .plan import Plan
 from .prepare import planned, requested, surveyed
 from .publishing import Place
+from .sheet import InMemory, OnDisk, Sheet
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .writer import CheckpointWriter, check_apart, check_empty, check_target
@@ -80,21 +82,29 @@ class Handle:
 
 
 class _Memory:
-    """Where a writer's files grow in memory: a descriptor each. What `keep` keeps serves the next export with these files."""
+    """Where a writer's files grow in memory. What `keep` keeps serves the next export with these files."""
 
-    spare: ClassVar[dict[tuple, dict[str, int]]] = {}
+    spare: ClassVar[dict[tuple, tuple[dict[str, int], dict[str, InMemory]]]] = {}
 
     def __init__(self, target: Path, plan: Plan, keep: bool) -> None:
         self.target = target
         self.keep = keep
         self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
-        self.kind = tuple((file, sum(o.nbytes for o in outputs)) for file, outputs in plan.files.items())
-        self.descriptors = self.spare.pop(self.kind, {})
+        self.kind = tuple(plan.files.items())
+        self.descriptors, self.mapped = self.spare.pop(self.kind, ({}, {}))
 
     def path(self, file: str) -> Path:
         if file not in self.descriptors:
             self.descriptors[file] = os.memfd_create(file)
         return Path(f"/proc/self/fd/{self.descriptors[file]}")
+
+    def sheet(self, file: str, nbytes: int) -> Sheet:
+        path = self.path(file)
+        if not self.keep:  # new memory is found faster by writes than through a mapping
+            return OnDisk(path, nbytes, sync=False)
+        if file not in self.mapped:
+            self.mapped[file] = InMemory(self.descriptors[file], nbytes)
+        return self.mapped[file]
 
     def finish(self, file: str, checks: Checks) -> None:
         pass  # the other process begins when all are
@@ -102,8 +112,9 @@ class _Memory:
     def release(self) -> None:
         """Nobody reads it any more."""
         if self.keep and self.kind not in self.spare:
-            self.spare[self.kind] = self.descriptors
+            self.spare[self.kind] = self.descriptors, self.mapped
             return
+        self.mapped.clear()
         for descriptor in self.descriptors.values():
             os.close(descriptor)
 
@@ -162,9 +173,7 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
     """Encode all buckets; rank 0 keeps them."""
     with ExitStack() as stack:
         with together(here, "keep"):
-            writer = (
-                CheckpointWriter(work.plan, memory, device=here.device, sync=False, checked=False) if memory else None
-            )
+            writer = CheckpointWriter(work.plan, memory, device=here.device, checked=False) if memory else None
             if writer:
                 stack.enter_context(writer)
         for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):

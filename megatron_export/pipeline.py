@@ -210,7 +210,7 @@ def _opened(
     back = stack.enter_context(ReadBack(contents_of(plan)))
     for file in kept.keys() & set(mine):
         back.follow(desk.folder / file, plan.files[file])
-    writer = CheckpointWriter(plan, desk, rank=here.rank, device=here.device, sync=place.sync, follow=back.follow)
+    writer = CheckpointWriter(plan, desk, rank=here.rank, device=here.device, follow=back.follow)
     return stack.enter_context(writer), back
 
 

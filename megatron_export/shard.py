@@ -3,21 +3,19 @@
 Source: safetensors file format 0.3 (8-byte header length, JSON, data).
 """
 
-import ctypes
 import json
-import os
 import struct
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 
 from .fingerprint import joined_crc32
 from .item import Output
 from .journal import Checks
+from .sheet import Sheet
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -26,7 +24,6 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
 }
-_SYNC_FILE_RANGE_WRITE = 2
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
@@ -50,36 +47,25 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """All of it: the system may write less than it is given, before it says that there is no more room."""
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _start_writeback(descriptor: int, start: int, nbytes: int) -> None:
-    """Have the system begin to write a part of a file to disk, so that little is left when all is to be there (Linux)."""
-    ctypes.CDLL(None).sync_file_range(
-        descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE
-    )  # a hint: where it fails, fsync does all the work
-
-
 class Shard:
     """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
 
     def __init__(
-        self, name: str, path: Path, outputs: tuple[Output, ...], slices: dict[str, int], sync: bool, checked: bool
+        self,
+        name: str,
+        sheet_of: Callable[[int], Sheet],
+        outputs: tuple[Output, ...],
+        slices: dict[str, int],
+        checked: bool,
     ) -> None:
         self.name = name
         self.outputs = {output.name: output for output in outputs}
         self.slices = slices
-        self.sync = sync
         self.checked = checked
         header, self.starts = header_of(outputs)
         self.left = sum(output.nbytes for output in outputs)
-        self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        _write_at(self.descriptor, header, 0)
-        os.truncate(path, len(header) + self.left)
+        self.sheet = sheet_of(len(header) + self.left)
+        self.sheet.write(header, 0)
         self.changed = threading.Condition()
         self.frontier = len(header)  # all before it is written
         self.ahead: dict[int, int] = {}  # what is written after it: start -> end
@@ -91,9 +77,7 @@ class Shard:
         assert output.whole == self.outputs[output.name], output
         first = self.starts[output.name] + output.index * output.nbytes + start
         offset = first + len(data)
-        _write_at(self.descriptor, data, first)
-        if self.sync:
-            _start_writeback(self.descriptor, first, len(data))
+        self.sheet.write(data, first)
         crc = zlib.crc32(data) if self.checked else 0
         with self.changed:
             chunks = self.crcs[output.name, output.index]

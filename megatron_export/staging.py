@@ -36,6 +36,7 @@ from .journal import (
     read_journal,
     sync,
 )
+from .sheet import OnDisk
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_LOCKS = (
@@ -130,6 +131,9 @@ class Staging:
     def path(self, file: str) -> Path:
         return self.folder / file
 
+    def sheet(self, file: str, nbytes: int) -> OnDisk:
+        return OnDisk(self.path(file), nbytes, self.sync)
+
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""
         with naming(self.target), self.noting:
@@ -218,6 +222,9 @@ class Guest:
 
     def path(self, file: str) -> Path:
         return self.folder / file
+
+    def sheet(self, file: str, nbytes: int) -> OnDisk:
+        return OnDisk(self.path(file), nbytes, self.sync)
 
     def finish(self, file: str, checks: Checks) -> None:
         """Note that a file is complete; it must be synced already."""

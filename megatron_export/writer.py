@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from .item import Output
 from .journal import Checks, naming, partial_of
 from .plan import Plan
 from .shard import Shard
+from .sheet import Sheet
 from .staging import Staging
 
 SPARE_BYTES = 64 << 20
@@ -76,6 +78,9 @@ class Desk(Protocol):
     def path(self, file: str) -> Path:
         """Where a file grows."""
 
+    def sheet(self, file: str, nbytes: int) -> Sheet:
+        """What it is written on."""
+
     def finish(self, file: str, checks: Checks) -> None:
         """Note that it is complete."""
 
@@ -87,7 +92,7 @@ class CheckpointWriter:
     """Writes the files that the plan gives to one rank. Use as a context, inside that of its `Staging`.
 
     `follow` is told of every file that is begun: its path, its tensors, and a function that waits until so many bytes of it are
-    written, and says whether they are. Without `sync` nothing is forced to the disk; what is not `checked` has no checksums.
+    written, and says whether they are. What is not `checked` has no checksums.
     """
 
     def __init__(
@@ -97,13 +102,11 @@ class CheckpointWriter:
         *,
         rank: int = 0,
         device: torch.device | None = None,
-        sync: bool = True,
         checked: bool = True,
         follow: Follow | None = None,
     ) -> None:
         self.plan = plan
         self.staging = staging
-        self.sync = sync
         self.checked = checked
         self.follow = follow
         contents = contents_of(plan)
@@ -122,7 +125,7 @@ class CheckpointWriter:
         self.conveyor.__exit__()
         self.finisher.shutdown()
         for shard in self.shards.values():
-            os.close(shard.descriptor)
+            shard.sheet.close()
             shard.abandon()
         self.shards.clear()
 
@@ -149,11 +152,12 @@ class CheckpointWriter:
     def _begin(self, file: str) -> None:
         if file in self.shards:
             return
-        path, outputs = self.staging.path(file), self.plan.files[file]
+        outputs = self.plan.files[file]
         with naming(self.staging.target):
-            self.shards[file] = shard = Shard(file, path, outputs, self.slices, self.sync, self.checked)
+            sheet_of = partial(self.staging.sheet, file)
+            self.shards[file] = shard = Shard(file, sheet_of, outputs, self.slices, self.checked)
         if self.follow:
-            self.follow(path, outputs, shard.ready)
+            self.follow(self.staging.path(file), outputs, shard.ready)
 
     def _write(self, output: Output, start: int, data: memoryview) -> None:
         shard = self.shards[self.homes[output.name]]
@@ -164,11 +168,10 @@ class CheckpointWriter:
 
     def _finish(self, shard: Shard) -> None:
         with naming(self.staging.target):
-            if self.sync:
-                os.fsync(shard.descriptor)
+            shard.sheet.finish()
         self.staging.finish(shard.name, shard.checks())
         self.missing.discard(shard.name)
-        os.close(self.shards.pop(shard.name).descriptor)
+        self.shards.pop(shard.name).sheet.close()
 
     def flush(self) -> None:
         """Wait until this rank's files are complete; an error if a tensor never came."""
