@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_tried = count()
+_tried = count(os.getpid() * 61)  # two runs on one machine do not try the same ones
 
 
 def free_port() -> int:
