@@ -83,7 +83,9 @@ def heard() -> Iterator[Heard]:
 
 
 def emulate() -> None:
-    """Give the CPU the linear kernels that it lacks, in plain torch."""
+    """Give the CPU the linear kernels that it lacks, in plain torch, and a rotation of neighbouring pairs, where vLLM 0.32's kernel
+    for the CPU is wrong about tensors that are views: latent attention is.
+    """
     import torch
     import vllm._custom_ops as ops
     import vllm.model_executor.kernels.linear as linear
@@ -91,6 +93,7 @@ def emulate() -> None:
     from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
     from vllm.model_executor.layers.fusion import fused_act_quant
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms import PlatformEnum
 
     def scaled_fp8_quant(
@@ -118,6 +121,12 @@ def emulate() -> None:
             scales = Bs.float().repeat_interleave(128, 0)[: B.shape[0]].repeat_interleave(128, 1)[:, : B.shape[1]]
             return A @ (B.float() * scales).to(A.dtype).T
 
+    rotated = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(self: RotaryEmbedding, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (rotated if self.is_neox_style else RotaryEmbedding.forward_native)(self, *tensors)
+
+    RotaryEmbedding.forward_cpu = forward_cpu
     ops.scaled_fp8_quant = scaled_fp8_quant
     fused_act_quant._FUSED_ACT_QUANT.clear()
     linear.register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")

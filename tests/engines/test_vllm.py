@@ -1,11 +1,15 @@
 """A real vLLM, on a CPU: it loads what the rules say it loads, and refuses what they say it refuses. See README for its setup."""
 
 import random
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from launch.bench.serving import through_vllm
 from launch.bench.vllm_process import of_scales
 from megatron_export.checking import of_folder
 from megatron_export.engines import Effect, judged, vllm
@@ -70,6 +74,29 @@ def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
         "bf16": None,
         "nvfp4_kv": None,
     }
+
+
+@pytest.mark.parametrize("name", ["llama31", "deepseek_v3"])
+def test_vllm_computes_what_transformers_does(name: str, pool: list[Ranks], tmp_path: Path) -> None:
+    """Window by window, as nearly as transformers in bfloat16 does what it does in float32; a mean over all would hide much."""
+    [folder] = exported(living(pool), {name: ["bf16"]}, tmp_path)
+    windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0))
+    answer = through_vllm(folder, windows.tolist(), Namespace(timeout=300, attention=None))
+    assert answer["error"] is None
+    exact, rounded = (losses(folder, windows, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rms(torch.tensor(answer["losses"]) - exact) < 1.5 * rms(rounded - exact)
+
+
+@torch.no_grad()
+def losses(folder: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of each window, nats per token, through transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    logits = model(windows[:, :-1], use_cache=False).logits.float()
+    return torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(dim=1)
+
+
+def rms(numbers: torch.Tensor) -> float:
+    return float(numbers.square().mean().sqrt())
 
 
 def test_names_are_matched_as_vllm_does() -> None:
