@@ -71,7 +71,7 @@ def rounded(search: Search, weight: Tensor, factors: Tensor, amax: Tensor | None
 def largest(weight: Tensor, factors: Tensor) -> Tensor:
     """amax of weight * factors in bfloat16, for each row of positive factors [alphas, in]: float32 [alphas].
 
-    The larger of two magnitudes is not the smaller one after it was multiplied and rounded, so a column needs one of its own.
+    Of a column's magnitudes the largest stays so when all are multiplied by one factor and rounded: it alone need be.
     """
     columns = torch.linalg.vector_norm(weight, torch.inf, dim=0)
     return (columns * factors).amax(dim=1).float()

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,33 +160,24 @@ def encode_w4a8(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
 
 def rounded_int4(weight: Tensor, factors: Tensor, amax: None, group: int) -> Tensor:
     """int4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
-    made = torch.empty_like(weight)
-    tile = _smoothing_tile(group)
-    with torch.cuda.device_of(weight):
-        _kernels().int4_rounded[_smoothing_grid(weight),](
-            weight, factors, made, *weight.shape, *LIMITS["int4_rounded"], **tile, enable_fp_fusion=False
-        )
-    return made
+    return _smoothed(_kernels().int4_rounded, weight, factors, (), LIMITS["int4_rounded"], group)
 
 
 def rounded_nvfp4(weight: Tensor, factors: Tensor, amax: Tensor) -> Tensor:
     """nvfp4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
-    made = torch.empty_like(weight)
-    tile = _smoothing_tile(nvfp4.BLOCK)
-    with torch.cuda.device_of(weight):
-        _kernels().nvfp4_rounded[_smoothing_grid(weight),](
-            weight, factors, amax, made, *weight.shape, *LIMITS["nvfp4"], **tile, enable_fp_fusion=False
-        )
-    return made
+    return _smoothed(_kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
 
 
-def _smoothing_grid(weight: Tensor) -> int:
+def _smoothed(
+    kernel: Any, weight: Tensor, factors: Tensor, amax: tuple[Tensor, ...], limits: tuple[float, float], group: int
+) -> Tensor:
     rows, columns = weight.shape
-    return -(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS)
-
-
-def _smoothing_tile(group: int) -> dict[str, int]:
-    return {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
+    made = torch.empty_like(weight)
+    grid = (-(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS),)
+    tile = {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
+    with torch.cuda.device_of(weight):
+        kernel[grid](weight, factors, *amax, made, rows, columns, *limits, **tile, enable_fp_fusion=False)
+    return made
 
 
 def squares(product: Tensor, expected: Tensor) -> Tensor:

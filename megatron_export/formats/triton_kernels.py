@@ -10,9 +10,7 @@ from .nvfp4 import E2M1_MAX, E4M3_TINY
 E4M3 = tl.constexpr(E4M3_MAX)
 E4M3_LEAST = tl.constexpr(E4M3_TINY)
 E2M1 = tl.constexpr(E2M1_MAX)
-E2M1_UNIT = tl.constexpr(
-    2.0**126
-)  # times a float32 whose last bits of the exponent and first of the fraction are a code
+E2M1_UNIT = tl.constexpr(2.0**126)  # times the float32 that a code shifted by 22 bits is: the code's magnitude
 INT4 = tl.constexpr(INT4_MAX)
 INT4_LEAST = tl.constexpr(INT4_MIN)
 SIGN = tl.constexpr(-(1 << 31))
@@ -148,7 +146,7 @@ def int4(weight, codes, scale, pairs, columns, low, high, GROUP: tl.constexpr, G
 def smoothed(weight, factors, rows, columns, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr):
     """`ACROSS` neighbouring groups of `ROWS` rows: their places, which of them exist, and weights times factors.
 
-    All are [ROWS * ACROSS, GROUP]; the products are bfloat16 numbers in float32. Few rows share the factors that are read.
+    All are [ROWS * ACROSS, GROUP]; the products are bfloat16 numbers in float32. The rows share the factors that they read.
     """
     programs = tl.cdiv(columns, ACROSS * GROUP)
     group = tl.arange(0, ROWS * ACROSS)
@@ -164,16 +162,7 @@ def smoothed(weight, factors, rows, columns, ROWS: tl.constexpr, ACROSS: tl.cons
 
 @triton.jit
 def int4_rounded(
-    weight,
-    factors,
-    made,
-    rows,
-    columns,
-    low,
-    high,
-    ROWS: tl.constexpr,
-    ACROSS: tl.constexpr,
-    GROUP: tl.constexpr,
+    weight, factors, made, rows, columns, low, high, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr
 ):
     """Groups as `smoothed` gives them. No product may be fused with a sum. NaN stays NaN: its bits are a larger number."""
     place, inside, values = smoothed(weight, factors, rows, columns, ROWS, ACROSS, GROUP)
@@ -190,17 +179,7 @@ def int4_rounded(
 
 @triton.jit(do_not_specialize_on_alignment=["amax"])
 def nvfp4_rounded(
-    weight,
-    factors,
-    amax,
-    made,
-    rows,
-    columns,
-    low,
-    high,
-    ROWS: tl.constexpr,
-    ACROSS: tl.constexpr,
-    GROUP: tl.constexpr,
+    weight, factors, amax, made, rows, columns, low, high, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr
 ):
     """Blocks as `smoothed` gives them."""
     place, inside, values = smoothed(weight, factors, rows, columns, ROWS, ACROSS, GROUP)
