@@ -86,11 +86,12 @@ class Clips:
         return torch.zeros(len(CLIP_RATIOS), *groups, dtype=torch.float64, device=shard.weight.device)
 
     def _of_weight(self, shard: Shard, search: awq.Search, smoothed: Tensor, inputs: Tensor) -> Tensor:
-        expected = shard.output(inputs, smoothed)
-        amax = shard.amax(smoothed)
-        quantized = (awq.rounded(search, smoothed, amax * ratio) for ratio in CLIP_RATIOS)
+        expected = shard.product(inputs, smoothed).to(torch.bfloat16)
+        ones = smoothed.new_ones(smoothed.shape[1])
+        amax = shard.amaxes(smoothed, ones.unsqueeze(0))[0]
+        quantized = (awq.rounded(search, smoothed, ones, amax * ratio) for ratio in CLIP_RATIOS)
         return shard.mean(
-            torch.stack([shard.difference(shard.output(inputs, weight), expected) for weight in quantized])
+            torch.stack([shard.difference(shard.product(inputs, weight), expected) for weight in quantized])
         )
 
     def agreed(self) -> dict[str, Tensor]:

@@ -67,31 +67,31 @@ class Shard:
             return total(sums, self.cut.group)
         return whole(self.cut, sums, 0) if self.axis is Axis.IN else sums
 
-    def columns(self, vector: Tensor) -> Tensor:
-        """What this shard has of a vector [in], on its device."""
-        mine = even_cut(vector.shape[0], self.cut.rank, self.cut.size) if self.axis is Axis.IN else slice(None)
-        return vector[mine].to(self.weight.device)
+    def columns(self, vectors: Tensor) -> Tensor:
+        """What this shard has of vectors [..., in], on its device."""
+        mine = even_cut(vectors.shape[-1], self.cut.rank, self.cut.size) if self.axis is Axis.IN else slice(None)
+        return vectors[..., mine].to(self.weight.device)
 
-    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """inputs @ weight.T in bfloat16: the rows of this shard, or whole where the inputs are cut."""
+    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """inputs @ weight.T, float32 or bfloat16: the rows of this shard, or whole where the inputs are cut."""
         if self.axis is Axis.IN:
-            return total(_float32_product(inputs, weight), self.cut.group).to(torch.bfloat16)
+            return total(_float32_product(inputs, weight), self.cut.group)
         if inputs.is_cuda:  # where a bfloat16 product may round partial sums too
-            return _float32_product(inputs, weight).to(torch.bfloat16)
+            return _float32_product(inputs, weight)
         return inputs @ weight.T
 
-    def difference(self, output: Tensor, expected: Tensor) -> Tensor:
-        """Sum of the squares of the differences over the whole linear, float64 []."""
-        square = (output - expected).float().square().sum(dtype=torch.float64)
+    def difference(self, product: Tensor, expected: Tensor) -> Tensor:
+        """Sum of the squares of the differences of bfloat16 outputs over the whole linear, float64 []."""
+        square = awq.squares(product, expected)
         return total(square, self.cut.group) if self.axis is Axis.OUT else square
 
     def mean(self, squares: Tensor) -> Tensor:
         """Means over all outputs of sums of squares, float32 values as float64."""
         return (squares / (self.inputs.shape[0] * self.rows)).float().double()
 
-    def amax(self, weight: Tensor) -> Tensor:
-        """Largest magnitude of the whole weight, float32 []."""
-        mine = weight.abs().amax().float()
+    def amaxes(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """Largest magnitudes of the whole weight times each of some bfloat16 factors [alphas, in]: float32 [alphas]."""
+        mine = awq.largest(weight, factors)
         return maximum(mine, self.cut.group) if self.axis is not None else mine
 
 
@@ -168,9 +168,7 @@ class Alphas:
                 continue
             squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
             if tokens := shard.inputs.shape[0]:
-                expected = shard.output(shard.inputs, shard.weight)
-                every = self.factors[vector_home(name), key]
-                squares = torch.stack([_loss(shard, search, factors, expected) for factors in every])
+                squares = _squares(shard, search, shard.columns(self.factors[vector_home(name), key]))
             name_of_all, count = pooled(name), tokens * shard.rows if expert else 1
             losses = squares if expert else shard.mean(squares)
             self.losses[name_of_all, key] = self.losses.get((name_of_all, key), 0) + losses
@@ -210,13 +208,16 @@ class Alphas:
         return spread(self.here, mine)
 
 
-def _loss(shard: Shard, search: awq.Search, factors: Tensor, expected: Tensor) -> Tensor:
-    """Squares of what one vector of factors changes in the outputs of a linear, float64 []."""
-    mine = shard.columns(factors)
-    smoothed = shard.weight * mine.to(torch.bfloat16)
-    quantized = awq.rounded(search, smoothed, shard.amax(smoothed) if search.per_tensor else None)
-    inverse = (1 / mine).to(torch.bfloat16)
-    return shard.difference(shard.output(shard.inputs * inverse, quantized), expected)
+def _squares(shard: Shard, search: awq.Search, vectors: Tensor) -> Tensor:
+    """Squares of what each of some vectors of factors [alphas, in] changes in the outputs of a linear, float64 [alphas]."""
+    expected = shard.product(shard.inputs, shard.weight).to(torch.bfloat16)
+    factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)
+    amaxes = shard.amaxes(shard.weight, factors) if search.per_tensor else [None] * len(factors)
+    products = (
+        shard.product(shard.inputs * inverse, awq.rounded(search, shard.weight, mine, amax))
+        for mine, inverse, amax in zip(factors, inverses, amaxes, strict=True)
+    )
+    return torch.stack([shard.difference(product, expected) for product in products])
 
 
 def check_finite(here: Topology, losses: dict[tuple[str, str], Tensor]) -> None:

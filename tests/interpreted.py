@@ -13,12 +13,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from megatron_export.formats import kernels  # noqa: E402
+from megatron_export.formats import awq, kernels  # noqa: E402
 
-from .kernel_cases import cases, wrong  # noqa: E402
+from .kernel_cases import cases, outputs, smoothings, wrong, wrongly_rounded  # noqa: E402
+from .models import same  # noqa: E402
 
-DTYPES = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
-NUMPY = {tl.float32: np.float32, tl.bfloat16: np.uint16, tl.float8e4nv: np.uint8}
+DTYPES = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+NUMPY = {tl.float64: np.float64, tl.float32: np.float32, tl.bfloat16: np.uint16, tl.float8e4nv: np.uint8}
 
 
 def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
@@ -54,6 +60,14 @@ def main() -> None:
         for case in cases(seed=0, count=3):
             if said := wrong(case, kernels.made_for(case[1]), "cpu"):
                 print(said)
+            ran += 1
+        for smoothed in smoothings(seed=0):
+            if said := wrongly_rounded(smoothed, "cpu"):
+                print(said)
+            ran += 1
+        for product, expected in outputs(seed=0):
+            if not same(kernels.squares(product, expected), awq.squares(product, expected)):
+                print(f"squares of {tuple(product.shape)}")
             ran += 1
     print(f"{ran} cases")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_export.formats import Form, Options, chosen
+from megatron_export.formats.awq import SEARCHES, largest
 from megatron_export.piece import Amax, Piece
 
 from .models import same
@@ -20,6 +21,7 @@ FORMS = {
     "w4a8_awq": chosen("w4a8_awq"),
 }
 Case = tuple[str, Form, Tensor, Amax]
+Smoothed = tuple[str, str, Tensor, Tensor]
 
 
 def every_number() -> Tensor:
@@ -85,3 +87,50 @@ def wrong(case: Case, kernel: Callable[[Tensor, Amax], dict[str, Piece]], device
         if found[suffix].axes != piece.axes or not same(found[suffix].data.cpu(), piece.data)
     ]
     return f"{label}: {', '.join(differing)}" if differing else ""
+
+
+def smoothings(seed: int) -> Iterator[Smoothed]:
+    """Every search on every number, in order, mixed, and one a row; on ties and on weights that overflow; on awkward shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    ordered = every_number()
+    mixed = ordered.flatten()[torch.randperm(ordered.numel(), generator=generator)].view(510, 128)
+    signs = torch.randint(0, 2, (255 * 128, 64), generator=generator).mul(2).sub(1).to(torch.bfloat16)
+    alike = (ordered[:255].reshape(-1, 1) * signs).repeat(1, 2)
+    ties = torch.randint(-56, 57, (64, 128), generator=generator).to(torch.bfloat16) / 8
+    ties[:, ::16] = 7
+    odd = torch.rand(128, generator=generator).add(0.5).to(torch.bfloat16)
+    for name in SEARCHES:
+        for factors in (torch.ones_like(odd), odd):
+            yield f"{name}, all numbers", name, ordered, factors
+            yield f"{name}, all numbers mixed", name, mixed, factors
+            yield f"{name}, one number a row", name, alike[seed % 8 :: 8].contiguous(), factors
+            for power in (0, -10, -24, -60, -110, -127, 100, 124):
+                yield f"{name}, ties times 2^{power}", name, ties * 2.0**power, factors
+                yield f"{name}, ties times 2^{power}, twice", name, ties * 2.0**power, factors * 2.0**power
+        for rows, columns in ((1, 128), (33, 384), (130, 256), (31, 1152), *(((3, 48),) if name == "nvfp4" else ())):
+            weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+            weight[rows // 2] = 0
+            weight[0, 0] = -0.0
+            factors = torch.rand(columns, generator=generator).mul(8).sub(4).exp2()
+            yield f"{name}, {rows} x {columns}", name, weight.to(torch.bfloat16), factors.to(torch.bfloat16)
+
+
+def wrongly_rounded(case: Smoothed, device: str) -> str:
+    """What differs between a search's kernel there and plain torch on the CPU: "" for nothing, where numbers are finite."""
+    label, name, weight, factors = case
+    search, amax = SEARCHES[name], largest(weight, factors.unsqueeze(0))[0]
+    expected = search.rounded(weight * factors, amax)
+    found = search.kernel(weight.to(device), factors.to(device), amax.to(device)).cpu()
+    finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), finite):
+        return f"{label}: other numbers are finite"
+    differing = (found.view(torch.int16) != expected.view(torch.int16)) & finite
+    return f"{label}: {differing.sum()} of {differing.numel()}" if differing.any() else ""
+
+
+def outputs(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float32 products and bfloat16 outputs whose sums of squares float64 holds to the bit, in awkward sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    for shape in ((1, 1), (1, 4096), (7, 1171), (64, 320)):
+        product, expected = (torch.randint(-(1 << 13), 1 << 13, shape, generator=generator) / 64 for _ in range(2))
+        yield product, expected.to(torch.bfloat16)

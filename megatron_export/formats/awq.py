@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import int4, nvfp4
+from . import int4, kernels, nvfp4
 from .form import row_strips
 
 ALPHAS = tuple(torch.arange(0, 1.1, 0.1).tolist())  # 0 to 1 in float32 steps
@@ -32,11 +32,13 @@ class Search:
     group       inputs that share a scale
     per_tensor  whether the rounding depends on the amax of the whole tensor, over all its shards
     rounded     (bfloat16 weight, float32 amax) -> bfloat16 weight, as the search's quantizer simulates it
+    kernel      (bfloat16 weight, bfloat16 factors, float32 amax) -> the same of weight * factors, on CUDA
     """
 
     group: int
     per_tensor: bool
     rounded: Callable[[Tensor, Tensor | None], Tensor]
+    kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _int4(weight: Tensor, amax: Tensor | None, group: int) -> Tensor:
@@ -44,9 +46,9 @@ def _int4(weight: Tensor, amax: Tensor | None, group: int) -> Tensor:
 
 
 SEARCHES = {
-    "int4_g128": Search(128, False, partial(_int4, group=128)),
-    "int4_g64": Search(64, False, partial(_int4, group=64)),
-    "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded),
+    "int4_g128": Search(128, False, partial(_int4, group=128), partial(kernels.rounded_int4, group=128)),
+    "int4_g64": Search(64, False, partial(_int4, group=64), partial(kernels.rounded_int4, group=64)),
+    "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded, kernels.rounded_nvfp4),
 }
 SHARED = "_shared"  # ends the key of a search that gives the queries of a group one vector
 
@@ -56,9 +58,30 @@ def search_of(key: str) -> Search:
     return SEARCHES[key.removesuffix(SHARED)]
 
 
-def rounded(search: Search, weight: Tensor, amax: Tensor | None) -> Tensor:
-    """`search.rounded` of a bfloat16 [out, in] weight, in strips of rows."""
-    return torch.cat([search.rounded(weight[rows], amax) for rows in row_strips(weight, 1)])
+def rounded(search: Search, weight: Tensor, factors: Tensor, amax: Tensor | None) -> Tensor:
+    """`search.rounded` of weight * factors, bfloat16 [out, in] and [in], in strips of rows; on CUDA by a kernel."""
+    if kernels.readable(weight) and weight.shape[1] % search.group == 0 and kernels.works(weight.device):
+        return search.kernel(weight, factors.contiguous(), amax)
+    made = torch.empty_like(weight)
+    for rows in row_strips(weight, 1):
+        made[rows] = search.rounded(weight[rows] * factors, amax)
+    return made
+
+
+def largest(weight: Tensor, factors: Tensor) -> Tensor:
+    """amax of weight * factors in bfloat16, for each row of positive factors [alphas, in]: float32 [alphas].
+
+    Of a column's magnitudes the largest stays so when all are multiplied by one factor and rounded: it alone need be.
+    """
+    columns = torch.linalg.vector_norm(weight, torch.inf, dim=0)
+    return (columns * factors).amax(dim=1).float()
+
+
+def squares(product: Tensor, expected: Tensor) -> Tensor:
+    """Sum of squares of bfloat16(product) - expected, a bfloat16 difference, of one shape: float64 []."""
+    if product.is_cuda and product.dtype == torch.float32 and kernels.works(product.device):
+        return kernels.squares(product.contiguous(), expected.contiguous())
+    return (product.to(torch.bfloat16) - expected).float().square().sum(dtype=torch.float64)
 
 
 def importance(weight: Tensor, group: int) -> Tensor:

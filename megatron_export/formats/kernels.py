@@ -1,4 +1,4 @@
-"""Encoding on CUDA in one pass over the weight: the same bytes as the formats' plain torch, at the speed of its memory.
+"""Encoding, and what AWQ's search does most, on CUDA in one pass: the same bytes as plain torch, at the speed of memory.
 
 The plain path reads and writes a weight a dozen times. A kernel reads each element once and keeps it in registers; what
 is left is arithmetic, and most of that is the division of every element by its scale, which must be IEEE's to the bit.
@@ -18,6 +18,11 @@ This holds while nothing over- or underflows; LIMITS has the scales for which no
 nobody trains, are divided by the book. Triton and a C compiler are needed, and a GPU that rounds to e4m3 (Ada, Hopper,
 or newer); without them, and for weights that are clipped or not contiguous and aligned, the plain path runs. Its
 results for NaN and Inf are not reproduced: a survey refuses these before anything is encoded.
+
+A search rounds a weight times its factors as `int4.rounded` and `nvfp4.rounded` do. The first divides codes, which have less
+than 8 bits, by a scale, and rounds the quotient to bfloat16; between two of those the limit is a number of 9 bits. A weight that
+overflows when it is smoothed gives numbers that are not finite either way, and so does its loss, for which the search ends.
+Squares are added up in float64 as in plain torch, in another order.
 """
 
 import warnings
@@ -25,6 +30,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +47,26 @@ LIMITS = {
     "fp8_pb": OWN,
     "nvfp4": (2.0**-30, 2.0**6),  # of weight_scale_2, whatever the elements
     "int4": OWN,
+    "int4_rounded": OWN,  # of 7 / amax
 }
+SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
 
 
 def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
     """What stands for `form.encode` for this weight; None where nothing does."""
-    if weight.device.type != "cuda" or amax.clip is not None:
-        return None
-    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0:
-        return None
-    if not weight.is_contiguous() or weight.data_ptr() % 16:
+    if amax.clip is not None or not readable(weight):
         return None
     if not form.ragged and any(size % tile for size, tile in zip(weight.shape, form.tile, strict=True)):
         return None  # the plain path has the words for it
     made = made_for(form)
     return made if made and works(weight.device) else None
+
+
+def readable(weight: Tensor) -> bool:
+    """Whether it is a weight on CUDA that kernels could read, without a look at what there is to run them."""
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def made_for(form: Form) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
@@ -75,7 +86,8 @@ def works(device: torch.device) -> bool:
         encode_fp8(torch.ones(1, 1, dtype=torch.bfloat16, device=device), Amax(*torch.ones(2, device=device)))
     except Exception as error:  # of Triton, of the compilers it calls, of a cache that cannot be written
         warnings.warn(
-            f"{device}: Triton cannot compile kernels, so encoding takes longer. It says: {error}", stacklevel=2
+            f"{device}: Triton cannot compile kernels, so encoding and AWQ's search take longer. It says: {error}",
+            stacklevel=2,
         )
         return False
     return True
@@ -144,6 +156,37 @@ def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
 def encode_w4a8(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """w4a8_awq.encode."""
     return encode_int4(weight, amax, group) | w4a8_awq.scalars(amax)
+
+
+def rounded_int4(weight: Tensor, factors: Tensor, amax: None, group: int) -> Tensor:
+    """int4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
+    return _smoothed(_kernels().int4_rounded, weight, factors, (), LIMITS["int4_rounded"], group)
+
+
+def rounded_nvfp4(weight: Tensor, factors: Tensor, amax: Tensor) -> Tensor:
+    """nvfp4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
+    return _smoothed(_kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
+
+
+def _smoothed(
+    kernel: Any, weight: Tensor, factors: Tensor, amax: tuple[Tensor, ...], limits: tuple[float, float], group: int
+) -> Tensor:
+    rows, columns = weight.shape
+    made = torch.empty_like(weight)
+    grid = (-(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS),)
+    tile = {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
+    with torch.cuda.device_of(weight):
+        kernel[grid](weight, factors, *amax, made, rows, columns, *limits, **tile, enable_fp_fusion=False)
+    return made
+
+
+def squares(product: Tensor, expected: Tensor) -> Tensor:
+    """awq.squares."""
+    size = product.numel()
+    sums = torch.empty(-(-size // TILE), dtype=torch.float64, device=product.device)
+    with torch.cuda.device_of(product):
+        _kernels().squares[len(sums),](product, expected, sums, size, TILE=TILE, enable_fp_fusion=False)
+    return sums.sum()
 
 
 KERNELS = {

@@ -4,13 +4,16 @@ import triton
 import triton.language as tl
 
 from .fp8 import E4M3_MAX
-from .int4 import INT4_MAX
+from .int4 import INT4_MAX, INT4_MIN
 from .nvfp4 import E2M1_MAX, E4M3_TINY
 
 E4M3 = tl.constexpr(E4M3_MAX)
 E4M3_LEAST = tl.constexpr(E4M3_TINY)
 E2M1 = tl.constexpr(E2M1_MAX)
+E2M1_UNIT = tl.constexpr(2.0**126)  # times the float32 that a code shifted by 22 bits is: the code's magnitude
 INT4 = tl.constexpr(INT4_MAX)
+INT4_LEAST = tl.constexpr(INT4_MIN)
+SIGN = tl.constexpr(-(1 << 31))
 AMAXES = ["weight_amax", "input_amax"]  # numbers in the midst of others
 # A float32 of 2^23 or more has no digits after the point: what is added to it is rounded, half to even, into its low bits.
 ROUNDING = tl.constexpr(float(1 << 23))
@@ -74,12 +77,25 @@ def fp8_pb(weight, codes, scale, rows, columns, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def e2m1(scaled):
-    """The code of each: the lowest of three lines, one for each distance between neighbours, and the last code."""
+def e2m1_size(scaled):
+    """The code of each magnitude: the lowest of three lines, one for each distance between neighbours, and the last code."""
     size = tl.abs(scaled)
     code = tl.minimum(size * 2 + ROUNDING, size + (ROUNDING + 2))
     code = tl.minimum(tl.minimum(code, size * 0.5 + (ROUNDING + 4)), ROUNDING + 7)
-    return code.to(tl.int32, bitcast=True) & 7 | tl.where(scaled < 0, 8, 0)
+    return code.to(tl.int32, bitcast=True) & 7
+
+
+@triton.jit
+def e2m1(scaled):
+    """The code of each."""
+    return e2m1_size(scaled) | tl.where(scaled < 0, 8, 0)
+
+
+@triton.jit
+def block_scale(amax, tensor_scale):
+    """As nvfp4.block_scales, of the blocks' amax."""
+    size = tl.div_rn(amax, E2M1 * tensor_scale)
+    return tl.minimum(tl.maximum(tl.where(size == 0, 1.0, size), E4M3_LEAST), E4M3).to(tl.float8e4nv)
 
 
 @triton.jit(do_not_specialize_on_alignment=AMAXES)
@@ -94,8 +110,7 @@ def nvfp4(
     first = (words << 16).to(tl.float32, bitcast=True)
     second = (words & -65536).to(tl.float32, bitcast=True)
     tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3)
-    size = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), E2M1 * tensor)
-    size = tl.minimum(tl.maximum(tl.where(size == 0, 1.0, size), E4M3_LEAST), E4M3).to(tl.float8e4nv)
+    size = block_scale(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), tensor)
     tl.store(scale + block, size, mask=block < blocks)
     divisor = (size.to(tl.float32) * tensor)[:, None]
     usual = (tensor >= low) & (tensor <= high)
@@ -125,3 +140,63 @@ def int4(weight, codes, scale, pairs, columns, low, high, GROUP: tl.constexpr, G
     second = quotients(second, second_scale[:, None], usual) + ROUNDING_SIGNED
     code = first.to(tl.int32, bitcast=True) & 15 | (second.to(tl.int32, bitcast=True) & 15) << 4
     tl.store(codes + group.to(tl.int64)[:, None] * GROUP + column, code.to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
+def smoothed(weight, factors, rows, columns, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr):
+    """`ACROSS` neighbouring groups of `ROWS` rows: their places, which of them exist, and weights times factors.
+
+    All are [ROWS * ACROSS, GROUP]; the products are bfloat16 numbers in float32. The rows share the factors that they read.
+    """
+    programs = tl.cdiv(columns, ACROSS * GROUP)
+    group = tl.arange(0, ROWS * ACROSS)
+    row = (tl.program_id(0) // programs).to(tl.int64) * ROWS + group // ACROSS
+    first = (tl.program_id(0) % programs * ACROSS + group % ACROSS) * GROUP
+    column = first[:, None] + tl.arange(0, GROUP)[None, :]
+    inside = ((row < rows) & (first < columns))[:, None]
+    place = row[:, None] * columns + column
+    values = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    values *= tl.load(factors + column, mask=inside, other=0.0).to(tl.float32)
+    return place, inside, values.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def int4_rounded(
+    weight, factors, made, rows, columns, low, high, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Groups as `smoothed` gives them. No product may be fused with a sum. NaN stays NaN: its bits are a larger number."""
+    place, inside, values = smoothed(weight, factors, rows, columns, ROWS, ACROSS, GROUP)
+    amax = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(INT4, tl.where(amax == 0, INT4, amax))
+    usual = (tl.min(scale) >= low) & (tl.max(scale) <= high)
+    scaled = values * scale[:, None]
+    size = (tl.abs(scaled) + ROUNDING) - ROUNDING
+    sign = scaled.to(tl.int32, bitcast=True) & SIGN
+    code = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    code = tl.clamp(code, INT4_LEAST, INT4, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(made + place, quotients(code, scale[:, None], usual).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["amax"])
+def nvfp4_rounded(
+    weight, factors, amax, made, rows, columns, low, high, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Blocks as `smoothed` gives them."""
+    place, inside, values = smoothed(weight, factors, rows, columns, ROWS, ACROSS, GROUP)
+    tensor = scale_of(tl.load(amax), E2M1 * E4M3)
+    size = block_scale(tl.max(tl.abs(values), axis=1), tensor)
+    divisor = (size.to(tl.float32) * tensor)[:, None]
+    scaled = quotients(values, divisor, (tensor >= low) & (tensor <= high))
+    sign = scaled.to(tl.int32, bitcast=True) & SIGN
+    value = (e2m1_size(scaled) << 22 | sign).to(tl.float32, bitcast=True) * E2M1_UNIT
+    tl.store(made + place, (value * divisor).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def squares(product, expected, sums, size, TILE: tl.constexpr):
+    """A flat part of the outputs: its sum of squares."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    output = tl.load(product + place, mask=place < size, other=0.0).to(tl.bfloat16).to(tl.float32)
+    difference = output - tl.load(expected + place, mask=place < size, other=0.0).to(tl.float32)
+    difference = difference.to(tl.bfloat16).to(tl.float32)
+    tl.store(sums + tl.program_id(0), tl.sum((difference * difference).to(tl.float64)))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_export import formats, loading
 from megatron_export.formats import FORMATS, KV_FORMATS, Options, chosen
-from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, rounded
+from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, largest, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.maxima import Maxima
 from megatron_export.names import parameters_of
@@ -60,8 +60,13 @@ def test_a_search_rounds_and_weighs_on_cuda_as_on_the_cpu(name: str, seed: int) 
     search, generator = SEARCHES[name], torch.Generator().manual_seed(seed)
     weight = (torch.randn(256, 1024, generator=generator) * 0.05).to(torch.bfloat16)
     weight[seed] = 0
-    amax = weight.abs().amax().float()
-    assert same(rounded(search, weight.cuda(), amax.cuda()).cpu(), rounded(search, weight, amax))
+    factors = (torch.rand(3, 1024, generator=generator) + 0.5).to(torch.bfloat16)
+    amaxes = largest(weight, factors)
+    assert same(amaxes, torch.stack([(weight * mine).abs().amax().float() for mine in factors]))
+    assert same(largest(weight.cuda(), factors.cuda()).cpu(), amaxes)
+    for mine, amax in zip(factors, amaxes, strict=True):
+        found = rounded(search, weight.cuda(), mine.cuda(), amax.cuda())
+        assert same(found.cpu(), search.rounded(weight * mine, amax))
     assert same(importance(weight.cuda(), search.group).cpu(), importance(weight, search.group))
 
 

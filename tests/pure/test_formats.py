@@ -77,11 +77,12 @@ def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("search", SEARCHES)
 def test_strips_change_nothing_in_a_search(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, how = weight_of(100, 256), SEARCHES[search]
-    amax = weight.abs().amax().float()
-    whole, sums = rounded(how, weight, amax), importance(weight, how.group)
+    factors = weight_of(1, 256)[0].abs() + 0.5
+    amax = (weight * factors).abs().amax().float()
+    whole, sums = how.rounded(weight * factors, amax), importance(weight, how.group)
     monkeypatch.setattr(forms, "STRIP_ELEMENTS", 1024)
     assert len(list(forms.row_strips(weight, 1))) == 25
-    assert same(rounded(how, weight, amax), whole)
+    assert same(rounded(how, weight, factors, amax), whole)
     assert same(importance(weight, how.group), sums)
 
 
