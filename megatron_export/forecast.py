@@ -23,6 +23,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from math import prod
 
+import torch
+
 from .ahead import AHEAD_BYTES
 from .ahead import THREADS as READERS
 from .conveyor import CHUNK as CONVEYED
@@ -38,8 +40,9 @@ from .plan import Held, Plan
 from .shard import header_of
 from .verify import BUFFERS, CHUNK, THREADS
 
-# Of the interpreter with torch and Megatron. Nobody has measured the second yet, which has CUDA's libraries and context too.
-BASE_BYTES = {"cpu": 385 << 20, "cuda": 2 << 30}
+# Of the interpreter with torch and Megatron; measured, the second with CUDA's context on GPUs of 80 GB, TP=1 and 2.
+BASE_BYTES = {"cpu": 385 << 20, "cuda": 1450 << 20}
+CUDA_BUILD_BYTES = 280 << 20  # of the libraries that torch's build for CUDA loads on the CPU too
 PLAN_BYTES = 16 << 10
 STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
 MULTIPLIED = 6  # bytes that it takes to multiply out a number in float8, for each of bfloat16's: value, scale, product
@@ -109,7 +112,7 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
     """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu."""
     loads, holdings = _loads(plan, held, strip_elements(device)), _holdings(plan, held, grid)
     working = _working(plan, loads)
-    own = BASE_BYTES[device] + PLAN_BYTES * len(plan.items) + _statistics(plan)
+    own = _base(device) + PLAN_BYTES * len(plan.items) + _statistics(plan)
     files = Counter(plan.writers.values())
     leaving = SLOTS * CONVEYED if device == "cuda" else 0
     host, gpu = [], []
@@ -129,6 +132,11 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
         host=tuple(host),
         gpu=tuple(gpu),
     )
+
+
+def _base(device: str) -> int:
+    """What a process has before it does anything, with the torch that is here."""
+    return BASE_BYTES[device] + (CUDA_BUILD_BYTES if device == "cpu" and torch.version.cuda else 0)
 
 
 def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> tuple[int, ...]:
