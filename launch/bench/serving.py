@@ -17,14 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from megatron_export.checking import of_folder
-from megatron_export.emulation import load
+from megatron_export.emulation import EmulatedLinear, load, not_rounded
 from megatron_export.engines import GPUS, judged
 from megatron_export.errors import ExportError
 from megatron_export.perplexity import BATCH, WINDOW, of_window, windows_of
@@ -33,6 +34,7 @@ from . import vllm_process
 from .markdown import markdown
 from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 
+TOKENIZING = Lock()  # transformers makes its names when they are first asked for, and not by several threads at a time
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 SAID = {True: "loads", False: "refused", None: "unknown"}
 COLUMNS = (
@@ -90,6 +92,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="checkpoints")
     parser.add_argument("--through", choices=("vllm", "decode"), default="vllm", help="default: vllm")
     parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="decode: leave inputs as they are, as Marlin does with NVFP4 on Hopper",
+    )
+    parser.add_argument(
         "--text", type=Path, help="measure perplexity on it; without a tokenizer, its bytes are the tokens"
     )
     parser.add_argument("--windows", type=int, help=f"how many windows of {WINDOW} tokens; default: all there are")
@@ -121,7 +128,8 @@ def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[s
     try:
         verdict = judged(of_folder(folder), "vllm", gpu=flags.gpu)
         loads, why = verdict.loads, verdict.why
-        windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []
+        with TOKENIZING:
+            windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []
         found = attempt(folder, windows, flags)
     except Exception as error:  # noqa: BLE001 - no folder may stop the others
         found = {"error": f"{type(error).__name__}: {error}"[:1500]}
@@ -165,12 +173,21 @@ def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Names
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids, losses = load(folder, device), list(PROMPT), []
+    if flags.weights_only:
+        leave_inputs(model)
     for _ in range(TOKENS):
         ids.append(int(model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].argmax()))
     for batch in torch.tensor(windows, device=device).split(BATCH) if windows else ():
         logits = model(batch, use_cache=False).logits
         losses += [float(of_window(mine, mine, row)[0]) for mine, row in zip(logits, batch, strict=True)]
     return {"tokens": ids[len(PROMPT) :], "losses": losses, "version": transformers.__version__, "device": device}
+
+
+def leave_inputs(model: torch.nn.Module) -> None:
+    """From now on linears do not round their inputs, as kernels that quantize weights alone."""
+    for module in model.modules():
+        if isinstance(module, EmulatedLinear):
+            module.algorithm = replace(module.algorithm, rounded=not_rounded)
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from launch.bench.serving import leave_inputs
 from megatron_export import formats
 from megatron_export.emulation import ALGORITHMS, EmulatedLinear, attention, bits_per_weight, load
 from megatron_export.errors import ExportError
@@ -146,8 +147,11 @@ def test_a_linear_multiplies_its_rounded_input_with_its_decoded_weight(
         output = linear(inputs)
         assert output.dtype == torch.bfloat16
         assert torch.equal(output, expected), name
+        untouched = nn.functional.linear(smoothed.float(), weight).to(torch.bfloat16)
         if rounded is not as_it_is:
-            assert not torch.equal(output, nn.functional.linear(smoothed.float(), weight).to(torch.bfloat16)), name
+            assert not torch.equal(output, untouched), name
+        leave_inputs(linear)
+        assert torch.equal(linear(inputs), untouched)
 
 
 def test_what_is_not_quantized_is_loaded_as_it_is_and_the_model_runs(plain: Path, tmp_path: Path) -> None:
