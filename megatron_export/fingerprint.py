@@ -17,17 +17,32 @@ _WORD = 4  # bfloat16 numbers in 64 bits
 _MASK = (1 << 64) - 1
 
 
-def checksum(shard: Tensor, column: int = 0) -> int:
-    """Sum modulo 2^64 over a shard's bfloat16 numbers as unsigned 16-bit ones, each times 2^(16 * (its column mod 4)), the
-    shard's first column being number `column` of the tensor's: the sums of all shards add up to that of the tensor.
+def checksum(shard: Tensor, rows: Tensor | None = None, column: int = 0) -> int:
+    """Sum modulo 2^64 over a shard's bfloat16 numbers as unsigned 16-bit ones, each times 2^(16 * (its column mod 4)) and times the
+    sum of an odd number that its row decides and an even one that its column div 4 does. Those of all shards add up to that of the
+    tensor.
+
+    rows    int64 [rows], which row of the tensor each is; None: it has all of them
+    column  which column of the tensor its first is
     """
-    bits = shard.contiguous().view(torch.int16)
-    width = bits.shape[-1] if bits.dim() else 1
-    if bits.dim() == 2 and width % _WORD == column % _WORD == 0 and bits.data_ptr() % 8 == 0:
-        return int(bits.view(torch.int64).sum()) & _MASK
-    bits = bits.reshape(-1, width).to(torch.int64) & 0xFFFF
-    sums = ((column + k) % _WORD for k in range(min(width, _WORD)))
-    return sum(int(bits[:, k::_WORD].sum()) << (16 * place) for k, place in enumerate(sums)) & _MASK
+    bits = shard.contiguous().view(torch.int16).reshape(*shard.shape[:1] or (1,), -1)
+    height, width = bits.shape
+    rows = torch.arange(height) if rows is None else rows
+    if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
+        numbers, columns = bits.view(torch.int64), column + torch.arange(0, width, _WORD)
+    else:
+        columns = column + torch.arange(width)
+        numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD)).to(bits.device)
+    of_rows, of_columns = (_mixed(rows) | 1).to(bits.device), (_mixed(columns // _WORD) << 1).to(bits.device)
+    return int((numbers.sum(dim=1) * of_rows).sum() + (numbers.sum(dim=0) * of_columns).sum()) & _MASK
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """A number for each whose bits are well mixed, int64, much as splitmix64 mixes them."""
+    mixed = (numbers + 1) * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return mixed ^ (mixed >> 31)
 
 
 def added(checksums: Iterable[int]) -> int:

@@ -103,11 +103,14 @@ def _real(item: Item, shard: Tensor, index: int) -> Tensor:
 
 
 def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
-    index = item.ranks.index(here.rank)
-    shape, column = item.source.shape, 0
-    if item.source.cut is (Axis.IN if len(shape) > 1 else Axis.OUT):
-        column = even_cut(shape[-1], index, len(item.ranks)).start
-    return checksum(_real(item, shard, index).to(item.source.dtype), column)
+    source, index, count = item.source, item.ranks.index(here.rank), len(item.ranks)
+    rows, column = None, 0
+    if source.cut is Axis.IN and len(source.shape) > 1:
+        column = even_cut(source.shape[-1], index, count).start
+    elif source.cut and count > 1:
+        cuts = source.layout.rows(source.shape[0], index, count, shard.shape[0])
+        rows = torch.cat([torch.arange(cut.start, cut.stop) for cut in cuts])
+    return checksum(_real(item, shard, index).to(source.dtype), rows, column)
 
 
 def _digest(everyones: list[dict[str, int]] | None) -> str:

@@ -1,10 +1,12 @@
 """--resume: what it refuses, what it does not do twice, and what it does where there is nothing to go on with."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megatron_export.journal import journal_of, kept
 
@@ -82,10 +84,22 @@ def test_other_settings_are_refused_and_nothing_is_lost(
     assert kept(tmp_path / "out") == interrupted
 
 
-def test_another_model_is_refused(interrupted: int, flags: tuple, tmp_path: Path) -> None:
+def changed(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"][0] += 1
+
+
+def swapped(tensors: dict[str, Tensor]) -> None:
+    gate, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    tensors[gate], tensors[up] = tensors[up], tensors[gate]
+
+
+@pytest.mark.parametrize("change", [changed, swapped])
+def test_another_model_is_refused(
+    change: Callable[[dict[str, Tensor]], None], interrupted: int, flags: tuple, tmp_path: Path
+) -> None:
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.norm.weight"][0] += 1
+    change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     statuses, said, _ = export_with(None, tmp_path, *flags, *USUAL, "--resume")
     assert statuses == [1, 1]

@@ -208,19 +208,23 @@ def test_the_checksums_of_shards_add_up_to_that_of_the_tensor(shape: tuple, dim:
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     dim = min(dim, len(shape) - 1)
     for cuts in (1, 2, 3):
-        shards, start, sums = whole.tensor_split(cuts, dim), 0, []
-        for shard in shards:
-            sums.append(checksum(shard, start if dim == len(shape) - 1 else 0))
-            start += shard.shape[dim]
+        numbers = torch.arange(shape[dim]).tensor_split(cuts)
+        shards = zip(whole.tensor_split(cuts, dim), numbers, strict=True)
+        sums = [checksum(shard, None, int(held[0])) if dim else checksum(shard, held) for shard, held in shards]
         assert added(sums) == checksum(whole)
 
 
-def test_a_checksum_tells_one_bit_and_two_columns_that_changed_places() -> None:
+def test_a_checksum_tells_any_bit_and_what_changed_places() -> None:
     whole = torch.randn(8, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
-    other = whole.clone()
-    other.view(torch.int16)[3, 5] ^= 1
-    swapped = whole[:, [1, 0, *range(2, 16)]]
-    assert len({checksum(whole), checksum(other), checksum(swapped)}) == 3
+    for place in range(8 * 16):
+        for bit in (*(1 << n for n in range(15)), -(1 << 15)):
+            other = whole.clone()
+            other.view(torch.int16).view(-1)[place] ^= bit
+            assert checksum(other) != checksum(whole)
+    for columns in ([1, 0, *range(2, 16)], [*range(4, 8), *range(4), *range(8, 16)]):
+        assert checksum(whole[:, columns]) != checksum(whole)
+    for rows in ([1, 0, *range(2, 8)], [*range(4, 8), *range(4)], [7, *range(1, 7), 0]):
+        assert checksum(whole[rows]) != checksum(whole)
 
 
 def test_statistics_have_a_fingerprint_of_their_names_and_numbers() -> None:
