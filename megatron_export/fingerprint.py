@@ -5,7 +5,7 @@ are looked at in parts.
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,29 +17,33 @@ _WORD = 4  # bfloat16 numbers in 64 bits
 _MASK = (1 << 64) - 1
 
 
-def checksum(shard: Tensor, rows: Tensor | None = None, column: int = 0) -> int:
+def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> int:
     """Sum modulo 2^64 over a shard's bfloat16 numbers as unsigned 16-bit ones, each times 2^(16 * (its column mod 4)) and times the
     sum of an odd number that its row decides and an even one that its column div 4 does. Those of all shards add up to that of the
     tensor.
 
-    rows    int64 [rows], which row of the tensor each is; None: it has all of them
+    rows    which rows of the tensor it has, in its order; None: all of them
     column  which column of the tensor its first is
     """
-    bits = shard.contiguous().view(torch.int16).reshape(*shard.shape[:1] or (1,), -1)
+    matrix = shard.flatten(1) if shard.dim() > 1 else shard.reshape(-1, 1)
+    bits = matrix.contiguous().view(torch.int16)
     height, width = bits.shape
-    rows = torch.arange(height) if rows is None else rows
+    words = range(column // _WORD, -(-(column + width) // _WORD))
+    of_rows, of_words = _mixed(rows or (range(height),), bits.device) | 1, _mixed((words,), bits.device) << 1
     if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
-        numbers, columns = bits.view(torch.int64), column + torch.arange(0, width, _WORD)
+        numbers, of_columns = bits.view(torch.int64), of_words
     else:
-        columns = column + torch.arange(width)
-        numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD)).to(bits.device)
-    of_rows, of_columns = (_mixed(rows) | 1).to(bits.device), (_mixed(columns // _WORD) << 1).to(bits.device)
+        columns = torch.arange(column, column + width, device=bits.device)
+        numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD))
+        of_columns = of_words[columns // _WORD - words.start]
     return int((numbers.sum(dim=1) * of_rows).sum() + (numbers.sum(dim=0) * of_columns).sum()) & _MASK
 
 
-def _mixed(numbers: Tensor) -> Tensor:
+@lru_cache(maxsize=64)  # layers are alike
+def _mixed(numbers: tuple[range, ...], device: torch.device) -> Tensor:
     """A number for each whose bits are well mixed, int64, much as splitmix64 mixes them."""
-    mixed = (numbers + 1) * -7046029254386353131
+    mixed = torch.cat([torch.arange(part.start + 1, part.stop + 1, device=device) for part in numbers])
+    mixed = mixed * -7046029254386353131
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
     return mixed ^ (mixed >> 31)

@@ -209,9 +209,11 @@ def test_the_checksums_of_shards_add_up_to_that_of_the_tensor(shape: tuple, dim:
     dim = min(dim, len(shape) - 1)
     for cuts in (1, 2, 3):
         numbers = torch.arange(shape[dim]).tensor_split(cuts)
-        shards = zip(whole.tensor_split(cuts, dim), numbers, strict=True)
-        sums = [checksum(shard, None, int(held[0])) if dim else checksum(shard, held) for shard, held in shards]
+        held = [range(int(part[0]), int(part[-1]) + 1) for part in numbers]
+        shards = zip(whole.tensor_split(cuts, dim), held, strict=True)
+        sums = [checksum(shard, None, part[0]) if dim else checksum(shard, (part,)) for shard, part in shards]
         assert added(sums) == checksum(whole)
+    assert checksum(whole[:0], (range(5, 5),)) == 0
 
 
 def test_a_checksum_tells_any_bit_and_what_changed_places() -> None:
