@@ -28,15 +28,17 @@ from .courier import Job
 from .errors import ExportError
 from .gather import together
 from .journal import Checks
+from .memory import available
 from .plan import Plan
 from .prepare import planned, requested, surveyed
 from .publishing import Place
 from .sheet import InMemory, OnDisk, Sheet
+from .sizes import readable
 from .stream import Stream, Work
 from .topology import SILENCE, Topology
 from .writer import CheckpointWriter, check_apart, check_empty, check_target
 
-CHUNK = 64 << 20
+SPARE_BYTES = 1 << 30  # of memory, for all else
 
 
 @dataclass
@@ -90,8 +92,22 @@ class _Memory:
         self.target = target
         self.keep = keep
         self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
-        self.kind = tuple(plan.files.items())
+        self.kind = self.kind_of(plan)
         self.descriptors, self.mapped = self.spare.pop(self.kind, ({}, {}))
+
+    @staticmethod
+    def kind_of(plan: Plan) -> tuple:
+        return tuple(plan.files.items())
+
+    @classmethod
+    def check(cls, plan: Plan) -> None:
+        """Refuse what this host has no memory for: the system would end the training process amid it."""
+        room = available()
+        if cls.kind_of(plan) not in cls.spare and plan.nbytes + SPARE_BYTES > room:
+            raise ExportError(
+                f"the encoded checkpoint takes {readable(plan.nbytes)} of rank 0's memory, and {readable(room)} are available "
+                "there. Use export_hf_checkpoint, which keeps a few buffers of it at a time"
+            )
 
     def path(self, file: str) -> Path:
         if file not in self.descriptors:
@@ -135,13 +151,14 @@ def export_hf_checkpoint_async(
     settings    hf_model, format, calibration, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude, mtp,
                 quantize_mla, max_shard_size; rank 0 writes, and what was interrupted is not resumed
     keep_memory keep rank 0's memory for the next export of this model; it is free again when the process ends
-    The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint.
+    The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint; without, it is refused.
     Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
     """
     started = time.monotonic()
     target = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:
+        _Memory.check(plan)
         check_target(target, plan, overwrite=overwrite)
         check_empty(target, overwrite=overwrite)
         check_apart(target, original.folder)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .emulation import load
 from .errors import ExportError
 from .finished import json_of
+from .memory import available
 from .progress import Progress, quiet
 from .sizes import readable
 
@@ -110,15 +111,8 @@ def _check_fits(folder: Path, reference: Path, device: torch.device) -> None:
     config = json_of(reference, "config.json")
     words = (config.get("text_config") or config).get("vocab_size") or 0
     needed = int(SPARE * size) + 2 * BATCH * WINDOW * words * 2 + 6 * WINDOW * words * 4
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
     if needed > free:
         raise ExportError(
             f"both models take about {readable(needed)} at once, and {readable(free)} are free on this {device.type}"
         )
-
-
-def _available() -> int:
-    """Bytes of host memory that a process may still take."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    said = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(said.split()[1]) * 1024

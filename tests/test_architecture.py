@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 LEVELS = """
 errors sizes piece config progress ahead terminal style charts
-signals fingerprint untrusted pulse layout journal hub sheet
+signals fingerprint untrusted pulse layout journal hub sheet memory
 names formats pickles engines
 item placement stored rounding finished lowrank
 policy smoothing filing claims described homes iteration

@@ -22,6 +22,7 @@ from megatron_export.cli import EXAMPLE_MODEL
 from megatron_export.config import ExportConfig
 from megatron_export.errors import ExportError, report
 from megatron_export.formats import FORMATS
+from megatron_export.memory import available
 from megatron_export.preview import Preview, previewed
 from megatron_export.sizes import readable
 
@@ -182,19 +183,13 @@ def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
                 f"{what} takes {readable(max(told.forecast.gpu))} of a GPU that has {readable(room)}. Use more ranks"
             )
     beside = 0 if flags.alone else told.plan.nbytes
-    host, room = sum(told.forecast.host) + beside, _available()
+    host, room = sum(told.forecast.host) + beside, available()
     if host > room:
         problems.append(
             f"{what} takes {readable(host)} of memory, and {readable(room)} are available here. Give fewer --layers"
             + (", or --alone" if host - beside <= room else "")
         )
     return problems
-
-
-def _available() -> int:
-    """Bytes of memory that this machine can still give."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, device: torch.device) -> list[Row]:

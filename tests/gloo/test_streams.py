@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_export import (
     ExportError,
+    background,
     export_hf_checkpoint,
     export_hf_checkpoint_async,
     iter_hf_tensors,
@@ -88,8 +89,10 @@ def told_of(source: Path, out: Path, how: str) -> str:
         if how == "refused at once":
             out.mkdir(exist_ok=True)
             (out / "precious").touch()
+        room = 1 << 30 if how == "no memory" else 1 << 40
         try:
-            handle = export_hf_checkpoint_async(model, out, hf_model=source, format="bf16")
+            with mock.patch.object(background, "available", return_value=room):
+                handle = export_hf_checkpoint_async(model, out, hf_model=source, format="bf16")
             if handle.process and how == "killed":
                 os.kill(handle.process.pid, signal.SIGKILL)
             if handle.process and how == "taken meanwhile":
@@ -108,6 +111,7 @@ def told_of(source: Path, out: Path, how: str) -> str:
         ("killed", "ended with status -9"),
         ("taken meanwhile", "is not empty"),
         ("refused at once", "is not empty. Give another --output"),
+        ("no memory", "of rank 0's memory, and 1.07 GB are available there. Use export_hf_checkpoint"),
     ],
 )
 def test_what_fails_in_the_background_is_told_on_every_rank(
@@ -116,7 +120,7 @@ def test_what_fails_in_the_background_is_told_on_every_rank(
     said = ranks.call(2, told_of, models["llama31"], tmp_path / "out", how)
     assert said[0] == said[1]
     assert message in said[0]
-    if how != "killed":
+    if how not in ("killed", "no memory"):
         assert [path.name for path in tmp_path.glob("out/*")] == ["precious"]
 
 
