@@ -10,10 +10,12 @@ format says; it is multiplied in float32 with the weight that the format's own `
     FP8_PB_WO, FP8_BLOCK_SCALES   e4m3, by token and 128 channels: their amax/448   decoded
     W4A16_AWQ                     bfloat16                                          decoded, rounded to bfloat16
 
-Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so, by k_scale and v_scale. Everything else is
-transformers' own bfloat16 model. Engines add in another order, so expect their numbers close to these and not equal.
+Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so, by k_scale and v_scale. Quantized experts are
+linears of their own (`emulated_experts.py`), whatever the files call them (`respelled.py`). Everything else is transformers'
+own bfloat16 model. Engines add in another order, so expect their numbers close to these and not equal.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .described import module_of
+from .emulated_experts import take_apart
 from .errors import ExportError, report
 from .formats import chosen, nvfp4
 from .formats.fp8 import E4M3_MAX, scale_of
 from .formats.fp8_pb import BLOCK
 from .piece import Amax, Piece
+from .respelled import Respelled, files_of
 from .untrusted import inside, opened, read_header, read_json, shown, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ATTENTION = "sdpa_rounded_kv"
 PRE_QUANT_SCALE = "pre_quant_scale"
 KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
 CODED = {"U8": 2, "F8_E4M3": 1}  # as safetensors spells the dtype of a quantized weight: codes in a byte
@@ -120,44 +124,15 @@ class EmulatedLinear(nn.Module):
         return nn.functional.linear(rounded, self.decoded(), bias).to(torch.bfloat16)
 
 
-class EmulatedExperts(nn.Module):
-    """The experts of a layer one by one, as they are on disk, called as transformers calls those that it stacks."""
-
-    def __init__(self, stacked: nn.Module) -> None:
-        super().__init__()
-        self.act_fn, (self.count, double, hidden) = stacked.act_fn, stacked.gate_up_proj.shape
-        sizes = {
-            "gate_proj": (hidden, double // 2),
-            "up_proj": (hidden, double // 2),
-            "down_proj": (double // 2, hidden),
-        }
-        for number in range(self.count):
-            linears = {name: nn.Linear(*size, bias=False, dtype=torch.bfloat16) for name, size in sizes.items()}
-            self.add_module(str(number), nn.ModuleDict(linears))
-
-    def forward(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """[tokens, hidden], and the experts of each token and their weights [tokens, k] -> [tokens, hidden]."""
-        outputs = torch.zeros_like(inputs)
-        for number in range(self.count):
-            token, place = torch.where(chosen == number)
-            if not len(token):
-                continue
-            expert, given = self.get_submodule(str(number)), inputs[token]
-            middle = self.act_fn(expert["gate_proj"](given)) * expert["up_proj"](given)
-            made = expert["down_proj"](middle) * weights[token, place, None]
-            outputs.index_add_(0, token, made.to(outputs.dtype))
-        return outputs
-
-
 def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
-    """The model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra."""
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    """The model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra.
 
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    Of a model that sees it is the language model alone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = files_of(folder)
     linears, cache = _algorithms(folder)
-    tensors = _tensors(folder, device)
     _table(folder, "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -165,41 +140,25 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
         raise ExportError(f"{folder}: no config.json of a model that transformers knows ({told(error)})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
+    tensors = Respelled(files, config.model_type, device)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
-        _part_experts(model, tensors)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+        take_apart(model, tensors, linears.scales if linears else ())
+    model.set_attn_implementation(_attention_of(model))
     missing = _take_linears(model, tensors, linears) if linears else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
+    wanted = model.state_dict()
     try:
-        lacking, extra = model.load_state_dict(tensors, strict=False)
+        model.load_state_dict({name: tensors.take(name) for name in wanted if name in tensors}, strict=False)
     except RuntimeError as error:
         raise ExportError(f"{folder}: its tensors are not of the model in its config.json ({told(error)})") from error
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing += [name for name in lacking if name not in tied]
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing += [name for name in wanted if name not in tensors and name not in tied]
     report(
-        [f"{folder}: tensor {name} is missing" for name in sorted(missing)]
-        + [f"{folder}: tensor {name} is not expected by this model and its quant_algo" for name in sorted(extra)]
+        [f"{folder}: tensor {name} is missing" for name in sorted({tensors.on_disk(name) for name in missing})]
+        + [f"{folder}: tensor {name} is not expected by this model and its quant_algo" for name in sorted(tensors.left)]
     )
     return model
-
-
-def _files(folder: Path) -> list[Path]:
-    found = [inside(folder, path.name) for path in sorted(folder.glob("*.safetensors"))]
-    if not found:
-        raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
-    return found
-
-
-def _tensors(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """All tensors of a folder, by name."""
-    found: dict[str, Tensor] = {}
-    for path in _files(folder):
-        file = opened(path)
-        names = list(file.keys())
-        if twice := found.keys() & names:
-            raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
-        found |= {name: file.get_tensor(name).to(device) for name in names}
-    return found
 
 
 def _table(folder: Path, file: str) -> dict[str, Any]:
@@ -229,40 +188,47 @@ def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tenso
     return found[0], found[1]
 
 
-def _part_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Experts that transformers keeps in two stacks become single ones where the checkpoint has them so."""
-    for name, module in list(model.named_modules()):
-        if f"{name}.0.gate_proj.weight" in tensors and hasattr(module, "gate_up_proj"):
-            model.set_submodule(name, EmulatedExperts(module))
-
-
-def _take_linears(model: nn.Module, tensors: dict[str, Tensor], algorithm: Algorithm) -> list[str]:
+def _take_linears(model: nn.Module, tensors: Respelled, algorithm: Algorithm) -> list[str]:
     """Move the tensors of quantized linears out of `tensors` into emulated ones; returns the names of missing ones."""
     missing = []
     suffixes = ("weight", *algorithm.scales)
     for name, linear in list(model.named_modules()):
-        weight = tensors.get(f"{name}.weight")
-        coded = weight is not None and weight.dtype in (torch.uint8, torch.float8_e4m3fn)
-        if not isinstance(linear, nn.Linear) or not (coded or any(f"{name}.{s}" in tensors for s in algorithm.scales)):
+        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, algorithm.scales):
             continue
         missing += [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" not in tensors]
         wanted = [suffix for suffix in (*suffixes, PRE_QUANT_SCALE) if f"{name}.{suffix}" in tensors]
-        taken = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in wanted}
+        taken = {suffix: tensors.take(f"{name}.{suffix}") for suffix in wanted}
         model.set_submodule(name, EmulatedLinear(algorithm, taken, linear.bias))
     return missing
 
 
-def _take_kv_scales(model: nn.Module, tensors: dict[str, Tensor], rounded: Callable) -> list[str]:
+def _take_kv_scales(model: nn.Module, tensors: Respelled, rounded: Callable) -> list[str]:
     """Move the scales of keys and values to the attention modules they are for; returns the names of missing ones."""
     missing = []
     for name, module in model.named_modules():
         if not hasattr(module, "k_proj"):
             continue
-        missing += [f"{name}.{local}" for local in KV_SCALES.values() if f"{name}.{local}" not in tensors]
         for buffer, local in KV_SCALES.items():
-            module.register_buffer(buffer, tensors.pop(f"{name}.{local}", torch.ones(())).reshape(()), persistent=False)
+            there = f"{name}.{local}" in tensors
+            missing += [] if there else [f"{name}.{local}"]
+            scale = tensors.take(f"{name}.{local}") if there else torch.ones(())
+            module.register_buffer(buffer, scale.reshape(()), persistent=False)
         module.kv_rounded = rounded
     return missing
+
+
+def _attention_of(model: "PreTrainedModel") -> str:
+    """Register transformers' attention with a quantized cache before it; returns its name, by which it has a mask too.
+
+    That is sdpa, but where a model has its own alone, as GPT-OSS, whose softmax has an offset.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+    for name, function, mask in (("sdpa", attention, sdpa_mask), ("eager", own_attention, eager_mask)):
+        AttentionInterface.register(f"{name}_rounded_kv", function)
+        AttentionMaskInterface.register(f"{name}_rounded_kv", mask)
+    return "sdpa_rounded_kv" if model._supports_sdpa else "eager_rounded_kv"
 
 
 def attention(
@@ -271,10 +237,24 @@ def attention(
     """transformers' own attention, after keys and values went through a quantized cache if the module has scales."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if hasattr(module, "kv_rounded"):
-        key = module.kv_rounded(key, module.k_scale).to(query.dtype)
-        value = module.kv_rounded(value, module.v_scale).to(query.dtype)
-    return sdpa_attention_forward(module, query, key, value, *others, **options)
+    return sdpa_attention_forward(module, query, *_cached(module, key, value), *others, **options)
+
+
+def own_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of the attention that stands beside the module in transformers."""
+    theirs = sys.modules[type(module).__module__].eager_attention_forward
+    return theirs(module, query, *_cached(module, key, value), *others, **options)
+
+
+def _cached(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if not hasattr(module, "kv_rounded"):
+        return key, value
+    return tuple(
+        module.kv_rounded(each, scale).to(each.dtype)
+        for each, scale in ((key, module.k_scale), (value, module.v_scale))
+    )
 
 
 def bits_per_weight(folder: Path) -> float:
@@ -282,12 +262,16 @@ def bits_per_weight(folder: Path) -> float:
 
     16.0 where no linear is quantized.
     """
-    tensors = {name: said for path in _files(folder) for name, said in _header(path).items()}
+    modules: dict[str, dict[str, tuple[str, int]]] = {}
+    for path in files_of(folder):
+        for name, said in _header(path).items():
+            module, local = module_of(name)
+            modules.setdefault(module, {})[local] = said
     bits = weights = 0
-    for name, (dtype, nbytes) in tensors.items():
-        if name.endswith(".weight") and dtype in CODED:
-            linear = name.removesuffix("weight")
-            bits += 8 * sum(tensors[linear + suffix][1] for suffix in SUFFIXES if linear + suffix in tensors)
+    for tensors in modules.values():
+        dtype, nbytes = tensors.get("weight", ("", 0))
+        if dtype in CODED:
+            bits += 8 * sum(tensors[suffix][1] for suffix in SUFFIXES if suffix in tensors)
             weights += nbytes * CODED[dtype]
     return bits / weights if weights else 16.0
 

@@ -15,8 +15,8 @@ names formats pickles engines
 item placement stored rounding finished lowrank
 policy smoothing filing claims described homes iteration
 plan
-quant_config conveyor asked
-contents
+quant_config conveyor asked respelled
+contents emulated_experts
 cpu assets staging statistics calibration_data emulation
 measured source topology model shard perplexity quantizers
 writer stored_additions supposed
