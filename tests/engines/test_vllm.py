@@ -18,6 +18,7 @@ from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, 
 from ..ranks import Ranks, living
 from .asking import EVERY, exported, tried
 from .checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
+from .product import MODELS
 
 pytestmark = pytest.mark.vllm
 SOME = {
@@ -76,7 +77,10 @@ def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["llama31", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("llama31", "deepseek_v3") else pytest.mark.slow) for name in MODELS],
+)
 def test_vllm_computes_what_transformers_does(name: str, pool: list[Ranks], tmp_path: Path) -> None:
     """Window by window, as nearly as transformers in bfloat16 does what it does in float32; a mean over all would hide much."""
     [folder] = exported(living(pool), {name: ["bf16"]}, tmp_path)
