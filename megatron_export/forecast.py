@@ -2,7 +2,8 @@
 
 Bytes are exact. Memory is what is alive at once:
 
-    weights   the rank's shards as the model holds them, of replicas too, and Megatron's copies of the embedding
+    weights   the rank's shards as the model holds them, of replicas too, and Megatron's copies of the embedding; where a checkpoint
+              is read without a model, only those of a bucket
     bucket    while one is encoded and sent: what splitting and smoothing copy of it, its encoded pieces, the message of each
               item, the parcel of all, on its writer what the others sent, and still the parcel of the bucket before; what is
               gathered first travels before that
@@ -108,9 +109,11 @@ class Holding:
         return max(resident + self.mapped + copied, self.first) + (min(ahead, self.weights) if locked else 0)
 
 
-def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Forecast:
-    """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu."""
-    loads, holdings = _loads(plan, held, strip_elements(device)), _holdings(plan, held, grid)
+def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str, streamed: bool = False) -> Forecast:
+    """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu. If it is `streamed`, no
+    model is built, and shards are read as they are encoded.
+    """
+    loads, holdings = _loads(plan, held, strip_elements(device), streamed), _holdings(plan, held, grid)
     working = _working(plan, loads)
     own = _base(device) + PLAN_BYTES * len(plan.items) + _statistics(plan)
     files = Counter(plan.writers.values())
@@ -118,10 +121,11 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str) -> Fore
     host, gpu = [], []
     for rank in range(grid.world):
         holding = holdings[grid.place(rank)]
-        resident = holding.weights if device == "cpu" else 0
-        loading = holding.reading(resident, locked=device == "cuda")
+        weights = 0 if streamed else holding.weights
+        resident = weights if device == "cpu" else 0
+        loading = holding.largest if streamed else holding.reading(resident, locked=device == "cuda")
         writing = VERIFIED * min(THREADS, files[rank]) + leaving * (rank in files)
-        gpu.append(holding.weights + working[rank] if device == "cuda" else 0)
+        gpu.append(max(weights + working[rank], holding.largest) if device == "cuda" else 0)
         host.append(own + max(loading, resident + writing + (working[rank] if device == "cpu" else 0)))
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
@@ -148,7 +152,7 @@ def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> 
     return tuple(totals)
 
 
-def _loads(plan: Plan, held: dict[str, Held], strip: int) -> list[dict[int, Load]]:
+def _loads(plan: Plan, held: dict[str, Held], strip: int, streamed: bool) -> list[dict[int, Load]]:
     """Of every bucket, what it puts on each rank that takes part in it; `strip` weights are encoded at a time."""
     known: dict[tuple, tuple[Load, ...]] = {}
     loads = []
@@ -157,7 +161,7 @@ def _loads(plan: Plan, held: dict[str, Held], strip: int) -> list[dict[int, Load
         for item in bucket.items:
             kind = _kind(item)
             if kind not in known:
-                known[kind] = tuple(_load(item, index, strip) for index in range(len(item.ranks)))
+                known[kind] = tuple(_load(item, index, strip, streamed) for index in range(len(item.ranks)))
             alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
         found: dict[int, Load] = defaultdict(Load)
         for (ranks, kind), count in alike.items():
@@ -175,15 +179,17 @@ def _kind(item: Item) -> tuple:
     return (*shape, item.form, item.kv, item.gather_first, how)
 
 
-def _load(item: Item, index: int, strip: int) -> Load:
-    """What shard `index` of an item puts on its rank."""
+def _load(item: Item, index: int, strip: int, streamed: bool) -> Load:
+    """What shard `index` of an item puts on its rank, with the shard itself if it is `streamed`."""
     raw, sent = _packed(item.raw_message(index)), _packed(item.message(index))
     whole = sum(part.nbytes for part in item.parts)
     interleaved = isinstance(item.source.layout, QKV) and len(item.shard_shape) == 2  # whose parts are no views
     smoothed = bool(item.smoothed.columns or item.smoothed.rows)
-    copied = raw if smoothed or (interleaved and item.splits) else 0
+    copies = smoothed or (interleaved and item.splits)
+    copied = raw if copies or streamed else 0
     largest = max(prod(part.shape) for part in (item.parts if item.gather_first else item.raw_message(index)))
     splitting = 8 * largest if smoothed else 0  # twice in float32
+    splitting += raw if copies and streamed else 0
     if item.gather_first and index:
         return Load(moved=raw, copied=copied, splitting=splitting)
     arrived = 0

@@ -120,7 +120,7 @@ def _preview(
     return Preview(
         plan=plan,
         grid=grid,
-        forecast=forecast(plan, held, grid, device),
+        forecast=forecast(plan, held, grid, device, streamed=bool(config.megatron_checkpoint) and not calibrates),
         left=tuple(_left(plan, config.exclude)),
         engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,

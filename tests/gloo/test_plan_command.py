@@ -24,6 +24,7 @@ from megatron_export.shard import header_of
 
 from ..models import EXAMPLE, read_json
 from ..ranks import Ranks, command, free_port
+from ..saving import saved_model
 
 MTP = {"num_nextn_predict_layers": 1}
 PLACES = [  # model, changes of its config, ranks, sizes
@@ -228,12 +229,29 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
     if form == "nvfp4":
         ones(tmp_path / "ones.safetensors", config)
         flags += ["--load-calibration", str(tmp_path / "ones.safetensors")]
-    port = free_port()
+    measured = peak_of(*flags, "--output", str(tmp_path / "out"))
+    print(f"{name}: told {expected:,}, measured {measured:,}")
+    assert abs(expected / measured - 1) < 0.15
+
+
+def peak_of(*flags: str) -> int:
+    """The most memory that the command takes as the only rank."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
-    more = alone | {"MASTER_PORT": port, "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
-    line = [sys.executable, "-c", EXPORT, *flags, "--output", str(tmp_path / "out")]
+    more = alone | {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
+    line = [sys.executable, "-c", EXPORT, *flags]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {k: str(v) for k, v in more.items()})
     assert done.returncode == 0, done.stderr
-    measured = int(done.stdout.split()[-1]) * 1024
-    print(f"{name}: told {expected:,}, measured {measured:,}")
+    return int(done.stdout.split()[-1]) * 1024
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8_pb"])
+def test_so_is_that_of_reading_a_checkpoint_without_a_model(ranks: Ranks, tmp_path: Path, form: str) -> None:
+    source, saved, out = tmp_path / "source", tmp_path / "saved", tmp_path / "out"
+    hollow(source, MODELS["qwen3"])
+    ranks.call(1, saved_model, source, saved, {})
+    settings = ExportConfig(hf_model=str(source), megatron_checkpoint=saved, format=form, device="cpu", dry_run=True)
+    [expected] = previewed(settings, EXAMPLE, 1).forecast.host
+    measured = peak_of("--hf-model", str(source), "--megatron-checkpoint", str(saved), "--format", form,
+                       "--device", "cpu", "--output", str(out))  # fmt: skip
+    print(f"{form}: told {expected:,}, measured {measured:,}")
     assert abs(expected / measured - 1) < 0.15
