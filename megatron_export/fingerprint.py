@@ -29,7 +29,8 @@ def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int =
     bits = matrix.contiguous().view(torch.int16)
     height, width = bits.shape
     words = range(column // _WORD, -(-(column + width) // _WORD))
-    of_rows, of_words = _mixed(rows or (range(height),), bits.device) | 1, _mixed((words,), bits.device) << 1
+    of_rows = _mixed(rows or (range(height),)).to(bits.device) | 1
+    of_words = _mixed((words,)).to(bits.device) << 1
     if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
         numbers, of_columns = bits.view(torch.int64), of_words
     else:
@@ -39,10 +40,10 @@ def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int =
     return int((numbers.sum(dim=1) * of_rows).sum() + (numbers.sum(dim=0) * of_columns).sum()) & _MASK
 
 
-@lru_cache(maxsize=64)  # layers are alike
-def _mixed(numbers: tuple[range, ...], device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)  # layers are alike; on the CPU, as a GPU has nothing to spare for later
+def _mixed(numbers: tuple[range, ...]) -> Tensor:
     """A number for each whose bits are well mixed, int64, much as splitmix64 mixes them."""
-    mixed = torch.cat([torch.arange(part.start + 1, part.stop + 1, device=device) for part in numbers])
+    mixed = torch.cat([torch.arange(part.start + 1, part.stop + 1) for part in numbers])
     mixed = mixed * -7046029254386353131
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
