@@ -17,7 +17,6 @@ from torch import Tensor
 from .claims import contradictions_of
 from .errors import ExportError, report
 from .homes import Home, entries, home, in_order, part_of, spans
-from .layout import even_cut
 from .lowrank import Adapter, merged, misfits
 from .names import Source, canonical, is_mtp, parameters_of, shape_of, without_additions
 from .piece import Axis
@@ -228,13 +227,7 @@ def _read(
     storage: Storage, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int
 ) -> Tensor:
     """Shard number `index` of `count` of a matrix or vector that lies there, and is cut as `source` is."""
-    columns = tuple(slice(0, size) for size in source.shape[1:])
-    size = sum(one.shape[0] for one in homes)
-    cuts = (slice(0, size),)
-    if source.cut is Axis.IN:
-        columns = (even_cut(source.shape[1], index, count),)
-    elif source.cut and not (source.either and shape == source.shape):
-        cuts = source.layout.rows(size, index, count, shape[0])
+    cuts, columns = source.share(sum(one.shape[0] for one in homes), shape, index, count)
     shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
     for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
         after = at + rows.stop - rows.start

@@ -12,10 +12,8 @@ from .errors import report
 from .fingerprint import added, checksum, of_settings
 from .gather import together
 from .item import Item
-from .layout import even_cut
 from .measured import measured
 from .names import is_expert
-from .piece import Axis
 from .plan import Plan
 from .signals import heeded
 from .statistics import weight_key
@@ -103,14 +101,10 @@ def _real(item: Item, shard: Tensor, index: int) -> Tensor:
 
 
 def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
-    source, index, count = item.source, item.ranks.index(here.rank), len(item.ranks)
-    rows, column = None, 0
-    if source.cut is Axis.IN and len(source.shape) > 1:
-        column = even_cut(source.shape[-1], index, count).start
-    elif source.cut and count > 1:
-        cuts = source.layout.rows(source.shape[0], index, count, shard.shape[0])
-        rows = tuple(range(cut.start, cut.stop) for cut in cuts)
-    return checksum(_real(item, shard, index).to(source.dtype), rows, column)
+    source, index = item.source, item.ranks.index(here.rank)
+    cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
+    rows = tuple(range(cut.start, cut.stop) for cut in cuts)
+    return checksum(_real(item, shard, index).to(source.dtype), rows, columns[0].start if columns else 0)
 
 
 def _digest(everyones: list[dict[str, int]] | None) -> str:

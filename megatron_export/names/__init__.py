@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from ..errors import ExportError, report
-from ..layout import Layout
+from ..layout import Layout, even_cut
 from ..piece import Axis
 from ..untrusted import shown
 from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
@@ -123,6 +123,20 @@ class Source:
             part: self.rule.hf.format(l=self.layer, e=self.expert, part=words.get(part, part))
             for part in self.layout.parts
         }
+
+    def share(
+        self, rows: int, shape: tuple[int, ...], index: int, count: int
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Which of all its rows shard `index` of `count` of this shape has, in its order, and which columns: none, of a vector.
+
+        `rows` are as many as there are: of a padded vocabulary perhaps more than `shape` says.
+        """
+        columns = tuple(slice(0, size) for size in self.shape[1:])
+        if self.cut is Axis.IN:
+            columns = (even_cut(self.shape[1], index, count),)
+        elif self.cut and not (self.either and shape == self.shape):
+            return self.layout.rows(rows, index, count, shape[0]), columns
+        return (slice(0, rows),), columns
 
     def copies(self) -> set[str]:
         """The HF names of its copies."""
