@@ -14,6 +14,7 @@ from launch.bench.vllm_process import of_scales
 from megatron_export.checking import of_folder
 from megatron_export.engines import Effect, judged, vllm
 from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, vllm_modelopt
+from megatron_export.perplexity import of_window
 
 from ..ranks import Ranks, living
 from .asking import EVERY, exported, tried
@@ -94,9 +95,8 @@ def test_vllm_computes_what_transformers_does(name: str, pool: list[Ranks], tmp_
 @torch.no_grad()
 def losses(folder: Path, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Of each window, nats per token, through transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    logits = model(windows[:, :-1], use_cache=False).logits.float()
-    return torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(dim=1)
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)(windows, use_cache=False).logits
+    return torch.stack([of_window(mine, mine, ids)[0] for mine, ids in zip(logits, windows, strict=True)])
 
 
 def rms(numbers: torch.Tensor) -> float:
