@@ -22,7 +22,23 @@ from ..models import EXAMPLE, read_json
 from ..ranks import Ranks
 
 BUCKET = 4 << 20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG = read_json(EXAMPLE / "config.json") | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+
+
+def measure() -> int:
+    """Bytes resident now, above which the peak is told from here on."""
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    return resident("VmRSS")
+
+
+def resident(key: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most since they were measured (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def peak_of_export(folder: Path, layers: int) -> int:
@@ -41,14 +57,12 @@ def peak_of_export(folder: Path, layers: int) -> int:
             mock.patch.object(filing, "BUCKET_BYTES", BUCKET),
             mock.patch("megatron_export.assets.read_config", lambda _: config),
         ):
-            before = _resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            before = measure()
             export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
-            return _resident("VmHWM") - before
+            return resident("VmHWM") - before
 
 
 SHARD = 100_000_000
-M_MMAP_THRESHOLD = -3  # of malloc.h
 LARGE = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
 
 
@@ -57,18 +71,17 @@ def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
     config = LARGE | {"num_hidden_layers": layers}
     linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
     statistics = {f"{name}input_amax": torch.tensor(1.0) for name in linears}
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     with topology.started(2, 1, "cpu"):
         with topology.current() as here:
             model = build_model(config, here, max_sequence_length=1)
         weights = [parameter.data.fill_(0.02) for chunk in chunks_of(model) for parameter in chunk.parameters()]
         nbytes = sum(weight.nbytes for weight in weights)
         with mock.patch("megatron_export.assets.read_config", lambda _: config):
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            measure()
             export_hf_checkpoint(
                 model, folder, hf_model=EXAMPLE, format="fp8", calibration=statistics, max_shard_size=SHARD
             )
-            return nbytes, _resident("VmHWM") - nbytes
+            return nbytes, resident("VmHWM") - nbytes
 
 
 @pytest.mark.parametrize("layers", [10, 20, 40])
@@ -83,14 +96,9 @@ def test_the_writer_needs_two_shards_and_a_gigabyte_whatever_the_size_of_the_mod
     assert other < 10**9
 
 
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def test_24_layers_take_no_more_memory_than_3(tmp_path: Path) -> None:
     """The bound is a few copies of a bucket and the float32 strips of an encoder. 21 more layers weigh 83 MB a rank in
-    bfloat16; 16 MB are left for what the allocator keeps between two runs in one process.
+    bfloat16; 16 MB are left for what differs between runs in one process.
     """
     ranks = Ranks(2)  # new ones: what other tests left free in their heaps would be taken before memory is seen to rise
     few = [ranks.call(2, peak_of_export, tmp_path / f"few{run}", 3) for run in range(2)]
