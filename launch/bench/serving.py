@@ -1,6 +1,6 @@
 """`serve`: what a real vLLM does with checkpoints, beside what `check` says of them and what their decoded numbers do.
 
-    python launch/benchmark.py serve [--text FILE] [--jobs N] [--with FILE] [--json FILE] FOLDER ...
+    python launch/benchmark.py serve [--text FILE] [--jobs N] [--tp N] [--with FILE] [--json FILE] FOLDER ...
     python launch/benchmark.py serve --through decode --text FILE --json FILE FOLDER ...
 
 Each folder is loaded by vLLM in a process of its own, with the check for missing weights switched on, and gives a few greedy
@@ -103,6 +103,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="folders at a time, on one GPU; default: 1")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that vLLM has for a folder; default: 300")
     parser.add_argument("--attention", metavar="BACKEND", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer in vLLM; default: 1")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that the rules are asked about; default: any")
     parser.add_argument("--json", type=Path, help="add a line about each folder to this file as soon as it is known")
     parser.add_argument("--with", dest="beside", type=Path, help="such a file of --through decode, to compare with")
@@ -151,7 +152,7 @@ def ids_of(text: Path, folder: Path) -> torch.Tensor:
 
 def through_vllm(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
     """What vLLM's process answers, or how it ended without an answer."""
-    request = {"folder": str(folder), "windows": windows, "attention": flags.attention}
+    request = {"folder": str(folder), "windows": windows, "attention": flags.attention, "tp": flags.tp}
     command = [sys.executable, vllm_process.__file__]
     try:
         done = subprocess.run(

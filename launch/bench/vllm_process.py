@@ -82,6 +82,14 @@ def heard() -> Iterator[Heard]:
         logger.setLevel(before)
 
 
+def emulate_on_cpu() -> None:
+    """`emulate`, in a process that has no GPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        emulate()
+
+
 def emulate() -> None:
     """Give the CPU the linear kernels that it lacks, in plain torch, and a rotation of neighbouring pairs, where vLLM 0.32's kernel
     for the CPU is wrong about tensors that are views: latent attention is.
@@ -134,11 +142,12 @@ def emulate() -> None:
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(InBlocks)
 
 
-def served(folder: str, windows: list[list[int]], attention: str | None = None) -> dict[str, Any]:
+def served(folder: str, windows: list[list[int]], attention: str | None = None, tp: int = 1) -> dict[str, Any]:
     """What becomes of a checkpoint.
 
     windows    ids of a text in rows of one length; may be empty
     attention  a backend of vLLM's by its name, in place of the one that it would take
+    tp         how many GPUs share each layer; what vLLM says in their processes, with more than one, is not heard
 
     Returns `version` and `device`; `tokens`, the first greedy ones after PROMPT; `losses`, the mean negative log-likelihood of
     each window's tokens after its first; `error` in place of these two; `warned` and `chose`, what vLLM said.
@@ -147,13 +156,12 @@ def served(folder: str, windows: list[list[int]], attention: str | None = None) 
     from vllm.platforms import current_platform
 
     gpu = not current_platform.is_cpu()
-    if not gpu:
-        emulate()
+    emulate_on_cpu()
     device = current_platform.get_device_name() if gpu else "CPU, emulated"
     answer: dict[str, Any] = {"version": vllm.__version__, "device": device, "error": None}
     with heard() as said:
         try:
-            answer |= asked(folder, windows, (GPU if gpu else {}) | backend(attention))
+            answer |= asked(folder, windows, (GPU if gpu else {}) | backend(attention) | {"tensor_parallel_size": tp})
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
             answer["error"] = f"{type(error).__name__}: {error}"
     return answer | {"warned": list(dict.fromkeys(said.warned)), "chose": list(dict.fromkeys(said.chose))}
@@ -199,5 +207,7 @@ def main() -> int:
     os._exit(0)  # what an engine leaves running is not waited for
 
 
+if __name__ == "__mp_main__":  # a process that vLLM has started, for one of several ranks
+    emulate_on_cpu()
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,6 +31,7 @@ SOME = {
     "gpt_oss": ["bf16", "fp8"],
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_awq")
+SHORTEST = [("llama31", 1), ("llama31", 2), ("deepseek_v3", 1)]
 UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for
 
 
@@ -79,17 +80,23 @@ def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in ("llama31", "deepseek_v3") else pytest.mark.slow) for name in MODELS],
+    ("name", "tp"),
+    [
+        pytest.param(name, tp, marks=[] if (name, tp) in SHORTEST else pytest.mark.slow)
+        for name in MODELS
+        for tp in (1, 2)
+    ],
 )
-def test_vllm_computes_what_transformers_does(name: str, pool: list[Ranks], tmp_path: Path) -> None:
-    """Window by window, as nearly as transformers in bfloat16 does what it does in float32; a mean over all would hide much."""
+def test_vllm_computes_what_transformers_does(name: str, tp: int, pool: list[Ranks], tmp_path: Path) -> None:
+    """Window by window, as nearly as transformers in bfloat16 does what it does in float32; a mean over all would hide much.
+    Ranks that share layers round a sum of each.
+    """
     [folder] = exported(living(pool), {name: ["bf16"]}, tmp_path)
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0))
-    answer = through_vllm(folder, windows.tolist(), Namespace(timeout=300, attention=None))
+    answer = through_vllm(folder, windows.tolist(), Namespace(timeout=300, attention=None, tp=tp))
     assert answer["error"] is None
     exact, rounded = (losses(folder, windows, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert rms(torch.tensor(answer["losses"]) - exact) < 1.5 * rms(rounded - exact)
+    assert rms(torch.tensor(answer["losses"]) - exact) < 1.5 * tp**0.5 * rms(rounded - exact)
 
 
 @torch.no_grad()
@@ -145,6 +152,21 @@ def test_names_are_matched_as_vllm_does() -> None:
         ours = [answer(match, names, parent, parts, joined) for match in (vllm_modelopt, vllm_exactly)]
         theirs = [answer(config.is_layer_excluded, prefix), answer(is_layer_skipped, prefix, listed, packed)]
         assert ours == theirs, (prefix, listed)
+
+
+@pytest.mark.slow
+def test_vllm_computes_with_two_ranks_what_it_does_with_one(pool: list[Ranks], tmp_path: Path) -> None:
+    """As nearly as in bfloat16: their scales and blocks are cut as the weights are."""
+    folders = exported(living(pool), {"llama31": ["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]}, tmp_path)
+    windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0)).tolist()
+    apart = {}
+    for folder in folders:
+        answers = [through_vllm(folder, windows, Namespace(timeout=300, attention=None, tp=tp)) for tp in (1, 2)]
+        assert [answer["error"] for answer in answers] == [None, None]
+        one, two = (torch.tensor(answer["losses"]) for answer in answers)
+        apart[folder.name] = rms(two - one)
+    print(apart)
+    assert max(apart.values()) < 0.03
 
 
 @pytest.mark.slow
