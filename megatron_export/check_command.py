@@ -18,6 +18,7 @@ def check(say: Callable[..., None], arguments: list[str]) -> int:
     parser.add_argument("--engine", choices=ENGINES, help="one engine (default: all)")
     parser.add_argument("--version", help="release of --engine (default: the one that its rules were read in)")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that it is to run on (default: any)")
+    parser.add_argument("--tp", type=_positive, default=1, help="GPUs that are to share each layer (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--rules", action="store_true", help="print every rule and its source instead")
     asked = parser.parse_args(arguments)
@@ -35,7 +36,13 @@ def check(say: Callable[..., None], arguments: list[str]) -> int:
     except ExportError as error:
         say(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    found = checking.verdicts(checkpoint, [asked.engine] if asked.engine else (), asked.version, asked.gpu)
+    found = checking.verdicts(checkpoint, [asked.engine] if asked.engine else (), asked.version, asked.gpu, asked.tp)
     shown = [json.dumps(checking.as_json(found), indent=2)] if asked.json else checking.lines(found)
     say("\n".join(shown), flush=True)
     return 0 if all(verdict.loads for verdict in found.values()) else 1
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no number of GPUs")
+    return int(text)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .engines import ENGINES, Checkpoint, Header, Verdict, engines_in, judged
+from .engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
 from .errors import ExportError
 from .names import ARCHITECTURES, copied_prefixes, parameters_of
 from .names.shape import architecture_name
@@ -87,25 +87,22 @@ def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[
 
 
 def verdicts(
-    checkpoint: Checkpoint, engines: Iterable[str] = (), version: str | None = None, gpu: str | None = None
+    checkpoint: Checkpoint, engines: Iterable[str] = (), version: str | None = None, gpu: str | None = None, tp: int = 1
 ) -> dict[str, Verdict]:
-    """Name of the engine -> its verdict; without `engines`, of all of them."""
-    found = (judged(checkpoint, engine, version, gpu) for engine in engines or ENGINES)
+    """Name of the engine -> its verdict, on `tp` GPUs that share each layer; without `engines`, of all of them."""
+    found = (judged(checkpoint, engine, version, gpu, tp) for engine in engines or ENGINES)
     return {verdict.engine: verdict for verdict in found}
 
 
 def refusals(plan: Plan, target: str) -> list[str]:
     """Why engines that a user exports for would not load the result, one by one."""
     try:
-        engines = engines_in(target)
+        sizes = targets_in(target)
     except ValueError as error:
         raise ExportError(f"--target: {error}") from error
-    found = verdicts(of_plan(plan), engines) if engines else {}
-    return [
-        f"--target: {name} will not load this: {verdict.why}"
-        for name, verdict in found.items()
-        if verdict.loads is False
-    ]
+    checkpoint = of_plan(plan) if sizes else None
+    found = [judged(checkpoint, engine, tp=size) for engine, size in sizes.items()]
+    return [f"--target: {one.engine} will not load this: {one.why}" for one in found if one.loads is False]
 
 
 def as_json(found: dict[str, Verdict]) -> dict:

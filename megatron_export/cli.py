@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from . import terminal
 from .config import ExportConfig, helps
-from .engines import engines_in
+from .engines import targets_in
 from .errors import ExportError, Interrupted, RankLost, StartError
 from .progress import quiet
 from .signals import AGAIN, noticed
@@ -121,7 +121,7 @@ def _add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
 def _config(parser: argparse.ArgumentParser, values: dict) -> ExportConfig:
     try:
         parse_size(values["max_shard_size"])
-        engines_in(values["target"])
+        targets_in(values["target"])
         return ExportConfig(**values | {"exclude": tuple(values["exclude"])})
     except ValueError as error:
         parser.error(str(error))

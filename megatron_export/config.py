@@ -84,7 +84,8 @@ class ExportConfig:
     quantize_mla: bool = False
     """quantize latent attention (DeepSeek) too, in formats that not every engine loads it in"""
     target: str = ""
-    """engines that must load the result, such as vllm,sglang,tensorrt_llm: if one would refuse it, nothing is written"""
+    """engines that must load the result, such as vllm,sglang,tensorrt_llm, or vllm:8 for eight GPUs that share each layer: if one
+    would refuse it, nothing is written"""
     trust_remote_code: bool = False
     """run Python code that the model's folder has for its tokenizer; it can do whatever you can"""
     verify: bool = False

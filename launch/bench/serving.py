@@ -127,7 +127,7 @@ def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[s
     began = time.monotonic()
     name, loads, why = f"{folder.resolve().parent.name}/{folder.resolve().name}", None, ""
     try:
-        verdict = judged(of_folder(folder), "vllm", gpu=flags.gpu)
+        verdict = judged(of_folder(folder), "vllm", gpu=flags.gpu, tp=flags.tp)
         loads, why = verdict.loads, verdict.why
         with TOKENIZING:
             windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []

@@ -5,7 +5,7 @@ Each is a module with
 NAME      as people call it
 VERSION   the release whose sources its rules were read in
 RULES     name -> rule, with its source beside it
-judge     checkpoint, version, GPU -> what it finds
+judge     checkpoint, version, GPU, tensor-parallel size -> what it finds
 """
 
 from types import ModuleType
@@ -15,24 +15,32 @@ from .checkpoint import Checkpoint, Header
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 
-__all__ = ["ENGINES", "GPUS", "Checkpoint", "Effect", "Finding", "Header", "Rule", "Verdict", "engines_in", "judged"]
+__all__ = ["ENGINES", "GPUS", "Checkpoint", "Effect", "Finding", "Header", "Rule", "Verdict", "judged", "targets_in"]
 
 ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm": tensorrt_llm}
 
 
-def judged(checkpoint: Checkpoint, engine: str, version: str | None = None, gpu: str | None = None) -> Verdict:
-    """What the engine of that name in `ENGINES` makes of a checkpoint, on a GPU of `GPUS` where one is given."""
+def judged(
+    checkpoint: Checkpoint, engine: str, version: str | None = None, gpu: str | None = None, tp: int = 1
+) -> Verdict:
+    """What the engine of that name in `ENGINES` makes of a checkpoint, on `tp` GPUs that share each layer, of a kind in `GPUS`."""
     module = ENGINES[engine]
     asked = version or module.VERSION
-    found = module.judge(checkpoint, asked, gpu).all()
+    found = module.judge(checkpoint, asked, gpu, tp).all()
     if not f"{module.VERSION}.".startswith(f"{asked}."):
         found += (Finding("version", Effect.MINDS, f"these are the rules of {module.VERSION}", "", ()),)
     return Verdict(module.NAME, asked, found)
 
 
-def engines_in(text: str) -> tuple[str, ...]:
-    """The engines of a list such as 'vllm,sglang'; `ValueError` with the known ones."""
-    names = tuple(name.strip().replace("-", "_") for name in text.split(",") if name.strip())
-    if odd := [name for name in names if name not in ENGINES]:
-        raise ValueError(f"unknown engine {odd[0]!r}. Known: {', '.join(ENGINES)}")
-    return names
+def targets_in(text: str) -> dict[str, int]:
+    """Engine -> its tensor-parallel size, of a list such as 'vllm:8,sglang'; `ValueError` with the known ones."""
+    found = {}
+    for target in filter(None, (one.strip() for one in text.split(","))):
+        spelled, given, size = target.partition(":")
+        name = spelled.strip().replace("-", "_")
+        if name not in ENGINES:
+            raise ValueError(f"unknown engine {name!r}. Known: {', '.join(ENGINES)}")
+        if given and not (size.isascii() and size.isdigit() and int(size)):
+            raise ValueError(f"{target!r}: {size!r} is no tensor-parallel size. Write {name}:8 for eight GPUs")
+        found[name] = int(size or 1)
+    return found

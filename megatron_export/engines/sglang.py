@@ -5,6 +5,7 @@ from .common import AGAIN, check_experts, check_files, check_linears, check_mode
 from .gpus import BLACKWELL, GPUS
 from .matching import JOINED, Names, sglang_excluded, sglang_skipped
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .sharing import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
@@ -54,6 +55,8 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "unquantized":   (_R, "codes need a quantization config", "weights", SEEN),
     "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", SEEN),
     "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", SEEN),
+    "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "llama", READ),
+    "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "fp8", READ),
     "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", SEEN),
     "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
     "dense":         (_R, "Qwen 3 MoE has experts in every layer", "qwen", SEEN),
@@ -88,7 +91,7 @@ _ROUTES = {
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that SGLang would find."""
     findings, view = Findings(RULES), checkpoint.indexed
     check_files(checkpoint, findings)
@@ -116,6 +119,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
     check_linears(
         checkpoint, view, findings, algorithm_of, reading.group_size, frozenset(("pre_quant_scale",)), reading.where
     )
+    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, gpu, findings)
         check_mtp(view, findings, algorithm_of)

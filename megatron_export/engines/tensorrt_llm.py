@@ -5,11 +5,13 @@ from .common import AGAIN, check_experts, check_files, check_linears, check_mode
 from .gpus import BLACKWELL, GPUS
 from .matching import Names, tensorrt_llm
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .sharing import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
 _FILES = {
     "archs": "_torch/models/modeling_auto.py",
+    "attention": "_torch/modules/attention.py",
     "configs": "quantization/modelopt_config.py",
     "deepseek": "_torch/models/modeling_deepseekv3.py",
     "excluded": "models/modeling_utils.py",
@@ -48,6 +50,8 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "reading", READ),
     "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
+    "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "attention", READ),
+    "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "linear", READ),
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
@@ -85,7 +89,7 @@ _MACHINES = {  # algorithm -> on what, and the compute capabilities
 }
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that TensorRT-LLM would find."""
     findings, view = Findings(RULES), checkpoint.whole
     check_files(checkpoint, findings)
@@ -109,6 +113,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         return findings
     optional = _OPTIONAL.get(reading.algorithm, frozenset())
     check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
+    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     if checkpoint.architecture == "Llama4ForCausalLM":
         findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:

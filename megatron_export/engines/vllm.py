@@ -7,6 +7,7 @@ from .common import AGAIN, check_experts, check_files, check_linears, check_mode
 from .gpus import BLACKWELL, GPUS
 from .matching import Names, vllm_exactly, vllm_modelopt
 from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .sharing import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "vLLM", "0.32.0"
@@ -24,6 +25,7 @@ _FILES = {
     "llama4": "model_executor/models/llama4.py",
     "loader": "model_executor/model_loader/default_loader.py",
     "model": "model_executor/models/utils.py",
+    "model config": "config/model.py",
     "modelopt": "model_executor/layers/quantization/modelopt.py",
     "mtp": "model_executor/models/deepseek_mtp.py",
     "weights": "model_executor/model_loader/weight_utils.py",
@@ -56,6 +58,8 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "blocks":        (_R, "of joined linears all but the last have whole blocks of 128 rows, of experts all", "blocks", SEEN),
     "inputs":        (_R, "FP8_PB_WO has inputs in whole blocks of 128", "modelopt", SEEN),
     "block experts": (_R, "experts in FP8_PB_WO or FP8_PER_CHANNEL_PER_TOKEN are in a mixed model", "modelopt", READ),
+    "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "model config", SEEN),
+    "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
@@ -83,7 +87,7 @@ _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
+def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that vLLM would find."""
     findings, view = Findings(RULES), checkpoint.indexed
     check_files(checkpoint, findings)
@@ -108,6 +112,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None) -> Findings:
         findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return findings
     check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
+    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
         _check_layouts(checkpoint, reading, findings)

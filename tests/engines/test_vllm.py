@@ -155,18 +155,21 @@ def test_names_are_matched_as_vllm_does() -> None:
 
 
 @pytest.mark.slow
-def test_vllm_computes_with_two_ranks_what_it_does_with_one(pool: list[Ranks], tmp_path: Path) -> None:
-    """As nearly as in bfloat16: their scales and blocks are cut as the weights are."""
-    folders = exported(living(pool), {"llama31": ["bf16", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]}, tmp_path)
+@pytest.mark.parametrize("form", ["bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_awq"])
+@pytest.mark.parametrize("name", ["llama31", "qwen3"])
+def test_vllm_computes_with_two_ranks_what_it_does_with_one(
+    name: str, form: str, pool: list[Ranks], tmp_path: Path
+) -> None:
+    """As nearly as bfloat16 has it, or it refuses, where the rules say so. Of inputs that are rounded to four bits some fall to the
+    other side of a step: 0.06 nats seen, where these models in nvfp4 are 0.19 from those in bfloat16.
+    """
+    [folder] = exported(living(pool), {name: [form]}, tmp_path)
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0)).tolist()
-    apart = {}
-    for folder in folders:
-        answers = [through_vllm(folder, windows, Namespace(timeout=300, attention=None, tp=tp)) for tp in (1, 2)]
-        assert [answer["error"] for answer in answers] == [None, None]
-        one, two = (torch.tensor(answer["losses"]) for answer in answers)
-        apart[folder.name] = rms(two - one)
-    print(apart)
-    assert max(apart.values()) < 0.03
+    one, two = (through_vllm(folder, windows, Namespace(timeout=300, attention=None, tp=tp)) for tp in (1, 2))
+    loads = judged(of_folder(folder), "vllm", tp=2).loads
+    assert (one["error"], two["error"] is None) == (None, loads), two["error"]
+    if loads:
+        assert rms(torch.tensor(two["losses"]) - torch.tensor(one["losses"])) < (0.1 if "nvfp4" in form else 0.03)
 
 
 @pytest.mark.slow

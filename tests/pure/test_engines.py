@@ -12,7 +12,7 @@ import pytest
 
 from megatron_export import commands
 from megatron_export.checking import lines, of_folder, refusals, rules, verdicts
-from megatron_export.engines import ENGINES, Checkpoint, Effect, engines_in, judged
+from megatron_export.engines import ENGINES, Checkpoint, Effect, judged
 from megatron_export.engines.matching import (
     Names,
     Partly,
@@ -90,7 +90,7 @@ GOLDEN = {
 # fmt: on
 
 
-def found(checkpoint: Checkpoint, **asked: str) -> list[list[str]]:
+def found(checkpoint: Checkpoint, **asked: str | int) -> list[list[str]]:
     """The rules that each engine finds, the worst first."""
     return [[finding.rule for finding in judged(checkpoint, engine, **asked).findings] for engine in ENGINES]
 
@@ -130,6 +130,8 @@ def alter(said: Checkpoint, **quantization: object) -> Checkpoint:
 
 OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "gpt-oss": lambda: found(planned(GPT_OSS, format="fp8")),
+    "eight GPUs": lambda: found(planned(LLAMA, format="fp8_pb"), tp=8),
+    "five GPUs": lambda: found(planned(LLAMA, format="fp8_pb"), tp=5),
     "mixtral": lambda: found(planned(MIXTRAL, format="fp8", kv_cache="fp8")),
     "native with cache": lambda: found(planned(QWEN_MOE, format="fp8_pb", kv_cache="fp8")),
     "llama 4": lambda: found(planned(LLAMA4_SEES, format="nvfp4")),
@@ -266,6 +268,8 @@ def command(*arguments: object) -> tuple[int, str]:
         ),
         (golden(NVFP4), ("--engine", "vllm", "--version", "0.32"), 0, "vLLM 0.32: loads"),
         (golden("models/llama-FP8-mcore"), (), 0, "TensorRT-LLM 1.3: loads"),
+        (golden(FP8), ("--tp", 2), 0, "vLLM 0.32.0: loads"),
+        (golden(FP8), ("--tp", 3), 1, "at a tensor-parallel size of 3 it cannot deal out 4 heads"),
     ],
 )
 def test_check_of_a_folder(said: Said, flags: tuple, status: int, says: str, tmp_path: Path) -> None:
@@ -295,8 +299,14 @@ def test_check_prints_json(tmp_path: Path) -> None:
         (("check", "x", "--rules"), 2, ""),
         (("check", "x", "--version", "1"), 2, ""),
         (("check", "x", "--engine", "tgi"), 2, ""),
+        (("check", "x", "--tp", "0"), 2, "0 is no number of GPUs"),
         (("check", "/nowhere"), 1, "error: /nowhere is not a folder"),
         (("plan", "--target", "tgi"), 2, ""),
+        (
+            ("plan", "--format", "fp8_pb", "--target", "vllm:8"),
+            1,
+            "at a tensor-parallel size of 8 a GPU has 64 of its 512 rows",
+        ),
         (
             ("plan", "--format", "int4_awq", "--target", "vllm,tensorrt_llm"),
             1,
@@ -327,9 +337,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_target_names_engines_and_refusals_are_errors() -> None:
-    assert engines_in("vllm, tensorrt-llm") == ("vllm", "tensorrt_llm")
-    with pytest.raises(ValueError, match=r"unknown engine 'tgi'\. Known: vllm, sglang, tensorrt_llm"):
-        engines_in("vllm,tgi")
+    with pytest.raises(ExportError, match=r"--target: unknown engine 'tgi'\. Known: vllm, sglang, tensorrt_llm"):
+        refusals(make_plan(LLAMA, assumed(LLAMA, 1), format="bf16"), "vllm,tgi")
     plan = make_plan(LLAMA, assumed(LLAMA, 1), format="int4_awq")
     assert refusals(plan, "tensorrt_llm") == []
     assert refusals(plan, "vllm,sglang") == [
