@@ -12,6 +12,7 @@ from .layouts import size_of
 from .matching import Partly
 from .verdict import Findings
 
+_LARGEST = 1024  # size that is proposed
 _BY_ROWS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
 _BY_INPUTS = ("o_proj", "down_proj", "w2")
 _IN_BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
@@ -51,7 +52,7 @@ def check_shared(
     def fits(size: int) -> bool:
         return _heads_fit(checkpoint, size) and all(cut.whole(size) for cut in cuts)
 
-    fitting = next((size for size in range(tp - 1, 1, -1) if fits(size)), 1)
+    fitting = next((size for size in range(min(tp - 1, _LARGEST), 1, -1) if fits(size)), 1)
     smaller = "no smaller size would do" if fitting == 1 else f"a size of {fitting} would do"
     at = f"at a tensor-parallel size of {tp}"
     if not _heads_fit(checkpoint, tp):
@@ -61,7 +62,7 @@ def check_shared(
     for cut, names in cuts.items():
         if not cut.whole(tp):
             part = f"a GPU has {cut.total / min(tp, cut.most):.5g} of its {cut.total} {cut.what}"
-            units = "" if cut.unit == 1 else f", no whole {'blocks' if cut.unit == 128 else 'groups'} of {cut.unit}"
+            units = "" if cut.unit == 1 else f", no multiple of {cut.unit}"
             ways = [smaller, "expert parallelism" if cut.expert else "", "--format fp8" if cut.unit > 1 else ""]
             findings.add("shared", f"{at} {part}{units}", *names, way=", or ".join(filter(None, ways)))
 
@@ -88,14 +89,20 @@ def _cuts(
             last = name.rpartition(".")[2]
             codes = algorithm if is_quantized(module) else None
             rows, inputs = size_of(module, codes)
-            block = 128 if codes in _IN_BLOCKS else 1
-            most = groups if last in ("k_proj", "v_proj") and groups else rows
             if last in _BY_ROWS:
-                cut = _Cut("rows", rows, block, most, group.kind == "experts")
+                most = groups if last in ("k_proj", "v_proj") and groups > 0 else rows
+                what, total, unit = "rows", rows, 128 if codes in _IN_BLOCKS else 1
             elif last in _BY_INPUTS:
-                unit = {"MXFP8": 32} | dict.fromkeys(_IN_GROUPS, group_size)
-                cut = _Cut("inputs", inputs, unit.get(codes, block), inputs, group.kind == "experts")
+                what, total, most, unit = "inputs", inputs, inputs, _unit(codes, group_size)
             else:
                 continue
+            cut = _Cut(what, total, unit, max(most, 1), group.kind == "experts")
             found.setdefault(cut, []).append(name)
     return found
+
+
+def _unit(codes: str | None, group_size: int) -> int:
+    """Inputs that share a scale."""
+    if codes in _IN_BLOCKS:
+        return 128
+    return group_size if codes in _IN_GROUPS else 32 if codes == "MXFP8" else 1

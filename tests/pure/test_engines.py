@@ -370,4 +370,5 @@ def test_no_config_and_no_header_however_odd_breaks_the_rules() -> None:
         tensors[dice.choice(list(tensors))] = [dice.choice(("F32", "U8", "F8_E4M3", "BOOL")), shape]
         tensors[dice.choice(("weight", ".", "k_scale", "x.experts.y.weight", "experts.weight"))] = ["F32", [4, 4]]
         checkpoint = described(said)
-        assert all(verdict.text for verdict in verdicts(checkpoint, gpu=dice.choice((None, "h200", "t4"))).values())
+        asked = {"gpu": dice.choice((None, "h200", "t4")), "tp": dice.choice((1, 3, 8, 10**9))}
+        assert all(verdict.text for verdict in verdicts(checkpoint, **asked).values())

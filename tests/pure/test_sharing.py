@@ -59,7 +59,7 @@ def test_sizes_at_which_each_gpu_has_whole_blocks_and_groups(config: dict, form:
 
 def test_every_engine_says_what_a_gpu_would_have_and_what_would_do() -> None:
     why = (
-        "at a tensor-parallel size of 8 a GPU has 96 of its 768 rows, no whole blocks of 128 (a size of 2 would do, "
+        "at a tensor-parallel size of 8 a GPU has 96 of its 768 rows, no multiple of 128 (a size of 2 would do, "
         "or expert parallelism, or --format fp8)"
     )
     for engine in ENGINES:
@@ -69,7 +69,7 @@ def test_every_engine_says_what_a_gpu_would_have_and_what_would_do() -> None:
     assert found(QWEN_SMALL, "bf16", 4).why == (
         "at a tensor-parallel size of 4 it cannot deal out 14 heads, of keys 2 (a size of 2 would do)"
     )
-    assert "a GPU has 3696 of its 29568 inputs, no whole blocks of 128 (no smaller size would do, or --format fp8)" in (
+    assert "a GPU has 3696 of its 29568 inputs, no multiple of 128 (no smaller size would do, or --format fp8)" in (
         found(QWEN_72B, "fp8_pb", 8).why
     )
 
