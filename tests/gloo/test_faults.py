@@ -97,7 +97,7 @@ def test_a_fault_leaves_the_target_as_before_or_complete_and_resume_finishes(
             assert status == (0 if complete else 75), said
         elif not complete and not (fault.action == "kill" and rank in fault.ranks):
             assert status == 1, said
-    assert seconds < 30  # 4 where the machine has nothing else to do; one that hangs is ended after 60
+    assert seconds < 12
     if fault.action == "kill" and len(fault.ranks) == 1 and not complete:
         assert f"rank {fault.ranks[0]} is gone" in said, said
         assert fault.point not in AT_A_TENSOR or re.search(r"It was at: .*, at (decoder|embedding|output)", said), said
@@ -130,7 +130,7 @@ def test_a_target_that_nobody_can_write_is_told_on_every_rank(output: str, flags
     statuses, said, seconds = export_with(None, tmp_path, *flags, "--output", output)
     assert statuses == [1, 1]
     assert said.count("error: ") == 1 and output in said and "--output" in said, said
-    assert seconds < 30  # 4 where the machine has nothing else to do; one that hangs is ended after 60
+    assert seconds < 12
 
 
 def test_of_two_exports_into_one_target_at_once_one_is_refused_or_finds_it_taken(

@@ -59,7 +59,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_with_75_and_resume_finishes(
 ) -> None:
     with waiting(models, tmp_path, *more) as (run, pids):
         run.send_signal(number)
-        assert run.wait(timeout=100) == 1  # torchrun's own
+        assert run.wait(timeout=30) == 1  # torchrun's own
     said = (tmp_path / "said.log").read_text()
     assert [(tmp_path / f"{rank}.status").read_text() for rank in (0, 1)] == ["75", "75"], said
     assert said.count("error: ") == 1 and f"error: stopped by {number.name}" in said and "with --resume" in said
@@ -76,7 +76,7 @@ def test_a_rank_that_is_killed_is_named(rank: int, models: dict, tmp_path: Path)
     """torchrun sends the other one SIGTERM at once, and would have it leave without a word about the cause."""
     with waiting(models, tmp_path) as (run, pids):
         os.kill(pids[rank], signal.SIGKILL)
-        assert run.wait(timeout=100) == 1
+        assert run.wait(timeout=40) == 1
     said = (tmp_path / "said.log").read_text()
     assert said.count("error: ") == 1 and f"error: rank {rank} is gone" in said and ", at decoder." in said, said
     assert (tmp_path / f"{1 - rank}.status").read_text() == "1"

@@ -12,14 +12,16 @@ filing.BUCKET_BYTES, filing.LANES = 500_000, 1
 
 
 def held(self: writer.CheckpointWriter, tensors: Iterable) -> None:
-    """Wait, or have a bucket written."""
+    """Have a bucket written; or wait, and leave it, as it could complete a fourth file."""
+    self.conveyor.flush()
     for finishing in self.finishing:
         finishing.result()
-    if "SLURM_RESTART_COUNT" not in os.environ and len(self.staging.finished) == 3:
-        Path("held").touch()
-        while not signals.asked_to_stop():
-            time.sleep(0.05)
-    write(self, tensors)
+    if "SLURM_RESTART_COUNT" in os.environ or len(self.staging.finished) != 3:
+        write(self, tensors)
+        return
+    Path("held").touch()
+    while not signals.asked_to_stop():
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
