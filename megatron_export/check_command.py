@@ -18,12 +18,14 @@ def check(say: Callable[..., None], arguments: list[str]) -> int:
     parser.add_argument("--engine", choices=ENGINES, help="one engine (default: all)")
     parser.add_argument("--version", help="release of --engine (default: the one that its rules were read in)")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that it is to run on (default: any)")
-    parser.add_argument("--tp", type=_positive, default=1, help="GPUs that are to share each layer (default: 1)")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that are to share each layer (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--rules", action="store_true", help="print every rule and its source instead")
     asked = parser.parse_args(arguments)
     if asked.version and not asked.engine:
         parser.error("--version needs --engine")
+    if asked.tp < 1:
+        parser.error(f"--tp: {asked.tp} is no number of GPUs")
     if bool(asked.rules) == bool(asked.folder):
         parser.error("give a folder, or --rules")
     from . import checking
@@ -40,9 +42,3 @@ def check(say: Callable[..., None], arguments: list[str]) -> int:
     shown = [json.dumps(checking.as_json(found), indent=2)] if asked.json else checking.lines(found)
     say("\n".join(shown), flush=True)
     return 0 if all(verdict.loads for verdict in found.values()) else 1
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number of GPUs")
-    return int(text)

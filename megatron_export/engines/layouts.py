@@ -6,6 +6,9 @@ from .checkpoint import Module
 
 SCALAR = ((), (1,))
 _FLOATS = ("F32", "BF16", "F16")
+_TWO_INPUTS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ")  # in a byte
+_TWO_ROWS = ("W4A16_AWQ", "W4A8_AWQ")
+_BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
 Wanted = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
 
 # What a module may also have, which takes part in no product of codes.
@@ -47,9 +50,18 @@ def wanted(algorithm: str, out: int, inputs: int, group: int) -> Wanted:
 def size_of(module: Module, algorithm: str | None) -> tuple[int, int]:
     """What a linear's own weight says of its [out, inputs]."""
     out, inputs = module["weight"].shape[-2:]
-    if algorithm in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"):
+    if algorithm in _TWO_INPUTS:
         return out, inputs * 2
-    return (out * 2, inputs) if algorithm in ("W4A16_AWQ", "W4A8_AWQ") else (out, inputs)
+    return (out * 2, inputs) if algorithm in _TWO_ROWS else (out, inputs)
+
+
+def unit_of(algorithm: str | None, group: int) -> tuple[int, int]:
+    """How many rows, and how many inputs, of a linear share a scale and so stay together; 1 where they need not."""
+    if algorithm in _BLOCKS:
+        return 128, 128
+    if algorithm in _TWO_INPUTS + _TWO_ROWS:
+        return 1, group
+    return 1, 32 if algorithm == "MXFP8" else 1
 
 
 def named(shapes: tuple[tuple[int, ...], ...]) -> str:

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint, Group, View, is_quantized
-from .layouts import size_of
+from .layouts import size_of, unit_of
 from .matching import Partly
 from .verdict import Findings
 
 _LARGEST = 1024  # size that is proposed
 _BY_ROWS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
 _BY_INPUTS = ("o_proj", "down_proj", "w2")
-_IN_BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
-_IN_GROUPS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A16_AWQ", "W4A8_AWQ")
 
 
 class _Cut(NamedTuple):
@@ -46,12 +44,14 @@ def check_shared(
 ) -> None:
     """Heads and linears against `tp` GPUs; groups of `group_size` inputs share a scale."""
     if tp == 1:
-        return
+        return  # nothing is cut
     cuts = _cuts(checkpoint, view, algorithm_of, group_size)
 
     def fits(size: int) -> bool:
         return _heads_fit(checkpoint, size) and all(cut.whole(size) for cut in cuts)
 
+    if fits(tp):
+        return
     fitting = next((size for size in range(min(tp - 1, _LARGEST), 1, -1) if fits(size)), 1)
     smaller = "no smaller size would do" if fitting == 1 else f"a size of {fitting} would do"
     at = f"at a tensor-parallel size of {tp}"
@@ -88,21 +88,14 @@ def _cuts(
         for name, module in group.members.items():
             last = name.rpartition(".")[2]
             codes = algorithm if is_quantized(module) else None
-            rows, inputs = size_of(module, codes)
+            (rows, inputs), (row_unit, input_unit) = size_of(module, codes), unit_of(codes, group_size)
             if last in _BY_ROWS:
                 most = groups if last in ("k_proj", "v_proj") and groups > 0 else rows
-                what, total, unit = "rows", rows, 128 if codes in _IN_BLOCKS else 1
+                what, total, unit = "rows", rows, row_unit
             elif last in _BY_INPUTS:
-                what, total, most, unit = "inputs", inputs, inputs, _unit(codes, group_size)
+                what, total, most, unit = "inputs", inputs, inputs, input_unit
             else:
                 continue
             cut = _Cut(what, total, unit, max(most, 1), group.kind == "experts")
             found.setdefault(cut, []).append(name)
     return found
-
-
-def _unit(codes: str | None, group_size: int) -> int:
-    """Inputs that share a scale."""
-    if codes in _IN_BLOCKS:
-        return 128
-    return group_size if codes in _IN_GROUPS else 32 if codes == "MXFP8" else 1

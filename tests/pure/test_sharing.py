@@ -4,8 +4,9 @@ import pytest
 
 from megatron_export.checking import of_plan, refusals, verdicts
 from megatron_export.engines import ENGINES, Effect, Verdict, judged, targets_in
-from megatron_export.plan import Plan, assumed, make_plan
+from megatron_export.plan import assumed, make_plan
 
+from ..engines.checkpoints import planned
 from .test_forecast import LLAMA, LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
 
 LLAMA_70B = LLAMA | {
@@ -26,12 +27,8 @@ QWEN_30B_A3B = QWEN_MOE | {
 QWEN_SMALL = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 
 
-def plan(config: dict, form: str, **settings: object) -> Plan:
-    return make_plan(config, assumed(config, 1), format=form, **settings)
-
-
 def found(config: dict, form: str, tp: int, engine: str = "vllm", **settings: object) -> Verdict:
-    return judged(of_plan(plan(config, form, **settings)), engine, tp=tp)
+    return judged(planned(config, format=form, **settings), engine, tp=tp)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +87,7 @@ def test_a_target_may_have_a_size() -> None:
     for odd in ("vllm:", "vllm:0", "vllm:-1", "vllm:²"):
         with pytest.raises(ValueError, match="is no tensor-parallel size"):
             targets_in(odd)
-    wide = plan(QWEN_30B_A3B, "fp8_pb")
+    wide = make_plan(QWEN_30B_A3B, assumed(QWEN_30B_A3B, 1), format="fp8_pb")
     assert refusals(wide, "vllm,sglang:2") == []
     [refusal] = refusals(wide, "vllm:4,sglang")
     assert refusal.startswith("--target: vLLM will not load this: ") and "a GPU has 192 of its 768 inputs" in refusal
