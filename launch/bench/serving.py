@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -95,6 +96,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--weights-only",
         action="store_true",
         help="decode: leave inputs as they are, as Marlin does with NVFP4 on Hopper",
+    )
+    parser.add_argument(
+        "--round-norms-once",
+        action="store_true",
+        help="decode: norms multiply by their weights before they round, as vLLM's do, and not after it too",
     )
     parser.add_argument(
         "--text", type=Path, help="measure perplexity on it; without a tokenizer, its bytes are the tokens"
@@ -176,6 +182,8 @@ def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Names
     model, ids, losses = load(folder, device), list(PROMPT), []
     if flags.weights_only:
         leave_inputs(model)
+    if flags.round_norms_once:
+        round_norms_once(model)
     for _ in range(TOKENS):
         ids.append(int(model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].argmax()))
     for batch in torch.tensor(windows, device=device).split(BATCH) if windows else ():
@@ -189,6 +197,19 @@ def leave_inputs(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, EmulatedLinear):
             module.algorithm = replace(module.algorithm, rounded=not_rounded)
+
+
+def round_norms_once(model: torch.nn.Module) -> None:
+    """From now on norms multiply by their weights in float32; transformers rounds what it multiplies to bfloat16 first."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_normed, module)
+
+
+def _normed(norm: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    weight = norm.weight.float()
+    return torch.nn.functional.rms_norm(inputs.float(), weight.shape, weight, eps).to(inputs.dtype)
 
 
 def read_rows(file: Path) -> list[Row]:

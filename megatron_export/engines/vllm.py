@@ -24,6 +24,7 @@ _FILES = {
     "kv": "model_executor/layers/quantization/kv_cache.py",
     "llama4": "model_executor/models/llama4.py",
     "loader": "model_executor/model_loader/default_loader.py",
+    "moe": "model_executor/layers/fused_moe/prepare_finalize/no_dp_ep.py",
     "model": "model_executor/models/utils.py",
     "model config": "config/model.py",
     "modelopt": "model_executor/layers/quantization/modelopt.py",
@@ -71,6 +72,8 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "kv scales":     (_L, "KV scales are there for every layer, or the cache has a scale of 1", "kv", READ),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
+    "router":        (_L, "Llama 4's experts in FP4 do not go to Marlin, which multiplies by router weights again", "moe", SEEN),
+    "router kernel": (_M, "nor, in FP8 or on RTX GPUs, to FlashInfer's CUTLASS kernels, which do so too", "moe", READ),
     "gpu":           (_R, "the GPU computes it", "modelopt", READ),
 })
 # fmt: on
@@ -83,6 +86,7 @@ _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_
 _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
 _LATENT = "fused_qkv_a_proj"
 _LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80, "blocks": 75}
+_FLASHINFER_CUTLASS = (90, 120)  # where experts go to its CUTLASS kernels, if they can compute them
 _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
@@ -118,6 +122,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
         _check_layouts(checkpoint, reading, findings)
         check_mtp(view, findings, algorithm_of)
         _check_gpu(reading, gpu, findings)
+        _check_router_weights(checkpoint, reading, gpu, findings)
     _check_kv(checkpoint, reading, findings)
     if checkpoint.latent and checkpoint.architecture.startswith("Deepseek"):
         _check_routers(checkpoint, findings)
@@ -266,3 +271,24 @@ def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
         )
     if reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
         findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
+
+
+def _check_router_weights(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
+    """Llama 4's router multiplies what goes into an expert: vLLM does it before it calls a kernel, and some do it again."""
+    experts = any(group.kind in ("experts", "stack") and group.quantized for group in checkpoint.indexed.groups)
+    if not (experts and checkpoint.architecture.startswith("Llama4")):
+        return
+    twice = "multiplies by router weights twice"
+    if reading.algorithm in ("NVFP4", "W4A16_NVFP4"):
+        way = "--format fp8, or serve it with --moe-backend emulation, which is slow"
+        if gpu is None:
+            findings.add(
+                "router kernel", f"its experts, on B200 or B300; elsewhere Marlin or FlashInfer {twice}", way=way
+            )
+        elif GPUS[gpu] < BLACKWELL:
+            findings.add("router", f"on {gpu} Marlin computes its experts, and {twice}", way=way)
+        elif GPUS[gpu] in _FLASHINFER_CUTLASS:
+            findings.add("router kernel", f"its experts with FlashInfer, which on {gpu} {twice}", way=way)
+    elif reading.algorithm == "FP8" and (gpu is None or GPUS[gpu] in _FLASHINFER_CUTLASS):
+        findings.add("router kernel", f"its experts; FlashInfer, where it is there, {twice} on Hopper and RTX GPUs",
+                     way="serve it with --moe-backend triton")  # fmt: skip

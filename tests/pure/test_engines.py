@@ -153,6 +153,7 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
         [f.rule for f in judged(planned(LLAMA, format="fp8_pb", options=Options(fp8_pb_spelling="modelopt")), "tensorrt_llm",
                                 version="1.2.1").findings]
     ],  # fmt: skip
+    "llama 4 on Hopper": lambda: found(planned(LLAMA4, format="nvfp4"), gpu="h200"),
     "on a T4": lambda: found(planned(LLAMA, format="fp8"), gpu="t4"),
     "cache alone": lambda: found(
         replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None)
@@ -234,6 +235,22 @@ def test_a_gpu_decides_what_it_computes() -> None:
     assert judged(planned(LLAMA, format="fp8"), "sglang", gpu="a100").loads is False
     smoothed = planned(LLAMA, format="nvfp4_awq", options=Options(awq_output="modelopt"))
     assert [judged(smoothed, "sglang", gpu=gpu).loads for gpu in ("h200", "b200")] == [False, True]
+
+
+@pytest.mark.parametrize("config", [LLAMA4, LLAMA4_SEES], ids=["text", "sees"])
+def test_where_vllm_multiplies_llama_4s_router_weights_twice(config: dict) -> None:
+    """As it was seen to, in NVFP4 on an H200; and not in bf16, fp8_pb, and with the Triton kernel in fp8."""
+    kinds = {form: planned(config, format=form) for form in ("bf16", "fp8", "fp8_pb", "nvfp4")}
+    asked = (None, "l40s", "h200", "b200", "rtx5090")
+    said = {form: [judged(kind, "vllm", gpu=gpu) for gpu in asked] for form, kind in kinds.items()}
+    nothing, minds, loses = (False, Effect.MINDS), (True, Effect.MINDS), (True, Effect.LOSES)
+    assert {form: [("twice" in one.why, one.effect) for one in row] for form, row in said.items()} == {
+        "bf16": [nothing] * 5,
+        "fp8": [minds, nothing, minds, nothing, minds],
+        "fp8_pb": [nothing] * 5,
+        "nvfp4": [minds, loses, loses, nothing, minds],
+    }
+    assert "--moe-backend triton" in said["fp8"][2].why and "--moe-backend emulation" in said["nvfp4"][2].why
 
 
 def test_the_worst_decides_and_many_modules_are_one_finding() -> None:

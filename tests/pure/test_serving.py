@@ -104,3 +104,17 @@ def test_without_a_tokenizer_the_bytes_are_the_tokens(tmp_path: Path) -> None:
     text.write_bytes(bytes(range(256)) * 5)
     ids = serving.ids_of(text, tmp_path)
     assert torch.equal(ids, torch.arange(256).repeat(4).view(2, 512))
+
+
+def test_norms_that_round_once_are_those_of_float32_rounded() -> None:
+    from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    inputs, weight = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for norm in (Qwen3RMSNorm(256, eps=1e-2), Llama4TextRMSNorm(256, eps=1e-2)):
+        norm.weight.data = weight[0].float()
+        exact = norm(inputs.float()).bfloat16()
+        norm.weight.data = weight[0]
+        assert not torch.equal(norm(inputs), exact)
+        serving.round_norms_once(torch.nn.Sequential(norm))
+        assert torch.equal(norm(inputs), exact)
