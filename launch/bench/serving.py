@@ -117,6 +117,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def serve(flags: argparse.Namespace) -> None:
     """Try every folder; print the table. `ExportError` where one did not do what the rules say."""
+    if min(flags.jobs, flags.tp) < 1:
+        raise ExportError("--jobs and --tp must be at least 1")
     decoded = {row.folder: row for row in (read_rows(flags.beside) if flags.beside else [])}
     attempt = {"vllm": through_vllm, "decode": through_decode}[flags.through]
     with ThreadPoolExecutor(flags.jobs if flags.through == "vllm" else 1) as pool:

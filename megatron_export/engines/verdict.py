@@ -9,7 +9,7 @@ class Effect(Enum):
 
     REFUSES = "refused"  # does not load, or loads and computes nonsense
     UNKNOWN = "not known"
-    LOSES = "loads but"  # something of it has no effect
+    LOSES = "loads but"  # something of it has no effect, or is computed wrongly
     MINDS = "loads"  # on some machines, or with a flag
 
 

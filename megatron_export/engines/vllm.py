@@ -24,10 +24,10 @@ _FILES = {
     "kv": "model_executor/layers/quantization/kv_cache.py",
     "llama4": "model_executor/models/llama4.py",
     "loader": "model_executor/model_loader/default_loader.py",
-    "moe": "model_executor/layers/fused_moe/prepare_finalize/no_dp_ep.py",
     "model": "model_executor/models/utils.py",
     "model config": "config/model.py",
     "modelopt": "model_executor/layers/quantization/modelopt.py",
+    "moe": "model_executor/layers/fused_moe/prepare_finalize/no_dp_ep.py",
     "mtp": "model_executor/models/deepseek_mtp.py",
     "weights": "model_executor/model_loader/weight_utils.py",
 }

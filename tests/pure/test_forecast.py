@@ -190,24 +190,30 @@ def test_a_larger_model_takes_more_for_its_weights_alone() -> None:
 
 
 def test_a_671b_model_is_planned_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
-    """On 256 ranks, each expert cut in 8. In seconds of a processor, as others may be using it too."""
+    """On 256 ranks, each expert cut in 8. In seconds of a processor, as others may be using it too, and of one that adds
+    fifteen million numbers in a second; a slower one has as much longer.
+    """
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     script = """
-import resource, sys
+import sys, time
 from megatron_export.cli import plan
 assert plan(print, sys.argv[1:]) == 0
 with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM")).split()[1]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, peak, file=sys.stderr)
+planned = time.process_time()
+total = 0
+for number in range(6_000_000):
+    total += number
+print(planned, peak, max(1, (time.process_time() - planned) / 0.4), file=sys.stderr)
 """
     flags = ("plan", "--hf-model", tmp_path, "--tp", 8, "--pp", 4, "--ep", 8, "--format", "nvfp4", "--json")
-    for _ in range(2):  # a second time if the machine was slow for a while: it takes 6 to 9 seconds of the slowest seen
+    for _ in range(2):  # a second time if the machine was slow for a while
         done = process("-c", script, *flags)
         assert done.returncode == 0, done.stderr
-        seconds, kilobytes = map(float, done.stderr.split())
-        if seconds < 10:
+        seconds, kilobytes, slower = map(float, done.stderr.split())
+        if seconds < 10 * slower:
             break
-    assert seconds < 10
+    assert seconds < 10 * slower
     assert kilobytes < 1_000_000
     said = json.loads(done.stdout)
     assert said["topology"]["world"] == len(said["peak_gpu_memory"]) == len(said["wire"]["to_writers"]) == 256

@@ -72,6 +72,12 @@ def test_a_process_that_hangs_is_ended(process: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "rows")["examples/model"]["error"].startswith("no answer in 2 s")
 
 
+@pytest.mark.parametrize("flag", ["--jobs", "--tp"])
+def test_nothing_is_served_on_no_gpu(flag: str, process: Path) -> None:
+    with pytest.raises(ExportError, match="must be at least 1"):
+        run(flag, 0, EXAMPLE)
+
+
 def test_warnings_of_scales_are_held_against_a_checkpoint(process: Path, capsys: pytest.CaptureFixture) -> None:
     said = "Using KV cache scaling factor 1.0 for fp8_e4m3."
     answer_with(process, warned=[said, "with a q scaling factor"])
