@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from megatron_export import calibrate, export_hf_checkpoint
-from megatron_export.cpu import without_cuda
+from megatron_export.mcore.cpu_compat import without_cuda
 
 HF_MODEL = Path(__file__).parent / "model"  # gives config.json and the tokenizer; its weights are not read
 MICRO_BATCHES, MICRO_BATCH, WINDOW = 2, 4, 128

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_export import Handle, calibrate, export_hf_checkpoint_async, load_calibration
-from megatron_export.assets import find_model, read_config
+from megatron_export.checkpoint.hf_folder import find_model, read_config
 from megatron_export.formats import FORMATS, KV_FORMATS, chosen
 
 

@@ -25,10 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from megatron_export import export_hf_checkpoint, topology
-from megatron_export.build import build_model
-from megatron_export.cpu import without_cuda
-from megatron_export.errors import ExportError
+from megatron_export import export_hf_checkpoint
+from megatron_export.common.errors import ExportError
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.cpu_compat import without_cuda
 
 END = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -71,7 +72,11 @@ def main() -> None:
     texts = corpus(flags.library)
     heldout, calibration = take(texts, HELDOUT_BYTES), take(texts, CALIBRATION_BYTES)
     tokenizer = train_tokenizer(texts)
-    with tempfile.TemporaryDirectory() as staging, topology.started(1, 1, flags.device), topology.current() as here:
+    with (
+        tempfile.TemporaryDirectory() as staging,
+        parallel_state.started(1, 1, flags.device),
+        parallel_state.current() as here,
+    ):
         if here.world > 1:
             raise ExportError(f"{here.world} processes would each train alone. Use torchrun --nproc-per-node 1")
         source = write_source(Path(staging) / "source", tokenizer)

@@ -21,7 +21,7 @@ from bench.quality import add_quality
 from bench.searching import add_search
 from bench.serving import add_serve
 
-from megatron_export.errors import ExportError
+from megatron_export.common.errors import ExportError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from megatron_export.signals import AGAIN, HEEDED
+from megatron_export.distributed.signals import AGAIN, HEEDED
 
 
 def run(flags: list[str]) -> int:

@@ -8,15 +8,15 @@ tensors one by one; `calibrate` measures what it is quantized with; `save_calibr
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError
+from .common.errors import ExportError
 
 if TYPE_CHECKING:
-    from .background import Handle, export_hf_checkpoint_async
-    from .calibration import calibrate
-    from .pipeline import Report, export_hf_checkpoint
-    from .refit import iter_hf_tensors, plan_hf_tensors
-    from .statistics import load as load_calibration
-    from .statistics import save as save_calibration
+    from .calibration.calibrate import calibrate
+    from .calibration.statistics import load as load_calibration
+    from .calibration.statistics import save as save_calibration
+    from .export.async_export import Handle, export_hf_checkpoint_async
+    from .export.pipeline import Report, export_hf_checkpoint
+    from .export.refit import iter_hf_tensors, plan_hf_tensors
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "calibrate": ("calibration", "calibrate"),
-    "export_hf_checkpoint": ("pipeline", "export_hf_checkpoint"),
-    "export_hf_checkpoint_async": ("background", "export_hf_checkpoint_async"),
-    "Handle": ("background", "Handle"),
-    "iter_hf_tensors": ("refit", "iter_hf_tensors"),
-    "plan_hf_tensors": ("refit", "plan_hf_tensors"),
-    "Report": ("pipeline", "Report"),
-    "load_calibration": ("statistics", "load"),
-    "save_calibration": ("statistics", "save"),
+    "calibrate": ("calibration.calibrate", "calibrate"),
+    "export_hf_checkpoint": ("export.pipeline", "export_hf_checkpoint"),
+    "export_hf_checkpoint_async": ("export.async_export", "export_hf_checkpoint_async"),
+    "Handle": ("export.async_export", "Handle"),
+    "iter_hf_tensors": ("export.refit", "iter_hf_tensors"),
+    "plan_hf_tensors": ("export.refit", "plan_hf_tensors"),
+    "Report": ("export.pipeline", "Report"),
+    "load_calibration": ("calibration.statistics", "load"),
+    "save_calibration": ("calibration.statistics", "save"),
 }
 
 

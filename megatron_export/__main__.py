@@ -1,6 +1,6 @@
 """The commands that need no ranks: python -m megatron_export plan|check|verify|diff ..."""
 
-from megatron_export.commands import main
+from .cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main(print))

@@ -13,8 +13,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_export.model import linears_of
-from megatron_export.names import pooled
+from megatron_export.mcore.model import linears_of
+from megatron_export.models import pooled
 
 NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FP8 = {"_num_bits": (4, 3)}

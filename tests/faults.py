@@ -15,8 +15,15 @@ from unittest import mock
 
 import torch
 
-from megatron_export import calibration, cli, filing, formats, gather, loading, pulse, signals, staging, survey, verify
-from megatron_export.job import run as _run  # noqa: F401 - imported before the ranks are forked
+from megatron_export import formats
+from megatron_export.calibration import calibrate
+from megatron_export.cli import export_command
+from megatron_export.cli.run import run as _run  # noqa: F401 - imported before the ranks are forked
+from megatron_export.distributed import collectives, heartbeat, signals
+from megatron_export.export import weight_amax
+from megatron_export.mcore import load_hf
+from megatron_export.planning import shard_files
+from megatron_export.writing import read_back, staging
 
 from .models import LENGTH
 from .ranks import free_port
@@ -27,15 +34,15 @@ SECONDS = 60.0
 
 # name -> where, and at which call of it, counted from 1
 POINTS: dict[str, tuple[Any, str, int]] = {
-    "load": (loading, "shard_of", 5),
-    "calibrate": (calibration, "_step", 2),
-    "survey": (survey, "_largest", 3),
+    "load": (load_hf, "shard_of", 5),
+    "calibrate": (calibrate, "_step", 2),
+    "survey": (weight_amax, "_largest", 3),
     "first bucket": (formats, "encode", 2),
     "last bucket": (formats, "encode", 26),
-    "send": (gather, "deliver", 3),
+    "send": (collectives, "deliver", 3),
     "first file": (staging.Staging, "finish", 1),
     "last file": (staging.Staging, "finish", 5),
-    "verify": (verify, "_read", 2),
+    "verify": (read_back, "_read", 2),
     "publish": (staging.Staging, "publish", 1),
     "rename": (staging.Staging, "_replace", 1),
     "published": (staging.Staging, "__exit__", 1),
@@ -105,8 +112,8 @@ def _act(fault: Fault) -> None:
 
 def in_small_steps() -> None:
     """Short waits and small buckets, in this process."""
-    pulse.BEAT, pulse.GRACE, signals.GRACE = 0.1, 1.0, 5.0
-    filing.BUCKET_BYTES, filing.LANES = 30_000, 2
+    heartbeat.BEAT, heartbeat.GRACE, signals.GRACE = 0.1, 1.0, 5.0
+    shard_files.BUCKET_BYTES, shard_files.LANES = 30_000, 2
 
 
 @contextmanager
@@ -138,10 +145,12 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    cli._let_rank_0_speak = lambda: None
+    export_command._let_rank_0_speak = lambda: None
     in_small_steps()
     with armed(fault, rank):
-        status = cli.main(lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags))
+        status = export_command.main(
+            lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags)
+        )
     os._exit(status)
 
 

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from megatron_export.formats import awq, kernels  # noqa: E402
+from megatron_export.formats import awq, cuda_kernels  # noqa: E402
 
 from .kernel_cases import cases, outputs, smoothings, wrong, wrongly_rounded  # noqa: E402
 from .models import same  # noqa: E402
@@ -58,7 +58,7 @@ def main() -> None:
     ran = 0
     with np.errstate(all="ignore"):
         for case in cases(seed=0, count=3):
-            if said := wrong(case, kernels.made_for(case[1]), "cpu"):
+            if said := wrong(case, cuda_kernels.made_for(case[1]), "cpu"):
                 print(said)
             ran += 1
         for smoothed in smoothings(seed=0):
@@ -66,7 +66,7 @@ def main() -> None:
                 print(said)
             ran += 1
         for product, expected in outputs(seed=0):
-            if not same(kernels.squares(product, expected), awq.squares(product, expected)):
+            if not same(cuda_kernels.squares(product, expected), awq.squares(product, expected)):
                 print(f"squares of {tuple(product.shape)}")
             ran += 1
     print(f"{ran} cases")

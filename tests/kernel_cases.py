@@ -1,13 +1,13 @@
-"""Weights that bring the kernels of formats/kernels.py to their limits, and what is wrong with the results."""
+"""Weights that bring the kernels of formats/cuda_kernels.py to their limits, and what is wrong with the results."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from megatron_export.common.piece import Amax, Piece
 from megatron_export.formats import Form, Options, chosen
 from megatron_export.formats.awq import SEARCHES, largest
-from megatron_export.piece import Amax, Piece
 
 from .models import same
 

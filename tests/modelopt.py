@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_export import export_hf_checkpoint, topology
-from megatron_export.build import build_model
-from megatron_export.cpu import without_cuda
-from megatron_export.loading import load_hf_weights
-from megatron_export.model import shards_of
-from megatron_export.names import parameters_of
+from megatron_export import export_hf_checkpoint
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.cpu_compat import without_cuda
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.model import shards_of
+from megatron_export.models import parameters_of
 
 from .models import LENGTH, read_json
 from .saving import ITERATION, built, save
@@ -86,7 +87,7 @@ def quantized(
     import modelopt.torch.quantization as mtq
 
     hf_config = read_json(source / "config.json")
-    with topology.started(tp, 1, "cpu", ep=ep), topology.current() as here:
+    with parallel_state.started(tp, 1, "cpu", ep=ep), parallel_state.current() as here:
         model = build_model(hf_config, here, max_sequence_length=LENGTH)
         load_hf_weights(model, source, hf_config, here)
         _attention_with_quantizers()

@@ -80,10 +80,10 @@ def living(pool: list[Ranks]) -> Ranks:
 def _serve(pipe: Connection, rank: int) -> None:
     import torch
 
-    from megatron_export import cli
+    from megatron_export.cli import export_command
 
     torch.set_num_threads(1)
-    cli._let_rank_0_speak = lambda: None  # there is no torchrun here that would end rank 0 early
+    export_command._let_rank_0_speak = lambda: None  # there is no torchrun here that would end rank 0 early
     while True:
         world, port, function, args, kwargs = pipe.recv()
         os.environ |= {
@@ -104,11 +104,13 @@ def _serve(pipe: Connection, rank: int) -> None:
 
 def command(*flags: object) -> tuple[int, str]:
     """Run the command in this rank with `flags`; returns its exit status and all it said."""
-    from megatron_export import cli
+    from megatron_export.cli import export_command
 
     said: list[str] = []
     try:
-        status = cli.main(lambda *words, **_: said.append(" ".join(map(str, words))), [str(flag) for flag in flags])
+        status = export_command.main(
+            lambda *words, **_: said.append(" ".join(map(str, words))), [str(flag) for flag in flags]
+        )
     except SystemExit as exit:
         status = exit.code
     return status, "\n".join(said)

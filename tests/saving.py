@@ -18,11 +18,11 @@ from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_export import topology
-from megatron_export.build import build_model
-from megatron_export.cpu import without_cuda
-from megatron_export.loading import load_hf_weights
-from megatron_export.names import settings_of, shape_of, unscaled_rope_settings
+from megatron_export.mcore import parallel_state as topology
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.cpu_compat import without_cuda
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.models import settings_of, shape_of, unscaled_rope_settings
 
 from .models import LENGTH, read_json
 

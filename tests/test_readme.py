@@ -5,9 +5,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_export.config import ExportConfig, helps
+from megatron_export.cli.config import ExportConfig, helps
 from megatron_export.formats import FORMATS, KV_FORMATS
-from megatron_export.names import ARCHITECTURES
+from megatron_export.models import ARCHITECTURES
 
 from .models import EXAMPLE
 

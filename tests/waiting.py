@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from megatron_export import cli, signals
+from megatron_export.cli import export_command
+from megatron_export.distributed import signals
 
 from . import faults
 
@@ -25,6 +26,6 @@ if __name__ == "__main__":
     faults.in_small_steps()
     fault = faults.Fault("wait", "last bucket", (int(rank),), (wait, folder / f"{rank}.waits"))
     with faults.armed(fault, int(rank)):
-        status = cli.main(print)
+        status = export_command.main(print)
     (folder / f"{rank}.status").write_text(f"{status}")
     raise SystemExit(status)

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from megatron_export.cli import EXAMPLE_MODEL
-from megatron_export.config import ExportConfig
-from megatron_export.errors import ExportError, report
+from megatron_export.cli.config import ExportConfig
+from megatron_export.cli.export_command import EXAMPLE_MODEL
+from megatron_export.cli.plan_command import Preview, previewed
+from megatron_export.common.errors import ExportError, report
+from megatron_export.common.host_memory import available
+from megatron_export.common.text import readable
 from megatron_export.formats import FORMATS
-from megatron_export.memory import available
-from megatron_export.preview import Preview, previewed
-from megatron_export.sizes import readable
 
 from .drawing import drawn
 from .measuring import (
@@ -121,7 +121,7 @@ def _show(flags: argparse.Namespace, rows: list[Row]) -> None:
 
 def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     """A row for each size, format and kind of sync. All is planned first, so that what does not fit is refused before any work."""
-    from megatron_export import build, topology
+    from megatron_export.mcore import build, parallel_state
 
     alone_or_torchrun()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,11 +138,11 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
             for size in sizes
         ]
         refuse(flags, [case for cases in models for case in cases], device)
-        with topology.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
+        with parallel_state.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
             for cases in models:
                 config = cases[0].config
                 write_config(source, config)
-                with topology.current() as here:
+                with parallel_state.current() as here:
                     model = build.build_model(config, here, max_sequence_length=None)
                     fill(model, config, here)
                 for case in cases:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_export.errors import ExportError
-from megatron_export.sizes import readable
+from megatron_export.common.errors import ExportError
+from megatron_export.common.text import readable
 
 from .markdown import markdown
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_export.errors import ExportError
+from megatron_export.common.errors import ExportError
 
 from .exporting import Case, add_common, case_of, refuse
 from .measuring import Row, alone, delete, peaks_of, table, timed, write_rows
@@ -42,7 +42,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
 
 def peer(flags: argparse.Namespace) -> None:
     """Measure both on one model, format by format."""
-    from megatron_export import topology
+    from megatron_export.mcore import parallel_state
 
     quantization, peers = modelopt()
     alone()
@@ -52,7 +52,7 @@ def peer(flags: argparse.Namespace) -> None:
         source = write_config(Path(temporary), config)
         cases = [case_of(flags, config, name, source, device) for name in flags.formats]
         refuse(flags, cases, device)
-        with topology.started(1, 1, device):
+        with parallel_state.started(1, 1, device):
             rows = [row for case in cases for row in _rows(flags, case, source, quantization, peers)]
     print("\n".join(table(rows)), flush=True)
     if flags.json:
@@ -82,11 +82,12 @@ def _rows(
     flags: argparse.Namespace, case: Case, source: Path, quantization: ModuleType, peers: ModuleType
 ) -> list[Row]:
     """A row of each, from one model."""
-    from megatron_export import export_hf_checkpoint, topology
-    from megatron_export.cpu import without_cuda
+    from megatron_export import export_hf_checkpoint
+    from megatron_export.mcore import parallel_state
+    from megatron_export.mcore.cpu_compat import without_cuda
 
     out = flags.output.resolve() / "run"
-    with topology.current() as here:
+    with parallel_state.current() as here:
         device = here.device
         model = built(case.config, here, TOKENS)
     statistics = made_up(case.told.plan)
@@ -101,7 +102,7 @@ def _rows(
 
 def built(config: dict, here: Any, tokens: int) -> Any:
     """A model for so many tokens, with weights made from their names."""
-    from megatron_export import build
+    from megatron_export.mcore import build
 
     model = build.build_model(config, here, max_sequence_length=tokens)
     fill(model, config, here)

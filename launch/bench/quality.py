@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_export.cli import EXAMPLE_MODEL, bar
-from megatron_export.emulation import bits_per_weight, load
-from megatron_export.errors import ExportError
+from megatron_export.cli.export_command import EXAMPLE_MODEL, bar
+from megatron_export.common.errors import ExportError
 from megatron_export.formats import FORMATS, KV_FORMATS
-from megatron_export.perplexity import WINDOW, of_window, windows_of
+from megatron_export.verify.emulation import bits_per_weight, load
+from megatron_export.verify.perplexity import WINDOW, of_window, windows_of
 
 from .markdown import markdown
 from .measuring import alone
@@ -127,22 +127,25 @@ def rows_of(formats: list[str]) -> list[Row]:
 
 def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, Path]:
     """Calibrate the model once and export every row from it: label -> folder."""
-    from megatron_export import assets, build, calibrate, calibration_data, export_hf_checkpoint, loading, topology
+    from megatron_export import calibrate, export_hf_checkpoint
+    from megatron_export.calibration import data as calibration_data
+    from megatron_export.checkpoint import hf_folder
+    from megatron_export.mcore import build, load_hf, parallel_state
 
     rows = rows_of(flags.formats)
     folders = {row.label: output / row.label.replace(",", "").replace(" ", "_") for row in rows}
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:
         raise ExportError(f"{', '.join(taken)} exists already. Give another --output, or delete it")
-    source = assets.find_model(flags.hf_model, weights=True)
+    source = hf_folder.find_model(flags.hf_model, weights=True)
     data = flags.calib_data or EXAMPLE_MODEL / "calibration.txt"
     shape = {"samples": flags.calib_samples, "length": flags.calib_seq_len}
     samples = calibration_data.read_samples(data, source, **shape)
     alone()
-    with topology.started(1, 1, device):
-        with topology.current() as here:
-            config = assets.read_config(source)
+    with parallel_state.started(1, 1, device):
+        with parallel_state.current() as here:
+            config = hf_folder.read_config(source)
             model = build.build_model(config, here, max_sequence_length=samples.shape[1])
-            loading.load_hf_weights(model, source, config, here)
+            load_hf.load_hf_weights(model, source, config, here)
         found = calibrate(model, samples.split(MICRO_BATCH), format=flags.formats, progress=bar)
         for row in bar("export", rows):
             export_hf_checkpoint(

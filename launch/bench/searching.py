@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_export.errors import ExportError
-from megatron_export.sizes import readable
+from megatron_export.common.errors import ExportError
+from megatron_export.common.text import readable
 
 from .exporting import add_model
 from .markdown import markdown
@@ -43,7 +43,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def search(flags: argparse.Namespace) -> None:
     """Time both, one after the other, on one model."""
-    from megatron_export import calibrate, topology
+    from megatron_export import calibrate
+    from megatron_export.mcore import parallel_state
 
     if min(flags.samples, flags.tokens, flags.batch) < 1:
         raise ExportError("--samples, --tokens and --batch must be at least 1")
@@ -56,8 +57,8 @@ def search(flags: argparse.Namespace) -> None:
     shape = flags.samples, flags.tokens
     tokens = torch.randint(config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
     batches = tokens.split(flags.batch)
-    with topology.started(1, 1, device):
-        with topology.current() as here:
+    with parallel_state.started(1, 1, device):
+        with parallel_state.current() as here:
             model = built(config, here, flags.tokens)
         ours = partial(calibrate, model, batches, format=flags.format)
         rows = [_row("megatron_export", ours, tokens.numel(), here.device)]
@@ -72,7 +73,7 @@ def search(flags: argparse.Namespace) -> None:
 
 
 def _quantized(quantization: Any, model: Any, name: str, batches: tuple[Tensor, ...], device: torch.device) -> None:
-    from megatron_export.cpu import without_cuda
+    from megatron_export.mcore.cpu_compat import without_cuda
 
     with without_cuda(device), torch.no_grad():
         quantization.quantize(model, getattr(quantization, name), lambda model: [run_on(model, ids) for ids in batches])

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from megatron_export.checking import of_folder
-from megatron_export.emulation import EmulatedLinear, load, not_rounded
+from megatron_export.common.errors import ExportError
 from megatron_export.engines import GPUS, judged
-from megatron_export.errors import ExportError
-from megatron_export.perplexity import BATCH, WINDOW, of_window, windows_of
+from megatron_export.planning.engine_check import of_folder
+from megatron_export.verify.emulation import EmulatedLinear, load, not_rounded
+from megatron_export.verify.perplexity import BATCH, WINDOW, of_window, windows_of
 
 from . import vllm_process
 from .markdown import markdown

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megatron_export.errors import ExportError
-from megatron_export.measured import needed_by
-from megatron_export.names import Source, is_expert, parameters_of
-from megatron_export.plan import Plan
+from megatron_export.calibration.lookup import needed_by
+from megatron_export.common.errors import ExportError
+from megatron_export.models import Source, is_expert, parameters_of
+from megatron_export.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from megatron_export.topology import Topology
+    from megatron_export.mcore.parallel_state import Topology
 
 STD = 0.02
 NUMBERS = 1 << 20  # of the vector; rows begin at different places of it
@@ -68,9 +68,9 @@ SHAPES = {
 def config_of(shape: str, hf_model: str | None, layers: int | None) -> dict:
     """The config of a known shape, or of a model's folder, perhaps with another number of layers."""
     if hf_model:
-        from megatron_export import assets
+        from megatron_export.checkpoint import hf_folder
 
-        config = assets.read_config(assets.find_model(hf_model, weights=False))
+        config = hf_folder.read_config(hf_folder.find_model(hf_model, weights=False))
     else:
         config = SHAPES[shape]
     if layers is not None and layers < 1:
@@ -106,8 +106,8 @@ class MadeWeights:
 
 def fill(model: nn.Module | list[nn.Module], config: dict, here: "Topology") -> None:
     """Give a model the weights that its parameters' names mean."""
-    from megatron_export.loading import shard_of
-    from megatron_export.model import shards_of
+    from megatron_export.mcore.load_hf import shard_of
+    from megatron_export.mcore.model import shards_of
 
     weights, sources = MadeWeights(here.device), parameters_of(config)
     for name, shard in shards_of(model).items():

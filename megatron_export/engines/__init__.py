@@ -11,7 +11,7 @@ judge     checkpoint, version, GPU, tensor-parallel size -> what it finds
 from types import ModuleType
 
 from . import sglang, tensorrt_llm, vllm
-from .checkpoint import Checkpoint, Header
+from .checkpoint_view import Checkpoint, Header
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 

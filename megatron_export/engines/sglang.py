@@ -1,11 +1,11 @@
 """What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, its kernels were not."""
 
-from .checkpoint import Checkpoint, Group
-from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .checkpoint_view import Checkpoint, Group
+from .checks import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL, GPUS
-from .matching import JOINED, Names, sglang_excluded, sglang_skipped
-from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .sharing import check_shared
+from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .tensor_parallel import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"

@@ -1,11 +1,11 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
 
-from .checkpoint import Checkpoint, Group
-from .common import AGAIN, check_experts, check_files, check_linears, check_model
+from .checkpoint_view import Checkpoint, Group
+from .checks import AGAIN, check_experts, check_files, check_linears, check_model
+from .exclude_lists import Names, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
-from .matching import Names, tensorrt_llm
-from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .sharing import check_shared
+from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .tensor_parallel import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from .checkpoint import Checkpoint, Group
-from .common import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .checkpoint_view import Checkpoint, Group
+from .checks import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .exclude_lists import Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
-from .matching import Names, vllm_exactly, vllm_modelopt
-from .reading import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .sharing import check_shared
+from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
+from .tensor_parallel import check_shared
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "vLLM", "0.32.0"

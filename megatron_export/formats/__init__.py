@@ -11,9 +11,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..errors import ExportError
-from ..piece import Amax, Axis, Piece, join
-from . import bf16, fp8, fp8_pb, int4_awq, kernels, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
+from ..common.errors import ExportError
+from ..common.piece import Amax, Axis, Piece, join
+from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
 from .form import Form, Options, Smoothing, row_strips
 
 __all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode"]
@@ -46,7 +46,7 @@ def chosen_kv(name: str) -> ModuleType | None:
 
 def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """`form.encode` in strips of whole tiles; on CUDA by a kernel with the same result, where there is one."""
-    if kernel := kernels.kernel_of(form, weight, amax):
+    if kernel := cuda_kernels.kernel_of(form, weight, amax):
         return kernel(weight, amax)
     strips = [
         form.encode(weight[rows], amax if amax.clip is None else amax.strip(rows))

@@ -8,7 +8,7 @@ quantized, the input is divided by it, and the product stays the same:
     w   mean over output rows of |weight| / largest |weight| of its group, in bfloat16
 
 What a checkpoint and a calibration file hold is p = 1 / s, float32: the quantized weight is bfloat16(float32(w) / p).
-The search for alpha is in search.py. Source: AWQ, arXiv 2306.00978; the constants and roundings are ModelOpt 0.47's.
+The search for alpha is in calibration/awq_search.py. Source: AWQ, arXiv 2306.00978; constants and roundings are ModelOpt 0.47's.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import int4, kernels, nvfp4
+from . import cuda_kernels, int4, nvfp4
 from .form import row_strips
 
 ALPHAS = tuple(torch.arange(0, 1.1, 0.1).tolist())  # 0 to 1 in float32 steps
@@ -46,9 +46,9 @@ def _int4(weight: Tensor, amax: Tensor | None, group: int) -> Tensor:
 
 
 SEARCHES = {
-    "int4_g128": Search(128, False, partial(_int4, group=128), partial(kernels.rounded_int4, group=128)),
-    "int4_g64": Search(64, False, partial(_int4, group=64), partial(kernels.rounded_int4, group=64)),
-    "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded, kernels.rounded_nvfp4),
+    "int4_g128": Search(128, False, partial(_int4, group=128), partial(cuda_kernels.rounded_int4, group=128)),
+    "int4_g64": Search(64, False, partial(_int4, group=64), partial(cuda_kernels.rounded_int4, group=64)),
+    "nvfp4": Search(nvfp4.BLOCK, True, nvfp4.rounded, cuda_kernels.rounded_nvfp4),
 }
 SHARED = "_shared"  # ends the key of a search that gives the queries of a group one vector
 
@@ -60,7 +60,7 @@ def search_of(key: str) -> Search:
 
 def rounded(search: Search, weight: Tensor, factors: Tensor, amax: Tensor | None) -> Tensor:
     """`search.rounded` of weight * factors, bfloat16 [out, in] and [in], in strips of rows; on CUDA by a kernel."""
-    if kernels.readable(weight) and weight.shape[1] % search.group == 0 and kernels.works(weight.device):
+    if cuda_kernels.readable(weight) and weight.shape[1] % search.group == 0 and cuda_kernels.works(weight.device):
         return search.kernel(weight, factors.contiguous(), amax)
     made = torch.empty_like(weight)
     for rows in row_strips(weight, 1):
@@ -79,8 +79,8 @@ def largest(weight: Tensor, factors: Tensor) -> Tensor:
 
 def squares(product: Tensor, expected: Tensor) -> Tensor:
     """Sum of squares of bfloat16(product) - expected, a bfloat16 difference, of one shape: float64 []."""
-    if product.is_cuda and product.dtype == torch.float32 and kernels.works(product.device):
-        return kernels.squares(product.contiguous(), expected.contiguous())
+    if product.is_cuda and product.dtype == torch.float32 and cuda_kernels.works(product.device):
+        return cuda_kernels.squares(product.contiguous(), expected.contiguous())
     return (product.to(torch.bfloat16) - expected).float().square().sum(dtype=torch.float64)
 
 

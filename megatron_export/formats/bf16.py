@@ -2,7 +2,7 @@
 
 from torch import Tensor, bfloat16
 
-from ..piece import Amax, Axis, Piece
+from ..common.piece import Amax, Axis, Piece
 from .form import Form, Options
 
 NAME = "bf16"

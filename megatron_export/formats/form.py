@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..piece import Amax, Piece
+from ..common.piece import Amax, Piece
 
 STRIP_ELEMENTS = 1 << 20
 CUDA_STRIP_ELEMENTS = 1 << 22

@@ -15,7 +15,7 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo FP8.
 import torch
 from torch import Tensor
 
-from ..piece import Amax, Axis, Piece
+from ..common.piece import Amax, Axis, Piece
 from .form import Form, Options
 
 NAME = "fp8"

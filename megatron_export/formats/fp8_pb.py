@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..piece import Amax, Axis, Piece
+from ..common.piece import Amax, Axis, Piece
 from .form import Form, Options
 from .fp8 import E4M3_MAX, scale_of
 

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..piece import Amax, Axis, Piece
+from ..common.piece import Amax, Axis, Piece
 from .form import Form, Options, Smoothing
 from .fp8 import scale_of
-from .nibbles import pack, unpack
+from .packing import pack, unpack
 
 INT4_MAX = 7.0
 INT4_MIN = -8.0

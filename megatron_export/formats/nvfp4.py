@@ -19,10 +19,10 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo NVFP4; e2m1 as in the OCP M
 import torch
 from torch import Tensor
 
-from ..piece import Amax, Axis, Piece
+from ..common.piece import Amax, Axis, Piece
 from .form import Form, Options
 from .fp8 import E4M3_MAX, scale_of
-from .nibbles import pack, unpack
+from .packing import pack, unpack
 
 NAME = "nvfp4"
 BLOCK = 16

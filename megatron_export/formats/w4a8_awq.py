@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..piece import Amax, Piece
+from ..common.piece import Amax, Piece
 from . import int4
 from .form import Form, Options
 from .fp8 import E4M3_MAX, scale_of

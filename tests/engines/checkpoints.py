@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_export.checking import expected_of, of_plan
 from megatron_export.engines import Checkpoint, Header
-from megatron_export.plan import assumed, make_plan
+from megatron_export.planning.engine_check import expected_of, of_plan
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..models import GOLDEN, read_json
 

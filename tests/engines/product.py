@@ -70,15 +70,16 @@ def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str
     import torch
     from safetensors.torch import load_file
 
-    from megatron_export import ExportError, calibrate, export_hf_checkpoint, loading, topology
-    from megatron_export.build import build_model
+    from megatron_export import ExportError, calibrate, export_hf_checkpoint
+    from megatron_export.mcore import load_hf, parallel_state
+    from megatron_export.mcore.build import build_model
 
     config = read_json(model / "config.json")
     refused = {}
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             built = build_model(config, here, max_sequence_length=LENGTH)
-            loading.load_hf_weights(built, model, config, here)
+            load_hf.load_hf_weights(built, model, config, here)
         ids = load_file(model.parent / "ids" / "calibration.safetensors")["input_ids"]
         measured = None
         for name in names:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.checking import of_folder
 from megatron_export.engines import Verdict, judged
+from megatron_export.planning.engine_check import of_folder
 
 from ..ranks import Ranks, living
 from .asking import EVERY, exported, tried

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from launch.bench.serving import through_vllm
 from launch.bench.vllm_process import of_scales
-from megatron_export.checking import of_folder
 from megatron_export.engines import Effect, judged, vllm
-from megatron_export.engines.matching import Names, Partly, full, vllm_exactly, vllm_modelopt
-from megatron_export.perplexity import of_window
+from megatron_export.engines.exclude_lists import Names, Partly, full, vllm_exactly, vllm_modelopt
+from megatron_export.planning.engine_check import of_folder
+from megatron_export.verify.perplexity import of_window
 
 from ..ranks import Ranks, living
 from .asking import EVERY, exported, tried

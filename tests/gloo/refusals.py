@@ -23,7 +23,7 @@ def import_everything() -> None:
     """So that the first test's seconds are not spent on imports."""
     import transformers  # noqa: F401
 
-    import megatron_export.job  # noqa: F401
+    import megatron_export.cli.run  # noqa: F401
 
 
 def command_during(fault: Callable[[], AbstractContextManager], *flags: object) -> tuple[int, str, str]:

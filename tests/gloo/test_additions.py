@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_export import ExportError, calibrate, export_hf_checkpoint, topology
-from megatron_export.build import build_model
-from megatron_export.loading import load_hf_weights
-from megatron_export.model import experts_of, linears_of
-from megatron_export.names import parameters_of
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.model import experts_of, linears_of
+from megatron_export.models import parameters_of
 
 from ..additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, factors, quantize, vector_of
 from ..models import LENGTH, assert_same, make_model, read_json, tensors
@@ -125,7 +126,7 @@ def group(model: nn.Module) -> None:
 def export_experts(source: Path, out: Path, ep: int, grouped: bool) -> None:
     """In a rank: export experts with quantizers, and one layer's attention without."""
     config = read_json(source / "config.json")
-    with topology.started(1, 1, "cpu", ep=ep), topology.current() as here:
+    with parallel_state.started(1, 1, "cpu", ep=ep), parallel_state.current() as here:
         model = build_model(config, here, max_sequence_length=LENGTH)
         load_hf_weights(model, source, config, here)
         quantize(model, FP8, FP8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_export import statistics
+from megatron_export.calibration import statistics
 
 from ..models import EXAMPLE, LENGTH, read_json, tensors
 from ..ranks import Ranks

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.checkpoint import Checkpoint
-from megatron_export.iteration import find_iteration
-from megatron_export.names import parameters_of
+from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist_iteration import find_iteration
+from megatron_export.models import parameters_of
 
 from ..models import make_model, read_json
 from ..ranks import Ranks, living

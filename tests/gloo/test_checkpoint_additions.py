@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_export import calibrate, export_hf_checkpoint, save_calibration
-from megatron_export.names import parameters_of
+from megatron_export.models import parameters_of
 
 from ..additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, describe_adapters, prepare_to_save, quantize
 from ..models import assert_same, make_model, read_json, tensors

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.checkpoint import Checkpoint
-from megatron_export.iteration import find_iteration
-from megatron_export.names import parameters_of
-from megatron_export.piece import Axis
+from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist_iteration import find_iteration
+from megatron_export.common.piece import Axis
+from megatron_export.models import parameters_of
 
 from ..models import add_mtp, assert_same, make_model, read_json
 from ..ranks import Ranks, living

@@ -5,10 +5,12 @@ from unittest import mock
 
 import torch
 
-from megatron_export import export_hf_checkpoint, filing, topology
-from megatron_export.build import build_model
-from megatron_export.checkpoint import Checkpoint
-from megatron_export.iteration import find_iteration
+from megatron_export import export_hf_checkpoint
+from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist_iteration import find_iteration
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.planning import shard_files
 
 from ..models import EXAMPLE
 from ..ranks import Ranks
@@ -19,8 +21,8 @@ from .test_memory import BUCKET, CONFIG, measure, resident
 def save_random(folder: Path, layers: int) -> None:
     """In a rank: a model of so many layers, 3.5 million numbers each."""
     config = CONFIG | {"num_hidden_layers": layers}
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=1, initialize=True)
         save(model, folder, config)
@@ -30,9 +32,9 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
     """Bytes by which this rank's memory rose during an fp8_pb export of a checkpoint, opening it included."""
     config = CONFIG | {"num_hidden_layers": layers}
     with (
-        topology.started(1, 1, "cpu"),
-        mock.patch.object(filing, "BUCKET_BYTES", BUCKET),
-        mock.patch("megatron_export.assets.read_config", lambda _: config),
+        parallel_state.started(1, 1, "cpu"),
+        mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
+        mock.patch("megatron_export.checkpoint.hf_folder.read_config", lambda _: config),
     ):
         before = measure()
         checkpoint = Checkpoint(find_iteration(saved, None), config)

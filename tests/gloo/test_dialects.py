@@ -15,11 +15,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_export import ExportError, calibrate, export_hf_checkpoint, gather
-from megatron_export.build import build_model
-from megatron_export.gather import whole
-from megatron_export.loading import load_hf_weights
-from megatron_export.topology import Topology, current, started
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
+from megatron_export.distributed import collectives
+from megatron_export.distributed.collectives import whole
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.parallel_state import Topology, current, started
 
 from ..models import LENGTH, assert_same, make_model, read_json, tensors
 from ..ranks import Ranks
@@ -204,7 +205,7 @@ def refusal(source: Path, out: Path, sizes: dict) -> tuple[str, list[str]]:
         model, here = load(source)
         wrong(model, here)
         movers = {
-            name: stack.enter_context(mock.patch.object(gather, name, wraps=getattr(gather, name)))
+            name: stack.enter_context(mock.patch.object(collectives, name, wraps=getattr(collectives, name)))
             for name in ("deliver", "whole", "maximum", "total", "spread")
         }
         try:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.checking import of_folder, of_plan, verdicts
-from megatron_export.names import copied_prefixes
-from megatron_export.plan import assumed, make_plan
-from megatron_export.source import copied_tensors
+from megatron_export.checkpoint.hf_weights import copied_tensors
+from megatron_export.models import copied_prefixes
+from megatron_export.planning.engine_check import of_folder, of_plan, verdicts
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..engines import product
 from ..models import read_json

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_export import calibrate
-from megatron_export.build import build_model
-from megatron_export.loading import load_hf_weights
-from megatron_export.topology import current, started
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.parallel_state import current, started
 
 from ..models import LENGTH, SAMPLES, assert_same, make_model, read_json, tensors
 from ..ranks import Ranks

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, loading, topology
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
+from megatron_export.checkpoint import hf_folder
+from megatron_export.mcore import build, load_hf, parallel_state
 
 from ..models import make_model, same, tensors
 from ..ranks import Ranks
@@ -20,10 +22,10 @@ def ids(count: int) -> torch.Tensor:
 
 def calibrated(source: Path, shares: list[list[int]]) -> str:
     """In a rank of EP=2: what a calibration says when the replicas are given batches of these sizes."""
-    config = assets.read_config(source)
-    with topology.started(1, 1, "cpu", ep=2), topology.current() as here:
+    config = hf_folder.read_config(source)
+    with parallel_state.started(1, 1, "cpu", ep=2), parallel_state.current() as here:
         model = build.build_model(config, here, max_sequence_length=24)
-        loading.load_hf_weights(model, source, config, here)
+        load_hf.load_hf_weights(model, source, config, here)
         try:
             calibrate(model, [ids(size) for size in shares[here.rank]])
         except ExportError as error:
@@ -74,9 +76,9 @@ CONTRADICTIONS = {
 
 def contradicted(source: Path, out: Path, name: str, value: object) -> str:
     """In a rank: what an export says of a model with another setting than config.json's."""
-    config = assets.read_config(source)
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    config = hf_folder.read_config(source)
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build.build_model(config, here, max_sequence_length=None)
         setattr(model.config, name, value)
         model.config.kv_channels = 128  # which latent attention does not read

@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_export import gather, staging
-from megatron_export.errors import ExportError
+from megatron_export.common.errors import ExportError
+from megatron_export.distributed import collectives
+from megatron_export.writing import staging
 
 from ..models import read_json, tensors
 from ..ranks import Ranks
@@ -108,7 +109,7 @@ def broken_encoder() -> AbstractContextManager:
 
 def late_nan() -> AbstractContextManager:
     """Rank 1's part of the live model's last linear is NaN, which no activation shows."""
-    from megatron_export import loading
+    from megatron_export.mcore import load_hf
 
     def replacement(real: Callable) -> Callable:
         def load(model: Any, *args: Any) -> int:
@@ -118,7 +119,7 @@ def late_nan() -> AbstractContextManager:
 
         return load
 
-    return on_rank(1, loading, "load_hf_weights", replacement)
+    return on_rank(1, load_hf, "load_hf_weights", replacement)
 
 
 def no_memory_to_send() -> AbstractContextManager:
@@ -128,7 +129,7 @@ def no_memory_to_send() -> AbstractContextManager:
 
         return packed
 
-    return on_rank(1, gather, "_packed", replacement)
+    return on_rank(1, collectives, "_packed", replacement)
 
 
 def no_memory_to_receive() -> AbstractContextManager:
@@ -138,7 +139,7 @@ def no_memory_to_receive() -> AbstractContextManager:
 
         return unpack
 
-    return on_rank(0, gather, "_unpack", replacement)
+    return on_rank(0, collectives, "_unpack", replacement)
 
 
 FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {
@@ -181,11 +182,11 @@ def test_a_small_disk_is_noticed_before_any_work(source: Path, output: Path, ran
 
 def message_during(fault: Callable[[], AbstractContextManager], *flags: object) -> str:
     """In a rank: the message of the `ExportError` that it raises while `fault()` is open."""
-    from megatron_export import cli, job
+    from megatron_export.cli import export_command, run
 
-    config = cli.parse([str(flag) for flag in flags], first=False)
+    config = export_command.parse([str(flag) for flag in flags], first=False)
     with fault(), pytest.raises(ExportError) as refusal:
-        job.run(config, cli.EXAMPLE_MODEL, lambda stage, steps: steps)
+        run.run(config, export_command.EXAMPLE_MODEL, lambda stage, steps: steps)
     return str(refusal.value)
 
 

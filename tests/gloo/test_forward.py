@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_export import assets, build, loading, topology
-from megatron_export.cpu import without_cuda
+from megatron_export.checkpoint import hf_folder
+from megatron_export.mcore import build, load_hf, parallel_state
+from megatron_export.mcore.cpu_compat import without_cuda
 
 from ..models import ARCHITECTURES, auto_model, make_model
 from ..ranks import Ranks
@@ -14,12 +15,12 @@ from ..ranks import Ranks
 
 def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
     """This rank's columns of the logits [batch, tokens, vocabulary / tp]."""
-    config = assets.read_config(source)
+    config = hf_folder.read_config(source)
     biased = config["architectures"] == ["GptOssForCausalLM"]  # whose experts Megatron-Core does not cut
-    with topology.started(tp, 1, "cpu", etp=1 if biased else None), topology.current() as here:
+    with parallel_state.started(tp, 1, "cpu", etp=1 if biased else None), parallel_state.current() as here:
         length = ids.shape[1]
         model = build.build_model(config, here, max_sequence_length=length, dtype=torch.float32)
-        loading.load_hf_weights(model, source, config, here)
+        load_hf.load_hf_weights(model, source, config, here)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         with torch.no_grad(), without_cuda():
             return model.eval()(ids, torch.arange(length).expand_as(ids), mask)

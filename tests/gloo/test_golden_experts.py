@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_export import statistics
+from megatron_export.calibration import statistics
 
 from ..models import GOLDEN, assert_same, read_json, same, tensors
 from ..ranks import Ranks

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_export import ExportError, statistics
-from megatron_export.formats import nibbles
+from megatron_export import ExportError
+from megatron_export.calibration import statistics
+from megatron_export.formats import packing
 
 from ..models import GOLDEN, assert_same, read_json, same, tensors
 from ..ranks import Ranks, command
@@ -132,7 +133,7 @@ def test_an_awq_search_of_a_whole_model_comes_out_as_modelopt_did(
     for key in vectors:
         torch.testing.assert_close(ours[key], golden[key], rtol=2**-7, atol=0)
         codes = key.replace("pre_quant_scale", "weight")
-        assert (nibbles.unpack(ours[codes], 0) == nibbles.unpack(golden[codes], 0)).float().mean() > 0.99
+        assert (packing.unpack(ours[codes], 0) == packing.unpack(golden[codes], 0)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_export import calibrate, export_hf_checkpoint, statistics
-from megatron_export.build import build_model
+from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export.calibration import statistics
+from megatron_export.common.piece import Amax
 from megatron_export.formats import chosen, encode
-from megatron_export.loading import load_hf_weights
-from megatron_export.piece import Amax
-from megatron_export.topology import current, started
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.parallel_state import current, started
 
 from ..models import LENGTH, assert_same, contents, read_json, same, tensors
 from ..ranks import Ranks, command, living

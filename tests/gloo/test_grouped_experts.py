@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_export import assets, build, calibrate, loading, topology
-from megatron_export.model import experts_of
+from megatron_export import calibrate
+from megatron_export.checkpoint import hf_folder
+from megatron_export.mcore import build, load_hf, parallel_state
+from megatron_export.mcore.model import experts_of
 
 from ..models import assert_same
 from ..ranks import Ranks
@@ -44,11 +46,11 @@ class GroupedMLP(nn.Module):
 
 def both(source: Path, ep: int, all_experts: bool) -> list[dict[str, Tensor]]:
     """In a rank: the statistics of a model, and of the same one with its experts grouped."""
-    config, found = assets.read_config(source), []
+    config, found = hf_folder.read_config(source), []
     ids = torch.randint(0, 500, (4, 24), generator=torch.Generator().manual_seed(3))
-    with topology.started(1, 1, "cpu", ep=ep), topology.current() as here:
+    with parallel_state.started(1, 1, "cpu", ep=ep), parallel_state.current() as here:
         model = build.build_model(config, here, max_sequence_length=24)
-        loading.load_hf_weights(model, source, config, here)
+        load_hf.load_hf_weights(model, source, config, here)
         for _ in range(2):
             batches = list(ids.split(2))[here.dp_rank :: here.dp_size]
             found.append(calibrate(model, batches, format=("nvfp4_awq", "fp8"), awq_clip=True, all_experts=all_experts))

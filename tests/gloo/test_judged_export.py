@@ -104,7 +104,7 @@ def test_rank_0_uploads_what_was_published(ranks: Ranks, models: dict[str, Path]
 def test_a_published_checkpoint_that_was_touched_is_found_by_its_manifest(
     ranks: Ranks, models: dict[str, Path], output: Path
 ) -> None:
-    from megatron_export import commands
+    from megatron_export.cli import commands
 
     ((status, said),) = ranks.call(1, command, *flags(models["llama31"], output, "--format", "fp8"))
     assert status == 0, said

@@ -18,12 +18,13 @@ from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_export import calibrate, export_hf_checkpoint, topology
-from megatron_export.build import build_model
-from megatron_export.cpu import without_cuda
-from megatron_export.loading import load_hf_weights
-from megatron_export.model import linear_input, shards_of
-from megatron_export.topology import Topology
+from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export.mcore import parallel_state as topology
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.cpu_compat import without_cuda
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.model import linear_input, shards_of
+from megatron_export.mcore.parallel_state import Topology
 
 from ..models import EXAMPLE, LENGTH, assert_same, read_json, same, tensors
 from ..ranks import Ranks

@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_export import ExportError, calibrate, export_hf_checkpoint, loading, topology
-from megatron_export.build import build_model
-from megatron_export.contradictions import contradictions
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
+from megatron_export.checkpoint.hf_weights import copied_tensors
+from megatron_export.common.piece import Amax
 from megatron_export.formats import chosen, encode
-from megatron_export.names import settings_of, unscaled_rope_settings
-from megatron_export.piece import Amax
-from megatron_export.plan import assumed, make_plan
-from megatron_export.source import copied_tensors
+from megatron_export.mcore import load_hf, parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.config_check import contradictions
+from megatron_export.models import settings_of, unscaled_rope_settings
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..models import LENGTH, assert_same, make_model, read_json, same, tensors
 from ..ranks import Ranks, command, living
@@ -28,10 +29,10 @@ SEEN = ("vision_model.", "multi_modal_projector.")
 def exports(source: Path, out: Path, ep: int) -> None:
     """In a rank: fp8, fp8_pb and nvfp4."""
     config = read_json(source / "config.json")
-    with topology.started(1, 1, "cpu", ep=ep):
-        with topology.current() as here:
+    with parallel_state.started(1, 1, "cpu", ep=ep):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=LENGTH)
-            loading.load_hf_weights(model, source, config, here)
+            load_hf.load_hf_weights(model, source, config, here)
         ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
         measured = calibrate(model, ids.split(2)[here.dp_rank :: here.dp_size])
         for form in ("fp8", "fp8_pb", "nvfp4"):
@@ -191,10 +192,10 @@ def all_experts(source: Path) -> tuple[dict[str, float], float]:
     its score for any expert.
     """
     config = read_json(source / "config.json")
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=LENGTH)
-            loading.load_hf_weights(model, source, config, here)
+            load_hf.load_hf_weights(model, source, config, here)
         ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
         layer, products = model.decoder.layers[1].mlp, []
 
@@ -253,7 +254,7 @@ def test_modules_are_excluded_by_the_names_that_files_have(glob: str, models: di
 def norms_everywhere(source: Path) -> list[str]:
     """In a rank: what is said of a model as Megatron's own spec makes it, with a norm in every layer."""
     config = read_json(source / "config.json")
-    with topology.started(1, 1, "cpu"), topology.current() as here:
+    with parallel_state.started(1, 1, "cpu"), parallel_state.current() as here:
         model = build_model(config, here, max_sequence_length=LENGTH)
         attentions = [layer.self_attention for layer in model.decoder.layers]
         attentions[3].q_layernorm = attentions[0].q_layernorm

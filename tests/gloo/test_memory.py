@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_export import export_hf_checkpoint, filing, topology
-from megatron_export.build import build_model
-from megatron_export.model import chunks_of
-from megatron_export.names import parameters_of
+from megatron_export import export_hf_checkpoint
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.model import chunks_of
+from megatron_export.models import parameters_of
+from megatron_export.planning import shard_files
 
 from ..models import EXAMPLE, read_json
 from ..ranks import Ranks
@@ -49,13 +51,13 @@ def peak_of_export(folder: Path, layers: int) -> int:
         for name in parameters_of(config)
         if "linear" in name
     }
-    with topology.started(2, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(2, 1, "cpu"):
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=1, initialize=True)
         with (
-            mock.patch.object(filing, "BUCKET_BYTES", BUCKET),
-            mock.patch("megatron_export.assets.read_config", lambda _: config),
+            mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
+            mock.patch("megatron_export.checkpoint.hf_folder.read_config", lambda _: config),
         ):
             before = measure()
             export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
@@ -71,12 +73,12 @@ def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
     config = LARGE | {"num_hidden_layers": layers}
     linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
     statistics = {f"{name}input_amax": torch.tensor(1.0) for name in linears}
-    with topology.started(2, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(2, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=1)
         weights = [parameter.data.fill_(0.02) for chunk in chunks_of(model) for parameter in chunk.parameters()]
         nbytes = sum(weight.nbytes for weight in weights)
-        with mock.patch("megatron_export.assets.read_config", lambda _: config):
+        with mock.patch("megatron_export.checkpoint.hf_folder.read_config", lambda _: config):
             measure()
             export_hf_checkpoint(
                 model, folder, hf_model=EXAMPLE, format="fp8", calibration=statistics, max_shard_size=SHARD

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_export import calibrate, topology
-from megatron_export.build import build_model
+from megatron_export import calibrate
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
 
 from ..models import read_json
 from ..ranks import Ranks
@@ -19,8 +20,8 @@ def busy(config: dict) -> list[tuple[float, float]]:
     """In a rank: when its stage began and ended each micro-batch."""
     times: list[tuple[float, float]] = []
     begun: list[float] = []
-    with topology.started(1, 2, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(1, 2, "cpu"):
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=8, initialize=True)
 

@@ -12,15 +12,20 @@ import pytest
 import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_export import cli, export_hf_checkpoint, forecast, gather, statistics, topology
-from megatron_export.build import build_model
-from megatron_export.config import ExportConfig
-from megatron_export.model import chunks_of, shards_of
-from megatron_export.names import parameters_of, shape_of
-from megatron_export.placement import grid_of, stages_of
-from megatron_export.plan import Held, assumed, make_plan
-from megatron_export.preview import previewed
-from megatron_export.shard import header_of
+from megatron_export import export_hf_checkpoint
+from megatron_export.calibration import statistics
+from megatron_export.cli import export_command
+from megatron_export.cli.config import ExportConfig
+from megatron_export.cli.plan_command import previewed
+from megatron_export.distributed import collectives
+from megatron_export.export import memory_forecast
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.model import chunks_of, shards_of
+from megatron_export.models import parameters_of, shape_of
+from megatron_export.planning.plan import Held, assumed, make_plan
+from megatron_export.planning.rank_placement import grid_of, stages_of
+from megatron_export.writing.safetensors_file import header_of
 
 from ..models import EXAMPLE, read_json
 from ..ranks import Ranks, command, free_port
@@ -46,17 +51,17 @@ PLACES = [  # model, changes of its config, ranks, sizes
 def started(sizes: dict) -> Any:
     """Megatron's parallel state of these sizes."""
     rest = {name: sizes[name] for name in ("ep", "etp", "vpp") if name in sizes}
-    return topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest)
+    return parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest)
 
 
 def places(config: dict, sizes: dict) -> tuple[dict[str, Held], int]:
     """In a rank: where the parameters of a real model live, and the bytes of this rank's."""
-    with started(sizes), topology.current() as here:
+    with started(sizes), parallel_state.current() as here:
         model = build_model(config, here, max_sequence_length=None, pp_layout=sizes.get("pp_layout"))
         nbytes = sum(p.nbytes for chunk in chunks_of(model) for p in chunk.parameters())
         known = {shard.data_ptr() for chunk in chunks_of(model) for shard in chunk.parameters()}
         nbytes += sum(shard.nbytes for shard in shards_of(model).values() if shard.data_ptr() not in known)
-        return gather.locate(here, shards_of(model)), nbytes
+        return collectives.locate(here, shards_of(model)), nbytes
 
 
 @pytest.mark.parametrize(("name", "changes", "world", "sizes"), PLACES, ids=str)
@@ -66,7 +71,7 @@ def test_parameters_live_where_the_plan_says(
     config = read_json(models[name] / "config.json") | changes
     held = assumed(config, **{"tp": 1, "world": world, **sizes})
     grid = grid_of(config, **{"world": world, **sizes})
-    holdings = forecast._holdings(make_plan(config, held, format="bf16"), held, grid)
+    holdings = memory_forecast._holdings(make_plan(config, held, format="bf16"), held, grid)
     for rank, (located, nbytes) in enumerate(ranks.call(world, places, config, sizes)):
         assert located == held
         assert holdings[grid.place(rank)].weights == nbytes
@@ -85,20 +90,20 @@ def test_a_layout_means_what_megatron_means_by_it(layout: str) -> None:
 def wire(config: dict, source: Path, out: Path, sizes: dict, form: str) -> tuple[int, int]:
     """In a rank: the bytes that it sends to rank 0 in an export, and those that it sends elsewhere before."""
     sent = {True: 0, False: 0}
-    make_first, make_last = gather.parcel_to_first, gather.parcel_to_writer
+    make_first, make_last = collectives.parcel_to_first, collectives.parcel_to_writer
 
-    def counted(last: bool, parcel: gather.Parcel, rank: int) -> gather.Parcel:
+    def counted(last: bool, parcel: collectives.Parcel, rank: int) -> collectives.Parcel:
         sent[last] += parcel.mine.nbytes if parcel.mine is not None and parcel.to != rank else 0
         return parcel
 
     with started(sizes):
-        with topology.current() as here:
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=1, initialize=True)
             rank = here.rank
         with (
-            mock.patch.object(gather, "parcel_to_first", lambda *given: counted(False, make_first(*given), rank)),
-            mock.patch.object(gather, "parcel_to_writer", lambda *given: counted(True, make_last(*given), rank)),
+            mock.patch.object(collectives, "parcel_to_first", lambda *given: counted(False, make_first(*given), rank)),
+            mock.patch.object(collectives, "parcel_to_writer", lambda *given: counted(True, make_last(*given), rank)),
         ):
             export_hf_checkpoint(model, out, hf_model=source, format=form, max_shard_size="100KB")
     return sent[True], sent[False]
@@ -143,7 +148,7 @@ def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> N
     (status, dry), *others = ranks.call(4, command, *flags, *ids, "--dry-run")
     assert (status, others) == (0, [(0, "")] * 3), dry
     said: list[str] = []
-    assert cli.plan(lambda text, **kinds: said.append(text), ["plan", *map(str, flags)]) == 0
+    assert export_command.plan(lambda text, **kinds: said.append(text), ["plan", *map(str, flags)]) == 0
     plan = said[0].splitlines()
     different = [line.split("  ")[0] for line in plan if line not in dry.splitlines()]
     assert set(different) <= {"on disk"}  # what is free there may change meanwhile
@@ -224,7 +229,7 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
     assert abs(hollow(source, config) / nbytes - 1) < 0.02
     flags = ["--hf-model", str(source), "--format", form, "--device", "cpu"]
     told: list[str] = []
-    assert cli.plan(lambda text, **kinds: told.append(text), ["plan", *flags, "--json"]) == 0
+    assert export_command.plan(lambda text, **kinds: told.append(text), ["plan", *flags, "--json"]) == 0
     [expected] = json.loads(told[0])["peak_host_memory"]
     if form == "nvfp4":
         ones(tmp_path / "ones.safetensors", config)

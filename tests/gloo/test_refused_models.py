@@ -8,8 +8,10 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_export import ExportError, assets, build, calibrate, export_hf_checkpoint, loading, topology
-from megatron_export.cpu import without_cuda
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
+from megatron_export.checkpoint import hf_folder
+from megatron_export.mcore import build, load_hf, parallel_state
+from megatron_export.mcore.cpu_compat import without_cuda
 
 from ..models import EXAMPLE
 from ..ranks import Ranks, command
@@ -24,9 +26,9 @@ CONTRADICTIONS: dict[str, tuple[Any, str]] = {
 
 def refusal(folder: Path, name: str, value: object) -> str:
     """What an export says of a model whose TransformerConfig is not what config.json means."""
-    config = assets.read_config(EXAMPLE)
-    with topology.started(2, 1, "cpu"):
-        with topology.current() as here:
+    config = hf_folder.read_config(EXAMPLE)
+    with parallel_state.started(2, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build.build_model(config, here, max_sequence_length=None)
         setattr(model.config, name, value)
         try:
@@ -45,9 +47,9 @@ def test_a_model_that_computes_something_else_is_refused(name: str, ranks: Ranks
 
 
 def rotary_base_refusal(folder: Path) -> str:
-    config = assets.read_config(EXAMPLE)
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    config = hf_folder.read_config(EXAMPLE)
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build.build_model(config | {"rope_theta": 5e5}, here, max_sequence_length=8)
         try:
             export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="bf16")
@@ -64,11 +66,11 @@ def test_another_rotary_base_is_refused(ranks: Ranks, tmp_path: Path) -> None:
 
 def syncs(folder: Path, overlap: bool) -> list[dict]:
     """With which arguments the exports of a model in Megatron's DDP made it gather its parameters."""
-    config = assets.read_config(EXAMPLE)
-    with topology.started(1, 1, "cpu"):
-        with topology.current() as here:
+    config = hf_folder.read_config(EXAMPLE)
+    with parallel_state.started(1, 1, "cpu"):
+        with parallel_state.current() as here:
             model = build.build_model(config, here, max_sequence_length=16, initialize=True)
-            loading.load_hf_weights(model, EXAMPLE, config, here)
+            load_hf.load_hf_weights(model, EXAMPLE, config, here)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
         with without_cuda():
             wrapped = DistributedDataParallel(model.config, settings, model)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_export.journal import journal_of, kept
+from megatron_export.writing.journal import journal_of, kept
 
 from ..faults import Fault, export_with
 from ..models import LENGTH, contents, read_json

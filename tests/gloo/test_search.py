@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_export import topology
-from megatron_export.clipping import Clips
-from megatron_export.errors import ExportError
+from megatron_export.calibration.amax import Maxima
+from megatron_export.calibration.awq_clip import Clips
+from megatron_export.calibration.awq_search import Alphas
+from megatron_export.calibration.hooks import watching
+from megatron_export.calibration.statistics import channels
+from megatron_export.common.errors import ExportError
+from megatron_export.common.piece import Amax, Axis
 from megatron_export.formats import int4, nvfp4
 from megatron_export.formats.awq import ALPHAS, SEARCHES, SHARED
 from megatron_export.formats.int4 import CLIP_RATIOS
-from megatron_export.layout import QKV, Identity, Layout, Split
-from megatron_export.maxima import Maxima
-from megatron_export.names import cut_of
-from megatron_export.piece import Amax, Axis
-from megatron_export.search import Alphas
-from megatron_export.statistics import channels
-from megatron_export.topology import Topology
-from megatron_export.watching import watching
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.parallel_state import Topology
+from megatron_export.models import cut_of
+from megatron_export.models.layouts import QKV, Identity, Layout, Split
 
 from ..models import GOLDEN, assert_same, same
 from ..ranks import Ranks
@@ -89,7 +89,7 @@ def values_of() -> list[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def ready(tp: int, pp: int = 1) -> Iterator[Topology]:
-    with topology.started(tp, pp, "cpu"), topology.current() as here, torch.no_grad():
+    with parallel_state.started(tp, pp, "cpu"), parallel_state.current() as here, torch.no_grad():
         yield here
 
 
@@ -390,7 +390,7 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
     """In a rank: what a search finds when a column-parallel linear is called with its whole input, or with its rank's part
     of the sequence, as under sequence parallelism.
     """
-    with topology.started(2, 1, "cpu"), topology.current() as here:
+    with parallel_state.started(2, 1, "cpu"), parallel_state.current() as here:
         generator = torch.Generator().manual_seed(4)
         inputs = torch.randn(24, 2, 128, generator=generator).to(torch.bfloat16)
         weight = torch.randn(64, 128, generator=generator).to(torch.bfloat16)
@@ -400,10 +400,10 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
         called = inputs.chunk(2)[here.tp_rank] if sequence_parallel else inputs
         name = "decoder.layers.0.mlp.linear_fc1"
         with (
-            mock.patch("megatron_export.watching.linears_of", lambda model: {name: module}),
-            mock.patch("megatron_export.watching.attentions_of", lambda model: {}),
-            mock.patch("megatron_export.watching.experts_of", lambda model: {}),
-            mock.patch("megatron_export.watching.local_experts_of", lambda model: []),
+            mock.patch("megatron_export.calibration.hooks.linears_of", lambda model: {name: module}),
+            mock.patch("megatron_export.calibration.hooks.attentions_of", lambda model: {}),
+            mock.patch("megatron_export.calibration.hooks.experts_of", lambda model: {}),
+            mock.patch("megatron_export.calibration.hooks.local_experts_of", lambda model: []),
         ):
             maxima = Maxima(here, by_channel=True)
             with watching(here, module, maxima, 1, all_experts=False):
@@ -427,7 +427,7 @@ def test_parts_of_a_sequence_are_put_together_before_they_are_looked_at(ranks: R
 
 def overflowing() -> str:
     """In a rank: what is said of a linear whose bfloat16 output is infinite, on the second rank alone."""
-    with topology.started(1, 1, "cpu"), topology.current() as here:
+    with parallel_state.started(1, 1, "cpu"), parallel_state.current() as here:
         weight = torch.full((16, 128), 1e30 if here.rank else 1.0).to(torch.bfloat16)
         alphas = Alphas(here, {FC1: torch.ones(128)}, lambda name: ("nvfp4",), lambda values: values, {FC1: weight})
         alphas.linear(FC1, weight, torch.full((4, 128), 1e10).to(torch.bfloat16))

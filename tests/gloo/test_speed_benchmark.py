@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_export import export_hf_checkpoint, topology
-from megatron_export.build import build_model
-from megatron_export.plan import assumed, make_plan
+from megatron_export import export_hf_checkpoint
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..models import EXAMPLE, contents, read_json
 from ..ranks import Ranks
@@ -97,8 +98,8 @@ def made(launch: Path, config: dict, source: Path, out: Path, tp: int, ep: int) 
     sys.path.insert(0, str(launch))
     from bench.shapes import fill
 
-    with topology.started(tp, 1, "cpu", ep=ep):
-        with topology.current() as here:
+    with parallel_state.started(tp, 1, "cpu", ep=ep):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=None)
             fill(model, config, here)
         export_hf_checkpoint(model, out, hf_model=source, format="bf16")

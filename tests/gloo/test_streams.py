@@ -12,16 +12,16 @@ from torch import Tensor
 
 from megatron_export import (
     ExportError,
-    background,
     export_hf_checkpoint,
     export_hf_checkpoint_async,
     iter_hf_tensors,
     plan_hf_tensors,
-    topology,
 )
-from megatron_export.build import build_model
-from megatron_export.loading import load_hf_weights
-from megatron_export.model import shards_of
+from megatron_export.export import async_export
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.model import shards_of
 
 from ..models import assert_same, contents, read_json, same, tensors
 from ..ranks import Ranks
@@ -91,7 +91,7 @@ def told_of(source: Path, out: Path, how: str) -> str:
             (out / "precious").touch()
         room = 1 << 30 if how == "no memory" else 1 << 40
         try:
-            with mock.patch.object(background, "available", return_value=room):
+            with mock.patch.object(async_export, "available", return_value=room):
                 handle = export_hf_checkpoint_async(model, out, hf_model=source, format="bf16")
             if handle.process and how == "killed":
                 os.kill(handle.process.pid, signal.SIGKILL)
@@ -136,8 +136,8 @@ def streamed(source: Path, out: Path, form: str, sizes: dict, everywhere: bool) 
     """In a rank: what a plan gives for a model, and for the same model after a step of training; both exported too."""
     config = read_json(source / "config.json")
     rest = {name: sizes[name] for name in ("ep", "etp") if name in sizes}
-    with topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with topology.current() as here:
+    with parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=1)
             load_hf_weights(model, source, config, here)
         plan = plan_hf_tensors(model, hf_model=source, format=form, bucket_bytes=20_000)

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_export import calibrate, export_hf_checkpoint, export_hf_checkpoint_async, iter_hf_tensors
-from megatron_export.cpu import without_cuda
+from megatron_export.mcore.cpu_compat import without_cuda
 
 from ..models import EXAMPLE, LENGTH, contents, tensors
 from ..ranks import Ranks

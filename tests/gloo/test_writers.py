@@ -6,10 +6,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_export import export_hf_checkpoint, gather, topology
-from megatron_export.build import build_model
-from megatron_export.journal import kept
-from megatron_export.loading import load_hf_weights
+from megatron_export import export_hf_checkpoint
+from megatron_export.distributed import collectives
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.writing.journal import kept
 
 from ..faults import Fault, export_with, flags_of
 from ..models import assert_same, contents, read_json, tensors
@@ -29,12 +31,12 @@ def written(source: Path, out: Path, form: str, sizes: dict, nodes: tuple[int, .
     """In a rank: bytes sent, files by writer, and what of the checkpoint this rank holds and another writes, in bytes."""
     config = read_json(source / "config.json")
     rest = {name: sizes[name] for name in ("ep", "etp") if name in sizes}
-    with topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with topology.current() as here:
+    with parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
+        with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=1)
             load_hf_weights(model, source, config, here, dropped=("vision_model.", "multi_modal_projector."))
             rank = here.rank
-        with mock.patch.object(gather, "nodes", lambda here: nodes):
+        with mock.patch.object(collectives, "nodes", lambda here: nodes):
             report = export_hf_checkpoint(
                 model, out, hf_model=source, format=form, max_shard_size="60KB", writers=mode, sync=False
             )
@@ -96,8 +98,8 @@ def test_what_several_writers_have_completed_goes_on_with_one(fault: Fault, flag
 def elsewhere(source: Path, out: Path) -> None:
     """In a rank: rank 1 looks for the folder on a disk of its own."""
     config = read_json(source / "config.json")
-    with topology.started(2, 1, "cpu"):
-        with topology.current() as here:
+    with parallel_state.started(2, 1, "cpu"):
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             model = build_model(config, here, max_sequence_length=1, initialize=True)
             target = out if here.first else out.parent / "other" / out.name

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_export import formats, loading
+from megatron_export import formats
+from megatron_export.calibration.amax import Maxima
+from megatron_export.calibration.awq_search import Alphas
+from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.common.piece import Amax
 from megatron_export.formats import FORMATS, KV_FORMATS, Options, chosen
 from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, largest, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
-from megatron_export.maxima import Maxima
-from megatron_export.names import parameters_of
-from megatron_export.piece import Amax
-from megatron_export.search import Alphas
-from megatron_export.source import SourceWeights
+from megatron_export.mcore import load_hf
+from megatron_export.models import parameters_of
 
 from ..models import ARCHITECTURES, EXAMPLE, GOLDEN, LENGTH, SAMPLES, assert_same, make_model, read_json, same, tensors
 from ..pure.test_golden_vectors import alone
@@ -71,15 +72,15 @@ def test_a_search_rounds_and_weighs_on_cuda_as_on_the_cpu(name: str, seed: int) 
 
 
 def test_weights_reach_the_gpu_in_pieces_as_they_are_in_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "LOCKED_BYTES", 100_000)
+    monkeypatch.setattr(load_hf, "LOCKED_BYTES", 100_000)
     sources, whole = parameters_of(read_json(EXAMPLE / "config.json")), alone().cut(False)
     with SourceWeights(EXAMPLE) as weights:
         for source in sources.values():
             on_cpu, there = (torch.empty(source.shape, dtype=source.dtype, device=where) for where in ("cpu", "cuda"))
-            assert all(loading._read(weights, source, shard, whole)() for shard in (on_cpu, there))
+            assert all(load_hf._read(weights, source, shard, whole)() for shard in (on_cpu, there))
             assert same(there.cpu(), on_cpu)
         there = torch.full((1000, 100), torch.nan, dtype=torch.bfloat16).pin_memory()
-        assert not loading._send([there], torch.empty_like(there, device="cuda"), 1000)
+        assert not load_hf._send([there], torch.empty_like(there, device="cuda"), 1000)
 
 
 @pytest.mark.parametrize("form", ["NVFP4_AWQ", "INT4_AWQ", "INT4_AWQ_G64"])

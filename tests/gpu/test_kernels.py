@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_export import formats
-from megatron_export.formats import Form, kernels, triton_kernels
-from megatron_export.piece import Amax
+from megatron_export.common.piece import Amax
+from megatron_export.formats import Form, cuda_kernels, triton_kernels
 
 from ..kernel_cases import FORMS, cases, of, wrong
 from ..models import same
@@ -20,7 +20,7 @@ from ..models import same
 def test_every_number_and_awkward_shapes_have_the_bytes_of_the_cpu(seed: int) -> None:
     tried = list(cases(seed, count=12))
     assert [said for case in tried if (said := wrong(case, partial(formats.encode, case[1]), "cuda"))] == []
-    assert all(kernels.kernel_of(form, weight.cuda(), amax) for _, form, weight, amax in tried)
+    assert all(cuda_kernels.kernel_of(form, weight.cuda(), amax) for _, form, weight, amax in tried)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -28,7 +28,7 @@ def test_every_number_and_awkward_shapes_have_the_bytes_of_the_cpu(seed: int) ->
 def test_both_ways_to_divide_give_the_bytes_of_the_cpu(name: str, bounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Division by the book is forced on ordinary weights; both have some that the other would get wrong, were it wrong."""
     if bounds == "division":
-        monkeypatch.setattr(kernels, "LIMITS", dict.fromkeys(kernels.LIMITS, (1.0, 0.0)))
+        monkeypatch.setattr(cuda_kernels, "LIMITS", dict.fromkeys(cuda_kernels.LIMITS, (1.0, 0.0)))
     generator = torch.Generator().manual_seed(0)
     for columns in (256, 4096, 14336):
         weight = (torch.randn(512, columns, generator=generator) * 0.02).to(torch.bfloat16)
@@ -94,22 +94,22 @@ def test_other_weights_take_the_plain_path_with_the_same_bytes(name: str) -> Non
     there = Amax(amax.weight.cuda(), amax.input.cuda())
     expected = form.encode(weight, amax)
     for other in (weight.cuda().float(), aside(weight.cuda()), behind(weight.cuda())):
-        assert kernels.kernel_of(form, other, there) is None
+        assert cuda_kernels.kernel_of(form, other, there) is None
         found = formats.encode(form, other, there)
         assert [suffix for suffix in expected if not same(found[suffix].data.cpu(), expected[suffix].data)] == []
-    assert kernels.kernel_of(form, weight.cuda(), Amax(there.weight, there.input, torch.zeros(256, 2))) is None
+    assert cuda_kernels.kernel_of(form, weight.cuda(), Amax(there.weight, there.input, torch.zeros(256, 2))) is None
 
 
 def test_without_a_compiler_a_warning_says_so_once_and_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "_kernels", fails)
-    kernels.works.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "_kernels", fails)
+    cuda_kernels.works.cache_clear()
     weight = torch.randn(256, 256, device="cuda").to(torch.bfloat16)
     amax = Amax(torch.ones((), device="cuda"), torch.ones((), device="cuda"))
     with pytest.warns(UserWarning, match="Failed to find C compiler") as said:
         found = [formats.encode(FORMS["fp8"], weight, amax)["weight"].data for _ in range(2)]
-    kernels.works.cache_clear()
+    cuda_kernels.works.cache_clear()
     assert len(said) == 1
     assert same(found[0], FORMS["fp8"].encode(weight, amax)["weight"].data)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.formats import awq, kernels
+from megatron_export.calibration.awq_search import Alphas
+from megatron_export.formats import awq, cuda_kernels
 from megatron_export.formats.awq import ALPHAS, SEARCHES, largest
-from megatron_export.search import Alphas
 
 from ..kernel_cases import outputs, smoothings, wrongly_rounded
 from ..models import same
@@ -30,7 +30,7 @@ def test_every_number_is_smoothed_and_rounded_as_on_the_cpu(seed: int) -> None:
 @pytest.mark.parametrize("bounds", ["division", "product"])
 def test_both_ways_to_divide_round_as_the_cpu_does(name: str, bounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if bounds == "division":
-        monkeypatch.setattr(kernels, "LIMITS", dict.fromkeys(kernels.LIMITS, (1.0, 0.0)))
+        monkeypatch.setattr(cuda_kernels, "LIMITS", dict.fromkeys(cuda_kernels.LIMITS, (1.0, 0.0)))
     for columns in (256, 4096, 14336):
         assert wrongly_rounded((f"{columns} columns", name, *drawn(515, columns)), "cuda") == ""
 
@@ -51,7 +51,7 @@ def test_other_weights_are_rounded_by_plain_torch(name: str, monkeypatch: pytest
     weight, factors = drawn(64, 256)
     amax = largest(weight, factors.unsqueeze(0))[0]
     expected = SEARCHES[name].rounded(weight * factors, amax)
-    monkeypatch.setattr(kernels, "_kernels", None)
+    monkeypatch.setattr(cuda_kernels, "_kernels", None)
     for other in (aside(weight.cuda()), behind(weight.cuda())):
         assert same(awq.rounded(SEARCHES[name], other, factors.cuda(), amax.cuda()).cpu(), expected)
 
@@ -70,12 +70,12 @@ def test_weights_beyond_two_to_the_31_are_rounded_where_they_belong(name: str) -
 @pytest.mark.parametrize("seed", range(5))
 def test_squares_of_differences_are_added_up_as_on_the_cpu(seed: int) -> None:
     for product, expected in outputs(seed):
-        assert same(kernels.squares(product.cuda(), expected.cuda()).cpu(), awq.squares(product, expected))
+        assert same(cuda_kernels.squares(product.cuda(), expected.cuda()).cpu(), awq.squares(product, expected))
     generator = torch.Generator().manual_seed(seed)
     product = torch.randn(1000, 3001, generator=generator)
     expected = (product + torch.randn(product.shape, generator=generator) * 0.01).to(torch.bfloat16)
-    found = kernels.squares(product.cuda(), expected.cuda())
-    assert same(kernels.squares(product.cuda(), expected.cuda()), found)
+    found = cuda_kernels.squares(product.cuda(), expected.cuda())
+    assert same(cuda_kernels.squares(product.cuda(), expected.cuda()), found)
     # the sums of 3e6 numbers in float64, in two orders
     torch.testing.assert_close(found.cpu(), awq.squares(product, expected), rtol=1e-12, atol=0)
 
@@ -84,9 +84,9 @@ def test_squares_beyond_two_to_the_31_are_added_up_too() -> None:
     product = torch.zeros((1 << 31) + 5000, device="cuda")
     product[-1] = 3
     expected = torch.zeros_like(product, dtype=torch.bfloat16)
-    assert kernels.squares(product, expected).item() == 9
+    assert cuda_kernels.squares(product, expected).item() == 9
     product[5] = torch.inf
-    assert not kernels.squares(product, expected).isfinite()
+    assert not cuda_kernels.squares(product, expected).isfinite()
 
 
 @pytest.mark.parametrize("key", SEARCHES)
@@ -96,11 +96,11 @@ def test_a_search_has_the_losses_of_plain_torch(key: str, monkeypatch: pytest.Mo
     weight = drawn(768, 1024)[0].cuda()
     channels = torch.randn(1024, generator=generator).exp2()
     batches = (torch.randn(3, 2, 100, 1024, generator=generator) * channels).to(torch.bfloat16).cuda()
-    assert kernels.readable(weight)
-    assert kernels.works(weight.device)
+    assert cuda_kernels.readable(weight)
+    assert cuda_kernels.works(weight.device)
     found = []
-    for works in (kernels.works, lambda device: False):
-        monkeypatch.setattr(kernels, "works", works)
+    for works in (cuda_kernels.works, lambda device: False):
+        monkeypatch.setattr(cuda_kernels, "works", works)
         alphas = Alphas(alone(), {name: channels}, lambda name: (key,), lambda values: values, {name: weight})
         for batch in batches:
             alphas.linear(name, weight, batch)

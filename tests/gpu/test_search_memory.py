@@ -6,8 +6,9 @@ from unittest import mock
 
 import torch
 
-from megatron_export import calibrate, topology
-from megatron_export.build import build_model
+from megatron_export import calibrate
+from megatron_export.mcore import parallel_state
+from megatron_export.mcore.build import build_model
 
 from ..models import EXAMPLE, read_json
 
@@ -24,9 +25,9 @@ def peak_of_search(layers: int) -> int:
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     with (
         mock.patch.dict(os.environ, ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}),
-        topology.started(1, 1, "cuda"),
+        parallel_state.started(1, 1, "cuda"),
     ):
-        with topology.current() as here:
+        with parallel_state.current() as here:
             torch.manual_seed(0)
             config = CONFIG | {"num_hidden_layers": layers}
             model = build_model(config, here, max_sequence_length=64, initialize=True)

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from megatron_export import ahead
-from megatron_export.ahead import THREADS, in_order
+from megatron_export.common import prefetch
+from megatron_export.common.prefetch import THREADS, in_order
 
 SECONDS = 10
 
@@ -24,7 +24,7 @@ def test_results_come_in_order_though_jobs_end_in_another() -> None:
 
 
 def test_no_more_is_begun_than_fits_the_bound_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "AHEAD_BYTES", 10)
+    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 10)
     begun: list[int] = []
     sizes = [4, 4, 4, 25, 1]
     jobs = ((size, lambda: None) for size in sizes)
@@ -41,7 +41,7 @@ def test_no_more_is_begun_than_fits_the_bound_or_one(monkeypatch: pytest.MonkeyP
 
 
 def test_what_was_not_begun_is_left_when_a_job_fails_or_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "AHEAD_BYTES", 1)
+    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 1)
     done: list[int] = []
 
     def job(number: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.memory import available
+from megatron_export.common.host_memory import available
 
 GB = 1 << 30
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

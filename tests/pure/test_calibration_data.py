@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_export.calibration_data import read_samples
+from megatron_export.calibration.data import read_samples
 
 from ..models import EXAMPLE
 

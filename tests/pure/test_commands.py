@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from megatron_export import commands, hub
-from megatron_export.errors import ExportError
+from megatron_export.cli import commands, hub
+from megatron_export.common.errors import ExportError
 
 from ..exported import exported
 from ..models import EXAMPLE, GOLDEN, read_json, tensors
@@ -105,8 +105,8 @@ def test_json_has_every_weight(reference: Path, checkpoint: Path) -> None:
 
 
 def test_signal_to_noise_cosine_and_worst_block_are_those_of_a_slow_account(reference: Path, checkpoint: Path) -> None:
+    from megatron_export.common.piece import Piece
     from megatron_export.formats import nvfp4
-    from megatron_export.piece import Piece
 
     name = "model.layers.1.self_attn.o_proj"
     found, original = tensors(checkpoint), tensors(reference)[f"{name}.weight"].double()
@@ -288,11 +288,12 @@ def test_a_card_has_front_matter_that_the_hub_reads(reference: Path, checkpoint:
 
 
 def test_a_hub_id_is_the_cards_base_model(reference: Path, checkpoint: Path) -> None:
-    from megatron_export import card, inspection
-    from megatron_export.account import account_of
+    from megatron_export.verify import thresholds
+    from megatron_export.verify.report import model_card
+    from megatron_export.verify.report.facts import account_of
 
-    found = inspection.inspected(checkpoint, reference, inspection.Wanted())
-    assert "base_model: org/name\nbase_model_relation: quantized\n" in card.text(account_of(found, "org/name"))
+    found = thresholds.inspected(checkpoint, reference, thresholds.Wanted())
+    assert "base_model: org/name\nbase_model_relation: quantized\n" in model_card.text(account_of(found, "org/name"))
 
 
 def test_a_card_of_somebody_else_is_not_replaced(reference: Path, checkpoint: Path, tmp_path: Path) -> None:

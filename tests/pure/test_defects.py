@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_export.errors import ExportError
-from megatron_export.judge import judge
+from megatron_export.common.errors import ExportError
+from megatron_export.verify.judge import judge
 
 from ..exported import exported
 from ..models import make_model, read_json, tensors

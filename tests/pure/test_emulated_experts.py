@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.bench.serving import leave_inputs
-from megatron_export import commands
-from megatron_export.emulated_experts import EmulatedExperts
-from megatron_export.emulation import bits_per_weight, load, own_attention, round_fp8
-from megatron_export.errors import ExportError
-from megatron_export.finished import Finished
-from megatron_export.layout import stacked_rows
-from megatron_export.plan import Plan
-from megatron_export.sides import Sides
-from megatron_export.source import SourceWeights
+from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.cli import commands
+from megatron_export.common.errors import ExportError
+from megatron_export.models.layouts import stacked_rows
+from megatron_export.planning.plan import Plan
+from megatron_export.verify.emulated_experts import EmulatedExperts
+from megatron_export.verify.emulation import bits_per_weight, load, own_attention, round_fp8
+from megatron_export.verify.folder import Finished
+from megatron_export.verify.weight_pairs import Sides
 
 from ..exported import exported
 from ..models import EXAMPLE, auto_model, make_model, read_json, tensors

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from launch.bench.serving import leave_inputs
 from megatron_export import formats
-from megatron_export.emulation import ALGORITHMS, EmulatedLinear, attention, bits_per_weight, load
-from megatron_export.errors import ExportError
+from megatron_export.common.errors import ExportError
+from megatron_export.common.piece import Amax
 from megatron_export.formats import Options
-from megatron_export.piece import Amax
+from megatron_export.verify.emulation import ALGORITHMS, EmulatedLinear, attention, bits_per_weight, load
 
 from ..models import tensors
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_export import commands
-from megatron_export.checking import lines, of_folder, refusals, rules, verdicts
+from megatron_export.cli import commands
+from megatron_export.common.errors import ExportError
 from megatron_export.engines import ENGINES, Checkpoint, Effect, judged
-from megatron_export.engines.matching import (
+from megatron_export.engines.exclude_lists import (
     Names,
     Partly,
     sglang_excluded,
@@ -22,9 +22,9 @@ from megatron_export.engines.matching import (
     vllm_exactly,
     vllm_modelopt,
 )
-from megatron_export.errors import ExportError
 from megatron_export.formats import Options
-from megatron_export.plan import assumed, make_plan
+from megatron_export.planning.engine_check import lines, of_folder, refusals, rules, verdicts
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..engines.checkpoints import (
     DAMAGES,

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export import cli
-from megatron_export.checking import of_plan, verdicts
-from megatron_export.config import ExportConfig
-from megatron_export.errors import ExportError
-from megatron_export.forecast import Forecast, forecast
+from megatron_export.cli import export_command
+from megatron_export.cli.config import ExportConfig
+from megatron_export.cli.plan_command import Preview, as_json, previewed, rows
+from megatron_export.common.errors import ExportError
+from megatron_export.common.text import readable
+from megatron_export.export.memory_forecast import Forecast, forecast
 from megatron_export.formats import Options
-from megatron_export.placement import grid_of
-from megatron_export.plan import assumed, make_plan
-from megatron_export.preview import Preview, as_json, previewed, rows
-from megatron_export.sizes import readable
+from megatron_export.planning.engine_check import of_plan, verdicts
+from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.rank_placement import grid_of
 
 from ..models import EXAMPLE
 
@@ -254,7 +254,7 @@ def test_exit_statuses_are_0_1_refused_and_2_bad_usage(
     flags: tuple, status: int, says: str, capsys: pytest.CaptureFixture
 ) -> None:
     try:
-        found = cli.plan(print, list(map(str, flags)))
+        found = export_command.plan(print, list(map(str, flags)))
     except SystemExit as exit:
         found = exit.code
     said = capsys.readouterr()

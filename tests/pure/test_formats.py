@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_export import formats
-from megatron_export.errors import ExportError
+from megatron_export.common.errors import ExportError
+from megatron_export.common.piece import Amax, Axis, Piece, join
 from megatron_export.formats import FORMATS, KV_FORMATS, Form, Options, chosen, chosen_kv, int4, nvfp4
 from megatron_export.formats import form as forms
 from megatron_export.formats.awq import SEARCHES, importance, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
-from megatron_export.formats.nibbles import pack, unpack
-from megatron_export.piece import Amax, Axis, Piece, join
+from megatron_export.formats.packing import pack, unpack
 
 from ..models import same
 

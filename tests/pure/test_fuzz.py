@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_export import assets
-from megatron_export.errors import ExportError
-from megatron_export.names import architecture_of, copied_prefixes, parameters_of, rope_of, settings_of, shape_of
-from megatron_export.plan import assumed, make_plan
-from megatron_export.source import SourceWeights, copied_tensors, expected_shapes
-from megatron_export.untrusted import INDEX
+from megatron_export.checkpoint import hf_folder
+from megatron_export.checkpoint.hf_weights import SourceWeights, copied_tensors, expected_shapes
+from megatron_export.common.errors import ExportError
+from megatron_export.common.safe_files import INDEX
+from megatron_export.models import architecture_of, copied_prefixes, parameters_of, rope_of, settings_of, shape_of
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..models import ARCHITECTURES
 
@@ -75,8 +75,8 @@ def make_folder(folder: Path, name: str) -> None:
 
 def read(folder: Path) -> None:
     """All that one process does to a source before it has a model."""
-    found = assets.find_model(folder, weights=True)
-    config = assets.read_config(found)
+    found = hf_folder.find_model(folder, weights=True)
+    config = hf_folder.read_config(found)
     architecture_of(config)
     settings_of(config)
     rope_of(config)

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_export import formats
+from megatron_export.calibration.amax import Maxima
+from megatron_export.calibration.awq_search import Alphas
+from megatron_export.common.piece import Amax
+from megatron_export.distributed.heartbeat import Pulse
 from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.awq import ALPHAS, SEARCHES, factors, importance
-from megatron_export.maxima import Maxima
-from megatron_export.piece import Amax
-from megatron_export.pulse import Pulse
-from megatron_export.search import Alphas
-from megatron_export.topology import Cut, Topology
+from megatron_export.mcore.parallel_state import Cut, Topology
 
 from ..models import GOLDEN, same
 

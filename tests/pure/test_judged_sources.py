@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from megatron_export.judge import judge
-from megatron_export.names import without_mtp
+from megatron_export.models import without_mtp
+from megatron_export.verify.judge import judge
 
 from ..exported import exported
 from ..models import add_mtp, make_model, read_json, tensors

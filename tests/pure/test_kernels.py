@@ -1,4 +1,4 @@
-"""Which weights the kernels of formats/kernels.py take; where Triton is, its interpreter runs them on the CPU."""
+"""Which weights the kernels of formats/cuda_kernels.py take; where Triton is, its interpreter runs them on the CPU."""
 
 import subprocess
 import sys
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_export.formats import FORMATS, chosen, kernels
-from megatron_export.piece import Amax
+from megatron_export.common.piece import Amax
+from megatron_export.formats import FORMATS, chosen, cuda_kernels
 
 
 def test_every_format_that_quantizes_has_a_kernel() -> None:
-    assert [name for name in FORMATS if not kernels.made_for(chosen(name))] == ["bf16"]
+    assert [name for name in FORMATS if not cuda_kernels.made_for(chosen(name))] == ["bf16"]
 
 
 def test_nothing_stands_for_the_plain_path_on_the_cpu() -> None:
     scalar = torch.ones(())
     for device in ("cpu", "meta"):
         weight = torch.ones(128, 128, dtype=torch.bfloat16, device=device)
-        assert [name for name in FORMATS if kernels.kernel_of(chosen(name), weight, Amax(scalar, scalar))] == []
+        assert [name for name in FORMATS if cuda_kernels.kernel_of(chosen(name), weight, Amax(scalar, scalar))] == []
 
 
 def test_importing_the_formats_does_not_bring_triton() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.layout import QKV, Identity, Layout, Split, Vocab
+from megatron_export.models.layouts import QKV, Identity, Layout, Split, Vocab
 
 LAYOUTS = {"identity": (Identity(), 48), "split": (Split(("gate", "up")), 48), "qkv": (QKV(2, 3), 48)}
 

@@ -2,16 +2,9 @@
 
 import pytest
 
-from megatron_export.errors import ExportError
-from megatron_export.names import (
-    ARCHITECTURES,
-    architecture_of,
-    canonical,
-    parameters_of,
-    rope_of,
-    shape_of,
-)
-from megatron_export.names.parameters import PARAMETERS
+from megatron_export.common.errors import ExportError
+from megatron_export.models import ARCHITECTURES, architecture_of, canonical, parameters_of, rope_of, shape_of
+from megatron_export.models.megatron_parameters import PARAMETERS
 
 from ..models import EXAMPLE, read_json
 

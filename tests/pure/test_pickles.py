@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_export import ExportError
-from megatron_export.pickles import Inert, read_pickle, read_saved, saved_tensor, unpickled
+from megatron_export.checkpoint.safe_pickle import Inert, read_pickle, read_saved, saved_tensor, unpickled
 
 
 class Calls:

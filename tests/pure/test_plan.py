@@ -5,11 +5,11 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
-from megatron_export.errors import ExportError
-from megatron_export.filing import BUCKET_BYTES, LANES
+from megatron_export.common.errors import ExportError
 from megatron_export.formats import FORMATS, Options
-from megatron_export.plan import Held, Plan, assumed, make_plan
-from megatron_export.quant_config import config_json, hf_quant_config
+from megatron_export.planning.plan import Held, Plan, assumed, make_plan
+from megatron_export.planning.quant_config import config_json, hf_quant_config
+from megatron_export.planning.shard_files import BUCKET_BYTES, LANES
 
 from ..models import EXAMPLE, GOLDEN, read_json, tensors
 from .test_forecast import SMALL_V3

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.quantizers import Quantizers, Recipe, blocks_in, kinds_of, recipe_of, scalars_in, vectors_in
+from megatron_export.calibration.modelopt.quantizers import (
+    Quantizers,
+    Recipe,
+    blocks_in,
+    kinds_of,
+    recipe_of,
+    scalars_in,
+    vectors_in,
+)
 
 LAYER = "decoder.layers.0"
 QKV, PROJ, FC1 = f"{LAYER}.self_attention.linear_qkv", f"{LAYER}.self_attention.linear_proj", f"{LAYER}.mlp.linear_fc1"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from launch.bench import serving, vllm_process
-from megatron_export.errors import ExportError
-from megatron_export.perplexity import score
+from megatron_export.common.errors import ExportError
+from megatron_export.verify.perplexity import score
 
 from ..engines.checkpoints import golden, written
 from ..models import EXAMPLE

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_export.checking import of_plan, refusals, verdicts
 from megatron_export.engines import ENGINES, Effect, Verdict, judged, targets_in
-from megatron_export.plan import assumed, make_plan
+from megatron_export.planning.engine_check import of_plan, refusals, verdicts
+from megatron_export.planning.plan import assumed, make_plan
 
 from ..engines.checkpoints import planned
 from .test_forecast import LLAMA, LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3

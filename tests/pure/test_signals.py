@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from megatron_export import signals
-from megatron_export.errors import Interrupted
-from megatron_export.signals import asked_to_stop, heed, heeded, noticed
+from megatron_export.common.errors import Interrupted
+from megatron_export.distributed import signals
+from megatron_export.distributed.signals import asked_to_stop, heed, heeded, noticed
 
 IN_C = """
 import hashlib, signal, sys

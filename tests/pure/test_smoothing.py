@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_export.calibration.lookup import measured
 from megatron_export.formats import Options
-from megatron_export.measured import measured
-from megatron_export.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed, make_plan
 
 from ..models import make_model, read_json
 

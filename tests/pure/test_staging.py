@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_export import staging
-from megatron_export.errors import ExportError
-from megatron_export.journal import JOURNAL, journal_of, kept, kept_statistics, line_of, old_of, partial_of
-from megatron_export.plan import Plan, assumed, make_plan
-from megatron_export.staging import Staging, exchange, tidy
+from megatron_export.common.errors import ExportError
+from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.writing import staging
+from megatron_export.writing.journal import JOURNAL, journal_of, kept, kept_statistics, line_of, old_of, partial_of
+from megatron_export.writing.staging import Staging, exchange, tidy
 
 from ..models import EXAMPLE, assert_same, read_json, tensors
 from .test_writer import IDENTITY, content, exporting, publish

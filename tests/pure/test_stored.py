@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_export import ExportError, stored
-from megatron_export.stored import Storage
+from megatron_export import ExportError
+from megatron_export.checkpoint import torch_dist_storage
+from megatron_export.checkpoint.torch_dist_storage import Storage
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 WHOLE = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).bfloat16()  # layers, experts, rows, columns
@@ -65,7 +66,7 @@ def test_any_part_of_any_entry_is_read(sizes: tuple, transposed: bool, tmp_path:
         for rows, columns in product(
             (slice(0, 8), slice(2, 5), slice(7, 8)), (slice(0, 12), slice(6, 12), slice(4, 5))
         ):
-            with mock.patch.object(stored, "_STRIP", 2 * 12 * 2):  # two rows
+            with mock.patch.object(torch_dist_storage, "_STRIP", 2 * 12 * 2):  # two rows
                 found = read(storage, (layer, expert), rows, columns)
             assert torch.equal(found, WHOLE[layer, expert, rows, columns])
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.quantizers import Quantizers, kinds_of, recipe_of
-from megatron_export.supposed import supposed
+from megatron_export.calibration.modelopt.defaults import supposed
+from megatron_export.calibration.modelopt.quantizers import Quantizers, kinds_of, recipe_of
 
 QKV = "decoder.layers.0.self_attention.linear_qkv"
 CACHE = "decoder.layers.0.self_attention.core_attention"

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from megatron_export import terminal
+from megatron_export.cli import terminal
 
 PAIRS = [("format", "nvfp4"), ("problem", "model.norm.weight holds NaN [bold]"), ("left alone", "lm_head")]
 PLAIN = "format            nvfp4\nproblem           model.norm.weight holds NaN [bold]\nleft alone        lm_head"

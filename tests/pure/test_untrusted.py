@@ -21,14 +21,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_export import assets
-from megatron_export.calibration_data import read_samples
-from megatron_export.errors import ExportError
-from megatron_export.names import MOST_NUMBERS, MOST_PARAMETERS, architecture_of, parameters_of, rope_of, settings_of
-from megatron_export.names.values import MOST_LAYERS
-from megatron_export.source import SourceWeights
-from megatron_export.statistics import KIND, check_kind, load, save, sizes_of
-from megatron_export.untrusted import INDEX, MOST_BYTES, MOST_FILES, MOST_VALUES
+from megatron_export.calibration.data import read_samples
+from megatron_export.calibration.statistics import KIND, check_kind, load, save, sizes_of
+from megatron_export.checkpoint import hf_folder
+from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.common.errors import ExportError
+from megatron_export.common.safe_files import INDEX, MOST_BYTES, MOST_FILES, MOST_VALUES
+from megatron_export.models import MOST_NUMBERS, MOST_PARAMETERS, architecture_of, parameters_of, rope_of, settings_of
+from megatron_export.models.hf_config_limits import MOST_LAYERS
 
 from ..models import ARCHITECTURES, EXAMPLE, read_json
 from .test_fuzz import FILES, NAMES, SMALL, make_folder, read, watched
@@ -146,8 +146,8 @@ def cached(folder: Path, cache: Path) -> Path:
 def test_a_snapshot_in_the_hubs_cache_is_read_and_copied_from(folder: Path, tmp_path: Path) -> None:
     snapshot = cached(folder, tmp_path / "cache")
     read(snapshot)
-    assert assets.files_to_copy(snapshot) == [snapshot / "tokenizer.json"]
-    assert assets.files_to_copy(snapshot)[0].read_text() == "{}"
+    assert hf_folder.files_to_copy(snapshot) == [snapshot / "tokenizer.json"]
+    assert hf_folder.files_to_copy(snapshot)[0].read_text() == "{}"
 
 
 def test_blobs_that_the_hubs_cache_shares_between_models_are_read(folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,9 @@ def test_a_snapshot_links_to_nothing_but_its_blobs(way: str, folder: Path, tmp_p
     shutil.copyfile(folder / "tokenizer.json", target)
     (snapshot / "tokenizer.json").unlink()
     (snapshot / "tokenizer.json").symlink_to(way)
-    assert "tokenizer.json is a symbolic link out of its folder" in refusal(assets.find_model, snapshot, weights=True)
+    assert "tokenizer.json is a symbolic link out of its folder" in refusal(
+        hf_folder.find_model, snapshot, weights=True
+    )
 
 
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_folder_of_pickles_is_refused_and_none_is_opened(name: str, folder: Pa
     for file in (*FILES, INDEX):
         (folder / file).unlink()
     (folder / name).write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-    for call in (lambda: assets.find_model(folder, weights=True), lambda: SourceWeights(folder)):
+    for call in (lambda: hf_folder.find_model(folder, weights=True), lambda: SourceWeights(folder)):
         said = refusal(call)
         assert f"{folder}: no weights but in {name}, a pickle" in said
         assert "Convert it to safetensors where you trust it" in said
@@ -195,13 +197,13 @@ def test_a_folder_of_pickles_is_refused_and_none_is_opened(name: str, folder: Pa
 def test_pickles_and_other_weights_are_not_copied_whatever_they_are_called(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"\x80\x04.")
     (folder / "vocab.txt").write_text("a")
-    assert [path.name for path in assets.files_to_copy(folder)] == ["tokenizer.json", "vocab.txt"]
+    assert [path.name for path in hf_folder.files_to_copy(folder)] == ["tokenizer.json", "vocab.txt"]
 
 
 def test_no_module_of_the_package_unpickles() -> None:
-    """But `pickles.py`, with a reader of its own that calls nothing, and a process that is told what to do by its own parent."""
-    known = {"pickles.py": ["_Unpickler"], "background.py": ["dump"], "courier.py": ["load"]}
-    for path in Path(assets.__file__).parent.rglob("*.py"):
+    """But `safe_pickle.py`, with a reader of its own that calls nothing, and a process that its own parent tells what to do."""
+    known = {"safe_pickle.py": ["_Unpickler"], "async_export.py": ["dump"], "async_writer.py": ["load"]}
+    for path in Path(hf_folder.__file__).parents[1].rglob("*.py"):
         text, own = path.read_text(), path.name in known
         assert re.findall(r"\bpickle\.(\w+)", text) == known.get(path.name, []), path
         assert not re.search(r"torch\.load\(|joblib|np\.load" + ("" if own else "|import pickle"), text), path
@@ -373,7 +375,7 @@ BYTES = {
 def test_a_config_that_is_not_plain_json_is_refused(case: str, tmp_path: Path) -> None:
     text, words = BYTES[case]
     (tmp_path / "config.json").write_bytes(text)
-    said = refusal(assets.read_config, tmp_path)
+    said = refusal(hf_folder.read_config, tmp_path)
     assert said.startswith(f"{tmp_path / 'config.json'}: not JSON (")
     assert words in said
     assert said.endswith("). Fetch it again")
@@ -383,14 +385,14 @@ def test_an_endless_config_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(10**11)
     started = time.monotonic()
-    assert f"more than {MOST_BYTES:,} bytes" in refusal(assets.read_config, tmp_path)
+    assert f"more than {MOST_BYTES:,} bytes" in refusal(hf_folder.read_config, tmp_path)
     assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("value", ["fp8", ["fp8"], True, 3])
 def test_a_description_of_quantization_that_is_none_is_refused(value: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": value}))
-    assert f"quantization_config is {value!r}, not a table of settings" in refusal(assets.read_config, tmp_path)
+    assert f"quantization_config is {value!r}, not a table of settings" in refusal(hf_folder.read_config, tmp_path)
 
 
 WHOLE = "not a whole number above 0"

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.contents import contents_of
-from megatron_export.errors import ExportError
-from megatron_export.fingerprint import added, checksum, of_statistics
-from megatron_export.journal import kept
-from megatron_export.manifest import identity_of, manifest
-from megatron_export.plan import Plan, assumed, make_plan
-from megatron_export.shard import header_of
-from megatron_export.verify import Verified, verify
-from megatron_export.writer import MANIFEST, complete, write_json
+from megatron_export.common.errors import ExportError
+from megatron_export.planning.contents import contents_of
+from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.writing.fingerprint import added, checksum, of_statistics
+from megatron_export.writing.journal import kept
+from megatron_export.writing.manifest import identity_of, manifest
+from megatron_export.writing.read_back import Verified, verify
+from megatron_export.writing.safetensors_file import header_of
+from megatron_export.writing.writer import MANIFEST, complete, write_json
 
 from ..models import EXAMPLE, read_json
 from .test_writer import exporting

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_export.contents import contents_of
-from megatron_export.errors import ExportError
-from megatron_export.item import Output
-from megatron_export.plan import Plan, assumed, make_plan
-from megatron_export.staging import Staging
-from megatron_export.writer import CheckpointWriter, check_target, complete
+from megatron_export.common.errors import ExportError
+from megatron_export.planning.contents import contents_of
+from megatron_export.planning.parameter import Output
+from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.writing.staging import Staging
+from megatron_export.writing.writer import CheckpointWriter, check_target, complete
 
 from ..models import EXAMPLE, assert_same, read_json, same, tensors
 

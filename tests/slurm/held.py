@@ -5,10 +5,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_export import cli, filing, signals, writer
+from megatron_export.cli import export_command
+from megatron_export.distributed import signals
+from megatron_export.planning import shard_files
+from megatron_export.writing import writer
 
 write = writer.CheckpointWriter.write
-filing.BUCKET_BYTES, filing.LANES = 500_000, 1
+shard_files.BUCKET_BYTES, shard_files.LANES = 500_000, 1
 
 
 def held(self: writer.CheckpointWriter, tensors: Iterable) -> None:
@@ -26,4 +29,4 @@ def held(self: writer.CheckpointWriter, tensors: Iterable) -> None:
 
 if __name__ == "__main__":
     writer.CheckpointWriter.write = held
-    raise SystemExit(cli.main(print))
+    raise SystemExit(export_command.main(print))

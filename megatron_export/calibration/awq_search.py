@@ -1,0 +1,230 @@
+"""The second look at activations: AWQ's search for alpha, and with it for the smoothing vector.
+
+Each linear is compared with itself as it is called: its output with a rounded weight against its output without. The
+input of one linear is held, its output twice, and copies of its weight; nothing is kept but losses. An alpha's loss is
+the mean squared difference of the bfloat16 outputs, averaged over a micro-batch and summed over them; the first
+smallest wins. A micro-batch's loss is rounded to float32 and added up in float64, which rounds nothing: it does not
+matter which replica saw which micro-batch. Linears that read one norm share their vector, and so do the experts of a
+layer: its loss is that of all of them together. An expert's loss is the mean over the tokens that it was given, however
+they came in micro-batches; its squares add up in float64, nearly exactly.
+
+Under tensor parallelism the loss is that of the whole linear. Column-parallel ranks see the whole input and add up the
+squares of their rows. Row-parallel ranks add up their partial products in float32, and only then round and square. If
+a group of the format lies on two ranks, both gather weight and input and compute the whole. Vectors are made of whole
+statistics on the CPU, whose kind alone decides their last bit. What remains is the order in which products are summed.
+Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_lite, there per rank.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+from ..common.piece import Axis
+from ..distributed.collectives import everyone, maximum, spread, total, whole
+from ..formats import awq
+from ..formats.awq import ALPHAS, SHARED, search_of
+from ..mcore.parallel_state import Cut, Topology
+from ..models import cut_of, is_expert, pooled, vector_home
+from ..models.layouts import even_cut
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank has of one linear: bfloat16 `weight` [out, in] and `inputs` [tokens, in], cut along `axis`."""
+
+    cut: Cut
+    axis: Axis | None
+    weight: Tensor
+    inputs: Tensor
+
+    @classmethod
+    def of(
+        cls, cut: Cut, name: str, weight: Tensor, inputs: Tensor, group: int, held_whole: bool = False
+    ) -> "Shard | None":
+        """The shard, or the whole linear where groups of inputs lie on two shards; None where no groups fit."""
+        axis = cut_of(f"{name}.weight") if cut.size > 1 and not held_whole else None
+        if weight.shape[1] * (cut.size if axis is Axis.IN else 1) % group:
+            return None  # such a linear cannot be exported in the format, and may be left out of it
+        weight, inputs = weight.detach().to(torch.bfloat16), inputs.flatten(0, -2).to(torch.bfloat16)
+        if axis is Axis.IN and weight.shape[1] % group:
+            return cls(cut, None, whole(cut, weight, 1), whole(cut, inputs, 1))
+        return cls(cut, axis, weight, inputs)
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the whole linear."""
+        return self.weight.shape[0] * (self.cut.size if self.axis is Axis.OUT else 1)
+
+    def importance(self, group: int) -> Tensor:
+        """AWQ's |w| / largest |w| of its group, summed over the rows of the whole linear: float64 [in], exact."""
+        sums = awq.importance(self.weight, group)
+        if self.axis is Axis.OUT:
+            return total(sums, self.cut.group)
+        return whole(self.cut, sums, 0) if self.axis is Axis.IN else sums
+
+    def columns(self, vectors: Tensor) -> Tensor:
+        """What this shard has of vectors [..., in], on its device."""
+        mine = even_cut(vectors.shape[-1], self.cut.rank, self.cut.size) if self.axis is Axis.IN else slice(None)
+        return vectors[..., mine].to(self.weight.device)
+
+    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """inputs @ weight.T, float32 or bfloat16: the rows of this shard, or whole where the inputs are cut."""
+        if self.axis is Axis.IN:
+            return total(_float32_product(inputs, weight), self.cut.group)
+        if inputs.is_cuda:  # where a bfloat16 product may round partial sums too
+            return _float32_product(inputs, weight)
+        return inputs @ weight.T
+
+    def difference(self, product: Tensor, expected: Tensor) -> Tensor:
+        """Sum of the squares of the differences of bfloat16 outputs over the whole linear, float64 []."""
+        square = awq.squares(product, expected)
+        return total(square, self.cut.group) if self.axis is Axis.OUT else square
+
+    def mean(self, squares: Tensor) -> Tensor:
+        """Means over all outputs of sums of squares, float32 values as float64."""
+        return (squares / (self.inputs.shape[0] * self.rows)).float().double()
+
+    def amaxes(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """Largest magnitudes of the whole weight times each of some bfloat16 factors [alphas, in]: float32 [alphas]."""
+        mine = awq.largest(weight, factors)
+        return maximum(mine, self.cut.group) if self.axis is not None else mine
+
+
+def _float32_product(inputs: Tensor, weight: Tensor) -> Tensor:
+    if inputs.is_cuda:
+        return torch.mm(inputs, weight.T, out_dtype=torch.float32)
+    return inputs.float() @ weight.float().T
+
+
+class Alphas:
+    """Observes linears and finds the alpha of each smoothing vector, for the searches that `searches` gives for a linear.
+
+    `means` is the mean |input| by channel for every vector, float32 [in] on the CPU. In a search that ends in `_shared` the
+    factors of one query group are made of the means over its queries, which `same_in_group` takes, and so are the same.
+    `weights` are all linears of this rank by canonical name, `topk` the experts that a token is given to, and `held_whole` the
+    linears that no rank has a mere shard of. Collective.
+    """
+
+    whole_sequences = True
+
+    def __init__(
+        self,
+        here: Topology,
+        means: dict[str, Tensor],
+        searches: Callable[[str], tuple[str, ...]],
+        same_in_group: Callable[[Tensor], Tensor],
+        weights: dict[str, Tensor],
+        topk: int = 1,
+        held_whole: AbstractSet[str] = frozenset(),
+    ) -> None:
+        self.here = here
+        self.searches = searches
+        self.topk = topk
+        self.held_whole = held_whole
+        self.losses: dict[tuple[str, str], Tensor] = {}  # float64 [alphas]
+        self.counts: dict[tuple[str, str], int] = {}  # of micro-batches, or of outputs of experts
+        self.outputs: dict[str, int] = {}  # that a linear, or a layer's experts, make of one token
+        self.factors = {  # s of each alpha, float32 [alphas, in], by vector and search
+            (home, key): self._factors(means[home], mean, key, same_in_group)
+            for (home, key), mean in self._importance(weights).items()
+        }
+
+    def _importance(self, weights: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+        """The mean importance of every input channel, over the rows of a linear or of all experts of its layer."""
+        sums: dict[tuple[str, str], Tensor] = {}
+        rows: Counter[tuple[str, str]] = Counter()
+        for name, weight in weights.items():
+            if vector_home(name) != pooled(name):
+                continue
+            for key in self.searches(name):
+                group, cut = search_of(key).group, self.here.cut(is_expert(name))
+                if shard := Shard.of(cut, name, weight, weight[:1], group, name in self.held_whole):
+                    sums[pooled(name), key] = sums.get((pooled(name), key), 0) + shard.importance(group)
+                    rows[pooled(name), key] += shard.rows
+        for home, key in sorted(sums):
+            if is_expert(f"{home}."):  # of which every rank of the stage holds some
+                sums[home, key] = total(sums[home, key], self.here.stage_group)
+                count = torch.tensor(rows[home, key], device=self.here.device)
+                rows[home, key] = total(count, self.here.stage_group).item()
+        return {vector: (found / rows[vector]).to(torch.bfloat16).float().cpu() for vector, found in sums.items()}
+
+    def _factors(self, activation: Tensor, mean: Tensor, key: str, same_in_group: Callable[[Tensor], Tensor]) -> Tensor:
+        if key.endswith(SHARED):
+            mean, activation = same_in_group(mean), same_in_group(activation)
+        return torch.stack([awq.factors(activation, mean, alpha) for alpha in ALPHAS]).to(self.here.device)
+
+    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
+        """Compare all alphas on one micro-batch, or on what an expert was given of it."""
+        expert = is_expert(name)
+        for key in self.searches(name):
+            search = search_of(key)
+            whole_here = name in self.held_whole
+            if (shard := Shard.of(self.here.cut(expert), name, weight, inputs, search.group, whole_here)) is None:
+                continue
+            squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
+            if tokens := shard.inputs.shape[0]:
+                squares = _squares(shard, search, shard.columns(self.factors[vector_home(name), key]))
+            name_of_all, count = pooled(name), tokens * shard.rows if expert else 1
+            losses = squares if expert else shard.mean(squares)
+            self.losses[name_of_all, key] = self.losses.get((name_of_all, key), 0) + losses
+            self.counts[name_of_all, key] = self.counts.get((name_of_all, key), 0) + count
+            self.outputs[name_of_all] = shard.rows * (self.topk if expert else 1)
+
+    def attention(self, name: str, key: Tensor, value: Tensor) -> None:
+        """Nothing is searched for in attention."""
+
+    def experts(self, name: str, tokens: Tensor) -> None:
+        """Nothing is searched for in routing."""
+
+    def agreed(self) -> dict[str, Tensor]:
+        """The chosen vectors, their alphas and all losses, the same on every rank. Collective.
+
+        Where several linears share a vector, the losses are those of all their outputs for one token.
+        """
+        members: dict[tuple[str, str], list[tuple[str, Tensor, int]]] = {}
+        for name, key in sorted(self.losses):
+            group = self.here.stage_group if is_expert(f"{name}.") else self.here.dp_group
+            losses = total(self.losses[name, key], group).cpu()
+            count = total(torch.tensor(self.counts[name, key], device=self.here.device), group).item()
+            members.setdefault((vector_home(name), key), []).append((name, losses, count))
+        summed = {}
+        for vector, found in members.items():
+            alone = len(found) == 1 and not is_expert(f"{vector[0]}.")
+            summed[vector] = (
+                found[0][1] if alone else sum(losses / count * self.outputs[name] for name, losses, count in found)
+            )
+        check_finite(self.here, summed)
+        mine = {}
+        for (home, key), losses in summed.items():
+            best = min(range(len(ALPHAS)), key=losses.tolist().__getitem__)
+            mine[f"{home}.pre_quant_scale.{key}"] = 1 / self.factors[home, key][best].cpu()
+            mine[f"{home}.alpha.{key}"] = torch.tensor(ALPHAS[best])
+            mine[f"{home}.losses.{key}"] = losses
+        return spread(self.here, mine)
+
+
+def _squares(shard: Shard, search: awq.Search, vectors: Tensor) -> Tensor:
+    """Squares of what each of some vectors of factors [alphas, in] changes in the outputs of a linear, float64 [alphas]."""
+    expected = shard.product(shard.inputs, shard.weight).to(torch.bfloat16)
+    factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)
+    amaxes = shard.amaxes(shard.weight, factors) if search.per_tensor else [None] * len(factors)
+    products = (
+        shard.product(shard.inputs * inverse, awq.rounded(search, shard.weight, mine, amax))
+        for mine, inverse, amax in zip(factors, inverses, amaxes, strict=True)
+    )
+    return torch.stack([shard.difference(product, expected) for product in products])
+
+
+def check_finite(here: Topology, losses: dict[tuple[str, str], Tensor]) -> None:
+    """Raise on every rank if any rank has a loss that is NaN or Inf: of those, none would be the smallest."""
+    bad = [name for (name, _), values in losses.items() if not values.isfinite().all()]
+    if everywhere := sorted({name for theirs in everyone(here, bad) for name in theirs}):
+        raise ExportError(
+            f"NaN or Inf in the outputs of {', '.join(everywhere[:3])}, of {len(everywhere)} in all, in an AWQ search. "
+            "Check the weights, and that the model runs on this data in bfloat16"
+        )

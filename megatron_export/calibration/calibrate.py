@@ -1,0 +1,296 @@
+"""Runs calibration data through a model and returns the statistics as plain tensors.
+
+Statistics are tensors on the CPU, named by canonical Megatron module and the same on every rank; statistics.py lists
+them. The data passes once for the maxima that every format shares, once more where an AWQ format searches for its
+smoothing, and again for clipping.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, groupby, islice
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ..common.errors import ExportError
+from ..common.piece import Axis
+from ..common.progress import Progress, quiet
+from ..distributed.collectives import everyone, together
+from ..formats import FORMATS, Options, chosen
+from ..formats.awq import SHARED, search_of
+from ..formats.int4 import CLIP_RATIOS
+from ..mcore import parallel_state
+from ..mcore.addons import adapters_of, is_quantized
+from ..mcore.cpu_compat import without_cuda
+from ..mcore.model import (
+    chunks_of,
+    finish_gathering,
+    heads_of,
+    layouts_of,
+    linears_of,
+    local_experts_of,
+    weights_of,
+    whole_of,
+)
+from ..mcore.parallel_state import Topology
+from ..models import cut_of, is_expert, pooled, reads_heads
+from .amax import Maxima
+from .awq_clip import Clips
+from .awq_search import Alphas
+from .hooks import Observer, watching
+
+Statistics = dict[str, Tensor]
+CLIP_BYTES = 1 << 30
+
+
+def calibrate(
+    model: nn.Module | list[nn.Module],
+    batches: Iterable[Tensor],
+    *,
+    format: str | Iterable[str] = "fp8",
+    group_size: int = 128,
+    awq_clip: bool = False,
+    all_experts: bool = False,
+    progress: Progress = quiet,
+) -> Statistics:
+    """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
+
+    model       a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
+    batches     int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
+                replicas may each pass a share
+    group_size  of int4_awq and w4a8_awq; awq_clip: search the clipping of AWQ formats too
+    all_experts measure every expert on all tokens, and not on those that are routed to it
+    The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
+    gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
+    output in float32 of one linear, four copies of its weight (the whole linear's, where a row-parallel shard cuts a
+    group), 44 bytes for every input channel of all its linears and search, and at most 1 GiB (or one linear's) of losses
+    when clipping.
+    Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
+    activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on
+    its rank alone, as in training.
+    """
+    names = (format,) if isinstance(format, str) else tuple(format)
+    if not names:
+        raise ExportError("calibrate() was given no format")
+    forms = [chosen(name, _options(name, group_size, awq_clip)) for name in names]
+    used = {option for name in names for option in FORMATS[name].OPTIONS}
+    if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
+        chosen(names[0], Options(group_size=group_size, awq_clip=awq_clip))  # says which has no effect
+    if all(not form.quantization for form in forms):
+        return {}
+    smoothings = {form.smoothing.search: form.smoothing.folds for form in forms if form.smoothing}
+    with parallel_state.current() as here:
+        with together(here, "check the calibration data"):
+            batches = list(batches)
+            _check_parallelism(chunks_of(model)[0], batches, here)
+            _check(batches, chunks_of(model)[0].vocab_size)
+            _check_modules(model, bool(smoothings))
+        _check_replicas(here, model, batches)
+        finish_gathering(model)
+        run = partial(_observe, here, model, batches, progress, all_experts)
+        with _evaluating(model), without_cuda(here.device), torch.no_grad():
+            groups = chunks_of(model)[0].config.num_query_groups
+            maxima = Maxima(here, bool(smoothings), local_experts_of(model), _repeats(here, model), groups)
+            run("calibrate", maxima)
+            statistics, means = maxima.agreed()
+            if not smoothings:
+                return statistics
+            heads = heads_of(model)
+            searches = partial(_searches, smoothings, heads.queries_per_group)
+            weights = weights_of(model)
+            topk = chunks_of(model)[0].config.moe_router_topk
+            held_whole = whole_of(model)
+            alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk, held_whole)
+            run("search", alphas)
+            statistics |= alphas.agreed()
+            for some in _clipped_together(here, model, searches) if awq_clip else ():
+                clips = Clips(
+                    here,
+                    statistics,
+                    lambda name, some=some: searches(name) if name in some else (),
+                    layouts_of(model),
+                    held_whole,
+                )
+                run("clip", clips)
+                statistics |= clips.agreed()
+        return statistics
+
+
+def _repeats(here: Topology, model: nn.Module | list[nn.Module]) -> int:
+    """How many ranks of a stage are shown the same token of an expert: those that hold a shard of it, and, without
+    sequence parallelism, tensor-parallel ranks that all send it on.
+    """
+    return here.experts.size * (1 if chunks_of(model)[0].config.sequence_parallel else here.tp_size)
+
+
+def _options(name: str, group_size: int, awq_clip: bool) -> Options:
+    """The options that the format of that name reads, if there is one."""
+    reads = FORMATS[name].OPTIONS if name in FORMATS else ()
+    return Options(group_size=group_size if "group_size" in reads else 128, awq_clip=awq_clip and "awq_clip" in reads)
+
+
+def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) -> tuple[str, ...]:
+    """The searches for one linear: a vector that may be folded into v is also searched as one for each query group."""
+    shared = reads_heads(f"{name}.weight") and queries_per_group > 1
+    return tuple(
+        key
+        for search, folds in smoothings.items()
+        for key in (search, *((search + SHARED,) if shared and folds else ()))
+    )
+
+
+def _clipped_together(
+    here: Topology, model: nn.Module | list[nn.Module], searches: Callable[[str], tuple[str, ...]]
+) -> list[set[str]]:
+    """Groups of this rank's linears whose losses take at most `CLIP_BYTES`, as many groups on every rank."""
+    groups: list[set[str]] = [set()]
+    size = 0
+    for name, weight in weights_of(model).items():
+        nbytes = sum(
+            _losses_nbytes(here, name, weight, search.group)
+            for search in map(search_of, searches(name))
+            if not search.per_tensor
+        )
+        if groups[-1] and size + nbytes > CLIP_BYTES:
+            groups.append(set())
+            size = 0
+        groups[-1].add(name)
+        size += nbytes
+    most = max(everyone(here, len(groups)))
+    return groups + [set() for _ in range(most - len(groups))]
+
+
+def _losses_nbytes(here: Topology, name: str, weight: Tensor, group: int) -> int:
+    """Bytes of the losses of a linear's clipping; of the whole linear, where its shard cuts a group."""
+    gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % group
+    return 8 * len(CLIP_RATIOS) * weight.numel() * (here.cut(is_expert(name)).size if gathered else 1) // group
+
+
+def _check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
+    if here.cp_size > 1:
+        raise ExportError(
+            f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
+            "statistics, and load them here"
+        )
+    if chunk.config.fp8 or getattr(chunk.config, "fp4", None):
+        raise ExportError(
+            "the model computes in FP8 or FP4: calibrate it in bfloat16, as it will be quantized from that"
+        )
+    lengths = {batch.shape[-1] for batch in batches}
+    if chunk.config.sequence_parallel and any(length % here.tp_size for length in lengths):
+        raise ExportError(
+            f"sequence parallelism cuts samples of {sorted(lengths)} tokens in {here.tp_size}: give a length that divides"
+        )
+
+
+def _check_modules(model: nn.Module | list[nn.Module], searched: bool) -> None:
+    """Raise if weights are in modules that cannot be observed, or inputs are not those of the model itself."""
+    if is_quantized(model):
+        raise ExportError(
+            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
+            "the quantizers' own statistics are used; or disable them"
+        )
+    if searched and (adapted := adapters_of(model)):
+        raise ExportError(
+            f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
+            "the adapters into the model first"
+        )
+    called = {pooled(name) for name in linears_of(model)}
+    if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
+        raise ExportError(
+            f"{unseen[0]} (of {len(unseen)} such) is in a module that multiplies the experts of a layer at once, without "
+            "Transformer Engine: calibrate a model with SequentialMLP or TEGroupedMLP, save the statistics, and load them"
+        )
+
+
+def _check_replicas(here: Topology, model: nn.Module | list[nn.Module], batches: list[Tensor]) -> None:
+    """Raise on every rank if replicas that exchange the tokens of experts have other batches. Collective."""
+    config = chunks_of(model)[0].config
+    if config.num_moe_experts is None or here.dispatch.size <= here.tp_size:
+        return
+    shapes = everyone(here, [tuple(batch.shape) for batch in batches])
+    if any(other != shapes[0] for other in shapes):
+        raise ExportError(
+            f"the experts of a layer are spread over data-parallel replicas, so all need batches of the same shapes; they "
+            f"have {sorted({len(found) for found in shapes})} batches of {sorted(set().union(*shapes))}. Give all as many"
+        )
+
+
+def _check(batches: list[Tensor], vocab: int) -> None:
+    if not batches:
+        raise ExportError("the calibration data holds no batch")
+    for number, batch in enumerate(batches):
+        if batch.dim() != 2 or batch.numel() == 0 or batch.dtype not in (torch.int64, torch.int32):
+            raise ExportError(
+                f"calibration batch {number} is {batch.dtype} {tuple(batch.shape)}, not integer [batch, tokens]"
+            )
+        if batch.min() < 0 or batch.max() >= vocab:
+            raise ExportError(
+                f"calibration batch {number} holds token ids {int(batch.min())} to {int(batch.max())}, outside the "
+                f"model's vocabulary of {vocab}: was it tokenized for another model?"
+            )
+
+
+def _observe(
+    here: Topology,
+    model: nn.Module | list[nn.Module],
+    batches: list[Tensor],
+    progress: Progress,
+    all_experts: bool,
+    stage: str,
+    observer: Observer,
+) -> None:
+    """Run all batches through the model and show `observer` the calls of its modules.
+
+    Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time. The interleaved
+    schedule takes them in whole groups: the last one is repeated to fill its group, and not shown again.
+    """
+    chunks = chunks_of(model)
+    group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
+    steps = iter(progress(stage, batches))
+    here.pulse.at(stage)
+    for shape, run in groupby(batches, key=lambda batch: tuple(batch.shape)):
+        run = list(run)
+        repeated = run[-1:] * (-len(run) % group)
+        shown = chain(islice(steps, len(run)), repeated)
+        with watching(here, model, observer, len(run), all_experts):
+            get_forward_backward_func()(
+                forward_step_func=partial(_step, here),
+                data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
+                model=chunks,
+                num_microbatches=len(run) + len(repeated),
+                seq_length=shape[1],
+                micro_batch_size=shape[0],
+                forward_only=True,
+            )
+    next(steps, None)
+
+
+def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
+    ids = next(batches).to(here.device)
+    length = ids.shape[1]
+    positions = torch.arange(length, device=ids.device).expand_as(ids)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
+    # layers that predict one more token only run where there is something to predict
+    output = chunk(ids, positions, mask, labels=ids if chunk.config.mtp_num_layers else None)
+    return output, lambda logits: (logits.new_zeros(()), {})
+
+
+@contextmanager
+def _evaluating(model: nn.Module | list[nn.Module]) -> Iterator[None]:
+    """While open, the model is in evaluation mode; afterwards every attribute of every module is what it was.
+
+    That takes more than the mode: the schedules leave numbers of micro-batches and received activations in modules.
+    """
+    modules = [module for chunk in chunks_of(model) for module in chunk.modules()]
+    attributes = [dict(vars(module)) for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, were in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(were)

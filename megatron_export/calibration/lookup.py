@@ -1,0 +1,114 @@
+"""From calibration statistics to the numbers that each item of a plan is quantized with; refuses what is missing."""
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError, report
+from ..formats.int4 import CLIP_RATIOS
+from ..planning.parameter import Item, Measured
+from ..planning.plan import Plan
+from .statistics import channels, input_key, kv_keys
+
+Statistics = dict[str, Tensor]
+
+
+def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
+    """Raise unless the statistics hold every number that the plan needs, of the right size, finite and in its range."""
+    needed = {name for item in plan.items for name in needed_by(item)}
+    if needed and calibration is None:
+        raise ExportError(f"format {plan.form.name} needs calibration: pass what calibrate() returned, or load a file")
+    calibration = calibration or {}
+    missing = sorted(needed - calibration.keys())
+    how = plan.form.smoothing
+    if how and missing:
+        again = f"Calibrate with --format {plan.form.name}"
+        again += " --group-size 64" if how.search == "int4_g64" else ""
+        if not any(f".pre_quant_scale.{how.search}" in name for name in calibration):
+            raise ExportError(
+                f"the calibration holds no smoothing {how.search}, which {plan.form.name} needs: it was measured for "
+                f"another format. {again}"
+            )
+        if how.clip and not any(".clip" in name for name in needed & calibration.keys()):
+            raise ExportError(f"the calibration holds no clipping for {how.search}. {again} --awq-clip")
+    report([f"the calibration has no {name}: measured on another model, or incomplete" for name in missing])
+    report([problem for item in plan.items for problem in _problems(item, calibration)])
+
+
+def measured(item: Item, calibration: Statistics, device: torch.device) -> Measured:
+    """What the statistics say of one item, on `device`."""
+    needed = {name: calibration[name] for name in needed_by(item)}
+    smoothed = item.smoothed
+    vectors = {name: needed[name] for name in smoothed.vectors}
+    amax = torch.zeros(())
+    if item.form and item.form.activations:
+        name = input_key(item.source.canonical)
+        # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16
+        amax = (
+            needed[name]
+            if smoothed.columns is None or item.form.smoothing.done
+            else (needed[channels(name)] * vectors[smoothed.columns]).amax().to(torch.bfloat16).float()
+        )
+    return Measured(
+        input=amax.to(device),
+        kv=tuple(value.to(device) for value in _kv_amax(item, needed)),
+        vectors={name: vector.to(device) for name, vector in vectors.items()},
+        ratio=needed[smoothed.ratio].to(device) if smoothed.ratio else None,
+        codes={part: needed[name].to(device) for part, name in smoothed.codes},
+    )
+
+
+def _problems(item: Item, calibration: Statistics) -> list[str]:
+    """What is wrong with the numbers that an item needs."""
+    smoothed = item.smoothed
+    codes = {name for _, name in smoothed.codes}
+    ranges = {name: (9e-5, 1.1e4) for name in smoothed.vectors}  # beyond what clamped factors can give
+    ranges |= {name: (0, len(CLIP_RATIOS) - 1) for name in codes}
+    ranges |= {smoothed.ratio: (CLIP_RATIOS[0], CLIP_RATIOS[-1])} if smoothed.ratio else {}
+    problems = []
+    for name, shape in needed_by(item).items():
+        found, dtype = calibration[name], torch.uint8 if name in codes else torch.float32
+        if found.dtype != dtype or (shape is not None and found.shape != shape):
+            problems.append(
+                f"the calibration's {name} is {found.dtype} {tuple(found.shape)}, not {dtype} {shape}: it is for another model"
+            )
+            continue
+        low, high = float(found.min()), float(found.max())
+        least, most = ranges.get(name, (0, torch.finfo(torch.float32).max))
+        if not (least <= low and high <= most):
+            problems.append(f"the calibration's {name} is {low}" + ("" if low == high else f" to {high}"))
+    return problems
+
+
+def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
+    """The statistics of an item and their shapes; None for a vector of another item, which that one looks at."""
+    name, smoothed = item.source.canonical, item.smoothed
+    needed: dict[str, tuple[int, ...] | None] = dict.fromkeys(sorted(smoothed.vectors))
+    if smoothed.columns:
+        needed[smoothed.columns] = item.source.shape[1:]
+    if item.form and item.form.activations:
+        key = input_key(name)
+        by_channel = smoothed.columns and not item.form.smoothing.done
+        needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}
+    if smoothed.ratio:
+        needed[smoothed.ratio] = ()
+    for (_, codes), part in zip(smoothed.codes, item.parts, strict=bool(smoothed.codes)):
+        needed[codes] = (part.shape[0], part.shape[1] // item.form.tile[1])
+    if item.kv:
+        k_amax, v_amax = kv_keys(name)
+        needed |= {k_amax: (), **({channels(v_amax): item.parts[2].shape[:1]} if _v_vector(item) else {v_amax: ()})}
+    return needed
+
+
+def _v_vector(item: Item) -> str | None:
+    return dict(item.smoothed.rows).get("v")
+
+
+def _kv_amax(item: Item, needed: Statistics) -> tuple[Tensor, ...]:
+    """The amax of the keys and of the values, these after the smoothing of o_proj was folded into v_proj."""
+    if item.kv is None:
+        return ()
+    k_amax, v_amax = kv_keys(item.source.canonical)
+    if (vector := _v_vector(item)) is None:
+        return needed[k_amax], needed[v_amax]
+    factors = item.source.layout.first_queries(needed[vector])
+    return needed[k_amax], (needed[channels(v_amax)] * factors).amax()

@@ -1,0 +1,1 @@
+"""What the quantizers that ModelOpt put into a model mean: their settings and their statistics."""

@@ -1,0 +1,258 @@
+"""What ModelOpt's quantizers mean: which format they round to, and which of our statistics they hold.
+
+A quantizer is a dict of its attributes and buffers under ModelOpt's own names (`_num_bits`, `_block_sizes`, `_disabled`,
+`_amax`, ...), of a live module or read from a checkpoint. Its name is that of its canonical module, and `weight_quantizer`
+(`weight_quantizer.0` and `.1` where one follows the other), `input_quantizer`, or, of attention, `k_bmm_quantizer` and
+`v_bmm_quantizer`. Nothing of ModelOpt is imported.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+from ...common.errors import ExportError, report
+from ...models import is_expert, pooled, vector_home
+from ..statistics import input_key, weight_key
+
+Attributes = dict[str, Any]
+Quantizers = dict[str, Attributes]
+
+_E4M3 = "e4m3"
+_NVFP4 = "e2m1 in blocks of 16, dynamic, with scales of e4m3"
+# How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size.
+_FORMATS = {
+    ("", "", False): "bf16",
+    (_E4M3, _E4M3, False): "fp8",
+    ("e4m3 in blocks of 128x128", "", False): "fp8_pb",
+    (_NVFP4, _NVFP4, False): "nvfp4",
+    (_NVFP4, _NVFP4, True): "nvfp4_awq",
+    ("int4 in blocks of 64", "", True): "int4_awq 64",
+    ("int4 in blocks of 128", "", True): "int4_awq 128",
+    ("int4 in blocks of 64, then e4m3", _E4M3, True): "w4a8_awq 64",
+    ("int4 in blocks of 128, then e4m3", _E4M3, True): "w4a8_awq 128",
+}
+_CACHES = {("", ""): "none", (_E4M3, _E4M3): "fp8", (_NVFP4, _NVFP4): "nvfp4"}
+_CACHE = "KV cache "  # begins the kind of an attention
+_NUMBERS = {(4, 3): "e4m3", (2, 1): "e2m1", (8, 0): "e8m0", 4: "int4", 8: "int8"}
+_ODD = {  # what no format here does
+    "_dynamic": "as they come",
+    "_unsigned": "unsigned",
+    "_narrow_range": "in a narrow range",
+    "_rotate": "rotated",
+    "_bias": "with an offset",
+    "_scale": "compressed",
+    "_svdquant_lora_a": "beside a product of two matrices",
+    "backend": "by a backend of its own",
+}
+_CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale is 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, those of a layer's experts
+    as one.
+    """
+
+    format: str
+    kv_cache: str
+    group_size: int
+    quantized: frozenset[str]
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether ModelOpt has multiplied the smoothing factors into the weights, and nothing has taken over their inverse."""
+        return self.format.endswith("_awq")
+
+    def vector_key(self, module: str) -> str:
+        """The statistic that a linear's `pre_quant_scale` is."""
+        search = "nvfp4" if self.format == "nvfp4_awq" else f"int4_g{self.group_size}"
+        return f"{vector_home(module)}.pre_quant_scale.{search}"
+
+
+def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
+    """Module -> its quantizers by the rest of their names; those of core attention under the name of the attention."""
+    found: dict[str, dict[str, Attributes]] = {}
+    for name, attributes in quantizers.items():
+        head, _, tail = name.rpartition("_quantizer")
+        owner, _, kind = head.rpartition(".")
+        found.setdefault(owner.removesuffix(".core_attention"), {})[f"{kind}_quantizer{tail}"] = attributes
+    return found
+
+
+def kinds_of(quantizers: Quantizers) -> dict[str, str]:
+    """What each module is quantized to: linear -> format, a layer's experts as one; attention -> that of its cache.
+
+    Raises for what no format here does, naming modules and settings.
+    """
+    problems: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for module, parts in by_module(quantizers).items():
+        words = {name: text for name, attributes in parts.items() if (text := _words(attributes))}
+        smoothed = _vector(parts.get("input_quantizer", {})) is not None
+        kind, problem = _kind(module, words, smoothed)
+        if kind and found.setdefault(pooled(module), kind) != kind:
+            problem = f"it is quantized to {kind}, and another expert of its layer to {found[pooled(module)]}"
+        if problem:
+            problems.setdefault(problem, []).append(module)
+    report([f"{some[0]} ({len(some)} such): {problem}" for problem, some in problems.items()])
+    return found
+
+
+def merged_kinds(everywhere: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What `kinds_of` found on every rank, put together; other ranks may have other experts of a layer."""
+    found: dict[str, str] = {}
+    for module, kind in (item for kinds in everywhere for item in kinds.items()):
+        if found.setdefault(module, kind) != kind:
+            raise ExportError(f"{module} is quantized to {found[module]} on one rank and to {kind} on another")
+    return found
+
+
+def recipe_of(kinds: dict[str, str]) -> Recipe | None:
+    """The one recipe that `kinds_of` a whole model mean; None where nothing is quantized."""
+    formats: dict[str, list[str]] = {}
+    caches: dict[str, list[str]] = {}
+    for module, kind in kinds.items():
+        some = caches if kind.startswith(_CACHE) else formats
+        some.setdefault(kind.removeprefix(_CACHE), []).append(module)
+    formats.pop("bf16", None)
+    for some in (formats, caches):
+        if len(some) > 1:
+            said = ", ".join(f"{kind} ({modules[0]}, {len(modules)} in all)" for kind, modules in some.items())
+            raise ExportError(
+                f"ModelOpt quantized modules of this model differently, and a checkpoint has one format: {said}"
+            )
+    cache = next(iter(caches), "none")
+    if not formats:
+        if cache == "none":
+            return None
+        raise ExportError(
+            f"ModelOpt quantized nothing of this model but its KV cache ({cache}), which vLLM refuses. Disable those "
+            "quantizers, and serve with the engine's own FP8 KV cache"
+        )
+    ((kind, modules),) = formats.items()
+    name, _, group = kind.partition(" ")
+    return Recipe(name, cache, int(group or 128), frozenset(modules))
+
+
+def scalars_in(quantizers: Quantizers) -> dict[str, float]:
+    """The statistics that are one number: amaxes of inputs, of keys and values, and of weights that have one for all."""
+    found: dict[str, float] = {}
+    for module, parts in by_module(quantizers).items():
+        weight = f"{module}.weight"
+        keys = {
+            "input_quantizer": input_key(weight),
+            "weight_quantizer": weight_key(weight),
+            "weight_quantizer.1": weight_key(weight),
+            "k_bmm_quantizer": f"{module}.k_amax",
+            "v_bmm_quantizer": f"{module}.v_amax",
+        }
+        for name in keys.keys() & parts.keys():
+            value = _amax(parts[name])
+            if value is None:
+                continue
+            if not isfinite(value) or value < 0:
+                raise ExportError(f"{module}.{name}._amax is {value}. Calibrate the model again")
+            found[keys[name]] = max(found.get(keys[name], 0.0), value)
+    return found
+
+
+def vectors_in(quantizers: Quantizers) -> dict[str, Tensor]:
+    """Linear -> its `pre_quant_scale`, float32 [in], of the shard if the quantizer is one's."""
+    parts = {module: parts.get("input_quantizer", {}) for module, parts in by_module(quantizers).items()}
+    vectors = {module: _vector(attributes) for module, attributes in parts.items()}
+    return {module: vector.flatten().float() for module, vector in vectors.items() if vector is not None}
+
+
+def blocks_in(quantizers: Quantizers) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """Linear -> the amaxes that it has of each block of its weight, or what stands for them there; and a block's shape."""
+    found = {}
+    for module, parts in by_module(quantizers).items():
+        first = parts.get("weight_quantizer.0") or parts.get("weight_quantizer", {})
+        amax, sizes = first.get("_amax"), first.get("_block_sizes") or {}
+        if _words(first) and has_blocks(first) and amax is not None:
+            found[module] = amax, (sizes.get(-2, 1), sizes[-1])
+    return found
+
+
+def _kind(module: str, words: dict[str, str], smoothed: bool) -> tuple[str | None, str]:
+    """What a module is quantized to by quantizers that round as `words` say; or None and why that cannot be exported."""
+    if module.endswith(".self_attention"):
+        cached = words.get("k_bmm_quantizer", ""), words.get("v_bmm_quantizer", "")
+        if cached in _CACHES and not words.keys() - {"k_bmm_quantizer", "v_bmm_quantizer"}:
+            return _CACHE + _CACHES[cached], ""
+    elif not module.rpartition(".")[2].startswith("linear_"):
+        if not words and not smoothed:
+            return "bf16", ""
+    else:
+        chain = [words.get(f"weight_quantizer{number}", "") for number in ("", ".0", ".1")]
+        weights = ", then ".join(text for text in chain if text)
+        kind = _FORMATS.get((weights, words.get("input_quantizer", ""), smoothed))
+        known = {"input_quantizer", "weight_quantizer", "weight_quantizer.0", "weight_quantizer.1"}
+        if kind and smoothed and is_expert(module):
+            return None, (
+                "ModelOpt gave each expert a pre_quant_scale of its own, and here a layer's experts share one. Quantize them "
+                "without AWQ"
+            )
+        if kind and not words.keys() - known:
+            return kind, ""
+    said = [f"{name} is {text}" for name, text in sorted(words.items())]
+    said += ["inputs are multiplied by a pre_quant_scale"] if smoothed else []
+    return None, (
+        f"ModelOpt's {'; '.join(said)}: no format here does that. Quantize it otherwise, or disable its quantizers before "
+        "they are calibrated"
+    )
+
+
+def _words(attributes: Attributes) -> str:
+    """How a quantizer rounds; empty for one that does not."""
+    if attributes.get("_disabled") or "_num_bits" not in attributes:
+        return ""
+    blocks = {key: size for key, size in (attributes.get("_block_sizes") or {}).items() if size not in (None, False)}
+    sizes = [str(blocks.pop(dim)) for dim in (-2, -1) if dim in blocks]
+    dynamic, scales = blocks.pop("type", "static") == "dynamic", blocks.pop("scale_bits", None)
+    axis = None if sizes else attributes.get("_axis")  # with blocks, ModelOpt sets it to what they come to
+    words = [
+        _number(attributes["_num_bits"]) + (f" in blocks of {'x'.join(sizes)}" if sizes else ""),
+        "dynamic" if dynamic else "",
+        f"with scales of {_number(scales)}" if scales else "",
+        f"and {blocks}" if blocks else "",
+        f"one scale by axis {axis}" if axis is not None else "",
+        *(text for name, text in _ODD.items() if _is_on(attributes.get(name))),
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _number(bits: int | tuple[int, int] | list[int]) -> str:
+    bits = bits if isinstance(bits, int) else tuple(bits)
+    return _NUMBERS.get(bits, f"{bits} bits")
+
+
+def _is_on(value: object) -> bool:
+    """Whether an attribute is there and not off; some are settings of their own, that are on or off."""
+    if isinstance(value, Tensor):
+        return True
+    return bool(value.get("enable") if isinstance(value, dict) else getattr(value, "enable", value))
+
+
+def has_blocks(attributes: Attributes) -> bool:
+    """Whether a quantizer keeps an amax for every block, and not one for all."""
+    blocks = attributes.get("_block_sizes") or {}
+    return bool(blocks) and blocks.get("type", "static") == "static"
+
+
+def _amax(attributes: Attributes) -> float | None:
+    """The one amax of a quantizer that rounds; None for one that has more, or was shown nothing."""
+    if not _words(attributes) or has_blocks(attributes):
+        return None
+    if attributes.get("_use_constant_amax"):
+        return _CONSTANT_AMAX
+    amax = attributes.get("_amax")
+    return float(amax) if amax is not None and amax.numel() == 1 else None
+
+
+def _vector(attributes: Attributes) -> Tensor | None:
+    """What a quantizer multiplies its input with, whether it rounds it or not."""
+    return attributes.get("_pre_quant_scale") if attributes.get("_enable_pre_quant_scale", True) else None

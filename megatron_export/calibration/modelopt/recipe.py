@@ -1,0 +1,201 @@
+"""What a model, live or in a checkpoint, inherits from ModelOpt: the recipe of its quantizers, and their statistics."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.torch_dist import Checkpoint
+from ...common.errors import ExportError, report
+from ...common.piece import Axis
+from ...distributed.collectives import everyone, maximum, spread, together, whole
+from ...formats import Options
+from ...mcore.addons import quantizers_of
+from ...mcore.model import weights_of
+from ...mcore.parallel_state import Topology
+from ...models import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
+from ...planning.request import Asked
+from .defaults import supposed
+from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
+
+
+def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, asked: Asked) -> Asked:
+    """What is asked for, with what a model that ModelOpt quantized says itself. Collective.
+
+    `ExportError` if the two contradict each other, or if no format here does what its quantizers do.
+    """
+    with together(here, "read the model's quantizers"):
+        quantizers = quantizers_of(model)
+        mine = kinds_of(quantizers)
+    everywhere = everyone(here, mine)
+    with together(here, "read the model's quantizers"):
+        kinds = merged_kinds(everywhere)
+        recipe = recipe_of(kinds)
+        if recipe is None:
+            return asked.plain()
+        report(_contradictions(config, recipe, asked))
+        weights = weights_of(model)
+        report(
+            _stale(name for name, (amax, size) in blocks_in(quantizers).items() if _differs(weights[name], amax, size))
+        )
+        scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
+    statistics: dict[str, Tensor] = {}
+    for theirs in everyone(here, scalars):
+        for name, value in theirs.items():
+            statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
+    statistics |= _agreed_vectors(here, vectors, recipe)
+    return _inherited(config, recipe, asked, statistics)
+
+
+def told(checkpoint: Checkpoint, config: dict, asked: Asked) -> Asked:
+    """The same for the model in a checkpoint, which every rank reads for itself."""
+    quantizers = _quantizers(checkpoint, asked)
+    recipe = recipe_of(kinds_of(quantizers))
+    if recipe is None:
+        return asked.plain()
+    report(_contradictions(config, recipe, asked))
+    if checkpoint.adapted:
+        raise ExportError(
+            f"{checkpoint.folder} has LoRA adapters and ModelOpt's quantizers, which were calibrated without them. Merge the "
+            "adapters into the model, calibrate the quantizers again, and export that"
+        )
+    statistics = {name: torch.tensor(value) for name, value in scalars_in(quantizers).items()}
+    columns, odd = _columns(checkpoint), []
+    for module, vector in vectors_in(quantizers).items():
+        key = recipe.vector_key(module)
+        if len(vector) != columns.get(module) or not (vector.isfinite() & (vector > 0)).all():
+            odd.append(
+                f"{module}: its pre_quant_scale is not a positive number for each of its {columns.get(module)} inputs"
+            )
+        elif not torch.equal(statistics.setdefault(key, vector), vector):
+            odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
+    report(odd)
+    return _inherited(config, recipe, asked, statistics)
+
+
+def _quantizers(checkpoint: Checkpoint, asked: Asked) -> Quantizers:
+    found = checkpoint.quantizers
+    return supposed(found, _columns(checkpoint), asked.format, asked.kv_cache, checkpoint.folder)
+
+
+def _columns(checkpoint: Checkpoint) -> dict[str, int]:
+    """Linear -> how many inputs it has."""
+    return {name.removesuffix(".weight"): one.shape[-1] for name, one in checkpoint.sources.items()}
+
+
+def check_blocks(here: Topology, checkpoint: Checkpoint, asked: Asked) -> None:
+    """Raise if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
+    found = blocks_in(_quantizers(checkpoint, asked))
+    mine = sorted((name, one) for name, one in found.items() if f"{name}.weight" in checkpoint.sources)[
+        here.rank :: here.world
+    ]
+    report(
+        _stale(
+            name
+            for name, (amax, size) in mine
+            if any(_differs(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
+        )
+    )
+
+
+def _inherited(config: dict, recipe: Recipe, asked: Asked, statistics: dict[str, Tensor]) -> Asked:
+    """What is asked for where a recipe says it."""
+    return Asked(
+        format=recipe.format,
+        kv_cache=recipe.kv_cache,
+        options=_options(recipe, asked.options),
+        calibration=statistics,
+        exclude=(*asked.exclude, *_left_alone(config, recipe)),
+        quantize_mla=asked.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
+        smoothed=recipe.smoothed,
+        inherited=True,
+    )
+
+
+def _contradictions(config: dict, recipe: Recipe, asked: Asked) -> list[str]:
+    """Where the user wants something else than the model's quantizers do."""
+    problems = [
+        f"{field} is {wanted!r}, but ModelOpt quantized this model to {has!r}. Leave it out, or disable the quantizers"
+        for field, wanted, has in (
+            ("format", asked.format, recipe.format),
+            ("kv_cache", asked.kv_cache, recipe.kv_cache),
+            ("group_size", asked.options.group_size, recipe.group_size),
+        )
+        if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
+    ]
+    if asked.calibration is not None:
+        problems.append(
+            "the model has quantizers of ModelOpt that hold its statistics: leave calibration out, or disable the quantizers"
+        )
+    if recipe.smoothed and asked.exclude:
+        problems.append(
+            "exclude cannot undo what ModelOpt has smoothed: disable those quantizers before they are calibrated"
+        )
+    if recipe.smoothed and settings_of(config).get("rotary_interleaved"):
+        problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {recipe.format}")
+    return problems
+
+
+def _options(recipe: Recipe, options: Options) -> Options:
+    """The options that the recipe settles. ModelOpt gives each query its own factors, which cannot be folded into v."""
+    if recipe.format == "nvfp4_awq":
+        return replace(options, awq_output="modelopt")
+    return replace(options, group_size=recipe.group_size)
+
+
+def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
+    """Whether a weight's blocks have other amaxes than these: clipped ones, or of a model trained since.
+
+    What is written is quantized with the amaxes of the weights' own blocks, so they must be the same.
+    """
+    rows, columns = block
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+    own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
+    amax = amax.flatten().float().to(own.device)
+    return own.shape != amax.shape or not torch.equal(own, amax)
+
+
+def _stale(linears: Iterable[str]) -> list[str]:
+    found = list(linears)
+    if not found:
+        return []
+    return [
+        f"{found[0]} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
+        "exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
+    ]
+
+
+def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The smoothing vectors of all linears, whole. Collective."""
+    mine: dict[str, Tensor] = {}
+    odd = []
+    for module, vector in sorted(vectors.items()):
+        if cut_of(f"{module}.weight") is Axis.IN:
+            vector = whole(here.cut(False), vector, 0)
+        agreed = maximum(vector.clone(), here.stage_group)
+        key = recipe.vector_key(module)
+        if not torch.equal(agreed, vector) or not torch.equal(mine.setdefault(key, agreed), agreed):
+            odd.append(
+                f"{module}: its pre_quant_scale is not the same on all ranks, or of all that read the same input"
+            )
+    with together(here, "read the model's quantizers"):
+        report(odd)
+    return spread(here, mine)
+
+
+def _left_alone(config: dict, recipe: Recipe) -> Iterable[str]:
+    """The HF modules of linears that ModelOpt did not quantize; a layer's experts as one."""
+    sources = parameters_of(config).items()
+    left = [
+        s
+        for name, s in sources
+        if is_linear_weight(name) and pooled(name).removesuffix(".weight") not in recipe.quantized
+    ]
+    names = [hf.removesuffix(".weight") for source in left for hf in source.names().values()]
+    return dict.fromkeys(re.sub(r"\.experts\..*", ".experts", name) for name in names)
+
+
+def _quantizes_latent(config: dict, recipe: Recipe) -> bool:
+    return bool(shape_of(config).kv_lora) and any(".self_attention." in module for module in recipe.quantized)

@@ -1,0 +1,1 @@
+"""Reading checkpoints: HF safetensors folders and Megatron's torch_dist."""

@@ -1,0 +1,128 @@
+"""The files around the weights: where the HF model's folder is, its config, and what is copied from it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.errors import ExportError
+from ..common.safe_files import INDEX, inside, read_index, read_json, shown
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # may run code when they are read
+_NEVER_COPIED = (*_PICKLES, ".safetensors")  # whatever they are called
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model that an export comes from: its folder, the state of its files, its config."""
+
+    folder: Path
+    files: dict[str, tuple[int, int]]
+    config: dict
+
+
+def find_model(hf_model: str | Path, *, weights: bool) -> Path:
+    """The folder of an HF model: a local path, or a hub id, which is fetched into the hub's cache.
+
+    `weights`: whether its safetensors files are wanted too. Nothing is fetched for a path that exists or cannot be an id.
+    """
+    folder = Path(hf_model)
+    if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
+        patterns = ["config.json", *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
+        folder = _fetch(str(hf_model), patterns)
+    if not folder.is_dir():
+        raise ExportError(
+            f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
+        )
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
+    files_to_copy(folder)
+    if weights:
+        weights_in(folder)
+    return folder
+
+
+def weights_in(folder: Path) -> Path:
+    """The index of a folder's safetensors files, or the only one. Other files of weights are never read."""
+    for name in (INDEX, "model.safetensors"):
+        if (folder / name).is_file():
+            return inside(folder, name)
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLES):
+        raise ExportError(
+            f"{folder}: no weights but in {pickles[0]}, a pickle, which can run code when it is read and is never read here. "
+            "Convert it to safetensors where you trust it, as save_pretrained of transformers does, and give that folder"
+        )
+    raise ExportError(
+        f"{folder}: no weights: neither model.safetensors nor {INDEX} is there. Give a checkpoint in safetensors format"
+    )
+
+
+def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:
+    """The folder of a model found before, where tensors whose names begin with one of `prefixes` are too.
+
+    Of a hub id, only the files that hold them are fetched.
+    """
+    if not prefixes or Path(hf_model).exists():
+        return folder
+    index = _fetch(str(hf_model), [INDEX])
+    if not (index / INDEX).is_file():
+        return _fetch(str(hf_model), ["*.safetensors"])
+    homes = read_index(index)
+    return _fetch(str(hf_model), sorted({file.name for name, file in homes.items() if name.startswith(prefixes)}))
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as a dict; refuses a model that is quantized already, unless in blocks of FP8 as DeepSeek publishes its."""
+    path = inside(folder, "config.json")
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: not the settings of a model but a {type(config).__name__}. Fetch it again")
+    quantized = config.get("quantization_config")
+    if quantized is not None and not isinstance(quantized, dict):
+        raise ExportError(f"{path}: quantization_config is {shown(quantized)}, not a table of settings. Fetch it again")
+    if quantized:
+        method = quantized.get("quant_method")
+        if method == "fp8" and quantized.get("weight_block_size") == [128, 128]:
+            return config
+        raise ExportError(f"{folder} is quantized already (quant_method {shown(method)}); give the original model")
+    return config
+
+
+def files_to_copy(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config, remote code and licence. Python files are copied, never run; a link out of
+    the folder is refused.
+    """
+    found = (path for path in sorted(folder.iterdir()) if path.is_file() or path.is_symlink())
+    named = [path for path in found if any(path.match(pattern) for pattern in _COPIED)]
+    files = [inside(folder, path.name) for path in named if path.suffix.lower() not in _NEVER_COPIED]
+    return [path for path in files if path.is_file()]
+
+
+def _fetch(hub_id: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # the hub's client, its HTTP client and the file system each raise their own
+        raise ExportError(
+            f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})"
+        ) from error

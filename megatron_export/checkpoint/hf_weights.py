@@ -1,0 +1,209 @@
+"""The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError, report
+from ..common.safe_files import INDEX, opened, read_index
+from ..models import Source
+from ..models.layouts import stacked_rows
+from ..planning.parameter import Output
+from .hf_folder import weights_in
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+_PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
+_SCALE, _FP8 = "_scale_inv", "F8_E4M3"
+
+
+class SourceWeights:
+    """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for.
+
+    A weight in float8 with a `weight_scale_inv` beside it, as DeepSeek publishes its models, is multiplied out: float32
+    value x scale of its block of 128 x 128, rounded to bfloat16. Several threads may read at a time.
+    """
+
+    def __init__(self, folder: Path, only: tuple[str, ...] = ("",)) -> None:
+        """Open the files of `folder` that hold tensors whose names begin with one of `only`."""
+        self.folder = folder
+        self.files = {name: path for name, path in _files(folder).items() if name.startswith(only)}
+        self.open, self.sizes = {}, {}
+        self.nbytes = 0  # read so far
+        self.counting = Lock()
+        for path in sorted(set(self.files.values())):
+            self.open[path] = opened(path)
+            self.sizes[path] = path.stat().st_size
+        seen: dict[str, Path] = {}
+        for path, file in self.open.items():
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if seen.setdefault(name, path) is not path:
+                    raise ExportError(
+                        f"{folder}: tensor {name} is in {seen[name].name} and in {path.name}. Fetch both again"
+                    )
+        report(
+            [
+                f"{path}: the index says that {name} is here. Fetch file and index again"
+                for name, path in sorted(self.files.items())
+                if seen.get(name) != path
+            ]
+        )
+
+    def __enter__(self) -> "SourceWeights":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open.clear()
+
+    def check(
+        self, expected: dict[str, tuple[int, ...]], copies: set[str] = frozenset(), others: tuple[str, ...] = ()
+    ) -> None:
+        """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized but in
+        blocks.
+
+        Rotary buffers of old files may be there too, the output layer of a tied model, and what begins like one of
+        `others`; of `copies` of other tensors some may be missing.
+        """
+        found = {
+            name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
+        }
+        in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
+        expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
+        missing = sorted(expected.keys() - found - copies)
+        extra = sorted(name for name in found - expected.keys() if not name.endswith("lm_head.weight"))
+        problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
+        if any(name.endswith("eh_proj.weight") for name in missing):
+            problems.insert(
+                0, "these files lack layers that predict one more token, which config.json means: --mtp drop"
+            )
+        problems += [
+            f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
+        ]
+        for name in sorted(expected.keys() & found):
+            if tuple(self.shape(name)) != expected[name]:
+                problems.append(
+                    f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
+                    "Give the config.json that belongs to these weights"
+                )
+            if self.dtype(name) not in _PLAIN and not (self.dtype(name) == _FP8 and name + _SCALE in found):
+                problems.append(
+                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
+                    "already? Give the original model"
+                )
+        report(problems)
+
+    def shape(self, name: str) -> list[int]:
+        return self.open[self.files[name]].get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it."""
+        return self.open[self.files[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
+        """The part of tensor `name` that `where` selects, in `dtype`."""
+        part = self._mapped(name).get_slice(name)[where]
+        self._count(part)
+        return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
+
+    def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
+        """What `where` selects of a part of a parameter, [out, in] or [out], from a tensor of its own or from a stack."""
+        stack = source.stack
+        if stack is None:
+            return self.read(source.names()[part], where, source.dtype)
+        parts = list(source.names())
+        size = self.shape(stack.name)[-1] // len(parts)
+        rows = slice(*where[0].indices(size)[:2])
+        columns, taken = stacked_rows(rows, size, parts.index(part), len(parts), stack.woven)
+        place = (slice(stack.index, stack.index + 1), *where[1:], columns)
+        if len(place) < len(self.shape(stack.name)):
+            place = (place[0], slice(None), columns)
+        found = self.read(stack.name, place, source.dtype)[0][..., taken]
+        return found.T if found.dim() == 2 else found
+
+    def copied(self) -> tuple[Output, ...]:
+        """All tensors, as they are to be written again."""
+        if odd := [name for name in self.files if self.dtype(name) not in _PLAIN]:
+            raise ExportError(f"{self.folder}: tensor {odd[0]} is {self.dtype(odd[0])}, not one of {', '.join(_PLAIN)}")
+        return tuple(Output(name, _PLAIN[self.dtype(name)], tuple(self.shape(name))) for name in sorted(self.files))
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor as it is."""
+        return self._mapped(name).get_tensor(name)
+
+    def _mapped(self, name: str) -> "safe_open":
+        """The file that holds a tensor, to read it now. Files are mapped: a read behind the end that one has now would kill the
+        process.
+        """
+        path = self.files[name]
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.sizes[path]:
+            raise ExportError(
+                f"{path} changed while it was read: it has {size:,} bytes now, it had {self.sizes[path]:,}. Start again when "
+                "nobody writes there"
+            )
+        return self.open[path]
+
+    def _count(self, part: Tensor) -> None:
+        with self.counting:
+            self.nbytes += part.nbytes
+
+    def _multiplied(self, name: str, part: Tensor, where: tuple[slice, ...]) -> Tensor:
+        """A part of a weight in float8, each value times the scale of its block; float32."""
+        cuts = [cut.indices(size) for cut, size in zip((*where, slice(None)), self.shape(name), strict=False)]
+        blocks = tuple(slice(start // _BLOCK, -(-stop // _BLOCK)) for start, stop, _ in cuts)
+        scales = self._mapped(name + _SCALE).get_slice(name + _SCALE)[blocks].float()
+        self._count(scales)
+        for dim, (start, stop, _) in enumerate(cuts):
+            index = torch.arange(start, stop) // _BLOCK - start // _BLOCK
+            scales = scales.index_select(dim, index)
+        return part.float() * scales
+
+
+def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
+    """The tensors of a checkpoint whose names begin with one of `prefixes`; an error if there is none of one of them."""
+    if not prefixes:
+        return ()
+    with SourceWeights(folder, only=prefixes) as weights:
+        report(
+            [
+                f"{folder}: no tensor {prefix}*, which is copied from the original model. Fetch the checkpoint again"
+                for prefix in prefixes
+                if not any(name.startswith(prefix) for name in weights.files)
+            ]
+        )
+        return weights.copied()
+
+
+def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    names = source.names()
+    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+
+
+def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    names, shapes = source.names(), part_shapes(source)
+    if source.stack is None:
+        first = next(iter(shapes.values()))
+        return {names[part]: shapes.get(part, first) for part in names}
+    out, *inputs = next(iter(shapes.values()))
+    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> its file."""
+    path = weights_in(folder)
+    if path.name == INDEX:
+        return read_index(folder)
+    return dict.fromkeys(opened(path).keys(), path)

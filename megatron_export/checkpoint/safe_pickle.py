@@ -1,0 +1,253 @@
+"""What pickle and torch.save wrote, read without running or importing anything that it names.
+
+A pickle is a program that calls what it names. Here a name is a value of a short list, or, of the packages whose objects are
+in checkpoints, an `Inert` thing that keeps what it was called with and does nothing; any other name is an error. What
+torch.save wrote is a zip archive without compression: `data.pkl` describes the object, its tensors' bytes lie beside it.
+"""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..common.errors import ExportError
+from ..common.safe_files import shown, told
+
+WAY_OUT = "Copy or save the checkpoint again, or do not trust it"
+MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
+_MOST_AT_ONCE = 1 << 20  # of what describes an archive
+_STORAGES = {  # what `data.pkl` calls the numbers of a tensor
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "ByteStorage": torch.uint8,
+}
+_INERT = {  # packages whose objects are in checkpoints; nothing of them is needed
+    *("argparse", "collections", "datetime", "enum", "functools", "lightning", "megatron", "modelopt", "nemo"),
+    *("numpy", "omegaconf", "pathlib", "signal", "torch", "transformer_engine", "types", "_codecs", "copy_reg"),
+}
+
+
+class Inert:
+    """Stands for an object of a class that is not looked up: what it was called with, and the state that it was given."""
+
+    name = ""
+    args: tuple = ()
+    state: Any = None
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """What a container of its own kind holds is not kept."""
+
+    def append(self, value: object) -> None:
+        """The same."""
+
+    def get(self, name: str) -> Any:
+        """An attribute that it was saved with; `ValueError` if it has none."""
+        if not isinstance(self.state, dict) or name not in self.state:
+            raise ValueError(f"a {self.name} has no {name}")
+        return self.state[name]
+
+
+class _Table(dict):
+    """Any kind of dict: what it was made from, and its own attributes, are not kept."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_KINDS = (bool, dict, float, frozenset, int, list, set, str, tuple)
+_VALUES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _Table,
+    ("collections", "defaultdict"): _Table,
+    **{(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in _KINDS},  # of pickle 3, and 2
+    **{("torch", name): found for name, found in _DTYPES.items()},
+}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Where a file holds the numbers of a tensor that torch.save wrote: from byte `start` on, `strides` apart."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+
+def unpickled(data: bytes) -> Any:
+    """The object of a pickle. `ValueError` says why it is refused."""
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    try:
+        return _Reader(io.BytesIO(data)).load()
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged pickle may fail in any way
+        raise ValueError(f"a damaged pickle: {type(error).__name__}: {told(error)}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """The object of a file that pickle wrote."""
+    with judged(path), path.open("rb") as file:
+        return unpickled(file.read(MOST_BYTES + 1))
+
+
+def read_saved(path: Path, way_out: str) -> Any:
+    """The object of a file that torch.save wrote, its tensors as `Inert`."""
+    with judged(path, way_out), path.open("rb") as file:
+        return saved(file, 0, os.fstat(file.fileno()).st_size)
+
+
+def saved(file: BinaryIO, start: int, length: int) -> Any:
+    """The object that torch.save wrote into a part of a file, its tensors as `Inert`; `ValueError` where it is none."""
+    with _archive(file, start, length) as archive:
+        return _described(archive)
+
+
+def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
+    """Where the numbers of the tensor are that torch.save wrote into a part of a file; `ValueError` where it is none."""
+    with _archive(file, start, length) as archive:
+        found = _described(archive)
+        found = found[0] if isinstance(found, list) and len(found) == 1 else found
+        if not isinstance(found, Inert) or found.name != "torch._utils._rebuild_tensor_v2" or len(found.args) < 4:
+            raise ValueError(f"{shown(found)} is no tensor")
+        storage, offset, shape, strides, *_ = found.args
+        if not isinstance(storage, tuple) or len(storage) != 5 or storage[0] != "storage":
+            raise ValueError("a tensor without numbers")
+        kind = getattr(storage[1], "name", "").removeprefix("torch.")
+        if kind not in _STORAGES:
+            raise ValueError(f"a tensor of {shown(kind)}, not one of {', '.join(_STORAGES)}")
+        dtype = _STORAGES[kind]
+        if not all(_is_sizes(sizes) for sizes in ((offset,), shape, strides)) or len(shape) != len(strides):
+            raise ValueError("a tensor without sizes")
+        reach = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+        member = archive.getinfo(_prefix(archive) + f"data/{storage[2]}")
+        if 0 in shape or reach * dtype.itemsize > member.file_size:
+            raise ValueError(f"a tensor {shape} in {member.file_size:,} bytes")
+        begin = _begin(file, start, member)
+        if begin + member.file_size > start + length:
+            raise ValueError("its numbers go beyond its end")
+        return Numbers(dtype, shape, strides, begin + offset * dtype.itemsize)
+
+
+@contextmanager
+def judged(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
+    """Why a file is not read becomes an `ExportError` about it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not read ({told(error)}). {way_out}") from error
+
+
+class _Reader(pickle._Unpickler):
+    """In Python: the one in C, which is faster, takes as much memory as a few bytes of a pickle ask for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _VALUES:
+            return _VALUES[module, name]
+        if module.partition(".")[0] not in _INERT and name != "getattr":  # by which Python 3.11 named members of enums
+            raise ValueError(f"it names {shown(f'{module}.{name}')}, which no checkpoint needs; nothing of it was run")
+        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Of a tensor: ("storage", its kind, its file in the archive, device, how many numbers)."""
+        return pid
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file of its own, that gives little at once."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        if self.at < 0:
+            raise zipfile.BadZipFile("it points before its start")
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        size = max(0, min(size if size >= 0 else self.length, self.length - self.at))
+        if size > _MOST_AT_ONCE:
+            raise ValueError(f"it describes itself in more than {_MOST_AT_ONCE:,} bytes")
+        self.file.seek(self.start + self.at)
+        found = self.file.read(size)
+        self.at += len(found)
+        return found
+
+
+@contextmanager
+def _archive(file: BinaryIO, start: int, length: int) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(_Window(file, start, length)) as archive:
+            yield archive
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, struct.error) as error:
+        raise ValueError(f"no archive of torch.save: {told(error)}") from error
+
+
+def _prefix(archive: zipfile.ZipFile) -> str:
+    names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+    if len(names) != 1:
+        raise ValueError("no archive of torch.save: it has no data.pkl")
+    return names[0].removesuffix("data.pkl")
+
+
+def _described(archive: zipfile.ZipFile) -> Any:
+    prefix = _prefix(archive)
+    if "little" not in (_small(archive, f"{prefix}byteorder") or b"little").decode():
+        raise ValueError("its numbers are big-endian")
+    return unpickled(_small(archive, f"{prefix}data.pkl"))
+
+
+def _small(archive: zipfile.ZipFile, name: str) -> bytes:
+    if name not in archive.namelist():
+        return b""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > MOST_BYTES:
+        raise ValueError(f"{shown(name)} is compressed, or too large")
+    return archive.read(member)
+
+
+def _begin(file: BinaryIO, start: int, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member of an archive begin in the file that the archive is a part of."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{shown(member.filename)} is compressed")
+    file.seek(start + member.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{shown(member.filename)} is not where it should be")
+    name, extra = struct.unpack("<HH", header[26:30])
+    return start + member.header_offset + 30 + name + extra
+
+
+def _is_sizes(found: object) -> bool:
+    return isinstance(found, tuple) and all(type(size) is int and 0 <= size < 1 << 60 for size in found)

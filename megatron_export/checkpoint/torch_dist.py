@@ -1,0 +1,262 @@
+"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge, seen as parameters under canonical names: the only reader of
+Megatron checkpoints.
+
+Its tensors are whole, whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError, report
+from ..common.piece import Axis
+from ..common.safe_files import shown
+from ..models import Source, canonical, is_mtp, parameters_of, shape_of, without_additions
+from ..models.lora import Adapter, merged, misfits
+from ..planning.plan import Held, assumed
+from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
+from .torch_dist_keys import Home, entries, home, in_order, part_of, spans
+from .torch_dist_settings import contradictions_of
+from .torch_dist_storage import Storage
+
+_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+
+
+class Checkpoint:
+    """One iteration, whose names, shapes and settings are those that config.json means; else `ExportError` says all that is not.
+
+    `config` is config.json's dict, without layers that predict one more token if they are to be left out (`mtp_dropped`).
+    With `merge_lora`, weights are read with the LoRA adapters that the checkpoint has merged, or those that are alone in the one
+    in `adapters`; without, there may be none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        *,
+        mtp_dropped: bool = False,
+        pp_layout: str | None = None,
+        merge_lora: bool = False,
+        adapters: Path | None = None,
+    ) -> None:
+        self.config, self.pp_layout = config, pp_layout
+        self.sources = parameters_of(config)
+        passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
+        self.storage = Storage(folder, passed_over)
+        shape = shape_of(config)
+        self._experts, self._numbers = range(shape.experts), self._layers()
+        self._beside = Storage(adapters, passed_over) if adapters else self.storage
+        self._adapters = adapters_in(self._beside, self._full, shape.experts)
+        self._homes, problems = self._found()
+        self._check_adapters(merge_lora)
+        for storage in dict.fromkeys((self.storage, self._beside)):
+            problems = contradictions_of(storage, config, mtp_dropped) + problems
+        report(problems + self._misfits())
+        _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
+        _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the iteration."""
+        return self.storage.folder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read so far."""
+        return sum(storage.nbytes for storage in {self.storage, self._beside})
+
+    def held(self, sizes: dict[str, int]) -> dict[str, Held]:
+        """Where its parameters would live in a model on a topology of these sizes: those ranks read them."""
+        rest = {name: sizes[name] for name in ("pp", "ep", "vpp", "world")}
+        return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, **rest)
+
+    def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
+        """Shard number `index` of `count` of a parameter, read from disk, in the dtype there; rows that are not there are 0."""
+        shard = _read(self.storage, self._homes[source.canonical], source, shape, index, count)
+        adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
+        return merged(shard, adapters) if adapters else shard
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has LoRA adapters, which are merged into the weights that are read."""
+        return bool(self._adapters)
+
+    @cached_property
+    def quantizers(self) -> dict[str, dict[str, Any]]:
+        """ModelOpt's, as quantizers.py wants them; amaxes of blocks as where they lie."""
+        return quantizers_in(self.storage, self._full, len(self._experts))
+
+    def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
+        """The shards of a weight, as the ranks that saved it had them, and the amaxes that each had of its blocks."""
+        source, chunks = self.sources[name], sorted(amax.tensor.at(amax.lead), key=lambda chunk: chunk.offsets)
+        axis = 1 if source.cut is Axis.IN else 0
+        if source.shape[axis] % len(chunks):
+            raise ExportError(f"{self.folder}: the amaxes of {name} are in {len(chunks)} parts, which do not divide it")
+        shape = tuple(size // len(chunks) if at == axis else size for at, size in enumerate(source.shape))
+        for index, chunk in enumerate(chunks):
+            own = zip(chunk.offsets, chunk.sizes, strict=True)
+            where = tuple(slice(start, start + size) for start, size in own)[len(amax.lead) :]
+            part = torch.empty([cut.stop - cut.start for cut in where], dtype=amax.tensor.dtype)
+            self.storage.read(amax.tensor, amax.lead, where, part)
+            yield self.shard(source, shape, index, len(chunks)), part
+
+    def _adapter(self, one: StoredAdapter, source: Source, shape: tuple[int, ...], index: int, count: int) -> Adapter:
+        """What a shard of a weight needs of an adapter."""
+        rows = replace(source, shape=(source.shape[0], one.rank), cut=source.cut if source.cut is Axis.OUT else None)
+        columns = replace(source, shape=(one.rank, source.shape[1]), cut=source.cut if source.cut is Axis.IN else None)
+        return Adapter(
+            _read(self._beside, one.first, columns, (one.rank, shape[1]), index, count),
+            _read(self._beside, one.second, rows, (shape[0], one.rank), index, count),
+            one.rank,
+            one.scale,
+        )
+
+    def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
+        """Where every parameter lies, and what is wrong with the names and shapes."""
+        found: dict[str, dict[str, Home]] = {}
+        strange, twice = [], []
+        for key, tensor in self.storage.tensors.items():
+            if "_extra_state" in key or without_additions(key) is None:
+                continue
+            whole, part = part_of(key)
+            for name, lead in entries(whole, tensor.shape):
+                full = self._full(name)
+                if full not in self.sources:
+                    strange.append(name)
+                elif part in found.setdefault(full, {}):
+                    twice.append(full)
+                else:
+                    found[full][part] = home(tensor, lead)
+        homes = {name: in_order(parts) for name, parts in found.items()}
+        lacking = [name for name in self.sources if name not in homes]
+        problems, folder = [], self.folder
+        if any(is_mtp(name, self.config) for name in lacking):
+            problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
+        problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]
+        problems += [
+            f"{folder}: there is a tensor {name} that config.json does not call for" for name in _alike(strange)
+        ]
+        problems += [f"{folder}: two tensors are both {name}" for name in _alike(twice)]
+        return homes, problems + _misshapen(self.sources, homes, folder)
+
+    def _full(self, name: str) -> str:
+        """The canonical name of what a model alone on its rank calls so; the name itself where config.json means no such layer."""
+        try:
+            return canonical(name, self._numbers, self._experts)
+        except IndexError:
+            return name
+
+    def _layers(self) -> dict[str, list[int]]:
+        """The numbers that layers have in config.json: of a `HybridModel`, two make one."""
+        shape = shape_of(self.config)
+        halves = 2 if "decoder.final_norm.weight" in self.storage.tensors else 1
+        return {
+            "decoder": [layer // halves for layer in range(shape.layers * halves)],
+            "mtp": [shape.layers + layer for layer in range(shape.mtp)],
+        }
+
+    def _check_adapters(self, merge: bool) -> None:
+        """Raise unless there are adapters just where they are to be merged, and weights beside them, but not twice."""
+        folder, some = self._beside.folder, [one for adapters in self._adapters.values() for one in adapters]
+        apart = self._beside is not self.storage
+        if not some:
+            if merge or apart:
+                flag = "--lora-checkpoint" if apart else "--merge-lora"
+                raise ExportError(f"{flag} has no effect: {folder} has no LoRA adapters. Leave it out")
+            return
+        said = f"LoRA adapters ({shown(some[0].first[0].tensor.key)[1:-1]}, {len(some)} in all)"
+        if not self._homes:
+            raise ExportError(
+                f"{self.folder} has {said} and no weights, which are in the checkpoint that was trained further. Give that one as "
+                "--megatron-checkpoint, and this one as --lora-checkpoint"
+            )
+        if apart and (weights := [key for key in self._beside.tensors if without_additions(key) is not None]):
+            raise ExportError(
+                f"{folder} has weights beside its adapters ({shown(weights[0])[1:-1]}). Give it as --megatron-checkpoint, with "
+                "--merge-lora"
+            )
+        if apart and any(is_adapter(key) for key in self.storage.tensors):
+            raise ExportError(
+                f"{self.folder} has LoRA adapters of its own. Give the checkpoint that those in {folder} were trained on"
+            )
+        if not merge and not apart:
+            raise ExportError(
+                f"{self.folder} has {said}, which an exported checkpoint has no place for. Merge them into the weights with "
+                "--merge-lora"
+            )
+
+    def _misfits(self) -> list[str]:
+        """What is wrong with the shapes of adapters."""
+        problems = []
+        for name, adapters in self._adapters.items():
+            if name not in self._homes or len(self.sources[name].shape) != 2:
+                problems.append(f"there is a LoRA adapter of {name}, which is no matrix of this model")
+                continue
+            rows = sum(one.shape[0] for one in self._homes[name])
+            for one in adapters:
+                problems += misfits(name, (rows, self.sources[name].shape[1]), one.rank, *one.shapes)
+        return [f"{self.folder}: {problem}" for problem in problems]
+
+
+class CheckpointShards(Mapping[str, Tensor]):
+    """One rank's shards of a checkpoint by canonical name, each read from disk whenever it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, held: dict[str, Held], rank: int, device: torch.device) -> None:
+        self.checkpoint, self.rank, self.device = checkpoint, rank, device
+        self.held = {name: one for name, one in held.items() if rank in one.ranks}
+
+    def __getitem__(self, name: str) -> Tensor:
+        held, source = self.held[name], self.checkpoint.sources[name]
+        return self.checkpoint.shard(source, held.shape, held.ranks.index(self.rank), len(held.ranks)).to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def _read(
+    storage: Storage, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int
+) -> Tensor:
+    """Shard number `index` of `count` of a matrix or vector that lies there, and is cut as `source` is."""
+    cuts, columns = source.share(sum(one.shape[0] for one in homes), shape, index, count)
+    shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
+    for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
+        after = at + rows.stop - rows.start
+        storage.read(one.tensor, one.lead, (rows, *columns), shard[at:after])
+        at = after
+    shard[at:] = 0
+    return shard
+
+
+def _check_tensors(storage: Storage, homes: Iterable[Home]) -> None:
+    storage.check({id(one.tensor): one.tensor for one in homes}.values())
+
+
+def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], folder: Path) -> list[str]:
+    problems = []
+    for name, parts in homes.items():
+        source = sources[name]
+        rows = sum(part.shape[0] for part in parts)
+        if source.padded and rows > source.shape[0]:
+            rows = source.shape[0]
+        if {(rows, *part.shape[1:]) for part in parts} != {source.shape}:
+            has = " and ".join(str(part.shape) for part in parts)
+            problems.append(f"{folder}: {name} is {has}, but config.json means {source.shape}")
+    return problems
+
+
+def _alike(names: Iterable[str]) -> list[str]:
+    """The first of the names that differ in numbers only, and how many more there are."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\d+", "0", name), []).append(shown(name)[1:-1])
+    return [first if not more else f"{first} (and {len(more)} more like it)" for first, *more in found.values()]

@@ -1,0 +1,81 @@
+"""Which iteration of a Megatron checkpoint is read, and whether it is of a kind that can be."""
+
+import re
+from pathlib import Path
+
+from ..common.errors import ExportError
+from ..common.safe_files import inside, read_json, shown
+from .torch_dist_storage import METADATA
+
+_SETTINGS = "metadata.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+_KINDS = {
+    "fsdp_dtensor": "of Megatron-FSDP. Save it with --ckpt-format torch_dist, from a run without --use-megatron-fsdp",
+    "torch_dcp": "of FSDP. Save it with --ckpt-format torch_dist",
+    "zarr": "of an old Megatron-Core. Load it into the run that made it, and save it with --ckpt-format torch_dist",
+}
+
+
+def find_iteration(folder: Path, iteration: int | None) -> Path:
+    """The folder of one iteration: number `iteration` of a checkpoint, or its latest one, or `folder` where it is one."""
+    if not folder.is_dir():
+        raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
+    if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
+        if iteration is not None and folder.name != _name(iteration):
+            raise ExportError(f"{folder} is one iteration already, not number {iteration}. Leave out --iteration")
+        return _checked(folder)
+    there = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"iter_\d+|release", path.name))
+    choice = f"There are {', '.join(there)}" if there else "There is none"
+    if iteration is not None:
+        found = _name(iteration)
+    elif (folder / TRACKER).is_file():
+        with inside(folder, TRACKER).open("rb") as file:
+            said = file.read(100).decode(errors="replace").strip()
+        if said != "release" and not re.fullmatch(r"[0-9]{1,18}", said):
+            raise ExportError(
+                f"{folder / TRACKER} says {shown(said)}, no iteration. Choose one with --iteration. {choice}"
+            )
+        found = said if said == "release" else _name(int(said))
+    else:
+        raise ExportError(
+            f"{folder} has no {TRACKER}. Choose an iteration with --iteration, if one is complete. {choice}"
+        )
+    if not (folder / found).is_dir():
+        raise ExportError(f"{folder} has no {found}. {choice}")
+    return _checked(folder / found)
+
+
+def _name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _legacy(folder: Path) -> bool:
+    return any(folder.glob("mp_rank_*"))
+
+
+def _checked(folder: Path) -> Path:
+    """The folder of an iteration, if it is of the kind that is read here."""
+    if _legacy(folder):
+        raise ExportError(
+            f"{folder} is a checkpoint of the old kind, a file for each rank (mp_rank_*), which only the run that made it can "
+            "read. Convert it there with Megatron-LM's --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+        )
+    path = inside(folder, _SETTINGS)
+    if not path.is_file():
+        if (folder / METADATA).is_file():
+            raise ExportError(f"{folder} has no {_SETTINGS}: it is a checkpoint {_KINDS['fsdp_dtensor']}")
+        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither {_SETTINGS} nor {METADATA}")
+    try:
+        said = read_json(path)
+        kind = said.get("sharded_backend") if isinstance(said, dict) else None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not JSON ({error}). Copy the checkpoint again") from error
+    if kind in _KINDS:
+        raise ExportError(f"{folder} is a {kind} checkpoint {_KINDS[kind]}")
+    if kind != "torch_dist":
+        raise ExportError(f"{path}: sharded_backend is {shown(kind)}; only 'torch_dist' is read")
+    if not (folder / METADATA).is_file():
+        raise ExportError(
+            f"{folder} has no {METADATA}, which is written last: saving it was interrupted. Give another one"
+        )
+    return folder

@@ -1,0 +1,96 @@
+"""Where in the tensors of a `torch_dist` checkpoint things lie, and which names their keys mean.
+
+Layers that are all alike share a tensor with an axis for them, `decoder.layers.mlp...`; else each has its own. So have experts,
+and gate and up may have one each, `..._w` and `..._v`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from ..models import MOST_PARAMETERS
+from .torch_dist_storage import Stored
+
+_ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
+_EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(?=linear_fc[12]\.)")
+_PART = re.compile(r"(.*\.linear_fc1\..*)_([wv])")
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where some rows of a parameter lie: rows `start` to `stop` of entry `lead` of a tensor's first axes."""
+
+    tensor: Stored
+    lead: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.tensor.shape[len(self.lead) + 1 :])
+
+
+def home(tensor: Stored, lead: tuple[int, ...]) -> Home:
+    """All rows of an entry."""
+    return Home(tensor, lead, 0, tensor.shape[len(lead)])
+
+
+def part_of(key: str) -> tuple[str, str]:
+    """The key of a whole, and which part of it a key is: w (gate), v (up), or "" for all of it."""
+    found = _PART.fullmatch(key)
+    return (found[1], found[2]) if found else (key, "")
+
+
+def in_order(parts: dict[str, Home]) -> tuple[Home, ...]:
+    """Gate before up."""
+    return tuple(parts[part] for part in sorted(parts, reverse=True))
+
+
+def named(key: str, lead: tuple[int, ...]) -> str:
+    """The name that a model alone on its rank has for entry `lead`, which may be longer, of the first axes of the tensor `key`."""
+    layers = _ALIKE.match(key)
+    if layers:
+        key, lead = f"{layers[0]}{lead[0]}.{key[layers.end() :]}", lead[1:]
+    return _EXPERTS.sub(lambda found: f"mlp.experts.local_experts.{found[1] or ''.join(map(str, lead[:1]))}.", key)
+
+
+def entries(
+    key: str, shape: tuple[int, ...], least: int = 1, experts: int = 0
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What a tensor holds, by the names that a model alone on its rank has; and where in its first axes each is.
+
+    An entry has at least `least` axes. Where each layer has `experts`, they may share an entry, which then has no axis for them.
+    """
+    layers, found = _ALIKE.match(key), _EXPERTS.search(key)
+    stacked = bool(found and found[1] is None)
+    axes = bool(layers) + stacked
+    shared = stacked and experts and (len(shape) - axes < least or shape[axes - 1] != experts)
+    stacks = shape[: axes - bool(shared)]
+    if len(shape) - len(stacks) < least or prod(stacks) > MOST_PARAMETERS:  # nothing that a model has
+        yield key, ()
+        return
+    for lead in product(*map(range, stacks)):
+        for expert in range(experts) if shared else [None]:
+            yield named(key, lead if expert is None else (*lead, expert)), lead
+
+
+def spans(homes: tuple[Home, ...], cut: slice) -> Iterator[tuple[Home, slice]]:
+    """Where the rows `cut` of a parameter lie: in which tensors, and in which rows of their entries."""
+    first = 0
+    for one in homes:
+        size = one.stop - one.start
+        start, stop = max(cut.start - first, 0), min(cut.stop - first, size)
+        if start < stop:
+            yield one, slice(one.start + start, one.start + stop)
+        first += size
+
+
+def by_rank(one: Home) -> tuple[Home, ...]:
+    """Gates before ups, of rows that were saved rank by rank, each rank's gates before its ups."""
+    axis = len(one.lead)
+    parts = sorted({(chunk.offsets[axis], chunk.sizes[axis] // 2) for chunk in one.tensor.at(one.lead)})
+    gates = [Home(one.tensor, one.lead, start, start + size) for start, size in parts]
+    ups = [Home(one.tensor, one.lead, start + size, start + 2 * size) for start, size in parts]
+    return (*gates, *ups)

@@ -1,0 +1,293 @@
+"""The tensors of a `torch_dist` folder on disk: which file holds which part of each, and reading no more than is asked for.
+
+`.metadata` lists every tensor, its parts and where each of them lies in a `.distcp` file, as torch.distributed.checkpoint
+writes it. All of it is untrusted. Tensors with an axis for layers or experts are read layer by layer, expert by expert.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import combinations, product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError, report
+from ..common.safe_files import MOST_ELEMENTS, inside, shown
+from .safe_pickle import Inert, Numbers, judged, read_pickle, saved, saved_tensor
+
+METADATA = ".metadata"
+_STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
+_MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
+_MOST_BYTES = 16 << 20  # of an object in a tensor of bytes
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+_WAY_OUT = "Copy or save the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an object lies: `length` bytes of a file from `start` on."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor, from `offsets` on, and where it lies."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    _slots: dict[int, dict] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, lead: tuple[int, ...]) -> list[Chunk]:
+        """The parts that hold something of entry `lead` of its first axes."""
+        if len(lead) not in self._slots:
+            self._slots[len(lead)] = self._slotted(len(lead))
+        return self._slots[len(lead)].get(lead, [])
+
+    def _slotted(self, axes: int) -> dict[tuple[int, ...], list[Chunk]]:
+        found: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in self.chunks:
+            for lead in product(*(range(o, o + n) for o, n in zip(chunk.offsets[:axes], chunk.sizes, strict=False))):
+                found.setdefault(lead, []).append(chunk)
+        return found
+
+
+class Storage:
+    """What `.metadata` of a folder says, and the files beside it.
+
+    tensors  key -> tensor, but for keys that begin with one of `passed_over`; objects  key -> where it lies
+    """
+
+    def __init__(self, folder: Path, passed_over: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self.nbytes = 0  # read so far
+        path = inside(folder, METADATA)
+        found = read_pickle(path)
+        with judged(path):
+            places = _places(found.get("storage_data") if isinstance(found, Inert) else None)
+            described = found.get("state_dict_metadata")
+            if not isinstance(described, dict) or not all(isinstance(key, str) for key in described):
+                raise ValueError("it is no list of tensors")
+            kept = {key: said for key, said in described.items() if not key.startswith(passed_over)}
+            self.tensors = {key: _stored(key, said, places) for key, said in kept.items() if _is(said, "Tensor")}
+            self.objects = {
+                key: places[key, None] for key, said in kept.items() if _is(said, "Bytes") and (key, None) in places
+            }
+        self._files: dict[str, tuple[Path, os.stat_result]] = {}
+        self._numbers: dict[Place, Numbers] = {}
+
+    def check(self, tensors: Iterable[Stored]) -> None:
+        """Raise unless these tensors are plain numbers in files that are there, and long enough."""
+        problems, places = [], []
+        for tensor in tensors:
+            if tensor.dtype not in _PLAIN:
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PLAIN)
+                problems.append(
+                    f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
+                    "quantized already? Give a checkpoint of the original model"
+                )
+            places += [chunk.place for chunk in tensor.chunks]
+        report(problems + self._missing(places))
+
+    def object(self, key: str) -> Any:
+        """An object that is no tensor, its own tensors as `Inert`."""
+        place = self.objects[key]
+        report(self._missing([place]))
+        path, _ = self._files[place.file]
+        with judged(path), path.open("rb") as file:
+            return saved(file, place.start, place.length)
+
+    def object_in_bytes(self, key: str) -> Any:
+        """The object that torch.save wrote into a tensor of bytes, which is an object here; None where there is no such thing."""
+        place = self.objects[key]
+        report(self._missing([place]))
+        path, _ = self._files[place.file]
+        with judged(path, _WAY_OUT), path.open("rb") as file:
+            try:
+                numbers = saved_tensor(file, place.start, place.length)
+                if numbers.dtype is not torch.uint8 or numbers.strides != (1,) or numbers.shape[0] > _MOST_BYTES:
+                    return None
+                file.seek(numbers.start)
+                return saved(BytesIO(file.read(numbers.shape[0])), 0, numbers.shape[0])
+            except ValueError:  # what another library keeps there
+                return None
+
+    def _missing(self, places: Iterable[Place]) -> list[str]:
+        """Which of the files where these lie are not there, or too short."""
+        ends: dict[str, int] = {}
+        for place in places:
+            ends[place.file] = max(ends.get(place.file, 0), place.start + place.length)
+        problems = []
+        for name, end in sorted(ends.items()):
+            path = inside(self.folder, name)
+            if not path.is_file():
+                problems.append(f"{path} is missing. {_WAY_OUT}")
+                continue
+            self._files[name] = (path, path.stat())
+            if (size := path.stat().st_size) < end:
+                problems.append(f"{path} has {size:,} bytes, but {METADATA} means at least {end:,}. {_WAY_OUT}")
+        return problems
+
+    def entry(self, tensor: Stored, lead: tuple[int, ...]) -> Tensor:
+        """All of entry `lead` of the first axes of a tensor that was checked."""
+        found = torch.empty(tensor.shape[len(lead) :], dtype=tensor.dtype)
+        self.read(tensor, lead, tuple(slice(0, size) for size in found.shape), found)
+        return found
+
+    def read(self, tensor: Stored, lead: tuple[int, ...], where: tuple[slice, ...], into: Tensor) -> None:
+        """Fill `into` with the rows and columns `where` (of one with one axis, rows) of entry `lead` of the first axes of a tensor
+        that was checked.
+        """
+        boxes = {}
+        for chunk in tensor.at(lead):
+            spans = zip(where, chunk.offsets[len(lead) :], chunk.sizes[len(lead) :], strict=True)
+            box = tuple(slice(max(cut.start, o), min(cut.stop, o + n)) for cut, o, n in spans)
+            if all(cut.start < cut.stop for cut in box):
+                boxes[chunk] = box
+        if not _cover(list(boxes.values()), where):
+            raise ExportError(
+                f"{self.folder}: the parts of {tensor.key} do not make it whole, or overlap. Save the checkpoint again"
+            )
+        for chunk, box in boxes.items():
+            entry = tuple(index - o for index, o in zip(lead, chunk.offsets, strict=False))
+            part = into[_within(box, [cut.start for cut in where])]
+            self._read_part(tensor, chunk, entry, _within(box, chunk.offsets[len(lead) :]), part)
+
+    def _read_part(
+        self, tensor: Stored, chunk: Chunk, entry: tuple[int, ...], where: tuple[slice, ...], into: Tensor
+    ) -> None:
+        """Fill `into` with what `where` selects of entry `entry` of a chunk."""
+        path, was = self._files[chunk.place.file]
+        with judged(path, _WAY_OUT), path.open("rb", buffering=0) as file:
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+                raise ExportError(f"{path} changed while it was exported. Start again when nobody writes there")
+            if chunk.place not in self._numbers:
+                self._numbers[chunk.place] = _found(file, tensor, chunk)
+            numbers = self._numbers[chunk.place]
+            ahead = sum(index * stride for index, stride in zip(entry, numbers.strides, strict=False))
+            begin = numbers.start + ahead * tensor.dtype.itemsize
+            sizes, strides = chunk.sizes[len(entry) :], numbers.strides[len(entry) :]
+            if not where:  # one number, without axes
+                self._span(file, begin, into)
+                return
+            width = prod(sizes[1:])
+            if strides != (width, 1)[-len(sizes) :]:  # it was saved transposed
+                reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+                whole = torch.empty(reach, dtype=tensor.dtype)
+                self._span(file, begin, whole)
+                into.copy_(whole.as_strided(sizes, strides)[where])
+                return
+            rows, columns, row_bytes = where[0], where[1:], width * tensor.dtype.itemsize
+            if columns in ((), (slice(0, width),)) and into.is_contiguous() and into.dtype is tensor.dtype:
+                self._span(file, begin + rows.start * row_bytes, into)
+                return
+            step = max(1, _STRIP // row_bytes)
+            for first in range(rows.start, rows.stop, step):
+                strip = torch.empty(min(step, rows.stop - first), *sizes[1:], dtype=tensor.dtype)
+                self._span(file, begin + first * row_bytes, strip)
+                into[first - rows.start : first - rows.start + len(strip)] = strip[:, *columns]
+
+    def _span(self, file: Any, start: int, into: Tensor) -> None:
+        """Fill a contiguous tensor with the bytes of a file from `start` on."""
+        view, done = memoryview(into.view(-1).view(torch.uint8).numpy()), 0
+        file.seek(start)
+        while done < len(view):
+            read = file.readinto(view[done:])
+            if not read:
+                raise ValueError(f"it ends before byte {start + len(view):,}")
+            done += read
+        self.nbytes += done
+
+
+def _within(box: tuple[slice, ...], start: Iterable[int]) -> tuple[slice, ...]:
+    """The same place, seen from `start`."""
+    return tuple(slice(cut.start - o, cut.stop - o) for cut, o in zip(box, start, strict=True))
+
+
+def _cover(boxes: list[tuple[slice, ...]], where: tuple[slice, ...]) -> bool:
+    """Whether places inside `where` fill it, and none of them twice."""
+    filled = sum(prod(cut.stop - cut.start for cut in box) for box in boxes)
+    return (
+        filled == prod(cut.stop - cut.start for cut in where)
+        and len(boxes) <= _MOST_PARTS
+        and not any(
+            all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(*pair, strict=True))
+            for pair in combinations(boxes, 2)
+        )
+    )
+
+
+def _is(said: object, kind: str) -> bool:
+    return isinstance(said, Inert) and said.name.endswith(f".{kind}StorageMetadata")
+
+
+def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Place]:
+    """(key, offsets) -> where it lies, from `storage_data`."""
+    if not isinstance(found, dict):
+        raise ValueError("it does not say where tensors lie")
+    places = {}
+    for index, info in found.items():
+        if not isinstance(index, Inert) or not isinstance(info, Inert) or not isinstance(index.state, dict):
+            raise ValueError("it does not say where tensors lie")
+        key, offsets = index.get("fqn"), index.state.get("offset")
+        name, start, length = (info.get(what) for what in ("relative_path", "offset", "length"))
+        if not isinstance(name, str) or not _sizes((start, length)) or not (offsets is None or _sizes(offsets)):
+            raise ValueError(f"{shown(key)} lies nowhere")
+        if info.state.get("transform_descriptors"):
+            raise ValueError(f"{shown(key)} is compressed")
+        if isinstance(key, str):
+            places[key, offsets] = Place(name, start, length)
+    return places
+
+
+def _stored(key: str, said: Inert, places: dict) -> Stored:
+    properties, shape, parts = (said.get(what) for what in ("properties", "size", "chunks"))
+    state = getattr(properties, "state", None)
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, torch.dtype) or not _sizes(shape) or not isinstance(parts, list):
+        raise ValueError(f"{shown(key)} is no tensor")
+    chunks = []
+    for part in parts:
+        offsets, sizes = (part.get(what) if isinstance(part, Inert) else None for what in ("offsets", "sizes"))
+        if not _sizes(offsets) or not _sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
+            raise ValueError(f"a part of {shown(key)} has no place in it")
+        if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
+            raise ValueError(f"a part of {shown(key)} is larger than it")
+        if (key, offsets) not in places:
+            raise ValueError(f"a part of {shown(key)} lies nowhere")
+        chunks.append(Chunk(offsets, sizes, places[key, offsets]))
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
+        raise ValueError(f"the parts of {shown(key)} do not make it whole")
+    return Stored(key, shape, dtype, tuple(chunks))
+
+
+def _found(file: Any, tensor: Stored, chunk: Chunk) -> Numbers:
+    numbers = saved_tensor(file, chunk.place.start, chunk.place.length)
+    if (numbers.dtype, numbers.shape) != (tensor.dtype, chunk.sizes):
+        raise ValueError(
+            f"a part of {tensor.key} is {numbers.dtype} {numbers.shape} there, but {tensor.dtype} {chunk.sizes} in {METADATA}"
+        )
+    return numbers
+
+
+def _sizes(found: object) -> bool:
+    return isinstance(found, tuple) and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in found)

@@ -1,0 +1,118 @@
+"""What the command was given: the model's folder, its Megatron checkpoint and calibration data, looked at before any work."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ..calibration import data, statistics
+from ..checkpoint import hf_folder
+from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist_iteration import find_iteration
+from ..common.errors import ExportError, report
+from ..mcore.parallel_state import Topology
+from ..models import shape_of
+from ..planning.engine_check import refusals
+from ..planning.plan import Plan
+from ..planning.request import Asked
+from ..writing.writer import check_apart, check_target
+from .config import ExportConfig
+
+
+def model_folder(config: ExportConfig, example_model: Path) -> Path:
+    """The folder of the HF model."""
+    if config.hf_model is None and not example_model.is_dir():
+        raise ExportError(
+            "no example model beside this installation: give --hf-model, or run from a clone of the repository"
+        )
+    weights = not config.dry_run and config.megatron_checkpoint is None
+    return hf_folder.find_model(config.hf_model or example_model, weights=weights)
+
+
+def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
+    """The Megatron checkpoint that the weights come from, its names, shapes and settings checked."""
+    if config.megatron_checkpoint is None:
+        return None
+    folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
+    adapters = find_iteration(config.lora_checkpoint.resolve(), None) if config.lora_checkpoint else None
+    settings = {"pp_layout": config.pp_layout, "merge_lora": config.merge_lora, "adapters": adapters}
+    return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", **settings)
+
+
+def check(config: ExportConfig, plan: Plan, folder: Path, here: Topology, asked: Asked) -> None:
+    """Raise where the plan, or where it is to be written, is refused."""
+    if asked.inherited and (config.save_calibration or config.calib_data):
+        raise ExportError(
+            "--save-calibration and --calib-data have no effect: ModelOpt's quantizers in the checkpoint have its statistics"
+        )
+    if here.first:
+        report(refusals(plan, config.target))
+    if config.output and here.first:
+        check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
+        inputs = [folder, Path.cwd(), config.calib_data, config.load_calibration]
+        inputs += [config.megatron_checkpoint, config.lora_checkpoint]
+        check_apart(config.output, *(path for path in inputs if path))
+    if config.save_calibration and here.first:
+        _check_save(config.save_calibration.resolve(), config.output)
+
+
+def _check_save(file: Path, output: Path | None) -> None:
+    if file.is_dir() or not file.parent.is_dir():
+        raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
+    if file.exists():
+        statistics.check_kind(file)
+    if output and file.is_relative_to(output.resolve()):
+        raise ExportError(
+            f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"
+        )
+
+
+def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
+    """The calibration data, int64 [samples, tokens]."""
+    batches = -(-config.calib_samples // config.calib_batch_size)
+    if batches < here.dp_size:
+        raise ExportError(
+            f"--calib-samples {config.calib_samples} of --calib-batch-size {config.calib_batch_size} make {batches} "
+            f"micro-batch{'es' * (batches > 1)}, fewer than the {here.dp_size} data-parallel ranks. Ask for more samples "
+            "or smaller batches"
+        )
+    exchanged = shape_of(hf_config).experts and config.ep * (config.etp or config.tp) > config.tp
+    if exchanged and (batches % here.dp_size or config.calib_samples % config.calib_batch_size):
+        raise ExportError(
+            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {here.dp_size} needs as many "
+            f"micro-batches, all whole: --calib-samples {config.calib_samples} is no multiple of --calib-batch-size "
+            f"{config.calib_batch_size} x {here.dp_size}"
+        )
+    file = config.calib_data or example_model / "calibration.txt"
+    samples = data.read_samples(
+        file,
+        folder,
+        samples=config.calib_samples,
+        length=config.calib_seq_len,
+        trust_remote_code=config.trust_remote_code,
+    )
+    vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
+    if samples.min() < 0 or samples.max() >= vocab:
+        raise ExportError(
+            f"{file}: token ids {int(samples.min())} to {int(samples.max())}, outside the model's vocabulary of {vocab}. "
+            "Tokenize it for this model"
+        )
+    return samples
+
+
+def provenance(config: ExportConfig, folder: Path) -> dict:
+    """Where the model came from, and what it was calibrated with."""
+    names = (
+        "calib_data",
+        "calib_samples",
+        "calib_seq_len",
+        "calib_batch_size",
+        "calib_all_experts",
+        "load_calibration",
+    )
+    said = {name: getattr(config, name) for name in names}
+    calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
+    trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
+    trained |= {"iteration": config.iteration} if config.iteration is not None else {}
+    trained |= {"merge_lora": True} if config.merge_lora else {}
+    trained |= {"lora_checkpoint": str(config.lora_checkpoint)} if config.lora_checkpoint else {}
+    return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}

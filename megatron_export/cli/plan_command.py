@@ -1,0 +1,272 @@
+"""What an export would write and take, shown before it runs: from config.json alone, for any topology, on one process."""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..checkpoint import hf_folder
+from ..checkpoint.hf_weights import copied_tensors
+from ..common.errors import ExportError, report
+from ..common.text import readable
+from ..engines import Verdict
+from ..export.memory_forecast import Forecast, forecast
+from ..models import architecture_of, copied_prefixes, is_linear_weight, makes_keys, shape_of, without_mtp
+from ..planning.engine_check import of_plan, refusals, verdicts
+from ..planning.exclusions import modules
+from ..planning.parameter import Item, Output
+from ..planning.plan import Held, Plan, assumed
+from ..planning.rank_placement import Grid, grid_of
+from ..planning.request import Asked, asked_by
+from ..planning.shard_files import Writers
+from ..writing.writer import SPARE_BYTES
+from .config import ExportConfig
+
+GPUS = 8  # of a node, where none is there to ask
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Left:
+    """Modules that stay in bfloat16, and why: the user excluded them, ModelOpt left them alone, engines would not load them, or
+    never any is quantized.
+    """
+
+    why: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A plan and what it takes. `disk` is where it is written, `free` the bytes that are free there; `engines` says which load
+    the result; `device` where the model is.
+    """
+
+    plan: Plan
+    grid: Grid
+    forecast: Forecast
+    left: tuple[Left, ...]
+    engines: dict[str, Verdict]
+    remarks: tuple[str, ...]
+    disk: Path
+    free: int
+    device: str
+
+    @property
+    def needed(self) -> int:
+        """Bytes that must be free on the disk."""
+        return sum(self.forecast.files.values()) + SPARE_BYTES
+
+
+def previewed(config: ExportConfig, example_model: Path, world: int | None) -> Preview:
+    """What `config` would do on `world` ranks, without it on the fewest. Reads no weights; `ExportError` where it would be refused.
+
+    Of tensors that are copied from the original, it reads the headers of files that are there.
+    """
+    folder = hf_folder.find_model(config.hf_model or example_model, weights=False)
+    hf_config = hf_folder.read_config(folder)
+    architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
+    hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
+    copied, remarks = _copied(folder, copied_prefixes(hf_config))
+    plan = planned(config, asked_by(config).plain(), hf_config, copied, world)
+    report(refusals(plan, config.target))
+    return _preview(config, plan, world, config.device or "cuda", remarks, bool(plan.form.calibrated or plan.kv))
+
+
+def planned(
+    config: ExportConfig,
+    asked: Asked,
+    hf_config: dict,
+    copied: tuple[Output, ...],
+    world: int | None,
+    nodes: tuple[int, ...] | None = None,
+) -> Plan:
+    """The plan of what is asked for, of a model that is where `config` says; without `nodes`, with `GPUS` ranks on each."""
+    held = _held(config, hf_config, world)
+    most = max(rank for one in held.values() for rank in one.ranks)
+    writers = Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1)))
+    return asked.plan(hf_config, held, config.max_shard_size, copied=copied, writers=writers)
+
+
+def preview_of(config: ExportConfig, plan: Plan, world: int, device: str, calibrates: bool) -> Preview:
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
+    return _preview(config, plan, world, device, (), calibrates)
+
+
+def _preview(
+    config: ExportConfig,
+    plan: Plan,
+    world: int | None,
+    device: str,
+    remarks: tuple[str, ...],
+    calibrates: bool,
+) -> Preview:
+    held = _held(config, plan.config, world)
+    grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
+    disk = (config.output or Path.cwd()).resolve()
+    while not disk.is_dir():
+        disk = disk.parent
+    if calibrates:
+        remarks += ("a calibration run takes memory of its own, which is not counted here",)
+    if device == "cpu":
+        remarks += (
+            "glibc may keep up to 0.6 GB of what is freed, not counted here; with MALLOC_MMAP_THRESHOLD_=1048576 in the "
+            "environment it does not, and encoding takes half as long again",
+        )
+    return Preview(
+        plan=plan,
+        grid=grid,
+        forecast=forecast(plan, held, grid, device, streamed=bool(config.megatron_checkpoint) and not calibrates),
+        left=tuple(_left(plan, config.exclude)),
+        engines=verdicts(of_plan(plan)),
+        remarks=plan.remarks + remarks,
+        disk=disk,
+        free=shutil.disk_usage(disk).free,
+        device=device,
+    )
+
+
+def plan_rows(plan: Plan) -> Rows:
+    """What any export of a plan writes."""
+    first = _first(plan)
+    return [
+        ("format", plan.form.name + (f", KV cache {plan.kv.NAME}" if plan.kv else "")),
+        ("modules", f"{len(plan.quantized)} quantized, {len(plan.excluded)} left in bfloat16: {some(plan.excluded)}"),
+        ("gathered first", f"{len(first)} of {len(plan.items)} parameters" + (f": {some(first)}" if first else "")),
+        ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
+        ("compression", f"{plan.source_nbytes / plan.nbytes:.2f} x against bfloat16 ({plan.source_nbytes:,} bytes)"),
+    ]
+
+
+def rows(preview: Preview) -> Rows:
+    """The table."""
+    plan, grid, found = preview.plan, preview.grid, preview.forecast
+    sizes = f"tp {grid.tp} x pp {grid.pp} x dp {grid.world // grid.tp // grid.pp}"
+    if grid.shape.experts:
+        sizes += f"; experts etp {grid.etp} x ep {grid.ep} x pp {grid.pp} x dp {grid.world // grid.etp // grid.ep // grid.pp}"
+    sending = sum(sent > 0 for sent in found.sent)
+    writing = sorted(set(plan.writers.values()))
+    to = "rank 0" if writing == [0] else f"{len(writing)} ranks that write"
+    moved = f"; before that {sum(found.gathered):,} to other ranks" if any(found.gathered) else ""
+    lack = preview.needed - preview.free
+    free = f"{readable(preview.free)} free at {preview.disk}" + (f": {readable(lack)} too little" if lack > 0 else "")
+    return [
+        ("plan", "nothing read, nothing written"),
+        ("ranks", f"{grid.world} = {sizes}"),
+        *plan_rows(plan),
+        ("tensors", f"{found.tensors:,}"),
+        ("on disk", f"{sum(found.files.values()):,} bytes, headers too; {free}"),
+        ("over the wire", f"{sum(found.sent):,} bytes to {to} from {sending} rank{'s' * (sending != 1)}{moved}"),
+        ("peak host memory", _most(found.host)),
+        ("peak GPU memory", _most(found.gpu) if preview.device == "cuda" else "no GPU"),
+        *(("" if n else "quantized", line) for n, line in enumerate(_counted(plan.quantized))),
+        *(("left alone", f"{left.why}: {', '.join(_counted(left.names))}") for left in preview.left),
+        *(("note", remark) for remark in preview.remarks),
+        *((engine, verdict.text) for engine, verdict in preview.engines.items()),
+    ]
+
+
+def as_json(preview: Preview) -> dict:
+    """The same for machines; sizes in bytes."""
+    plan, grid, found = preview.plan, preview.grid, preview.forecast
+    sizes = {name: getattr(grid, name) for name in ("world", "tp", "pp", "vpp", "etp", "ep")}
+    first = _first(plan)
+    return {
+        "kind": "megatron_export plan 1",
+        "architecture": grid.shape.architecture,
+        "topology": sizes | {"stages": list(grid.stages)},
+        "format": plan.form.name,
+        "kv_cache": plan.kv.NAME if plan.kv else "none",
+        "tensors": found.tensors,
+        "bytes": found.nbytes,
+        "bytes_in_bfloat16": plan.source_nbytes,
+        "files": found.files,
+        "disk": {"needed": preview.needed, "free": preview.free, "at": str(preview.disk)},
+        "writers": plan.writers,
+        "wire": {"to_writers": list(found.sent), "gathered_first": list(found.gathered)},
+        "peak_host_memory": list(found.host),
+        "peak_gpu_memory": list(found.gpu) if preview.device == "cuda" else None,
+        "quantized": _patterns(plan.quantized),
+        "left_alone": [{"why": left.why, "modules": _patterns(left.names)} for left in preview.left],
+        "gathered_first": {"parameters": len(first), "of": len(plan.items), "first": first[:10]},
+        "remarks": list(preview.remarks),
+        "engines": {engine: {"loads": v.loads, "why": v.why} for engine, v in preview.engines.items()},
+    }
+
+
+def _first(plan: Plan) -> list[str]:
+    """The parameters that are gathered before they are quantized."""
+    return [item.source.canonical for item in plan.items if item.gather_first]
+
+
+def _held(config: ExportConfig, hf_config: dict, world: int | None) -> dict[str, Held]:
+    return assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
+
+
+def _sizes(config: ExportConfig, world: int | None) -> dict:
+    names = ("pp", "ep", "vpp", "pp_layout")
+    return {name: getattr(config, name) for name in names} | {"world": world}
+
+
+def _copied(folder: Path, prefixes: tuple[str, ...]) -> tuple[tuple[Output, ...], tuple[str, ...]]:
+    """The tensors that are copied, where their files are there; where not, a remark."""
+    try:
+        return copied_tensors(folder, prefixes), ()
+    except ExportError as error:
+        names = ", ".join(prefix.rstrip(".") for prefix in prefixes)
+        return (), (f"{names}: copied from the original, and not counted here ({error})",)
+
+
+def _left(plan: Plan, exclude: tuple[str, ...]) -> Iterable[Left]:
+    if not plan.form.quantization:
+        return
+    alone = [item for item in plan.items if is_linear_weight(item.source.canonical) and item.form is None]
+    engines = [
+        name for item in alone if _unread(plan, item) for name in modules(item.source) if not _is_any(name, exclude)
+    ]
+    unread = set(engines)
+    others = [name for item in alone for name in modules(item.source) if name not in unread]
+    known = {*engines, *others, *(name.partition(".experts.")[0] + ".experts" for name in others)}
+    user = tuple(name for name in others if _is_any(name, exclude))
+    modelopt = tuple(name for name in others if not _is_any(name, exclude))
+    if user:
+        yield Left("by --exclude", user)
+    if modelopt:
+        yield Left("by ModelOpt", modelopt)
+    if engines:
+        yield Left("not loaded by every engine", tuple(engines))
+    yield Left("never quantized", tuple(name for name in plan.excluded if name not in known))
+
+
+def _unread(plan: Plan, item: Item) -> bool:
+    """Whether a linear is of a kind that some plans leave alone by themselves: latent attention, keys that are rotated."""
+    latent = shape_of(plan.config).kv_lora and ".self_attention." in item.source.canonical
+    return bool(latent) or makes_keys(item.source.canonical)
+
+
+def _is_any(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _patterns(names: Iterable[str]) -> dict[str, int]:
+    """Names with * for their numbers, and how many are so called."""
+    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    return [f"{pattern} ({count:,})" if "*" in pattern else pattern for pattern, count in _patterns(names).items()]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _most(peaks: tuple[int, ...]) -> str:
+    most = max(range(len(peaks)), key=lambda rank: peaks[rank])
+    writing = f"{readable(peaks[0])} on rank 0, which writes"
+    return writing if most == 0 else f"{readable(peaks[most])} on rank {most}, {writing}"

@@ -1,0 +1,1 @@
+"""What every room uses: errors, pieces, untrusted files, dtypes, strips."""

@@ -1,0 +1,164 @@
+"""Which ranks are alive, and where each of them is: every rank says so every second and when it comes to another place, apart
+from the work, and rank 0 listens.
+
+A rank that dies without a word leaves the others in a collective that never ends. Here they learn who it was and where, and
+leave: by an exception if they can, else by ending the process.
+"""
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ..common.errors import ExportError, RankLost
+
+BEAT = 1.0
+GRACE = 3.0  # seconds in which a rank may leave by an exception, before its process is ended
+ALARMED = 5  # beats of silence that are enough once a connection broke
+_VERDICT, _ALARM = "verdict", "alarm"
+_OF_PEERS = re.compile(r"gloo|nccl|connection|broken pipe|timed? ?out", re.IGNORECASE)
+
+
+class Pulse:
+    """One rank's. `share` gives every rank what rank 0 passes; collective, as are `started` and `stop` of all ranks. All that a
+    process has open, one in another, are at one place.
+    """
+
+    place, tensor = "start", ""
+
+    def __init__(self, rank: int, world: int, share: Callable[[object], object], timeout: float) -> None:
+        self.rank = rank
+        self.world = world
+        self.timeout = timeout
+        self.beat = min(BEAT, timeout / 5)
+        self.verdict = ""
+        Pulse.place, Pulse.tensor = "start", ""
+        self.stopped = threading.Event()
+        self.moved = threading.Event()
+        self.told = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.place_of_0, self.broken = "start", False
+        if world == 1:
+            return
+        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        settings = {"timeout": timedelta(seconds=max(timeout, 30)), "wait_for_workers": False}
+        server = _served(host, settings) if rank == 0 else None
+        _kept[:] = [*_kept[-1:], server]  # others may still be talking to it when this rank has left
+        port = share(server if isinstance(server, str) else server and server.port)
+        if isinstance(port, str):
+            raise ExportError(f"rank 0 cannot listen on {host}, so that ranks could miss one another: {port}")
+        self.store = server or dist.TCPStore(host, port, is_master=False, **settings)
+        self._say(0)
+        share(None)  # now all have
+        self.answered = time.monotonic()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        if rank:
+            threading.Thread(target=self._miss_0, daemon=True).start()
+
+    def at(self, stage: str, tensor: str | None = None) -> None:
+        """Say where this rank is; `tensor` holds until another is named, or "" for none."""
+        Pulse.tensor = self.tensor if tensor is None else tensor
+        Pulse.place = f"{stage}, at {self.tensor}" if self.tensor else stage
+        self.moved.set()
+
+    def check(self) -> None:
+        """Raise if a rank is known to be gone."""
+        if self.verdict:
+            raise RankLost(self.verdict)
+
+    def tell(self, failure: str) -> str:
+        """Tell all others that this rank leaves alone, and why; returns what they will say."""
+        verdict = f"rank {self.rank} failed to {self.place}: {failure}"
+        if self.thread:
+            self.store.set(_VERDICT, verdict)
+        return verdict
+
+    def explain(self, error: Exception) -> str:
+        """Who is to blame for an exception that may come from a collective with a rank that is gone; "" for nobody else.
+
+        Waits until it is known: now a rank that is silent for a few seconds is suspected already.
+        """
+        if self.thread and isinstance(error, RuntimeError) and _OF_PEERS.search(f"{type(error).__name__} {error}"):
+            with suppress(Exception):  # rank 0 itself may be gone
+                self.store.set(_ALARM, "")
+            self.told.wait(3 * ALARMED * self.beat)
+        return self.verdict
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.moved.set()
+        if self.thread:
+            self.thread.join(GRACE)  # it may be held by rank 0
+
+    def _say(self, number: int) -> None:
+        self.store.set(f"{self.rank}", f"{number} {self.place}")
+
+    def _run(self) -> None:
+        heard = {rank: ("", time.monotonic()) for rank in range(1, self.world)} if self.rank == 0 else {}
+        number, listened = 0, time.monotonic()
+        while not self.moved.wait(self.beat) or not self.stopped.is_set():
+            self.moved.clear()
+            number += 1
+            try:
+                self._say(number)
+                if self.store.check([_VERDICT]):
+                    return self._leave(self.store.get(_VERDICT).decode())
+                self.place_of_0 = self._said("0")[1]
+                self.answered = time.monotonic()
+            except Exception:  # noqa: BLE001 - whatever a connection that is gone raises
+                self.broken = True
+                continue
+            if heard and time.monotonic() - listened >= self.beat / 2:
+                listened = time.monotonic()
+                self._listen(heard)
+        return None
+
+    def _miss_0(self) -> None:
+        """Judge rank 0, apart from the thread that talks to its store: what is frozen there holds whoever asks."""
+        while not self.stopped.wait(self.beat):
+            limit = min(self.timeout, ALARMED * self.beat) if self.broken else self.timeout
+            if time.monotonic() - self.answered > limit:
+                return self._leave(f"rank 0 is gone: it does not answer. It was at: {self.place_of_0}")
+        return None
+
+    def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
+        """On rank 0: judge a rank that has been silent for too long."""
+        limit = min(self.timeout, ALARMED * self.beat) if self.store.check([_ALARM]) else self.timeout
+        for rank, (said, when) in heard.items():
+            now, place = self._said(f"{rank}")
+            if now != said:
+                heard[rank] = (now, time.monotonic())
+            elif (silent := time.monotonic() - when) > limit:
+                self.store.set(_VERDICT, f"rank {rank} is gone: silent for {silent:.0f} s. It was at: {place}")
+
+    def _said(self, rank: str) -> tuple[str, str]:
+        """The number of a rank's last beat, and its place."""
+        number, _, place = self.store.get(rank).decode().partition(" ")
+        return number, place
+
+    def _leave(self, verdict: str) -> None:
+        self.verdict = verdict
+        self.told.set()
+        if self.stopped.wait(GRACE + (0 if self.rank == 0 else 1)):
+            return
+        if self.rank == 0 or verdict.startswith("rank 0 is gone"):  # one voice, where there is one
+            os.write(2, f"\nerror: {verdict}\n".encode())
+        os._exit(1)
+
+
+def _served(host: str, settings: dict) -> dist.TCPStore | str:
+    """A store that all ranks can talk to, or why there is none."""
+    try:
+        return dist.TCPStore(host, 0, is_master=True, **settings)
+    except RuntimeError as error:
+        return str(error)
+
+
+_kept: list = []

@@ -1,0 +1,196 @@
+"""What every engine demands in its own words: files that fit the index, all tensors of the model, and of each linear those that
+belong to the algorithm that the engine takes it for.
+
+The names of the rules are the same in each engine's table; what happens where one is not met is not.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+from .checkpoint_view import Checkpoint, Group, Module, View, is_quantized
+from .exclude_lists import Partly
+from .tensor_specs import HARMLESS, named, size_of, wanted
+from .verdict import Findings
+
+AGAIN = "fetch it again, or export it again"
+_SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
+
+
+def check_files(checkpoint: Checkpoint, findings: Findings) -> None:
+    """The files against the index."""
+    lacking = sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files))
+    if lacking:
+        findings.add("files", "the index names it, and it is not there", *lacking, way="fetch it again")
+    if not checkpoint.files:
+        findings.add("files", "no .safetensors file", way="give the folder that has the weights")
+    consolidated = [name for name in checkpoint.files if name.startswith("consolidated")]
+    if consolidated:
+        findings.add("consolidated", "a file of Mistral's own format", *consolidated, way="move it out of the folder")
+    homes: dict[str, str] = {}
+    for file, tensors in checkpoint.files.items():
+        twice = homes.keys() & tensors.keys()
+        if twice:
+            first = min(twice)
+            why = f"it has {first} too, as {homes[first]} does; the one that is read last stays"
+            findings.add("twice", why, file, way="leave in the folder only the files of one export")
+        homes |= dict.fromkeys(tensors, file)
+
+
+def check_model(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+    """The tensors against those that config.json means, but for the codes of quantized linears."""
+    expected = checkpoint.expected
+    if expected is None:
+        shown = checkpoint.architecture or "none"
+        findings.add("architecture", f"no rules about the architecture {shown}: its tensors were not checked")
+        return
+    written_one_by_one = {group.parent for group in view.groups if group.kind == "experts"}
+    for name, shape in expected.items():
+        header = view.tensors.get(name)
+        if header is None:
+            _missing(checkpoint, name, written_one_by_one, findings)
+        elif header.shape != shape and header.dtype not in ("F8_E4M3", "U8", "I8"):
+            why = f"it is {list(header.shape)}, and config.json means {list(shape)}"
+            findings.add("shape", why, name, way="give the config.json that belongs to these weights")
+    for module, tensors in view.modules.items():
+        for suffix in tensors:
+            if not _known(checkpoint, expected, module, suffix):
+                findings.add("unknown", "no tensor of this architecture", f"{module}.{suffix}".strip("."),
+                             way="move the file that has it out of the folder")  # fmt: skip
+
+
+def _missing(checkpoint: Checkpoint, name: str, one_by_one: set[str], findings: Findings) -> None:
+    container, inside, _ = name.partition(".experts.")
+    if name.endswith("lm_head.weight") and checkpoint.tied:
+        return
+    if is_mtp(name, checkpoint):
+        why = "config.json means layers that predict one more token, and they are not there"
+        findings.add("mtp", why, way="export with --mtp keep, or serve without speculative decoding")
+    elif inside and f"{container}.experts" in one_by_one and name.rpartition(".")[0] == f"{container}.experts":
+        return  # a stack that is written expert by expert
+    elif inside:
+        findings.add("experts", "a routed expert that is not there", name, way=AGAIN)
+    else:
+        findings.add("missing", "it is not there", name, way=AGAIN)
+
+
+def _known(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], module: str, suffix: str) -> bool:
+    name = f"{module}.{suffix}"
+    if name in expected or (suffix == "weight" and module in expected):
+        return True
+    if name.startswith(checkpoint.copied) and checkpoint.copied:
+        return True
+    if name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+        return True
+    container, inside, _ = module.partition(".experts.")
+    stacked = bool(inside) and f"{container}.experts.down_proj" in expected
+    of_module = f"{module}.weight" in expected or module in expected or stacked
+    return of_module and (suffix in _SCALES or suffix == "weight" or (stacked and suffix == "bias"))
+
+
+def is_mtp(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor belongs to a layer that predicts one more token."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return bool(found) and int(found[1]) >= checkpoint.layers > 0
+
+
+def check_experts(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+    """Every layer's experts, of an architecture that has no table here."""
+    if checkpoint.expected is not None:
+        return
+    for group in view.groups:
+        parts = {name.rpartition(".")[2] for name in group.members}
+        lacking = len(parts) * checkpoint.experts - len(group.members)
+        if group.kind == "experts" and lacking > 0:
+            why = f"{lacking} linears of its {checkpoint.experts} experts are not there"
+            findings.add("experts", why, group.parent, way=AGAIN)
+
+
+def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], str | None]) -> None:
+    """Layers that predict one more token, which engines load with the same config when they are asked to speculate."""
+    for group in view.groups:
+        if not group.mtp or group.kind not in ("linear", "experts"):
+            continue
+        try:
+            quantizes = algorithm_of(group) is not None
+        except Partly:
+            quantizes = not group.quantized
+        if quantizes != group.quantized:
+            how = "quantized and" if group.quantized else "in bfloat16 and not"
+            why = f"speculative decoding with it fails: it is stored {how} left out"
+            findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
+
+
+def check_linears(
+    checkpoint: Checkpoint,
+    view: View,
+    findings: Findings,
+    algorithm_of: Callable[[Group], str | None],
+    group_size: int,
+    optional: frozenset[str],
+    ignored: str,
+) -> None:
+    """Every linear: whether engine and file agree that it is quantized, and in which tensors.
+
+    `optional` are tensors that the engine does without; `ignored` is the way in which the config leaves a linear out.
+    """
+    expected, known = checkpoint.expected or {}, {}
+    for group in view.groups:
+        if group.mtp:
+            continue
+        try:
+            algorithm = algorithm_of(group)
+        except Partly:
+            why = f"{', '.join(group.parts) or 'experts'} are told apart in {ignored or 'the config'}, and the engine joins them"
+            findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
+            continue
+        for name, module in group.members.items():
+            if algorithm is None or not is_quantized(module):
+                _agree(name, module, algorithm, ignored, findings)
+                continue
+            shape = expected.get(f"{name}.weight", expected.get(name))
+            size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
+            key = (algorithm, size, group.kind, group.parts, *module.items())
+            if key not in known:
+                known[key] = tuple(_problems(module, algorithm, size, group, group_size, optional))
+            for rule, why, way in known[key]:
+                findings.add(rule, why, name, way=way)
+
+
+def _agree(name: str, module: Module, algorithm: str | None, ignored: str, findings: Findings) -> None:
+    if algorithm is None and is_quantized(module):
+        why = f"it is stored in {module['weight'].dtype}, and by the config it is not quantized"
+        findings.add("left out", why, name, way=f"take it out of {ignored}, or store it in bfloat16")
+    elif algorithm is not None and not is_quantized(module):
+        why = f"it is stored in {module['weight'].dtype}, and by the config it is quantized in {algorithm}"
+        findings.add("not left out", why, name, way=f"name it in {ignored}")
+
+
+def _problems(
+    module: Module, algorithm: str, size: tuple[int, ...], group: Group, group_size: int, optional: frozenset[str]
+) -> Iterator[tuple[str, str, str]]:
+    if group.kind == "stack":
+        yield from _of_stack(module, algorithm, size)
+        return
+    wants = wanted(algorithm, *size, group_size)
+    joined = len(group.parts) > 1
+    for suffix, (dtypes, shapes) in wants.items():
+        header = module.get(suffix)
+        if header is None:
+            if suffix not in optional and not (suffix == "pre_quant_scale" and (joined or group.kind == "experts")):
+                yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
+        elif header.dtype not in dtypes:
+            yield "dtype", f"its {suffix} is {header.dtype}, and {algorithm} has {' or '.join(dtypes)}", ""
+        elif header.shape not in shapes:
+            yield "shape", f"its {suffix} is {list(header.shape)}, and {algorithm} has {named(shapes)}", ""
+    for suffix in sorted(module.keys() - wants.keys() - HARMLESS - optional):
+        yield "extra", f"its {suffix} is no tensor of {algorithm}", ""
+
+
+def _of_stack(module: Module, algorithm: str, size: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
+    """Experts in one tensor [experts, inputs, outputs]: their scales have its name with _weight_scale and so on."""
+    needs = {"FP8": {"weight_scale", "input_scale"}, "NVFP4": {"weight_scale", "weight_scale_2", "input_scale"}}
+    for suffix in sorted(needs.get(algorithm, {"weight_scale"}) - module.keys()):
+        yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
+    packed = 2 if module["weight"].dtype == "U8" else 1
+    if size and module["weight"].shape[-2:] != (size[0] // packed, size[1]):
+        yield "shape", f"its weight is {list(module['weight'].shape)}, and experts are {list(size)}", AGAIN

@@ -1,0 +1,87 @@
+"""What an engine takes from a checkpoint's configs: which algorithm, for which of its modules, and the KV cache's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .checkpoint_view import Group
+from .exclude_lists import JOINED, Names, Partly
+
+Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """algorithm  as `layouts.wanted` names it, None for a model that is not quantized, '' for one algorithm per module
+    where      the key that lists what is left out, for messages
+    names      what it lists
+    layers     HF module -> algorithm, of a mixed model
+    kv         FP8 or NVFP4, None for a cache that is not quantized by itself
+    dialect    modelopt, native, or '' for none
+    """
+
+    algorithm: str | None = None
+    where: str = ""
+    names: Names = field(default_factory=lambda: Names(()))
+    layers: dict[str, str] = field(default_factory=dict)
+    group_size: int = 16
+    kv: str | None = None
+    dialect: str = ""
+
+
+def joined_name(group: Group, latent: str) -> str:
+    """What the engine calls the module that it makes of a group; `latent` is its word for both projections to latents."""
+    if group.kind in ("experts", "stack"):
+        return ""
+    if len(group.parts) == 1:
+        return group.parts[0]
+    return JOINED.get(group.parts, latent)
+
+
+def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> bool:
+    """Whether the config leaves a group out, as the engine compares names."""
+    parts = () if group.kind in ("experts", "stack") else group.parts
+    return matcher(reading.names, group.parent, parts, joined_name(group, latent))
+
+
+def algorithm_in(reading: Reading, group: Group) -> str | None:
+    """The algorithm of a group that is not left out; `Partly` where a mixed model has several for what is joined."""
+    if reading.algorithm:
+        return reading.algorithm
+    found = {reading.layers[name] for name in group.members if name in reading.layers}
+    if not found and group.kind in ("experts", "stack"):
+        inside = (algorithm for name, algorithm in reading.layers.items() if name.startswith(f"{group.parent}."))
+        return reading.layers.get(group.parent, next(inside, None))
+    if len(found) > 1:
+        raise Partly
+    return found.pop() if found else None
+
+
+def listed(section: dict, *keys: str) -> tuple[str, ...]:
+    """The strings that the first of these keys lists."""
+    for key in keys:
+        found = section.get(key)
+        if isinstance(found, list):
+            return tuple(name for name in found if isinstance(name, str))
+    return ()
+
+
+def kv_of(scheme: object) -> str | None:
+    """FP8 or NVFP4, of the ways in which configs say so; another text for another."""
+    if isinstance(scheme, str):
+        return scheme.upper()
+    if isinstance(scheme, dict) and scheme.get("type") == "float":
+        return {"8": "FP8", "4": "NVFP4"}.get(str(scheme.get("num_bits")), "another")
+    return "another" if scheme else None
+
+
+def layers_of(section: dict) -> dict[str, str]:
+    """HF module -> algorithm, of a mixed model."""
+    found = section.get("quantized_layers")
+    layers = found.items() if isinstance(found, dict) else ()
+    return {name: str(said.get("quant_algo", "")).upper() for name, said in layers if isinstance(said, dict)}
+
+
+def size_in(section: dict, default: int) -> int:
+    """The group size that a config says."""
+    found = section.get("group_size")
+    return found if isinstance(found, int) and found > 0 else default

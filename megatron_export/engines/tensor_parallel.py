@@ -1,0 +1,101 @@
+"""What every engine demands of a model whose layers several GPUs share (tensor parallelism): heads, and the blocks and groups that
+scales are for, can be dealt out whole.
+
+Experts in one tensor are not looked at: how they are cut is not told by their shapes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .checkpoint_view import Checkpoint, Group, View, is_quantized
+from .exclude_lists import Partly
+from .tensor_specs import size_of, unit_of
+from .verdict import Findings
+
+_LARGEST = 1024  # size that is proposed
+_BY_ROWS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
+_BY_INPUTS = ("o_proj", "down_proj", "w2")
+
+
+class _Cut(NamedTuple):
+    """How a linear is dealt out: what of it, how much there is, in which units, to how many at most, and whether it is an expert's.
+
+    GPUs that are more than `most` have copies.
+    """
+
+    what: str
+    total: int
+    unit: int
+    most: int
+    expert: bool
+
+    def whole(self, tp: int) -> bool:
+        """Whether each GPU has whole units."""
+        return self.total % (min(tp, self.most) * self.unit) == 0
+
+
+def check_shared(
+    checkpoint: Checkpoint,
+    view: View,
+    algorithm_of: Callable[[Group], str | None],
+    group_size: int,
+    tp: int,
+    findings: Findings,
+) -> None:
+    """Heads and linears against `tp` GPUs; groups of `group_size` inputs share a scale."""
+    if tp == 1:
+        return  # nothing is cut
+    cuts = _cuts(checkpoint, view, algorithm_of, group_size)
+
+    def fits(size: int) -> bool:
+        return _heads_fit(checkpoint, size) and all(cut.whole(size) for cut in cuts)
+
+    if fits(tp):
+        return
+    fitting = next((size for size in range(min(tp - 1, _LARGEST), 1, -1) if fits(size)), 1)
+    smaller = "no smaller size would do" if fitting == 1 else f"a size of {fitting} would do"
+    at = f"at a tensor-parallel size of {tp}"
+    if not _heads_fit(checkpoint, tp):
+        heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
+        findings.add("heads", f"{at} it cannot deal out {heads} heads, of keys {groups}", way=smaller)
+        return
+    for cut, names in cuts.items():
+        if not cut.whole(tp):
+            part = f"a GPU has {cut.total / min(tp, cut.most):.5g} of its {cut.total} {cut.what}"
+            units = "" if cut.unit == 1 else f", no multiple of {cut.unit}"
+            ways = [smaller, "expert parallelism" if cut.expert else "", "--format fp8" if cut.unit > 1 else ""]
+            findings.add("shared", f"{at} {part}{units}", *names, way=", or ".join(filter(None, ways)))
+
+
+def _heads_fit(checkpoint: Checkpoint, tp: int) -> bool:
+    heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
+    return heads % tp == 0 and (checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0)
+
+
+def _cuts(
+    checkpoint: Checkpoint, view: View, algorithm_of: Callable[[Group], str | None], group_size: int
+) -> dict[_Cut, list[str]]:
+    """Every way in which linears are dealt out, and which they are."""
+    found: dict[_Cut, list[str]] = {}
+    groups = checkpoint.number("num_key_value_heads")
+    for group in view.groups:
+        if group.mtp or group.kind not in ("linear", "experts"):
+            continue
+        try:
+            algorithm = algorithm_of(group)
+        except Partly:
+            continue
+        for name, module in group.members.items():
+            last = name.rpartition(".")[2]
+            codes = algorithm if is_quantized(module) else None
+            (rows, inputs), (row_unit, input_unit) = size_of(module, codes), unit_of(codes, group_size)
+            if last in _BY_ROWS:
+                most = groups if last in ("k_proj", "v_proj") and groups > 0 else rows
+                what, total, unit = "rows", rows, row_unit
+            elif last in _BY_INPUTS:
+                what, total, most, unit = "inputs", inputs, inputs, input_unit
+            else:
+                continue
+            cut = _Cut(what, total, unit, max(most, 1), group.kind == "experts")
+            found.setdefault(cut, []).append(name)
+    return found

@@ -1,0 +1,219 @@
+"""An export that training does not wait for: encoded tensors are kept in memory, and another process writes them.
+
+The training process stops for as long as it takes to encode the model and to copy what comes out into files that are in memory
+(`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
+its own (`async_writer.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives
+the training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept
+for the next export, mapped, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of what is in
+memory.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..checkpoint.hf_folder import Original
+from ..common.errors import ExportError
+from ..common.host_memory import available
+from ..common.text import readable
+from ..distributed import collectives
+from ..distributed.collectives import together
+from ..mcore import parallel_state
+from ..mcore.parallel_state import SILENCE, Topology
+from ..planning.contents import contents_of
+from ..planning.plan import Plan
+from ..writing.byte_sink import InMemory, OnDisk, Sheet
+from ..writing.journal import Checks
+from ..writing.publish import Place
+from ..writing.writer import CheckpointWriter, check_apart, check_empty, check_target
+from .async_writer import Job
+from .encode_stream import Stream, Work
+from .prepare import planned, requested, surveyed
+
+SPARE_BYTES = 1 << 30  # of memory, for all else
+
+
+@dataclass
+class Handle:
+    """An export that another process is writing. Every rank has one; `done` and `wait` are collective.
+
+    `stopped` is how many seconds the caller was held up, `nbytes` what rank 0's host keeps until it is written.
+    """
+
+    folder: Path
+    stopped: float
+    nbytes: int
+    process: subprocess.Popen | None
+    memory: "_Memory | None" = None
+    outcome: tuple[int, str] | None = None
+
+    def done(self) -> bool:
+        """Whether the export has ended. `ExportError` on every rank if it failed."""
+        return self._ended(lambda process: process.poll() is not None)
+
+    def wait(self) -> None:
+        """Return when the checkpoint is published. `ExportError` on every rank if it failed: then `folder` is as it was."""
+        self._ended(lambda process: True)
+
+    def _ended(self, ready: Callable[[subprocess.Popen], bool]) -> bool:
+        with parallel_state.current() as here:
+            if self.outcome is None:
+                mine = None
+                if self.process and ready(self.process):
+                    said = self.process.communicate()[1].decode().strip()
+                    mine = (self.process.returncode, said)
+                self.outcome = collectives.from_first(here, mine)
+            if self.outcome is None:
+                return False
+            if self.memory:
+                self.memory.release()
+                self.memory = None
+            status, said = self.outcome
+            with together(here, "write in the background"):
+                if status:
+                    raise ExportError(said or f"the process that writes {self.folder} ended with status {status}")
+            return True
+
+
+class _Memory:
+    """Where a writer's files grow in memory. What `keep` keeps serves the next export with these files."""
+
+    spare: ClassVar[dict[tuple, tuple[dict[str, int], dict[str, InMemory]]]] = {}
+
+    def __init__(self, target: Path, plan: Plan, keep: bool) -> None:
+        self.target = target
+        self.keep = keep
+        self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
+        self.kind = self.kind_of(plan)
+        self.descriptors, self.mapped = self.spare.pop(self.kind, ({}, {}))
+
+    @staticmethod
+    def kind_of(plan: Plan) -> tuple:
+        return tuple(plan.files.items())
+
+    @classmethod
+    def check(cls, plan: Plan) -> None:
+        """Refuse what this host has no memory for: the system would end the training process amid it."""
+        room = available()
+        if cls.kind_of(plan) not in cls.spare and plan.nbytes + SPARE_BYTES > room:
+            raise ExportError(
+                f"the encoded checkpoint takes {readable(plan.nbytes)} of rank 0's memory, and {readable(room)} are available "
+                "there. Use export_hf_checkpoint, which keeps a few buffers of it at a time"
+            )
+
+    def path(self, file: str) -> Path:
+        if file not in self.descriptors:
+            self.descriptors[file] = os.memfd_create(file)
+        return Path(f"/proc/self/fd/{self.descriptors[file]}")
+
+    def sheet(self, file: str, nbytes: int) -> Sheet:
+        path = self.path(file)
+        if not self.keep:  # new memory is found faster by writes than through a mapping
+            return OnDisk(path, nbytes, sync=False)
+        if file not in self.mapped:
+            self.mapped[file] = InMemory(self.descriptors[file], nbytes)
+        return self.mapped[file]
+
+    def finish(self, file: str, checks: Checks) -> None:
+        pass  # the other process begins when all are
+
+    def release(self) -> None:
+        """Nobody reads it any more."""
+        if self.keep and self.kind not in self.spare:
+            self.spare[self.kind] = self.descriptors, self.mapped
+            return
+        self.mapped.clear()
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+def export_hf_checkpoint_async(
+    model: nn.Module | list[nn.Module],
+    export_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = True,
+    provenance: dict | None = None,
+    keep_memory: bool = False,
+    timeout: float = SILENCE,
+    **settings: Any,
+) -> Handle:
+    """`export_hf_checkpoint`, but return as soon as the encoded model is in memory; the bytes that come out are the same.
+
+    settings    hf_model, format, calibration, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude, mtp,
+                quantize_mla, max_shard_size; rank 0 writes, and what was interrupted is not resumed
+    keep_memory keep rank 0's memory for the next export of this model; it is free again when the process ends
+    The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint; without, it is refused.
+    Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
+    """
+    started = time.monotonic()
+    target = Path(export_dir).resolve()
+
+    def check(plan: Plan, original: Original) -> None:
+        _Memory.check(plan)
+        check_target(target, plan, overwrite=overwrite)
+        check_empty(target, overwrite=overwrite)
+        check_apart(target, original.folder)
+        if plan.copied:
+            raise ExportError(
+                f"{len(plan.copied)} tensors are copied from the original model. Use export_hf_checkpoint"
+            )
+
+    with parallel_state.current(timeout) as here:
+        found = planned(here, model, requested(settings), check)
+        work, identity = surveyed(here, found)
+        place = Place(target, overwrite, False, sync, found.original, identity, provenance or {})
+        memory = _Memory(target, work.plan, keep_memory) if here.first else None
+        try:
+            _keep(here, work, memory)
+            with together(here, "start the process that writes"):
+                process = _started(work.plan, place, here.sizes, memory) if memory else None
+        except BaseException:
+            if memory:
+                memory.release()
+            raise
+    if memory and not keep_memory:  # the process that writes has it now, and frees it file by file
+        memory.release()
+        memory = None
+    return Handle(target, time.monotonic() - started, work.plan.nbytes, process, memory)
+
+
+def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
+    """Encode all buckets; rank 0 keeps them."""
+    with ExitStack() as stack:
+        with together(here, "keep"):
+            writer = CheckpointWriter(work.plan, memory, device=here.device, checked=False) if memory else None
+            if writer:
+                stack.enter_context(writer)
+        for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):
+            pass
+        with together(here, "keep"):
+            if writer:
+                writer.flush()
+
+
+def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
+    """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
+    job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
+    with os.fdopen(job, "wb", closefd=False) as file:
+        pickle.dump(Job(contents_of(plan), place, sizes, memory.descriptors), file)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_export.export.async_writer", f"{job}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(job, *memory.descriptors.values()),
+            start_new_session=True,
+        )
+    finally:
+        os.close(job)

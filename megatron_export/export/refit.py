@@ -1,0 +1,69 @@
+"""A live model's HF tensors, one after the other and quantized as an export would, for a loop that refits an engine with them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import ExportError
+from ..distributed import collectives
+from ..mcore import parallel_state
+from ..mcore.parallel_state import SILENCE
+from ..planning.parameter import Output
+from ..planning.shard_files import BUCKET_BYTES
+from .encode_stream import Stream
+from .prepare import Planned, planned, renewed, requested, surveyed
+
+
+def plan_hf_tensors(
+    model: nn.Module | list[nn.Module], *, bucket_bytes: int = BUCKET_BYTES, timeout: float = SILENCE, **settings: Any
+) -> Planned:
+    """Plan a stream of a model's tensors once, for many calls of `iter_hf_tensors` while it is trained. Reads no weights.
+
+    settings      of `export_hf_checkpoint`: hf_model, format, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude,
+                  mtp, quantize_mla
+    bucket_bytes  of encoded tensors that are made at a time; a larger parameter is made alone
+    Collective: every rank calls it with the same arguments. `ExportError` on every rank when it cannot be done.
+    """
+    with parallel_state.current(timeout) as here:
+        return planned(here, model, requested(settings, bucket_bytes=bucket_bytes))
+
+
+def iter_hf_tensors(
+    model: nn.Module | list[nn.Module],
+    *,
+    calibration: dict[str, Tensor] | None = None,
+    plan: Planned | None = None,
+    everywhere: bool = False,
+    timeout: float = SILENCE,
+    **settings: Any,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `export_hf_checkpoint` would write, by HF name and on this rank's device: on rank 0, or `everywhere`.
+
+    model       as for `export_hf_checkpoint`; it is left as it was, and must not be changed before the last tensor came
+    calibration as for `export_hf_checkpoint`
+    plan        what `plan_hf_tensors` returned for this model, or another of its shape; or give its arguments as `settings`
+    Every rank must take all tensors: it is collective from one bucket to the next. On ranks that get none it yields none. Memory
+    is a few buckets, whatever the model; a tensor belongs to whom it was given. `ExportError` as there.
+    """
+    if plan is not None and settings:
+        raise ExportError(f"iter_hf_tensors: give either plan or {', '.join(settings)}")
+    if plan is None:
+        plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **settings)
+    with parallel_state.current(timeout) as here:
+        work, _ = surveyed(here, renewed(here, model, plan, calibration))
+        slices: dict[str, list[tuple[Output, Tensor]]] = {}
+        taken: list[tuple[Output, Tensor]] = []
+        for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
+            tensors = collectives.to_all(here, bucket, taken) if everywhere else list(taken)
+            taken.clear()
+            for output, tensor in tensors:
+                if not output.count:
+                    yield output.name, tensor
+                    continue
+                made = slices.setdefault(output.name, [])
+                made.append((output, tensor))
+                if len(made) == output.count:
+                    parts = sorted(slices.pop(output.name), key=lambda pair: pair[0].index)
+                    yield output.name, torch.stack([part for _, part in parts])

@@ -1,0 +1,118 @@
+"""One pass over this rank's weights before any of them is encoded: their maxima, agreed over all that share them, whether they
+are finite, and a checksum of the whole model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..calibration.lookup import measured
+from ..calibration.statistics import weight_key
+from ..common.errors import report
+from ..distributed import collectives
+from ..distributed.collectives import together
+from ..distributed.signals import heeded
+from ..mcore.parallel_state import Topology
+from ..models import is_expert
+from ..planning.parameter import Item
+from ..planning.plan import Plan
+from ..writing.fingerprint import added, checksum, of_settings
+
+
+def survey(
+    here: Topology, plan: Plan, shards: Mapping[str, Tensor], calibration: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it, float32 []; and, on
+    rank 0, a checksum of the model.
+
+    Refuses NaN and Inf in any weight. Weights are rounded to bfloat16 before they are quantized, so their maxima are too.
+    """
+    mine = [item for item in plan.items if here.rank in item.ranks]
+    with together(here, "read the weights"):
+        largest, sums = [], {}
+        for item in heeded(mine):
+            shard = shards[item.source.canonical]  # once: it may be read from disk
+            largest.append(_largest(here, item, shard, calibration))
+            sums[item.source.canonical] = _checksum(here, item, shard)
+        values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
+        report(
+            [
+                f"NaN or Inf in {', '.join(item.source.names().values())}"
+                for item, finite in zip(mine, values.isfinite().tolist(), strict=True)
+                if not finite
+            ]
+        )
+    return _agreed(here, plan, mine, values, calibration), _digest(collectives.at_first(here, sums))
+
+
+def _agreed(
+    here: Topology, plan: Plan, mine: list[Item], values: Tensor, calibration: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The maxima of whole weights, and of those that engines fuse, from those of this rank's shards; clipped."""
+    amaxes = {}
+    for expert in (False, True):  # whose shards are on other ranks
+        cut = [n for n, i in enumerate(mine) if i.form and i.source.cut and is_expert(i.source.canonical) is expert]
+        agreed = collectives.maximum(values[cut], here.cut(expert).group)
+        amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
+    for item, amax in zip(mine, values, strict=True):
+        if item.form and item.source.cut is None:
+            amaxes[item.source.canonical] = amax
+    for item in mine:
+        given = calibration.get(weight_key(item.source.canonical))
+        if (
+            item.form and given is not None and not item.smoothed.rows
+        ):  # which change the weight that it was measured on
+            amaxes[item.source.canonical] = given.to(here.device)
+        if item.form and item.smoothed.ratio:
+            amaxes[item.source.canonical] = amaxes[item.source.canonical] * calibration[item.smoothed.ratio].to(
+                here.device
+            )
+    for fused in plan.fused:
+        if present := [amaxes[name] for name in fused if name in amaxes]:
+            amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
+    # experts with one scale are on several ranks, all of which have some of each of their stage's layers
+    pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
+    agreed = (
+        collectives.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group) if pooled else ()
+    )
+    for fused, amax in zip(pooled, agreed, strict=True):
+        amaxes |= dict.fromkeys(fused, amax)
+    return amaxes
+
+
+def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> Tensor:
+    index = item.ranks.index(here.rank)
+    if item.smoothed.vectors:
+        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
+        return torch.stack([_amax(part.data) for part in parts]).amax()
+    return _amax(_real(item, shard, index))
+
+
+def _amax(values: Tensor) -> Tensor:
+    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
+    if values.numel() == 0:
+        return torch.zeros((), device=values.device)
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high).to(torch.bfloat16).float()
+
+
+def _real(item: Item, shard: Tensor, index: int) -> Tensor:
+    """A shard without the rows that pad a vocabulary."""
+    return next(iter(item.source.layout.split(shard, index, len(item.ranks)).values())) if item.source.padded else shard
+
+
+def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
+    source, index = item.source, item.ranks.index(here.rank)
+    cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
+    rows = tuple(range(cut.start, cut.stop) for cut in cuts)
+    return checksum(_real(item, shard, index).to(source.dtype), rows, columns[0].start if columns else 0)
+
+
+def _digest(everyones: list[dict[str, int]] | None) -> str:
+    """One number for the whole model from the checksums of all ranks' shards; "" on ranks that are not given them."""
+    found: dict[str, list[int]] = {}
+    for theirs in everyones or ():
+        for name, number in theirs.items():
+            found.setdefault(name, []).append(number)
+    return of_settings({name: added(numbers) for name, numbers in found.items()}) if found else ""

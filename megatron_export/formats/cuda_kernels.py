@@ -1,0 +1,198 @@
+"""Encoding, and what AWQ's search does most, on CUDA in one pass: the same bytes as plain torch, at the speed of memory.
+
+The plain path reads and writes a weight a dozen times. A kernel reads each element once and keeps it in registers; what
+is left is arithmetic, and most of that is the division of every element by its scale, which must be IEEE's to the bit.
+So it is taken apart. Once for each scale s:
+
+    r = the float32 below 1 / s,  e = (1 - r * s) / s           r + e is 1 / s but for 2^-44 of it
+    q = fma(x, r, x * e)                                        for each element x, in two instructions
+
+x is a bfloat16, of 8 bits, and what follows asks no more of the quotient than on which side of which numbers of 9 bits
+it is, or whether it is one. q answers as the rounded x / s does. Let m = M * 2^k be such a number, M odd, and let x = X * 2^t
+and s = S in units that make D = S * M - X * 2^t a whole number. If D = 0, then q = m. Otherwise the answers differ only if
+x / s is within 2^-44 of where float32 starts to round to m: | |D| * 2^j - S | <= 32, where M * 2^j has 25 bits. Comparing
+the low bits of both sides of D's equation leaves |D| = M, S = M * 2^j - 1, hence M = 1 and S = 2^24 - 1, where q is right.
+tests/gpu goes through all X and S. That r is below 1 / s makes e positive, and q keep the sign of a zero.
+
+This holds while nothing over- or underflows; LIMITS has the scales for which nothing does. Others, of weights that
+nobody trains, are divided by the book. Triton and a C compiler are needed, and a GPU that rounds to e4m3 (Ada, Hopper,
+or newer); without them, and for weights that are clipped or not contiguous and aligned, the plain path runs. Its
+results for NaN and Inf are not reproduced: a survey refuses these before anything is encoded.
+
+A search rounds a weight times its factors as `int4.rounded` and `nvfp4.rounded` do. The first divides codes, which have less
+than 8 bits, by a scale, and rounds the quotient to bfloat16; between two of those the limit is a number of 9 bits. A weight that
+overflows when it is smoothed gives numbers that are not finite either way, and so does its loss, for which the search ends.
+Squares are added up in float64 as in plain torch, in another order.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.piece import Amax, Piece
+from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq
+from .form import Form
+
+CAPABILITY = (8, 9)
+TILE = 4096  # elements of a program, but for fp8_pb's whole blocks
+OWN = (2.0**-100, 2.0**60)  # bounds of scales that are made of their own elements' amax
+LIMITS = {
+    "fp8": (2.0**-22, 2.0**15),  # of weight_scale, whatever the elements
+    "fp8_pb": OWN,
+    "nvfp4": (2.0**-30, 2.0**6),  # of weight_scale_2, whatever the elements
+    "int4": OWN,
+    "int4_rounded": OWN,  # of 7 / amax
+}
+SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
+
+
+def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
+    """What stands for `form.encode` for this weight; None where nothing does."""
+    if amax.clip is not None or not readable(weight):
+        return None
+    if not form.ragged and any(size % tile for size, tile in zip(weight.shape, form.tile, strict=True)):
+        return None  # the plain path has the words for it
+    made = made_for(form)
+    return made if made and works(weight.device) else None
+
+
+def readable(weight: Tensor) -> bool:
+    """Whether it is a weight on CUDA that kernels could read, without a look at what there is to run them."""
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
+
+
+def made_for(form: Form) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
+    """The kernel of a format, without a look at what there is to run it."""
+    plain, settings = (
+        (form.encode.func, form.encode.keywords) if isinstance(form.encode, partial) else (form.encode, {})
+    )
+    return partial(KERNELS[plain], **settings) if plain in KERNELS else None
+
+
+@cache
+def works(device: torch.device) -> bool:
+    """Whether kernels can be compiled and run there; a warning says why not, where that can be helped."""
+    if torch.cuda.get_device_capability(device) < CAPABILITY or find_spec("triton") is None:
+        return False
+    try:
+        encode_fp8(torch.ones(1, 1, dtype=torch.bfloat16, device=device), Amax(*torch.ones(2, device=device)))
+    except Exception as error:  # of Triton, of the compilers it calls, of a cache that cannot be written
+        warnings.warn(
+            f"{device}: Triton cannot compile kernels, so encoding and AWQ's search take longer. It says: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _scalars(weight: Tensor, amax: Amax) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The maxima where the weight is, and room for their scales."""
+    amaxes = amax.weight.to(weight.device, torch.float32), amax.input.to(weight.device, torch.float32)
+    return amaxes, (torch.empty_like(amaxes[0]), torch.empty_like(amaxes[1]))
+
+
+def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """fp8.encode."""
+    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    amaxes, scales = _scalars(weight, amax)
+    size, grid = weight.numel(), (-(-weight.numel() // TILE),)
+    with torch.cuda.device_of(weight):
+        _kernels().fp8[grid](weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
+    return fp8.pieces(codes, *scales)
+
+
+def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
+    """fp8_pb.encode."""
+    block = fp8_pb.BLOCK
+    down, across = (-(-size // block) for size in weight.shape)
+    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(down, 1, across, 1, device=weight.device)
+    with torch.cuda.device_of(weight):
+        _kernels().fp8_pb[down * across,](
+            weight, codes, scale, *weight.shape, *LIMITS["fp8_pb"], BLOCK=block, num_warps=8
+        )
+    return fp8_pb.pieces(codes, scale, native)
+
+
+def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """nvfp4.encode."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, columns // nvfp4.BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
+    amaxes, scales = _scalars(weight, amax)
+    words, grid, blocks = weight.view(torch.int32), (-(-weight.numel() // TILE),), TILE // nvfp4.BLOCK
+    with torch.cuda.device_of(weight):
+        _kernels().nvfp4[grid](words, *amaxes, codes, scale, *scales, scale.numel(), *LIMITS["nvfp4"], BLOCKS=blocks)
+    return nvfp4.pieces(codes, scale, *scales)
+
+
+def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
+    """int4.encode."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, columns // group, device=weight.device)
+    grid = (-(-weight.numel() // TILE),)
+    with torch.cuda.device_of(weight):
+        _kernels().int4[grid](
+            weight, codes, scale, rows // 2, columns, *LIMITS["int4"], GROUP=group, GROUPS=TILE // 2 // group
+        )
+    return int4.pieces(codes, scale)
+
+
+def encode_w4a8(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
+    """w4a8_awq.encode."""
+    return encode_int4(weight, amax, group) | w4a8_awq.scalars(amax)
+
+
+def rounded_int4(weight: Tensor, factors: Tensor, amax: None, group: int) -> Tensor:
+    """int4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
+    return _smoothed(_kernels().int4_rounded, weight, factors, (), LIMITS["int4_rounded"], group)
+
+
+def rounded_nvfp4(weight: Tensor, factors: Tensor, amax: Tensor) -> Tensor:
+    """nvfp4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
+    return _smoothed(_kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
+
+
+def _smoothed(
+    kernel: Any, weight: Tensor, factors: Tensor, amax: tuple[Tensor, ...], limits: tuple[float, float], group: int
+) -> Tensor:
+    rows, columns = weight.shape
+    made = torch.empty_like(weight)
+    grid = (-(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS),)
+    tile = {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
+    with torch.cuda.device_of(weight):
+        kernel[grid](weight, factors, *amax, made, rows, columns, *limits, **tile, enable_fp_fusion=False)
+    return made
+
+
+def squares(product: Tensor, expected: Tensor) -> Tensor:
+    """awq.squares."""
+    size = product.numel()
+    sums = torch.empty(-(-size // TILE), dtype=torch.float64, device=product.device)
+    with torch.cuda.device_of(product):
+        _kernels().squares[len(sums),](product, expected, sums, size, TILE=TILE, enable_fp_fusion=False)
+    return sums.sum()
+
+
+KERNELS = {
+    fp8.encode: encode_fp8,
+    fp8_pb.encode: encode_fp8_pb,
+    nvfp4.encode: encode_nvfp4,
+    int4.encode: encode_int4,
+    w4a8_awq.encode: encode_w4a8,
+}

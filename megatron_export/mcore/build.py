@@ -1,0 +1,201 @@
+"""An HF config becomes a Megatron-Core model on this topology."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from ..common.errors import report
+from ..models import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
+from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
+from .cpu_compat import without_cuda
+from .model import ACTIVATIONS
+from .parallel_state import Topology
+
+
+def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
+    """Raise unless heads, groups, sizes and experts divide by this topology, and its stages hold the layers."""
+    shape, stages = shape_of(config), topology.pp_size * topology.vpp_size
+    problems = size_problems(config, tp=topology.tp_size, etp=topology.experts.size, ep=topology.ep_size)
+    if shape.kv_lora and not shape.q_lora and find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        problems.append(
+            "q_lora_rank is null: this Megatron-Core norms queries that are made in one step, HF does not. Use megatron-core 0.16"
+        )
+    report(problems + layout_problems(config, stages, pp_layout))
+
+
+def build_model(
+    config: dict,
+    topology: Topology,
+    *,
+    max_sequence_length: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+    initialize: bool = False,
+    pp_layout: str | None = None,
+) -> GPTModel | list[GPTModel]:
+    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`; a list of its chunks
+    under virtual pipeline parallelism.
+
+    Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not
+    know is no obstacle. Weights are left as allocated unless `initialize`. `pp_layout` is Megatron's spelling of what each
+    stage holds; without it, layers are spread as evenly as they can be. Sizes that this topology does not divide raise
+    `ExportError`.
+    """
+    check_divides(config, topology, pp_layout)
+    shape = shape_of(config)
+    rope = Rope(unscaled_rope_settings(config))
+    if max_sequence_length:
+        check_computed(config, max_sequence_length)
+        rope = rope_of(config)
+    settings = _settings(config, topology, dtype, initialize, pp_layout)
+    for name, value in rope.yarn.items():
+        setattr(settings, name, value)
+    padding = PAD_VOCAB_TO * topology.tp_size
+    chunks = []
+    with without_cuda(topology.device), _norms_of_parts():
+        for chunk in range(topology.vpp_size):
+            stage = chunk if topology.vpp_size > 1 else None
+            model = GPTModel(
+                config=settings,
+                transformer_layer_spec=_layer_spec(settings, stage),
+                vocab_size=-(-shape.vocab // padding) * padding,
+                max_sequence_length=max_sequence_length or 1,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=shape.tied,
+                vp_stage=stage,
+                mtp_block_spec=_mtp_spec(settings, stage),
+                **rope.arguments,
+            )
+            _rotate_as_hf(model, rope.llama3)
+            chunks.append(_converted(model, topology.device, dtype))
+    return chunks if topology.vpp_size > 1 else chunks[0]
+
+
+def _layer_spec(settings: TransformerConfig, stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    if settings.num_moe_experts is None:
+        return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(
+        settings, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=settings.qk_l2_norm, vp_stage=stage
+    )
+    for layer in spec.layer_specs:
+        _with_attention(layer, settings)
+    return spec
+
+
+def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredictionBlockSubmodules | None:
+    if not settings.mtp_num_layers:
+        return None
+    last = get_gpt_decoder_layer_specs(settings, use_transformer_engine=False, normalization="RMSNorm")[-1]
+    return get_gpt_mtp_block_spec(
+        settings, _with_attention(last, settings), use_transformer_engine=False, vp_stage=stage
+    )
+
+
+def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:
+    if settings.multi_latent_attention:
+        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+    return layer
+
+
+def _rotate_as_hf(model: GPTModel, scaling: dict) -> None:
+    """Scale rotary embeddings with other constants than Megatron's, and leave queries and keys that are not rotated without
+    their norm too (Llama 4): Megatron's specs give all layers of a model one.
+    """
+    if scaling:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+    for layer in model.decoder.layers:
+        if model.config.no_rope_freq and model.config.no_rope_freq[layer.layer_number - 1]:
+            layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = IdentityOp()
+
+
+def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPTModel:
+    """The model in `dtype`, but for buffers that Megatron itself keeps in another, such as the biases of routers."""
+    kept = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    model = model.to(device=device, dtype=dtype)
+    for name, was in kept.items():
+        module, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(module)
+        setattr(holder, leaf, getattr(holder, leaf).to(was))
+    return model
+
+
+@contextmanager
+def _norms_of_parts() -> Iterator[None]:
+    """Let torch's norm be built under sequence parallelism: Megatron refuses it, for the gradients of its weight."""
+    made = WrappedTorchNorm.__new__
+
+    def make(kind: type, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        config = copy(config)
+        config.sequence_parallel = False
+        return made(kind, config, *args, **kwargs)
+
+    with mock.patch.object(WrappedTorchNorm, "__new__", make):
+        yield
+
+
+class LatentAttention(DotProductAttention):
+    """Megatron's own attention for keys and values of different sizes, which it has in Transformer Engine's only."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+def _settings(
+    config: dict, topology: Topology, dtype: torch.dtype, initialize: bool, pp_layout: str | None
+) -> TransformerConfig:
+    shape = shape_of(config)
+    stages = topology.pp_size * topology.vpp_size
+    if pp_layout is None and shape.layers % stages:
+        pp_layout = "|".join(stages_of(shape, stages, None))
+    kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
+    computed = settings_of(config)
+    computed["activation_func"] = ACTIVATIONS[computed["activation_func"]]
+    experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
+    if computed.get("moe_router_enable_expert_bias"):  # whose scores HF computes in float32
+        experts["moe_router_dtype"] = "fp32"
+    return kind(
+        **computed,
+        **(experts if shape.experts else {}),
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vpp_size if topology.vpp_size > 1 else None,
+        pipeline_model_parallel_layout=pp_layout,
+        expert_model_parallel_size=topology.ep_size,
+        expert_tensor_parallel_size=topology.experts.size,
+        # Otherwise every tensor-parallel rank would route a copy of each token, and the copies would drift apart.
+        sequence_parallel=topology.tp_size > 1 and shape.experts > 0,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=topology.device.type == "cpu",
+        perform_initialization=initialize,
+        attention_softmax_in_fp32=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+    )

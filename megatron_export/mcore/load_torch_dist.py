@@ -1,0 +1,28 @@
+"""The tensors of a Megatron checkpoint become the shards of a Megatron-Core model; each rank reads only what it holds."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from ..checkpoint.torch_dist import Checkpoint
+from ..common.errors import ExportError
+from ..models import is_expert
+from .model import copies_of, shards_of
+from .parallel_state import Topology
+
+
+def load_checkpoint(
+    model: nn.Module | list[nn.Module],
+    checkpoint: Checkpoint,
+    topology: Topology,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> int:
+    """Fill this rank's shards, and its copy of the embedding, from a checkpoint; returns the bytes read."""
+    shards = shards_of(model) | copies_of(model)
+    for name, shard in progress(shards.items()):
+        cut = topology.cut(is_expert(name))
+        loaded = checkpoint.shard(checkpoint.sources[name], tuple(shard.shape), cut.rank, cut.size)
+        if not loaded.isfinite().all():
+            raise ExportError(f"{checkpoint.folder}: NaN or Inf in {name}. Give another iteration, or copy it again")
+        shard.copy_(loaded)
+    return checkpoint.nbytes

@@ -1,0 +1,226 @@
+"""Which rank this is and which ranks share what with it: the only reader of Megatron's parallel state."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from ..common.errors import ExportError, RankLost, StartError, told
+from ..distributed.heartbeat import Pulse
+from .cpu_compat import without_cuda
+
+TIMEOUT = timedelta(minutes=10)
+SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
+CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a large checkpoint, or a node downloads one
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts on this rank, that of the experts or that of all else: which shard of how many it
+    holds, the group of those who hold the others, which of the replicas of these shards it is, and their group.
+    """
+
+    rank: int
+    size: int
+    group: ProcessGroup
+    replica: int
+    replicas: ProcessGroup
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place. Groups are torch process groups; `control` is a gloo group of all ranks for small messages.
+
+    Data-parallel ranks include those of context parallelism, which hold the same weights too. `experts` is how routed
+    experts are cut, `dispatch` the ranks among which a layer's tokens find their experts, `stage_group` all ranks of a
+    pipeline stage, which hold the same layers.
+    """
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    dp_group: ProcessGroup
+    pp_size: int
+    vpp_size: int
+    cp_size: int
+    ep_size: int
+    experts: Cut
+    dispatch: Cut
+    stage_group: ProcessGroup
+    control: ProcessGroup
+    device: torch.device
+    pulse: Pulse
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all parallelisms."""
+        return {
+            "world": self.world,
+            "tp": self.tp_size,
+            "pp": self.pp_size,
+            "vpp": self.vpp_size,
+            "cp": self.cp_size,
+            "dp": self.dp_size,
+            "ep": self.ep_size,
+            "etp": self.experts.size,
+        }
+
+    def cut(self, expert: bool) -> Cut:
+        """How parameters of routed experts are cut here, or all others."""
+        return self.experts if expert else Cut(self.tp_rank, self.tp_size, self.tp_group, self.dp_rank, self.dp_group)
+
+
+@contextmanager
+def current(timeout: float = SILENCE) -> Iterator[Topology]:
+    """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves.
+
+    If a rank leaves by an exception that the others do not raise too, or is silent for `timeout` seconds, they raise
+    `RankLost`; a process that cannot, because a collective holds it, is ended.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ExportError(
+            "Megatron's model parallelism is not initialized: call parallel_state.initialize_model_parallel"
+        )
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
+        dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
+    pulse = Pulse(dist.get_rank(), dist.get_world_size(), partial(_from_first, control), timeout)
+    try:
+        yield Topology(
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            experts=Cut(
+                rank=parallel_state.get_expert_tensor_parallel_rank(),
+                size=parallel_state.get_expert_tensor_parallel_world_size(),
+                group=parallel_state.get_expert_tensor_parallel_group(),
+                replica=parallel_state.get_expert_data_parallel_rank(),
+                replicas=parallel_state.get_expert_data_parallel_group(),
+            ),
+            dispatch=Cut(
+                rank=parallel_state.get_expert_tensor_and_model_parallel_rank(),
+                size=parallel_state.get_expert_tensor_and_model_parallel_world_size(),
+                group=parallel_state.get_expert_tensor_and_model_parallel_group(),
+                replica=parallel_state.get_expert_data_parallel_rank(),
+                replicas=parallel_state.get_expert_data_parallel_group(),
+            ),
+            stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            control=control,
+            device=torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu"),
+            pulse=pulse,
+        )
+    except Exception as error:
+        if isinstance(error, RankLost) or (isinstance(error, ExportError) and error.everywhere):
+            raise
+        if blamed := pulse.explain(error):
+            raise RankLost(blamed) from error
+        verdict = pulse.tell(told(error))
+        if isinstance(error, ExportError) or dist.get_world_size() == 1:
+            raise
+        raise RankLost(verdict) from error
+    finally:
+        pulse.stop()
+        dist.destroy_process_group(control)
+
+
+def _from_first(control: ProcessGroup, mine: object) -> object:
+    """What rank 0 passed, on every rank."""
+    box = [mine]
+    dist.broadcast_object_list(box, 0, group=control)
+    return box[0]
+
+
+def _on_cuda() -> bool:
+    """Whether the world talks over NCCL, alone or beside gloo; without CUDA torch may list it all the same."""
+    return torch.cuda.is_available() and "nccl" in dist.get_backend_config()
+
+
+def _take_gpu() -> None:
+    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if ranks > gpus and "NCCL_HOSTID" not in os.environ:  # with a host id per rank, NCCL lets ranks share a GPU
+        raise StartError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+
+
+@contextmanager
+def started(
+    tp: int, pp: int, device: str | None, *, ep: int = 1, etp: int | None = None, vpp: int = 1
+) -> Iterator[None]:
+    """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, and end them.
+
+    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp, and a
+    multiple of etp * ep * pp; `etp` is that of the experts, None for `tp`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StartError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
+    if "RANK" not in os.environ:
+        raise StartError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
+    if device == "cuda":
+        _take_gpu()
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        _check_world(dist.get_world_size(), tp, pp, ep, etp)
+        with without_cuda(torch.device(device)):
+            parallel_state.initialize_model_parallel(
+                tp,
+                pp,
+                vpp if vpp > 1 else None,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+            )
+        if device == "cuda":
+            model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it
+        yield
+    except RankLost:  # whose part in ending the groups the others would wait for
+        raise
+    except BaseException:
+        _end()
+        raise
+    _end()
+
+
+def _end() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _check_world(world: int, tp: int, pp: int, ep: int, etp: int | None) -> None:
+    if world % (tp * pp):
+        raise ExportError(
+            f"world size {world} is not tp * pp * dp: it is no multiple of --tp {tp} x --pp {pp} = {tp * pp}. "
+            f"Start torchrun with --nproc-per-node {tp * pp}, or a multiple of it"
+        )
+    experts = ep * (etp or tp) * pp
+    if world % experts:
+        raise ExportError(
+            f"world size {world} does not hold the experts: it is no multiple of --ep {ep} x --etp {etp or tp} x --pp {pp} = "
+            f"{experts}. Start torchrun with --nproc-per-node {math.lcm(experts, tp * pp)}, or a multiple of it"
+        )

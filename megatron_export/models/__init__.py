@@ -1,0 +1,49 @@
+"""One file per architecture, and what they share: names, layouts, shapes, settings."""
+
+from .awq_mappings import feeders_of, other_readers_of, reads_heads, vector_home
+from .canonical_names import canonical, without_additions
+from .hf_config import shape_of
+from .megatron_parameters import cut_of, is_expert, is_latent, is_linear_weight, makes_keys, pooled
+from .registry import (
+    ARCHITECTURES,
+    Source,
+    Stack,
+    architecture_of,
+    copied_prefixes,
+    is_mtp,
+    mtp_prefixes,
+    parameters_of,
+    settings_of,
+    without_mtp,
+)
+from .transformer_config import Rope, check_computed, rope_of, unscaled_rope_settings
+
+__all__ = [
+    "ARCHITECTURES",
+    "Rope",
+    "Source",
+    "Stack",
+    "architecture_of",
+    "canonical",
+    "check_computed",
+    "copied_prefixes",
+    "cut_of",
+    "feeders_of",
+    "is_expert",
+    "is_latent",
+    "is_linear_weight",
+    "is_mtp",
+    "makes_keys",
+    "mtp_prefixes",
+    "other_readers_of",
+    "parameters_of",
+    "pooled",
+    "reads_heads",
+    "rope_of",
+    "settings_of",
+    "shape_of",
+    "unscaled_rope_settings",
+    "vector_home",
+    "without_additions",
+    "without_mtp",
+]

@@ -1,0 +1,49 @@
+"""LoRA adapters, and the weights that they are merged into.
+
+The product is taken in float64 from whole factors: those of bfloat16 have products and sums of ranks that float64 holds
+without rounding, unless their sizes are more than 2^30 apart, so that every topology merges to the same bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats.form import row_strips
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of one linear as a rank holds it: `scale * second @ first` is added to its weight.
+
+    first   [rank, in], perhaps a shard of either; second  [out, rank], perhaps a shard of `out`
+    """
+
+    first: Tensor
+    second: Tensor
+    rank: int
+    scale: float
+
+
+def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    """weight + the sum of scale * second @ first over its adapters, of a [out, in] weight or a shard of one, in its dtype."""
+    made = torch.empty_like(weight)
+    exact = {"device": weight.device, "dtype": torch.float64}
+    factors = [(adapter.scale, adapter.second.to(**exact), adapter.first.to(**exact)) for adapter in adapters]
+    for rows in row_strips(weight, 1):
+        total = weight[rows].double()
+        for scale, second, first in factors:
+            total += scale * (second[rows] @ first)
+        made[rows] = total.to(weight.dtype)
+    return made
+
+
+def misfits(name: str, weight: Sequence[int], rank: int, second: Sequence[int], first: Sequence[int]) -> list[str]:
+    """What is wrong with the shapes of the factors of an adapter of a [out, in] weight, or shard."""
+    fits, sizes = ((weight[0], rank), (rank, weight[1])), (tuple(second), tuple(first))
+    if sizes == fits:
+        return []
+    return [
+        f"the adapter of {name} is {sizes[0]} times {sizes[1]}, and a product of {fits[0]} and {fits[1]} was expected"
+    ]

@@ -1,0 +1,142 @@
+"""How Megatron shapes and cuts each canonical parameter: one table for every architecture.
+
+The cut is the weight axis that tensor parallelism divides, None for a parameter that every rank holds whole. It is
+declared here and checked against the model's real shapes, never read off parameter attributes: those are missing or
+wrong for several modules. The row count of a vocabulary is a lower bound, since Megatron pads it. {l} is a layer, {e} an
+expert; experts are cut by expert tensor parallelism, all else by tensor parallelism.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..common.piece import Axis
+from .hf_config import ModelShape
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """The axis that tensor parallelism cuts, the unsharded shape, and the layers that have it, where a name has {l}."""
+
+    cut: Axis | None
+    shape: Callable[[ModelShape], tuple[int, ...]]
+    layers: Callable[[ModelShape], Iterable[int]] = lambda m: m.every
+
+
+def _dense(m: ModelShape) -> tuple[int, ...]:
+    return m.dense
+
+
+def _sparse(m: ModelShape) -> tuple[int, ...]:
+    return m.sparse
+
+
+def _predicting(m: ModelShape) -> range:
+    return m.predicting
+
+
+def _qkv_rows(m: ModelShape) -> int:
+    return (m.heads + 2 * m.groups) * m.head_dim
+
+
+def _q_rows(m: ModelShape) -> int:
+    return m.heads * (m.nope_dim + m.rope_dim)
+
+
+def _read_heads(m: ModelShape) -> int:
+    return m.heads * (m.v_dim or m.head_dim)
+
+
+# fmt: off
+PARAMETERS: dict[str, Parameter] = {
+    "embedding.word_embeddings.weight":                        Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
+    "decoder.final_layernorm.weight":                          Parameter(None,     lambda m: (m.hidden,)),
+    "output_layer.weight":                                     Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
+
+    "decoder.layers.{l}.input_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.{l}.self_attention.linear_qkv.weight":     Parameter(Axis.OUT, lambda m: (_qkv_rows(m), m.hidden)),
+    "decoder.layers.{l}.self_attention.linear_qkv.bias":       Parameter(Axis.OUT, lambda m: (_qkv_rows(m),)),
+    "decoder.layers.{l}.self_attention.q_layernorm.weight":    Parameter(None,     lambda m: (m.q_lora or m.head_dim,)),
+    "decoder.layers.{l}.self_attention.k_layernorm.weight":    Parameter(None,     lambda m: (m.head_dim,)),
+    "decoder.layers.{l}.self_attention.linear_proj.weight":    Parameter(Axis.IN,  lambda m: (m.hidden, _read_heads(m))),
+
+    "decoder.layers.{l}.self_attention.linear_proj.bias":      Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.{l}.self_attention.core_attention.softmax_offset": Parameter(Axis.OUT, lambda m: (m.heads,)),
+
+    "decoder.layers.{l}.self_attention.linear_q_proj.weight":  Parameter(Axis.OUT, lambda m: (_q_rows(m), m.hidden)),
+    "decoder.layers.{l}.self_attention.linear_q_down_proj.weight":
+        Parameter(Axis.OUT, lambda m: (m.q_lora, m.hidden)),
+    "decoder.layers.{l}.self_attention.linear_q_up_proj.weight":
+        Parameter(Axis.OUT, lambda m: (_q_rows(m), m.q_lora)),
+    "decoder.layers.{l}.self_attention.linear_kv_down_proj.weight":
+        Parameter(Axis.OUT, lambda m: (m.kv_lora + m.rope_dim, m.hidden)),
+    "decoder.layers.{l}.self_attention.kv_layernorm.weight":   Parameter(None,     lambda m: (m.kv_lora,)),
+    "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":
+        Parameter(Axis.OUT, lambda m: (m.heads * (m.nope_dim + m.v_dim), m.kv_lora)),
+
+    "decoder.layers.{l}.pre_mlp_layernorm.weight":             Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.{l}.mlp.linear_fc1.weight":                Parameter(Axis.OUT, lambda m: (2 * m.ffn, m.hidden), _dense),
+    "decoder.layers.{l}.mlp.linear_fc2.weight":                Parameter(Axis.IN,  lambda m: (m.hidden, m.ffn), _dense),
+
+    "decoder.layers.{l}.mlp.router.weight":                    Parameter(None,     lambda m: (m.experts, m.hidden), _sparse),
+    "decoder.layers.{l}.mlp.router.expert_bias":               Parameter(None,     lambda m: (m.experts,), _sparse),
+    "decoder.layers.{l}.mlp.router.bias":                      Parameter(None,     lambda m: (m.experts,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.bias":      Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.bias":      Parameter(None,     lambda m: (m.hidden,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight":
+        Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn, m.hidden), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.weight":
+        Parameter(Axis.IN,  lambda m: (m.hidden, m.expert_ffn), _sparse),
+    "decoder.layers.{l}.mlp.shared_experts.linear_fc1.weight":
+        Parameter(Axis.OUT, lambda m: (2 * m.shared_ffn, m.hidden), _sparse),
+    "decoder.layers.{l}.mlp.shared_experts.linear_fc2.weight":
+        Parameter(Axis.IN,  lambda m: (m.hidden, m.shared_ffn), _sparse),
+
+    # Of a layer that predicts one more token, beside what every layer has.
+    "decoder.layers.{l}.enorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
+    "decoder.layers.{l}.hnorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
+    "decoder.layers.{l}.eh_proj.weight":                       Parameter(Axis.OUT, lambda m: (m.hidden, 2 * m.hidden), _predicting),
+    "decoder.layers.{l}.final_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _predicting),
+}
+# fmt: on
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Megatron's local spec cuts these, Transformer Engine's and ModelOpt's hold them whole: their shapes tell.
+EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
+FLOAT32 = ("expert_bias",)  # kept as they are; everything else becomes bfloat16
+_LAYER, _EXPERT = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.\d+\.")
+
+
+def cut_of(canonical: str) -> Axis | None:
+    """The axis that tensor parallelism cuts of a canonical parameter of any layer, or of any expert or all of them."""
+    name = _EXPERT.sub(".experts.", _LAYER.sub(".layers.{l}.", canonical, count=1))
+    return PARAMETERS[re.sub(r"(?<!shared_)experts\.", "experts.{e}.", name)].cut
+
+
+def is_expert(canonical: str) -> bool:
+    """Whether it belongs to a routed expert, or to the experts of a layer together."""
+    return ".mlp.experts." in canonical
+
+
+def pooled(canonical: str) -> str:
+    """The name under which calibration knows it: the experts of a layer are measured together, without their number.
+
+    Each sees the tokens that were routed to it, and one may see none; engines give all of them one scale for their
+    inputs, the largest.
+    """
+    return _EXPERT.sub(".experts.", canonical)
+
+
+def makes_keys(canonical: str) -> bool:
+    """Whether its outputs are what a KV cache keeps, so that the scales of the cache belong beside it."""
+    return canonical.endswith("self_attention.linear_qkv.weight")
+
+
+def is_latent(canonical: str) -> bool:
+    """Whether it is a projection of multi-head latent attention, in a model that has it."""
+    return bool(re.search(r"\.self_attention\.linear_(q|kv)(_up|_down)?_proj\.", canonical))
+
+
+def is_linear_weight(canonical: str) -> bool:
+    """Whether a format may quantize it: Megatron calls the matrix products inside a layer, and only those, linear_*."""
+    module, _, leaf = canonical.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2].startswith("linear_")

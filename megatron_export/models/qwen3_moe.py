@@ -1,0 +1,14 @@
+"""Qwen3MoeForCausalLM: Qwen 3 with experts in all layers or some. Softmax over all experts, then the best of them."""
+
+from .blocks import GQA, QK_NORM, TOP, dense, moe
+
+RULES = TOP | GQA | QK_NORM | dense("mlp") | moe("mlp")
+SETTINGS = {"qk_layernorm": True}
+ONLY = {
+    "norm_topk_prob": (True, False),
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "hidden_act": ("silu", None),
+}
+WHERE: dict = {}
+COPIED = ()

@@ -1,0 +1,44 @@
+"""What a rule is: the HF name of a Megatron parameter, and the surgery between the two."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .hf_config import ModelShape
+from .layouts import QKV, Identity, Layout, Split, Vocab
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a table.
+
+    `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for what `words` calls the
+    layout's part, or the part itself. `copy` is the HF name of the copy that each layer of MTP has of it, `stack` that of
+    the one tensor in which HF keeps all experts of a layer, their parts `woven` or not.
+    """
+
+    hf: str
+    layout: Callable[[ModelShape], Layout]
+    words: tuple[tuple[str, str], ...] = ()
+    copy: str | None = None
+    stack: str | None = None
+    woven: bool = False
+
+
+def same(hf: str) -> Rule:
+    """The tensor as it is."""
+    return Rule(hf, lambda shape: Identity())
+
+
+def vocab(hf: str, copy: str | None = None) -> Rule:
+    """The first `vocab_size` rows, and under the name `copy` once more for every layer of MTP."""
+    return Rule(hf, lambda shape: Vocab(shape.vocab, ("", *map(str, shape.predicting if copy else ()))), copy=copy)
+
+
+def gated(hf: str, gate: str = "gate_proj", up: str = "up_proj") -> Rule:
+    """gate_proj over up_proj, or what an architecture calls them."""
+    return Rule(hf, lambda shape: Split(("gate", "up")), (("gate", gate), ("up", up)))
+
+
+def qkv(hf: str) -> Rule:
+    """q_proj, k_proj and v_proj, interleaved by query group."""
+    return Rule(hf, lambda shape: QKV(shape.heads // shape.groups, shape.head_dim))

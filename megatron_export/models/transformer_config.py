@@ -1,0 +1,197 @@
+"""The Megatron settings that an HF config.json implies: how a model of these sizes computes."""
+
+from dataclasses import dataclass, field
+
+from ..common.errors import ExportError
+from ..common.safe_files import shown
+from .hf_config import ModelShape, architecture_name, is_llama4, shape_of, text_of
+
+
+def transformer_settings(config: dict) -> dict:
+    """Fields of Megatron's `TransformerConfig` that every architecture here shares, derived from config.json."""
+    shape, config = shape_of(config), text_of(config)
+    return {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.groups,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn,
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **(_expert_settings(config, shape) if shape.experts else {}),
+        **(_latent_settings(config, shape) if shape.kv_lora else {}),
+        **(_no_rope_settings(config, shape) if is_llama4(config) else {}),
+        **(_window_settings(config, shape) if _is_gpt_oss(config) else {}),
+        **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
+    }
+
+
+def check_computed(config: dict, length: int) -> None:
+    """Raise where Megatron-Core computes samples of `length` tokens otherwise than HF's model, so that activations cannot
+    be calibrated.
+    """
+    config = text_of(config)
+    groups, kept, topk = config.get("n_group") or 1, config.get("topk_group"), config.get("num_experts_per_tok")
+    if groups > 1 and topk != 2 * kept:
+        raise ExportError(
+            f"config.json: {topk} experts of {kept} of {groups} groups: HF ranks groups by their best two experts, Megatron-Core "
+            f"by their best {topk / kept:g}, so activations cannot be calibrated"
+        )
+    if is_llama4(config):
+        chunk = config.get("attention_chunk_size", 8192) or length
+        scale = config.get("floor_scale", 8192) if config.get("attn_temperature_tuning", True) else length + 1
+        if length > (most := min(chunk, scale - 1)):
+            raise ExportError(
+                f"samples of {length} tokens: beyond {most} this model attends in chunks and scales its queries, which "
+                "Megatron-Core does not. Give shorter samples"
+            )
+
+
+def _expert_settings(config: dict, shape: ModelShape) -> dict:
+    group = config.get("n_group") or 1
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_layer_freq": [int(layer in shape.sparse) for layer in range(shape.layers)],
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", True),
+        "moe_router_num_groups": group if group > 1 else None,
+        "moe_router_group_topk": config["topk_group"] if group > 1 else None,
+        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor"),
+    }
+
+
+def _latent_settings(config: dict, shape: ModelShape) -> dict:
+    """Megatron's latent attention makes its own rotary embeddings, so their settings stand here too."""
+    rope = _rope_of(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    yarn = kind == "yarn"
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": shape.q_lora or None,
+        "kv_lora_rank": shape.kv_lora,
+        "qk_head_dim": shape.nope_dim,
+        "qk_pos_emb_head_dim": shape.rope_dim,
+        "v_head_dim": shape.v_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        "rotary_scaling_factor": _factor(rope) if yarn else 1,
+        **({name: rope[name] for name in _YARN if name in rope} if yarn else {}),
+    }
+
+
+def _is_gpt_oss(config: dict) -> bool:
+    return architecture_name(config).startswith("GptOss")
+
+
+def _window_settings(config: dict, shape: ModelShape) -> dict:
+    """GPT-OSS: windows of attention in some layers, every other one if it does not say which; a bound on activations."""
+    kinds = config.get("layer_types") or [
+        "full_attention" if n % 2 else "sliding_attention" for n in range(shape.layers)
+    ]
+    known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if not known or len(kinds) != shape.layers:
+        raise ExportError(
+            f"config.json: layer_types is {shown(kinds)}, not 'full_attention' or 'sliding_attention' for each of "
+            f"num_hidden_layers {shape.layers}. Give the config.json that belongs to these weights"
+        )
+    window = config.get("sliding_window", 128)
+    return {
+        "window_size": (window - 1, 0) if window else None,
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds] if window else None,
+        "activation_func_clamp_value": config.get("swiglu_limit", 7.0),
+    }
+
+
+def _no_rope_settings(config: dict, shape: ModelShape) -> dict:
+    """Llama 4 has layers without rotary embeddings: HF's flag says which layers have them, Megatron's which do not."""
+    interval = config.get("no_rope_layer_interval") or 4
+    uses = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(shape.layers)]
+    return {"no_rope_freq": [int(not used) for used in uses], "qk_l2_norm": config.get("use_qk_norm", True)}
+
+
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def unscaled_rope_settings(config: dict) -> dict:
+    """Arguments of Megatron's `GPTModel` for rotary embeddings, but for their scaling."""
+    config = text_of(config)
+    if config.get("kv_lora_rank"):
+        return {"position_embedding_type": "rope"}
+    theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
+    part = _rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return {"position_embedding_type": "rope", "rotary_base": theta, **({"rotary_percent": part} if part != 1 else {})}
+
+
+def _rope_of(config: dict) -> dict:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _factor(rope: dict) -> float:
+    if rope.get("factor") is None:
+        raise ExportError(
+            f"config.json: rope scaling {shown(rope)} lacks factor. Give the config.json of these weights"
+        )
+    return rope["factor"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions are rotated.
+
+    arguments  of Megatron's `GPTModel`
+    llama3     of its `RotaryEmbedding`'s scaling, which has them as constants; empty for no such scaling
+    yarn       attributes of its `TransformerConfig`; empty for no such scaling
+    """
+
+    arguments: dict
+    llama3: dict = field(default_factory=dict)
+    yarn: dict = field(default_factory=dict)
+
+
+def rope_of(config: dict) -> Rope:
+    """Rotary embeddings from the old (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`) spelling."""
+    arguments, config = unscaled_rope_settings(config), text_of(config)
+    rope = _rope_of(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    latent = bool(config.get("kv_lora_rank"))
+    if kind == "default" or (kind == "yarn" and latent):
+        return Rope(arguments)
+    if kind == "linear" and not latent:
+        return Rope(arguments | {"seq_len_interpolation_factor": _factor(rope)})
+    if kind == "llama3" and not latent and all(name in rope for name in _LLAMA3):
+        return Rope(arguments, llama3={name: rope[name] for name in _LLAMA3})
+    whole = "rotary_percent" not in arguments  # Megatron's yarn knows no partial rotation
+    if kind == "yarn" and whole and rope.get("factor") and rope.get("attention_factor") is None:
+        original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        if original is None:
+            raise ExportError(
+                "config.json: rope scaling 'yarn' lacks original_max_position_embeddings, and max_position_embeddings is not there"
+            )
+        return Rope(
+            arguments | {"position_embedding_type": "yarn"},
+            yarn={
+                "yarn_rotary_scaling_factor": rope["factor"],
+                "yarn_original_max_position_embeddings": original,
+                "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+                "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+                "yarn_mscale": rope.get("mscale") or None,
+                "yarn_mscale_all_dim": rope.get("mscale_all_dim") or None,
+                "yarn_correction_range_round_to_int": rope.get("truncate", True),
+            },
+        )
+    raise ExportError(
+        f"config.json: Megatron-Core cannot compute rope scaling {shown(rope)}, so activations cannot be calibrated. "
+        "It knows no scaling, 'linear', 'yarn', and 'llama3' with its four numbers"
+    )
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

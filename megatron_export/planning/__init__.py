@@ -1,0 +1,1 @@
+"""Which tensors, formats, files and ranks an export has, from names and shapes alone."""

@@ -1,0 +1,67 @@
+"""What AWQ does to each parameter of a plan: where the vector of every quantized linear divides, and what takes it over."""
+
+from dataclasses import replace
+
+from ..formats import Form, Smoothing
+from ..formats.awq import SEARCHES, SHARED
+from ..models import Source, feeders_of, is_linear_weight, other_readers_of, reads_heads, vector_home
+from .parameter import Smoothed
+
+
+def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> dict[str, Smoothed]:
+    """Canonical name -> what AWQ does to it.
+
+    Linears that read the same input share one vector. Whatever feeds them takes it over, if that is exact: a linear that
+    the user left alone takes over nothing, and all else that reads a norm is divided by the vector too, quantized or not.
+    What nothing takes over is written as `pre_quant_scale`, or, where the format has none, its linears are not smoothed.
+    """
+    how, smoothed = form.smoothing, {}
+    if how is None:
+        return smoothed
+    readers: dict[str, list[str]] = {}
+    for name in sources:
+        if is_linear_weight(name):
+            readers.setdefault(vector_home(name.removesuffix(".weight")), []).append(name)
+    for home, names in readers.items():
+        quantized = [name for name in names if name not in left_alone]
+        feeders = [[(f, part) for f, part in feeders_of(name) if f in sources] for name in names]
+        folded = all(found and _takes_over(found, left_alone, how) for found in feeders)
+        search = how.search
+        if reads_heads(names[0]) and (how.done or _queries_per_group(sources, feeders[0]) > 1):
+            folded = folded and not how.keeps
+            search += SHARED if folded else ""
+        if not quantized or not (folded or how.keeps):
+            continue
+        vector = f"{home}.pre_quant_scale.{search}"
+        for name in quantized:
+            smoothed[name] = replace(
+                _clipped(smoothed, name, sources[name], how, search), columns=vector, kept=not folded
+            )
+        taken = {feeder for found in feeders for feeder in found} if folded else set()
+        for feeder, part in sorted(taken):
+            was = smoothed.get(feeder, Smoothed())
+            smoothed[feeder] = replace(was, rows=(*was.rows, (part, vector)))
+        others = {other for feeder, _ in taken for other in other_readers_of(feeder) if other in sources}
+        for name in others | (set(names) - set(quantized) if folded else set()):
+            smoothed[name] = replace(smoothed.get(name, Smoothed()), columns=vector)
+    return smoothed
+
+
+def _takes_over(feeders: list[tuple[str, str]], left_alone: set[str], how: Smoothing) -> bool:
+    return all(not is_linear_weight(name) or (how.folds and name not in left_alone) for name, _ in feeders)
+
+
+def _clipped(smoothed: dict[str, Smoothed], name: str, source: Source, how: Smoothing, search: str) -> Smoothed:
+    """What is known of a linear so far, and the statistics of its clipping."""
+    was, module = smoothed.get(name, Smoothed()), name.removesuffix("weight")
+    if not how.clip:
+        return was
+    if SEARCHES[how.search].per_tensor:
+        return replace(was, ratio=f"{module}clip_ratio.{search}")
+    return replace(
+        was, codes=tuple((part, f"{module}clip.{search}.{part}".rstrip(".")) for part in source.layout.parts)
+    )
+
+
+def _queries_per_group(sources: dict[str, Source], feeders: list[tuple[str, str]]) -> int:
+    return sources[feeders[0][0]].layout.queries_per_group if feeders else 1

@@ -1,0 +1,49 @@
+"""What a finished folder is to hold: of a plan, only that; plain values, which another process can be given."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from .parameter import Output
+from .plan import Plan
+from .quant_config import config_json, hf_quant_config
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a finished folder is to hold.
+
+    files      file name -> its tensors; slices: of how many slices each tensor is made, 1 if it is made whole
+    copied     tensors of the original model, whatever they hold
+    quantized  HF module names
+    jsons      file name -> what is in it: config.json, and hf_quant_config.json if anything is quantized
+    """
+
+    files: dict[str, tuple[Output, ...]]
+    slices: dict[str, int]
+    copied: frozenset[str]
+    quantized: tuple[str, ...]
+    jsons: dict[str, dict]
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """Tensor -> its file."""
+        return {output.name: file for file, outputs in self.files.items() for output in outputs}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(output.nbytes for outputs in self.files.values() for output in outputs)
+
+
+def contents_of(plan: Plan) -> Contents:
+    """What an export of a plan writes."""
+    quant = hf_quant_config(plan)
+    slices = Counter(output.name for item in plan.items for output in item.outputs)
+    slices.update(output.name for output in plan.copied)
+    return Contents(
+        files=plan.files,
+        slices=dict(slices),
+        copied=frozenset(output.name for output in plan.copied),
+        quantized=plan.quantized,
+        jsons={"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {}),
+    )

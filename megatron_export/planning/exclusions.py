@@ -1,0 +1,207 @@
+"""Which linears are quantized and which are left alone: what the user excluded, and what engines cannot load."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..formats import Form
+from ..models import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
+from .parameter import Output
+
+_STACKED = {  # architecture -> the formats in which experts are written stacked in one tensor, as HF has them; others in bf16 alone
+    "Llama4ForConditionalGeneration": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
+    "GptOssForCausalLM": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
+}
+_DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What became of every linear.
+
+    quantized, left_alone  canonical weights
+    excluded  HF modules to name to the engines, which would otherwise take them for quantized; sorted
+    fused     canonical weights that engines join into one, so that they share their scales
+    stacked   whether experts are written as HF stacks them, where it does, and not one by one
+    remarks   what the user did not ask for, with the reason; problems: why it cannot be done
+    """
+
+    quantized: frozenset[str]
+    left_alone: frozenset[str]
+    excluded: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...]
+    stacked: bool
+    remarks: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def modules(source: Source, stacked: bool = False) -> list[str]:
+    """The HF modules that a parameter becomes the weights of, or the stack that it becomes a part of."""
+    if stacked and source.stack:
+        return [source.stack.name]
+    return [name.removesuffix(".weight") for name in source.names().values()]
+
+
+def settle(
+    config: dict,
+    sources: dict[str, Source],
+    form: Form,
+    exclude: tuple[str, ...],
+    quantize_mla: bool,
+    kv: bool,
+    copied: tuple[Output, ...],
+) -> Policy:
+    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
+    whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
+    stackable = _STACKED.get(config["architectures"][0], ("bf16",))
+    stacked = any(source.stack for source in sources.values()) and form.name in stackable
+    linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
+    matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
+    embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
+    head = embedding.replace("model.embed_tokens", "lm_head")  # engines build one for tied models too
+    never = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
+    never = tuple(dict.fromkeys(never))
+    if not form.quantization:
+        return Policy(
+            frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(exclude, quantize_mla))
+        )
+    out, problems = _excluded(linears, never, exclude)
+    problems += _unloadable(config, form)
+    latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
+    remarks = []
+    if config["architectures"][0] == "GptOssForCausalLM":
+        remarks.append(f"no engine is known to load this architecture in {form.name} as it is written here")
+    if quantize_mla and not latent:
+        problems.append("--quantize-mla has no effect: this model has no latent attention")
+    if latent - out and not quantize_mla and form.name != "fp8_pb":
+        remarks.append(
+            f"attention stays in bfloat16: not every engine loads latent attention in {form.name} "
+            "(--quantize-mla quantizes it, --format fp8_pb always does)",
+        )
+        out |= latent
+    stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
+    if settings_of(config).get("rotary_interleaved"):
+        remarks += _of_llama4(config, form, stacked, kv)
+        keys = {name for name in linears if makes_keys(name)} - out
+        if keys and form.name != "fp8":
+            remarks.append(
+                f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
+            )
+            out |= keys
+    left_out = {module for name in out for module in linears[name]}
+    experts = {module for module in left_out if ".experts." in module}
+    left_out |= {_container(module) for module in experts}
+    left_out -= experts if stacked else set()
+    return Policy(
+        quantized=frozenset(linears.keys() - out),
+        left_alone=frozenset(out),
+        excluded=tuple(sorted({*never, *left_out})),
+        fused=tuple(together for together in [*_pairs(linears), *_stacks(stacks)] if not out & set(together)),
+        stacked=stacked,
+        remarks=tuple(remarks),
+        problems=tuple(problems),
+    )
+
+
+def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:
+    """The two projections down to latents, which read the same input."""
+    queries = [name for name in linears if name.endswith(_DOWN[0])]
+    return [(name, name.removesuffix(_DOWN[0]) + _DOWN[1]) for name in queries]
+
+
+def _copied_modules(config: dict, copied: tuple[Output, ...]) -> Iterable[str]:
+    """How engines are told of what is copied: all of it at once, and module by module for those that know no globs."""
+    yield from (prefix.rstrip(".") + "*" for prefix in copied_prefixes(config))
+    yield from (output.name.removesuffix(".weight") for output in copied if _is_matrix(output))
+
+
+def _is_matrix(output: Output) -> bool:
+    return len(output.shape) > 1 and output.name.endswith(".weight")
+
+
+def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The experts of a layer that are one tensor, with one scale."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(pooled(name), []).append(name)
+    return [tuple(experts) for experts in found.values()]
+
+
+def _of_llama4(config: dict, form: Form, stacked: bool, kv: bool) -> list[str]:
+    """What engines load of Llama 4."""
+    if config["architectures"][0] == "Llama4ForCausalLM":
+        kept = form.smoothing is not None and form.smoothing.keeps  # as pre_quant_scale
+        read = "no engine is known to load" if kept else "of all engines vLLM alone loads"
+        return [f"{read} this model in {form.name}: SGLang and TensorRT-LLM have Llama4ForConditionalGeneration"]
+    remarks = ["SGLang does not load the scales of this model's KV cache"] if kv else []
+    if form.name == "fp8_pb":
+        remarks.append("experts are written one by one; TensorRT-LLM reads only stacked ones")
+    elif not stacked:
+        remarks.append(
+            f"no engine is known to load this model in {form.name}: TensorRT-LLM, which has it, reads stacked experts"
+        )
+    elif form.smoothing and form.smoothing.keeps:
+        remarks.append("only TensorRT-LLM reads pre_quant_scale")
+    elif form.name != "fp8":
+        remarks.append(f"SGLang does not load stacked experts in {form.name}")
+    return remarks
+
+
+def fused_with(name: str) -> str:
+    """What is the same for all linears that engines join: their layer's experts, or its projections to latents."""
+    if is_expert(name):
+        return name.partition(".experts.")[0]
+    return name.rpartition(".self_attention.")[0] if name.endswith(_DOWN) else name
+
+
+def _excluded(
+    linears: dict[str, list[str]], never: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[set[str], list[str]]:
+    """The canonical linears that `exclude` takes out, and what is wrong with its globs."""
+    joined: dict[str, list[str]] = {}
+    for name, found in linears.items():
+        joined.setdefault(fused_with(name), []).extend(found)
+    known = [*(module for found in joined.values() for module in found), *never]
+    problems = [
+        f"--exclude {glob!r} matches no module; they are named like {known[0]}"
+        for glob in exclude
+        if not any(_is_named(module, glob) for module in known)
+    ]
+    touched = set()
+    for key, fused in joined.items():
+        kept = [module for module in fused if not any(_is_named(module, glob) for glob in exclude)]
+        if len(kept) == len(fused):
+            continue
+        touched.add(key)
+        if kept:
+            problems.append(f"--exclude must name all of {_some(fused)}, which engines fuse: {_some(kept)} left out")
+    return {name for name in linears if fused_with(name) in touched}, problems
+
+
+def _container(module: str) -> str:
+    """The module of all experts of a layer, of one of them."""
+    return module.partition(".experts.")[0] + ".experts"
+
+
+def _is_named(module: str, glob: str) -> bool:
+    """Whether a glob means a module, or all experts of a layer that it is one of. A glob may mean globs of what is copied."""
+    return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(_container(module), glob))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names if len(names) < 6 else [*names[:3], f"... ({len(names)} in all)"])
+
+
+def _without_effect(exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
+    flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
+    return [f"{flag} has no effect with --format bf16" for flag in flags]
+
+
+def _unloadable(config: dict, form: Form) -> list[str]:
+    if shape_of(config).experts and form.name == "fp8_pb" and form.native is None:
+        return ["--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native"]
+    if config["architectures"][0] == "GptOssForCausalLM" and form.name not in ("fp8", "nvfp4"):
+        folds = form.smoothing and form.smoothing.folds
+        why = "up_proj has a bias and an offset that cannot be smoothed" if folds else "no engine loads it"
+        return [f"--format {form.name}: {why}. For this architecture there are bf16, fp8 and nvfp4"]
+    return []

@@ -1,0 +1,300 @@
+"""One Megatron parameter on its way to HF tensors: split on the shard, smoothed, encoded, sent, joined.
+
+Shapes are not written down a second time: an item runs the real surgery and the real encoders on meta tensors to say
+what each rank sends and what comes out.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from math import prod
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..common.piece import Amax, Axis, Piece, join
+from ..formats import Form
+from ..models import Source
+from ..models.layouts import Layout, even_cut, stacked
+
+SCALAR = torch.empty((), device="meta")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the checkpoint, or of a message between ranks; or slice `index` of the `count` that make one, along a
+    dim before its own.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axes: tuple[Axis | None, ...] = ()
+    index: int = 0
+    count: int = 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def whole(self) -> "Output":
+        """The tensor of the checkpoint that this one is, or is a slice of."""
+        return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What AWQ does to one parameter. Vectors, float32 [in] of some linear, are named as in the statistics.
+
+    columns  the vector that the parameter's own columns are divided by
+    rows     by layout part, the vector that its rows are multiplied with: it feeds the linear of that vector
+    kept     whether `pre_quant_scale` is written beside it, because nothing before it took the vector over
+    ratio    the statistic of what its amax is clipped to; None for nothing
+    codes    by layout part, the statistic of what its groups' own amax are clipped to
+    """
+
+    columns: str | None = None
+    rows: tuple[tuple[str, str], ...] = ()
+    kept: bool = False
+    ratio: str | None = None
+    codes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def vectors(self) -> set[str]:
+        """The names of all vectors."""
+        return {vector for _, vector in self.rows} | ({self.columns} if self.columns else set())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration says of one item, on this rank's device: the same on every rank.
+
+    input    amax of the linear's input, after smoothing; float32 []
+    kv       amax of the keys and of the values, where the item carries their scales
+    vectors  the smoothing vectors that it names, float32 [in] of some linear
+    ratio    what the weight's amax is clipped to, float32 []
+    codes    by layout part, the codes of its groups' own ratios, uint8 [out, in/group]
+    """
+
+    input: Tensor
+    kv: tuple[Tensor, ...] = ()
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    ratio: Tensor | None = None
+    codes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One canonical parameter and the HF tensors it becomes.
+
+    `form` is the format it is quantized with, None for one that stays bfloat16; `kv` the format of the cache scales
+    that go beside it. `gather_first`: a tile of the format straddles two shards, so the shards travel to the first
+    rank in bfloat16 and are encoded there. `stacked`: it becomes slices of the tensors of all experts.
+    """
+
+    source: Source
+    ranks: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+    form: Form | None
+    kv: ModuleType | None
+    gather_first: bool
+    smoothed: Smoothed = Smoothed()
+    stacked: bool = False
+
+    @property
+    def splits(self) -> bool:
+        """Whether a shard can be split into parts by itself; if not, it travels as it is, and the whole is split."""
+        return self.source.layout.splits(self.shard_shape[0])
+
+    def split(self, shard: Tensor, index: int, measured: "Measured") -> dict[str, Piece]:
+        """The smoothed part, in bfloat16 or as it is kept, of every HF tensor that shard `index` holds, by HF name.
+
+        Of a shard that holds no whole parts, the smoothed shard itself, by canonical name.
+        """
+        dtype, vectors = self.source.dtype, measured.vectors
+        if not self.splits:
+            smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
+            return {self.source.canonical: _plain(smoothed, dtype)}
+        parts, names = self.source.layout.split(shard, index, len(self.ranks)), self.source.names()
+        return {
+            names[part]: _plain(self._smooth(part, tensor.to(dtype), index, vectors), dtype)
+            for part, tensor in parts.items()
+        }
+
+    def opened(self, whole: dict[str, Piece]) -> dict[str, Piece]:
+        """What the shards that travelled make together: the whole parts by HF name."""
+        if self.splits:
+            return whole
+        names, fused = self.source.names(), whole[self.source.canonical].data
+        return {
+            names[part]: _plain(tensor, fused.dtype) for part, tensor in self.source.layout.split(fused, 0, 1).items()
+        }
+
+    def _smooth(self, part: str, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        tensor = self._smooth_columns(tensor, index, vectors)
+        if part in dict(self.smoothed.rows):
+            factors = self._mine(self._row_factors(part, vectors), index, Axis.OUT)
+            tensor = tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+        return tensor
+
+    def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        done = self.smoothed.columns is None or (self.form is not None and self.form.smoothing.done)
+        return tensor if done else tensor.float() / self._mine(vectors[self.smoothed.columns], index, Axis.IN)
+
+    def _smooth_rows(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
+        """The rows of a shard that holds parts of parts."""
+        if not self.smoothed.rows:
+            return tensor
+        layout, device = self.source.layout, tensor.device
+        ones = torch.ones(self.source.shape[0], device=device)
+        fused = {
+            p: self._row_factors(p, vectors) if p in dict(self.smoothed.rows) else one
+            for p, one in layout.split(ones, 0, 1).items()
+        }
+        factors = self._mine(layout.join(fused, ones.shape[0]), index, Axis.OUT)
+        return tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+
+    def _row_factors(self, part: str, vectors: dict[str, Tensor]) -> Tensor:
+        vector = vectors[dict(self.smoothed.rows)[part]]
+        return self.source.layout.first_queries(vector) if part == "v" else vector
+
+    def _mine(self, whole: Tensor, index: int, axis: Axis) -> Tensor:
+        """What shard `index` holds of a tensor whose first dim follows `axis`."""
+        return whole[even_cut(whole.shape[0], index, len(self.ranks))] if self.source.cut is axis else whole
+
+    def encode(
+        self, parts: dict[str, Piece], index: int, weight_amax: Tensor | None, measured: "Measured"
+    ) -> dict[str, Piece]:
+        """HF parts (of shard `index`, or whole where gathered first) -> the tensors of the checkpoint, by name."""
+        encoded = {}
+        for part, name in self.source.names().items():
+            if self.form is None:
+                encoded[name] = parts[name]
+                continue
+            prefix, weight = name.removesuffix("weight"), parts[name].data
+            amax = Amax(weight_amax, measured.input, self._codes(part, index, measured))
+            for suffix, piece in formats.encode(self.form, weight, amax).items():
+                encoded[prefix + suffix] = piece
+            if self.smoothed.kept:
+                vector = measured.vectors[self.smoothed.columns].to(torch.bfloat16)
+                mine = vector if self.gather_first else self._mine(vector, index, Axis.IN)
+                encoded[f"{prefix}pre_quant_scale"] = Piece(mine, (Axis.IN,))
+        if self.kv is not None:
+            attention = next(iter(parts)).rsplit(".", 2)[0]
+            for name, scale in self.kv.encode(*measured.kv).items():
+                encoded[f"{attention}.{name}"] = Piece(scale, ())
+        return encoded
+
+    def _codes(self, part: str, index: int, measured: "Measured") -> Tensor | None:
+        """What this rank's part of the weight has of the clip codes."""
+        codes = measured.codes.get(part)  # [out, in/group]
+        if codes is None or self.gather_first:
+            return codes
+        return self._mine(self._mine(codes, index, Axis.OUT).T, index, Axis.IN).T
+
+    def join(self, shards: list[dict[str, Piece]]) -> dict[str, Piece]:
+        """Whole tensors from what the ranks sent, in shard order."""
+        return {name: join([shard[name] for shard in shards if name in shard], self.source.cut) for name in shards[0]}
+
+    def raw_message(self, index: int) -> tuple[Output, ...]:
+        """What shard `index` sends to the first rank when the item is gathered first."""
+        if not self.splits:
+            axes = (Axis.OUT, Axis.IN)[: len(self.shard_shape)]
+            return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes),)
+        specs = _split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
+        names = self.source.names()
+        return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
+
+    def message(self, index: int) -> tuple[Output, ...]:
+        """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
+        if self.gather_first:
+            return self.pieces if index == 0 else ()
+        return tuple(o for o in self._encoded(self.raw_message(index)) if index == 0 or self.source.cut in o.axes)
+
+    @cached_property
+    def parts(self) -> tuple[Output, ...]:
+        """The HF tensors of this item, whole, before they are encoded."""
+        specs = _whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks))
+        names = self.source.names()
+        return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
+
+    @cached_property
+    def pieces(self) -> tuple[Output, ...]:
+        """What its parts are encoded to, whole."""
+        return self._encoded(self.parts)
+
+    @cached_property
+    def outputs(self) -> tuple[Output, ...]:
+        """The tensors of the checkpoint that this item becomes, or slices of them."""
+        if not self.stacked:
+            return self.pieces
+        return tuple(output for output, _ in self.assembled(_meta(self.pieces)))
+
+    def assembled(self, whole: dict[str, Piece]) -> list[tuple[Output, Tensor]]:
+        """The tensors of the checkpoint, or this expert's slices of them, from whole encoded parts."""
+        stack = self.source.stack
+        if not self.stacked:
+            return [(Output(n, p.data.dtype, tuple(p.data.shape), p.axes), p.data) for n, p in whole.items()]
+        prefixes = [name.rpartition(".")[0] for name in self.source.names().values()]
+        suffixes = [name.rpartition(".")[2] for name in whole if name.startswith(f"{prefixes[0]}.")]
+        made = []
+        for suffix in suffixes:
+            pieces = [whole[f"{prefix}.{suffix}"] for prefix in prefixes]
+            name = stack.name if suffix in ("weight", "bias") else f"{stack.name}_{suffix}"
+            if pieces[0].axes:
+                data = stacked([piece.data for piece in pieces], stack.woven)
+                made.append((Output(name, data.dtype, tuple(data.shape), (), stack.index, stack.count), data))
+            elif stack.index == 0:  # one number for all experts
+                made.append((Output(name, pieces[0].data.dtype, ()), pieces[0].data))
+        return made
+
+    def _encoded(self, parts: tuple[Output, ...]) -> tuple[Output, ...]:
+        encoded: list[Output] = []
+        for part in parts if self.form else ():
+            prefix = part.name.removesuffix("weight")
+            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form, part.shape)]
+            if self.smoothed.kept:
+                encoded.append(Output(f"{prefix}pre_quant_scale", torch.bfloat16, part.shape[1:], (Axis.IN,)))
+        encoded += parts if self.form is None else ()
+        if self.kv is not None:
+            attention = parts[0].name.rsplit(".", 2)[0]
+            scales = self.kv.encode(SCALAR, SCALAR)
+            encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
+        return tuple(encoded)
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
+    """A tensor that is not quantized: its first dim follows OUT, its second IN."""
+    return Piece(tensor.to(dtype), (Axis.OUT, Axis.IN)[: tensor.dim()])
+
+
+def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
+    return {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in outputs}
+
+
+@cache
+def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
+    parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
+    return tuple((part, tuple(tensor.shape), _plain(tensor, tensor.dtype).axes) for part, tensor in parts.items())
+
+
+@cache
+def _whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count: int) -> tuple:
+    """What `count` shards of that shape make together, part by part."""
+    shards = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(count)]
+    if not layout.splits(shape[0]):
+        fused = join([_plain(shard, shard.dtype) for shard in shards], cut).data
+        return _split_specs(layout, tuple(fused.shape), 0, 1)
+    split = [layout.split(shard, index, count) for index, shard in enumerate(shards)]
+    whole = {part: join([_plain(found[part], found[part].dtype) for found in split], cut) for part in split[0]}
+    return tuple((part, tuple(piece.data.shape), piece.axes) for part, piece in whole.items())
+
+
+@cache
+def _encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
+    if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
+        return ()  # reported as a problem, or gathered first
+    pieces = form.encode(torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(SCALAR, SCALAR))
+    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in pieces.items())

@@ -1,0 +1,219 @@
+"""What becomes what, in which order, between whom, in which file: decided from names and shapes, never from tensors.
+
+Every rank computes the same plan, so all take the same branches and the same collectives in the same order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from ..common.errors import ExportError, report
+from ..common.piece import Axis
+from ..formats import Form, Options, chosen, chosen_kv
+from ..models import Source, makes_keys, parameters_of
+from .awq_folding import smoothing
+from .exclusions import modules, settle
+from .parameter import Item, Output, Smoothed
+from .rank_placement import PAD_VOCAB_TO, grid_of
+from .shard_files import Bucket, Writers, buckets_of, files_of, writers_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and a shard's shape.
+
+    `odd` says what is wrong with it, if its shards differ.
+    """
+
+    ranks: tuple[int, ...]
+    shape: tuple[int, ...]
+    odd: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole export.
+
+    quantized, excluded  HF module names
+    files    file name -> its tensors, in the order in which they are made
+    writers  file name -> the rank that writes it
+    buckets  what is encoded and sent at a time, each to one writer
+    copied   tensors of the original model that are copied as they are
+    fused    canonical linears that engines join into one, so that they share the amax of their weights
+    remarks  what the user should know of the result, a sentence each
+    """
+
+    config: dict
+    form: Form
+    kv: ModuleType | None
+    items: tuple[Item, ...]
+    buckets: tuple[Bucket, ...]
+    files: dict[str, tuple[Output, ...]]
+    writers: dict[str, int]
+    quantized: tuple[str, ...]
+    excluded: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...] = ()
+    remarks: tuple[str, ...] = ()
+    copied: tuple[Output, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the checkpoint."""
+        return sum(output.nbytes for outputs in self.files.values() for output in outputs)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the same model in bfloat16."""
+        return sum(output.nbytes for item in self.items for output in item.parts) + sum(o.nbytes for o in self.copied)
+
+
+def make_plan(
+    config: dict,
+    held: dict[str, Held],
+    *,
+    format: str,
+    options: Options = Options(),  # noqa: B008 - frozen
+    kv_cache: str = "none",
+    exclude: Iterable[str] = (),
+    quantize_mla: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    copied: tuple[Output, ...] = (),
+    writers: Writers = Writers(),  # noqa: B008 - frozen
+    bucket_bytes: int | None = None,
+    smoothed: bool = False,
+) -> Plan:
+    """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
+    original has beside them, `smoothed` says that the weights of an AWQ format have their factors already.
+
+    Raises one `ExportError` with every reason why it cannot be done.
+    """
+    form, kv = chosen(format, options), chosen_kv(kv_cache)
+    if smoothed:
+        form = replace(form, smoothing=replace(form.smoothing, done=True))
+    plain = not form.quantization
+    sources = parameters_of(config)
+    sources = {name: _as_held(source, held.get(name)) for name, source in sources.items()}
+    report(_held_problems(sources, held))
+    if kv and plain:
+        raise ExportError(
+            f"--kv-cache {kv_cache} with --format {format}: vLLM refuses a checkpoint that quantizes the KV cache alone. "
+            "Export without it, and serve with the engine's own FP8 KV cache"
+        )
+    if kv and not any(makes_keys(name) for name in sources):
+        raise ExportError(
+            f"--kv-cache {kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
+            "scale to export. Start the engine with its own FP8 KV cache"
+        )
+    policy = settle(config, sources, form, tuple(exclude), quantize_mla, kv is not None, copied)
+    problems = list(policy.problems)
+    problems += [
+        f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"
+        for fused in policy.fused
+        if len({sources[name].cut for name in fused}) > 1
+    ]
+    smoothed = smoothing(sources, set(policy.left_alone), form)
+    items = []
+    for name, source in sources.items():
+        item = Item(
+            source,
+            held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
+            held[name].shape,
+            form if name in policy.quantized else None,
+            kv if makes_keys(name) else None,
+            gather_first=False,
+            smoothed=smoothed.get(name, Smoothed()),
+            stacked=policy.stacked and source.stack is not None,
+        )
+        items.append(replace(item, gather_first=_straddles(item)))
+        problems += _tile_problems(items[-1])
+    if not plain and not policy.quantized and not problems:
+        problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
+    report(problems)
+    files = files_of(items, copied, max_shard_bytes)
+    writing = writers_of(files, items, writers)
+    return Plan(
+        config=config,
+        form=form,
+        kv=kv,
+        items=tuple(items),
+        buckets=buckets_of(items, files, writing, bucket_bytes),
+        files=files,
+        writers=writing,
+        quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),
+        excluded=policy.excluded,
+        fused=policy.fused,
+        remarks=policy.remarks,
+        copied=copied,
+    )
+
+
+def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict[str, Held]:
+    """Where parameters live in a model of config.json's dict that the command builds on a topology of these sizes, for a plan
+    without a model; `sizes` are those of `grid_of`.
+    """
+    grid = grid_of(config, tp, etp, **sizes)
+    padding = PAD_VOCAB_TO * tp
+    held = {}
+    for name, source in parameters_of(config).items():
+        ranks, shape = grid.ranks(source), list(source.shape)
+        if source.padded:
+            shape[0] = -(-shape[0] // padding) * padding
+        if source.cut:
+            shape[0 if source.cut is Axis.OUT else 1] //= len(ranks)
+        held[name] = Held(ranks, tuple(shape))
+    return held
+
+
+def _straddles(item: Item) -> bool:
+    """Whether a tile of the format, or what a layout does not part, lies on two shards."""
+    if not item.splits:
+        return True
+    if item.form is None or len(item.ranks) == 1:
+        return False
+    tile = item.form.tile[0 if item.source.cut is Axis.OUT else 1]
+    cut_sizes = [output.shape[output.axes.index(item.source.cut)] for output in item.raw_message(0)]
+    return any(size % tile for size in cut_sizes)
+
+
+def _as_held(source: Source, held: Held | None) -> Source:
+    """A parameter that some layer specs hold whole on every rank, as this model holds it."""
+    return replace(source, cut=None) if held and source.either and held.shape == source.shape else source
+
+
+def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[str]:
+    problems = [
+        f"the model has no parameter {name}, which config.json calls for" for name in sources if name not in held
+    ]
+    problems += [
+        f"the model has a parameter {name} that config.json does not call for" for name in held if name not in sources
+    ]
+    for name in (name for name in sources if name in held):
+        source, shard = sources[name], held[name]
+        problems += [shard.odd] if shard.odd else []
+        dim = 1 if source.cut is Axis.IN else 0
+        whole = list(shard.shape)
+        whole[dim] *= len(shard.ranks) if source.cut else 1
+        if source.padded and whole[0] >= source.shape[0]:
+            whole[0] = source.shape[0]
+        if tuple(whole) != source.shape:
+            problems.append(
+                f"{name} is {tuple(shard.shape)} on each of {len(shard.ranks)} ranks, but config.json means "
+                f"{source.shape} in all"
+            )
+    return problems
+
+
+def _tile_problems(item: Item) -> list[str]:
+    if item.form is None or item.form.ragged:
+        return []
+    problems = []
+    for part in item.parts:
+        for size, block, axis in zip(part.shape, item.form.tile, ("outputs", "inputs"), strict=True):
+            if size % block:
+                smaller = "Give --group-size 64, or leave" if block == 128 and size % 64 == 0 else "Leave"
+                problems.append(
+                    f"{part.name} has {size} {axis}, which blocks of {block} ({item.form.name}) do not divide. "
+                    f"{smaller} it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
+                )
+    return problems

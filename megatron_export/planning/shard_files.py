@@ -1,0 +1,149 @@
+"""Which tensors share a file, which rank writes it, and in which order files grow.
+
+A file holds whole parameters, with all that is made of them: so a parameter has one writer, and its bytes travel once. Files
+are filled in order, and as evenly as they can be. A writer has `LANES` files that grow side by side: one is written, read back
+and hashed at the speed of one core, several at that of several. So there are as many files as lanes, or a multiple of it, if
+they are not small: no file is left over that one core writes alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..common.errors import ExportError
+from .parameter import Item, Output
+
+BUCKET_BYTES = 64 << 20
+LANES = 8
+SMALL_BYTES = 500_000_000
+MODES = ("rank0", "node", "all")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What is encoded and sent at a time: parameters of one file, on their way to the rank that writes it."""
+
+    items: tuple[Item, ...]
+    writer: int
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Which ranks write: rank 0, the first of every node, or all that hold parameters; `nodes` is the node of each rank."""
+
+    mode: str = "rank0"
+    nodes: tuple[int, ...] = ()
+
+
+def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
+    """File name -> its tensors. What is larger than the limit and cannot be parted has a file of its own."""
+    groups = [[*tensors.values()] for tensors in _groups(items)] + [[output] for output in copied]
+    sizes = [sum(output.nbytes for output in group) for group in groups]
+    files = _filled(sizes, max_bytes)
+    count = min(-(-len(files) // LANES) * LANES, max(len(files), sum(sizes) // SMALL_BYTES))
+    even = -(-sum(sizes) // count)
+    while even < max_bytes:
+        if len(found := _filled(sizes, even)) <= count:
+            files = found
+            break
+        even += max(even >> 6, 1)
+    contents = [tuple(output for group in groups[file] for output in group) for file in files]
+    if len(contents) == 1:
+        return {"model.safetensors": contents[0]}
+    return {f"model-{k:05d}-of-{len(contents):05d}.safetensors": file for k, file in enumerate(contents, start=1)}
+
+
+def writers_of(files: dict[str, tuple[Output, ...]], items: Sequence[Item], writers: Writers) -> dict[str, int]:
+    """File name -> its writer: of the ranks that may, one that holds the most of the file, and of those the one with the least
+    to write so far.
+    """
+    if writers.mode not in MODES:
+        raise ExportError(f"writers must be one of {', '.join(MODES)}, not {writers.mode!r}")
+    if writers.mode == "rank0":
+        return dict.fromkeys(files, 0)
+    by_node = writers.mode == "node"
+    firsts = {node: writers.nodes.index(node) for node in writers.nodes}
+    holding: dict[str, dict[int, int]] = {file: defaultdict(int) for file in files}
+    homes = _homes(files)
+    for item in items:
+        held = holding[homes[item.outputs[0].name]]
+        share = sum(output.nbytes for output in item.outputs) // len(item.ranks)
+        for rank in item.ranks:
+            held[firsts[writers.nodes[rank]] if by_node else rank] += share
+    given: dict[int, int] = defaultdict(int)
+    found = {}
+    for file, outputs in files.items():
+        held = holding[file] or {0: 0}  # what is copied, nobody holds
+        most = max(held.values())
+        able = [rank for rank, nbytes in held.items() if nbytes >= 0.9 * most]
+        found[file] = min(able, key=lambda rank: (given[rank], rank))
+        given[found[file]] += sum(output.nbytes for output in outputs)
+    return found
+
+
+def buckets_of(
+    items: Sequence[Item], files: dict[str, tuple[Output, ...]], writers: dict[str, int], limit: int | None = None
+) -> tuple[Bucket, ...]:
+    """Every item once, in the order in which they are sent: a bucket for each lane of each writer, and again. A bucket has at most
+    `limit` bytes, `BUCKET_BYTES` if it is None, or one larger item.
+    """
+    homes, contents = _homes(files), defaultdict(list)
+    for item in items:
+        contents[homes[item.outputs[0].name]].append(item)
+    lanes: dict[tuple[int, int], list[Bucket]] = defaultdict(list)
+    begun: dict[int, int] = defaultdict(int)
+    for file, writer in writers.items():
+        lanes[begun[writer] % LANES, writer] += _cut(contents[file], writer, limit or BUCKET_BYTES)
+        begun[writer] += 1
+    waiting = [lanes[key] for key in sorted(lanes)]
+    rounds = max((len(lane) for lane in waiting), default=0)
+    return tuple(lane[turn] for turn in range(rounds) for lane in waiting if turn < len(lane))
+
+
+def _cut(items: list[Item], writer: int, limit: int) -> list[Bucket]:
+    cuts: list[list[Item]] = []
+    size = limit
+    for item in items:
+        nbytes = sum(output.nbytes for output in item.outputs)
+        if size + nbytes > limit:
+            cuts.append([])
+            size = 0
+        cuts[-1].append(item)
+        size += nbytes
+    return [Bucket(tuple(cut), writer) for cut in cuts]
+
+
+def _homes(files: dict[str, tuple[Output, ...]]) -> dict[str, str]:
+    return {output.name: file for file, outputs in files.items() for output in outputs}
+
+
+def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
+    """What must share a file: the tensors of an item, and those of a module. In order, by name."""
+    groups: list[dict[str, Output]] = []
+    where: dict[str, int] = {}  # module -> its group
+    for item in items:
+        stack = item.source.stack.name if item.stacked else ""
+        outputs = [(stack or output.name.rpartition(".")[0], output.whole) for output in item.outputs]
+        known = sorted({where[module] for module, _ in outputs if module in where})
+        home = known[0] if known else len(groups)
+        if not known:
+            groups.append({})
+        for other in known[1:]:
+            groups[home] |= groups[other]
+            groups[other] = {}
+            where |= {module: home for module, group in where.items() if group == other}
+        for module, output in outputs:
+            where[module] = home
+            groups[home][output.name] = output
+    return [group for group in groups if group]
+
+
+def _filled(sizes: list[int], max_bytes: int) -> list[slice]:
+    """Runs of groups of at most so many bytes, or of one that is larger."""
+    cuts, start, size = [], 0, 0
+    for number, nbytes in enumerate(sizes):
+        if number > start and size + nbytes > max_bytes:
+            cuts.append(slice(start, number))
+            start, size = number, 0
+        size += nbytes
+    return [*cuts, slice(start, len(sizes))]

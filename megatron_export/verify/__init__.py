@@ -1,0 +1,1 @@
+"""Judging a finished checkpoint against its original, or against another checkpoint."""

@@ -1,0 +1,221 @@
+"""What differs between two checkpoints of whatever tool: names, dtypes, shapes, configs, and how far decoded values are apart.
+
+A weight is decoded as its own checkpoint says (`detect_format.py`), so an NVFP4 checkpoint can be compared with the bfloat16 one
+that it was made from. No original and no architecture is needed; smoothing is not undone: `verify` does that.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+from ..common.piece import Piece
+from ..common.progress import Progress, quiet
+from ..formats import chosen
+from ..formats.form import STRIP_ELEMENTS
+from .detect_format import FORMATS, Described, described, module_of
+from .folder import Finished, json_of
+from .snr import decibels
+
+CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json")
+SHOWN = 10  # of a kind in the table
+HEADS = ("weight", "signal to noise", "largest difference")
+STRIP_ROWS = 128  # a strip's rows are a multiple of it, as scales of blocks are
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far two versions of one weight are apart: dB of the first over the difference, largest difference, whether the bytes
+    of all its tensors are the same.
+    """
+
+    name: str
+    snr: float
+    largest: float
+    same: bool
+
+
+@dataclass
+class Differences:
+    """`only` names tensors of one alone, by folder; `kinds` tensors of another dtype or shape; `configs` keys that differ."""
+
+    only: tuple[list[str], list[str]]
+    kinds: list[str] = field(default_factory=list)
+    configs: list[str] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything differs."""
+        return bool(
+            self.only[0] or self.only[1] or self.kinds or self.configs or not all(one.same for one in self.apart)
+        )
+
+
+def differences(one: Path, other: Path, progress: Progress = quiet) -> Differences:
+    """Compare two folders. `ExportError` if one of them is no checkpoint."""
+    sides = [Finished(folder) for folder in (one, other)]
+    for side in sides:
+        if side.problems:
+            raise ExportError("\n".join(side.problems))
+    mine, theirs = sides
+    found = Differences((sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))))
+    for name in sorted(set(mine) & set(theirs)):
+        kinds = [f"{side.spelled(name)} {list(side.shape(name))}" for side in sides]
+        if kinds[0] != kinds[1]:
+            found.kinds.append(f"{name}: {kinds[0]}, {kinds[1]}")
+    for file in CONFIGS:
+        found.configs += [f"{file}: {text}" for text in _keys(json_of(one, file), json_of(other, file))]
+    says = [described(side) for side in sides]
+    for name in progress("compare", sorted(_weights(mine, says[0]) & _weights(theirs, says[1]))):
+        if (apart := _apart(name, sides, says)) is not None:
+            found.apart.append(apart)
+    return found
+
+
+def _keys(mine: object, theirs: object, path: str = "") -> Iterator[str]:
+    """Where two JSON values differ, key by key."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            yield from _keys(mine.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+    elif mine != theirs:
+        yield f"{path} is {_short(mine)}, {_short(theirs)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _weights(side: Finished, said: Described) -> set[str]:
+    """What is compared: weights, and all tensors that are not scales of one."""
+    return {name for name in side if module_of(name)[1] in ("weight", name)}
+
+
+def _apart(name: str, sides: list[Finished], says: list[Described]) -> Apart | None:
+    shapes = [_shape(side, said, name) for side, said in zip(sides, says, strict=True)]
+    if shapes[0] != shapes[1]:
+        return None  # told by their kinds
+    signal = noise = largest = 0.0
+    for rows in _strips(shapes[0]):
+        mine, theirs = (_decoded(side, said, name, rows) for side, said in zip(sides, says, strict=True))
+        difference = mine - theirs
+        signal += float(mine.square().sum(dtype=torch.float64))
+        noise += float(difference.square().sum(dtype=torch.float64))
+        largest = max(largest, float(difference.abs().max())) if difference.numel() else largest
+    return Apart(name, decibels(signal, noise), largest, _same(name, sides))
+
+
+def _same(name: str, sides: list[Finished]) -> bool:
+    """Whether a weight and its scales are the same to the bit."""
+    tensors = [_tensors(side, name) for side in sides]
+    if tensors[0].keys() != tensors[1].keys():
+        return False
+    for suffix, mine in tensors[0].items():
+        pairs = zip(sides[0].strips(mine), sides[1].strips(tensors[1][suffix]), strict=False)
+        if not all(a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs):
+            return False
+    return True
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _tensors(side: Finished, name: str) -> dict[str, str]:
+    """Name within its module -> tensor, of a weight and its scales."""
+    module, local = module_of(name)
+    if local != "weight":
+        return {"weight": name}
+    joints = (("." if name.endswith(".weight") else "_"),)
+    suffixes = ("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale")
+    found = {suffix: f"{module}{joint}{suffix}" for joint in joints for suffix in suffixes}
+    return {"weight": name} | {suffix: tensor for suffix, tensor in found.items() if tensor in side}
+
+
+def _form(side: Finished, said: Described, name: str) -> str | None:
+    """The format that decodes a weight; None for one that is not quantized, or stacked."""
+    module, local = module_of(name)
+    coded = local == "weight" and module in said.quantized and len(side.shape(name)) == 2
+    return FORMATS[said.algorithm] if coded and said.algorithm else None
+
+
+def _shape(side: Finished, said: Described, name: str) -> tuple[int, ...]:
+    """Of a weight before it was encoded."""
+    shape, form = side.shape(name), _form(side, said, name)
+    if form == "nvfp4":
+        return (shape[0], 2 * shape[1])
+    return (2 * shape[0], shape[1]) if form in ("int4_awq", "w4a8_awq") else shape
+
+
+def _strips(shape: tuple[int, ...]) -> Iterator[slice]:
+    if not shape:
+        yield slice(0, 1)
+        return
+    row = max(torch.Size(shape[1:]).numel(), 1)
+    step = max(STRIP_ELEMENTS // row // STRIP_ROWS, 1) * STRIP_ROWS
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _decoded(side: Finished, said: Described, name: str, rows: slice) -> Tensor:
+    form = _form(side, said, name)
+    if form is None:
+        return side.read(name, rows).float()
+    pieces, count = {}, _shape(side, said, name)[0]
+    for suffix, tensor in _tensors(side, name).items():
+        size = side.shape(tensor)[0] if side.shape(tensor) else 0
+        each = next((n for n in (1, 2, STRIP_ROWS) if -(-count // n) == size), None)
+        scalar = each is None or suffix in ("input_scale", "pre_quant_scale")
+        part = slice(None) if scalar else slice(rows.start // each, -(-rows.stop // each))
+        pieces[suffix] = Piece(side.read(tensor, part) if side.shape(tensor) else side.read(tensor), ())
+    return chosen(form).decode(pieces)
+
+
+def rows(found: Differences, one: Path, other: Path) -> list[tuple[str, str]]:
+    """The table."""
+    other_bytes = [apart for apart in found.apart if not apart.same]
+    pairs = [("A", str(one)), ("B", str(other)), ("weights", f"{len(found.apart)} compared, {len(other_bytes)} differ")]
+    for name, lines in (
+        ("only in A", found.only[0]),
+        ("only in B", found.only[1]),
+        ("kind", found.kinds),
+        ("config", found.configs),
+    ):
+        pairs += [(name, line) for line in lines[:SHOWN]]
+        pairs += [(name, f"... and {len(lines) - SHOWN} more")] if len(lines) > SHOWN else []
+    return pairs if found.any else [*pairs, ("same", "nothing differs")]
+
+
+def lines(found: Differences) -> list[list[str]]:
+    """Cells of the weights that are furthest apart."""
+    furthest = sorted((apart for apart in found.apart if not apart.same), key=lambda apart: apart.snr)[:SHOWN]
+    return [[apart.name, _decibels(apart), f"{apart.largest:.4g}"] for apart in furthest]
+
+
+def _decibels(apart: Apart) -> str:
+    return "other bytes, equal values" if apart.snr == math.inf else f"{apart.snr:.1f} dB"
+
+
+def as_json(found: Differences) -> dict:
+    """The same for machines; infinite decibels are null."""
+    return {
+        "kind": "megatron_export diff 1",
+        "same": not found.any,
+        "only_in_a": found.only[0],
+        "only_in_b": found.only[1],
+        "kinds": found.kinds,
+        "configs": found.configs,
+        "weights": {
+            apart.name: {k: v for k, v in asdict(apart).items() if k != "name"} | {"snr": _finite(apart.snr)}
+            for apart in found.apart
+        },
+    }
+
+
+def _finite(decibels: float) -> float | None:
+    return round(decibels, 3) if math.isfinite(decibels) else None

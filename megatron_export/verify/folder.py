@@ -1,0 +1,118 @@
+"""A finished checkpoint folder, opened as engines open it: every `.safetensors` file in it, whatever the index says.
+
+What is wrong with the files themselves (broken, doubled, strays, an index that says something else) is collected, not
+raised, so that one pass can tell everything.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+from ..common.safe_files import INDEX, opened, read_index, read_json
+from ..formats.form import STRIP_ELEMENTS
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+
+
+class Finished:
+    """The tensors of a checkpoint, by name; slices are read from disk when asked for.
+
+    problems  what is wrong with its files
+    lost      tensors that the index places in files that cannot be read
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.problems: list[str] = []
+        self.lost: set[str] = set()
+        self.open = {}
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
+        broken = [path for path in paths if not self._open(path)]
+        if len(broken) == len(paths):
+            raise ExportError("\n".join(self.problems))
+        self._compare_with_index({path.name for path in broken})
+
+    def _open(self, path: Path) -> bool:
+        try:
+            self.open[path] = file = opened(path, "Copy or export it again")
+        except ExportError as error:
+            self.problems.append(str(error))
+            return False
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name in self.files:
+                self.problems.append(f"{name} is in {self.files[name].name} and in {path.name}")
+            self.files[name] = path
+        return True
+
+    def _compare_with_index(self, broken: set[str]) -> None:
+        if not (self.folder / INDEX).is_file():
+            return
+        homes = read_index(self.folder)
+        self.lost = {name for name, path in homes.items() if path.name in broken}
+        for name, path in homes.items():
+            if name in self.files and self.files[name].name != path.name:
+                self.problems.append(f"{INDEX} says that {name} is in {path.name}; it is in {self.files[name].name}")
+        strays = sorted({path.name for path in self.files.values()} - {path.name for path in homes.values()})
+        self.problems += [f"{file} is not in {INDEX}, but engines read every .safetensors file" for file in strays]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.open[self.files[name]].get_slice(name).get_shape())
+
+    def spelled(self, name: str) -> str:
+        """The dtype, as safetensors spells it."""
+        return self.open[self.files[name]].get_slice(name).get_dtype()
+
+    def nbytes(self) -> int:
+        """Of all files with tensors."""
+        return sum(path.stat().st_size for path in self.open)
+
+    def read(self, name: str, *where: slice) -> Tensor:
+        """A tensor, or what `where` selects of it, as it is on disk."""
+        file = self.open[self.files[name]]
+        return file.get_slice(name)[where] if where and self.shape(name) else file.get_tensor(name)
+
+    def strips(self, name: str) -> Iterator[Tensor]:
+        """A tensor in rows of at most 4 Mi elements."""
+        shape = self.shape(name)
+        if not shape:
+            yield self.read(name)
+            return
+        row = max(torch.Size(shape[1:]).numel(), 1)
+        step = max(STRIP_ELEMENTS // row, 1)
+        for start in range(0, shape[0], step):
+            yield self.read(name, slice(start, start + step))
+
+
+def json_of(folder: Path, name: str) -> dict:
+    """A JSON file of a folder; empty if there is none. `ExportError` if it is no table."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    found = None
+    with suppress(OSError, ValueError, json.JSONDecodeError):
+        found = read_json(path)
+    if not isinstance(found, dict):
+        raise ExportError(f"{path}: not a JSON table. Export it again")
+    return found

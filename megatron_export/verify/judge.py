@@ -1,0 +1,200 @@
+"""A checkpoint judged against the model that it was made from: structure first, then every number, read once, in strips.
+
+What is compared, and how the smoothing of AWQ is undone, stands in `weight_pairs.py`; what counts as explained by rounding in
+`snr.py`. Memory is bounded by a strip of a tensor, and a row of numbers for each smoothing vector.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import hf_folder
+from ..checkpoint.hf_weights import SourceWeights
+from ..common.errors import ExportError
+from ..common.progress import Progress, quiet
+from ..common.safe_files import inside, shown
+from ..models import is_linear_weight, parameters_of
+from ..planning.parameter import Item
+from ..planning.plan import Plan
+from ..writing.writer import MANIFEST
+from .detect_format import Described, described
+from .diagnosis import diagnosis
+from .folder import Finished, json_of
+from .snr import Likeness, likeness, tolerance
+from .structure import bad_numbers, faults, plan_of, unequal
+from .weight_pairs import Sides
+
+# dB below which a weight is broken rather than rounded, whatever the model
+FLOORS = {"bf16": 40.0, "fp8": 20.0, "fp8_pb": 20.0, "nvfp4": 10.0, "nvfp4_awq": 10.0, "int4_awq": 6.0, "w4a8_awq": 6.0}
+CODES, CODES_SMOOTHED = 0.002, 0.1  # share of codes that may be others than the nearest
+DIAGNOSED = 20  # weights; beyond, only the numbers are told
+THREADS = 4
+
+
+@dataclass
+class Judgement:
+    """What was found.
+
+    problems  what is wrong, a sentence each, the name of the tensor or file first
+    weights   every weight that could be compared
+    scalars   input_scale, k_scale and v_scale, by name
+    nbytes    of the files with tensors
+    """
+
+    folder: Path
+    reference: Path
+    said: Described
+    plan: Plan | None
+    problems: list[str] = field(default_factory=list)
+    weights: list[Likeness] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+def judge(
+    folder: Path,
+    reference: Path,
+    *,
+    device: torch.device | str = "cpu",
+    min_snr: float | None = None,
+    listed: bool = True,
+    progress: Progress = quiet,
+) -> Judgement:
+    """Judge the checkpoint in `folder`; `listed`: also against the sums in its manifest, if it has one.
+
+    `ExportError` where it cannot be judged: no tensors, an unknown architecture, a reference that is not whole.
+    """
+    found = Finished(folder)
+    said = described(found)
+    problems = [*found.problems, *said.problems, *(_against_manifest(folder) if listed else ())]
+    parameters_of(hf_folder.read_config(reference))  # what is wrong with the reference itself is raised
+    with SourceWeights(reference) as weights:
+        try:
+            plan, mixed = _plan(found, said, reference, weights)
+        except ExportError as error:
+            return Judgement(folder, reference, said, None, [*problems, f"not compared further: {error}"])
+        problems += [*mixed, *faults(found, said, plan)]
+        judged = Judgement(folder, reference, said, plan, problems, nbytes=found.nbytes())
+        for name in progress("numbers", list(found)):
+            problems += bad_numbers(found, name)
+        problems += unequal(found, plan)
+        _compare(judged, Sides(plan, found, weights, torch.device(device)), min_snr, progress)
+    judged.scalars = {
+        name: float(found.read(name))
+        for name in found
+        if name.endswith((".input_scale", ".k_scale", ".v_scale")) and torch.Size(found.shape(name)).numel() == 1
+    }
+    judged.problems = list(dict.fromkeys(problems))
+    return judged
+
+
+def _against_manifest(folder: Path) -> list[str]:
+    """Files that are not what the manifest says, if there is one."""
+    files = json_of(folder, MANIFEST).get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(said, dict) for said in files.values()):
+        return [f"{MANIFEST}: {shown(files)} is no list of files"]
+    paths = [inside(folder, name) for name in files]
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = dict(zip(files, pool.map(_sha256, paths), strict=True))
+    return [
+        f"{name} is {'missing, a file' if mine is None else 'not the file'} that {MANIFEST} lists"
+        for name, mine in sums.items()
+        if mine != files[name].get("sha256")
+    ]
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:
+    """The plan of such a checkpoint. A plain NVFP4 one is one of AWQ if most of its norms are not the reference's."""
+    plan, mixed = plan_of(found, said, reference)
+    if said.format != "nvfp4":
+        return plan, mixed
+    try:
+        smoothed, again = plan_of(found, replace(said, format="nvfp4_awq"), reference)
+    except ExportError:  # an architecture that cannot be smoothed
+        return plan, mixed
+    sides = Sides(smoothed, found, weights, torch.device("cpu"))
+    norms = [i for i in smoothed.items if i.smoothed.rows and not is_linear_weight(i.source.canonical)]
+    other = [_differs(sides, item) for item in norms if "" in item.source.names() and sides.comparable(item, "")]
+    return (smoothed, again) if 2 * sum(other) > len(other) else (plan, mixed)
+
+
+def _differs(sides: Sides, norm: Item) -> bool:
+    rows = slice(0, norm.source.shape[0])
+    return not torch.equal(sides.decoded(norm, "", rows), sides.plain(norm, "", rows))
+
+
+def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: Progress) -> None:
+    diagnosed = 0
+    for item in progress("compare", sides.plan.items):
+        for part in item.source.names():
+            if not sides.comparable(item, part):
+                continue
+            found = likeness(sides, item, part)
+            judged.weights.append(found)
+            text = _verdict(found, tolerance(sides, item, part), min_snr)
+            if found.wrong and diagnosed < DIAGNOSED and (more := diagnosis(sides, item, part, found.first[0])):
+                text += f"; {more}"
+            diagnosed += bool(found.wrong)
+            judged.problems += [text] if text else []
+            judged.problems += [] if found.wrong else _factors(sides, item, part)
+    for output in sides.plan.copied:
+        name = output.name
+        if name in sides.found and not torch.equal(sides.found.read(name), sides.weights.whole(name)):
+            judged.problems.append(f"{name} is not the reference's, of which it should be a copy")
+    _compare_head(judged, sides)
+
+
+def _compare_head(judged: Judgement, sides: Sides) -> None:
+    """A tied model may have its head once more, if it is the embedding."""
+    embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
+    head, found = embedding.replace("model.embed_tokens", "lm_head"), sides.found
+    if "output_layer.weight" not in sides.items and head in found and embedding in found:
+        pairs = zip(found.strips(head), found.strips(embedding), strict=False)
+        if found.shape(head) != found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):
+            judged.problems.append(f"{head} is not {embedding}, to which config.json ties it")
+
+
+def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:
+    """What is wrong with one weight, in a sentence; empty for nothing."""
+    name, snr = found.name, found.snr
+    if found.wrong:
+        row, column = found.first
+        if found.format == "bf16":
+            rows = "row" if len(found.shape) > 1 else "number"
+            return f"{name}: {found.wrong:,} of {found.blocks:,} {rows}s differ from the reference, first {row} ({snr:z.1f} dB)"
+        where = f"row {row}" + (f", input {column}" if column else "")
+        return (
+            f"{name}: {found.wrong:,} of {found.blocks:,} blocks are further from the reference than rounding explains, "
+            f"first at {where} ({snr:z.1f} dB)"
+        )
+    share = found.codes / max(found.count, 1)
+    if found.format != "bf16" and share > (CODES_SMOOTHED if found.smoothed else CODES):
+        return (
+            f"{name}: {share:.1%} of its codes are not the nearest to the reference: made from other weights, or by another "
+            "method of rounding"
+        )
+    floor = FLOORS.get(found.format, 0.0) if min_snr is None else min_snr
+    if snr < floor and not (found.format == "bf16" and tolerance):
+        return f"{name}: {snr:z.1f} dB, below {floor:g}"
+    return ""
+
+
+def _factors(sides: Sides, item: Item, part: str) -> list[str]:
+    """Factors that no smoothing has."""
+    factors = sides.factors(item, part)
+    if factors is None or item.source.canonical.endswith(".bias"):
+        return []
+    known = factors[~factors.isnan()]
+    if known.numel() and not ((known > 9e-5) & (known < 1.1e4)).all():
+        return [f"{item.source.names()[part]}: smoothed by {float(known.min()):.3g} to {float(known.max()):.3g}"]
+    return []

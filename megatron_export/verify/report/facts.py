@@ -1,0 +1,67 @@
+"""All that a report and a model card tell: the judgement, the manifest, the engines' verdicts."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...planning.engine_check import of_plan, verdicts
+from ...planning.plan import Plan
+from ...writing.manifest import said_of
+from ...writing.writer import MANIFEST
+from ..emulation import bits_per_weight
+from ..judge import Judgement
+from ..perplexity import Score
+from ..thresholds import Inspection
+
+_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *([\w.-]+)\n(?:.*\n)*?---\n")
+
+
+@dataclass(frozen=True)
+class Account:
+    """What there is to tell of a checkpoint.
+
+    name, origin  what it is called, and the hub id, or the name of the folder, that it was made from
+    digest        sha256 of its manifest, "" if it has none
+    engines       engine -> its verdict in words
+    license       as the original's own card says it, "" if it does not
+    """
+
+    name: str
+    origin: str
+    plan: Plan
+    judged: Judgement
+    score: Score | None
+    unscored: str
+    problems: list[str]
+    manifest: dict
+    digest: str
+    engines: dict[str, str]
+    bits: float
+    license: str
+
+
+def account_of(found: Inspection, origin: str, name: str | None = None) -> Account:
+    """Collect it."""
+    folder = found.judged.folder
+    manifest = folder / MANIFEST
+    return Account(
+        name=name or folder.name,
+        origin=Path(origin).name if Path(origin).exists() else origin,
+        plan=found.judged.plan,
+        judged=found.judged,
+        score=found.score,
+        unscored=found.unscored,
+        problems=found.problems,
+        manifest=said_of(folder),
+        digest=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
+        engines={engine: verdict.text for engine, verdict in verdicts(of_plan(found.judged.plan)).items()},
+        bits=bits_per_weight(folder),
+        license=_license(found.judged.reference),
+    )
+
+
+def _license(reference: Path) -> str:
+    card = reference / "README.md"
+    found = _LICENSE.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    return found[1] if found else ""

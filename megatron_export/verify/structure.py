@@ -1,0 +1,164 @@
+"""A finished checkpoint against the plan that its original's config.json and its own tensors mean: names, dtypes, shapes,
+settings, exclude lists, and scales that engines want equal.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import hf_folder
+from ..checkpoint.hf_weights import copied_tensors
+from ..common.errors import ExportError
+from ..models import (
+    copied_prefixes,
+    is_latent,
+    is_linear_weight,
+    parameters_of,
+    rope_of,
+    settings_of,
+    shape_of,
+    without_mtp,
+)
+from ..planning.exclusions import fused_with, modules
+from ..planning.plan import Plan, assumed, make_plan
+from ..writing.read_back import covers, is_scale
+from .detect_format import Described
+from .folder import DTYPES, Finished, json_of
+
+_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, list[str]]:
+    """The plan of an export of `reference` that would give such a checkpoint, and where linears that engines fuse are not
+    all quantized, or not all left alone.
+    """
+    config = hf_folder.read_config(reference)
+    own = json_of(found.folder, "config.json")
+    if config.get("num_nextn_predict_layers") and not own.get("num_nextn_predict_layers"):
+        config = without_mtp(config)
+    sources = parameters_of(config)
+    linears = {name: source for name, source in sources.items() if is_linear_weight(name)}
+    stacked = any(source.stack and source.stack.name in said.quantized for source in linears.values())
+    groups: dict[str, dict[str, bool]] = {}
+    for name, source in linears.items():
+        for module in modules(source, stacked):
+            if not {module, f"{module}.weight"} & found.lost:
+                groups.setdefault(fused_with(name), {})[module] = module in said.quantized
+    plain, problems = [], []
+    for group in groups.values():
+        most = 2 * sum(group.values()) >= len(group)
+        plain += [] if most else group
+        problems += [
+            f"{module}.weight is {'not ' * most}quantized, unlike {len(group) - 1} that engines fuse with it"
+            for module, quantized in group.items()
+            if quantized is not most and said.algorithm
+        ]
+    latent = [name for name in linears if is_latent(name) and not set(modules(linears[name])) <= set(plain)]
+    plan = make_plan(
+        config,
+        assumed(config, 1),
+        format=said.format,
+        options=said.options,
+        kv_cache="none" if shape_of(config).kv_lora else said.kv,
+        exclude=plain if said.algorithm else (),
+        quantize_mla=bool(latent and said.algorithm),
+        copied=copied_tensors(reference, copied_prefixes(config)),
+    )
+    return plan, problems
+
+
+def faults(found: Finished, said: Described, plan: Plan) -> list[str]:
+    """Everything that headers and configs alone show to be wrong."""
+    return [*_tensors(found, plan), *_settings(found.folder, plan), *_excludes(said, plan)]
+
+
+def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
+    expected = {output.name: output for outputs in plan.files.values() for output in outputs}
+    for name in sorted(expected.keys() - set(found) - found.lost):
+        yield f"{name} is missing"
+    allowed = ("rotary_emb.inv_freq", *(("lm_head.weight",) if shape_of(plan.config).tied else ()))
+    for name in sorted(set(found) - expected.keys()):
+        if not name.endswith(allowed):
+            yield f"{name} is not part of this model in {plan.form.name}"
+    for name in sorted(expected.keys() & set(found)):
+        output, dtype, shape = expected[name], found.spelled(name), found.shape(name)
+        if dtype != _SPELLED[output.dtype]:
+            yield f"{name} is {dtype}, not {_SPELLED[output.dtype]}"
+        elif shape != output.shape and not (torch.Size(shape).numel() == torch.Size(output.shape).numel() == 1):
+            yield f"{name} is {_size(shape)}, not {_size(output.shape)}"
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _settings(folder: Path, plan: Plan) -> Iterator[str]:
+    """Where config.json means another model than the reference's."""
+    own = json_of(folder, "config.json")
+    if not own:
+        yield "config.json is missing"
+        return
+    try:
+        mine, theirs = _meaning(own), _meaning(plan.config)
+    except ExportError as error:
+        yield str(error)
+        return
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            yield f"config.json means {key} = {mine.get(key)!r}, the reference's {theirs.get(key)!r}"
+
+
+def _meaning(config: dict) -> dict:
+    said = asdict(shape_of(config)) | settings_of(config) | {"rope": rope_of(config)}
+    return said | {"head_dim": None, "kv_channels": None} if said["kv_lora"] else said
+
+
+def _excludes(said: Described, plan: Plan) -> Iterator[str]:
+    """Where an exclude list names what is quantized, or does not name a linear that is not."""
+    items = [item for item in plan.items if _is_multiplied(item.source.canonical) and not item.form]
+    left = {module for item in items for module in modules(item.source, item.stacked) if plan.form.quantization}
+    for file, entries in said.excludes.items():
+        named = {module for module in said.quantized | left if any(covers(entry, module) for entry in entries)}
+        for module in sorted(named & said.quantized):
+            yield f"{file} excludes {module}, whose {module}.weight is quantized"
+        for module in sorted(left - named - said.quantized):
+            yield f"{file} does not exclude {module}, whose {module}.weight is not quantized"
+
+
+def _is_multiplied(canonical: str) -> bool:
+    """Whether a weight is that of a linear layer, of whatever kind."""
+    return is_linear_weight(canonical) or canonical.endswith((".router.weight", "output_layer.weight"))
+
+
+def unequal(found: Finished, plan: Plan) -> Iterator[str]:
+    """Where linears that engines fuse do not share the numbers that these take one of for all."""
+    items = {item.source.canonical: item for item in plan.items}
+    groups = [[item] for item in plan.items] + [[items[name] for name in fused] for fused in plan.fused]
+    for group in groups:
+        parts = [name.removesuffix("weight") for item in group if item.form for name in item.source.names().values()]
+        for suffix in (
+            "weight_scale_2",
+            "input_scale",
+        ):  # FP8 weights are rounded once more, to the largest weight_scale
+            names = [prefix + suffix for prefix in parts if prefix + suffix in found]
+            names = [name for name in names if torch.Size(found.shape(name)).numel() == 1]
+            values = [float(found.read(name)) for name in names]
+            for name, value in zip(names[1:], values[1:], strict=False):
+                if value != values[0]:
+                    yield f"{name} is {value:g}, but {names[0]} {values[0]:g}: engines fuse both and take one for all"
+
+
+def bad_numbers(found: Finished, name: str) -> list[str]:
+    """NaN, Inf, and scales that are not above zero, in one tensor."""
+    dtype = DTYPES.get(found.spelled(name))
+    if dtype is None or not dtype.is_floating_point:
+        return []
+    problems = []
+    for strip in found.strips(name):
+        values = strip.float()
+        problems += [] if values.isfinite().all() else [f"{name} holds NaN or Inf"]
+        if is_scale(name) and not (values > 0).all():
+            problems.append(f"{name} holds a scale that is not above zero")
+    return list(dict.fromkeys(problems))

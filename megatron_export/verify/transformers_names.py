@@ -1,0 +1,93 @@
+"""The tensors of a checkpoint folder, asked for by the names that they have in transformers' modules.
+
+    in transformers                              on disk
+    (Mixtral) mlp.experts.K.gate_proj.weight     block_sparse_moe.experts.K.w1.weight; w3 is up, w2 down
+    (Llama 4 that sees) model.layers. ...        language_model.model.layers. ...; what sees is left where it is
+    experts.gate_up_proj.K.weight_scale          number K of the stack experts.gate_up_proj_weight_scale, its dims swapped
+
+The last name is emulated_experts.py's, for experts that transformers does not take apart.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+from ..common.safe_files import inside, opened
+from ..models import llama4_vision
+
+SPELLED = {  # model_type of config.json -> what to replace in a name of transformers, and what by
+    "mixtral": (
+        (r"\.mlp\.", ".block_sparse_moe."),
+        (r"\.gate_proj\.", ".w1."),
+        (r"\.up_proj\.", ".w3."),
+        (r"\.down_proj\.", ".w2."),
+    ),
+    "llama4": ((r"^", "language_model."),),
+}
+UNREAD = {"llama4": llama4_vision.COPIED}  # what a model of text alone does not need
+CODES = (torch.uint8, torch.float8_e4m3fn)
+_OF_STACK = re.compile(r"(.+\.experts\.(?:gate_up|down)_proj)\.(\d+)\.(\w+)")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files with tensors of a folder; `ExportError` where it has none."""
+    found = [inside(folder, path.name) for path in sorted(folder.glob("*.safetensors"))]
+    if not found:
+        raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
+    return found
+
+
+class Respelled:
+    """The tensors of a folder's files; `left` names, as the files do, those that nobody took."""
+
+    def __init__(self, files: list[Path], model_type: str, device: torch.device | str) -> None:
+        self.folder = files[0].parent
+        self.replaced = SPELLED.get(model_type, ())
+        self.tensors: dict[str, Tensor] = {}
+        for path in files:
+            file = opened(path)
+            names = [name for name in file.keys() if not name.startswith(UNREAD.get(model_type, ()))]  # noqa: SIM118
+            if twice := self.tensors.keys() & names:
+                raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
+            self.tensors |= {name: file.get_tensor(name).to(device) for name in names}
+        self.left = set(self.tensors)
+
+    def on_disk(self, name: str) -> str:
+        """How the files spell a name of transformers."""
+        if found := _OF_STACK.fullmatch(name):
+            stack, _, leaf = found.groups()
+            name = stack if leaf == "weight" else f"{stack}_{leaf}"
+        for mine, theirs in self.replaced:
+            name = re.sub(mine, theirs, name)
+        return name
+
+    def __contains__(self, name: str) -> bool:
+        return self.on_disk(name) in self.tensors
+
+    def quantized(self, module: str, scales: Iterable[str]) -> bool:
+        """Whether the weight of a linear is there in codes, or any of its `scales` is there."""
+        name = f"{module}.weight"
+        coded = name in self and self.tensors[self.on_disk(name)].dtype in CODES
+        return coded or any(f"{module}.{suffix}" in self for suffix in scales)
+
+    def check_counts(self, names: list[str], count: int) -> None:
+        """`ExportError` where one of these stacks is there and is not one of `count` experts."""
+        for name in (self.on_disk(name) for name in names if name in self):
+            held = self.tensors[name]
+            if held.numel() > 1 and len(held) != count:
+                raise ExportError(
+                    f"{self.folder}: tensor {name} is of {len(held)} experts, config.json has {count}. Fetch both again"
+                )
+
+    def take(self, name: str) -> Tensor:
+        """A tensor that is there; of a stack what belongs to one expert, as it would stand alone: [out, in], [in], []."""
+        found = self.tensors[self.on_disk(name)]
+        self.left.discard(self.on_disk(name))
+        if not (place := _OF_STACK.fullmatch(name)) or found.numel() == 1:
+            return found
+        mine = found[int(place[2])]
+        return mine.T if mine.dim() == 2 else mine

@@ -1,0 +1,179 @@
+"""Both sides of a comparison: what a checkpoint's tensors decode to, and what the original's weights are under the same
+smoothing.
+
+AWQ leaves no reference on disk to compare with: the weights were divided by vectors that norms or other weights took over.
+So the reference is smoothed in the same way, with vectors that are read off the checkpoint, and compared then:
+
+    pre_quant_scale     where it is written, is the vector
+    a norm took it over: the vector is exported norm / original norm, bfloat16 both; where the original is 0, no input comes
+                         through, and those columns are not compared
+    v or up took it over: the vector is, row by row, the factor that brings the reference nearest to what is decoded (least
+                         squares). A row is then free in its length alone, and o_proj or down_proj, divided by the same
+                         vector, tells whether the length was right.
+
+That a norm itself took the right vector over is seen in the linears that read it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.hf_weights import SourceWeights
+from ..common.piece import Axis, Piece
+from ..formats.form import STRIP_ELEMENTS
+from ..models import feeders_of, is_linear_weight
+from ..planning.parameter import Item, Output
+from ..planning.plan import Plan
+from .folder import DTYPES, Finished
+
+BLOCK = 128  # rows of a strip are a multiple of it
+KEPT = "pre_quant_scale"
+
+
+class Sides:
+    """The tensors of `found`, and those of `weights` as a checkpoint of `plan` has them; float32 on `device`."""
+
+    def __init__(self, plan: Plan, found: Finished, weights: SourceWeights, device: torch.device) -> None:
+        self.plan, self.found, self.weights, self.device = plan, found, weights, device
+        self.items = {item.source.canonical: item for item in plan.items}
+        self.feeders: dict[str, list[tuple[Item, str]]] = {}
+        for item in plan.items:
+            for part, vector in item.smoothed.rows:
+                self.feeders.setdefault(vector, []).append((item, part))
+        self._factors: dict[str, Tensor] = {}
+
+    def comparable(self, item: Item, part: str) -> bool:
+        """Whether all tensors of a part are there, as the plan has them; `structure.py` tells those that are not."""
+        return all(self._is_there(item, output) for output in self._outputs(item, part))
+
+    def _is_there(self, item: Item, output: Output) -> bool:
+        name = self._on_disk(item, output)
+        if name not in self.found or DTYPES.get(self.found.spelled(name)) is not output.dtype:
+            return False
+        shape, count = self.found.shape(name), torch.Size(output.shape).numel()
+        if item.stacked and output.axes:
+            return torch.Size(shape[1:]).numel() == count * len(item.source.names())
+        return shape == output.shape or torch.Size(shape).numel() == count == 1
+
+    def _outputs(self, item: Item, part: str) -> list[Output]:
+        """The tensors that a part's weight is decoded from."""
+        name = item.source.names()[part]
+        if not item.form:
+            return [output for output in item.parts if output.name == name]
+        prefix = name.removesuffix("weight")
+        found = [output for output in item.pieces if output.name.startswith(prefix)]
+        return [o for o in found if not o.name.endswith((f".{KEPT}", ".k_scale", ".v_scale"))]
+
+    def _on_disk(self, item: Item, output: Output) -> str:
+        """The name of the tensor that holds it, or the stack that does."""
+        if not item.stacked:
+            return output.name
+        suffix = output.name.rpartition(".")[2]
+        return item.source.stack.name if suffix in ("weight", "bias") else f"{item.source.stack.name}_{suffix}"
+
+    def shape(self, item: Item, part: str) -> tuple[int, ...]:
+        """Of a part's weight before it is encoded."""
+        name = item.source.names()[part]
+        return next(output.shape for output in item.parts if output.name == name)
+
+    def strips(self, item: Item, part: str) -> Iterator[slice]:
+        """Rows of at most about 4 Mi elements."""
+        count, *rest = self.shape(item, part)
+        step = max(STRIP_ELEMENTS // max(torch.Size(rest).numel(), 1) // BLOCK, 1) * BLOCK
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+
+    def pieces(self, item: Item, part: str, rows: slice) -> dict[str, Piece]:
+        """What is on disk of some rows of a part, by suffix."""
+        count = self.shape(item, part)[0]
+        return {
+            output.name.rpartition(".")[2]: Piece(self._read(item, part, output, rows, count), output.axes)
+            for output in self._outputs(item, part)
+        }
+
+    def _read(self, item: Item, part: str, output: Output, rows: slice, count: int) -> Tensor:
+        name, where = self._on_disk(item, output), [slice(None)] * len(output.shape)
+        if Axis.OUT in output.axes:
+            dim = output.axes.index(Axis.OUT)
+            each = next(n for n in (1, 2, BLOCK) if -(-count // n) == output.shape[dim])  # rows that an entry is about
+            where[dim] = slice(rows.start // each, -(-rows.stop // each))
+        if not item.stacked or not output.axes:
+            data = self.found.read(name, *where).to(self.device)
+            return data if output.shape else data.reshape(())
+        stack, parts = item.source.stack, list(item.source.names())
+        whole = self.found.read(name, slice(stack.index, stack.index + 1))[0].to(self.device)
+        whole = whole.T if whole.dim() == 2 else whole
+        number, many = parts.index(part), len(parts)
+        return (whole[number::many] if stack.woven else whole.chunk(many)[number])[tuple(where)]
+
+    def decoded(self, item: Item, part: str, rows: slice) -> Tensor:
+        """Some rows as an engine multiplies with them."""
+        pieces = self.pieces(item, part, rows)
+        return item.form.decode(pieces) if item.form else next(iter(pieces.values())).data.float()
+
+    def plain(self, item: Item, part: str, rows: slice) -> Tensor:
+        """Some rows of the original, not smoothed."""
+        source = item.source
+        if source.copies() and source.names()[part] not in self.weights.files:
+            part = source.layout.parts[0]  # a copy that the original leaves out
+        where = (rows, *([slice(None)] * (len(source.shape) - 1)))
+        return self.weights.read_part(source, part, where).to(self.device).float()
+
+    def target(self, item: Item, part: str, rows: slice) -> Tensor:
+        """Some rows of the original, smoothed as the checkpoint is."""
+        made = self._divided(item, part, rows)
+        factors = self.factors(item, part)
+        if factors is not None:
+            mine = factors[rows]
+            made = made * (mine if made.dim() == 1 else mine.unsqueeze(1))
+        return made.to(item.source.dtype).float()
+
+    def _divided(self, item: Item, part: str, rows: slice) -> Tensor:
+        columns, plain = self.columns(item, part), self.plain(item, part, rows)
+        return plain if columns is None else plain / columns
+
+    def columns(self, item: Item, part: str) -> Tensor | None:
+        """The vector that the columns were divided by; NaN where it cannot be known; None for no smoothing."""
+        if item.smoothed.columns is None:
+            return None
+        kept = f"{item.source.names()[part].removesuffix('weight')}{KEPT}"
+        if kept in self.found:
+            return self.found.read(kept).to(self.device).float()
+        found = self.feeders.get(item.smoothed.columns, [])
+        if is_linear_weight(item.source.canonical):
+            own = {name for name, _ in feeders_of(item.source.canonical)}
+            found = [(feeder, p) for feeder, p in found if feeder.source.canonical in own] or found
+        if not found:  # it should be in `kept`, which is missing
+            return torch.full(item.source.shape[1:], torch.nan, device=self.device)
+        feeder, part = min(found, key=lambda one: is_linear_weight(one[0].source.canonical))
+        factors = self.factors(feeder, part)
+        if part != "v":
+            return factors
+        layout = feeder.source.layout
+        return factors.view(-1, 1, layout.head_dim).expand(-1, layout.queries_per_group, -1).reshape(-1)
+
+    def factors(self, item: Item, part: str) -> Tensor | None:
+        """What the rows of a part were multiplied with, because a linear after it was divided by that; None for nothing."""
+        if part not in dict(item.smoothed.rows):
+            return None
+        name = item.source.names()[part]
+        if name not in self._factors:
+            self._factors[name] = self._fitted(item, part)
+        return self._factors[name]
+
+    def _fitted(self, item: Item, part: str) -> Tensor:
+        if not self.comparable(item, part):
+            return torch.full(self.shape(item, part)[:1], torch.nan, device=self.device)
+        if item.source.canonical.endswith(".bias"):  # of v: as its weight
+            return self.factors(self.items[item.source.canonical.removesuffix("bias") + "weight"], part)
+        found = []
+        for rows in self.strips(item, part):
+            mine, theirs = self.decoded(item, part, rows), self._divided(item, part, rows)
+            if mine.dim() == 1:
+                found.append(torch.where(theirs == 0, torch.nan, mine / theirs))
+                continue
+            theirs = theirs.nan_to_num(0)
+            length = theirs.square().sum(1)
+            found.append(torch.where(length == 0, 1.0, (mine * theirs).sum(1) / length))
+        return torch.cat(found)

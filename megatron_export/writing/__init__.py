@@ -1,0 +1,1 @@
+"""Safetensors files, the staging folder, reading back, the manifest, publication."""

@@ -1,0 +1,124 @@
+"""Short answers to "is it the same?": of a model's weights, whatever their topology, of statistics, of settings, of bytes that
+are looked at in parts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+
+_WORD = 4  # bfloat16 numbers in 64 bits
+_MASK = (1 << 64) - 1
+
+
+def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> int:
+    """Sum modulo 2^64 over a shard's bfloat16 numbers as unsigned 16-bit ones, each times 2^(16 * (its column mod 4)) and times the
+    sum of an odd number that its row decides and an even one that its column div 4 does. Those of all shards add up to that of the
+    tensor.
+
+    rows    which rows of the tensor it has, in its order; None: all of them
+    column  which column of the tensor its first is
+    """
+    matrix = shard.flatten(1) if shard.dim() > 1 else shard.reshape(-1, 1)
+    bits = matrix.contiguous().view(torch.int16)
+    height, width = bits.shape
+    words = range(column // _WORD, -(-(column + width) // _WORD))
+    of_rows = _mixed(rows or (range(height),)).to(bits.device) | 1
+    of_words = _mixed((words,)).to(bits.device) << 1
+    if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
+        numbers, of_columns = bits.view(torch.int64), of_words
+    else:
+        columns = torch.arange(column, column + width, device=bits.device)
+        numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD))
+        of_columns = of_words[columns // _WORD - words.start]
+    return int((numbers.sum(dim=1) * of_rows).sum() + (numbers.sum(dim=0) * of_columns).sum()) & _MASK
+
+
+@lru_cache(maxsize=64)  # layers are alike; on the CPU, as a GPU has nothing to spare for later
+def _mixed(numbers: tuple[range, ...]) -> Tensor:
+    """A number for each whose bits are well mixed, int64, much as splitmix64 mixes them."""
+    mixed = torch.cat([torch.arange(part.start + 1, part.stop + 1) for part in numbers])
+    mixed = mixed * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return mixed ^ (mixed >> 31)
+
+
+def added(checksums: Iterable[int]) -> int:
+    """The checksum of a tensor from those of its shards."""
+    return sum(checksums) & _MASK
+
+
+def of_folder(folder: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times of the last change of the files in a folder, by name."""
+    found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in found}
+
+
+def check_unchanged(folder: Path, before: dict[str, tuple[int, int]]) -> None:
+    """Raise if a file of the original model is not what it was before."""
+    now = of_folder(folder)
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        raise ExportError(f"{folder / changed[0]} changed while it was exported. Start again when nobody writes there")
+
+
+def of_settings(settings: object) -> str:
+    """sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_statistics(statistics: dict[str, Tensor]) -> str:
+    """sha256 of the names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(statistics.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def joined_crc32(parts: Iterable[tuple[int, int]]) -> int:
+    """The crc32 of bytes from those of their parts, in order: pairs of a part's crc32 and its length.
+
+    A crc is linear: as many zero bytes as follow a part multiply it, as a polynomial over GF(2), by a fixed matrix. Source: zlib.
+    """
+    whole = 0
+    for crc, length in parts:
+        whole = _times(_zeros(length), whole) ^ crc
+    return whole
+
+
+_Matrix = tuple[int, ...]  # 32 columns of 32 bits
+
+
+def _times(matrix: _Matrix, vector: int) -> int:
+    product = 0
+    for column in matrix:
+        if vector & 1:
+            product ^= column
+        vector >>= 1
+    return product
+
+
+@cache
+def _zeros(length: int) -> _Matrix:
+    """What `length` zero bytes do to a crc32."""
+    if length == 0:
+        return tuple(1 << bit for bit in range(32))
+    if length == 1:
+        return _squared(_squared(_squared((0xEDB88320, *(1 << bit for bit in range(31))))))
+    half = _squared(_zeros(length // 2))
+    return _product(_zeros(1), half) if length % 2 else half
+
+
+def _squared(matrix: _Matrix) -> _Matrix:
+    return _product(matrix, matrix)
+
+
+def _product(one: _Matrix, other: _Matrix) -> _Matrix:
+    return tuple(_times(one, column) for column in other)

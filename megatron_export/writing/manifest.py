@@ -1,0 +1,81 @@
+"""`export_manifest.json`: what is in a published folder, and how it came about. No engine reads it.
+
+files     of every other file: bytes and sha256; but for report.html and README.md, which name the sha256 of this one
+tensors   name -> file, dtype, shape, crc32 of its bytes
+identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
+run       what does not: versions of what computed it, sizes of the topology, where model and statistics came from
+"""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..planning.contents import Contents
+from .read_back import Verified
+from .safetensors_file import DTYPES
+from .writer import MANIFEST
+
+KIND = "megatron_export manifest 1"
+_PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")
+
+
+def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
+    """The content of the file."""
+    tensors = {
+        output.name: {
+            "file": file,
+            "dtype": DTYPES[output.dtype],
+            "shape": list(output.shape),
+            "crc32": f"{found[file].tensors[output.name]:08x}",
+        }
+        for file, outputs in contents.files.items()
+        for output in outputs
+    }
+    return {
+        "kind": KIND,
+        "identity": identity,
+        "run": run | {"versions": _versions()},
+        "files": {name: {"bytes": one.nbytes, "sha256": one.sha256} for name, one in sorted(found.items())},
+        "tensors": tensors,
+    }
+
+
+def identity_of(folder: Path) -> dict | None:
+    """What the manifest of a published folder says decided its bytes; None if there is none, or if a file that it names is
+    gone or has another size.
+    """
+    said = said_of(folder)
+    try:
+        there = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
+        return said["identity"] if there else None
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def said_of(folder: Path) -> dict:
+    """The manifest of a published folder; empty if there is none."""
+    try:
+        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return said if said["kind"] == KIND else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def origin_of(folder: Path) -> str | None:
+    """The folder, if it is there, or the hub id that a published folder was made from, as its manifest names it."""
+    named = said_of(folder).get("run", {}).get("hf_model")
+    if not isinstance(named, str) or (Path(named).is_absolute() and not Path(named).is_dir()):
+        return None
+    return named
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of every package that took part and is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

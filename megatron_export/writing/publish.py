@@ -1,0 +1,60 @@
+"""The end of an export on rank 0: the files around the weights, the judgement of all that was read back, the manifest, the name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoint import hf_folder
+from ..checkpoint.hf_folder import Original
+from ..distributed.signals import heed
+from ..planning.contents import Contents
+from . import manifest
+from .fingerprint import check_unchanged, of_settings
+from .journal import naming
+from .read_back import Verified, judged
+from .staging import Staging
+from .writer import MANIFEST, check_empty, complete, write_json
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an export goes: the target, the original model whose other files are copied, and what the manifest says."""
+
+    folder: Path
+    overwrite: bool
+    resume: bool
+    sync: bool
+    original: Original
+    identity: dict[str, str]
+    provenance: dict
+    notes: dict = field(default_factory=dict)
+
+
+def opened(place: Place) -> Staging:
+    """The staging folder of a target that nobody has taken."""
+    check_empty(place.folder, overwrite=place.overwrite)
+    which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
+    return Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume, sync=place.sync)
+
+
+def publish(
+    contents: Contents,
+    staging: Staging,
+    place: Place,
+    sizes: dict[str, int],
+    read: list[dict[str, Verified]],
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Add the other files, judge what all writers read back, and give the folder its name; `finish` is called with it before."""
+    check_unchanged(place.original.folder, place.original.files)
+    complete(contents, staging, hf_folder.files_to_copy(place.original.folder))
+    found = judged(staging, contents, {file: verified for files in read for file, verified in files.items()})
+    heed()
+    with naming(place.folder):
+        write_json(
+            staging.folder / MANIFEST,
+            manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance, **place.notes}),
+        )
+    finish(staging.folder)
+    heed()
+    staging.publish()

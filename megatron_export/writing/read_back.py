@@ -1,0 +1,292 @@
+"""Files are read back, while they grow and before the folder gets its name: what was asked for, against what is there.
+
+Every file: its header against the plan, the checksum of every tensor against what was written, no NaN and no Inf in
+weights that are not codes, no NaN among e4m3 codes, scales finite and above zero. And, from what is on disk alone: the modules
+that have scales are those that the plan quantizes, and the exclude lists of both configs name no quantized module and every
+other.
+"""
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from bisect import bisect_right
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..common.errors import report
+from ..common.progress import Progress, quiet
+from ..planning.contents import Contents
+from ..planning.parameter import Output
+from ..planning.shard_files import LANES
+from .fingerprint import joined_crc32
+from .journal import Checks
+from .safetensors_file import header_of
+from .staging import Staging
+
+CHUNK = 8 << 20
+THREADS = LANES  # files that are read and hashed at a time: all that grow
+JUDGES = 8  # threads that read and judge their chunks
+BUFFERS = 3  # chunks of each of them
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in one file: its size in bytes, its sha256, the crc32 of each tensor; where it is not what was written,
+    and what is wrong with what was written.
+    """
+
+    nbytes: int
+    sha256: str
+    tensors: dict[str, int] = field(default_factory=dict)
+    damages: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class _Span(NamedTuple):
+    """A tensor, or a slice of one, and where it starts in its file."""
+
+    start: int
+    output: Output
+    index: int
+    nbytes: int
+
+
+class _Found(NamedTuple):
+    """What a file holds, and sums of its slices by tensor."""
+
+    verified: Verified
+    slices: dict[str, list[int]]
+
+
+class _Judged(NamedTuple):
+    """A chunk of a file, the checksums of what it has of each span (tensor, slice, crc32, length), and what is wrong."""
+
+    chunk: memoryview
+    crcs: list[tuple[str, int, int, int]]
+    problems: list[str]
+
+
+class ReadBack:
+    """Use as a context. Reads the files that it is told to follow, `THREADS` at a time."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.copied = contents.copied
+        self.slices = contents.slices
+        self.reading: dict[str, Future[_Found]] = {}
+
+    def __enter__(self) -> "ReadBack":
+        self.readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+        self.judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.readers.shutdown(cancel_futures=True)
+        self.judges.shutdown()
+
+    def follow(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool] = lambda end: True) -> None:
+        """Read a file with these tensors; `ready` waits until all before a place in it is there, and says whether it is."""
+        self.reading[path.name] = self.readers.submit(self._read, path, outputs, ready)
+
+    def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
+        """What was read, by file; `checks` are the checksums of what was written."""
+        verified = {}
+        for file in progress("verify", list(self.reading)):
+            found = self.reading[file].result()
+            written = checks[file] if found.slices else {}
+            other = (f"{file}: {n} is not what was written" for n, sums in written.items() if found.slices[n] != sums)
+            verified[file] = replace(found.verified, damages=(*found.verified.damages, *other))
+        return verified
+
+    def _read(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool]) -> _Found:
+        return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
+
+
+def verify(staging: Staging, contents: Contents, progress: Progress = quiet) -> dict[str, Verified]:
+    """Read every file of a staging folder back, against the checksums of what was written, and judge them."""
+    with ReadBack(contents) as back:
+        for file, outputs in contents.files.items():
+            back.follow(staging.folder / file, outputs)
+        return judged(staging, contents, back.found(staging.finished, progress))
+
+
+def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
+    """What was found in all files of a folder, after the recipe was checked too.
+
+    Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.
+    """
+    folder = staging.folder
+    if damaged := [file for file, one in found.items() if one.damages]:
+        staging.forget(damaged)
+        lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
+        report([*(damage for file in damaged for damage in found[file].damages), f"{folder}: {lost}"])
+    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, contents))
+    others = sorted(path for path in folder.iterdir() if path.name not in found)
+    found = {file: found[file] for file in contents.files}
+    return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
+
+
+def checks_of(descriptor: int, outputs: tuple[Output, ...], slices: dict[str, int]) -> Checks:
+    """The checksums of the tensors in an open file, as they are now."""
+    checks, buffer = defaultdict(list), memoryview(bytearray(CHUNK))
+    for span in _spans(outputs, slices):
+        crc = 0
+        for offset in range(span.start, span.start + span.nbytes, CHUNK):
+            chunk = buffer[: min(CHUNK, span.start + span.nbytes - offset)]
+            crc = zlib.crc32(chunk[: os.preadv(descriptor, [chunk], offset)], crc)
+        checks[span.output.name].append(crc)
+    return dict(checks)
+
+
+def _spans(outputs: tuple[Output, ...], slices: dict[str, int]) -> Iterator[_Span]:
+    """In the order of the file."""
+    starts = header_of(outputs)[1]
+    for output in sorted(outputs, key=lambda o: starts[o.name]):
+        nbytes = output.nbytes // slices[output.name]
+        for index in range(slices[output.name]):
+            yield _Span(starts[output.name] + index * nbytes, output, index, nbytes)
+
+
+def _read(
+    path: Path,
+    spans: list[_Span],
+    header: bytes,
+    ready: Callable[[int], bool],
+    judges: ThreadPoolExecutor,
+    copied: frozenset[str],
+) -> _Found:
+    """Read one file: chunks are read and judged ahead of the one that is hashed."""
+    starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
+    buffers = [memoryview(bytearray(min(CHUNK, end - len(header)))) for _ in range(BUFFERS)]
+    digest = hashlib.sha256(header)
+    chunks: list[_Judged] = []
+    reading: deque[Future[_Judged]] = deque()
+
+    def hash_next() -> None:
+        chunks.append(reading.popleft().result())
+        digest.update(chunks[-1].chunk)
+
+    with path.open("rb", buffering=0) as file:
+        if file.read(len(header)) != header:
+            return _Found(Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {})
+        for number, offset in enumerate(range(len(header), end, CHUNK)):
+            size = min(CHUNK, end - offset)
+            if not ready(offset + size):
+                return _Found(Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {})
+            if len(reading) == BUFFERS - 1:
+                hash_next()  # now its buffer is free
+            chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
+            reading.append(judges.submit(_judge, file.fileno(), path.name, spans, first, offset, chunk, copied))
+        while reading:
+            hash_next()
+        damages = (f"{path.name}: longer than its header says",) if os.pread(file.fileno(), 1, end) else ()
+    problems: list[str] = []
+    parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    for one in chunks:
+        problems += one.problems
+        for name, index, crc, length in one.crcs:
+            parts[name, index].append((crc, length))
+    slices, crcs = defaultdict(list), defaultdict(list)
+    for span in spans:
+        found = parts[span.output.name, span.index]
+        slices[span.output.name].append(joined_crc32(found))
+        crcs[span.output.name] += found
+    sums = {name: joined_crc32(found) for name, found in crcs.items()}
+    problems = list(dict.fromkeys(problems))
+    return _Found(Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(problems)), slices)
+
+
+def _judge(
+    descriptor: int, file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
+) -> _Judged:
+    """Read a chunk, which starts at `offset` in its file and in span `first`."""
+    chunk = chunk[: os.preadv(descriptor, [chunk], offset)]
+    crcs, problems = [], []
+    for span in (spans[number] for number in range(first, len(spans))):
+        start, end = max(span.start - offset, 0), min(span.start + span.nbytes - offset, len(chunk))
+        if start >= len(chunk):
+            break
+        part = chunk[start:end]
+        crcs.append((span.output.name, span.index, zlib.crc32(part), len(part)))
+        problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
+    return _Judged(chunk, crcs, problems)
+
+
+_EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+
+
+def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
+    """What no engine can use of the numbers in a chunk. Compared as integers: numpy knows neither bfloat16 nor float8."""
+    if output.dtype is torch.uint8 or len(chunk) < output.dtype.itemsize:
+        return []
+    codes = output.dtype is torch.float8_e4m3fn  # which has NaN, and no Inf
+    signs = 1 << 8 * output.dtype.itemsize - 1
+    whole = len(chunk) // output.dtype.itemsize  # of a file that was cut off, half a number may be left
+    bits = np.frombuffer(chunk, dtype=f"<u{output.dtype.itemsize}", count=whole)
+    sizes = bits & (signs - 1)
+    wrong = int(sizes.max()) == 0x7F if codes else int(sizes.max()) >= _EXPONENTS[output.dtype]
+    problems = [f"{file}: {output.name} holds NaN or Inf"] if wrong else []
+    if is_scale(output.name) and (int(sizes.min()) == 0 or int(bits.max()) >= signs):
+        problems.append(f"{file}: {output.name} holds a scale that is not above zero")
+    return problems
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor holds scales: of weights, inputs, keys and values."""
+    return "scale" in name.rpartition(".")[2]
+
+
+def _recipe(folder: Path, contents: Contents) -> list[str]:
+    """Where the files, the exclude lists and the contents disagree on what is quantized."""
+    outputs = [output for file in contents.files.values() for output in file]
+    scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
+    meant = set(contents.quantized)
+    problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
+    problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
+    if not contents.quantized:
+        return problems
+    left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
+    for file, excluded in _excluded(folder).items():
+        matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
+        problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
+        problems += [
+            f"{folder / file} does not exclude {module}, which is not quantized" for module in sorted(left - matched)
+        ]
+    return problems
+
+
+_WEIGHT_SCALE = re.compile(r"(.+)[._]weight_scale(?:_inv)?")
+
+
+def _is_matrix(output: Output) -> bool:
+    """Whether it is the weight of a linear, an embedding or a stack of experts."""
+    return len(output.shape) > 1 and not is_scale(output.name) and not output.name.endswith("bias")
+
+
+def covers(entry: str, module: str) -> bool:
+    """Whether an entry of an exclude list is about a module: by its name, a glob, or that of what it is in."""
+    return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
+
+
+def _excluded(folder: Path) -> dict[str, list[str]]:
+    """The exclude lists on disk, by file."""
+    inner = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    outer = json.loads((folder / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
+    return {
+        "config.json": inner.get("ignore") or inner.get("modules_to_not_convert"),
+        "hf_quant_config.json": outer["exclude_modules"],
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

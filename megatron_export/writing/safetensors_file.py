@@ -1,0 +1,122 @@
+"""One safetensors file on its way: its header, known from the plan; its tensors, written chunk by chunk where they will stay.
+
+Source: safetensors file format 0.3 (8-byte header length, JSON, data).
+"""
+
+import json
+import struct
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..planning.parameter import Output
+from .byte_sink import Sheet
+from .fingerprint import joined_crc32
+from .journal import Checks
+
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+
+
+def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a shard that holds these tensors, and where each of them starts in the file.
+
+    They stand in the order in which they are given, so that a file grows from its start as they are made; but those that are no
+    multiple of 8 bytes last, from large numbers to small ones, so that every tensor is aligned.
+    """
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in sorted(outputs, key=lambda o: o.nbytes % 8 and 8 - o.dtype.itemsize):
+        header[output.name] = {
+            "dtype": DTYPES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [offset, offset + output.nbytes],
+        }
+        offset += output.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    starts = {name: said["data_offsets"][0] + 8 + len(text) for name, said in header.items() if name != "__metadata__"}
+    return struct.pack("<Q", len(text)) + text, starts
+
+
+class Shard:
+    """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
+
+    def __init__(
+        self,
+        name: str,
+        sheet_of: Callable[[int], Sheet],
+        outputs: tuple[Output, ...],
+        slices: dict[str, int],
+        checked: bool,
+    ) -> None:
+        self.name = name
+        self.outputs = {output.name: output for output in outputs}
+        self.slices = slices
+        self.checked = checked
+        header, self.starts = header_of(outputs)
+        self.left = sum(output.nbytes for output in outputs)
+        self.sheet = sheet_of(len(header) + self.left)
+        self.sheet.write(header, 0)
+        self.changed = threading.Condition()
+        self.frontier = len(header)  # all before it is written
+        self.ahead: dict[int, int] = {}  # what is written after it: start -> end
+        self.crcs: dict[tuple[str, int], dict[int, tuple[int, int]]] = defaultdict(dict)  # by chunk: crc32, length
+        self.abandoned = False
+
+    def write(self, output: Output, start: int, data: memoryview) -> bool:
+        """Write a chunk of a tensor, or of a slice of one, that starts at its byte `start`; returns whether that was the last."""
+        assert output.whole == self.outputs[output.name], output
+        first = self.starts[output.name] + output.index * output.nbytes + start
+        offset = first + len(data)
+        self.sheet.write(data, first)
+        crc = zlib.crc32(data) if self.checked else 0
+        with self.changed:
+            chunks = self.crcs[output.name, output.index]
+            assert start not in chunks, output
+            chunks[start] = (crc, len(data))
+            self.left -= len(data)
+            self.ahead[first] = offset
+            while self.frontier in self.ahead:
+                self.frontier = self.ahead.pop(self.frontier)
+            self.changed.notify_all()
+            return self.left == 0
+
+    def ready(self, end: int) -> bool:
+        """Wait until all bytes before `end` are written; whether they are, or will never be."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.frontier >= end or self.abandoned)
+            return self.frontier >= end
+
+    def abandon(self) -> None:
+        """Nobody writes it any more."""
+        with self.changed:
+            self.abandoned = True
+            self.changed.notify_all()
+
+    def checks(self) -> Checks:
+        """The checksums of what was written, by tensor; none of a file that is not checked."""
+        if not self.checked:
+            return {}
+        return {
+            name: [
+                joined_crc32(chunk for _, chunk in sorted(self.crcs[name, index].items()))
+                for index in range(self.slices[name])
+            ]
+            for name in self.outputs
+        }
+
+    def lacking(self) -> list[str]:
+        """The tensors of which something was not written."""
+        written: dict[str, int] = defaultdict(int)
+        for (name, _), chunks in self.crcs.items():
+            written[name] += sum(length for _, length in chunks.values())
+        return [name for name, output in self.outputs.items() if written[name] < output.nbytes]

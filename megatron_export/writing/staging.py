@@ -1,0 +1,289 @@
+"""The folders beside the target in which an export grows: one export at a time, kept when it is interrupted, published by
+one rename.
+
+`.NAME.partial` holds the files that will be published. `.NAME.journal` holds what `journal.py` describes, and `lock`, which is
+locked while an export runs. Where two folders cannot change names in one step, `.NAME.old` is the old one in between.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..common.errors import ExportError
+from .byte_sink import OnDisk
+from .journal import (
+    JOURNAL,
+    KIND,
+    OF_GUESTS,
+    STATISTICS,
+    Checks,
+    about,
+    finish,
+    journal_of,
+    kept,
+    naming,
+    note,
+    old_of,
+    partial_of,
+    read_journal,
+    sync,
+)
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NO_LOCKS = (
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+)  # of a file system: Lustre without -o flock, NFS without lockd
+
+
+class Staging:
+    """Use as a context. Leaving it by an exception keeps what a later run can go on with, if any file is complete.
+
+    `finished` maps the files that an interrupted run completed to the checksums of their tensors.
+    """
+
+    def __init__(
+        self, target: Path, fingerprint: dict[str, str], *, overwrite: bool, resume: bool, sync: bool = True
+    ) -> None:
+        self.target = target
+        self.folder = partial_of(target)
+        self.journal = journal_of(target)
+        self.fingerprint = fingerprint
+        self.overwrite = overwrite
+        self.resume = resume
+        self.sync = sync
+        self.finished: dict[str, Checks] = {}
+        self.noting = threading.Lock()
+
+    def __enter__(self) -> "Staging":
+        for folder in (self.folder, self.journal, old_of(self.target)):
+            if folder.is_symlink():
+                raise ExportError(f"{folder} is a symbolic link, through which no export writes. Remove it")
+        with naming(self.target):
+            self.made = [folder for folder in self.target.parents if not folder.exists()]
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(self.target, self.journal)
+        try:
+            with naming(self.target):
+                self._restore()
+                said = self._to_go_on_with() if self.resume else {}
+        except BaseException:
+            self._leave()
+            raise
+        try:
+            with naming(self.target):
+                self._open(said)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def _restore(self) -> None:
+        """Give a folder its name back that was to be replaced in two steps when an export was killed between them."""
+        old = old_of(self.target)
+        if not old.is_dir():
+            return
+        if self.target.exists() and any(self.target.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        old.rename(self.target)  # over an empty folder too
+        if not self.overwrite:
+            raise ExportError(
+                f"{self.target} was about to be replaced and is as it was again. Give --overwrite to replace it"
+            )
+
+    def _to_go_on_with(self) -> dict[str, Checks]:
+        """The files that an interrupted export completed; it must have been of the same."""
+        said = read_journal(self.target)
+        if said is None:
+            return {}
+        first, finished = said
+        if other := [key for key, value in self.fingerprint.items() if first.get(key) != value]:
+            raise ExportError(
+                f"{self.folder} holds an interrupted export with another {' and another '.join(other)}: it cannot be continued. "
+                "Repeat the command that was interrupted, or leave --resume out to start anew"
+            )
+        return finished
+
+    def _open(self, finished: dict[str, Checks]) -> None:
+        self.finished = finished
+        if not finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            (self.journal / STATISTICS).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in finished:
+                path.unlink()
+        self._begin_journal()
+        if self.sync:
+            sync(self.target.parent)
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+    def sheet(self, file: str, nbytes: int) -> OnDisk:
+        return OnDisk(self.path(file), nbytes, self.sync)
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that a file is complete; it must be synced already."""
+        with naming(self.target), self.noting:
+            finish(self.folder, self.journal / JOURNAL, file, checks, self.sync)
+            self.finished[file] = checks
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Files of any rank that were complete are not what was written: a run that goes on with this one writes them again."""
+        with naming(self.target), self.noting:
+            said = read_journal(self.target)
+            found = said[1] if said else {}
+            self.finished = {file: checks for file, checks in found.items() if file not in set(files)}
+            self._begin_journal()
+
+    def _begin_journal(self) -> None:
+        """One journal of all ranks' lines, in place of those that are there, some of which may be cut off or damaged."""
+        new = self.journal / "new"
+        new.unlink(missing_ok=True)
+        lines = (about(self.folder, file, checks) for file, checks in self.finished.items())
+        note(new, {"kind": KIND, **self.fingerprint}, *lines, sync_too=self.sync)
+        new.rename(self.journal / JOURNAL)
+        for path in self.journal.glob(OF_GUESTS):
+            path.unlink()
+        if self.sync:
+            sync(self.folder)
+            sync(self.journal)
+
+    def keep(self, statistics: dict[str, Tensor]) -> None:
+        """Keep the statistics for a run that goes on with this one."""
+        if statistics and not self.finished:
+            with naming(self.target):
+                save_file({n: t.clone() for n, t in statistics.items()}, self.journal / STATISTICS)
+                if self.sync:
+                    sync(self.journal / STATISTICS)
+                    sync(self.journal)
+
+    def publish(self) -> None:
+        """Sync everything and give the folder its final name; what had it is removed when the context is left."""
+        with naming(self.target):
+            if self.sync:
+                for path in self.folder.iterdir():
+                    sync(path)
+                sync(self.folder)
+            self._replace()
+            if self.sync:
+                sync(self.target.parent)
+
+    def _replace(self) -> None:
+        if self.target.exists() and self.overwrite:
+            exchange(self.folder, self.target)
+            return
+        if self.target.exists():
+            self.target.rmdir()  # fails if somebody filled it since it was checked
+        self.folder.rename(self.target)
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None or not (self.finished or kept(self.target)):
+            with suppress(OSError):
+                (self.journal / JOURNAL).unlink()  # first: the next folder is an old checkpoint, if it was replaced
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.journal, ignore_errors=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        os.close(self.lock)
+        for folder in self.made:
+            with suppress(OSError):  # not empty: the checkpoint was published into it
+                folder.rmdir()
+
+
+class Guest:
+    """A rank that writes files into the folder that rank 0 has opened for an export into `target`."""
+
+    def __init__(self, target: Path, rank: int, finished: dict[str, Checks], sync: bool = True) -> None:
+        self.target = target
+        self.folder = partial_of(target)
+        self.journal = journal_of(target) / OF_GUESTS.replace("*", str(rank))
+        self.finished = dict(finished)
+        self.sync = sync
+        self.noting = threading.Lock()
+        if not self.folder.is_dir():
+            raise ExportError(
+                f"{self.folder}, which rank 0 has made, is not there on rank {rank}. Give an --output on a disk that all writers "
+                "share, or --writers rank0"
+            )
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+    def sheet(self, file: str, nbytes: int) -> OnDisk:
+        return OnDisk(self.path(file), nbytes, self.sync)
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that a file is complete; it must be synced already."""
+        with naming(self.target), self.noting:
+            finish(self.folder, self.journal, file, checks, self.sync)
+            self.finished[file] = checks
+
+
+def tidy(target: Path) -> None:
+    """Remove what an export that was killed just after it published has left beside its target."""
+    if any(folder.exists() for folder in (partial_of(target), journal_of(target), old_of(target))):
+        with Staging(target, {}, overwrite=True, resume=False):
+            pass
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders change names in one step (Linux 3.15); where the file system cannot (NFS), in three."""
+    if _swapped(one, other):
+        return
+    aside = one.with_suffix(".old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+
+
+def _locked(target: Path, journal: Path) -> int:
+    """A descriptor that holds the lock of `target`; it is free again when it is closed or its process is gone. On a file system
+    without locks nothing is held.
+    """
+    while True:
+        journal.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # its last owner removed the folder in this moment
+            descriptor = os.open(journal / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if _locks(descriptor, journal / "lock"):
+                    return descriptor
+            except BlockingIOError:
+                raise ExportError(
+                    f"another export into {target} is running. Wait for it, or give another --output"
+                ) from None
+            os.close(descriptor)
+
+
+def _locks(descriptor: int, path: Path) -> bool:
+    """Whether an open file, locked now where that can be, is still the one at `path`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        os.close(descriptor)
+        raise

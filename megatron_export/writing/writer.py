@@ -1,0 +1,211 @@
+"""The files of a checkpoint: each grows as its tensors arrive, in any order; the index and the JSON files come last.
+
+Host memory holds a few chunks, never a shard.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..common.errors import ExportError
+from ..planning.contents import Contents, contents_of
+from ..planning.parameter import Output
+from ..planning.plan import Plan
+from .byte_sink import Sheet
+from .device_to_disk import Conveyor
+from .journal import Checks, naming, partial_of
+from .safetensors_file import Shard
+from .staging import Staging
+
+SPARE_BYTES = 64 << 20
+MANIFEST = "export_manifest.json"
+INDEX = "model.safetensors.index.json"
+
+
+def check_empty(export_dir: Path, *, overwrite: bool) -> None:
+    """Refuse a target that is taken."""
+    if export_dir.is_file():
+        raise ExportError(f"{export_dir} is a file; give a folder")
+    if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
+        raise ExportError(f"{export_dir} is not empty. Give another --output, or --overwrite to replace it when done")
+
+
+def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse, before any work, a target that is taken, cannot be replaced by a rename, or has too small a disk.
+
+    One that an export completed may be what `resume` is to go on with; that is seen later.
+    """
+    if not (resume and (export_dir / MANIFEST).is_file()):
+        check_empty(export_dir, overwrite=overwrite)
+    if os.path.ismount(export_dir):
+        raise ExportError(f"{export_dir} is a mount point, which cannot be replaced in one step; give a folder in it")
+    parent = _existing(export_dir.parent)
+    if not parent.is_dir():
+        raise ExportError(f"{export_dir}: {parent} is a file, so no folder can be made in it. Give another --output")
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"{parent} is not writable. Give another --output")
+    free = shutil.disk_usage(parent).free
+    kept = partial_of(export_dir)  # is gone on with, or removed
+    free += sum(path.stat().st_blocks * 512 for path in kept.iterdir()) if kept.is_dir() else 0
+    if free < plan.nbytes + SPARE_BYTES:
+        raise ExportError(
+            f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free. Make room for "
+            f"{plan.nbytes + SPARE_BYTES - free:,} more, or give an --output on another disk"
+        )
+
+
+def check_apart(export_dir: Path, *inputs: Path) -> None:
+    """Refuse a target that is, or holds, something that the export needs: replacing it would delete that."""
+    for path in inputs:
+        if path.resolve().is_relative_to(export_dir.resolve()):
+            raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
+
+
+class Desk(Protocol):
+    """Where a writer puts its files, and notes those that are complete."""
+
+    target: Path
+    finished: dict[str, Checks]
+
+    def path(self, file: str) -> Path:
+        """Where a file grows."""
+
+    def sheet(self, file: str, nbytes: int) -> Sheet:
+        """What it is written on."""
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that it is complete."""
+
+
+Follow = Callable[[Path, tuple[Output, ...], Callable[[int], bool]], None]
+
+
+class CheckpointWriter:
+    """Writes the files that the plan gives to one rank. Use as a context, inside that of its `Staging`.
+
+    `follow` is told of every file that is begun: its path, its tensors, and a function that waits until so many bytes of it are
+    written, and says whether they are. What is not `checked` has no checksums.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Desk,
+        *,
+        rank: int = 0,
+        device: torch.device | None = None,
+        checked: bool = True,
+        follow: Follow | None = None,
+    ) -> None:
+        self.plan = plan
+        self.staging = staging
+        self.checked = checked
+        self.follow = follow
+        contents = contents_of(plan)
+        self.homes, self.slices = contents.homes, contents.slices
+        self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
+        self.shards: dict[str, Shard] = {}
+        self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
+        self.finishing: list[Future] = []
+
+    def __enter__(self) -> "CheckpointWriter":
+        self.conveyor.__enter__()
+        self.finisher = ThreadPoolExecutor(2, thread_name_prefix="finish")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.conveyor.__exit__()
+        self.finisher.shutdown()
+        for shard in self.shards.values():
+            shard.sheet.close()
+            shard.abandon()
+        self.shards.clear()
+
+    def wants(self, output: Output) -> bool:
+        """Whether a tensor is of a file that this rank writes and that is not complete yet."""
+        return self.homes[output.name] in self.missing
+
+    def write(self, tensors: Iterable[tuple[Output, Tensor]]) -> None:
+        """Have tensors or slices of them, on any device, written into the files that the plan gave them; those that are not wanted
+        are passed over. Raises what went wrong with earlier ones.
+        """
+        while self.finishing and self.finishing[0].done():
+            self.finishing.pop(0).result()
+        self.conveyor.put(self._wanted(tensors))
+
+    def _wanted(self, tensors: Iterable[tuple[Output, Tensor]]) -> Iterable[tuple[Output, Tensor]]:
+        for output, tensor in tensors:
+            if not self.wants(output):
+                continue
+            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (output, tensor.shape)
+            self._begin(self.homes[output.name])
+            yield output, tensor
+
+    def _begin(self, file: str) -> None:
+        if file in self.shards:
+            return
+        outputs = self.plan.files[file]
+        with naming(self.staging.target):
+            sheet_of = partial(self.staging.sheet, file)
+            self.shards[file] = shard = Shard(file, sheet_of, outputs, self.slices, self.checked)
+        if self.follow:
+            self.follow(self.staging.path(file), outputs, shard.ready)
+
+    def _write(self, output: Output, start: int, data: memoryview) -> None:
+        shard = self.shards[self.homes[output.name]]
+        with naming(self.staging.target):
+            last = shard.write(output, start, data)
+        if last:
+            self.finishing.append(self.finisher.submit(self._finish, shard))
+
+    def _finish(self, shard: Shard) -> None:
+        with naming(self.staging.target):
+            shard.sheet.finish()
+        self.staging.finish(shard.name, shard.checks())
+        self.missing.discard(shard.name)
+        self.shards.pop(shard.name).sheet.close()
+
+    def flush(self) -> None:
+        """Wait until this rank's files are complete; an error if a tensor never came."""
+        self.conveyor.flush()
+        while self.finishing:
+            self.finishing.pop().result()
+        if self.missing:
+            begun = {file: self.shards[file].lacking() for file in self.missing if file in self.shards}
+            lacking = [
+                name
+                for file in sorted(self.missing)
+                for name in begun.get(file, [output.name for output in self.plan.files[file]])
+            ]
+            raise ExportError(f"{len(lacking)} tensors were never written, first {lacking[0]}")
+
+
+def complete(contents: Contents, staging: Staging, copies: list[Path]) -> None:
+    """Add the JSON files, copies of `copies`, and the index to a folder in which all shards are."""
+    with naming(staging.target):
+        for path in copies:
+            shutil.copyfile(path, staging.folder / path.name)
+        for name, content in contents.jsons.items():
+            write_json(staging.folder / name, content)
+        if len(contents.files) > 1:
+            said = {"metadata": {"total_size": contents.nbytes}, "weight_map": contents.homes}
+            write_json(staging.folder / INDEX, said)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The only form in which JSON files are written."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
