@@ -1,4 +1,4 @@
-"""The shape of the code: imports point down, torch.distributed and Megatron stay in their files, importing is cheap."""
+"""The shape of the code: a room imports only rooms below it, foreign things stay in their rooms, importing is cheap."""
 
 import ast
 import subprocess
@@ -8,46 +8,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
-LEVELS = """
-errors sizes piece config progress ahead terminal style charts
-signals fingerprint untrusted pulse layout journal hub sheet memory
-names formats pickles engines
-item placement stored rounding finished lowrank
-policy smoothing filing claims described homes iteration
-plan
-quant_config conveyor asked respelled
-contents emulated_experts
-cpu assets staging statistics calibration_data emulation
-measured source topology model shard perplexity quantizers
-writer stored_additions supposed
+ROOMS = """
+common
+models formats engines distributed
+planning
 checkpoint
-gather build contradictions verify sides additions
-loading filling survey manifest forecast stream checking likeness structure inherited adapters
-maxima search watching preview diagnosis differences
-clipping judge comparison
-calibration prepare inspection publishing given
-refit account courier
-pipeline background card maps
-report
-presentation
-job
-cli check_command
-commands
-__main__
+mcore writing
+calibration
+export verify
+cli
 """
-LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
-DISTRIBUTED = {"topology", "gather", "pulse"}
-MEGATRON = {"cpu", "topology", "model", "build", "calibration"}
+LEVEL = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+TOP = {"__init__.py", "__main__.py"}
+WALLS = {  # what may be imported -> where
+    "torch.distributed": ("distributed/", "mcore/parallel_state.py", "export/transport.py"),
+    "megatron": ("mcore/", "calibration/calibrate.py"),
+    "triton": ("formats/triton_kernels.py",),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def owner(path: Path) -> str:
-    """The name in LEVELS that a file belongs to: its own, or its folder's."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all that a file imports, ours as `megatron_export.x`."""
+    """Absolute names of all that a file imports, ours as `megatron_export.room.x`."""
     found = set()
     package = ("megatron_export", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
@@ -60,22 +43,28 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down_and_foreign_things_stay_in_their_files(path: Path) -> None:
-    name = owner(path)
-    if name == "__init__":
+@every_file
+def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    if room in TOP:
         return
     for imported in imports(path):
         first, _, rest = imported.partition(".")
-        below = rest.split(".")[0]
-        if first == "megatron_export" and below != name and below in LEVEL:
-            assert LEVEL[below] < LEVEL[name], f"{name} imports {below}"
-        assert not imported.startswith("torch.distributed") or name in DISTRIBUTED
-        assert not imported.startswith("megatron.") or name in MEGATRON
-        assert not imported.startswith("triton") or path.name == "triton_kernels.py"
+        other = rest.split(".")[0]
+        if first == "megatron_export" and other != room and other in LEVEL:
+            assert LEVEL[other] < LEVEL[room], f"{room} imports {imported}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@every_file
+def test_foreign_things_stay_in_the_rooms_named_for_them(path: Path) -> None:
+    place = path.relative_to(PACKAGE).as_posix()
+    for imported in imports(path):
+        for wall, places in WALLS.items():
+            inside = imported == wall or imported.startswith(f"{wall}.")
+            assert not inside or place.startswith(places), f"{place} imports {imported}"
+
+
+@every_file
 def test_files_are_short_documented_and_never_print(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
@@ -86,8 +75,18 @@ def test_files_are_short_documented_and_never_print(path: Path) -> None:
     assert all(handler.type for handler in handlers), "a bare except"
 
 
-def test_every_file_has_a_level() -> None:
-    assert {owner(path) for path in FILES} - {"__init__"} == set(LEVEL)
+@every_file
+def test_functions_have_at_most_40_statements(path: Path) -> None:
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            statements = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
+            assert statements <= 40, f"{function.name} has {statements} statements"
+
+
+def test_nothing_lies_beside_the_rooms() -> None:
+    there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert there == TOP | set(LEVEL)
+    assert len(LEVEL) == 13
 
 
 def test_importing_the_package_brings_neither_torch_nor_megatron() -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_export import formats
 from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax, Axis, join
+from megatron_export.common.strips import row_strips
 from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.cuda_kernels import kernel_of
-from megatron_export.formats.form import row_strips
 
 from .markdown import markdown
 

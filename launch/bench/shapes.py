@@ -18,7 +18,7 @@ from megatron_export.models import Source, is_expert, parameters_of
 from megatron_export.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from megatron_export.mcore.parallel_state import Topology
+    from megatron_export.distributed.topology import Topology
 
 STD = 0.02
 NUMBERS = 1 << 20  # of the vector; rows begin at different places of it

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..distributed.collectives import everyone, maximum, spread, total, whole
-from ..mcore.parallel_state import ProcessGroup, Topology
+from ..distributed.topology import Topology
+from ..mcore.parallel_state import ProcessGroup
 from ..models import cut_of, is_expert, pooled, vector_home
-from .statistics import channels
+from ..models.statistic_names import channels
 
 
 class Maxima:

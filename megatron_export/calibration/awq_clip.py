@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Axis
+from ..common.strips import row_strips
 from ..distributed.collectives import spread, total, whole
+from ..distributed.topology import Topology
 from ..formats import awq
 from ..formats.awq import search_of
-from ..formats.form import row_strips
 from ..formats.int4 import CLIP_RATIOS, rounded
-from ..mcore.parallel_state import Topology
 from ..models import is_expert, vector_home
 from ..models.layouts import Identity, Layout
 from .awq_search import Shard, check_finite

@@ -26,9 +26,9 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..distributed.collectives import everyone, maximum, spread, total, whole
+from ..distributed.topology import Cut, Topology
 from ..formats import awq
 from ..formats.awq import ALPHAS, SHARED, search_of
-from ..mcore.parallel_state import Cut, Topology
 from ..models import cut_of, is_expert, pooled, vector_home
 from ..models.layouts import even_cut
 

@@ -18,6 +18,7 @@ from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..common.progress import Progress, quiet
 from ..distributed.collectives import everyone, together
+from ..distributed.topology import Topology
 from ..formats import FORMATS, Options, chosen
 from ..formats.awq import SHARED, search_of
 from ..formats.int4 import CLIP_RATIOS
@@ -34,7 +35,6 @@ from ..mcore.model import (
     weights_of,
     whole_of,
 )
-from ..mcore.parallel_state import Topology
 from ..models import cut_of, is_expert, pooled, reads_heads
 from .amax import Maxima
 from .awq_clip import Clips

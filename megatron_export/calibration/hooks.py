@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.piece import Axis
 from ..distributed.collectives import whole
+from ..distributed.topology import Topology
 from ..mcore.model import (
     attentions_of,
     experts_of,
@@ -24,7 +25,6 @@ from ..mcore.model import (
     linears_of,
     local_experts_of,
 )
-from ..mcore.parallel_state import Topology
 from ..models import cut_of, is_expert
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from ..common.errors import ExportError, report
 from ..formats.int4 import CLIP_RATIOS
+from ..models.statistic_names import channels, input_key, kv_keys
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
-from .statistics import channels, input_key, kv_keys
 
 Statistics = dict[str, Tensor]
 

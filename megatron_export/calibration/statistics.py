@@ -36,6 +36,7 @@ from torch import Tensor
 from ..common.errors import ExportError, report
 from ..common.safe_files import opened, parsed, shown
 from ..models import is_expert, is_linear_weight, makes_keys, parameters_of, pooled, shape_of
+from ..models.statistic_names import experts_module, input_key, kv_keys
 
 KIND = "megatron_export statistics 1"
 _INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
@@ -49,32 +50,6 @@ _KINDS = (
 )
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8")
 _KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
-
-
-def input_key(canonical: str) -> str:
-    """The statistic of a linear weight's input."""
-    return pooled(canonical).removesuffix("weight") + "input_amax"
-
-
-def weight_key(canonical: str) -> str:
-    """The amax that a linear weight is quantized with, where it is not to be taken from the weight itself."""
-    return canonical.removesuffix("weight") + "weight_amax"
-
-
-def experts_module(canonical: str) -> str:
-    """The module of all experts of a layer that a parameter of one is in."""
-    return canonical.partition(".experts.")[0] + ".experts"
-
-
-def kv_keys(canonical: str) -> tuple[str, str]:
-    """The statistics of the keys and the values that a fused qkv weight makes."""
-    attention = canonical.rsplit(".", 2)[0]
-    return f"{attention}.k_amax", f"{attention}.v_amax"
-
-
-def channels(key: str) -> str:
-    """The statistic by channel whose maximum `key` is: `x_amax` -> `x_channel_amax`."""
-    return key.removesuffix("amax") + "channel_amax"
 
 
 def hf_keys(config: dict) -> dict[str, list[str]]:

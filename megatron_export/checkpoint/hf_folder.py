@@ -126,3 +126,16 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
         raise ExportError(
             f"no model folder {hub_id}, and the hub has none to give ({type(error).__name__}: {error})"
         ) from error
+
+
+def of_folder(folder: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times of the last change of the files in a folder, by name."""
+    found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in found}
+
+
+def check_unchanged(folder: Path, before: dict[str, tuple[int, int]]) -> None:
+    """Raise if a file of the original model is not what it was before."""
+    now = of_folder(folder)
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        raise ExportError(f"{folder / changed[0]} changed while it was exported. Start again when nobody writes there")

@@ -1,6 +1,5 @@
 """The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from ..common.errors import ExportError, report
 from ..common.safe_files import INDEX, opened, read_index
 from ..models import Source
 from ..models.layouts import stacked_rows
-from ..planning.parameter import Output
+from ..planning.tensor_spec import Output
 from .hf_folder import weights_in
 
 if TYPE_CHECKING:
@@ -178,27 +177,6 @@ def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...
             ]
         )
         return weights.copied()
-
-
-def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
-    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
-    names = source.names()
-    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
-
-
-def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
-    """HF tensor name -> the shape that config.json means it to have."""
-    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
-
-
-def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    names, shapes = source.names(), part_shapes(source)
-    if source.stack is None:
-        first = next(iter(shapes.values()))
-        return {names[part]: shapes.get(part, first) for part in names}
-    out, *inputs = next(iter(shapes.values()))
-    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
 
 
 def _files(folder: Path) -> dict[str, Path]:

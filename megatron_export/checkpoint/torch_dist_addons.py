@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..calibration.modelopt.quantizers import has_blocks
 from ..common.errors import ExportError
 from ..common.safe_files import shown
 from ..models import without_additions
@@ -196,3 +195,12 @@ def _is_sane(settings: object) -> bool:
 
 def _is_bits(said: object) -> bool:
     return type(said) is int or (isinstance(said, tuple | list) and all(type(bits) is int for bits in said))
+
+
+Attributes = dict[str, Any]
+
+
+def has_blocks(attributes: Attributes) -> bool:
+    """Whether a quantizer keeps an amax for every block, and not one for all."""
+    blocks = attributes.get("_block_sizes") or {}
+    return bool(blocks) and blocks.get("type", "static") == "static"

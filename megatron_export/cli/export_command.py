@@ -186,7 +186,7 @@ def _let_rank_0_speak() -> None:
 
 def _experts(tokens: dict[str, "Tensor"]) -> str:
     """How many calibration tokens experts were given, and which were given none."""
-    from .plan_command import some
+    from ..common.text import some
 
     counts = {
         f"{name.split('.')[2]}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())

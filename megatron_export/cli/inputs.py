@@ -9,12 +9,13 @@ from ..checkpoint import hf_folder
 from ..checkpoint.torch_dist import Checkpoint
 from ..checkpoint.torch_dist_iteration import find_iteration
 from ..common.errors import ExportError, report
-from ..mcore.parallel_state import Topology
+from ..distributed.topology import Topology
+from ..formats import Options
 from ..models import shape_of
 from ..planning.engine_check import refusals
 from ..planning.plan import Plan
 from ..planning.request import Asked
-from ..writing.writer import check_apart, check_target
+from ..writing.target import check_apart, check_target
 from .config import ExportConfig
 
 
@@ -116,3 +117,15 @@ def provenance(config: ExportConfig, folder: Path) -> dict:
     trained |= {"merge_lora": True} if config.merge_lora else {}
     trained |= {"lora_checkpoint": str(config.lora_checkpoint)} if config.lora_checkpoint else {}
     return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}
+
+
+def asked_by(config: ExportConfig) -> Asked:
+    """What the command was asked for; of statistics, only whether a file of them was given."""
+    return Asked(
+        config.format,
+        config.kv_cache,
+        Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
+        {} if config.load_calibration else None,
+        config.exclude,
+        config.quantize_mla,
+    )

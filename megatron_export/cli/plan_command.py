@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,19 +11,21 @@ from pathlib import Path
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import copied_tensors
 from ..common.errors import ExportError, report
-from ..common.text import readable
+from ..common.text import readable, some
 from ..engines import Verdict
 from ..export.memory_forecast import Forecast, forecast
 from ..models import architecture_of, copied_prefixes, is_linear_weight, makes_keys, shape_of, without_mtp
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
-from ..planning.parameter import Item, Output
+from ..planning.parameter import Item
 from ..planning.plan import Held, Plan, assumed
 from ..planning.rank_placement import Grid, grid_of
-from ..planning.request import Asked, asked_by
+from ..planning.request import Asked
 from ..planning.shard_files import Writers
-from ..writing.writer import SPARE_BYTES
+from ..planning.tensor_spec import Output
+from ..writing.target import SPARE_BYTES
 from .config import ExportConfig
+from .inputs import asked_by
 
 GPUS = 8  # of a node, where none is there to ask
 
@@ -259,11 +261,6 @@ def _patterns(names: Iterable[str]) -> dict[str, int]:
 
 def _counted(names: Iterable[str]) -> list[str]:
     return [f"{pattern} ({count:,})" if "*" in pattern else pattern for pattern, count in _patterns(names).items()]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _most(peaks: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from ..calibration.calibrate import calibrate
 from ..calibration.lookup import check_calibration
 from ..calibration.modelopt.recipe import told
 from ..checkpoint import hf_folder
+from ..checkpoint.hf_folder import check_unchanged, of_folder
 from ..checkpoint.hf_weights import copied_tensors
 from ..checkpoint.torch_dist import Checkpoint
 from ..common.errors import report
@@ -21,18 +22,17 @@ from ..common.progress import Progress
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
+from ..distributed.topology import Topology
 from ..export.pipeline import Report, export_hf_checkpoint
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
-from ..mcore.parallel_state import Topology
 from ..models import architecture_of, copied_prefixes, mtp_prefixes, without_mtp
 from ..planning.plan import Plan
-from ..planning.request import asked_by
 from ..verify import thresholds
 from ..verify.report import write
-from ..writing.fingerprint import check_unchanged, of_folder
 from ..writing.journal import kept_statistics
 from . import hub, inputs
 from .config import ExportConfig
+from .inputs import asked_by
 from .plan_command import planned
 
 

@@ -4,8 +4,8 @@ The training process stops for as long as it takes to encode the model and to co
 (`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
 its own (`async_writer.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives
 the training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept
-for the next export, mapped, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of what is in
-memory.
+for the next export, mapped, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of
+what is in memory.
 """
 
 import os
@@ -27,17 +27,19 @@ from ..common.host_memory import available
 from ..common.text import readable
 from ..distributed import collectives
 from ..distributed.collectives import together
+from ..distributed.topology import SILENCE, Topology
 from ..mcore import parallel_state
-from ..mcore.parallel_state import SILENCE, Topology
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
+from ..planning.request import requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
 from ..writing.publish import Place
-from ..writing.writer import CheckpointWriter, check_apart, check_empty, check_target
+from ..writing.target import check_apart, check_empty, check_target
+from ..writing.writer import CheckpointWriter
 from .async_writer import Job
 from .encode_stream import Stream, Work
-from .prepare import planned, requested, surveyed
+from .prepare import planned, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
 

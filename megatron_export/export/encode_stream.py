@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ..calibration.lookup import measured
 from ..common.piece import Piece
-from ..distributed import collectives
-from ..distributed.collectives import Parcel, together
-from ..mcore.parallel_state import Topology
-from ..planning.parameter import Item, Measured, Output
+from ..distributed.collectives import together
+from ..distributed.topology import Topology
+from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
+from ..planning.tensor_spec import Output
+from . import transport
+from .transport import Parcel
 
 Take = Callable[[Iterator[tuple[Output, Tensor]]], None]
 
@@ -57,7 +59,7 @@ class Stream:
             parcel = self._encoded(bucket, last)
             if last:
                 yield last[0]
-            self.sent += collectives.deliver(self.here, parcel)
+            self.sent += transport.deliver(self.here, parcel)
             last = bucket, parcel
         if last:
             with together(self.here, "write"):
@@ -66,7 +68,7 @@ class Stream:
 
     def _pass_on(self, last: tuple[Bucket, Parcel] | None) -> None:
         if last and last[0].writer == self.here.rank:
-            self.take(collectives.open_at_writer(*last))
+            self.take(transport.open_at_writer(*last))
 
     def _encoded(self, bucket: Bucket, last: tuple[Bucket, Parcel] | None) -> Parcel:
         """A bucket's parcel, ready to travel; on the way, the last one is taken."""
@@ -81,12 +83,11 @@ class Stream:
                 return self._quantized(bucket, split)
             firsts = [item for item in split.mine.values() if item.gather_first]
             parcels = {
-                i.source.canonical: collectives.parcel_to_first(here, i, split.parts[i.source.canonical])
-                for i in firsts
+                i.source.canonical: transport.parcel_to_first(here, i, split.parts[i.source.canonical]) for i in firsts
             }
-        self.sent += sum(collectives.deliver(here, parcel) for parcel in parcels.values())
+        self.sent += sum(transport.deliver(here, parcel) for parcel in parcels.values())
         with together(here, "join shards", tensor=tensor) as at:
-            whole = {name: collectives.open_first(here, split.mine[name], parcel) for name, parcel in parcels.items()}
+            whole = {name: transport.open_first(here, split.mine[name], parcel) for name, parcel in parcels.items()}
             parts = {name: found for name, found in (split.parts | whole).items() if found is not None}
             at("quantize")
             return self._quantized(bucket, _Split(split.mine, split.numbers, parts))
@@ -110,4 +111,4 @@ class Stream:
             for name, item in split.mine.items()
             if name in split.parts
         }
-        return collectives.parcel_to_writer(here, bucket, encoded)
+        return transport.parcel_to_writer(here, bucket, encoded)

@@ -29,13 +29,14 @@ import torch
 from ..common.piece import Axis
 from ..common.prefetch import AHEAD_BYTES
 from ..common.prefetch import THREADS as READERS
-from ..formats.form import strip_elements
+from ..common.strips import strip_elements
 from ..models import Source, is_expert, is_linear_weight
 from ..models.hf_config import text_of
 from ..models.layouts import QKV, Identity
-from ..planning.parameter import Item, Output
+from ..planning.parameter import Item
 from ..planning.plan import Held, Plan
 from ..planning.rank_placement import Grid
+from ..planning.tensor_spec import Output
 from ..writing.device_to_disk import CHUNK as CONVEYED
 from ..writing.device_to_disk import SLOTS
 from ..writing.read_back import BUFFERS, CHUNK, THREADS

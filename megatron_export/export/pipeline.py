@@ -20,22 +20,24 @@ from ..common.errors import report
 from ..common.progress import Progress, quiet
 from ..distributed import collectives
 from ..distributed.collectives import together
+from ..distributed.topology import SILENCE, Topology
 from ..formats import Options
 from ..mcore import parallel_state
-from ..mcore.parallel_state import SILENCE, Topology
 from ..models import copied_prefixes
 from ..planning.contents import contents_of
 from ..planning.engine_check import refusals
 from ..planning.plan import Plan
+from ..planning.request import Request
 from ..planning.shard_files import Bucket
 from ..writing import manifest
 from ..writing.journal import Checks
 from ..writing.publish import Place, opened, publish
 from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
-from ..writing.writer import CheckpointWriter, check_apart, check_target
+from ..writing.target import check_apart, check_target
+from ..writing.writer import CheckpointWriter
 from .encode_stream import Stream, Work
-from .prepare import Request, planned, surveyed
+from .prepare import planned, surveyed
 
 
 @dataclass(frozen=True)

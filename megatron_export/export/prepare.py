@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,49 +11,24 @@ from torch import Tensor, nn
 from ..calibration.lookup import check_calibration
 from ..calibration.modelopt.recipe import check_blocks, settled, told
 from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import Original
+from ..checkpoint.hf_folder import Original, of_folder
 from ..checkpoint.hf_weights import copied_tensors
 from ..checkpoint.torch_dist import Checkpoint, CheckpointShards
 from ..common.errors import ExportError, report
 from ..distributed import collectives
 from ..distributed.collectives import together
-from ..formats import Options
+from ..distributed.topology import Topology
 from ..mcore.config_check import contradictions
 from ..mcore.lora_merge import adapted
 from ..mcore.model import finish_gathering, shards_of
-from ..mcore.parallel_state import Topology
 from ..models import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
 from ..planning.plan import Plan
-from ..planning.request import Asked
+from ..planning.request import Asked, Request
 from ..planning.shard_files import Writers
-from ..writing.fingerprint import of_folder, of_settings, of_statistics
+from ..writing.fingerprint import of_settings, of_statistics
+from . import transport
 from .encode_stream import Work
 from .weight_amax import survey
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of an export; `export_hf_checkpoint` says what each field means."""
-
-    hf_model: str | Path
-    format: str | None = None
-    calibration: dict[str, Tensor] | None = None
-    kv_cache: str | None = None
-    options: Options = Options()
-    exclude: tuple[str, ...] = ()
-    mtp: str = "keep"
-    quantize_mla: bool = False
-    max_shard_size: str | int = "5GB"
-    writers: str = "rank0"
-    bucket_bytes: int | None = None
-    merge_lora: bool = False
-
-
-def requested(settings: dict[str, Any], **more: Any) -> Request:
-    """The request that arguments of `export_hf_checkpoint` make."""
-    options = {name: value for name, value in settings.items() if name in Options.__dataclass_fields__}
-    rest = {name: value for name, value in settings.items() if name not in options}
-    return Request(**rest, options=Options(**options), **more)
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,7 @@ def planned(
     else:
         finish_gathering(model)
         asked = settled(here, model, config, asked)
-        held = collectives.locate(here, shards)
+        held = transport.locate(here, shards)
         shards = adapted(here, model, shards, request.merge_lora)
     nodes = collectives.nodes(here)
     original = Original(folder, files, config)

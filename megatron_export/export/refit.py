@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import ExportError
-from ..distributed import collectives
+from ..distributed.topology import SILENCE
 from ..mcore import parallel_state
-from ..mcore.parallel_state import SILENCE
-from ..planning.parameter import Output
+from ..planning.request import requested
 from ..planning.shard_files import BUCKET_BYTES
+from ..planning.tensor_spec import Output
+from . import transport
 from .encode_stream import Stream
-from .prepare import Planned, planned, renewed, requested, surveyed
+from .prepare import Planned, planned, renewed, surveyed
 
 
 def plan_hf_tensors(
@@ -56,7 +57,7 @@ def iter_hf_tensors(
         slices: dict[str, list[tuple[Output, Tensor]]] = {}
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
-            tensors = collectives.to_all(here, bucket, taken) if everywhere else list(taken)
+            tensors = transport.to_all(here, bucket, taken) if everywhere else list(taken)
             taken.clear()
             for output, tensor in tensors:
                 if not output.count:

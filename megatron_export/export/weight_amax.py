@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..calibration.lookup import measured
-from ..calibration.statistics import weight_key
 from ..common.errors import report
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
-from ..mcore.parallel_state import Topology
+from ..distributed.topology import Topology
 from ..models import is_expert
+from ..models.statistic_names import weight_key
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import added, checksum, of_settings

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.piece import Amax, Axis, Piece, join
+from ..common.strips import row_strips
 from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
-from .form import Form, Options, Smoothing, row_strips
+from .form import Form, Options, Smoothing
 
 __all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode"]
 

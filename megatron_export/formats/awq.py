@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..common.strips import row_strips
 from . import cuda_kernels, int4, nvfp4
-from .form import row_strips
 
 ALPHAS = tuple(torch.arange(0, 1.1, 0.1).tolist())  # 0 to 1 in float32 steps
 _TINY = torch.finfo(torch.float32).tiny

@@ -25,11 +25,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ..common.errors import report
+from ..distributed.topology import Topology
 from ..models import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import without_cuda
 from .model import ACTIVATIONS
-from .parallel_state import Topology
 
 
 def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.hf_weights import SourceWeights, expected_shapes, part_shapes
+from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import report
 from ..common.piece import Axis
 from ..common.prefetch import in_order
+from ..distributed.topology import Cut, Topology
 from ..models import Source, copied_prefixes, is_expert, parameters_of
 from ..models.layouts import even_cut
+from ..models.registry import expected_shapes, part_shapes
 from .model import copies_of, shards_of
-from .parallel_state import Cut, Topology
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 

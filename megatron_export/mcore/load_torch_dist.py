@@ -6,9 +6,9 @@ from torch import nn
 
 from ..checkpoint.torch_dist import Checkpoint
 from ..common.errors import ExportError
+from ..distributed.topology import Topology
 from ..models import is_expert
 from .model import copies_of, shards_of
-from .parallel_state import Topology
 
 
 def load_checkpoint(

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..common.errors import ExportError, report
 from ..distributed.collectives import everyone, together, whole
+from ..distributed.topology import Topology
 from ..models import is_expert
 from ..models.lora import Adapter, merged, misfits
 from .addons import adapters_of, is_quantized
-from .parallel_state import Topology
 
 
 def adapted(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats.form import row_strips
+from ..common.strips import row_strips
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ COPIED    what the names of tensors begin with that Megatron's model does not ha
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
@@ -21,12 +22,7 @@ from ..common.safe_files import shown
 from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
 from .hf_config import ModelShape, architecture_name, shape_of, text_of
 from .layouts import Layout, even_cut
-from .megatron_parameters import (
-    EITHER,
-    FLOAT32,
-    PADDED,
-    PARAMETERS,
-)
+from .megatron_parameters import EITHER, FLOAT32, PADDED, PARAMETERS
 from .rules import Rule
 from .transformer_config import transformer_settings
 
@@ -228,3 +224,24 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
         dtype=torch.float32 if name.rpartition(".")[2] in FLOAT32 else torch.bfloat16,
         stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
     )
+
+
+def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    names = source.names()
+    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+
+
+def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    names, shapes = source.names(), part_shapes(source)
+    if source.stack is None:
+        first = next(iter(shapes.values()))
+        return {names[part]: shapes.get(part, first) for part in names}
+    out, *inputs = next(iter(shapes.values()))
+    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}

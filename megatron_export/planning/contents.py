@@ -3,9 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from .parameter import Output
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
+from .tensor_spec import Output
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,6 @@ def contents_of(plan: Plan) -> Contents:
         quantized=plan.quantized,
         jsons={"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {}),
     )
+
+
+MANIFEST = "export_manifest.json"

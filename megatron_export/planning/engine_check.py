@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint.hf_weights import expected_shapes
 from ..common.errors import ExportError
 from ..common.safe_files import INDEX, headers, inside, read_index, read_json
 from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
 from ..models import ARCHITECTURES, copied_prefixes, parameters_of
 from ..models.hf_config import architecture_name
+from ..models.registry import expected_shapes
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from ..formats import Form
 from ..models import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
-from .parameter import Output
+from .tensor_spec import Output
 
 _STACKED = {  # architecture -> the formats in which experts are written stacked in one tensor, as HF has them; others in bf16 alone
     "Llama4ForConditionalGeneration": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),

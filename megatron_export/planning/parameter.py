@@ -6,7 +6,6 @@ what each rank sends and what comes out.
 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from math import prod
 from types import ModuleType
 
 import torch
@@ -17,31 +16,9 @@ from ..common.piece import Amax, Axis, Piece, join
 from ..formats import Form
 from ..models import Source
 from ..models.layouts import Layout, even_cut, stacked
+from .tensor_spec import Output
 
 SCALAR = torch.empty((), device="meta")
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor of the checkpoint, or of a message between ranks; or slice `index` of the `count` that make one, along a
-    dim before its own.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    axes: tuple[Axis | None, ...] = ()
-    index: int = 0
-    count: int = 0
-
-    @cached_property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def whole(self) -> "Output":
-        """The tensor of the checkpoint that this one is, or is a slice of."""
-        return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)
 
 
 @dataclass(frozen=True)

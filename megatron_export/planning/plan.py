@@ -14,9 +14,10 @@ from ..formats import Form, Options, chosen, chosen_kv
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
-from .parameter import Item, Output, Smoothed
+from .parameter import Item, Smoothed
 from .rank_placement import PAD_VOCAB_TO, grid_of
 from .shard_files import Bucket, Writers, buckets_of, files_of, writers_of
+from .tensor_spec import Output
 
 
 @dataclass(frozen=True)

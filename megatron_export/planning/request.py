@@ -1,11 +1,11 @@
 """What an export is asked for, as far as a model that ModelOpt quantized may say it itself; and the plan of that."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..cli.config import ExportConfig
 from ..common.text import parse_size
 from ..formats import Options
 from .plan import Held, Plan, make_plan
@@ -47,13 +47,26 @@ class Asked:
         )
 
 
-def asked_by(config: ExportConfig) -> Asked:
-    """What the command was asked for; of statistics, only whether a file of them was given."""
-    return Asked(
-        config.format,
-        config.kv_cache,
-        Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
-        {} if config.load_calibration else None,
-        config.exclude,
-        config.quantize_mla,
-    )
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an export; `export_hf_checkpoint` says what each field means."""
+
+    hf_model: str | Path
+    format: str | None = None
+    calibration: dict[str, Tensor] | None = None
+    kv_cache: str | None = None
+    options: Options = Options()
+    exclude: tuple[str, ...] = ()
+    mtp: str = "keep"
+    quantize_mla: bool = False
+    max_shard_size: str | int = "5GB"
+    writers: str = "rank0"
+    bucket_bytes: int | None = None
+    merge_lora: bool = False
+
+
+def requested(settings: dict[str, Any], **more: Any) -> Request:
+    """The request that arguments of `export_hf_checkpoint` make."""
+    options = {name: value for name, value in settings.items() if name in Options.__dataclass_fields__}
+    rest = {name: value for name, value in settings.items() if name not in options}
+    return Request(**rest, options=Options(**options), **more)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..common.errors import ExportError
-from .parameter import Item, Output
+from .parameter import Item
+from .tensor_spec import Output
 
 BUCKET_BYTES = 64 << 20
 LANES = 8

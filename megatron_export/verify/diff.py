@@ -15,8 +15,8 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Piece
 from ..common.progress import Progress, quiet
+from ..common.strips import STRIP_ELEMENTS
 from ..formats import chosen
-from ..formats.form import STRIP_ELEMENTS
 from .detect_format import FORMATS, Described, described, module_of
 from .folder import Finished, json_of
 from .snr import decibels

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.safe_files import INDEX, opened, read_index, read_json
-from ..formats.form import STRIP_ELEMENTS
+from ..common.strips import STRIP_ELEMENTS
 
 DTYPES = {
     "BF16": torch.bfloat16,

@@ -17,9 +17,9 @@ from ..common.errors import ExportError
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
 from ..models import is_linear_weight, parameters_of
+from ..planning.contents import MANIFEST
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.writer import MANIFEST
 from .detect_format import Described, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from ..planning.parameter import Output
+from ..planning.tensor_spec import Output
 
 CHUNK = 16 << 20
 SLOTS = 16

@@ -5,13 +5,10 @@ are looked at in parts.
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from ..common.errors import ExportError
 
 _WORD = 4  # bfloat16 numbers in 64 bits
 _MASK = (1 << 64) - 1
@@ -55,19 +52,6 @@ def added(checksums: Iterable[int]) -> int:
     return sum(checksums) & _MASK
 
 
-def of_folder(folder: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and times of the last change of the files in a folder, by name."""
-    found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
-    return {name: (state.st_size, state.st_mtime_ns) for name, state in found}
-
-
-def check_unchanged(folder: Path, before: dict[str, tuple[int, int]]) -> None:
-    """Raise if a file of the original model is not what it was before."""
-    now = of_folder(folder)
-    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-        raise ExportError(f"{folder / changed[0]} changed while it was exported. Start again when nobody writes there")
-
-
 def of_settings(settings: object) -> str:
     """sha256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -80,45 +64,3 @@ def of_statistics(statistics: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def joined_crc32(parts: Iterable[tuple[int, int]]) -> int:
-    """The crc32 of bytes from those of their parts, in order: pairs of a part's crc32 and its length.
-
-    A crc is linear: as many zero bytes as follow a part multiply it, as a polynomial over GF(2), by a fixed matrix. Source: zlib.
-    """
-    whole = 0
-    for crc, length in parts:
-        whole = _times(_zeros(length), whole) ^ crc
-    return whole
-
-
-_Matrix = tuple[int, ...]  # 32 columns of 32 bits
-
-
-def _times(matrix: _Matrix, vector: int) -> int:
-    product = 0
-    for column in matrix:
-        if vector & 1:
-            product ^= column
-        vector >>= 1
-    return product
-
-
-@cache
-def _zeros(length: int) -> _Matrix:
-    """What `length` zero bytes do to a crc32."""
-    if length == 0:
-        return tuple(1 << bit for bit in range(32))
-    if length == 1:
-        return _squared(_squared(_squared((0xEDB88320, *(1 << bit for bit in range(31))))))
-    half = _squared(_zeros(length // 2))
-    return _product(_zeros(1), half) if length % 2 else half
-
-
-def _squared(matrix: _Matrix) -> _Matrix:
-    return _product(matrix, matrix)
-
-
-def _product(one: _Matrix, other: _Matrix) -> _Matrix:
-    return tuple(_times(one, column) for column in other)

@@ -11,10 +11,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..planning.contents import Contents
+from ..planning.contents import MANIFEST, Contents
 from .read_back import Verified
 from .safetensors_file import DTYPES
-from .writer import MANIFEST
 
 KIND = "megatron_export manifest 1"
 _PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import Original
+from ..checkpoint.hf_folder import Original, check_unchanged
 from ..distributed.signals import heed
-from ..planning.contents import Contents
+from ..planning.contents import MANIFEST, Contents
 from . import manifest
-from .fingerprint import check_unchanged, of_settings
+from .fingerprint import of_settings
 from .journal import naming
 from .read_back import Verified, judged
 from .staging import Staging
-from .writer import MANIFEST, check_empty, complete, write_json
+from .target import check_empty
+from .writer import complete, write_json
 
 
 @dataclass(frozen=True)

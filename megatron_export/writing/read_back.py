@@ -26,9 +26,9 @@ import torch
 from ..common.errors import report
 from ..common.progress import Progress, quiet
 from ..planning.contents import Contents
-from ..planning.parameter import Output
 from ..planning.shard_files import LANES
-from .fingerprint import joined_crc32
+from ..planning.tensor_spec import Output
+from .crc32 import joined_crc32
 from .journal import Checks
 from .safetensors_file import header_of
 from .staging import Staging

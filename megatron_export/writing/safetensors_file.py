@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..planning.parameter import Output
+from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
-from .fingerprint import joined_crc32
+from .crc32 import joined_crc32
 from .journal import Checks
 
 DTYPES = {

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.distributed import collectives
 from megatron_export.distributed.collectives import whole
+from megatron_export.distributed.topology import Topology
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.load_hf import load_hf_weights
-from megatron_export.mcore.parallel_state import Topology, current, started
+from megatron_export.mcore.parallel_state import current, started
 
 from ..models import LENGTH, assert_same, make_model, read_json, tensors
 from ..ranks import Ranks

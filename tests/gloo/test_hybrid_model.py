@@ -16,11 +16,11 @@ from torch import nn
 
 from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.common.errors import ExportError
+from megatron_export.distributed.topology import Topology
 from megatron_export.mcore import parallel_state as topology
 from megatron_export.mcore.build import _settings
 from megatron_export.mcore.cpu_compat import without_cuda
 from megatron_export.mcore.load_hf import load_hf_weights
-from megatron_export.mcore.parallel_state import Topology
 
 from ..models import LENGTH, assert_same, read_json, tensors
 from ..ranks import Ranks

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export.distributed.topology import Topology
 from megatron_export.mcore import parallel_state as topology
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.cpu_compat import without_cuda
 from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.model import linear_input, shards_of
-from megatron_export.mcore.parallel_state import Topology
 
 from ..models import EXAMPLE, LENGTH, assert_same, read_json, same, tensors
 from ..ranks import Ranks

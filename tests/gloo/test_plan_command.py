@@ -17,8 +17,7 @@ from megatron_export.calibration import statistics
 from megatron_export.cli import export_command
 from megatron_export.cli.config import ExportConfig
 from megatron_export.cli.plan_command import previewed
-from megatron_export.distributed import collectives
-from megatron_export.export import memory_forecast
+from megatron_export.export import memory_forecast, transport
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.model import chunks_of, shards_of
@@ -61,7 +60,7 @@ def places(config: dict, sizes: dict) -> tuple[dict[str, Held], int]:
         nbytes = sum(p.nbytes for chunk in chunks_of(model) for p in chunk.parameters())
         known = {shard.data_ptr() for chunk in chunks_of(model) for shard in chunk.parameters()}
         nbytes += sum(shard.nbytes for shard in shards_of(model).values() if shard.data_ptr() not in known)
-        return collectives.locate(here, shards_of(model)), nbytes
+        return transport.locate(here, shards_of(model)), nbytes
 
 
 @pytest.mark.parametrize(("name", "changes", "world", "sizes"), PLACES, ids=str)
@@ -90,9 +89,9 @@ def test_a_layout_means_what_megatron_means_by_it(layout: str) -> None:
 def wire(config: dict, source: Path, out: Path, sizes: dict, form: str) -> tuple[int, int]:
     """In a rank: the bytes that it sends to rank 0 in an export, and those that it sends elsewhere before."""
     sent = {True: 0, False: 0}
-    make_first, make_last = collectives.parcel_to_first, collectives.parcel_to_writer
+    make_first, make_last = transport.parcel_to_first, transport.parcel_to_writer
 
-    def counted(last: bool, parcel: collectives.Parcel, rank: int) -> collectives.Parcel:
+    def counted(last: bool, parcel: transport.Parcel, rank: int) -> transport.Parcel:
         sent[last] += parcel.mine.nbytes if parcel.mine is not None and parcel.to != rank else 0
         return parcel
 
@@ -102,8 +101,8 @@ def wire(config: dict, source: Path, out: Path, sizes: dict, form: str) -> tuple
             model = build_model(config, here, max_sequence_length=1, initialize=True)
             rank = here.rank
         with (
-            mock.patch.object(collectives, "parcel_to_first", lambda *given: counted(False, make_first(*given), rank)),
-            mock.patch.object(collectives, "parcel_to_writer", lambda *given: counted(True, make_last(*given), rank)),
+            mock.patch.object(transport, "parcel_to_first", lambda *given: counted(False, make_first(*given), rank)),
+            mock.patch.object(transport, "parcel_to_writer", lambda *given: counted(True, make_last(*given), rank)),
         ):
             export_hf_checkpoint(model, out, hf_model=source, format=form, max_shard_size="100KB")
     return sent[True], sent[False]

@@ -15,16 +15,16 @@ from megatron_export.calibration.amax import Maxima
 from megatron_export.calibration.awq_clip import Clips
 from megatron_export.calibration.awq_search import Alphas
 from megatron_export.calibration.hooks import watching
-from megatron_export.calibration.statistics import channels
 from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax, Axis
+from megatron_export.distributed.topology import Topology
 from megatron_export.formats import int4, nvfp4
 from megatron_export.formats.awq import ALPHAS, SEARCHES, SHARED
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.mcore import parallel_state
-from megatron_export.mcore.parallel_state import Topology
 from megatron_export.models import cut_of
 from megatron_export.models.layouts import QKV, Identity, Layout, Split
+from megatron_export.models.statistic_names import channels
 
 from ..models import GOLDEN, assert_same, same
 from ..ranks import Ranks

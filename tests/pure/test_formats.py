@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_export import formats
+from megatron_export.common import strips as strips
 from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax, Axis, Piece, join
 from megatron_export.formats import FORMATS, KV_FORMATS, Form, Options, chosen, chosen_kv, int4, nvfp4
-from megatron_export.formats import form as forms
 from megatron_export.formats.awq import SEARCHES, importance, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.formats.packing import pack, unpack
@@ -66,12 +66,12 @@ def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     weight = weight_of(300, 256)
     amax = amax_of(weight, clips_of(name, weight))
     whole = ALL[name].encode(weight, amax)
-    monkeypatch.setattr(forms, "STRIP_ELEMENTS", 1)  # strips of one tile of rows, the least there can be
-    assert len(list(forms.row_strips(weight, ALL[name].tile[0]))) == -(-300 // ALL[name].tile[0])
-    strips = formats.encode(ALL[name], weight, amax)
-    assert sorted(strips) == sorted(whole)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1)  # strips of one tile of rows, the least there can be
+    assert len(list(strips.row_strips(weight, ALL[name].tile[0]))) == -(-300 // ALL[name].tile[0])
+    encoded = formats.encode(ALL[name], weight, amax)
+    assert sorted(encoded) == sorted(whole)
     for suffix, piece in whole.items():
-        assert same(strips[suffix].data, piece.data), suffix
+        assert same(encoded[suffix].data, piece.data), suffix
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -80,8 +80,8 @@ def test_strips_change_nothing_in_a_search(search: str, monkeypatch: pytest.Monk
     factors = weight_of(1, 256)[0].abs() + 0.5
     amax = (weight * factors).abs().amax().float()
     whole, sums = how.rounded(weight * factors, amax), importance(weight, how.group)
-    monkeypatch.setattr(forms, "STRIP_ELEMENTS", 1024)
-    assert len(list(forms.row_strips(weight, 1))) == 25
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1024)
+    assert len(list(strips.row_strips(weight, 1))) == 25
     assert same(rounded(how, weight, factors, amax), whole)
     assert same(importance(weight, how.group), sums)
 

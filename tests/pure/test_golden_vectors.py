@@ -12,9 +12,9 @@ from megatron_export.calibration.amax import Maxima
 from megatron_export.calibration.awq_search import Alphas
 from megatron_export.common.piece import Amax
 from megatron_export.distributed.heartbeat import Pulse
+from megatron_export.distributed.topology import Cut, Topology
 from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.awq import ALPHAS, SEARCHES, factors, importance
-from megatron_export.mcore.parallel_state import Cut, Topology
 
 from ..models import GOLDEN, same
 

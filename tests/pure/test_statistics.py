@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_export.calibration.lookup import check_calibration, measured
-from megatron_export.calibration.statistics import KIND, channels, hf_keys, kv_keys, load, save, sizes_of
+from megatron_export.calibration.statistics import KIND, hf_keys, load, save, sizes_of
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import Options
 from megatron_export.formats.awq import SEARCHES, SHARED
 from megatron_export.models import Source, is_linear_weight, makes_keys, parameters_of, reads_heads
+from megatron_export.models.statistic_names import channels, kv_keys
 from megatron_export.planning.parameter import Item
 from megatron_export.planning.plan import Plan, assumed, make_plan
 

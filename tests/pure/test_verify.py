@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_export.common.errors import ExportError
-from megatron_export.planning.contents import contents_of
+from megatron_export.planning.contents import MANIFEST, contents_of
 from megatron_export.planning.plan import Plan, assumed, make_plan
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
 from megatron_export.writing.read_back import Verified, verify
 from megatron_export.writing.safetensors_file import header_of
-from megatron_export.writing.writer import MANIFEST, complete, write_json
+from megatron_export.writing.writer import complete, write_json
 
 from ..models import EXAMPLE, read_json
 from .test_writer import exporting

@@ -12,10 +12,11 @@ from safetensors import safe_open
 
 from megatron_export.common.errors import ExportError
 from megatron_export.planning.contents import contents_of
-from megatron_export.planning.parameter import Output
 from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.tensor_spec import Output
 from megatron_export.writing.staging import Staging
-from megatron_export.writing.writer import CheckpointWriter, check_target, complete
+from megatron_export.writing.target import check_target
+from megatron_export.writing.writer import CheckpointWriter, complete
 
 from ..models import EXAMPLE, assert_same, read_json, same, tensors
 

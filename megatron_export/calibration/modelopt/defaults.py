@@ -2,8 +2,9 @@
 
 from math import prod
 
+from ...checkpoint.torch_dist_addons import Attributes
 from ...common.errors import report
-from .quantizers import Attributes, Quantizers, by_module
+from .quantizers import Quantizers, by_module
 
 _E4M3: Attributes = {"_num_bits": (4, 3)}
 _NVFP4: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import ExportError, report
 from ...models import is_expert, pooled, vector_home
-from ..statistics import input_key, weight_key
+from ...models.statistic_names import input_key, weight_key
 
-Attributes = dict[str, Any]
 Quantizers = dict[str, Attributes]
 
 _E4M3 = "e4m3"
@@ -235,12 +235,6 @@ def _is_on(value: object) -> bool:
     if isinstance(value, Tensor):
         return True
     return bool(value.get("enable") if isinstance(value, dict) else getattr(value, "enable", value))
-
-
-def has_blocks(attributes: Attributes) -> bool:
-    """Whether a quantizer keeps an amax for every block, and not one for all."""
-    blocks = attributes.get("_block_sizes") or {}
-    return bool(blocks) and blocks.get("type", "static") == "static"
 
 
 def _amax(attributes: Attributes) -> float | None:

@@ -11,10 +11,10 @@ from ...checkpoint.torch_dist import Checkpoint
 from ...common.errors import ExportError, report
 from ...common.piece import Axis
 from ...distributed.collectives import everyone, maximum, spread, together, whole
+from ...distributed.topology import Topology
 from ...formats import Options
 from ...mcore.addons import quantizers_of
 from ...mcore.model import weights_of
-from ...mcore.parallel_state import Topology
 from ...models import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
 from ...planning.request import Asked
 from .defaults import supposed

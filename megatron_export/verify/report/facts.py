@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...planning.contents import MANIFEST
 from ...planning.engine_check import of_plan, verdicts
 from ...planning.plan import Plan
 from ...writing.manifest import said_of
-from ...writing.writer import MANIFEST
 from ..emulation import bits_per_weight
 from ..judge import Judgement
 from ..perplexity import Score

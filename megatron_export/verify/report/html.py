@@ -8,8 +8,7 @@ from html import escape
 from statistics import median
 
 from ... import __version__
-from ...cli.plan_command import some
-from ...common.text import readable
+from ...common.text import readable, some
 from ..snr import BINS, Likeness
 from ..thresholds import HEADS, worst
 from . import charts, heatmaps

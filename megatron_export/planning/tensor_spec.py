@@ -1,0 +1,32 @@
+"""Name, dtype and shape of one tensor of a checkpoint, or of a message between ranks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from ..common.piece import Axis
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the checkpoint, or of a message between ranks; or slice `index` of the `count` that make one, along a
+    dim before its own.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axes: tuple[Axis | None, ...] = ()
+    index: int = 0
+    count: int = 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def whole(self) -> "Output":
+        """The tensor of the checkpoint that this one is, or is a slice of."""
+        return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)

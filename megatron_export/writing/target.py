@@ -1,0 +1,57 @@
+"""Whether a folder can be exported into: it is free, on one file system, large enough, and not the original."""
+
+import os
+import shutil
+from pathlib import Path
+
+from ..common.errors import ExportError
+from ..planning.contents import MANIFEST
+from ..planning.plan import Plan
+from .journal import partial_of
+
+SPARE_BYTES = 64 << 20
+
+
+def check_empty(export_dir: Path, *, overwrite: bool) -> None:
+    """Refuse a target that is taken."""
+    if export_dir.is_file():
+        raise ExportError(f"{export_dir} is a file; give a folder")
+    if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
+        raise ExportError(f"{export_dir} is not empty. Give another --output, or --overwrite to replace it when done")
+
+
+def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse, before any work, a target that is taken, cannot be replaced by a rename, or has too small a disk.
+
+    One that an export completed may be what `resume` is to go on with; that is seen later.
+    """
+    if not (resume and (export_dir / MANIFEST).is_file()):
+        check_empty(export_dir, overwrite=overwrite)
+    if os.path.ismount(export_dir):
+        raise ExportError(f"{export_dir} is a mount point, which cannot be replaced in one step; give a folder in it")
+    parent = _existing(export_dir.parent)
+    if not parent.is_dir():
+        raise ExportError(f"{export_dir}: {parent} is a file, so no folder can be made in it. Give another --output")
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"{parent} is not writable. Give another --output")
+    free = shutil.disk_usage(parent).free
+    kept = partial_of(export_dir)  # is gone on with, or removed
+    free += sum(path.stat().st_blocks * 512 for path in kept.iterdir()) if kept.is_dir() else 0
+    if free < plan.nbytes + SPARE_BYTES:
+        raise ExportError(
+            f"{export_dir}: the checkpoint takes {plan.nbytes:,} bytes, but its disk has {free:,} free. Make room for "
+            f"{plan.nbytes + SPARE_BYTES - free:,} more, or give an --output on another disk"
+        )
+
+
+def check_apart(export_dir: Path, *inputs: Path) -> None:
+    """Refuse a target that is, or holds, something that the export needs: replacing it would delete that."""
+    for path in inputs:
+        if path.resolve().is_relative_to(export_dir.resolve()):
+            raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
