@@ -1,13 +1,14 @@
-"""Fixtures shared by all tests: the ranks, and one small checkpoint per architecture."""
+"""Fixtures shared by all tests: the ranks, one small checkpoint per architecture, and one to damage."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from .models import ARCHITECTURES, make_model
-from .ranks import Ranks, living
+from .support.models import ARCHITECTURES, make_model
+from .support.ranks import Ranks, living
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,20 @@ def ranks(pool: list[Ranks]) -> Ranks:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name -> folder of a small checkpoint; the token ids to calibrate with are in ../ids/calibration.safetensors."""
     return {name: make_model(tmp_path_factory.mktemp("models"), name) for name in ARCHITECTURES}
+
+
+@pytest.fixture
+def source(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A model of the test's own, to damage; its calibration data is beside it."""
+    shutil.copytree(models["llama31"].parent, tmp_path / "models")
+    return tmp_path / "models" / "llama31"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A folder that does not exist, in one that is empty."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "out"
 
 
 @pytest.fixture

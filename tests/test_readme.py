@@ -9,7 +9,7 @@ from megatron_export.cli.config import ExportConfig, helps
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.models import ARCHITECTURES
 
-from .models import EXAMPLE
+from .support.models import EXAMPLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..ranks import Ranks
+from ..support.ranks import Ranks
 from . import product
 
 ROOT = Path(__file__).parents[2]

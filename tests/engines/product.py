@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..models import LENGTH, add_mtp, make_model, read_json
+from ..support.models import LENGTH, add_mtp, make_model, read_json
 
 _WIDE = {
     "vocab_size": 512,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..ranks import free_port
+from ..support.ranks import free_port
 
 if TYPE_CHECKING:
     import torch

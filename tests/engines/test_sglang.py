@@ -8,9 +8,7 @@ import pytest
 from megatron_export.engines import Verdict, judged
 from megatron_export.planning.engine_check import of_folder
 
-from ..ranks import Ranks, living
-from .asking import EVERY, exported, tried
-from .checkpoints import (
+from ..support.checkpoints import (
     DAMAGES,
     HEADERS,
     damaged,
@@ -21,6 +19,8 @@ from .checkpoints import (
     store_in_integers,
     written,
 )
+from ..support.ranks import Ranks, living
+from .asking import EVERY, exported, tried
 
 pytestmark = pytest.mark.sglang
 SOME = {

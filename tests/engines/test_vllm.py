@@ -16,9 +16,9 @@ from megatron_export.engines.exclude_lists import Names, Partly, full, vllm_exac
 from megatron_export.planning.engine_check import of_folder
 from megatron_export.verify.perplexity import of_window
 
-from ..ranks import Ranks, living
+from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
+from ..support.ranks import Ranks, living
 from .asking import EVERY, exported, tried
-from .checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
 from .product import MODELS
 
 pytestmark = pytest.mark.vllm

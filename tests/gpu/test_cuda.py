@@ -20,8 +20,19 @@ from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.mcore import load_hf
 from megatron_export.models import parameters_of
 
-from ..models import ARCHITECTURES, EXAMPLE, GOLDEN, LENGTH, SAMPLES, assert_same, make_model, read_json, same, tensors
-from ..pure.test_golden_vectors import alone
+from ..formats.test_golden_vectors import alone
+from ..support.models import (
+    ARCHITECTURES,
+    EXAMPLE,
+    GOLDEN,
+    LENGTH,
+    SAMPLES,
+    assert_same,
+    make_model,
+    read_json,
+    same,
+    tensors,
+)
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = {

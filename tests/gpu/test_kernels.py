@@ -12,8 +12,8 @@ from megatron_export import formats
 from megatron_export.common.piece import Amax
 from megatron_export.formats import Form, cuda_kernels, triton_kernels
 
-from ..kernel_cases import FORMS, cases, of, wrong
-from ..models import same
+from ..support.kernel_cases import FORMS, cases, of, wrong
+from ..support.models import same
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,9 +8,9 @@ from megatron_export.calibration.awq_search import Alphas
 from megatron_export.formats import awq, cuda_kernels
 from megatron_export.formats.awq import ALPHAS, SEARCHES, largest
 
-from ..kernel_cases import outputs, smoothings, wrongly_rounded
-from ..models import same
-from ..pure.test_golden_vectors import alone
+from ..formats.test_golden_vectors import alone
+from ..support.kernel_cases import outputs, smoothings, wrongly_rounded
+from ..support.models import same
 from .test_kernels import aside, behind
 
 

@@ -10,7 +10,7 @@ from megatron_export import calibrate
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
 
-from ..models import EXAMPLE, read_json
+from ..support.models import EXAMPLE, read_json
 
 CONFIG = read_json(EXAMPLE / "config.json") | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
 SEARCHES = 3  # of a linear at most: int4_g128, nvfp4, nvfp4_shared

@@ -1,0 +1,117 @@
+"""Bad flags and bad targets: every rank stops within seconds, rank 0 says what is wrong, and no file is touched."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..export.test_topologies import calibration_flags
+from ..support.ranks import Ranks
+from ..support.refusals import assert_says, fp8, occupy, refused
+
+USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
+    "format": (("--format", "int4"), ("--format", "'int4'", "'nvfp4_awq', 'int4_awq', 'w4a8_awq'")),
+    "KV cache": (("--kv-cache", "int8"), ("--kv-cache", "'int8'", "'none', 'fp8', 'nvfp4'")),
+    "group": (("--group-size", 32), ("--group-size", "32", "128, 64")),
+    "spelling": (("--fp8-pb-spelling", "deepseek"), ("--fp8-pb-spelling", "'deepseek'", "'native', 'modelopt'")),
+    "device": (("--device", "tpu"), ("--device", "'tpu'", "'cuda', 'cpu'")),
+    "flag": (("--quantize", "all"), ("unrecognized arguments: --quantize all",)),
+    "no ranks": (("--tp", 0), ("--tp must be at least 1, not 0",)),
+    "not a number": (("--pp", "two"), ("--pp", "invalid int value: 'two'")),
+    "no samples": (("--calib-samples", 0), ("--calib-samples must be at least 1, not 0",)),
+    "size": (("--max-shard-size", "5XB"), ("'5XB' is not a size", "like 5GB")),
+    "target": (("--target", "vllm,tgi"), ("unknown engine 'tgi'. Known: vllm, sglang, tensorrt_llm",)),
+    "calibration of fp8_pb": (
+        ("--format", "fp8_pb", "--calib-data", "none.txt"),
+        ("--format fp8_pb needs no calibration", "--calib-data"),
+    ),
+    "calibration of bf16": (("--format", "bf16"), ("--format bf16 needs no calibration", "--calib-data")),
+    "two calibrations": (("--load-calibration", "x"), ("--load-calibration replaces", "--calib-data have no effect")),
+}
+
+
+@pytest.mark.parametrize("case", USAGES)
+def test_bad_usage_is_refused_with_status_2(
+    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    flags, words = USAGES[case]
+    assert_says(refused(ranks, tmp_path, *fp8(source, output), *flags, status=2), *words)
+
+
+def test_a_missing_output_is_refused_with_status_2(source: Path, ranks: Ranks, tmp_path: Path) -> None:
+    assert_says(refused(ranks, tmp_path, "--hf-model", source, status=2), "--output DIR is needed (or --dry-run)")
+
+
+FUSED = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+WITHOUT_EFFECT: dict[str, tuple[tuple, tuple[str, ...]]] = {
+    "KV cache of bf16": (
+        ("--format", "bf16", "--kv-cache", "fp8"),
+        ("--kv-cache fp8 with --format bf16", "vLLM refuses", "Export without it"),
+    ),
+    "exclude of bf16": (("--format", "bf16", "--exclude", "*"), ("--exclude has no effect with --format bf16",)),
+    "no module": (("--format", "fp8", "--exclude", "*.w9"), ("--exclude '*.w9' matches no module", f"like {FUSED[0]}")),
+    "q alone": (
+        ("--format", "fp8", "--exclude", FUSED[0]),
+        (f"--exclude must name all of {', '.join(FUSED)}", "engines fuse", f"{FUSED[1]}, {FUSED[2]} left out"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_settings_that_cannot_take_effect_are_refused(
+    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    flags, words = WITHOUT_EFFECT[case]
+    data = calibration_flags(source) if "bf16" not in flags else ()
+    said = refused(ranks, tmp_path, "--tp", 2, "--hf-model", source, "--output", output, *data, *flags)
+    assert_says(said, *words)
+
+
+TARGETS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...], tuple[str, ...]]] = {
+    "not empty": (
+        lambda source, output: occupy(output),
+        (),
+        ("{output} is not empty", "Give another --output, or --overwrite"),
+    ),
+    "a file": (
+        lambda source, output: output.write_text("mine"),
+        ("--overwrite",),
+        ("{output} is a file; give a folder",),
+    ),
+    "below a file": (
+        lambda source, output: output.parent.rmdir() or output.parent.write_text("mine"),
+        ("--overwrite",),
+        ("{output}: {output.parent} is a file", "Give another --output"),
+    ),
+    "a link to the source": (
+        lambda source, output: output.symlink_to(source),
+        ("--overwrite", "--hf-model", "{output}"),
+        ("{output} holds", "Give another --output"),
+    ),
+    "the source": (
+        lambda source, output: shutil.copytree(source, output),
+        ("--overwrite", "--hf-model", "{output}"),
+        ("{output} holds", "Give another --output"),
+    ),
+    "around the calibration data": (
+        lambda source, output: shutil.copytree(source, output),
+        ("--overwrite", "--calib-data", "{output}/data.txt"),
+        ("{output} holds {output}/data.txt", "Give another --output"),
+    ),
+    "around the source": (
+        lambda source, output: shutil.copytree(source, output / "original"),
+        ("--overwrite", "--hf-model", "{output}/original"),
+        ("{output} holds", "Give another --output"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_a_target_that_must_not_be_replaced_is_refused(
+    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    prepare, flags, words = TARGETS[case]
+    prepare(source, output)
+    said = refused(ranks, tmp_path, *fp8(source, output), *(flag.format(output=output) for flag in flags))
+    assert_says(said, *(word.format(output=output) for word in words))

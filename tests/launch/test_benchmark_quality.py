@@ -1,0 +1,207 @@
+"""`launch/benchmark.py quality` as its user sees it: one process without torchrun, a table, a reason when it refuses."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, nll_loss
+
+from ..support.models import EXAMPLE, read_json, tensors
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
+QUICK = ("--device", "cpu", "--windows", "2")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The exports of three formats, and what was printed; on one thread, so that tests beside it are not held up."""
+    folder = tmp_path_factory.mktemp("quality") / "exports"
+    flags = [*QUICK, "--formats", "bf16", "int4_awq", "nvfp4_awq", "--calib-samples", "4", "--calib-seq-len", "128"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "quality", *flags, "--output", folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module, so that its imports are not waited for again; one thread, as in `output`."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark", module)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quality(benchmark: ModuleType) -> ModuleType:
+    """The subcommand's own module."""
+    return sys.modules["bench.quality"]
+
+
+def run(benchmark: ModuleType, *flags: object) -> int:
+    return benchmark.main(["quality", *QUICK, *map(str, flags)])
+
+
+def rows_of(said: str) -> dict[str, dict[str, str]]:
+    """The table's rows by their first cell, each by column."""
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "|" in line]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_the_table_has_a_finite_row_for_every_format_and_for_what_the_search_is_worth(output: tuple[Path, str]) -> None:
+    rows = rows_of(output[1])
+    assert list(rows) == ["bf16", "int4_awq", "int4 without search", "nvfp4_awq", "nvfp4_awq, modelopt"]
+    for label, row in rows.items():
+        numbers = [float(row[name].replace(",", "")) for name in list(row)[1:5] + ["mean KL", "worst KL"]]
+        assert all(map(math.isfinite, numbers)), row
+        assert 4 < float(row["perplexity"]) < 10
+        assert (float(row["ratio"]) == 1) == (label == "bf16")
+        assert (float(row["mean KL"]) == 0) == (label == "bf16")
+        assert float(row["worst KL"]) >= float(row["mean KL"])
+    reference = rows.pop("bf16")
+    assert reference["bits per weight"] == "16.000"
+    assert (reference["change, nats per token"], reference["worst layer"]) == ("", "")
+    for row in rows.values():
+        change, error = (float(number) for number in row["change, nats per token"].split(" ± "))
+        assert math.isclose(math.exp(change), float(row["ratio"]), abs_tol=1e-4)
+        assert math.isclose(float(row["perplexity"]) / float(reference["perplexity"]), math.exp(change), rel_tol=1e-4)
+        assert 0 < error < 0.2
+        decibels, _, layer = row["worst layer"].partition(" dB in ")
+        assert 5 < float(decibels) < 40
+        assert 0 <= int(layer) < 4
+
+
+def test_losses_and_divergences_are_those_of_torch(quality: ModuleType) -> None:
+    """The divergence is of the first model's distribution from the other's: sum of p * (log p - log q)."""
+    score = quality.Score("other", EXAMPLE)
+    mine, theirs = torch.randn(2, 3, 7, 11).to(torch.bfloat16)
+    ids = torch.randint(0, 11, (3, 7))
+    quality.compare_tokens(score, mine, theirs, ids)
+    log_q, log_p = (logits[:, :-1].double().log_softmax(-1) for logits in (mine, theirs))
+    losses = nll_loss(log_q.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    torch.testing.assert_close(torch.stack(score.losses), losses, atol=1e-6, rtol=0)
+    divergences = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(torch.cat(score.divergences).double(), divergences.flatten(), atol=1e-6, rtol=0)
+
+
+def test_layers_are_compared_on_what_the_reference_gave_each_of_them(quality: ModuleType) -> None:
+    """Signals are 1 and 3 beside an input of 5; noises 0.1 and 0.03 beside them: 20 dB and 40 dB."""
+    score = quality.Score("other", EXAMPLE)
+    inputs = torch.full((2, 4), 5.0)
+    calls = [quality.Call((inputs,), {"add": add}, inputs + add) for add in (1.0, 3.0)]
+    wrong = [lambda inputs, add, by=by: inputs + add + by for by in (0.1, 0.03)]
+    model = SimpleNamespace(base_model=SimpleNamespace(layers=wrong))
+    for _ in range(2):
+        quality.compare_layers(score, model, calls)
+    assert [round(20 * math.log10(ratio), 2) for ratio in (score.signal / score.noise).sqrt().tolist()] == [20, 40]
+    assert quality.worst_layer(score) == "20.0 dB in 0"
+
+
+def test_the_search_changes_the_weights_and_only_its_absence_leaves_vectors_of_one(output: tuple[Path, str]) -> None:
+    searched, unsearched = (tensors(output[0] / name) for name in ("int4_awq", "int4_without_search"))
+    assert sorted(searched) == sorted(unsearched)
+    vectors = [name for name in searched if name.endswith("pre_quant_scale")]
+    assert len(vectors) == 8  # o_proj and down_proj of four layers
+    assert all((unsearched[name] == 1).all() for name in vectors)
+    assert any((searched[name] != 1).any() for name in vectors)
+    algorithms = [
+        read_json(output[0] / name / "hf_quant_config.json")["quantization"]["quant_algo"]
+        for name in ("nvfp4_awq", "nvfp4_awq_modelopt", "int4_without_search")
+    ]
+    assert algorithms == ["NVFP4", "NVFP4_AWQ", "W4A16_AWQ"]
+
+
+def test_given_checkpoints_are_scored_against_the_first_with_the_same_numbers(
+    output: tuple[Path, str], benchmark: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    folder, said = output
+    assert run(benchmark, folder / "bf16", folder / "int4_awq") == 0
+    exported, given = rows_of(said), rows_of(capsys.readouterr().out)
+    assert list(given) == [str(folder / "bf16"), str(folder / "int4_awq")]
+    for name in ("bf16", "int4_awq"):
+        assert given[str(folder / name)] | {"format": name} == exported[name]
+
+
+def test_the_table_is_written_between_the_marks_of_readme(
+    output: tuple[Path, str],
+    benchmark: ModuleType,
+    quality: ModuleType,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(quality, "README", readme)
+    readme.write_text("no marks")
+    flags = (output[0] / "int4_awq", "--write-readme")
+    assert run(benchmark, *flags) == 1
+    assert "Put the marks where the table is to be" in capsys.readouterr().err
+    readme.write_text("before\n\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
+    assert run(benchmark, *flags) == 0
+    shown = "\n".join(line for line in capsys.readouterr().out.splitlines() if "|" in line)
+    assert readme.read_text() == f"before\n\n<!-- quality -->\n{shown}\n<!-- /quality -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("no/such/folder",), "no tokenizer that loads"),
+        ((EXAMPLE, "--text", "no/such/file"), "no text file no/such/file"),
+        ((EXAMPLE, "--windows", 1), "1 windows of 512 tokens; a standard error needs two"),
+        (("--output", EXAMPLE.parent, "--formats", "bf16", "--calib-samples", 10**6), "too short for --calib-samples"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_with_a_reason(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture, flags: tuple, reason: str
+) -> None:
+    assert run(benchmark, *flags) == 1
+    said = capsys.readouterr().err
+    assert said.lstrip().startswith("error: ")
+    assert reason in said
+
+
+def test_a_folder_that_holds_exports_already_is_refused_before_anything_is_run(
+    output: tuple[Path, str], benchmark: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(benchmark, "--output", output[0]) == 1
+    assert f"{output[0] / 'bf16'}, " in (said := capsys.readouterr().err)
+    assert "exists already. Give another --output" in said
+
+
+def test_encode_times_every_format_against_a_copy(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--shape", "128", "256", "--repeats", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")]
+    assert benchmark.main(["encode", *flags]) == 0
+    said = capsys.readouterr().out
+    found = read_json(tmp_path / "found.json")
+    names = [row["format"] for row in found["rows"]]
+    assert names == [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
+    assert names[:5] == ["copy", "fp8", "fp8_pb", "nvfp4", "nvfp4_awq"]
+    assert names[5:] == [f"{name}{groups}" for name in ("int4_awq", "w4a8_awq") for groups in ("", ", groups of 64")]
+    size = 128 * 256
+    copy, fp8, _, nvfp4, *_, int4 = found["rows"][:6]
+    assert [row["bytes"] for row in (copy, fp8, nvfp4)] == [4 * size, 3 * size + 8, size * 5 // 2 + size // 16 + 8]
+    assert int4["bytes"] == size * 5 // 2 + size // 32
+    assert all(row["of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"]) for row in found["rows"])
+
+
+def test_encode_refuses_a_shape_that_a_format_cannot_hold(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert benchmark.main(["encode", "--shape", "130", "200", "--device", "cpu", "--repeats", "1"]) == 1
+    assert "--shape 130 200: nvfp4 needs multiples of 1 and 16" in capsys.readouterr().err

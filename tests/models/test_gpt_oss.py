@@ -1,0 +1,95 @@
+"""GPT-OSS: experts with biases, stacked with rows of gate and up in turn: the same bytes on every topology."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export.calibration import statistics
+from megatron_export.common.piece import Amax
+from megatron_export.formats import chosen, encode
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.parallel_state import current, started
+
+from ..support.models import LENGTH, assert_same, contents, read_json, same, tensors
+from ..support.ranks import Ranks, command, living
+
+FORMS = ("bf16", "fp8", "nvfp4")
+TOPOLOGIES = {  # on two ranks
+    "tp2": {"tp": 2, "etp": 1},
+    "ep2": {"ep": 2},
+    "pp2": {"pp": 2},
+    "tp2 ep2": {"tp": 2, "ep": 2, "etp": 1},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+}
+
+
+def exports(source: Path, out: Path, sizes: dict) -> None:
+    """In a rank: every format, from the calibration file beside `out`, which one rank alone writes."""
+    config, file = read_json(source / "config.json"), out.parent / "calibration.safetensors"
+    rest = {key: size for key, size in sizes.items() if key not in ("tp", "pp")}
+    with started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
+        with current() as here:
+            model = build_model(config, here, max_sequence_length=LENGTH)
+            load_hf_weights(model, source, config, here)
+        if not file.exists():
+            ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
+            statistics.save(calibrate(model, ids.split(4)), file, config)
+        measured = statistics.load(file, config)
+        for form in FORMS:
+            options = {} if form == "bf16" else {"calibration": measured, "kv_cache": "fp8"}
+            export_hf_checkpoint(model, out / form, hf_model=source, format=form, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(pool: list[Ranks], models: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank exports, by format."""
+    out = tmp_path_factory.mktemp("gpt_oss") / "alone"
+    living(pool).call(1, exports, models["gpt_oss"], out, {})
+    return out
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_topology_writes_the_same_files(
+    topology: str, alone: Path, ranks: Ranks, models: dict, tmp_path: Path
+) -> None:
+    (tmp_path / "calibration.safetensors").write_bytes((alone.parent / "calibration.safetensors").read_bytes())
+    ranks.call(2, exports, models["gpt_oss"], tmp_path / "out", TOPOLOGIES[topology])
+    for form in FORMS:
+        assert contents(tmp_path / "out" / form) == contents(alone / form)
+
+
+def test_bf16_gives_back_every_tensor_of_the_source_bit_for_bit(alone: Path, models: dict) -> None:
+    assert_same(tensors(alone / "bf16"), tensors(models["gpt_oss"]))
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
+def test_a_stack_holds_each_experts_codes_in_hfs_order(form: str, stack: str, alone: Path, models: dict) -> None:
+    prefix = f"model.layers.0.mlp.experts.{stack}"
+    original = tensors(models["gpt_oss"])
+    found = {name.removeprefix(prefix): t for name, t in tensors(alone / form).items() if name.startswith(prefix)}
+    assert same(found["_bias"], original[f"{prefix}_bias"])
+    amax = Amax(original[prefix].abs().max().float(), torch.ones(()))
+    for expert, weight in enumerate(original[prefix]):
+        pieces = encode(chosen(form), weight.T.contiguous(), amax)
+        assert same(found[""][expert].T.contiguous(), pieces["weight"].data)
+        scale = found["_weight_scale"]
+        assert same(scale[expert].T.contiguous() if scale.dim() else scale, pieces["weight_scale"].data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--format", "nvfp4_awq"), "cannot be smoothed. For this architecture there are bf16, fp8 and nvfp4"),
+        (("--format", "fp8_pb"), "no engine loads it"),
+        (("--format", "bf16", "--tp", 2), "--etp 2: Megatron-Core cuts no experts with biases. Give --etp 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said(flags: tuple, message: str, ranks: Ranks, models: dict, tmp_path: Path) -> None:
+    status, said = ranks.call(2, command, "--hf-model", models["gpt_oss"], "--output", tmp_path / "out", *flags)[0]
+    assert status == 1
+    assert message in said

@@ -1,0 +1,189 @@
+"""Worlds of their own in which something goes wrong at a chosen point of an export."""
+
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_export import formats
+from megatron_export.calibration import calibrate
+from megatron_export.cli import export_command
+from megatron_export.cli.run import run as _run  # noqa: F401 - imported before the ranks are forked
+from megatron_export.distributed import collectives, heartbeat, signals
+from megatron_export.export import weight_amax
+from megatron_export.mcore import load_hf
+from megatron_export.planning import shard_files
+from megatron_export.writing import read_back, staging
+
+from .models import LENGTH
+from .ranks import free_port
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.faults"])
+SECONDS = 60.0
+
+# name -> where, and at which call of it, counted from 1
+POINTS: dict[str, tuple[Any, str, int]] = {
+    "load": (load_hf, "shard_of", 5),
+    "calibrate": (calibrate, "_step", 2),
+    "survey": (weight_amax, "_largest", 3),
+    "first bucket": (formats, "encode", 2),
+    "last bucket": (formats, "encode", 26),
+    "send": (collectives, "deliver", 3),
+    "first file": (staging.Staging, "finish", 1),
+    "last file": (staging.Staging, "finish", 5),
+    "verify": (read_back, "_read", 2),
+    "publish": (staging.Staging, "publish", 1),
+    "rename": (staging.Staging, "_replace", 1),
+    "published": (staging.Staging, "__exit__", 1),
+    "tidied": (staging.Staging, "_leave", 1),
+}
+AT_WRITER = ("first file", "last file", "verify", "publish", "rename", "published", "tidied")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens on which ranks when they come to a point."""
+
+    action: str
+    point: str
+    ranks: tuple[int, ...]
+    other: tuple[Callable[..., None], Any] | None = None  # something to call, and with what
+
+    def __str__(self) -> str:
+        return f"{self.action} at {self.point} on rank {' and '.join(map(str, self.ranks))}".replace(" ", "_")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail() -> None:
+    raise RuntimeError("injected")
+
+
+def _sleep() -> None:
+    time.sleep(3)
+
+
+def _freeze() -> None:
+    """No connection breaks, and nothing is said any more."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _small_files() -> None:
+    """From now on the system itself refuses what is beyond 20,000 bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _kill,
+    "freeze": _freeze,
+    "raise": _fail,
+    "slow": _sleep,
+    "no room": _no_room,
+    "small files": _small_files,
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+}
+
+
+def _act(fault: Fault) -> None:
+    if fault.other is None:
+        ACTIONS[fault.action]()
+    else:
+        call, argument = fault.other
+        call(argument)
+
+
+def in_small_steps() -> None:
+    """Short waits and small buckets, in this process."""
+    heartbeat.BEAT, heartbeat.GRACE, signals.GRACE = 0.1, 1.0, 5.0
+    shard_files.BUCKET_BYTES, shard_files.LANES = 30_000, 2
+
+
+@contextmanager
+def armed(fault: Fault | None, rank: int) -> Iterator[None]:
+    if fault is None or rank not in fault.ranks:
+        yield
+        return
+    home, name, number = POINTS[fault.point]
+    real, calls = getattr(home, name), iter(range(1, 1_000_000))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        on_meta = name == "encode" and args[1].device.type == "meta"
+        if not on_meta and next(calls) == number:
+            _act(fault)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(home, name, called):
+        yield
+
+
+def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[str, ...], log: str) -> None:
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    export_command._let_rank_0_speak = lambda: None
+    in_small_steps()
+    with armed(fault, rank):
+        status = export_command.main(
+            lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags)
+        )
+    os._exit(status)
+
+
+def flags_of(models: dict) -> tuple:
+    """An export at TP=2 into five files, but for where it goes."""
+    source = models["llama31"]
+    data = source.parent / "ids" / "calibration.safetensors"
+    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
+            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
+            "--timeout", 5)  # fmt: skip
+
+
+def export_with(fault: Fault | None, folder: Path, *flags: object, world: int = 2) -> tuple[list[int], str, float]:
+    """The exit status of every rank, negative if a signal ended it, what they said, and the seconds that it took."""
+    port = free_port()
+    log, started = folder / "said.log", time.monotonic()
+    log.unlink(missing_ok=True)
+    texts = tuple(map(str, flags))
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, world, port, fault, texts, str(log)), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    frozen = fault.ranks if fault and fault.action == "freeze" else ()
+    for rank, process in enumerate(processes):
+        if rank not in frozen:
+            process.join(max(started + SECONDS - time.monotonic(), 0.1))
+    seconds = time.monotonic() - started
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive() and rank not in frozen]
+    for process in processes:
+        process.kill()
+        process.join()
+    said = log.read_text()
+    assert not hanging, f"ranks {hanging} hang after {fault}; said: {said}"
+    return [process.exitcode for process in processes], said, seconds

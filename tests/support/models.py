@@ -1,0 +1,226 @@
+"""Small random HF checkpoints of every architecture, made by transformers itself, and what tests read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
+
+_SMALL = {
+    "vocab_size": 500,  # not a multiple of anything that Megatron pads to
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,  # 16 divides a half of it, and no quarter of it
+    "max_position_embeddings": 128,
+    "initializer_range": 0.08,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ARCHITECTURES = {
+    "llama31": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": _LLAMA3 | {"factor": 8.0}},
+    "llama32": {
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling": _LLAMA3 | {"factor": 32.0},
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
+}
+_LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "rope_theta": 500000.0,
+    "rope_scaling": _LLAMA3 | {"factor": 16.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 32},
+}
+ARCHITECTURES |= {
+    "qwen2_yarn": {
+        "model_type": "qwen2",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 48,
+        "sliding_window": 8,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama4": _LLAMA4 | {"model_type": "llama4_text"},
+    "llama4_vision": {
+        "model_type": "llama4",
+        "text_config": _SMALL | _LLAMA4,
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        },
+    },
+}
+DENSE = ("llama31", "llama32", "qwen2", "qwen3")
+SAMPLES, LENGTH = 8, 24
+
+
+def make_model(folder: Path, name: str, **changes: object) -> Path:
+    """A checkpoint as its publisher would have it, in bfloat16, with norms and biases that are not trivial; and
+    `ids/calibration.safetensors` beside it, for calibration.
+    """
+    from transformers import AutoConfig
+
+    torch.manual_seed(7)
+    source = folder / name
+    settings = ARCHITECTURES[name]
+    if "text_config" in settings:
+        settings = settings | {"text_config": settings["text_config"] | changes}
+    else:
+        settings = _SMALL | settings | changes
+    config = AutoConfig.for_model(**settings)
+    model = auto_model(name).from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+            elif parameter.dim() == 3:  # stacked experts
+                parameter.normal_(std=_SMALL["initializer_range"])
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):  # in float32, as DeepSeek publishes it
+                bias = module.e_score_correction_bias
+                module.e_score_correction_bias = (torch.rand_like(bias, dtype=torch.float32) - 0.5) / 8
+    model.save_pretrained(source)
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "ids").mkdir(exist_ok=True)
+    ids = torch.randint(0, config.get_text_config().vocab_size, (SAMPLES, LENGTH))
+    save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
+    return source
+
+
+def auto_model(name: str) -> Any:
+    """The class of transformers that makes and loads a model of that name."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if "vision_config" in ARCHITECTURES[name] else AutoModelForCausalLM
+
+
+def add_mtp(source: Path) -> None:
+    """Give a checkpoint a layer that predicts one more token: like its last, with other numbers, as DeepSeek spells it."""
+    config, held = read_json(source / "config.json"), tensors(source)
+    count, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last, new = f"model.layers.{count - 1}.", f"model.layers.{count}."
+    made = {new + name.removeprefix(last): tensor.flip(0) for name, tensor in held.items() if name.startswith(last)}
+    made |= {f"{new}{norm}.weight": torch.rand(hidden).bfloat16() for norm in ("enorm", "hnorm", "shared_head.norm")}
+    made[f"{new}eh_proj.weight"] = (torch.randn(hidden, 2 * hidden) / 10).bfloat16()
+    made[f"{new}embed_tokens.weight"] = held["model.embed_tokens.weight"]
+    made[f"{new}shared_head.head.weight"] = held["lm_head.weight"]
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    save_file({name: tensor.clone() for name, tensor in (held | made).items()}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, read file by file as an engine does, ignoring the index."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                assert name not in found, f"{name} is in two files"
+                found[name] = opened.get_tensor(name)
+    return found
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Equal dtype, shape and bytes; NaN equals itself."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Equal names, and every tensor the same to the bit."""
+    assert sorted(left) == sorted(right)
+    assert [name for name in left if not same(left[name], right[name])] == []
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What is in a checkpoint folder, by file name: bytes, and of the manifest all but how it came about."""
+    held: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    held["export_manifest.json"] = {k: v for k, v in json.loads(held["export_manifest.json"]).items() if k != "run"}
+    return held
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
