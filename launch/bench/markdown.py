@@ -1,4 +1,4 @@
-"""Tables, as every subcommand prints them and README shows them."""
+"""Tables, as every subcommand prints them and docs/ shows them."""
 
 from collections.abc import Iterable, Sequence
 

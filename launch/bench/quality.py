@@ -28,7 +28,7 @@ from .measuring import alone
 
 BATCH, MICRO_BATCH = 8, 4
 LAYER_WINDOWS = 16  # that the layers are compared on, one by one
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 MARKS = "<!-- quality -->", "<!-- /quality -->"
 COLUMNS = (
     *("format", "bits per weight", "bytes", "perplexity", "ratio", "change, nats per token"),
@@ -84,13 +84,15 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     parser.add_argument("--kv-cache", choices=KV_FORMATS, default="none", help="of all but bf16; default: none")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--write-readme", action="store_true", help=f"put the table between the marks in {README.name}")
+    parser.add_argument(
+        "--write-readme", action="store_true", help=f"put the table between the marks in docs/{PAGE.name}"
+    )
 
 
 def quality(flags: argparse.Namespace) -> None:
     """Export unless told what to score; score; print the table."""
     if flags.write_readme:
-        parts_of_readme()
+        parts_of_page()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as temporary:
         folders = {str(path): path for path in flags.checkpoints}
@@ -103,16 +105,16 @@ def quality(flags: argparse.Namespace) -> None:
         lines = table(scores)
     print(f"{len(windows)} windows of {WINDOW} tokens\n\n" + "\n".join(lines), flush=True)
     if flags.write_readme:
-        before, after = parts_of_readme()
-        README.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
+        before, after = parts_of_page()
+        PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
 
 
-def parts_of_readme() -> tuple[str, str]:
-    """README's text before and after the marks."""
-    before, first, rest = README.read_text().partition(MARKS[0])
+def parts_of_page() -> tuple[str, str]:
+    """The page's text before and after the marks."""
+    before, first, rest = PAGE.read_text().partition(MARKS[0])
     _, last, after = rest.partition(MARKS[1])
     if not (first and last):
-        raise ExportError(f"{README}: no text between {' and '.join(MARKS)}. Put the marks where the table is to be")
+        raise ExportError(f"{PAGE}: no text between {' and '.join(MARKS)}. Put the marks where the table is to be")
     return before, after
 
 

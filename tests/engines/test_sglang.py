@@ -1,5 +1,5 @@
 """A real SGLang, on a CPU: it fills what the rules say it fills, and refuses or leaves empty what they say it does not load.
-See README for its setup."""
+CONTRIBUTING.md has its setup."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A real vLLM, on a CPU: it loads what the rules say it loads, and refuses what they say it refuses. See README for its setup."""
+"""A real vLLM, on a CPU: it loads what the rules say it loads, and refuses what they say it refuses. Setup: CONTRIBUTING.md."""
 
 import random
 from argparse import Namespace

@@ -138,7 +138,7 @@ def test_given_checkpoints_are_scored_against_the_first_with_the_same_numbers(
         assert given[str(folder / name)] | {"format": name} == exported[name]
 
 
-def test_the_table_is_written_between_the_marks_of_readme(
+def test_the_table_is_written_between_the_marks_of_its_page(
     output: tuple[Path, str],
     benchmark: ModuleType,
     quality: ModuleType,
@@ -146,16 +146,16 @@ def test_the_table_is_written_between_the_marks_of_readme(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    readme = tmp_path / "README.md"
-    monkeypatch.setattr(quality, "README", readme)
-    readme.write_text("no marks")
+    page = tmp_path / "quality.md"
+    monkeypatch.setattr(quality, "PAGE", page)
+    page.write_text("no marks")
     flags = (output[0] / "int4_awq", "--write-readme")
     assert run(benchmark, *flags) == 1
     assert "Put the marks where the table is to be" in capsys.readouterr().err
-    readme.write_text("before\n\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
+    page.write_text("before\n\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
     assert run(benchmark, *flags) == 0
     shown = "\n".join(line for line in capsys.readouterr().out.splitlines() if "|" in line)
-    assert readme.read_text() == f"before\n\n<!-- quality -->\n{shown}\n<!-- /quality -->\nafter\n"
+    assert page.read_text() == f"before\n\n<!-- quality -->\n{shown}\n<!-- /quality -->\nafter\n"
 
 
 @pytest.mark.parametrize(
