@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_export.common.errors import ExportError
-from megatron_export.distributed import collectives
+from megatron_export.export import transport
 from megatron_export.writing import staging
 
 from ..support.models import read_json, tensors
@@ -129,7 +129,7 @@ def no_memory_to_send() -> AbstractContextManager:
 
         return packed
 
-    return on_rank(1, collectives, "_packed", replacement)
+    return on_rank(1, transport, "_packed", replacement)
 
 
 def no_memory_to_receive() -> AbstractContextManager:
@@ -139,7 +139,7 @@ def no_memory_to_receive() -> AbstractContextManager:
 
         return unpack
 
-    return on_rank(0, collectives, "_unpack", replacement)
+    return on_rank(0, transport, "_unpack", replacement)
 
 
 FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {

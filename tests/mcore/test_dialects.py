@@ -19,6 +19,7 @@ from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.distributed import collectives
 from megatron_export.distributed.collectives import whole
 from megatron_export.distributed.topology import Topology
+from megatron_export.export import transport
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.parallel_state import current, started
@@ -205,9 +206,10 @@ def refusal(source: Path, out: Path, sizes: dict) -> tuple[str, list[str]]:
     with starting(sizes), ExitStack() as stack:
         model, here = load(source)
         wrong(model, here)
+        homes = {"deliver": transport} | dict.fromkeys(("whole", "maximum", "total", "spread"), collectives)
         movers = {
-            name: stack.enter_context(mock.patch.object(collectives, name, wraps=getattr(collectives, name)))
-            for name in ("deliver", "whole", "maximum", "total", "spread")
+            name: stack.enter_context(mock.patch.object(home, name, wraps=getattr(home, name)))
+            for name, home in homes.items()
         }
         try:
             export_hf_checkpoint(model, out, hf_model=source, format="bf16")

@@ -19,8 +19,8 @@ from megatron_export import formats
 from megatron_export.calibration import calibrate
 from megatron_export.cli import export_command
 from megatron_export.cli.run import run as _run  # noqa: F401 - imported before the ranks are forked
-from megatron_export.distributed import collectives, heartbeat, signals
-from megatron_export.export import weight_amax
+from megatron_export.distributed import heartbeat, signals
+from megatron_export.export import transport, weight_amax
 from megatron_export.mcore import load_hf
 from megatron_export.planning import shard_files
 from megatron_export.writing import read_back, staging
@@ -39,7 +39,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "survey": (weight_amax, "_largest", 3),
     "first bucket": (formats, "encode", 2),
     "last bucket": (formats, "encode", 26),
-    "send": (collectives, "deliver", 3),
+    "send": (transport, "deliver", 3),
     "first file": (staging.Staging, "finish", 1),
     "last file": (staging.Staging, "finish", 5),
     "verify": (read_back, "_read", 2),
