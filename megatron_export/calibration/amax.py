@@ -16,7 +16,7 @@ from ..distributed.collectives import everyone, maximum, spread, total, whole
 from ..distributed.topology import Topology
 from ..mcore.parallel_state import ProcessGroup
 from ..models import cut_of, is_expert, pooled, vector_home
-from ..models.statistic_names import channels
+from ..models.statistic_names import channels, input_key, kv_keys, tokens_key
 
 
 class Maxima:
@@ -50,7 +50,7 @@ class Maxima:
         tokens = inputs.shape[0]
         if not tokens:  # of an expert: zeros change neither a maximum nor a sum
             inputs = inputs.new_zeros(1, inputs.shape[1])
-        self._extremes(f"{name}.input_amax", inputs)
+        self._extremes(input_key(name), inputs)
         if not self.by_channel:
             return
         size = inputs.to(torch.bfloat16).abs()
@@ -63,8 +63,8 @@ class Maxima:
 
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Note keys and values, [sequence, batch, groups, head_dim]."""
-        self._extremes(f"{name}.k_amax", key)
-        self._extremes(f"{name}.v_amax", value)
+        for amax, values in zip(kv_keys(name), (key, value), strict=True):
+            self._extremes(amax, values)
         if self.by_channel:
             rows = value.flatten(2).flatten(0, 1).to(torch.bfloat16)
             _note(self.values, name, rows.abs().amax(dim=0).float())
@@ -82,9 +82,9 @@ class Maxima:
         mine, means = {}, {}
         for name, vector in sorted(self.values.items()):
             rows = maximum(whole(self.here.cut(False), vector, 0), self.here.dp_group)
-            mine[f"{name}.{channels('v_amax')}"] = self._once(rows)
+            mine[channels(kv_keys(name)[1])] = self._once(rows)
         for name, vector in sorted(self.inputs.items()):
-            mine[f"{name}.{channels('input_amax')}"] = maximum(self._whole(name, vector), self._sharing(name))
+            mine[channels(input_key(name))] = maximum(self._whole(name, vector), self._sharing(name))
         for name, sums in sorted(self.sums.items()):
             count = total(torch.tensor(self.counts[name], device=sums.device), self._sharing(name))
             means[name] = (total(self._whole(name, sums), self._sharing(name)) / count).float()
@@ -92,7 +92,7 @@ class Maxima:
             counts = torch.zeros(len(self.numbers) * self.here.ep_size, dtype=torch.int64)
             counts[self.numbers] = tokens.cpu()
             counts = total(counts.to(self.here.device), self.here.stage_group)
-            mine[f"{name}.tokens"] = counts // self.repeats
+            mine[tokens_key(name)] = counts // self.repeats
         return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
 
     def _extremes(self, name: str, values: Tensor) -> None:

@@ -21,6 +21,7 @@ from ..formats.awq import search_of
 from ..formats.int4 import CLIP_RATIOS, rounded
 from ..models import is_expert, vector_home
 from ..models.layouts import Identity, Layout
+from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .awq_search import Shard, check_finite
 
 CLIP_TOKENS = 64  # of a micro-batch, that a group's clipping is judged by
@@ -64,7 +65,7 @@ class Clips:
             if not shard.inputs.shape[0]:
                 self.losses.setdefault((name, key), self._nothing(shard, search))
                 continue
-            vector = shard.columns(self.statistics[f"{vector_home(name)}.pre_quant_scale.{key}"])
+            vector = shard.columns(self.statistics[vector_key(vector_home(name), key)])
             smoothed = (shard.weight.float() / vector).to(torch.bfloat16)
             inputs_of = shard.inputs * vector.to(torch.bfloat16)
             losses = (
@@ -113,7 +114,7 @@ class Clips:
     def _named(self, name: str, key: str, codes: Tensor) -> dict[str, Tensor]:
         """The codes of one linear, whole, under the names of their statistics."""
         if codes.dim() == 0:
-            return {f"{name}.clip_ratio.{key}": torch.tensor(CLIP_RATIOS[int(codes)])}
+            return {ratio_key(name, key): torch.tensor(CLIP_RATIOS[int(codes)])}
         axis, cut = self.axis[name, key], self.here.cut(is_expert(name))
         layout = self.layouts.get(name, Identity())
         if axis is Axis.OUT and not layout.splits(codes.shape[0]):
@@ -121,7 +122,7 @@ class Clips:
         found = {}
         for part, held in layout.split(codes, cut.rank if axis is Axis.OUT else 0, cut.size).items():
             all_of_it = held if axis is None else whole(cut, held, 0 if axis is Axis.OUT else 1)
-            found[f"{name}.clip.{key}.{part}".rstrip(".")] = all_of_it
+            found[codes_key(name, key, part)] = all_of_it
         return found
 
 

@@ -31,6 +31,7 @@ from ..formats import awq
 from ..formats.awq import ALPHAS, SHARED, search_of
 from ..models import cut_of, is_expert, pooled, vector_home
 from ..models.layouts import even_cut
+from ..models.statistic_names import alpha_key, losses_key, vector_key
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,9 @@ class Alphas:
         mine = {}
         for (home, key), losses in summed.items():
             best = min(range(len(ALPHAS)), key=losses.tolist().__getitem__)
-            mine[f"{home}.pre_quant_scale.{key}"] = 1 / self.factors[home, key][best].cpu()
-            mine[f"{home}.alpha.{key}"] = torch.tensor(ALPHAS[best])
-            mine[f"{home}.losses.{key}"] = losses
+            mine[vector_key(home, key)] = 1 / self.factors[home, key][best].cpu()
+            mine[alpha_key(home, key)] = torch.tensor(ALPHAS[best])
+            mine[losses_key(home, key)] = losses
         return spread(self.here, mine)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..common.errors import ExportError, report
 from ..formats.int4 import CLIP_RATIOS
-from ..models.statistic_names import channels, input_key, kv_keys
+from ..models.statistic_names import channels, input_key, is_clipping, is_vector, kv_keys
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 
@@ -23,12 +23,12 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     if how and missing:
         again = f"Calibrate with --format {plan.form.name}"
         again += " --group-size 64" if how.search == "int4_g64" else ""
-        if not any(f".pre_quant_scale.{how.search}" in name for name in calibration):
+        if not any(is_vector(name, how.search) for name in calibration):
             raise ExportError(
                 f"the calibration holds no smoothing {how.search}, which {plan.form.name} needs: it was measured for "
                 f"another format. {again}"
             )
-        if how.clip and not any(".clip" in name for name in needed & calibration.keys()):
+        if how.clip and not any(is_clipping(name) for name in needed & calibration.keys()):
             raise ExportError(f"the calibration holds no clipping for {how.search}. {again} --awq-clip")
     report([f"the calibration has no {name}: measured on another model, or incomplete" for name in missing])
     report([problem for item in plan.items for problem in _problems(item, calibration)])
@@ -41,7 +41,7 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
     vectors = {name: needed[name] for name in smoothed.vectors}
     amax = torch.zeros(())
     if item.form and item.form.activations:
-        name = input_key(item.source.canonical)
+        name = input_key(item.source.canonical.removesuffix(".weight"))
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16
         amax = (
             needed[name]
@@ -86,7 +86,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
     if smoothed.columns:
         needed[smoothed.columns] = item.source.shape[1:]
     if item.form and item.form.activations:
-        key = input_key(name)
+        key = input_key(name.removesuffix(".weight"))
         by_channel = smoothed.columns and not item.form.smoothing.done
         needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}
     if smoothed.ratio:
@@ -94,7 +94,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
     for (_, codes), part in zip(smoothed.codes, item.parts, strict=bool(smoothed.codes)):
         needed[codes] = (part.shape[0], part.shape[1] // item.form.tile[1])
     if item.kv:
-        k_amax, v_amax = kv_keys(name)
+        k_amax, v_amax = kv_keys(name.rsplit(".", 2)[0])
         needed |= {k_amax: (), **({channels(v_amax): item.parts[2].shape[:1]} if _v_vector(item) else {v_amax: ()})}
     return needed
 
@@ -107,7 +107,7 @@ def _kv_amax(item: Item, needed: Statistics) -> tuple[Tensor, ...]:
     """The amax of the keys and of the values, these after the smoothing of o_proj was folded into v_proj."""
     if item.kv is None:
         return ()
-    k_amax, v_amax = kv_keys(item.source.canonical)
+    k_amax, v_amax = kv_keys(item.source.canonical.rsplit(".", 2)[0])
     if (vector := _v_vector(item)) is None:
         return needed[k_amax], needed[v_amax]
     factors = item.source.layout.first_queries(needed[vector])

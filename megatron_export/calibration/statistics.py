@@ -1,29 +1,11 @@
-"""Calibration statistics on disk: one safetensors file, named by HF module, for any topology.
-
-Of every linear (fused ones under each of their HF names), [in] being its input channels:
-
-    {module}.input_amax                float32 []
-    {module}.input_channel_amax        float32 [in]           where an AWQ format was measured, as all that follows
-    {module}.pre_quant_scale.{search}  float32 [in]           the vector that the search chose
-    {module}.alpha.{search}            float32 []             and its alpha,
-    {module}.losses.{search}           float64 [11]           among the losses of all alphas
-    {module}.clip.{search}             uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios
-    {module}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
-
-of the experts of a layer, which are measured together but for their clipping, under the name of one without its number:
-
-    {experts}.tokens                   int64 [experts]        how many tokens each was given
-
-and of every layer, for the KV cache: k_proj.k_amax and v_proj.v_amax float32 [], v_proj.v_channel_amax float32 [rows].
-In memory the names are those of Megatron modules, and codes end in `.{layout part}`. A search is `int4_g128`,
-`int4_g64`, `nvfp4`, or, for o_proj under grouped queries, also `nvfp4_shared`. The file's metadata holds the sizes of
-the model that it was measured on. A file serves every format that needs no more than it holds.
+"""Calibration statistics on disk: one safetensors file, for any topology. Names are those of HF modules and not Megatron's:
+models/statistic_names.py lists them. The file's metadata holds the sizes of the model that it was measured on. A file serves
+every format that needs no more than it holds.
 """
 
 import json
 import math
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
@@ -35,75 +17,11 @@ from torch import Tensor
 
 from ..common.errors import ExportError, report
 from ..common.safe_files import opened, parsed, shown
-from ..models import is_expert, is_linear_weight, makes_keys, parameters_of, pooled, shape_of
-from ..models.statistic_names import experts_module, input_key, kv_keys
+from ..models import is_linear_weight, parameters_of, shape_of
+from ..models.statistic_names import hf_keys, homes_of, in_memory, is_amax, is_codes, on_disk, owners_of
 
 KIND = "megatron_export statistics 1"
-_INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
-_KINDS = (
-    *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax", "tokens"),
-    *(
-        rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
-        rf"clip\.{_INT4}(?:\.\w+)?",
-        rf"clip_ratio\.{_NVFP4}",
-    ),
-)
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8")
-_KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
-
-
-def hf_keys(config: dict) -> dict[str, list[str]]:
-    """Name in memory of every statistic that each file has -> its names on disk (by HF module)."""
-    keys = []
-    for name in parameters_of(config):
-        keys += [input_key(name)] if is_linear_weight(name) else []
-        keys += kv_keys(name) if makes_keys(name) else []
-        keys += [f"{experts_module(name)}.tokens"] if is_expert(name) else []
-    homes = _homes(config)
-    return {key: _on_disk(key, homes) for key in dict.fromkeys(keys)}
-
-
-def _homes(config: dict) -> dict[str, dict[str, str]]:
-    """Megatron module -> the HF module of each of its parts; of an attention, those of its keys and values."""
-    homes = {}
-    for name, source in parameters_of(config).items():
-        if is_linear_weight(name):
-            parts = {part: hf.removesuffix(".weight") for part, hf in source.pooled_names().items()}
-            homes[pooled(name).removesuffix(".weight")] = parts
-            if is_expert(name):  # each has its own clipping
-                own = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
-                homes[name.removesuffix(".weight")] = own
-            if is_expert(name):
-                homes[experts_module(name)] = {"": next(iter(parts.values())).rpartition(".")[0]}
-            if makes_keys(name):
-                homes[name.rsplit(".", 2)[0]] = {"k": parts["k"], "v": parts["v"]}
-    return homes
-
-
-def _on_disk(key: str, homes: dict[str, dict[str, str]]) -> list[str]:
-    """The names on disk of a statistic in memory."""
-    module, kind = _KEY.fullmatch(key).groups()
-    parts = homes[module]
-    if kind[:2] in ("k_", "v_"):
-        return [f"{parts[kind[0]]}.{kind}"]
-    stem, _, part = kind.rpartition(".")
-    if kind.startswith("clip.") and part in parts:
-        return [f"{parts[part]}.{stem}"]
-    return [f"{hf}.{kind}" for hf in parts.values()]
-
-
-def _in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
-    """The name in memory of a tensor on disk, None for one that is no statistic of this model."""
-    found = _KEY.fullmatch(hf)
-    if found is None or found[1] not in owners:
-        return None
-    (module, part), kind = owners[found[1]], found[2]
-    if kind[:2] in ("k_", "v_"):
-        if kind[0] != part:
-            return None
-        module = module.rpartition(".")[0]
-    by_part = f".{part}" if kind.startswith("clip.") and part else ""
-    return f"{module}.{kind}{by_part}"
 
 
 def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
@@ -114,8 +32,8 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
             for key in hf_keys(config).keys() - statistics.keys()
         ]
     )
-    homes = _homes(config)
-    tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in _on_disk(key, homes)}
+    homes = homes_of(config)
+    tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
     # one entry: safetensors writes several in any order, and the same statistics shall be the same file
     save_file(tensors, partial, metadata={KIND: json.dumps(sizes_of(config))})
@@ -149,30 +67,25 @@ def load(file: Path, config: dict) -> dict[str, Tensor]:
     report([f"{file}: measured on another model: its {k} is {has}, here {means}" for k, has, means in said.values()])
     found = set(held.keys())
     keys = hf_keys(config)
-    report([f"{file}: {hf} is missing" for on_disk in keys.values() for hf in on_disk if hf not in found])
-    homes = _homes(config)
-    owners = {
-        hf: (module, part)
-        for module, parts in homes.items()
-        if not module.endswith(".self_attention")
-        for part, hf in parts.items()
-    }
+    report([f"{file}: {hf} is missing" for names in keys.values() for hf in names if hf not in found])
+    homes = homes_of(config)
+    owners = owners_of(homes)
     sources = parameters_of(config).values()
     widest = max(max(source.shape) for source in sources)
     groups = max(math.prod(source.shape) for source in sources if is_linear_weight(source.canonical)) // 64
     copies: dict[str, list[Tensor]] = {}
     for hf in sorted(found):
-        key = _in_memory(hf, owners)
+        key = in_memory(hf, owners)
         if key is None:
             raise ExportError(f"{file}: {hf} is no statistic of this model. Write it again with --save-calibration")
-        part, most = held.get_slice(hf), groups if ".clip." in key else widest
+        part, most = held.get_slice(hf), groups if is_codes(key) else widest
         if part.get_dtype() not in _DTYPES or math.prod(part.get_shape()) > most:
             raise ExportError(
                 f"{file}: {hf} is {part.get_dtype()} {shown(part.get_shape())}, which no statistic of this model is. Write it "
                 "again with --save-calibration"
             )
         copies.setdefault(key, []).append(held.get_tensor(hf))
-    wanted = {hf for key in copies for hf in _on_disk(key, homes)}
+    wanted = {hf for key in copies for hf in on_disk(key, homes)}
     report([f"{file}: {hf} is missing" for hf in sorted(wanted - found)])
     return {key: _merged(file, key, tensors) for key, tensors in copies.items()}
 
@@ -181,7 +94,7 @@ def _merged(file: Path, key: str, tensors: list[Tensor]) -> Tensor:
     """One statistic from the copies that fused linears have of it."""
     if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1:
         raise ExportError(f"{file}: the fused linears of {key} have it in several sizes or types. Write it again")
-    if key.endswith("amax"):
+    if is_amax(key):
         return torch.stack(tensors).amax(0)
     if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
         raise ExportError(f"{file}: the fused linears of {key} differ, but share one. Write it again")

@@ -187,9 +187,10 @@ def _let_rank_0_speak() -> None:
 def _experts(tokens: dict[str, "Tensor"]) -> str:
     """How many calibration tokens experts were given, and which were given none."""
     from ..common.text import some
+    from ..models.statistic_names import layer_of
 
     counts = {
-        f"{name.split('.')[2]}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())
+        f"{layer_of(name)}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())
     }
     few, median, many = min(counts.values()), sorted(counts.values())[len(counts) // 2], max(counts.values())
     never = tuple(expert for expert, count in counts.items() if not count)

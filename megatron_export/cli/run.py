@@ -26,6 +26,7 @@ from ..distributed.topology import Topology
 from ..export.pipeline import Report, export_hf_checkpoint
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..models import architecture_of, copied_prefixes, mtp_prefixes, without_mtp
+from ..models.statistic_names import is_alpha, is_tokens, module_of
 from ..planning.plan import Plan
 from ..verify import thresholds
 from ..verify.report import write
@@ -113,7 +114,7 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
                     all_experts=config.calib_all_experts,
                     progress=progress,
                 )
-        job.tokens = {name: counts for name, counts in (known or {}).items() if name.endswith(".tokens")}
+        job.tokens = {name: counts for name, counts in (known or {}).items() if is_tokens(name)}
         with together(here, "save the calibration"):
             check_unchanged(folder, files)
             if config.save_calibration and here.first:
@@ -156,8 +157,8 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
 
 def _notes(job: Job, known: dict[str, Tensor]) -> dict:
     """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
-    alphas = {name: round(float(value), 2) for name, value in known.items() if ".alpha." in name}
-    tokens = {name.removesuffix(".tokens"): counts.tolist() for name, counts in job.tokens.items()}
+    alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
+    tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
     seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
     return {"seconds": seconds} | ({"alphas": alphas} if alphas else {}) | ({"tokens": tokens} if tokens else {})
 

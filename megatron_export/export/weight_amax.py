@@ -59,7 +59,7 @@ def _agreed(
         if item.form and item.source.cut is None:
             amaxes[item.source.canonical] = amax
     for item in mine:
-        given = calibration.get(weight_key(item.source.canonical))
+        given = calibration.get(weight_key(item.source.canonical.removesuffix(".weight")))
         if (
             item.form and given is not None and not item.smoothed.rows
         ):  # which change the weight that it was measured on

@@ -1,16 +1,90 @@
-"""The names of calibration statistics, made from canonical parameter names."""
+"""The names of calibration statistics: the only file that makes or takes apart one. In memory each begins with a canonical module:
 
-from .megatron_parameters import pooled
+    {linear}.input_amax                float32 []             the largest |input|
+    {linear}.input_channel_amax        float32 [in]           where an AWQ format was measured, as all that follows
+    {linear}.pre_quant_scale.{search}  float32 [in]           the vector that the search chose
+    {linear}.alpha.{search}            float32 []             and its alpha,
+    {linear}.losses.{search}           float64 [11]           among the losses of all alphas
+    {linear}.clip.{search}[.{part}]    uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios, by layout part
+    {linear}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
+    {linear}.weight_amax               float32 []             of ModelOpt, never on disk: what the weight is quantized with
+    {experts}.tokens                   int64 [experts]        how many tokens each expert of a layer was given
+    {attention}.k_amax, .v_amax        float32 []             the largest |key| and |value|, for the KV cache
+    {attention}.v_channel_amax         float32 [rows of v]
+
+The experts of a layer are measured together but for their clipping, under the name of one without its number. A search is
+`int4_g128`, `int4_g64`, `nvfp4`, or, for o_proj under grouped queries, also `nvfp4_shared`. On disk names begin with an HF module:
+a fused linear's statistics stand under each of its HF names, its codes each under their own; those of keys and values below
+k_proj and v_proj.
+"""
+
+import re
+
+from .megatron_parameters import is_expert, is_linear_weight, makes_keys, pooled
+from .registry import parameters_of
+
+Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each of its layout parts
+
+_INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
+_KINDS = (
+    *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax", "tokens"),
+    *(
+        rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
+        rf"clip\.{_INT4}(?:\.\w+)?",
+        rf"clip_ratio\.{_NVFP4}",
+    ),
+)
+_KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
 
-def input_key(canonical: str) -> str:
-    """The statistic of a linear weight's input."""
-    return pooled(canonical).removesuffix("weight") + "input_amax"
+def input_key(linear: str) -> str:
+    """The amax of a linear's input; one for the experts of a layer."""
+    return f"{pooled(linear)}.input_amax"
 
 
-def weight_key(canonical: str) -> str:
-    """The amax that a linear weight is quantized with, where it is not to be taken from the weight itself."""
-    return canonical.removesuffix("weight") + "weight_amax"
+def weight_key(linear: str) -> str:
+    """The amax that a linear's weight is quantized with, where it is not to be taken from the weight itself."""
+    return f"{linear}.weight_amax"
+
+
+def kv_keys(attention: str) -> tuple[str, str]:
+    """The amax of the keys and that of the values of an attention."""
+    return f"{attention}.k_amax", f"{attention}.v_amax"
+
+
+def channels(key: str) -> str:
+    """The statistic by channel whose maximum the amax `key` is: `x_amax` -> `x_channel_amax`."""
+    return key.removesuffix("amax") + "channel_amax"
+
+
+def vector_key(linear: str, search: str) -> str:
+    """The vector that a search chose for a linear."""
+    return f"{linear}.pre_quant_scale.{search}"
+
+
+def alpha_key(linear: str, search: str) -> str:
+    """The alpha of that vector."""
+    return f"{linear}.alpha.{search}"
+
+
+def losses_key(linear: str, search: str) -> str:
+    """The losses of all alphas."""
+    return f"{linear}.losses.{search}"
+
+
+def ratio_key(linear: str, search: str) -> str:
+    """What the amax of a linear's whole weight is clipped to."""
+    return f"{linear}.clip_ratio.{search}"
+
+
+def codes_key(linear: str, search: str, part: str) -> str:
+    """What the amax of each group of a layout part of a linear's weight is clipped to; `part` is "" for one of one part."""
+    return f"{linear}.clip.{search}.{part}".rstrip(".")
+
+
+def tokens_key(experts: str) -> str:
+    """How many tokens each expert of a layer was given."""
+    return f"{experts}.tokens"
 
 
 def experts_module(canonical: str) -> str:
@@ -18,12 +92,109 @@ def experts_module(canonical: str) -> str:
     return canonical.partition(".experts.")[0] + ".experts"
 
 
-def kv_keys(canonical: str) -> tuple[str, str]:
-    """The statistics of the keys and the values that a fused qkv weight makes."""
-    attention = canonical.rsplit(".", 2)[0]
-    return f"{attention}.k_amax", f"{attention}.v_amax"
+def module_of(key: str) -> str:
+    """The canonical module that a statistic is of."""
+    return _KEY.fullmatch(key)[1]
 
 
-def channels(key: str) -> str:
-    """The statistic by channel whose maximum `key` is: `x_amax` -> `x_channel_amax`."""
-    return key.removesuffix("amax") + "channel_amax"
+def layer_of(key: str) -> str:
+    """The number of the layer that a statistic is of."""
+    return key.split(".")[2]
+
+
+def alpha_of(vector: str) -> str:
+    """The alpha that a vector, named by its statistic, was made with."""
+    return vector.replace(".pre_quant_scale.", ".alpha.")
+
+
+def is_vector(key: str, search: str) -> bool:
+    """Whether a statistic is a vector that this search, or its shared kind, chose."""
+    return f".pre_quant_scale.{search}" in key
+
+
+def is_alpha(key: str) -> bool:
+    """Whether a statistic is the alpha of a vector."""
+    return ".alpha." in key
+
+
+def is_clipping(key: str) -> bool:
+    """Whether a statistic says what amaxes are clipped to, by codes or by one ratio."""
+    return ".clip" in key
+
+
+def is_codes(key: str) -> bool:
+    """Whether a statistic is codes of the ratios of groups."""
+    return ".clip." in key
+
+
+def is_amax(key: str) -> bool:
+    """Whether a statistic is a maximum, or one by channel, so that of several the largest counts."""
+    return key.endswith("amax")
+
+
+def is_tokens(key: str) -> bool:
+    """Whether a statistic counts the tokens of experts."""
+    return key.endswith(".tokens")
+
+
+def hf_keys(config: dict) -> dict[str, list[str]]:
+    """Name in memory of every statistic that each file has -> its names on disk."""
+    keys = []
+    for name in parameters_of(config):
+        keys += [input_key(name.removesuffix(".weight"))] if is_linear_weight(name) else []
+        keys += kv_keys(name.rsplit(".", 2)[0]) if makes_keys(name) else []
+        keys += [tokens_key(experts_module(name))] if is_expert(name) else []
+    homes = homes_of(config)
+    return {key: on_disk(key, homes) for key in dict.fromkeys(keys)}
+
+
+def homes_of(config: dict) -> Homes:
+    """Canonical module -> the HF module of each of its layout parts; of an attention, those of its keys and values."""
+    homes = {}
+    for name, source in parameters_of(config).items():
+        if is_linear_weight(name):
+            parts = {part: hf.removesuffix(".weight") for part, hf in source.pooled_names().items()}
+            homes[pooled(name).removesuffix(".weight")] = parts
+            if is_expert(name):  # each has its own clipping
+                own = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
+                homes[name.removesuffix(".weight")] = own
+                homes[experts_module(name)] = {"": next(iter(parts.values())).rpartition(".")[0]}
+            if makes_keys(name):
+                homes[name.rsplit(".", 2)[0]] = {"k": parts["k"], "v": parts["v"]}
+    return homes
+
+
+def on_disk(key: str, homes: Homes) -> list[str]:
+    """The names on disk of a statistic in memory."""
+    module, kind = _KEY.fullmatch(key).groups()
+    parts = homes[module]
+    if kind[:2] in ("k_", "v_"):
+        return [f"{parts[kind[0]]}.{kind}"]
+    stem, _, part = kind.rpartition(".")
+    if kind.startswith("clip.") and part in parts:
+        return [f"{parts[part]}.{stem}"]
+    return [f"{hf}.{kind}" for hf in parts.values()]
+
+
+def owners_of(homes: Homes) -> dict[str, tuple[str, str]]:
+    """HF module -> the canonical module whose it is, and the layout part of that."""
+    return {
+        hf: (module, part)
+        for module, parts in homes.items()
+        if not module.endswith(".self_attention")
+        for part, hf in parts.items()
+    }
+
+
+def in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
+    """The name in memory of a statistic on disk, None for a name that is no statistic of this model."""
+    found = _KEY.fullmatch(hf)
+    if found is None or found[1] not in owners:
+        return None
+    (module, part), kind = owners[found[1]], found[2]
+    if kind[:2] in ("k_", "v_"):
+        if kind[0] != part:
+            return None
+        module = module.rpartition(".")[0]
+    by_part = f".{part}" if kind.startswith("clip.") and part else ""
+    return f"{module}.{kind}{by_part}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..formats import Form, Smoothing
 from ..formats.awq import SEARCHES, SHARED
 from ..models import Source, feeders_of, is_linear_weight, other_readers_of, reads_heads, vector_home
+from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .parameter import Smoothed
 
 
@@ -32,7 +33,7 @@ def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> d
             search += SHARED if folded else ""
         if not quantized or not (folded or how.keeps):
             continue
-        vector = f"{home}.pre_quant_scale.{search}"
+        vector = vector_key(home, search)
         for name in quantized:
             smoothed[name] = replace(
                 _clipped(smoothed, name, sources[name], how, search), columns=vector, kept=not folded
@@ -53,14 +54,12 @@ def _takes_over(feeders: list[tuple[str, str]], left_alone: set[str], how: Smoot
 
 def _clipped(smoothed: dict[str, Smoothed], name: str, source: Source, how: Smoothing, search: str) -> Smoothed:
     """What is known of a linear so far, and the statistics of its clipping."""
-    was, module = smoothed.get(name, Smoothed()), name.removesuffix("weight")
+    was, module = smoothed.get(name, Smoothed()), name.removesuffix(".weight")
     if not how.clip:
         return was
     if SEARCHES[how.search].per_tensor:
-        return replace(was, ratio=f"{module}clip_ratio.{search}")
-    return replace(
-        was, codes=tuple((part, f"{module}clip.{search}.{part}".rstrip(".")) for part in source.layout.parts)
-    )
+        return replace(was, ratio=ratio_key(module, search))
+    return replace(was, codes=tuple((part, codes_key(module, search, part)) for part in source.layout.parts))
 
 
 def _queries_per_group(sources: dict[str, Source], feeders: list[tuple[str, str]]) -> int:

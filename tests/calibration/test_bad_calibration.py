@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_export.calibration import statistics
+from megatron_export.models.statistic_names import hf_keys
 
 from ..export.test_topologies import export
 from ..support.models import EXAMPLE, LENGTH, read_json, tensors
@@ -139,7 +140,7 @@ def saved(changes: dict[str, Any], wrong: dict[str, float]) -> Callable[[Path, d
     """Statistics of the model with `changes` in its config, all 1 but for those in `wrong`."""
 
     def save(file: Path, config: dict) -> None:
-        measured = {name: torch.tensor(1.0) for name in statistics.hf_keys(config | changes)}
+        measured = {name: torch.tensor(1.0) for name in hf_keys(config | changes)}
         statistics.save(measured | {name: torch.tensor(value) for name, value in wrong.items()}, file, config | changes)
 
     return save

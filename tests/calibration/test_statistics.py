@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_export.calibration.lookup import check_calibration, measured
-from megatron_export.calibration.statistics import KIND, hf_keys, load, save, sizes_of
+from megatron_export.calibration.statistics import KIND, load, save, sizes_of
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import Options
 from megatron_export.formats.awq import SEARCHES, SHARED
 from megatron_export.models import Source, is_linear_weight, makes_keys, parameters_of, reads_heads
-from megatron_export.models.statistic_names import channels, kv_keys
+from megatron_export.models.statistic_names import channels, hf_keys, kv_keys
 from megatron_export.planning.parameter import Item
 from megatron_export.planning.plan import Plan, assumed, make_plan
 
@@ -47,7 +47,7 @@ def statistics_of(*searches: str, clip: bool = False) -> dict[str, Tensor]:
         if not is_linear_weight(name):
             continue
         widths = {name.removesuffix("weight") + "input_amax": source.shape[1]}
-        widths |= dict(zip(kv_keys(name), (64, 64), strict=True)) if makes_keys(name) else {}
+        widths |= dict(zip(kv_keys(name.rsplit(".", 2)[0]), (64, 64), strict=True)) if makes_keys(name) else {}
         for key, width in widths.items():
             vector = torch.rand(width, generator=generator) * 9 + 1
             found[key] = vector.amax()

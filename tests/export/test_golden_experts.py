@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_export.calibration import statistics
+from megatron_export.models.statistic_names import hf_keys
 
 from ..support.models import GOLDEN, assert_same, read_json, same, tensors
 from ..support.ranks import Ranks
@@ -39,7 +40,7 @@ def over_experts(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 def save(theirs: dict[str, Tensor], name: str, file: Path) -> None:
     """ModelOpt's statistics as a calibration file: each expert with one token, as ModelOpt does not count them."""
     config = read_json(SOURCES[name] / "config.json")
-    keys = statistics.hf_keys(config)
+    keys = hf_keys(config)
     counts = {on_disk[0]: torch.ones(4, dtype=torch.int64) for key, on_disk in keys.items() if key.endswith("tokens")}
     known = over_experts(theirs) | counts
     assert sorted(known) == sorted(key for on_disk in keys.values() for key in on_disk)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatron_export import ExportError
 from megatron_export.calibration import statistics
 from megatron_export.formats import packing
+from megatron_export.models.statistic_names import hf_keys
 
 from ..support.models import GOLDEN, assert_same, read_json, same, tensors
 from ..support.ranks import Ranks, command
@@ -67,7 +68,7 @@ def test_with_modelopt_statistics_every_tensor_of_the_fp8_kv_checkpoint_is_equal
 ) -> None:
     """Except weights that ModelOpt's HF route quantizes apart and engines fuse: q, k, v and gate, up."""
     config = read_json(SOURCES[name] / "config.json")
-    keys = statistics.hf_keys(config)
+    keys = hf_keys(config)
     theirs = modelopt_statistics(name)
     assert sorted(theirs) == sorted(key for on_disk in keys.values() for key in on_disk)
     statistics.save({key: theirs[on_disk[0]] for key, on_disk in keys.items()}, tmp_path / "c.safetensors", config)
@@ -87,7 +88,7 @@ def test_with_modelopt_statistics_every_tensor_of_the_nvfp4_kv_checkpoint_is_equ
 ) -> None:
     config = read_json(SOURCES[name] / "config.json")
     theirs = modelopt_statistics(name, "NVFP4-KVNVFP4")
-    keys = statistics.hf_keys(config)
+    keys = hf_keys(config)
     statistics.save({key: theirs[on_disk[0]] for key, on_disk in keys.items()}, tmp_path / "c.safetensors", config)
     run(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", "nvfp4", "--kv-cache", "nvfp4", "--output",
         tmp_path / "out", "--load-calibration", tmp_path / "c.safetensors")  # fmt: skip
@@ -151,7 +152,7 @@ def test_statistics_are_those_of_modelopt_up_to_rounding(name: str, ids: dict, r
 
 def test_a_saved_file_comes_back_and_another_model_refuses_it(ranks: Ranks, tmp_path: Path) -> None:
     llama, qwen3 = (read_json(source / "config.json") for source in SOURCES.values())
-    made = {key: torch.tensor(float(number)) for number, key in enumerate(statistics.hf_keys(llama))}
+    made = {key: torch.tensor(float(number)) for number, key in enumerate(hf_keys(llama))}
     statistics.save(made, tmp_path / "c.safetensors", llama)
     assert_same(statistics.load(tmp_path / "c.safetensors", llama), made)
     with pytest.raises(ExportError, match="its architecture is 'LlamaForCausalLM', here 'Qwen3ForCausalLM'"):

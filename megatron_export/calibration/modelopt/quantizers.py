@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import ExportError, report
 from ...models import is_expert, pooled, vector_home
-from ...models.statistic_names import input_key, weight_key
+from ...models.statistic_names import input_key, kv_keys, vector_key, weight_key
 
 Quantizers = dict[str, Attributes]
 
@@ -69,7 +69,7 @@ class Recipe:
     def vector_key(self, module: str) -> str:
         """The statistic that a linear's `pre_quant_scale` is."""
         search = "nvfp4" if self.format == "nvfp4_awq" else f"int4_g{self.group_size}"
-        return f"{vector_home(module)}.pre_quant_scale.{search}"
+        return vector_key(vector_home(module), search)
 
 
 def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
@@ -141,13 +141,13 @@ def scalars_in(quantizers: Quantizers) -> dict[str, float]:
     """The statistics that are one number: amaxes of inputs, of keys and values, and of weights that have one for all."""
     found: dict[str, float] = {}
     for module, parts in by_module(quantizers).items():
-        weight = f"{module}.weight"
+        k_amax, v_amax = kv_keys(module)
         keys = {
-            "input_quantizer": input_key(weight),
-            "weight_quantizer": weight_key(weight),
-            "weight_quantizer.1": weight_key(weight),
-            "k_bmm_quantizer": f"{module}.k_amax",
-            "v_bmm_quantizer": f"{module}.v_amax",
+            "input_quantizer": input_key(module),
+            "weight_quantizer": weight_key(module),
+            "weight_quantizer.1": weight_key(module),
+            "k_bmm_quantizer": k_amax,
+            "v_bmm_quantizer": v_amax,
         }
         for name in keys.keys() & parts.keys():
             value = _amax(parts[name])

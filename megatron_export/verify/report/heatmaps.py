@@ -4,6 +4,7 @@ import math
 import re
 
 from ...models import is_linear_weight
+from ...models.statistic_names import alpha_of, module_of
 from ..snr import Likeness
 from . import charts
 from .facts import Account
@@ -74,17 +75,15 @@ def _label(local: str) -> str:
 
 
 def alphas(run: Account) -> str:
+    used = {alpha_of(i.smoothed.columns) for i in run.plan.items if i.smoothed.columns}
     alphas = run.manifest.get("run", {}).get("alphas", {})
-    used = {i.smoothed.columns.replace(".pre_quant_scale.", ".alpha.") for i in run.plan.items if i.smoothed.columns}
+    alphas = {module_of(name): alpha for name, alpha in alphas.items() if name in used}
     cells = {}
-    for name, alpha in sorted(
+    for module, alpha in sorted(
         alphas.items(), key=lambda one: (list(_ALPHAS).index(_leaf(one[0])), ".experts" in one[0])
     ):
-        if name not in used:
-            continue
-        module = name.partition(".alpha.")[0]
         if found := _LAYER.fullmatch(module):
-            label = ("experts " if ".experts" in module else "") + _ALPHAS[_leaf(name)]
+            label = ("experts " if ".experts" in module else "") + _ALPHAS[_leaf(module)]
             cells[found[1], label] = (alpha, f"{alpha:.1f}", f"layer {found[1]}, {label}: alpha {alpha:.1f}")
     if not cells:
         return ""
@@ -97,9 +96,9 @@ def alphas(run: Account) -> str:
     )
 
 
-def _leaf(name: str) -> str:
-    """The module that an alpha is of, without where it is."""
-    return name.partition(".alpha.")[0].rpartition(".")[2]
+def _leaf(module: str) -> str:
+    """A module's own name, without where it is."""
+    return module.rpartition(".")[2]
 
 
 def tokens(run: Account) -> str:
