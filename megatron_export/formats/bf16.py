@@ -19,7 +19,7 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
     return pieces["weight"].data.float()
 
 
-FORM = Form(name=NAME, tile=(1, 1), encode=encode, decode=decode, quantization={}, activations=False)
+FORM = Form(name=NAME, tile=(1, 1), encode=encode, decode=decode, quantization={}, stackable=True, activations=False)
 
 
 def form(options: Options) -> Form:

@@ -36,7 +36,7 @@ class Smoothing:
     done: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Form:
     """One format with its options settled.
 
@@ -44,6 +44,7 @@ class Form:
     encode        one linear -> pieces by suffix; pure
     decode        pieces -> the float32 weight that an engine multiplies with
     quantization  what the quantization configs say of it; empty for none
+    stackable     whether the experts of a layer may be written as one tensor, of models that have them so
     activations   whether it needs the amax of the linear's input
     ragged        whether the last tile of a row or column may be partial
     numbers       how config.json describes its numbers in a config group; None for no such group
@@ -55,6 +56,7 @@ class Form:
     encode: Callable[[Tensor, Amax], dict[str, Piece]]
     decode: Callable[[dict[str, Piece]], Tensor]
     quantization: dict
+    stackable: bool
     activations: bool = True
     ragged: bool = False
     numbers: dict | None = None

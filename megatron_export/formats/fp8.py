@@ -58,6 +58,7 @@ FORM = Form(
     encode=encode,
     decode=decode,
     quantization={"quant_algo": "FP8"},
+    stackable=True,
     numbers={"dynamic": False, "num_bits": 8, "type": "float"},
 )
 

@@ -76,6 +76,7 @@ def form(options: Options) -> Form:
         encode=partial(encode, native=native),
         decode=decode,
         quantization=algorithm,
+        stackable=False,
         activations=False,
         ragged=True,
         native=NATIVE_CONFIG if native else None,

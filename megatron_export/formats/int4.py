@@ -74,6 +74,7 @@ def awq_form(
         encode=partial(encode, group=group),
         decode=decode,
         quantization={"quant_algo": algorithm, "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
+        stackable=False,
         activations=activations,
         smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
     )

@@ -97,6 +97,7 @@ FORM = Form(
     encode=encode,
     decode=decode,
     quantization={"quant_algo": "NVFP4", "group_size": BLOCK},
+    stackable=True,
     numbers={"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
 )
 

@@ -8,10 +8,8 @@ from ..formats import Form
 from ..models import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
 from .tensor_spec import Output
 
-_STACKED = {  # architecture -> the formats in which experts are written stacked in one tensor, as HF has them; others in bf16 alone
-    "Llama4ForConditionalGeneration": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
-    "GptOssForCausalLM": ("bf16", "fp8", "nvfp4", "nvfp4_awq"),
-}
+# Architectures whose quantized experts are written stacked in one tensor, as HF has them; those of others in bf16 alone.
+_STACKED = ("Llama4ForConditionalGeneration", "GptOssForCausalLM")
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 
@@ -53,8 +51,8 @@ def settle(
 ) -> Policy:
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
     whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
-    stackable = _STACKED.get(config["architectures"][0], ("bf16",))
-    stacked = any(source.stack for source in sources.values()) and form.name in stackable
+    stackable = form.stackable and (not form.quantization or config["architectures"][0] in _STACKED)
+    stacked = stackable and any(source.stack for source in sources.values())
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
