@@ -15,7 +15,7 @@ from megatron_export.distributed.signals import asked_to_stop, heed, heeded, not
 
 IN_C = """
 import hashlib, signal, sys
-from megatron_export import signals
+from megatron_export.distributed import signals
 signals.GRACE = 0.5
 with signals.noticed():
     print("ready", flush=True)

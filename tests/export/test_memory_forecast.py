@@ -196,7 +196,7 @@ def test_a_671b_model_is_planned_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     script = """
 import sys, time
-from megatron_export.cli import plan
+from megatron_export.cli.export_command import plan
 assert plan(print, sys.argv[1:]) == 0
 with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM")).split()[1]
@@ -227,7 +227,7 @@ def test_a_plan_needs_no_ranks_no_megatron_and_no_weights(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     script = """
 import sys
-from megatron_export.cli import plan
+from megatron_export.cli.export_command import plan
 assert plan(lambda *said, **kinds: None, sys.argv[1:]) == 0
 import torch
 assert not torch.distributed.is_initialized()
