@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_nothing_lies_beside_the_rooms() -> None:
     there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert there == TOP | set(LEVEL)
     assert len(LEVEL) == 13
+
+
+def test_a_wheel_has_every_file_that_is_not_python() -> None:
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {
+        path
+        for package, patterns in listed.items()
+        for pattern in patterns
+        for path in PACKAGE.parent.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert {path for path in PACKAGE.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")} == packed
 
 
 def test_importing_the_package_brings_neither_torch_nor_megatron() -> None:

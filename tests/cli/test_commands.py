@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,6 +263,24 @@ def test_a_report_needs_nothing_from_elsewhere_and_escapes_what_it_shows(
     for part in ("How near every weight is", "The worst weights", "Scales", "Where it runs", "What is in the folder"):
         assert f"<h2>{part}</h2>" in page
     assert page.count("<tr><th>0</th>") == page.count("<tr><th>1</th>") == 1
+
+
+def test_a_report_escapes_whatever_a_file_says(reference: Path, checkpoint: Path) -> None:
+    from megatron_export.verify import thresholds
+    from megatron_export.verify.report import html
+    from megatron_export.verify.report.facts import account_of
+
+    odd = "<em>&"
+    made = {"seconds": {odd: 1.0}, "topology": {odd: odd}, "calibration": {odd: odd}, "versions": {odd: odd}}
+    made |= {"tokens": {"layers.0.router": [1]}}
+    run = account_of(thresholds.inspected(checkpoint, reference, thresholds.Wanted()), odd, odd)
+    run = replace(run, manifest={"run": made}, problems=[odd], unscored=odd, worst=[[odd, odd]], engines={odd: odd})
+    page = html.page(replace(run, plan=replace(run.plan, remarks=(odd,))))
+    assert "<em>" not in page
+    shown = 2 + 1 + 1  # the name twice, the origin, a problem
+    shown += 2 + 1 + 2  # an engine and its verdict, why there is no score, a weight
+    shown += 2 + 6 + 1  # a time twice, three pairs, a remark
+    assert page.count("&lt;em&gt;&amp;") == shown
 
 
 def test_a_card_has_front_matter_that_the_hub_reads(reference: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -12,9 +12,16 @@ from ...writing.manifest import said_of
 from ..emulation import bits_per_weight
 from ..judge import Judgement
 from ..perplexity import Score
-from ..thresholds import Inspection
+from ..snr import Likeness
+from ..thresholds import Inspection, worst_lines
 
 _LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *([\w.-]+)\n(?:.*\n)*?---\n")
+_FLAG = re.compile(r"--[\w-]+ [\w.]+")
+_SERVERS = {
+    "vLLM": "vllm serve {name}",
+    "SGLang": "python -m sglang.launch_server --model-path {name}",
+    "TensorRT-LLM": "trtllm-serve {name}",
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Account:
     """What there is to tell of a checkpoint.
 
     name, origin  what it is called, and the hub id, or the name of the folder, that it was made from
+    worst         cells of the worst weights, under thresholds.HEADS
     digest        sha256 of its manifest, "" if it has none
     engines       engine -> its verdict in words
     license       as the original's own card says it, "" if it does not
@@ -34,11 +42,34 @@ class Account:
     score: Score | None
     unscored: str
     problems: list[str]
+    worst: list[list[str]]
     manifest: dict
     digest: str
     engines: dict[str, str]
     bits: float
     license: str
+
+    @property
+    def quantized(self) -> list[Likeness]:
+        return [one for one in self.judged.weights if one.format != "bf16"]
+
+    @property
+    def made(self) -> dict:
+        """How it came about, as the manifest says it."""
+        return self.manifest.get("run", {})
+
+    @property
+    def calibration(self) -> dict:
+        return {key: value for key, value in self.made.get("calibration", {}).items() if value is not None}
+
+    @property
+    def commands(self) -> list[str]:
+        """How the engines that load it are started with this checkpoint."""
+        return [
+            " ".join([_SERVERS[engine].format(name=self.name), *_FLAG.findall(said)])
+            for engine, said in self.engines.items()
+            if said.startswith("loads") and engine in _SERVERS
+        ]
 
 
 def account_of(found: Inspection, origin: str, name: str | None = None) -> Account:
@@ -53,6 +84,7 @@ def account_of(found: Inspection, origin: str, name: str | None = None) -> Accou
         score=found.score,
         unscored=found.unscored,
         problems=found.problems,
+        worst=worst_lines(found),
         manifest=said_of(folder),
         digest=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
         engines={engine: verdict.text for engine, verdict in verdicts(of_plan(found.judged.plan)).items()},

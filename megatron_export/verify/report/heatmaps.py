@@ -2,15 +2,14 @@
 
 import math
 import re
+from dataclasses import dataclass
 
 from ...models import is_linear_weight
 from ...models.statistic_names import alpha_of, module_of
 from ..snr import Likeness
-from . import charts
 from .facts import Account
 
 SPAN = 6.0  # dB that the colours of a map stand for at least
-DENSE = 24  # columns from which a map has no text
 _LAYER = re.compile(r".*?layers\.(\d+)\.(.+)")
 _ALPHAS = {
     "linear_qkv": "qkv",
@@ -25,44 +24,70 @@ _ALPHAS = {
 }
 
 
-def errors(run: Account) -> str:
-    """The map of layers and modules; of a layer's experts, the worst."""
-    cells: dict[tuple[str, str], list[Likeness]] = {}
+@dataclass(frozen=True)
+class Cell:
+    """strength: of the colour from 0 to 1, NaN for grey; text: what is written in it; title: what it says when pointed at."""
+
+    strength: float
+    text: str
+    title: str
+
+    @property
+    def share(self) -> int | None:
+        """Of the strong colour in percent, None for grey."""
+        return None if math.isnan(self.strength) else round(100 * min(max(self.strength, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
+class Map:
+    """Cells by layer and head of a column; `calm` and `strong`: what the two ends of the colours stand for; `several`: whether
+    a cell is of the worst of several weights."""
+
+    cells: dict[tuple[str, str], Cell]
+    calm: str
+    strong: str
+    several: bool = False
+
+    @property
+    def layers(self) -> list[str]:
+        return sorted({layer for layer, _ in self.cells}, key=int)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for _, column in self.cells))
+
+    @property
+    def greys(self) -> int:
+        return sum(cell.share is None for cell in self.cells.values())
+
+
+def errors(run: Account) -> Map | None:
+    """The map of layers and modules in dB; of a layer's experts, the worst."""
+    weights: dict[tuple[str, str], list[Likeness]] = {}
     linears = {
         name for i in run.plan.items if is_linear_weight(i.source.canonical) for name in i.source.names().values()
     }
     for one in run.judged.weights:
         if (found := _LAYER.fullmatch(one.name)) and one.name in linears:
-            cells.setdefault((found[1], _label(found[2])), []).append(one)
-    worst = {place: min(found, key=lambda one: one.snr) for place, found in cells.items() if found[0].format != "bf16"}
+            weights.setdefault((found[1], _label(found[2])), []).append(one)
+    worst = {
+        place: min(found, key=lambda one: one.snr) for place, found in weights.items() if found[0].format != "bf16"
+    }
     values = {place: one.snr for place, one in worst.items() if one.snr < math.inf}
     if not values:
-        return ""
+        return None
     high = max(values.values())
     low = min(max(0.0, min(values.values())), high - SPAN)
-    made = {}
-    for (layer, label), found in cells.items():
+    cells = {}
+    for (layer, label), found in weights.items():
         value = values.get((layer, label))
         what = f"layer {layer}, {label}" + (f", the worst of {len(found)} experts" if len(found) > 1 else "")
-        if value is None:
-            made[layer, label] = (math.nan, "bf16", f"{what}: left in bfloat16")
-        else:
-            made[layer, label] = ((high - value) / (high - low), f"{value:.1f}", f"{what}: {value:.2f} dB")
-    rows = sorted({layer for layer, _ in cells}, key=int)
-    columns = list(dict.fromkeys(label for _, label in cells))
-    return (
-        "<h2>How near every weight is</h2><p>Signal to noise of each module's decoded weights in dB, by layer; more is better, "
-        "and 6 dB are one bit. "
-        + ("Of a layer's experts, the worst one is shown. " if any(len(found) > 1 for found in cells.values()) else "")
-        + (
-            "The original was smoothed as the checkpoint is before they were compared. "
-            if run.plan.form.smoothing
-            else ""
+        cells[layer, label] = (
+            Cell(math.nan, "bf16", f"{what}: left in bfloat16")
+            if value is None
+            else Cell((high - value) / (high - low), f"{value:.1f}", f"{what}: {value:.2f} dB")
         )
-        + "The colour shows where quantization hurts most.</p>"
-        + charts.heat(rows, columns, made, strong="bad")
-        + charts.legend(f"{high:.0f} dB", f"{low:.0f} dB", "bad", "layers downwards, modules across")
-    )
+    return Map(cells, f"{high:.0f} dB", f"{low:.0f} dB", several=any(len(found) > 1 for found in weights.values()))
 
 
 def _label(local: str) -> str:
@@ -74,26 +99,18 @@ def _label(local: str) -> str:
     return f"shared {name}" if any("shared" in part for part in parts) else name
 
 
-def alphas(run: Account) -> str:
+def alphas(run: Account) -> Map | None:
+    """The map of layers and smoothing vectors."""
     used = {alpha_of(i.smoothed.columns) for i in run.plan.items if i.smoothed.columns}
-    alphas = run.manifest.get("run", {}).get("alphas", {})
-    alphas = {module_of(name): alpha for name, alpha in alphas.items() if name in used}
+    alphas = {module_of(name): alpha for name, alpha in run.made.get("alphas", {}).items() if name in used}
     cells = {}
     for module, alpha in sorted(
         alphas.items(), key=lambda one: (list(_ALPHAS).index(_leaf(one[0])), ".experts" in one[0])
     ):
         if found := _LAYER.fullmatch(module):
             label = ("experts " if ".experts" in module else "") + _ALPHAS[_leaf(module)]
-            cells[found[1], label] = (alpha, f"{alpha:.1f}", f"layer {found[1]}, {label}: alpha {alpha:.1f}")
-    if not cells:
-        return ""
-    rows = sorted({layer for layer, _ in cells}, key=int)
-    return (
-        "<h2>AWQ</h2><p>The alpha that the search chose for each smoothing vector: at 0 the weights alone decide it, at 1 the "
-        "activations.</p>"
-        + charts.heat(rows, list(dict.fromkeys(label for _, label in cells)), cells, strong="much")
-        + charts.legend("0", "1", "much")
-    )
+            cells[found[1], label] = Cell(alpha, f"{alpha:.1f}", f"layer {found[1]}, {label}: alpha {alpha:.1f}")
+    return Map(cells, "0", "1") if cells else None
 
 
 def _leaf(module: str) -> str:
@@ -101,30 +118,18 @@ def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def tokens(run: Account) -> str:
-    tokens: dict[str, list[int]] = run.manifest.get("run", {}).get("tokens", {})
+def tokens(run: Account) -> Map | None:
+    """The map of layers and experts, a cell the stronger the more tokens calibration gave the expert, grey for none."""
+    tokens: dict[str, list[int]] = run.made.get("tokens", {})
     layers = {found[1]: counts for name, counts in tokens.items() if (found := _LAYER.fullmatch(name))}
     if not layers:
-        return ""
+        return None
     most = max(max(counts) for counts in layers.values()) or 1
     cells = {
-        (layer, str(n)): (
-            math.sqrt(count / most) if count else math.nan,
-            f"{count:,}",
-            f"layer {layer}, expert {n}: {count:,} tokens",
+        (layer, str(n)): Cell(
+            math.sqrt(count / most) if count else math.nan, f"{count:,}", f"layer {layer}, expert {n}: {count:,} tokens"
         )
         for layer, counts in layers.items()
         for n, count in enumerate(counts)
     }
-    never = sum(not count for counts in layers.values() for count in counts)
-    columns = [str(n) for n in range(max(len(counts) for counts in layers.values()))]
-    said = (
-        f"{never:,} were given none and are scaled as the others of their layer."
-        if never
-        else "Every expert was given some."
-    )
-    return (
-        f"<h2>Tokens per expert</h2><p>How many calibration tokens each expert was given, layers downwards. {said}</p>"
-        + charts.heat(sorted(layers, key=int), columns, cells, strong="much", dense=len(columns) > DENSE)
-        + charts.legend("few", f"{most:,}", "much", "none: grey")
-    )
+    return Map(cells, "few", f"{most:,}")

@@ -2,7 +2,6 @@
 
 from ...common.errors import ExportError
 from ..thresholds import Inspection
-from . import html, model_card
 from .facts import account_of
 
 FILES = ("report.html", "README.md")
@@ -11,6 +10,8 @@ MARK = "megatron_export"  # is in both
 
 def present(found: Inspection, origin: str, name: str | None = None) -> None:
     """Write both into the folder that was inspected; `origin` is what it was made from, `name` what it will be called."""
+    from . import html, model_card  # they import jinja2, which nothing else needs
+
     if found.judged.plan is None:
         raise ExportError(f"no report of {found.judged.folder}: {found.problems[-1]}")
     folder = found.judged.folder
