@@ -46,11 +46,11 @@ def settle(
     form: Form,
     exclude: tuple[str, ...],
     quantize_mla: bool,
-    kv: bool,
     copied: tuple[Output, ...],
 ) -> Policy:
-    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` overrides the engines, `kv` says
-    whether the scales of a KV cache are written, `copied` are tensors that stay as they are."""
+    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` says that latent attention is quantized too,
+    `copied` are tensors that stay as they are. What each engine does with the result is not said here, but in engines/.
+    """
     stackable = form.stackable and (not form.quantization or config["architectures"][0] in _STACKED)
     stacked = stackable and any(source.stack for source in sources.values())
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
@@ -67,8 +67,6 @@ def settle(
     problems += _unloadable(config, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
     remarks = []
-    if config["architectures"][0] == "GptOssForCausalLM":
-        remarks.append(f"no engine is known to load this architecture in {form.name} as it is written here")
     if quantize_mla and not latent:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     if latent - out and not quantize_mla and form.name != "fp8_pb":
@@ -79,7 +77,6 @@ def settle(
         out |= latent
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     if settings_of(config).get("rotary_interleaved"):
-        remarks += _of_llama4(config, form, stacked, kv)
         keys = {name for name in linears if makes_keys(name)} - out
         if keys and form.name != "fp8":
             remarks.append(
@@ -123,26 +120,6 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
     for name in names:
         found.setdefault(pooled(name), []).append(name)
     return [tuple(experts) for experts in found.values()]
-
-
-def _of_llama4(config: dict, form: Form, stacked: bool, kv: bool) -> list[str]:
-    """What engines load of Llama 4."""
-    if config["architectures"][0] == "Llama4ForCausalLM":
-        kept = form.smoothing is not None and form.smoothing.keeps  # as pre_quant_scale
-        read = "no engine is known to load" if kept else "of all engines vLLM alone loads"
-        return [f"{read} this model in {form.name}: SGLang and TensorRT-LLM have Llama4ForConditionalGeneration"]
-    remarks = ["SGLang does not load the scales of this model's KV cache"] if kv else []
-    if form.name == "fp8_pb":
-        remarks.append("experts are written one by one; TensorRT-LLM reads only stacked ones")
-    elif not stacked:
-        remarks.append(
-            f"no engine is known to load this model in {form.name}: TensorRT-LLM, which has it, reads stacked experts"
-        )
-    elif form.smoothing and form.smoothing.keeps:
-        remarks.append("only TensorRT-LLM reads pre_quant_scale")
-    elif form.name != "fp8":
-        remarks.append(f"SGLang does not load stacked experts in {form.name}")
-    return remarks
 
 
 def fused_with(name: str) -> str:

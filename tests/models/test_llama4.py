@@ -1,6 +1,7 @@
 """Llama 4: what is in its stacked tensors, what is copied, what engines are told, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_export.mcore import load_hf, parallel_state
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.config_check import contradictions
 from megatron_export.models import settings_of, unscaled_rope_settings
+from megatron_export.planning.engine_check import of_plan, verdicts
 from megatron_export.planning.plan import assumed, make_plan
 
 from ..support.models import LENGTH, assert_same, make_model, read_json, same, tensors
@@ -23,6 +25,7 @@ from ..support.ranks import Ranks, command, living
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
 PLAIN = PREFIX.removeprefix("language_model.")
+ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")
 SEEN = ("vision_model.", "multi_modal_projector.")
 
 
@@ -106,7 +109,8 @@ def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, m
     out = tmp_path / "out"
     status, said = ranks.call(2, command, *flags(models["llama4_vision"], out, "--format", "nvfp4", "--tp", 2))[0]
     assert status == 0, said
-    assert "q, k and v stay in bfloat16" in said and "SGLang does not load stacked experts" in said
+    assert "q, k and v stay in bfloat16" in said
+    assert re.search(r"SGLang +refused: .* does not load stacked experts in nvfp4", said)
     quantization = read_json(out / "hf_quant_config.json")["quantization"]
     left = quantization["exclude_modules"]
     assert {"vision_model*", "multi_modal_projector*", "language_model.lm_head"} <= set(left)
@@ -141,7 +145,9 @@ def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf1
     original = tensors(models["llama4"])[stack]
     status, said = ranks.call(2, command, *flags(models["llama4"], tmp_path / form, "--format", form, "--tp", 2))[0]
     assert status == 0, said
-    assert f"of all engines vLLM alone loads this model in {form}" in said
+    assert [bool(re.search(rf"^{engine} +loads", said, re.M)) for engine in ENGINES] == [True, False, False]
+    assert "it loads experts of Llama 4 only in Llama4ForConditionalGeneration" in said
+    assert "it has Llama 4 only as Llama4ForConditionalGeneration" in said
     found = tensors(tmp_path / form)
     assert not any(name.startswith(stack) for name in found)
     for expert, weight in enumerate(original):
@@ -220,21 +226,31 @@ def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_scor
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "remark"),
+    ("name", "form", "loading", "because"),
     [
-        ("llama4", "fp8", "of all engines vLLM alone loads this model in fp8"),
-        ("llama4", "int4_awq", "no engine is known to load this model in int4_awq"),
-        ("llama4_vision", "fp8_pb", "experts are written one by one; TensorRT-LLM reads only stacked ones"),
-        ("llama4_vision", "int4_awq", "no engine is known to load this model in int4_awq"),
-        ("llama4_vision", "nvfp4", "SGLang does not load stacked experts in nvfp4"),
+        ("llama4", "fp8", {"vLLM"}, "it has Llama 4 only as Llama4ForConditionalGeneration"),
+        ("llama4", "int4_awq", set(), "it does not know W4A16_AWQ"),
+        (
+            "llama4_vision",
+            "fp8_pb",
+            {"vLLM", "SGLang"},
+            "reads experts of Llama 4 only where they are stacked in one tensor",
+        ),
+        ("llama4_vision", "int4_awq", set(), "reads experts of Llama 4 only where they are stacked in one tensor"),
+        ("llama4_vision", "nvfp4", {"vLLM", "TensorRT-LLM"}, "does not load stacked experts in nvfp4"),
     ],
 )
-def test_the_plan_says_what_engines_do_with_the_experts(name: str, form: str, remark: str, models: dict) -> None:
+def test_engines_say_what_they_do_with_the_experts_and_the_plan_does_not_repeat_it(
+    name: str, form: str, loading: set, because: str, models: dict
+) -> None:
     config = read_json(models[name] / "config.json")
     sizes = {"intermediate_size": 128, "intermediate_size_mlp": 128, "hidden_size": 128}
     config |= {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
     plan = make_plan(config, assumed(config, 1), format=form)
-    assert any(remark in said for said in plan.remarks)
+    found = verdicts(of_plan(plan)).values()
+    assert {verdict.engine for verdict in found if verdict.loads} == loading
+    assert any(because in verdict.why for verdict in found)
+    assert not any(engine in remark for engine in ENGINES for remark in plan.remarks)
 
 
 @pytest.mark.parametrize(
