@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.safe_files import INDEX, opened, read_index
 from ..models import Source
@@ -17,7 +18,6 @@ from .hf_folder import weights_in
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-_PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
 _SCALE, _FP8 = "_scale_inv", "F8_E4M3"
 
@@ -90,9 +90,9 @@ class SourceWeights:
                     f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
                     "Give the config.json that belongs to these weights"
                 )
-            if self.dtype(name) not in _PLAIN and not (self.dtype(name) == _FP8 and name + _SCALE in found):
+            if self.dtype(name) not in UNQUANTIZED and not (self.dtype(name) == _FP8 and name + _SCALE in found):
                 problems.append(
-                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(_PLAIN)}: quantized "
+                    f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(UNQUANTIZED)}: quantized "
                     "already? Give the original model"
                 )
         report(problems)
@@ -127,9 +127,13 @@ class SourceWeights:
 
     def copied(self) -> tuple[Output, ...]:
         """All tensors, as they are to be written again."""
-        if odd := [name for name in self.files if self.dtype(name) not in _PLAIN]:
-            raise ExportError(f"{self.folder}: tensor {odd[0]} is {self.dtype(odd[0])}, not one of {', '.join(_PLAIN)}")
-        return tuple(Output(name, _PLAIN[self.dtype(name)], tuple(self.shape(name))) for name in sorted(self.files))
+        if odd := [name for name in self.files if self.dtype(name) not in UNQUANTIZED]:
+            raise ExportError(
+                f"{self.folder}: tensor {odd[0]} is {self.dtype(odd[0])}, not one of {', '.join(UNQUANTIZED)}"
+            )
+        return tuple(
+            Output(name, UNQUANTIZED[self.dtype(name)], tuple(self.shape(name))) for name in sorted(self.files)
+        )
 
     def whole(self, name: str) -> Tensor:
         """A tensor as it is."""

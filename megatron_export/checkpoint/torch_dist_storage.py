@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.safe_files import MOST_ELEMENTS, inside, shown
 from .safe_pickle import Inert, Numbers, judged, read_pickle, saved, saved_tensor
@@ -24,7 +25,6 @@ METADATA = ".metadata"
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
 _MOST_BYTES = 16 << 20  # of an object in a tensor of bytes
-_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _WAY_OUT = "Copy or save the checkpoint again"
 
 
@@ -98,8 +98,8 @@ class Storage:
         """Raise unless these tensors are plain numbers in files that are there, and long enough."""
         problems, places = [], []
         for tensor in tensors:
-            if tensor.dtype not in _PLAIN:
-                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PLAIN)
+            if tensor.dtype not in UNQUANTIZED.values():
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in UNQUANTIZED.values())
                 problems.append(
                     f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
                     "quantized already? Give a checkpoint of the original model"

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.safe_files import INDEX, headers, inside, read_index, read_json
 from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
@@ -13,15 +14,13 @@ from ..models.registry import expected_shapes
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
 
-_SPELLED = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32", "float16": "F16", "uint8": "U8"}
 _QUANT = "hf_quant_config.json"
 
 
 def of_plan(plan: Plan) -> Checkpoint:
     """The checkpoint that a plan will write."""
-    spelled = {dtype: _SPELLED[str(dtype).removeprefix("torch.")] for dtype in _dtypes(plan)}
     files = {
-        file: {output.name: Header(spelled[output.dtype], output.shape) for output in outputs}
+        file: {output.name: Header(SPELLED[output.dtype], output.shape) for output in outputs}
         for file, outputs in plan.files.items()
     }
     return Checkpoint(
@@ -31,10 +30,6 @@ def of_plan(plan: Plan) -> Checkpoint:
         expected=expected_shapes(item.source for item in plan.items),
         copied=copied_prefixes(plan.config),
     )
-
-
-def _dtypes(plan: Plan) -> set:
-    return {output.dtype for outputs in plan.files.values() for output in outputs}
 
 
 def of_folder(folder: Path) -> Checkpoint:

@@ -16,16 +16,6 @@ from ..common.errors import ExportError
 from ..common.safe_files import INDEX, opened, read_index, read_json
 from ..common.strips import STRIP_ELEMENTS
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
-
 
 class Finished:
     """The tensors of a checkpoint, by name; slices are read from disk when asked for.

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import copied_tensors
+from ..common.dtypes import DTYPES, SPELLED
 from ..common.errors import ExportError
 from ..models import (
     copied_prefixes,
@@ -25,9 +26,7 @@ from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
 from ..writing.read_back import covers, is_scale
 from .detect_format import Described
-from .folder import DTYPES, Finished, json_of
-
-_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+from .folder import Finished, json_of
 
 
 def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, list[str]]:
@@ -84,8 +83,8 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
             yield f"{name} is not part of this model in {plan.form.name}"
     for name in sorted(expected.keys() & set(found)):
         output, dtype, shape = expected[name], found.spelled(name), found.shape(name)
-        if dtype != _SPELLED[output.dtype]:
-            yield f"{name} is {dtype}, not {_SPELLED[output.dtype]}"
+        if dtype != SPELLED[output.dtype]:
+            yield f"{name} is {dtype}, not {SPELLED[output.dtype]}"
         elif shape != output.shape and not (torch.Size(shape).numel() == torch.Size(output.shape).numel() == 1):
             yield f"{name} is {_size(shape)}, not {_size(output.shape)}"
 

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.hf_weights import SourceWeights
+from ..common.dtypes import DTYPES
 from ..common.piece import Axis, Piece
 from ..common.strips import STRIP_ELEMENTS
 from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..planning.tensor_spec import Output
-from .folder import DTYPES, Finished
+from .folder import Finished
 
 BLOCK = 128  # rows of a strip are a multiple of it
 KEPT = "pre_quant_scale"

@@ -11,9 +11,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..common.dtypes import SPELLED
 from ..planning.contents import MANIFEST, Contents
 from .read_back import Verified
-from .safetensors_file import DTYPES
 
 KIND = "megatron_export manifest 1"
 _PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")
@@ -24,7 +24,7 @@ def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str,
     tensors = {
         output.name: {
             "file": file,
-            "dtype": DTYPES[output.dtype],
+            "dtype": SPELLED[output.dtype],
             "shape": list(output.shape),
             "crc32": f"{found[file].tensors[output.name]:08x}",
         }

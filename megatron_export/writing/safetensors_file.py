@@ -10,20 +10,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-import torch
-
+from ..common.dtypes import SPELLED
 from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
 from .crc32 import joined_crc32
 from .journal import Checks
-
-DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-}
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
@@ -36,7 +27,7 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     offset = 0
     for output in sorted(outputs, key=lambda o: o.nbytes % 8 and 8 - o.dtype.itemsize):
         header[output.name] = {
-            "dtype": DTYPES[output.dtype],
+            "dtype": SPELLED[output.dtype],
             "shape": list(output.shape),
             "data_offsets": [offset, offset + output.nbytes],
         }
