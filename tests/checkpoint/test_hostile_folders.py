@@ -321,7 +321,7 @@ BIG_TEXTS = {  # JSON that is small on disk and large in memory, or the reverse
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from megatron_export.untrusted import read_json
+from megatron_export.common.safe_files import read_json
 read_json.__module__
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
