@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_export.calibration.lookup import needed_by
 from megatron_export.common.errors import ExportError
+from megatron_export.common.file_names import CONFIG
 from megatron_export.models import Source, is_expert, parameters_of
 from megatron_export.planning.plan import Plan
 
@@ -80,7 +81,7 @@ def config_of(shape: str, hf_model: str | None, layers: int | None) -> dict:
 
 def write_config(folder: Path, config: dict) -> Path:
     """A model's folder with nothing but its config.json."""
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ExportError
-from ..common.safe_files import INDEX, inside, read_index, read_json, shown
+from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX
+from ..common.safe_files import inside, read_index, read_json, shown
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COPIED = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -44,13 +45,13 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     """
     folder = Path(hf_model)
     if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
-        patterns = ["config.json", *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
+        patterns = [CONFIG, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
         folder = _fetch(str(hf_model), patterns)
     if not folder.is_dir():
         raise ExportError(
             f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
         )
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
     files_to_copy(folder)
     if weights:
@@ -89,7 +90,7 @@ def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -
 
 def read_config(folder: Path) -> dict:
     """config.json as a dict; refuses a model that is quantized already, unless in blocks of FP8 as DeepSeek publishes its."""
-    path = inside(folder, "config.json")
+    path = inside(folder, CONFIG)
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
-from ..common.safe_files import INDEX, opened, read_index
+from ..common.file_names import INDEX
+from ..common.safe_files import opened, read_index
 from ..models import Source
 from ..models.layouts import stacked_rows
 from ..planning.tensor_spec import Output

@@ -15,11 +15,11 @@ from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
+from .file_names import INDEX
 
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-INDEX = "model.safetensors.index.json"
 MOST_BYTES = 40 << 20  # of a JSON file or a header: the largest index that is known has 14 million
 MOST_VALUES = 1_000_000  # of either; each takes up to 250 bytes of memory
 MOST_LEVELS = 50  # of lists and objects in one another

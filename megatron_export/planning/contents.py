@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from ..common.file_names import CONFIG, QUANT_CONFIG
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
 from .tensor_spec import Output
@@ -45,8 +46,5 @@ def contents_of(plan: Plan) -> Contents:
         slices=dict(slices),
         copied=frozenset(output.name for output in plan.copied),
         quantized=plan.quantized,
-        jsons={"config.json": config_json(plan)} | ({"hf_quant_config.json": quant} if quant else {}),
+        jsons={CONFIG: config_json(plan)} | ({QUANT_CONFIG: quant} if quant else {}),
     )
-
-
-MANIFEST = "export_manifest.json"

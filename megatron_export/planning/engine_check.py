@@ -6,15 +6,14 @@ from pathlib import Path
 
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
-from ..common.safe_files import INDEX, headers, inside, read_index, read_json
+from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
+from ..common.safe_files import headers, inside, read_index, read_json
 from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
 from ..models import ARCHITECTURES, copied_prefixes, parameters_of
 from ..models.hf_config import architecture_name
 from ..models.registry import expected_shapes
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
-
-_QUANT = "hf_quant_config.json"
 
 
 def of_plan(plan: Plan) -> Checkpoint:
@@ -38,7 +37,7 @@ def of_folder(folder: Path) -> Checkpoint:
         raise ExportError(
             f"{folder} is not a folder. Give the folder of a checkpoint: config.json and .safetensors files"
         )
-    config = _json(folder, "config.json")
+    config = _json(folder, CONFIG)
     if config is None:
         raise ExportError(f"{folder} has no config.json. Give the folder of a checkpoint")
     names = sorted(path.name for path in folder.iterdir())
@@ -48,7 +47,7 @@ def of_folder(folder: Path) -> Checkpoint:
     expected, copied = expected_of(config)
     return Checkpoint(
         config=config,
-        quant=_json(folder, _QUANT),
+        quant=_json(folder, QUANT_CONFIG),
         files=read,
         index=index,
         expected=expected,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
+from ..common.file_names import CONFIG, GENERATION_CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.progress import Progress, quiet
 from ..common.strips import STRIP_ELEMENTS
@@ -21,7 +22,7 @@ from .detect_format import FORMATS, Described, described, module_of
 from .folder import Finished, json_of
 from .snr import decibels
 
-CONFIGS = ("config.json", "hf_quant_config.json", "generation_config.json")
+CONFIGS = (CONFIG, QUANT_CONFIG, GENERATION_CONFIG)
 SHOWN = 10  # of a kind in the table
 HEADS = ("weight", "signal to noise", "largest difference")
 STRIP_ROWS = 128  # a strip's rows are a multiple of it, as scales of blocks are

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
-from ..common.safe_files import INDEX, opened, read_index, read_json
+from ..common.file_names import INDEX
+from ..common.safe_files import opened, read_index, read_json
 from ..common.strips import STRIP_ELEMENTS
 
 

@@ -14,10 +14,10 @@ import torch
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import ExportError
+from ..common.file_names import MANIFEST
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
 from ..models import is_linear_weight, parameters_of
-from ..planning.contents import MANIFEST
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from .detect_format import Described, described

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
+from ..common.file_names import CONFIG
 from ..common.host_memory import available
 from ..common.progress import Progress, quiet
 from ..common.text import readable
@@ -108,7 +109,7 @@ def score(
 def _check_fits(folder: Path, reference: Path, device: torch.device) -> None:
     """Raise where two models and what they compute do not fit into memory."""
     size = sum(path.stat().st_size for one in (folder, reference) for path in one.glob("*.safetensors"))
-    config = json_of(reference, "config.json")
+    config = json_of(reference, CONFIG)
     words = (config.get("text_config") or config).get("vocab_size") or 0
     needed = int(SPARE * size) + 2 * BATCH * WINDOW * words * 2 + 6 * WINDOW * words * 4
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()

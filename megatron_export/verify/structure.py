@@ -12,6 +12,7 @@ from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import copied_tensors
 from ..common.dtypes import DTYPES, SPELLED
 from ..common.errors import ExportError
+from ..common.file_names import CONFIG
 from ..models import (
     copied_prefixes,
     is_latent,
@@ -34,7 +35,7 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     all quantized, or not all left alone.
     """
     config = hf_folder.read_config(reference)
-    own = json_of(found.folder, "config.json")
+    own = json_of(found.folder, CONFIG)
     if config.get("num_nextn_predict_layers") and not own.get("num_nextn_predict_layers"):
         config = without_mtp(config)
     sources = parameters_of(config)
@@ -95,7 +96,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _settings(folder: Path, plan: Plan) -> Iterator[str]:
     """Where config.json means another model than the reference's."""
-    own = json_of(folder, "config.json")
+    own = json_of(folder, CONFIG)
     if not own:
         yield "config.json is missing"
         return

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..common.dtypes import SPELLED
-from ..planning.contents import MANIFEST, Contents
+from ..common.file_names import MANIFEST
+from ..planning.contents import Contents
 from .read_back import Verified
 
 KIND = "megatron_export manifest 1"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_folder import Original, check_unchanged
+from ..common.file_names import MANIFEST
 from ..distributed.signals import heed
-from ..planning.contents import MANIFEST, Contents
+from ..planning.contents import Contents
 from . import manifest
 from .fingerprint import of_settings
 from .journal import naming

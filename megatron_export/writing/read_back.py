@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ..common.errors import report
+from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.progress import Progress, quiet
 from ..planning.contents import Contents
 from ..planning.shard_files import LANES
@@ -279,11 +280,11 @@ def covers(entry: str, module: str) -> bool:
 
 def _excluded(folder: Path) -> dict[str, list[str]]:
     """The exclude lists on disk, by file."""
-    inner = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    outer = json.loads((folder / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
+    inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
     return {
-        "config.json": inner.get("ignore") or inner.get("modules_to_not_convert"),
-        "hf_quant_config.json": outer["exclude_modules"],
+        CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert"),
+        QUANT_CONFIG: outer["exclude_modules"],
     }
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..common.errors import ExportError
-from ..planning.contents import MANIFEST
+from ..common.file_names import MANIFEST
 from ..planning.plan import Plan
 from .journal import partial_of
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
+from ..common.file_names import INDEX
 from ..planning.contents import Contents, contents_of
 from ..planning.plan import Plan
 from ..planning.tensor_spec import Output
@@ -23,8 +24,6 @@ from .device_to_disk import Conveyor
 from .journal import Checks, naming
 from .safetensors_file import Shard
 from .staging import Staging
-
-INDEX = "model.safetensors.index.json"
 
 
 class Desk(Protocol):

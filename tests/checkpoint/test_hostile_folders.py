@@ -26,7 +26,8 @@ from megatron_export.calibration.statistics import KIND, check_kind, load, save,
 from megatron_export.checkpoint import hf_folder
 from megatron_export.checkpoint.hf_weights import SourceWeights
 from megatron_export.common.errors import ExportError
-from megatron_export.common.safe_files import INDEX, MOST_BYTES, MOST_FILES, MOST_VALUES
+from megatron_export.common.file_names import INDEX
+from megatron_export.common.safe_files import MOST_BYTES, MOST_FILES, MOST_VALUES
 from megatron_export.models import architecture_of, parameters_of, rope_of, settings_of
 from megatron_export.models.hf_config_limits import MOST_LAYERS
 from megatron_export.models.registry import MOST_NUMBERS, MOST_PARAMETERS

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ..export.test_bad_input import INDEX, SHARD, Q, indexed, replaced
+from megatron_export.common.file_names import INDEX
+
+from ..export.test_bad_input import SHARD, Q, indexed, replaced
 from ..export.test_topologies import export
 from ..support.models import EXAMPLE, LENGTH, read_json, tensors
 from ..support.ranks import Ranks, command

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_export.common.file_names import INDEX
+
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
 from ..support.refusals import DOWN, assert_says, configured, fp8, refused, rewritten
@@ -31,7 +33,7 @@ def indexed(name: str, file: str) -> Callable[[Path], None]:
 
     def write(source: Path) -> None:
         places = dict.fromkeys(load_file(source / "model.safetensors"), "model.safetensors") | {name: file}
-        replaced("model.safetensors.index.json", json.dumps({"weight_map": places}))(source)
+        replaced(INDEX, json.dumps({"weight_map": places}))(source)
 
     return write
 
@@ -40,7 +42,7 @@ def truncated(source: Path) -> None:
     os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 1000)
 
 
-Q, INDEX, SHARD = "model.layers.0.self_attn.q_proj.weight", "model.safetensors.index.json", "model.safetensors"
+Q, SHARD = "model.layers.0.self_attn.q_proj.weight", "model.safetensors"
 QUANTIZED = {"quant_method": "modelopt"}
 LLAMAS = ["LlamaForCausalLm"]
 SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_export.common.file_names import INDEX
 from megatron_export.engines import Checkpoint, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
 from megatron_export.planning.plan import assumed, make_plan
@@ -21,7 +22,6 @@ FP8, FP8_KV, NVFP4, MOE = (
     f"models/{name}" for name in ("llama-FP8", "llama-FP8-KVFP8", "llama-NVFP4", "qwen3moe-NVFP4")
 )
 TWO_FILES = "models/llama-FP8-mcore"
-_INDEX = "model.safetensors.index.json"
 
 
 def golden(name: str) -> Said:
@@ -67,7 +67,7 @@ def written(said: Said, folder: Path) -> Path:
     if said["quant"] is not None:
         (folder / "hf_quant_config.json").write_text(json.dumps(said["quant"]))
     if said["index"] is not None:
-        (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": said["index"]}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": said["index"]}))
     return folder
 
 

@@ -7,12 +7,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.common.file_names import INDEX
 from megatron_export.common.piece import Piece
 from megatron_export.formats import Options
 from megatron_export.planning.parameter import Item, Measured
 from megatron_export.planning.plan import Plan, assumed, make_plan
 from megatron_export.planning.quant_config import config_json, hf_quant_config
-from megatron_export.writing.writer import INDEX, write_json
+from megatron_export.writing.writer import write_json
 
 from .models import read_json
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_export.common.errors import ExportError
-from megatron_export.planning.contents import MANIFEST, contents_of
+from megatron_export.common.file_names import MANIFEST
+from megatron_export.planning.contents import contents_of
 from megatron_export.planning.plan import Plan, assumed, make_plan
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept

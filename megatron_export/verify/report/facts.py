@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...planning.contents import MANIFEST
+from ...common.file_names import MANIFEST
 from ...planning.engine_check import of_plan, verdicts
 from ...planning.plan import Plan
 from ...writing.manifest import said_of
