@@ -4,7 +4,6 @@ What is compared, and how the smoothing of AWQ is undone, stands in `weight_pair
 `snr.py`. Memory is bounded by a strip of a tensor, and a row of numbers for each smoothing vector.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..common.safe_files import inside, shown
 from ..models import is_linear_weight, parameters_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
+from ..writing.fingerprint import of_file
 from .detect_format import Described, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of
@@ -98,19 +98,12 @@ def _against_manifest(folder: Path) -> list[str]:
         return [f"{MANIFEST}: {shown(files)} is no list of files"]
     paths = [inside(folder, name) for name in files]
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = dict(zip(files, pool.map(_sha256, paths), strict=True))
+        sums = dict(zip(files, pool.map(lambda path: of_file(path) if path.is_file() else None, paths), strict=True))
     return [
         f"{name} is {'missing, a file' if mine is None else 'not the file'} that {MANIFEST} lists"
         for name, mine in sums.items()
         if mine != files[name].get("sha256")
     ]
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:

@@ -1,11 +1,10 @@
-"""Short answers to "is it the same?": of a model's weights, whatever their topology, of statistics, of settings, of bytes that
-are looked at in parts.
-"""
+"""Short answers to "is it the same?": of a model's weights, whatever their topology, of statistics, of settings, of files."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +49,12 @@ def _mixed(numbers: tuple[range, ...]) -> Tensor:
 def added(checksums: Iterable[int]) -> int:
     """The checksum of a tensor from those of its shards."""
     return sum(checksums) & _MASK
+
+
+def of_file(path: Path) -> str:
+    """sha256 of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_settings(settings: object) -> str:

@@ -30,6 +30,7 @@ from ..planning.contents import Contents
 from ..planning.shard_files import LANES
 from ..planning.tensor_spec import Output
 from .crc32 import joined_crc32
+from .fingerprint import of_file
 from .journal import Checks
 from .safetensors_file import header_of
 from .staging import Staging
@@ -133,7 +134,7 @@ def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> 
     report([problem for one in found.values() for problem in one.problems] + _recipe(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     found = {file: found[file] for file in contents.files}
-    return found | {path.name: Verified(path.stat().st_size, _sha256(path)) for path in others}
+    return found | {path.name: Verified(path.stat().st_size, of_file(path)) for path in others}
 
 
 def checks_of(descriptor: int, outputs: tuple[Output, ...], slices: dict[str, int]) -> Checks:
@@ -286,8 +287,3 @@ def _excluded(folder: Path) -> dict[str, list[str]]:
         CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert"),
         QUANT_CONFIG: outer["exclude_modules"],
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
