@@ -50,6 +50,14 @@ def read_json(path: Path) -> Any:
         return parsed(file.read(MOST_BYTES + 1))
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """What a JSON file holds that is to hold an object. `ValueError` or `OSError` says why it is not read."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
 def parsed(text: bytes) -> Any:
     """What a JSON text holds, in bounded memory; `ValueError` says why it is refused."""
     if len(text) > MOST_BYTES:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
-from ..common.safe_files import headers, inside, read_index, read_json
+from ..common.safe_files import headers, inside, read_index, read_table
 from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
 from ..models import ARCHITECTURES, copied_prefixes, parameters_of
 from ..models.hf_config import architecture_name
@@ -60,12 +60,9 @@ def _json(folder: Path, name: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
+        return read_table(path)
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: not readable ({error}). Fetch it again") from error
-    return found
 
 
 def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[str, ...]]:

@@ -4,9 +4,7 @@ What is wrong with the files themselves (broken, doubled, strays, an index that 
 raised, so that one pass can tell everything.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
-from ..common.safe_files import opened, read_index, read_json
+from ..common.safe_files import opened, read_index, read_table
 from ..common.strips import STRIP_ELEMENTS
 
 
@@ -101,9 +99,7 @@ def json_of(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.is_file():
         return {}
-    found = None
-    with suppress(OSError, ValueError, json.JSONDecodeError):
-        found = read_json(path)
-    if not isinstance(found, dict):
-        raise ExportError(f"{path}: not a JSON table. Export it again")
-    return found
+    try:
+        return read_table(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not a JSON table. Export it again") from error
