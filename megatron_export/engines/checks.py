@@ -9,14 +9,56 @@ from collections.abc import Callable, Iterator
 
 from .checkpoint_view import Checkpoint, Group, Module, View, is_quantized
 from .exclude_lists import Partly
+from .gpus import GPUS
+from .quant_configs import Reading
+from .tensor_parallel import check_shared
 from .tensor_specs import HARMLESS, named, size_of, wanted
-from .verdict import Findings
+from .verdict import Findings, Rule
 
 AGAIN = "fetch it again, or export it again"
 _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
 
 
-def check_files(checkpoint: Checkpoint, findings: Findings) -> None:
+def check_tensors(rules: dict[str, Rule], checkpoint: Checkpoint, view: View) -> Findings:
+    """The findings of an engine with these rules, begun with what does not depend on how linears are quantized: files and tensors
+    that lack, or are too many.
+    """
+    findings = Findings(rules)
+    _check_files(checkpoint, findings)
+    _check_model(checkpoint, view, findings)
+    _check_experts(checkpoint, view, findings)
+    return findings
+
+
+def check_codes(
+    checkpoint: Checkpoint,
+    view: View,
+    reading: Reading,
+    algorithm_of: Callable[[Group], str | None],
+    optional: frozenset[str],
+    tp: int,
+    findings: Findings,
+) -> bool:
+    """Every linear against the algorithm that the engine takes it for, and against `tp` GPUs that share it; `optional` are tensors
+    that the engine does without. False where there are codes and no config says which: nothing more can be told then.
+    """
+    if reading.algorithm is None and any(group.quantized for group in view.groups):
+        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+        return False
+    _check_linears(checkpoint, view, findings, algorithm_of, reading, optional)
+    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
+    return True
+
+
+def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], other: int, findings: Findings) -> None:
+    """The GPU against the compute capability, times ten, that each algorithm of the model needs; `other` where `least` has none."""
+    needed = max((least.get(one, other) for one in {reading.algorithm, *reading.layers.values()} if one), default=other)
+    if gpu is not None and GPUS[gpu] < needed:
+        why = f"{reading.algorithm} needs compute capability {needed / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
+        findings.add("gpu", why)
+
+
+def _check_files(checkpoint: Checkpoint, findings: Findings) -> None:
     """The files against the index."""
     lacking = sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files))
     if lacking:
@@ -36,7 +78,7 @@ def check_files(checkpoint: Checkpoint, findings: Findings) -> None:
         homes |= dict.fromkeys(tensors, file)
 
 
-def check_model(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+def _check_model(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
     """The tensors against those that config.json means, but for the codes of quantized linears."""
     expected = checkpoint.expected
     if expected is None:
@@ -93,7 +135,7 @@ def is_mtp(name: str, checkpoint: Checkpoint) -> bool:
     return bool(found) and int(found[1]) >= checkpoint.layers > 0
 
 
-def check_experts(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+def _check_experts(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
     """Every layer's experts, of an architecture that has no table here."""
     if checkpoint.expected is not None:
         return
@@ -120,20 +162,17 @@ def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], st
             findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
-def check_linears(
+def _check_linears(
     checkpoint: Checkpoint,
     view: View,
     findings: Findings,
     algorithm_of: Callable[[Group], str | None],
-    group_size: int,
+    reading: Reading,
     optional: frozenset[str],
-    ignored: str,
 ) -> None:
-    """Every linear: whether engine and file agree that it is quantized, and in which tensors.
-
-    `optional` are tensors that the engine does without; `ignored` is the way in which the config leaves a linear out.
-    """
+    """Every linear: whether engine and file agree that it is quantized, and in which tensors."""
     expected, known = checkpoint.expected or {}, {}
+    ignored = reading.where
     for group in view.groups:
         if group.mtp:
             continue
@@ -151,7 +190,7 @@ def check_linears(
             size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
             key = (algorithm, size, group.kind, group.parts, *module.items())
             if key not in known:
-                known[key] = tuple(_problems(module, algorithm, size, group, group_size, optional))
+                known[key] = tuple(_problems(module, algorithm, size, group, reading.group_size, optional))
             for rule, why, way in known[key]:
                 findings.add(rule, why, name, way=way)
 

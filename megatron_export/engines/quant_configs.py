@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from .checkpoint_view import Group
 from .exclude_lists import JOINED, Names, Partly
+from .verdict import Findings
 
 Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
 
@@ -54,6 +55,15 @@ def algorithm_in(reading: Reading, group: Group) -> str | None:
     if len(found) > 1:
         raise Partly
     return found.pop() if found else None
+
+
+def in_blocks(section: dict, names: tuple[str, ...], findings: Findings) -> Reading | None:
+    """What a config with `quant_method` fp8 says; None, and a finding, unless its blocks are 128 x 128, as DeepSeek has them."""
+    if section.get("weight_block_size") != [128, 128]:
+        findings.add("another", f"no rules about fp8 in blocks of {section.get('weight_block_size')}")
+        return None
+    kv = kv_of(section.get("kv_cache_scheme"))
+    return Reading("blocks", "modules_to_not_convert", Names(names), kv=kv, dialect="native")
 
 
 def listed(section: dict, *keys: str) -> tuple[str, ...]:

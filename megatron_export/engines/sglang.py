@@ -1,11 +1,10 @@
 """What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, its kernels were not."""
 
 from .checkpoint_view import Checkpoint, Group
-from .checks import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .checks import check_capability, check_codes, check_mtp, check_tensors
 from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL, GPUS
-from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .tensor_parallel import check_shared
+from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
@@ -93,10 +92,8 @@ FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that SGLang would find."""
-    findings, view = Findings(RULES), checkpoint.indexed
-    check_files(checkpoint, findings)
-    check_model(checkpoint, view, findings)
-    check_experts(checkpoint, view, findings)
+    view = checkpoint.indexed
+    findings = check_tensors(RULES, checkpoint, view)
     reading = read(checkpoint, findings)
     if reading is None:
         return findings
@@ -113,19 +110,14 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
             return None
         return algorithm_in(reading, group)
 
-    if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+    if not check_codes(checkpoint, view, reading, algorithm_of, frozenset(("pre_quant_scale",)), tp, findings):
         return findings
-    check_linears(
-        checkpoint, view, findings, algorithm_of, reading.group_size, frozenset(("pre_quant_scale",)), reading.where
-    )
-    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, gpu, findings)
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
-        _check_gpu(reading, gpu, findings)
+        check_capability(reading, gpu, _LEAST, 80, findings)
     _check_kv(checkpoint, reading, gpu, findings)
     _check_config(checkpoint, findings)
     return findings
@@ -139,13 +131,9 @@ def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
     section, where = (inline, "ignore") if inline is not None else (nested, "exclude_modules")
     method = str(section.get("quant_method", "modelopt"))
     if method == "fp8":
-        if section.get("weight_block_size") != [128, 128]:
-            findings.add("another", f"no rules about fp8 in blocks of {section.get('weight_block_size')}")
-            return None
         names = listed(section, "ignored_layers", "modules_to_not_convert")
         both = tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
-        return Reading("blocks", "modules_to_not_convert", Names(both), kv=kv_of(section.get("kv_cache_scheme")),
-                       dialect="native")  # fmt: skip
+        return in_blocks(section, both, findings)
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
@@ -266,11 +254,3 @@ def _check_kv(checkpoint: Checkpoint, reading: Reading, gpu: str | None, finding
         findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
     if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
         findings.add("kv ignored", "ignores the scales of this architecture's KV cache")
-
-
-def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
-    least = max((_LEAST.get(one, 80) for one in {reading.algorithm, *reading.layers.values()} if one), default=80)
-    if gpu is not None and GPUS[gpu] < least:
-        findings.add(
-            "gpu", f"{reading.algorithm} needs compute capability {least / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
-        )

@@ -1,11 +1,10 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
 
 from .checkpoint_view import Checkpoint, Group
-from .checks import AGAIN, check_experts, check_files, check_linears, check_model
+from .checks import AGAIN, check_codes, check_tensors
 from .exclude_lists import Names, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
-from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .tensor_parallel import check_shared
+from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
@@ -91,10 +90,8 @@ _MACHINES = {  # algorithm -> on what, and the compute capabilities
 
 def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that TensorRT-LLM would find."""
-    findings, view = Findings(RULES), checkpoint.whole
-    check_files(checkpoint, findings)
-    check_model(checkpoint, view, findings)
-    check_experts(checkpoint, view, findings)
+    view = checkpoint.whole
+    findings = check_tensors(RULES, checkpoint, view)
     reading = read(checkpoint, version, findings)
     if reading is None:
         return findings
@@ -108,12 +105,9 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
         inverse = any("weight_scale_inv" in module for module in group.members.values())
         return "modelopt blocks" if found == "blocks" and not inverse else found
 
-    if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
-        return findings
     optional = _OPTIONAL.get(reading.algorithm, frozenset())
-    check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
-    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
+    if not check_codes(checkpoint, view, reading, algorithm_of, optional, tp, findings):
+        return findings
     if checkpoint.architecture == "Llama4ForCausalLM":
         findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:
@@ -134,13 +128,7 @@ def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | 
         _compare(inline, nested, findings)
         return _named(nested, "exclude_modules", nested.get("kv_cache_quant_algo"), version, findings)
     if inline.get("quant_method") == "fp8":
-        if inline.get("weight_block_size") != [128, 128]:
-            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
-            return None
-        names = Names(listed(inline, "modules_to_not_convert", "ignored_layers"))
-        return Reading(
-            "blocks", "modules_to_not_convert", names, kv=kv_of(inline.get("kv_cache_scheme")), dialect="native"
-        )
+        return in_blocks(inline, listed(inline, "modules_to_not_convert", "ignored_layers"), findings)
     producer = inline.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
     if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 from .checkpoint_view import Checkpoint, Group
-from .checks import AGAIN, check_experts, check_files, check_linears, check_model, check_mtp
+from .checks import check_capability, check_codes, check_mtp, check_tensors
 from .exclude_lists import Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
-from .quant_configs import Reading, algorithm_in, kv_of, layers_of, left_out, listed, size_in
-from .tensor_parallel import check_shared
+from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "vLLM", "0.32.0"
@@ -93,10 +92,8 @@ FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
     """All that vLLM would find."""
-    findings, view = Findings(RULES), checkpoint.indexed
-    check_files(checkpoint, findings)
-    check_model(checkpoint, view, findings)
-    check_experts(checkpoint, view, findings)
+    view = checkpoint.indexed
+    findings = check_tensors(RULES, checkpoint, view)
     reading = read(checkpoint, findings)
     if reading is None:
         return findings
@@ -112,11 +109,8 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
         return _BLOCKS_OF_MIXED.get((group.kind, found), found) if reading.layers else found
 
     optional = frozenset({"input_scale"} if reading.algorithm == "W4A16_NVFP4" else ())
-    if reading.algorithm is None and any(group.quantized for group in view.groups):
-        findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
+    if not check_codes(checkpoint, view, reading, algorithm_of, optional, tp, findings):
         return findings
-    check_linears(checkpoint, view, findings, algorithm_of, reading.group_size, optional, reading.where)
-    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
         _check_layouts(checkpoint, reading, findings)
@@ -138,12 +132,7 @@ def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
         return _read_nested(checkpoint, nested, findings)
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
-        if inline.get("weight_block_size") != [128, 128]:
-            findings.add("another", f"no rules about fp8 in blocks of {inline.get('weight_block_size')}")
-            return None
-        names = listed(inline, "ignored_layers", "modules_to_not_convert")
-        return Reading("blocks", "modules_to_not_convert", Names(names), kv=kv_of(inline.get("kv_cache_scheme")),
-                       dialect="native")  # fmt: skip
+        return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
     if not method.startswith("modelopt"):
         _unknown_dialect(method, findings)
         return None
@@ -262,14 +251,8 @@ def _check_kv(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> N
 
 
 def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
-    if gpu is None:
-        return
-    least = max((_LEAST.get(one, 75) for one in {reading.algorithm, *reading.layers.values()} if one), default=75)
-    if GPUS[gpu] < least:
-        findings.add(
-            "gpu", f"{reading.algorithm} needs compute capability {least / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
-        )
-    if reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
+    check_capability(reading, gpu, _LEAST, 75, findings)
+    if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
         findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
 
 
