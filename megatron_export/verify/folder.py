@@ -16,6 +16,14 @@ from ..common.safe_files import opened, read_index, read_table
 from ..common.strips import STRIP_ELEMENTS
 
 
+def tensor_files(folder: Path) -> list[Path]:
+    """The files with tensors of a folder; `ExportError` where it has none."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
+    return found
+
+
 class Finished:
     """The tensors of a checkpoint, by name; slices are read from disk when asked for.
 
@@ -29,9 +37,7 @@ class Finished:
         self.problems: list[str] = []
         self.lost: set[str] = set()
         self.open = {}
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
+        paths = tensor_files(folder)
         broken = [path for path in paths if not self._open(path)]
         if len(broken) == len(paths):
             raise ExportError("\n".join(self.problems))

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.safe_files import inside, opened
 from ..models import llama4_vision
+from .folder import tensor_files
 
 SPELLED = {  # model_type of config.json -> what to replace in a name of transformers, and what by
     "mixtral": (
@@ -34,11 +35,8 @@ _OF_STACK = re.compile(r"(.+\.experts\.(?:gate_up|down)_proj)\.(\d+)\.(\w+)")
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files with tensors of a folder; `ExportError` where it has none."""
-    found = [inside(folder, path.name) for path in sorted(folder.glob("*.safetensors"))]
-    if not found:
-        raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
-    return found
+    """The files with tensors of a folder that none of its links leads out of; `ExportError` where it has none."""
+    return [inside(folder, path.name) for path in tensor_files(folder)]
 
 
 class Respelled:
