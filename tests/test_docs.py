@@ -199,7 +199,7 @@ def test_every_flag_is_explained_with_its_default(
     assert shown.keys() == config.keys()
     for name, default in config.items():
         if default not in (None, MISSING, False, (), ""):
-            assert shown[name].split()[0] == f"{default:g}" if isinstance(default, float) else str(default), name
+            assert shown[name].split()[0] == (f"{default:g}" if isinstance(default, float) else str(default)), name
     for text, name in zip(others, ("plan", "check", "verify", "diff"), strict=True):
         helped = _helped(name, monkeypatch, capsys)
         assert _flags(text).keys() == helped - (shown.keys() if name == "plan" else set()), name
