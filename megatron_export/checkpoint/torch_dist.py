@@ -22,7 +22,7 @@ from ..models.lora import Adapter, merged, misfits
 from ..planning.plan import Held, assumed
 from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
 from .torch_dist_keys import Home, entries, home, in_order, part_of, spans
-from .torch_dist_settings import contradictions_of
+from .torch_dist_settings import contradictions_of, run_of
 from .torch_dist_storage import Storage
 
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
@@ -53,11 +53,12 @@ class Checkpoint:
         shape = shape_of(config)
         self._experts, self._numbers = range(shape.experts), self._layers()
         self._beside = Storage(adapters, passed_over) if adapters else self.storage
-        self._adapters = adapters_in(self._beside, self._full, shape.experts)
+        runs = {storage: run_of(storage.folder) for storage in dict.fromkeys((self.storage, self._beside))}
+        self._adapters = adapters_in(self._beside, runs[self._beside], self._full, shape.experts)
         self._homes, problems = self._found()
         self._check_adapters(merge_lora)
-        for storage in dict.fromkeys((self.storage, self._beside)):
-            problems = contradictions_of(storage, config, mtp_dropped) + problems
+        for storage, run in runs.items():
+            problems = contradictions_of(storage, run, config, mtp_dropped) + problems
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
         _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))

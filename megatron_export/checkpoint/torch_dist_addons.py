@@ -12,7 +12,7 @@ from ..common.errors import ExportError
 from ..common.safe_files import shown
 from ..models import without_additions
 from .torch_dist_keys import Home, by_rank, entries, home, in_order, named, part_of
-from .torch_dist_settings import MODELOPT, RUN_CONFIG, modes_of, run_of
+from .torch_dist_settings import MODELOPT, RUN_CONFIG, modes_of
 from .torch_dist_storage import Storage, Stored
 
 _BRIDGE = re.compile(r"(.+?)(?:\.adapter)?\.linear_(in|out)\.weight")
@@ -55,11 +55,13 @@ def is_adapter(key: str) -> bool:
     return without_additions(key) is None and "_quantizer." not in key
 
 
-def adapters_in(storage: Storage, canonical: Callable[[str], str], experts: int) -> dict[str, list[StoredAdapter]]:
+def adapters_in(
+    storage: Storage, run: dict[str, Any], canonical: Callable[[str], str], experts: int
+) -> dict[str, list[StoredAdapter]]:
     """Canonical weight -> its LoRA adapters, Megatron-Bridge's or ModelOpt's, in a model with so many experts in a layer.
 
-    `canonical` makes the names of a model alone on its rank canonical. Raises for adapters that do something else than add a
-    product of two matrices, or whose scale is told nowhere.
+    `run` is its run_config.yaml; `canonical` makes the names of a model alone on its rank canonical. Raises for adapters that do
+    something else than add a product of two matrices, or whose scale is told nowhere.
     """
     found: dict[tuple[str, str], dict[str, dict[str, Home]]] = {}
     for key, tensor in storage.tensors.items():
@@ -76,7 +78,7 @@ def adapters_in(storage: Storage, canonical: Callable[[str], str], experts: int)
         for name, lead in entries(f"{owner}.weight", tensor.shape, 2, experts):
             halves = found.setdefault((name, "".join(label)), {})
             halves.setdefault(_HALVES[half], {})[part] = home(tensor, lead)
-    scale_of = _scales(storage.folder, {label for _, label in found})
+    scale_of = _scales(storage.folder, run, {label for _, label in found})
     adapters: dict[str, list[StoredAdapter]] = {}
     for (name, label), halves in found.items():
         if len(halves) < 2:
@@ -91,10 +93,10 @@ def adapters_in(storage: Storage, canonical: Callable[[str], str], experts: int)
     return adapters
 
 
-def _scales(folder: Path, labels: set[str]) -> Callable[[str, str, int], float]:
+def _scales(folder: Path, run: dict[str, Any], labels: set[str]) -> Callable[[str, str, int], float]:
     """What tells the scale of an adapter by its weight, its own name (Megatron-Bridge's have none) and its rank."""
-    run = run_of(folder).get("peft") if "" in labels else None
-    alpha = run.get("alpha") if isinstance(run, dict) else None
+    peft = run.get("peft")
+    alpha = peft.get("alpha") if isinstance(peft, dict) else None
     modes = modes_of(folder) if labels - {""} else []
     settings = {str(found.get("adapter_name")): found.get("adapter_cfg") for mode, found in modes if mode == "peft"}
 

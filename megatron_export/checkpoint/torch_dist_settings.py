@@ -42,10 +42,10 @@ _PLAIN = {  # of a model whose settings do not name them
 }
 
 
-def contradictions_of(storage: Storage, config: dict, mtp_dropped: bool) -> list[str]:
-    """Where the checkpoint in that folder describes another model than config.json's dict, as sentences."""
+def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_dropped: bool) -> list[str]:
+    """Where a checkpoint with this run_config.yaml describes another model than config.json's dict, as sentences."""
     meant, problems = _meant(config), []
-    for where, said in _sayings(storage):
+    for where, said in _sayings(storage, run):
         hybrid = said.get("hybrid_layer_pattern") or said.get("hybrid_override_pattern")  # whose layers are halves
         for name in _COMPARED:
             if name not in said or name not in meant or (said[name] is None and name in _DERIVED):
@@ -91,10 +91,10 @@ def _spelled(name: str, value: object, layers: int) -> object:
     return value
 
 
-def _sayings(storage: Storage) -> list[tuple[str, dict[str, Any]]]:
+def _sayings(storage: Storage, run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Who speaks, and what it says under the names of `TransformerConfig`."""
     found = [("the arguments", _of_arguments(arguments))] if (arguments := _arguments(storage)) else []
-    if run := run_of(storage.folder):
+    if run:
         found.append((f"the settings in {RUN_CONFIG}", _of_run(storage.folder, run)))
     return found
 
