@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_export.cli.config import ExportConfig
+from megatron_export.cli.config import configured
 from megatron_export.cli.export_command import EXAMPLE_MODEL
 from megatron_export.cli.plan_command import Preview, previewed
 from megatron_export.common.errors import ExportError, report
@@ -155,7 +155,7 @@ def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path, de
     """What the plan tells of an export by these flags; `source` gets the model's config.json."""
     world = int(os.environ["WORLD_SIZE"])
     sizes = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp")}
-    settings = ExportConfig(
+    settings = configured(
         hf_model=str(write_config(source, config)), format=form, output=flags.output / "run", device=device, **sizes
     )
     name = Path(flags.hf_model).name if flags.hf_model else flags.shape

@@ -1,7 +1,6 @@
 """The files around the weights: where the HF model's folder is, its config, and what is copied from it."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ExportError
@@ -27,15 +26,6 @@ _COPIED = (
 )
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # may run code when they are read
 _NEVER_COPIED = (*_PICKLES, ".safetensors")  # whatever they are called
-
-
-@dataclass(frozen=True)
-class Original:
-    """The model that an export comes from: its folder, the state of its files, its config."""
-
-    folder: Path
-    files: dict[str, tuple[int, int]]
-    config: dict
 
 
 def find_model(hf_model: str | Path, *, weights: bool) -> Path:

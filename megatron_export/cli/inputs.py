@@ -5,28 +5,23 @@ from pathlib import Path
 from torch import Tensor
 
 from ..calibration import data, statistics
-from ..checkpoint import hf_folder
+from ..checkpoint.original import Original, read_original
 from ..checkpoint.torch_dist import Checkpoint
 from ..checkpoint.torch_dist_iteration import find_iteration
-from ..common.errors import ExportError, report
+from ..common.errors import ExportError
 from ..distributed.topology import Topology
-from ..formats import Options
 from ..models import shape_of
-from ..planning.engine_check import refusals
-from ..planning.plan import Plan
-from ..planning.request import Asked
-from ..writing.target import check_apart, check_target
 from .config import ExportConfig
 
 
-def model_folder(config: ExportConfig, example_model: Path) -> Path:
-    """The folder of the HF model."""
+def original_of(config: ExportConfig, example_model: Path) -> Original:
+    """The HF model, opened; with its weights where they are read from there."""
     if config.hf_model is None and not example_model.is_dir():
         raise ExportError(
             "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         )
     weights = not config.dry_run and config.megatron_checkpoint is None
-    return hf_folder.find_model(config.hf_model or example_model, weights=weights)
+    return read_original(config.hf_model or example_model, config.request.mtp, weights=weights)
 
 
 def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
@@ -35,33 +30,26 @@ def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
         return None
     folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
     adapters = find_iteration(config.lora_checkpoint.resolve(), None) if config.lora_checkpoint else None
-    settings = {"pp_layout": config.pp_layout, "merge_lora": config.merge_lora, "adapters": adapters}
-    return Checkpoint(folder, hf_config, mtp_dropped=config.mtp == "drop", **settings)
+    settings = {"pp_layout": config.pp_layout, "merge_lora": config.request.merge_lora, "adapters": adapters}
+    return Checkpoint(folder, hf_config, mtp_dropped=config.request.mtp == "drop", **settings)
 
 
-def check(config: ExportConfig, plan: Plan, folder: Path, here: Topology, asked: Asked) -> None:
-    """Raise where the plan, or where it is to be written, is refused."""
-    if asked.inherited and (config.save_calibration or config.calib_data):
-        raise ExportError(
-            "--save-calibration and --calib-data have no effect: ModelOpt's quantizers in the checkpoint have its statistics"
-        )
-    if here.first:
-        report(refusals(plan, config.target))
-    if config.output and here.first:
-        check_target(config.output.resolve(), plan, overwrite=config.overwrite, resume=config.resume)
-        inputs = [folder, Path.cwd(), config.calib_data, config.load_calibration]
-        inputs += [config.megatron_checkpoint, config.lora_checkpoint]
-        check_apart(config.output, *(path for path in inputs if path))
-    if config.save_calibration and here.first:
-        _check_save(config.save_calibration.resolve(), config.output)
+def apart(config: ExportConfig) -> list[Path]:
+    """What --output must lie apart from, beside the HF model."""
+    given = (config.calib_data, config.load_calibration, config.megatron_checkpoint, config.lora_checkpoint)
+    return [Path.cwd(), *(path for path in given if path)]
 
 
-def _check_save(file: Path, output: Path | None) -> None:
+def check_saving(config: ExportConfig) -> None:
+    """Refuse a --save-calibration that cannot be written, before any work."""
+    if not config.save_calibration:
+        return
+    file = config.save_calibration.resolve()
     if file.is_dir() or not file.parent.is_dir():
         raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
     if file.exists():
         statistics.check_kind(file)
-    if output and file.is_relative_to(output.resolve()):
+    if config.output and file.is_relative_to(config.output.resolve()):
         raise ExportError(
             f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"
         )
@@ -114,18 +102,6 @@ def provenance(config: ExportConfig, folder: Path) -> dict:
     calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
     trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
     trained |= {"iteration": config.iteration} if config.iteration is not None else {}
-    trained |= {"merge_lora": True} if config.merge_lora else {}
+    trained |= {"merge_lora": True} if config.request.merge_lora else {}
     trained |= {"lora_checkpoint": str(config.lora_checkpoint)} if config.lora_checkpoint else {}
     return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}
-
-
-def asked_by(config: ExportConfig) -> Asked:
-    """What the command was asked for; of statistics, only whether a file of them was given."""
-    return Asked(
-        config.format,
-        config.kv_cache,
-        Options(config.group_size, config.fp8_pb_spelling, config.awq_output, config.awq_clip),
-        {} if config.load_calibration else None,
-        config.exclude,
-        config.quantize_mla,
-    )

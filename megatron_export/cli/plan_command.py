@@ -1,32 +1,36 @@
-"""What an export would write and take, shown before it runs: from config.json alone, for any topology, on one process."""
+"""`megatron-export plan`: what an export would write and take, from config.json alone, for any topology, on one process."""
 
+import argparse
+import json
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import copied_tensors
+from ..checkpoint.original import config_of as config_of_model
 from ..common.errors import ExportError, report
 from ..common.text import readable, some
 from ..engines import Verdict
 from ..export.memory_forecast import Forecast, forecast
-from ..models import architecture_of, copied_prefixes, is_linear_weight, makes_keys, shape_of, without_mtp
+from ..models import copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
 from ..planning.parameter import Item
-from ..planning.plan import Held, Plan, assumed
+from ..planning.plan import Held, Plan, assumed, make_plan, no_garbage_collection
 from ..planning.rank_placement import Grid, grid_of
-from ..planning.request import Asked
-from ..planning.shard_files import Writers
 from ..planning.tensor_spec import Output
 from ..writing.target import SPARE_BYTES
+from . import terminal
 from .config import ExportConfig
-from .inputs import asked_by
+from .export_command import EXAMPLE_MODEL
+from .flags import Say, add_options, config_of
 
+DESCRIPTION = "What an export would write and take, from config.json alone: on one process, for any topology."
 GPUS = 8  # of a node, where none is there to ask
 
 Rows = list[tuple[str, str]]
@@ -64,49 +68,49 @@ class Preview:
         return sum(self.forecast.files.values()) + SPARE_BYTES
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, lambda option: option.planned)
+    parser.add_argument("--world", type=int, help="number of ranks (default: the fewest that the other sizes allow)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table, sizes in bytes")
+
+
+def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> int:
+    """The exit status: 0 done, 1 refused, 2 bad usage."""
+    values = vars(flags)
+    world, shown_as_json = values.pop("world"), values.pop("json")
+    if world is not None and world < 1:
+        parser.error(f"--world must be at least 1, not {world}")
+    config = config_of(parser, values | {"dry_run": True})
+    try:
+        with no_garbage_collection():
+            found = previewed(config, EXAMPLE_MODEL, world)
+    except ExportError as error:
+        say(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    say(json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan"), flush=True)
+    return 0
+
+
 def previewed(config: ExportConfig, example_model: Path, world: int | None) -> Preview:
     """What `config` would do on `world` ranks, without it on the fewest. Reads no weights; `ExportError` where it would be refused.
 
     Of tensors that are copied from the original, it reads the headers of files that are there.
     """
-    folder = hf_folder.find_model(config.hf_model or example_model, weights=False)
-    hf_config = hf_folder.read_config(folder)
-    architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
-    hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
+    request = config.request.plain()
+    folder, hf_config, _ = config_of_model(config.hf_model or example_model, request.mtp)
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
-    plan = planned(config, asked_by(config).plain(), hf_config, copied, world)
-    report(refusals(plan, config.target))
-    return _preview(config, plan, world, config.device or "cuda", remarks, bool(plan.form.calibrated or plan.kv))
-
-
-def planned(
-    config: ExportConfig,
-    asked: Asked,
-    hf_config: dict,
-    copied: tuple[Output, ...],
-    world: int | None,
-    nodes: tuple[int, ...] | None = None,
-) -> Plan:
-    """The plan of what is asked for, of a model that is where `config` says; without `nodes`, with `GPUS` ranks on each."""
     held = _held(config, hf_config, world)
     most = max(rank for one in held.values() for rank in one.ranks)
-    writers = Writers(config.writers, nodes or tuple(rank // GPUS for rank in range(most + 1)))
-    return asked.plan(hf_config, held, config.max_shard_size, copied=copied, writers=writers)
+    nodes = tuple(rank // GPUS for rank in range(most + 1))
+    plan = make_plan(hf_config, held, request, copied=copied, nodes=nodes)
+    report(refusals(plan, request.target))
+    return preview_of(config, plan, world, config.device or "cuda", bool(plan.form.calibrated or plan.kv), remarks)
 
 
-def preview_of(config: ExportConfig, plan: Plan, world: int, device: str, calibrates: bool) -> Preview:
-    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
-    return _preview(config, plan, world, device, (), calibrates)
-
-
-def _preview(
-    config: ExportConfig,
-    plan: Plan,
-    world: int | None,
-    device: str,
-    remarks: tuple[str, ...],
-    calibrates: bool,
+def preview_of(
+    config: ExportConfig, plan: Plan, world: int | None, device: str, calibrates: bool, remarks: tuple[str, ...] = ()
 ) -> Preview:
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
     held = _held(config, plan.config, world)
     grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
     disk = (config.output or Path.cwd()).resolve()
@@ -123,7 +127,7 @@ def _preview(
         plan=plan,
         grid=grid,
         forecast=forecast(plan, held, grid, device, streamed=bool(config.megatron_checkpoint) and not calibrates),
-        left=tuple(_left(plan, config.exclude)),
+        left=tuple(_left(plan, config.request.exclude)),
         engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,
         disk=disk,

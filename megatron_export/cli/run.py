@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,20 +12,18 @@ from torch import Tensor
 from ..calibration import statistics
 from ..calibration.calibrate import calibrate
 from ..calibration.lookup import check_calibration
-from ..calibration.modelopt.recipe import told
-from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import check_unchanged, of_folder
-from ..checkpoint.hf_weights import copied_tensors
+from ..checkpoint.hf_folder import check_unchanged
 from ..checkpoint.torch_dist import Checkpoint
-from ..common.errors import report
+from ..common.errors import ExportError, report
 from ..common.progress import Progress
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
-from ..export.pipeline import Report, export_hf_checkpoint
+from ..export.origins import Model, Statistics, Stored, Unbuilt
+from ..export.pipeline import Clock, Report, exported
+from ..export.prepare import Opening, built, opened
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
-from ..models import architecture_of, copied_prefixes, mtp_prefixes, without_mtp
 from ..models.statistic_names import is_alpha, is_tokens, module_of
 from ..planning.plan import Plan
 from ..verify import thresholds
@@ -33,8 +31,6 @@ from ..verify.report import write
 from ..writing.journal import kept_statistics
 from . import hub, inputs
 from .config import ExportConfig
-from .inputs import asked_by
-from .plan_command import planned
 
 
 @dataclass
@@ -44,6 +40,7 @@ class Job:
     one was asked for, and of what followed.
     """
 
+    world: int = 1
     plan: Plan | None = None
     calibrates: bool = False
     report: Report | None = None
@@ -60,93 +57,42 @@ class Job:
         self.seconds[name] = time.monotonic() - started
 
 
-def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
+def run_export(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
     job = Job()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
     with (
         parallel_state.started(config.tp, config.pp, config.device, **sizes),
-        parallel_state.current(config.timeout) as here,
+        parallel_state.current(config.request.timeout) as here,
     ):
-        nodes = collectives.nodes(here)
-        with together(here, "check the settings"):
-            folder = inputs.model_folder(config, example_model)
-            hf_config = hf_folder.read_config(folder)
-            architecture_of(hf_config)  # first: of an unknown architecture, no key of config.json is known
-            dropped = mtp_prefixes(hf_config) if config.mtp == "drop" else ()
-            hf_config = without_mtp(hf_config) if config.mtp == "drop" else hf_config
-            build.check_divides(hf_config, here, config.pp_layout)
-            folder = hf_folder.with_copied(folder, config.hf_model or folder, copied_prefixes(hf_config))
-            checkpoint = inputs.open_checkpoint(config, hf_config)
-            asked = told(checkpoint, hf_config, asked_by(config)) if checkpoint else asked_by(config).plain()
-            copied = copied_tensors(folder, copied_prefixes(hf_config))
-            job.plan = planned(config, asked, hf_config, copied, here.world, nodes)
-            inputs.check(config, job.plan, folder, here, asked)
-            known = statistics.load(config.load_calibration, hf_config) if config.load_calibration else None
-            kept = _kept(config) if here.first and known is None and not asked.inherited else None
-        kept = collectives.from_first(here, kept)
-        with together(here, "check the calibration"):
-            known = known or kept
-            if known:
-                check_calibration(job.plan, known)
-            samples = None
-            if not (known or asked.inherited) and (job.plan.form.calibrated or job.plan.kv or config.save_calibration):
-                samples = inputs.read_samples(config, hf_config, folder, example_model, here)
+        opening, checkpoint = _opened(config, example_model, here)
+        job.world, job.plan = here.world, opening.plan
+        opening, samples = _calibration(config, opening, example_model, here)
         job.calibrates = samples is not None
         if config.dry_run:
             return job
-        files = of_folder(folder)
-        model = checkpoint
         if checkpoint is None or samples is not None:
             with job.stage("load"):
-                model = _load(job, config, hf_config, checkpoint or folder, dropped, samples, here, progress)
+                model = _load(job, config, opening, checkpoint, samples, here, progress)
+            opening = built(here, opening, model)
+        original = opening.original
         with together(here, "load the weights"):
-            check_unchanged(folder, files)
+            check_unchanged(original.folder, original.files)
         if samples is not None:
             with job.stage("calibrate"):
-                share = samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size]
-                known = calibrate(
-                    model,
-                    share,
-                    format=asked.format,
-                    group_size=config.group_size,
-                    awq_clip=config.awq_clip,
-                    all_experts=config.calib_all_experts,
-                    progress=progress,
-                )
-        job.tokens = {name: counts for name, counts in (known or {}).items() if is_tokens(name)}
+                found = _calibrated(config, opening, model, samples, here, progress)
+            opening = replace(opening, statistics=found)
+        known = opening.statistics or {}
+        job.tokens = {name: counts for name, counts in known.items() if is_tokens(name)}
         with together(here, "save the calibration"):
-            check_unchanged(folder, files)
+            check_unchanged(original.folder, original.files)
             if config.save_calibration and here.first:
-                statistics.save(known, config.save_calibration, hf_config)
+                statistics.save(known, config.save_calibration, original.config)
         with job.stage("export"):
-            job.report = export_hf_checkpoint(
-                model,
-                config.output,
-                hf_model=folder,
-                format=config.format,
-                calibration=known,
-                kv_cache=config.kv_cache,
-                group_size=config.group_size,
-                fp8_pb_spelling=config.fp8_pb_spelling,
-                awq_output=config.awq_output,
-                awq_clip=config.awq_clip,
-                exclude=config.exclude,
-                mtp=config.mtp,
-                quantize_mla=config.quantize_mla,
-                max_shard_size=config.max_shard_size,
-                target=config.target,
-                overwrite=config.overwrite,
-                resume=config.resume,
-                writers=config.writers,
-                sync=not config.no_fsync,
-                provenance=inputs.provenance(config, folder),
-                notes=_notes(job, known or {}),
-                finish=partial(_finish, job, config, folder, here, progress),
-                timeout=config.timeout,
-                progress=progress,
-            )
-        if model is checkpoint:
+            said = inputs.provenance(config, original.folder), _notes(job, known)
+            finish = partial(_finish, job, config, original.folder, here, progress)
+            job.report = exported(here, opening, config.output.resolve(), Clock(), *said, finish, progress)
+        if isinstance(opening.origin, Stored):
             job.bytes_read = sum(collectives.everyone(here, checkpoint.nbytes))
         if config.push_to_hub:
             with together(here, "upload"):
@@ -155,7 +101,69 @@ def run(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
     return job
 
 
-def _notes(job: Job, known: dict[str, Tensor]) -> dict:
+def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[Opening, Checkpoint | None]:
+    """The export that is asked for, and the Megatron checkpoint that its weights are in, if it is one. Collective."""
+    with together(here, "check the settings"):
+        original = inputs.original_of(config, example_model)
+        build.check_divides(original.config, here, config.pp_layout)
+        checkpoint = inputs.open_checkpoint(config, original.config)
+    return (
+        opened(
+            here,
+            Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
+            original,
+            replace(config.request, merge_lora=False),  # the checkpoint does it
+            {} if config.load_calibration else None,
+            config.output,
+            apart=inputs.apart(config),
+            check=lambda plan, original: inputs.check_saving(config),
+        ),
+        checkpoint,
+    )
+
+
+def _calibration(
+    config: ExportConfig, opening: Opening, example_model: Path, here: Topology
+) -> tuple[Opening, Tensor | None]:
+    """The opening with the statistics that are there already; where they are to be measured, the samples. Collective."""
+    request, original = opening.request, opening.original
+    with together(here, "check the calibration"):
+        if request.inherited and (config.save_calibration or config.calib_data):
+            raise ExportError(
+                "--save-calibration and --calib-data have no effect: ModelOpt's quantizers in the checkpoint have its statistics"
+            )
+        known = statistics.load(config.load_calibration, original.config) if config.load_calibration else None
+        resumes = request.resume and config.output and here.first and not (known or request.inherited)
+        kept = kept_statistics(config.output.resolve()) if resumes else None
+    kept = collectives.from_first(here, kept)
+    if request.inherited:
+        return opening, None
+    known = known or kept
+    with together(here, "check the calibration"):
+        if known:
+            check_calibration(opening.plan, known)
+        samples, plan = None, opening.plan
+        if not known and (plan.form.calibrated or plan.kv or config.save_calibration):
+            samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
+    return replace(opening, statistics=known), samples
+
+
+def _calibrated(
+    config: ExportConfig, opening: Opening, model: Model, samples: Tensor, here: Topology, progress: Progress
+) -> Statistics:
+    """What calibration data shows. Collective."""
+    return calibrate(
+        model,
+        samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size],
+        format=opening.request.format,
+        group_size=opening.request.options.group_size,
+        awq_clip=opening.request.options.awq_clip,
+        all_experts=config.calib_all_experts,
+        progress=progress,
+    )
+
+
+def _notes(job: Job, known: Statistics) -> dict:
     """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
     alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
     tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
@@ -177,30 +185,26 @@ def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progre
         write.present(found, config.hf_model or str(folder), config.push_to_hub or config.output.name)
 
 
-def _kept(config: ExportConfig) -> dict[str, Tensor] | None:
-    """The statistics of the interrupted export that is to go on."""
-    return kept_statistics(config.output.resolve()) if config.resume and config.output else None
-
-
 def _load(
     job: Job,
     config: ExportConfig,
-    hf_config: dict,
-    source: Path | Checkpoint,
-    dropped: tuple[str, ...],
+    opening: Opening,
+    checkpoint: Checkpoint | None,
     samples: Tensor | None,
     here: Topology,
     progress: Progress,
-) -> object:
+) -> Model:
+    """The model, built and filled on this topology. Collective."""
+    original = opening.original
     with together(here, "build the model"):
         length = None if samples is None else samples.shape[1]
-        model = build.build_model(hf_config, here, max_sequence_length=length, pp_layout=config.pp_layout)
+        model = build.build_model(original.config, here, max_sequence_length=length, pp_layout=config.pp_layout)
     with together(here, "load the weights"):
         steps = partial(_located, here, progress)
-        if isinstance(source, Checkpoint):
-            read = load_torch_dist.load_checkpoint(model, source, here, steps)
+        if checkpoint:
+            read = load_torch_dist.load_checkpoint(model, checkpoint, here, steps)
         else:
-            read = load_hf.load_hf_weights(model, source, hf_config, here, steps, dropped)
+            read = load_hf.load_hf_weights(model, original.folder, original.config, here, steps, original.dropped)
     here.pulse.at("load the weights", "")
     job.bytes_read = sum(collectives.everyone(here, read))
     return model

@@ -7,8 +7,6 @@ from torch.distributed import ProcessGroup
 
 from .heartbeat import Pulse
 
-SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
-
 
 @dataclass(frozen=True)
 class Cut:

@@ -19,29 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
-from ..checkpoint.hf_folder import Original
+from ..checkpoint.original import Original
 from ..common.errors import ExportError
 from ..common.host_memory import available
+from ..common.options import takes_options
 from ..common.text import readable
 from ..distributed import collectives
 from ..distributed.collectives import together
-from ..distributed.topology import SILENCE, Topology
+from ..distributed.topology import Topology
 from ..mcore import parallel_state
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
-from ..planning.request import requested
+from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
 from ..writing.publish import Place
-from ..writing.target import check_apart, check_empty, check_target
+from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
 from .async_writer import Job
 from .encode_stream import Stream, Work
-from .prepare import planned, surveyed
+from .origins import Model, Statistics
+from .prepare import open_model, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
+WAITED = ("resume", "target", "writers")  # options of an export that is waited for
 
 
 @dataclass
@@ -138,42 +139,43 @@ class _Memory:
             os.close(descriptor)
 
 
+@takes_options(Request, WAITED)
 def export_hf_checkpoint_async(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     export_dir: str | Path,
     *,
-    overwrite: bool = False,
-    sync: bool = True,
+    hf_model: str | Path,
+    calibration: Statistics | None = None,
     provenance: dict | None = None,
     keep_memory: bool = False,
-    timeout: float = SILENCE,
-    **settings: Any,
+    **options: Any,
 ) -> Handle:
     """`export_hf_checkpoint`, but return as soon as the encoded model is in memory; the bytes that come out are the same.
 
-    settings    hf_model, format, calibration, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude, mtp,
-                quantize_mla, max_shard_size; rank 0 writes, and what was interrupted is not resumed
-    keep_memory keep rank 0's memory for the next export of this model; it is free again when the process ends
+    model, export_dir, hf_model, calibration, provenance  as there; rank 0 writes, and what was interrupted is not resumed
+    keep_memory  keep rank 0's memory for the next export of this model; it is free again when the process ends
     The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint; without, it is refused.
     Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
     """
     started = time.monotonic()
+    request = requested(options, WAITED)
     target = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:
         _Memory.check(plan)
-        check_target(target, plan, overwrite=overwrite)
-        check_empty(target, overwrite=overwrite)
-        check_apart(target, original.folder)
+        check_empty(target, overwrite=request.overwrite)
         if plan.copied:
             raise ExportError(
                 f"{len(plan.copied)} tensors are copied from the original model. Use export_hf_checkpoint"
             )
 
-    with parallel_state.current(timeout) as here:
-        found = planned(here, model, requested(settings), check)
-        work, identity = surveyed(here, found)
-        place = Place(target, overwrite, False, sync, found.original, identity, provenance or {})
+    with parallel_state.current(request.timeout) as here:
+        opening = open_model(here, model, hf_model, request, calibration, target, check)
+        work, identity = surveyed(here, opening)
+        said = {"settings": opening.request.said()}
+        place = Place(
+            target, request.overwrite, False, request.sync, opening.original, identity, provenance or {}, said
+        )
         memory = _Memory(target, work.plan, keep_memory) if here.first else None
         try:
             _keep(here, work, memory)

@@ -4,40 +4,39 @@ publish.
 
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..checkpoint.hf_folder import Original
 from ..checkpoint.hf_weights import SourceWeights
 from ..checkpoint.torch_dist import Checkpoint
-from ..common.errors import report
+from ..common.options import takes_options
 from ..common.progress import Progress, quiet
 from ..distributed import collectives
 from ..distributed.collectives import together
-from ..distributed.topology import SILENCE, Topology
-from ..formats import Options
+from ..distributed.topology import Topology
 from ..mcore import parallel_state
 from ..models import copied_prefixes
 from ..planning.contents import contents_of
-from ..planning.engine_check import refusals
 from ..planning.plan import Plan
-from ..planning.request import Request
+from ..planning.request import Request, requested
 from ..planning.shard_files import Bucket
 from ..writing import manifest
 from ..writing.journal import Checks
 from ..writing.publish import Place, opened, publish
 from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
-from ..writing.target import check_apart, check_target
 from ..writing.writer import CheckpointWriter
 from .encode_stream import Stream, Work
-from .prepare import planned, surveyed
+from .origins import Model, Statistics
+from .prepare import Opening, open_model, surveyed
+
+Finish = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,19 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class _Done:
-    """What has been done: how many files an interrupted export had completed, how many bytes this rank sent, and when stages ended,
-    the first of them the start.
-    """
+class Clock:
+    """When stages ended; it starts when it is made."""
 
-    kept: int = 0
-    sent: int = 0
-    ends: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.ends = {"start": time.monotonic()}
 
     def end(self, stage: str) -> None:
         self.ends[stage] = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.ends["start"]
 
     @property
     def stages(self) -> dict[str, float]:
@@ -75,94 +75,74 @@ class _Done:
         return {stage: end - start for (_, start), (stage, end) in pairwise(self.ends.items())}
 
 
+@dataclass(frozen=True)
+class _Written:
+    """How many files an interrupted export had completed, and how many bytes this rank sent."""
+
+    kept: int
+    sent: int = 0
+
+
+@takes_options(Request)
 def export_hf_checkpoint(
-    model: nn.Module | list[nn.Module] | Checkpoint,
+    model: Model | Checkpoint,
     export_dir: str | Path,
     *,
     hf_model: str | Path,
-    format: str | None = None,
-    calibration: dict[str, Tensor] | None = None,
-    kv_cache: str | None = None,
-    group_size: int = 128,
-    fp8_pb_spelling: str = "native",
-    awq_output: str = "folded",
-    awq_clip: bool = False,
-    exclude: Iterable[str] = (),
-    mtp: str = "keep",
-    quantize_mla: bool = False,
-    max_shard_size: str | int = "5GB",
-    target: str = "",
-    overwrite: bool = False,
-    resume: bool = False,
-    writers: str = "rank0",
-    sync: bool = True,
-    merge_lora: bool = False,
+    calibration: Statistics | None = None,
     provenance: dict | None = None,
     notes: dict | None = None,
-    finish: Callable[[Path], None] = lambda folder: None,
-    timeout: float = SILENCE,
+    finish: Finish = lambda folder: None,
     progress: Progress = quiet,
+    **options: Any,
 ) -> Report:
     """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
 
-    model           this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
-                    not; quantized as the bfloat16 of its weights. Or a `Checkpoint`: no model is built, each rank reads the
-                    shards that it exports, one after the other, and all of them twice
-    hf_model        folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
-                    does not have (the parts of Llama 4 that see); its other weights are not read
-    format          bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq or w4a8_awq; kv_cache: none, fp8 or nvfp4. Not given: what
-                    ModelOpt quantized the model to, else fp8 and none
-    calibration     what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache. A model that
-                    ModelOpt quantized has its own
-    group_size      128 or 64, for int4_awq and w4a8_awq
-    fp8_pb_spelling native or modelopt; awq_output: folded or modelopt, for nvfp4_awq
-    awq_clip        apply the clipping that `calibrate(awq_clip=True)` found, for the AWQ formats
-    exclude         globs over HF module names to leave in bfloat16
-    mtp             keep or drop layers that predict one more token (DeepSeek)
-    quantize_mla    quantize latent attention (DeepSeek) too, in formats that not every engine loads it in
-    max_shard_size  largest shard, as bytes or like "5GB"
-    target          engines that must load the result, such as "vllm,sglang"; one that would refuse it is an error
-    merge_lora      add LoRA adapters (Megatron-Bridge's, ModelOpt's) to the weights that are written
-    resume          go on with an export into `export_dir` that was interrupted; it is refused if model, settings or
-                    statistics are others
-    writers         which ranks write files: "rank0", "node" (the first of every node) or "all"; the bytes are the same
-    sync            whether everything is on the disk, not only in the system's memory, before the folder gets its name
-    timeout         seconds after which a rank that is not heard of counts as gone
-    provenance      what the manifest says of where model and statistics came from, as JSON has it
-    notes           what the manifest says besides, which another run may say otherwise
-    finish          is called on rank 0 with the folder when all is in it but its final name; what it raises stops the export
+    model        this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
+                 not; quantized as the bfloat16 of its weights. Or a `Checkpoint`: no model is built, each rank reads the
+                 shards that it exports, one after the other, and all of them twice
+    export_dir   the folder to write; what is there already is replaced with `overwrite` alone
+    hf_model     folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
+                 does not have (the parts of Llama 4 that see); its other weights are not read
+    calibration  what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache. A model that
+                 ModelOpt quantized has its own
+    provenance   what the manifest says of where model and statistics came from, as JSON has it
+    notes        what the manifest says besides, which another run may say otherwise
+    finish       is called on rank 0 with the folder when all is in it but its final name; what it raises stops the export
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
-    done = _Done()
-    done.end("start")
-    options = Options(group_size, fp8_pb_spelling, awq_output, awq_clip)
-    request = Request(
-        hf_model, format, calibration, kv_cache, options, tuple(exclude), mtp, quantize_mla, max_shard_size, writers,
-        merge_lora=merge_lora,
-    )  # fmt: skip
-    export_dir = Path(export_dir).resolve()
-
-    def check(plan: Plan, original: Original) -> None:
-        report(refusals(plan, target))
-        check_target(export_dir, plan, overwrite=overwrite, resume=resume)
-        check_apart(export_dir, original.folder)
-
-    with parallel_state.current(timeout) as here:
-        found = planned(here, model, request, check)
-        done.end("plan")
-        work, identity = surveyed(here, found)
-        done.end("survey")
-        place = Place(export_dir, overwrite, resume, sync, found.original, identity, provenance or {}, notes or {})
-        _write(here, work, place, done, progress, finish)
-        peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), done.sent)), strict=True)
-    seconds = time.monotonic() - done.ends["start"]
-    return Report(export_dir, found.plan, seconds, peak_host, peak_gpu, done.kept, wire, done.stages)
+    clock = Clock()
+    request = requested(options)
+    target = Path(export_dir).resolve()
+    with parallel_state.current(request.timeout) as here:
+        opening = open_model(here, model, hf_model, request, calibration, target)
+        clock.end("plan")
+        return exported(here, opening, target, clock, provenance, notes, finish, progress)
 
 
-def _write(
-    here: Topology, work: Work, place: Place, done: _Done, progress: Progress, finish: Callable[[Path], None]
-) -> None:
+def exported(
+    here: Topology,
+    opening: Opening,
+    target: Path,
+    clock: Clock,
+    provenance: dict | None,
+    notes: dict | None,
+    finish: Finish,
+    progress: Progress,
+) -> Report:
+    """Do what was opened. Collective."""
+    work, identity = surveyed(here, opening)
+    clock.end("survey")
+    given = opening.request
+    said = {"settings": given.said(), **(notes or {})}
+    place = Place(target, given.overwrite, given.resume, given.sync, opening.original, identity, provenance or {}, said)
+    written = _write(here, work, place, clock, progress, finish)
+    peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), written.sent)), strict=True)
+    return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, written.kept, wire, clock.stages)
+
+
+def _write(here: Topology, work: Work, place: Place, clock: Clock, progress: Progress, finish: Finish) -> _Written:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
     plan = work.plan
     with ExitStack() as stack:
@@ -175,16 +155,14 @@ def _write(
                 staging = stack.enter_context(opened(place))
                 staging.keep(work.calibration)
         published, kept = collectives.from_first(here, (published, staging.finished if staging else {}))
-        done.kept = len(plan.files) if published else len(kept)
         if published:
-            return
+            return _Written(len(plan.files))
         with together(here, "open files"):
             writer, back = _opened(here, plan, place, staging, kept, stack)
         stream = Stream(here, work, writer.write if writer else list)
         for _ in stream.run(progress("export", _left(plan, kept))):
             pass
-        done.sent = stream.sent
-        done.end("encode")
+        clock.end("encode")
         here.pulse.at("export", "")
         with together(here, "finish the files"):
             if writer and plan.copied:
@@ -192,15 +170,16 @@ def _write(
                     writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
             if writer:
                 writer.flush()
-        done.end("write")
+        clock.end("write")
         with together(here, "read back what was written"):
             read = back.found(writer.staging.finished, progress) if writer else None
         read = collectives.at_first(here, read)
-        done.end("verify")
+        clock.end("verify")
         with together(here, "publish", heeding=False):
             if staging:
                 publish(contents_of(plan), staging, place, here.sizes, [one for one in read if one], finish)
-        done.end("publish")
+        clock.end("publish")
+    return _Written(len(kept), stream.sent)
 
 
 def _opened(

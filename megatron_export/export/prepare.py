@@ -1,135 +1,133 @@
-"""What every export begins with: the model's shards, a plan of what they become, and the numbers that they are encoded with."""
+"""What every export begins with: the opening, where all that can be refused is refused, and the numbers that it encodes with."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
+from .. import __version__
 from ..calibration.lookup import check_calibration
-from ..calibration.modelopt.recipe import check_blocks, settled, told
-from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import Original, of_folder
-from ..checkpoint.hf_weights import copied_tensors
-from ..checkpoint.torch_dist import Checkpoint, CheckpointShards
+from ..checkpoint.original import Original, read_original
+from ..checkpoint.torch_dist import Checkpoint
 from ..common.errors import ExportError, report
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..mcore.config_check import contradictions
-from ..mcore.lora_merge import adapted
-from ..mcore.model import finish_gathering, shards_of
-from ..models import copied_prefixes, is_mtp, settings_of, unscaled_rope_settings, without_mtp
-from ..planning.plan import Plan
-from ..planning.request import Asked, Request
-from ..planning.shard_files import Writers
+from ..planning.engine_check import refusals
+from ..planning.plan import Held, Plan, make_plan
+from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
-from . import transport
+from ..writing.target import check_apart, check_target
 from .encode_stream import Work
+from .origins import Live, Model, Origin, Statistics, origin_of
 from .weight_amax import survey
+
+Check = Callable[[Plan, Original], Any]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan, and what it was made from: what was asked for, and what that means for a model that ModelOpt quantized."""
+class Opening:
+    """An export that nothing speaks against.
+
+    held        where the parameters live, by canonical name
+    given       what the user asked for
+    request     the same, settled: with what ModelOpt's quantizers say, or the defaults
+    statistics  what the user gave, or ModelOpt's quantizers hold; None: none so far
+    """
 
     plan: Plan
-    shards: Mapping[str, Tensor]
+    held: dict[str, Held]
+    origin: Origin
     original: Original
+    given: Request
     request: Request
-    asked: Asked
+    statistics: Statistics | None
 
 
-def planned(
+def open_model(
     here: Topology,
-    model: nn.Module | list[nn.Module] | Checkpoint,
+    model: Model | Checkpoint,
+    hf_model: str | Path,
     request: Request,
-    check: Callable[[Plan, Original], Any] = lambda plan, original: None,
-) -> Planned:
-    """Plan the export of a live model, or of a checkpoint; `check` may refuse it on rank 0. Collective."""
+    statistics: Statistics | None,
+    export_dir: Path | None = None,
+    check: Check = lambda plan, original: None,
+) -> Opening:
+    """Open the export of a live model, or of a checkpoint without a model. Collective."""
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
-        folder = hf_folder.find_model(request.hf_model, weights=False)
-        config = hf_folder.read_config(folder)
-        folder = hf_folder.with_copied(folder, request.hf_model, copied_prefixes(config))
-        copied = copied_tensors(folder, copied_prefixes(config))
-        files = of_folder(folder)
-        config = without_mtp(config) if request.mtp == "drop" else config
-        if isinstance(model, Checkpoint):
-            if request.merge_lora:
-                raise ExportError("merge_lora is a setting of the Checkpoint itself. Give it there, not to the export")
-            held = model.held(here.sizes)
-            shards: Mapping[str, Tensor] = CheckpointShards(model, held, here.rank, here.device)
-        else:
-            report(contradictions(model, settings_of(config), unscaled_rope_settings(config)))
-            shards = shards_of(model)
-            if request.mtp == "drop":
-                shards = {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
-    asked = _asked(request)
-    if isinstance(model, Checkpoint):
-        with together(here, "read the checkpoint's quantizers"):
-            asked = told(model, config, asked)
-            check_blocks(here, model, asked)
-    else:
-        finish_gathering(model)
-        asked = settled(here, model, config, asked)
-        held = transport.locate(here, shards)
-        shards = adapted(here, model, shards, request.merge_lora)
-    nodes = collectives.nodes(here)
-    original = Original(folder, files, config)
-    with together(here, "plan the export"):
-        writers = Writers(request.writers, nodes)
-        plan = asked.plan(
-            config, held, request.max_shard_size, copied=copied, writers=writers, bucket_bytes=request.bucket_bytes
-        )
-        if here.first:
-            check(plan, original)
-    return Planned(plan, shards, original, request, asked)
+        original = read_original(hf_model, request.mtp, weights=False)
+    return opened(here, origin_of(model), original, request, statistics, export_dir, check=check)
 
 
-def renewed(
-    here: Topology, model: nn.Module | list[nn.Module], plan: Planned, calibration: dict[str, Tensor] | None
-) -> Planned:
-    """The same plan for the weights that a model has now. Collective."""
+def opened(
+    here: Topology,
+    origin: Origin,
+    original: Original,
+    request: Request,
+    statistics: Statistics | None,
+    export_dir: Path | None,
+    apart: Iterable[Path] = (),
+    check: Check = lambda plan, original: None,
+) -> Opening:
+    """Plan an export, and refuse what can be refused before any work. Collective.
+
+    export_dir  where it will be written, if it will: free, on a disk with room, and neither the original nor one of `apart`
+    check       may refuse the plan on rank 0
+    """
     with together(here, "read the model's shapes"):
-        shards = {name: shard for name, shard in shards_of(model).items() if name in plan.shards}
-        if [*shards] != [*plan.shards] or any(shards[n].shape != plan.shards[n].shape for n in shards):
+        origin.check(original.config, request)
+    settled, statistics = origin.inherit(here, original.config, request, statistics)
+    held = origin.held(here, original.config, request)
+    nodes = collectives.nodes(here)
+    with together(here, "check the settings"):
+        plan = make_plan(original.config, held, settled, copied=original.copied, nodes=nodes)
+        if here.first:
+            report(refusals(plan, request.target))
+            if export_dir:
+                check_target(export_dir.resolve(), plan, overwrite=request.overwrite, resume=request.resume)
+                check_apart(export_dir, original.folder, *apart)
+            check(plan, original)
+    return Opening(plan, held, origin, original, request, settled, statistics)
+
+
+def renewed(here: Topology, opening: Opening, model: Model, statistics: Statistics | None) -> Opening:
+    """The same plan for the weights that a model has now, which has the shapes of the one that was opened. Collective."""
+    origin, config = Live(model), opening.original.config
+    with together(here, "read the model's shapes"):
+        if origin.shapes(config, opening.given) != opening.origin.shapes(config, opening.given):
             raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
-    finish_gathering(model)
-    asked = settled(here, model, plan.plan.config, _asked(replace(plan.request, calibration=calibration)))
-    return replace(plan, shards=adapted(here, model, shards, plan.request.merge_lora), asked=asked)
+    settled, statistics = origin.inherit(here, config, opening.given, statistics)
+    return replace(opening, origin=origin, request=settled, statistics=statistics)
 
 
-def _asked(request: Request) -> Asked:
-    return Asked(
-        request.format,
-        request.kv_cache,
-        request.options,
-        request.calibration,
-        tuple(request.exclude),
-        request.quantize_mla,
-    )
+def built(here: Topology, opening: Opening, model: Model) -> Opening:
+    """The opening of a model that was not built yet, now that it is. Collective."""
+    origin, config = Live(model), opening.original.config
+    with together(here, "read the model's shapes"):
+        origin.check(config, opening.given)
+    assert origin.held(here, config, opening.given) == opening.held, "a model was built otherwise than it was planned"
+    return replace(opening, origin=origin)
 
 
-def surveyed(here: Topology, planned: Planned) -> tuple[Work, dict[str, str]]:
+def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:
     """What is to be encoded, with the maxima that all ranks agreed on; and what decides the bytes. Collective."""
-    plan, statistics = planned.plan, planned.asked.calibration or {}
+    plan, statistics = opening.plan, opening.statistics or {}
+    shards = opening.origin.shards(here, plan.config, opening.request)
     with together(here, "check the calibration"):
-        check_calibration(plan, planned.asked.calibration)
-    amaxes, digest = survey(here, plan, planned.shards, statistics)
+        check_calibration(plan, opening.statistics)
+    amaxes, digest = survey(here, plan, shards, statistics)
     identity = {
-        "version": version("megatron_export"),
-        "settings": of_settings([dataclasses.asdict(planned.asked.options), _said(plan)]),
+        "version": __version__,
+        "settings": of_settings([opening.request.digested(), _shown(plan)]),
         "model": digest,
         "statistics": of_statistics(statistics),
     }
-    return Work(plan, planned.shards, amaxes, statistics), identity
+    return Work(plan, shards, amaxes, statistics), identity
 
 
-def _said(plan: Plan) -> dict:
-    """What a plan decides of the bytes."""
+def _shown(plan: Plan) -> dict:
+    """What a plan shows of the bytes."""
     files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
     return {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}

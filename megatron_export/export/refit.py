@@ -1,59 +1,69 @@
 """A live model's HF tensors, one after the other and quantized as an export would, for a loop that refits an engine with them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import ExportError
-from ..distributed.topology import SILENCE
+from ..common.options import takes_options
 from ..mcore import parallel_state
-from ..planning.request import requested
+from ..planning.request import SILENCE, Request, requested
 from ..planning.shard_files import BUCKET_BYTES
 from ..planning.tensor_spec import Output
 from . import transport
 from .encode_stream import Stream
-from .prepare import Planned, planned, renewed, surveyed
+from .origins import Model, Statistics
+from .prepare import Opening, open_model, renewed, surveyed
+
+NO_FOLDER = ("overwrite", "resume", "sync", "target", "writers")  # options that a stream has no use for
 
 
+@takes_options(Request, NO_FOLDER)
 def plan_hf_tensors(
-    model: nn.Module | list[nn.Module], *, bucket_bytes: int = BUCKET_BYTES, timeout: float = SILENCE, **settings: Any
-) -> Planned:
+    model: Model,
+    *,
+    hf_model: str | Path,
+    calibration: Statistics | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    **options: Any,
+) -> Opening:
     """Plan a stream of a model's tensors once, for many calls of `iter_hf_tensors` while it is trained. Reads no weights.
 
-    settings      of `export_hf_checkpoint`: hf_model, format, kv_cache, group_size, fp8_pb_spelling, awq_output, awq_clip, exclude,
-                  mtp, quantize_mla
+    model, hf_model, calibration  as for `export_hf_checkpoint`
     bucket_bytes  of encoded tensors that are made at a time; a larger parameter is made alone
     Collective: every rank calls it with the same arguments. `ExportError` on every rank when it cannot be done.
     """
-    with parallel_state.current(timeout) as here:
-        return planned(here, model, requested(settings, bucket_bytes=bucket_bytes))
+    request = requested(options, NO_FOLDER, bucket_bytes=bucket_bytes)
+    with parallel_state.current(request.timeout) as here:
+        return open_model(here, model, hf_model, request, calibration)
 
 
 def iter_hf_tensors(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     *,
-    calibration: dict[str, Tensor] | None = None,
-    plan: Planned | None = None,
+    calibration: Statistics | None = None,
+    plan: Opening | None = None,
     everywhere: bool = False,
     timeout: float = SILENCE,
-    **settings: Any,
+    **options: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that `export_hf_checkpoint` would write, by HF name and on this rank's device: on rank 0, or `everywhere`.
 
     model       as for `export_hf_checkpoint`; it is left as it was, and must not be changed before the last tensor came
     calibration as for `export_hf_checkpoint`
-    plan        what `plan_hf_tensors` returned for this model, or another of its shape; or give its arguments as `settings`
+    plan        what `plan_hf_tensors` returned for this model, or another of its shape; or give its arguments as `options`
     Every rank must take all tensors: it is collective from one bucket to the next. On ranks that get none it yields none. Memory
     is a few buckets, whatever the model; a tensor belongs to whom it was given. `ExportError` as there.
     """
-    if plan is not None and settings:
-        raise ExportError(f"iter_hf_tensors: give either plan or {', '.join(settings)}")
+    if plan is not None and options:
+        raise ExportError(f"iter_hf_tensors: give either plan or {', '.join(options)}")
     if plan is None:
-        plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **settings)
+        plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **options)
     with parallel_state.current(timeout) as here:
-        work, _ = surveyed(here, renewed(here, model, plan, calibration))
+        work, _ = surveyed(here, renewed(here, plan, model, calibration))
         slices: dict[str, list[tuple[Output, Tensor]]] = {}
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):

@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ..common.errors import ExportError
+from ..common.options import flag_of, told_by
 from ..common.piece import Amax, Axis, Piece, join
 from ..common.strips import row_strips
 from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
@@ -23,17 +24,15 @@ FORMATS: dict[str, ModuleType] = {
     module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)
 }
 KV_FORMATS: dict[str, ModuleType | None] = {"none": None, "fp8": kv_fp8, "nvfp4": kv_nvfp4}
-CHOICES = {"group_size": (128, 64), "fp8_pb_spelling": ("native", "modelopt"), "awq_output": ("folded", "modelopt")}
 
 
 def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - frozen
     """The format of that name with these options; `ExportError` for unknown ones, and for one without effect."""
     module = _found(FORMATS, name)
     for field in fields(Options):
-        value = getattr(options, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.name in CHOICES and value not in CHOICES[field.name]:
-            raise ExportError(f"{flag} must be one of {', '.join(map(str, CHOICES[field.name]))}, not {value!r}")
+        value, choices, flag = getattr(options, field.name), told_by(field).choices, flag_of(field)
+        if choices and value not in choices:
+            raise ExportError(f"{flag} must be one of {', '.join(map(str, choices))}, not {value!r}")
         if value != field.default and field.name not in module.OPTIONS:
             users = ", ".join(other.NAME for other in FORMATS.values() if field.name in other.OPTIONS)
             raise ExportError(f"{flag} has no effect with --format {name}; it is for {users}")

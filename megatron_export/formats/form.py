@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..common.options import option
 from ..common.piece import Amax, Piece
 
 
@@ -12,10 +13,18 @@ from ..common.piece import Amax, Piece
 class Options:
     """What the user can choose within a format. Each format says which of these it reads."""
 
-    group_size: int = 128
-    fp8_pb_spelling: str = "native"
-    awq_output: str = "folded"
-    awq_clip: bool = False
+    group_size: int = option(128, "inputs that share a scale, for int4_awq and w4a8_awq", choices=(128, 64))
+    fp8_pb_spelling: str = option(
+        "native",
+        "native: weight_scale_inv, which vLLM, SGLang and TensorRT-LLM read; modelopt: FP8_PB_WO, which SGLang refuses",
+        choices=("native", "modelopt"),
+    )
+    awq_output: str = option(
+        "folded",
+        "of nvfp4_awq. folded: plain NVFP4, for every engine; modelopt: o_proj keeps pre_quant_scale, for TensorRT-LLM",
+        choices=("folded", "modelopt"),
+    )
+    awq_clip: bool = option(False, "AWQ formats: also search by how much to clip the weights")
 
 
 @dataclass(frozen=True)

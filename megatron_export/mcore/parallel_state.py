@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from torch.distributed import ProcessGroup
 
 from ..common.errors import ExportError, RankLost, StartError, told
 from ..distributed.heartbeat import Pulse
-from ..distributed.topology import SILENCE, Cut, Topology
+from ..distributed.topology import Cut, Topology
+from ..planning.request import SILENCE
 from .cpu_compat import without_cuda
 
 TIMEOUT = timedelta(minutes=10)
@@ -97,17 +99,17 @@ def _on_cuda() -> bool:
 
 
 def _take_gpu() -> None:
-    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if ranks > gpus and "NCCL_HOSTID" not in os.environ:  # with a host id per rank, NCCL lets ranks share a GPU
         raise StartError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
 
 
 @contextmanager
 def started(
     tp: int, pp: int, device: str | None, *, ep: int = 1, etp: int | None = None, vpp: int = 1
 ) -> Iterator[None]:
-    """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, and end them.
+    """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, or for it alone, and end them.
 
     `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp, and a
     multiple of etp * ep * pp; `etp` is that of the experts, None for `tp`.
@@ -115,11 +117,10 @@ def started(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise StartError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
-    if "RANK" not in os.environ:
-        raise StartError("start this with torchrun, for example: torchrun --nproc-per-node 2 launch/export.py --tp 2")
+    world = {} if "RANK" in os.environ else _one_rank(math.lcm(tp * pp, ep * (etp or tp) * pp))
     if device == "cuda":
         _take_gpu()
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **world)
     try:
         _check_world(dist.get_world_size(), tp, pp, ep, etp)
         with without_cuda(torch.device(device)):
@@ -139,6 +140,16 @@ def started(
         _end()
         raise
     _end()
+
+
+def _one_rank(needed: int) -> dict[str, Any]:
+    """How a process that torchrun did not start is a world of its own; `StartError` where the sizes need more ranks."""
+    if needed > 1:
+        raise StartError(
+            f"these sizes need {needed} ranks, and torchrun did not start this process. Start it so, with the same flags: "
+            f"torchrun --nproc-per-node {needed} -m megatron_export export"
+        )
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 
 
 def _end() -> None:

@@ -3,21 +3,37 @@
 Every rank computes the same plan, so all take the same branches and the same collectives in the same order.
 """
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
-from ..formats import Form, Options, chosen, chosen_kv
+from ..common.text import parse_size
+from ..formats import Form, chosen_kv
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
 from .parameter import Item, Smoothed
 from .rank_placement import PAD_VOCAB_TO, grid_of
+from .request import Request
 from .shard_files import Bucket, Writers, buckets_of, files_of, writers_of
 from .tensor_spec import Output
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A plan of a large model is millions of objects that all stay; looking for cycles among them takes half of its time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -69,44 +85,40 @@ class Plan:
         return sum(output.nbytes for item in self.items for output in item.parts) + sum(o.nbytes for o in self.copied)
 
 
+@no_garbage_collection()
 def make_plan(
     config: dict,
     held: dict[str, Held],
+    request: Request,
     *,
-    format: str,
-    options: Options = Options(),  # noqa: B008 - frozen
-    kv_cache: str = "none",
-    exclude: Iterable[str] = (),
-    quantize_mla: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
     copied: tuple[Output, ...] = (),
-    writers: Writers = Writers(),  # noqa: B008 - frozen
-    bucket_bytes: int | None = None,
-    smoothed: bool = False,
+    nodes: tuple[int, ...] = (),
 ) -> Plan:
-    """Plan the export of a model of config.json's dict whose parameters live as `held` says; `copied` are tensors that its
-    original has beside them, `smoothed` says that the weights of an AWQ format have their factors already.
+    """Plan the export of a model.
 
+    config   config.json's dict
+    held     canonical name -> where the parameter lives
+    request  what is asked for; its format and KV cache are settled
+    copied   tensors that the original has beside Megatron's
+    nodes    the node of each rank, for `writers` other than rank 0
     Raises one `ExportError` with every reason why it cannot be done.
     """
-    form, kv = chosen(format, options), chosen_kv(kv_cache)
-    if smoothed:
-        form = replace(form, smoothing=replace(form.smoothing, done=True))
+    form, kv = request.form(), chosen_kv(request.kv_cache)
     plain = not form.quantization
     sources = parameters_of(config)
     sources = {name: _as_held(source, held.get(name)) for name, source in sources.items()}
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
-            f"--kv-cache {kv_cache} with --format {format}: vLLM refuses a checkpoint that quantizes the KV cache alone. "
-            "Export without it, and serve with the engine's own FP8 KV cache"
+            f"--kv-cache {request.kv_cache} with --format {form.name}: vLLM refuses a checkpoint that quantizes the KV cache "
+            "alone. Export without it, and serve with the engine's own FP8 KV cache"
         )
     if kv and not any(makes_keys(name) for name in sources):
         raise ExportError(
-            f"--kv-cache {kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
+            f"--kv-cache {request.kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Start the engine with its own FP8 KV cache"
         )
-    policy = settle(config, sources, form, tuple(exclude), quantize_mla, copied)
+    policy = settle(config, sources, form, request.exclude, request.quantize_mla, copied)
     problems = list(policy.problems)
     problems += [
         f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"
@@ -131,14 +143,14 @@ def make_plan(
     if not plain and not policy.quantized and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
-    files = files_of(items, copied, max_shard_bytes)
-    writing = writers_of(files, items, writers)
+    files = files_of(items, copied, parse_size(request.max_shard_size))
+    writing = writers_of(files, items, Writers(request.writers, nodes))
     return Plan(
         config=config,
         form=form,
         kv=kv,
         items=tuple(items),
-        buckets=buckets_of(items, files, writing, bucket_bytes),
+        buckets=buckets_of(items, files, writing, request.bucket_bytes),
         files=files,
         writers=writing,
         quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),

@@ -25,6 +25,7 @@ from ..models import (
 )
 from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
+from ..planning.request import Request
 from ..writing.read_back import covers, is_scale
 from .detect_format import Described
 from .folder import Finished, json_of
@@ -59,11 +60,13 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     plan = make_plan(
         config,
         assumed(config, 1),
-        format=said.format,
-        options=said.options,
-        kv_cache="none" if shape_of(config).kv_lora else said.kv,
-        exclude=plain if said.algorithm else (),
-        quantize_mla=bool(latent and said.algorithm),
+        Request(
+            said.format,
+            "none" if shape_of(config).kv_lora else said.kv,
+            said.options,
+            exclude=tuple(plain) if said.algorithm else (),
+            quantize_mla=bool(latent and said.algorithm),
+        ),
         copied=copied_tensors(reference, copied_prefixes(config)),
     )
     return plan, problems

@@ -3,7 +3,8 @@
 files     of every other file: bytes and sha256; but for report.html and README.md, which name the sha256 of this one
 tensors   name -> file, dtype, shape, crc32 of its bytes
 identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
-run       what does not: versions of what computed it, sizes of the topology, where model and statistics came from
+run       what does not, or says it in words: options that are not defaults, versions of what computed it, sizes of the
+          topology, where model and statistics came from
 """
 
 import json
@@ -11,13 +12,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .. import __version__
 from ..common.dtypes import SPELLED
 from ..common.file_names import MANIFEST
 from ..planning.contents import Contents
 from .read_back import Verified
 
 KIND = "megatron_export manifest 1"
-_PACKAGES = ("megatron_export", "torch", "megatron-core", "safetensors", "transformers")
+_PACKAGES = ("torch", "megatron-core", "safetensors", "transformers")
 
 
 def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
@@ -72,7 +74,7 @@ def origin_of(folder: Path) -> str | None:
 
 def _versions() -> dict[str, str]:
     """Of Python and of every package that took part and is installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "megatron_export": __version__}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

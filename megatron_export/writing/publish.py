@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import Original, check_unchanged
+from ..checkpoint.hf_folder import check_unchanged
+from ..checkpoint.original import Original
 from ..common.file_names import MANIFEST
 from ..distributed.signals import heed
 from ..planning.contents import Contents

@@ -17,9 +17,10 @@ from megatron_export.formats.awq import SEARCHES, SHARED
 from megatron_export.models import Source, is_linear_weight, makes_keys, parameters_of, reads_heads
 from megatron_export.models.statistic_names import channels, hf_keys, kv_keys
 from megatron_export.planning.parameter import Item
-from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed
 
 from ..support.models import assert_same, same
+from ..support.plans import plan_for
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,7 +79,7 @@ def searched(source: Source, key: str, clip: bool, generator: torch.Generator) -
 
 
 def plan(form: str, kv_cache: str = "none", **options: object) -> Plan:
-    return make_plan(CONFIG, assumed(CONFIG, 1), format=form, options=Options(**options), kv_cache=kv_cache)
+    return plan_for(CONFIG, assumed(CONFIG, 1), format=form, options=Options(**options), kv_cache=kv_cache)
 
 
 def item_of(plan: Plan, module: str) -> Item:

@@ -25,9 +25,10 @@ from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import INDEX
 from megatron_export.models import architecture_of, copied_prefixes, parameters_of, rope_of, settings_of, shape_of
 from megatron_export.models.registry import expected_shapes
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..support.models import ARCHITECTURES
+from ..support.plans import plan_for
 
 SMALL = {
     "vocab_size": 40,
@@ -84,7 +85,7 @@ def read(folder: Path) -> None:
     shape_of(config)
     sources = parameters_of(config).values()
     copied = copied_tensors(found, copied_prefixes(config))
-    make_plan(config, assumed(config, 1), format="fp8", copied=copied)
+    plan_for(config, assumed(config, 1), format="fp8", copied=copied)
     with SourceWeights(found) as weights:
         weights.check(expected_shapes(sources), {name for source in sources for name in source.copies()})
         for source in list(sources)[:6]:

@@ -1,7 +1,10 @@
 """`verify` and `diff` as their users see them: exit statuses, thresholds, JSON; and what is uploaded."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,3 +329,26 @@ def test_a_card_of_somebody_else_is_not_replaced(reference: Path, checkpoint: Pa
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
     (tmp_path / "README.md").unlink()
     assert [run(*flags)[0], run(*flags)[0]] == [0, 0]
+
+
+def alone(*flags: object) -> subprocess.CompletedProcess:
+    """The command as nobody's rank."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    line = [sys.executable, "-m", "megatron_export", "export", "--device", "cpu", *map(str, flags)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_an_export_without_torchrun_is_one_process(tmp_path: Path) -> None:
+    done = alone("--format", "fp8_pb", "--output", tmp_path / "out")
+    assert (done.returncode, (tmp_path / "out" / "model.safetensors").is_file()) == (0, True), done.stderr
+
+
+def test_an_export_that_needs_more_ranks_says_how_to_start_them(tmp_path: Path) -> None:
+    done = alone("--tp", 2, "--ep", 4, "--etp", 1, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: these sizes need 4 ranks, and torchrun did not start this process. Start it so, with the same flags: "
+        "torchrun --nproc-per-node 4 -m megatron_export export"
+    )

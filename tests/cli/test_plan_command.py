@@ -14,19 +14,20 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.calibration import statistics
-from megatron_export.cli import export_command
-from megatron_export.cli.config import ExportConfig
+from megatron_export.cli import commands
+from megatron_export.cli.config import configured
 from megatron_export.cli.plan_command import previewed
 from megatron_export.export import memory_forecast, transport
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.model import chunks_of, shards_of
 from megatron_export.models import parameters_of, shape_of
-from megatron_export.planning.plan import Held, assumed, make_plan
+from megatron_export.planning.plan import Held, assumed
 from megatron_export.planning.rank_placement import grid_of, stages_of
 from megatron_export.writing.safetensors_file import header_of
 
 from ..support.models import EXAMPLE, read_json
+from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, free_port
 from ..support.saving import saved_model
 
@@ -70,7 +71,7 @@ def test_parameters_live_where_the_plan_says(
     config = read_json(models[name] / "config.json") | changes
     held = assumed(config, **{"tp": 1, "world": world, **sizes})
     grid = grid_of(config, **{"world": world, **sizes})
-    holdings = memory_forecast._holdings(make_plan(config, held, format="bf16"), held, grid)
+    holdings = memory_forecast._holdings(plan_for(config, held, format="bf16"), held, grid)
     for rank, (located, nbytes) in enumerate(ranks.call(world, places, config, sizes)):
         assert located == held
         assert holdings[grid.place(rank)].weights == nbytes
@@ -122,7 +123,7 @@ def test_files_and_messages_have_the_bytes_that_were_told(
     ranks: Ranks, models: dict, tmp_path: Path, name: str, form: str, world: int, sizes: dict
 ) -> None:
     config, out = read_json(models[name] / "config.json"), tmp_path / "out"
-    settings = ExportConfig(hf_model=str(models[name]), format=form, max_shard_size="100KB", dry_run=True, **sizes)
+    settings = configured(hf_model=str(models[name]), format=form, max_shard_size="100KB", dry_run=True, **sizes)
     told = previewed(settings, EXAMPLE, world).forecast
     found = ranks.call(world, wire, config, models[name], out, sizes, form)
     assert tuple(zip(told.sent, told.gathered, strict=True)) == tuple(found)
@@ -134,7 +135,7 @@ def test_files_and_messages_have_the_bytes_that_were_told(
 
 def test_what_sees_is_counted_where_its_files_are(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     source, out = models["llama4_vision"], tmp_path / "out"
-    told = previewed(ExportConfig(hf_model=str(source), format="bf16", dry_run=True), EXAMPLE, None)
+    told = previewed(configured(hf_model=str(source), format="bf16", dry_run=True), EXAMPLE, None)
     assert not any("not counted here (" in remark for remark in told.remarks)
     ranks.call(1, wire, read_json(source / "config.json"), source, out, {}, "bf16")
     assert told.forecast.tensors == len(read_json(out / "model.safetensors.index.json")["weight_map"])
@@ -147,7 +148,7 @@ def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> N
     (status, dry), *others = ranks.call(4, command, *flags, *ids, "--dry-run")
     assert (status, others) == (0, [(0, "")] * 3), dry
     said: list[str] = []
-    assert export_command.plan(lambda text, **kinds: said.append(text), ["plan", *map(str, flags)]) == 0
+    assert commands.main(lambda text, **kinds: said.append(text), ["plan", *map(str, flags)]) == 0
     plan = said[0].splitlines()
     different = [line.split("  ")[0] for line in plan if line not in dry.splitlines()]
     assert set(different) <= {"on disk"}  # what is free there may change meanwhile
@@ -199,7 +200,7 @@ def hollow(folder: Path, config: dict) -> int:
     """A checkpoint of zeros, which take no room on the disk; returns its bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    files = make_plan(config, assumed(config, 1), format="bf16").files
+    files = plan_for(config, assumed(config, 1), format="bf16").files
     outputs = [output for file in files.values() for output in file]
     header, _ = header_of(outputs)
     nbytes = sum(output.nbytes for output in outputs)
@@ -228,7 +229,7 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
     assert abs(hollow(source, config) / nbytes - 1) < 0.02
     flags = ["--hf-model", str(source), "--format", form, "--device", "cpu"]
     told: list[str] = []
-    assert export_command.plan(lambda text, **kinds: told.append(text), ["plan", *flags, "--json"]) == 0
+    assert commands.main(lambda text, **kinds: told.append(text), ["plan", *flags, "--json"]) == 0
     [expected] = json.loads(told[0])["peak_host_memory"]
     if form == "nvfp4":
         ones(tmp_path / "ones.safetensors", config)
@@ -253,7 +254,7 @@ def test_so_is_that_of_reading_a_checkpoint_without_a_model(ranks: Ranks, tmp_pa
     source, saved, out = tmp_path / "source", tmp_path / "saved", tmp_path / "out"
     hollow(source, MODELS["qwen3"])
     ranks.call(1, saved_model, source, saved, {})
-    settings = ExportConfig(hf_model=str(source), megatron_checkpoint=saved, format=form, device="cpu", dry_run=True)
+    settings = configured(hf_model=str(source), megatron_checkpoint=saved, format=form, device="cpu", dry_run=True)
     [expected] = previewed(settings, EXAMPLE, 1).forecast.host
     measured = peak_of("--hf-model", str(source), "--megatron-checkpoint", str(saved), "--format", form,
                        "--device", "cpu", "--output", str(out))  # fmt: skip

@@ -7,9 +7,10 @@ import pytest
 from megatron_export.checkpoint.hf_weights import copied_tensors
 from megatron_export.models import copied_prefixes
 from megatron_export.planning.engine_check import of_folder, of_plan, verdicts
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..support.models import read_json
+from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, living
 from . import product
 
@@ -25,7 +26,7 @@ def test_a_plan_has_the_verdict_of_the_folder_that_it_becomes(name: str, pool: l
     copied = copied_tensors(source, copied_prefixes(config))
     for form in [form for form in FORMS if form not in refused]:
         settings = product.FORMATS[form]
-        planned = of_plan(make_plan(config, assumed(config, 1), copied=copied, **settings))
+        planned = of_plan(plan_for(config, assumed(config, 1), copied=copied, **settings))
         found = of_folder(tmp_path / "out" / form)
         assert found.whole.tensors == planned.whole.tensors
         assert verdicts(found) == verdicts(planned)

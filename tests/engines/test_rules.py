@@ -24,7 +24,7 @@ from megatron_export.engines.exclude_lists import (
 )
 from megatron_export.formats import Options
 from megatron_export.planning.engine_check import lines, of_folder, refusals, rules, verdicts
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..export.test_memory_forecast import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN_MOE, SMALL_V3
 from ..support.checkpoints import (
@@ -40,6 +40,7 @@ from ..support.checkpoints import (
     planned,
     written,
 )
+from ..support.plans import plan_for
 
 GPT_OSS = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "sliding_window": 8, "head_dim": 32}
 # What ModelOpt wrote -> the first rule that vLLM, SGLang and TensorRT-LLM find broken, or mind; '' for none.
@@ -355,8 +356,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_target_names_engines_and_refusals_are_errors() -> None:
     with pytest.raises(ExportError, match=r"--target: unknown engine 'tgi'\. Known: vllm, sglang, tensorrt_llm"):
-        refusals(make_plan(LLAMA, assumed(LLAMA, 1), format="bf16"), "vllm,tgi")
-    plan = make_plan(LLAMA, assumed(LLAMA, 1), format="int4_awq")
+        refusals(plan_for(LLAMA, assumed(LLAMA, 1), format="bf16"), "vllm,tgi")
+    plan = plan_for(LLAMA, assumed(LLAMA, 1), format="int4_awq")
     assert refusals(plan, "tensorrt_llm") == []
     assert refusals(plan, "vllm,sglang") == [
         "--target: vLLM will not load this: it does not know W4A16_AWQ (choose --format fp8, fp8_pb or nvfp4)",

@@ -4,10 +4,11 @@ import pytest
 
 from megatron_export.engines import ENGINES, Effect, Verdict, judged, targets_in
 from megatron_export.planning.engine_check import of_plan, refusals, verdicts
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..export.test_memory_forecast import LLAMA, LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
 from ..support.checkpoints import planned
+from ..support.plans import plan_for
 
 LLAMA_70B = LLAMA | {
     "hidden_size": 8192,
@@ -87,7 +88,7 @@ def test_a_target_may_have_a_size() -> None:
     for odd in ("vllm:", "vllm:0", "vllm:-1", "vllm:²"):
         with pytest.raises(ValueError, match="is no tensor-parallel size"):
             targets_in(odd)
-    wide = make_plan(QWEN_30B_A3B, assumed(QWEN_30B_A3B, 1), format="fp8_pb")
+    wide = plan_for(QWEN_30B_A3B, assumed(QWEN_30B_A3B, 1), format="fp8_pb")
     assert refusals(wide, "vllm,sglang:2") == []
     [refusal] = refusals(wide, "vllm:4,sglang")
     assert refusal.startswith("--target: vLLM will not load this: ") and "a GPU has 192 of its 768 inputs" in refusal

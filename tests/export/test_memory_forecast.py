@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.cli import export_command
-from megatron_export.cli.config import ExportConfig
+from megatron_export.cli import commands
+from megatron_export.cli.config import configured
 from megatron_export.cli.plan_command import Preview, as_json, previewed, rows
 from megatron_export.common.errors import ExportError
 from megatron_export.common.text import readable
 from megatron_export.export.memory_forecast import Forecast, forecast
 from megatron_export.formats import Options
 from megatron_export.planning.engine_check import of_plan, verdicts
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 from megatron_export.planning.rank_placement import grid_of
 
 from ..support.models import EXAMPLE
+from ..support.plans import plan_for
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,13 +84,13 @@ LAST = "decoder.layers.5.mlp.linear_fc2.weight"
 def told(config: dict, tp: int = 1, etp: int | None = None, form: str = "bf16", **sizes: int) -> Forecast:
     """The forecast for GPUs."""
     held = assumed(config, tp, etp, **sizes)
-    return forecast(make_plan(config, held, format=form), held, grid_of(config, tp, etp, **sizes), "cuda")
+    return forecast(plan_for(config, held, format=form), held, grid_of(config, tp, etp, **sizes), "cuda")
 
 
 def shown(folder: Path, config: dict, **settings: object) -> Preview:
     """What the command shows of a folder that has a config.json alone, on the fewest ranks."""
     (folder / "config.json").write_text(json.dumps(config))
-    return previewed(ExportConfig(hf_model=str(folder), dry_run=True, **settings), EXAMPLE, None)
+    return previewed(configured(hf_model=str(folder), dry_run=True, **settings), EXAMPLE, None)
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess:
@@ -227,8 +228,8 @@ def test_a_plan_needs_no_ranks_no_megatron_and_no_weights(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     script = """
 import sys
-from megatron_export.cli.export_command import plan
-assert plan(lambda *said, **kinds: None, sys.argv[1:]) == 0
+from megatron_export.cli.commands import main
+assert main(lambda *said, **kinds: None, sys.argv[1:]) == 0
 import torch
 assert not torch.distributed.is_initialized()
 print(sorted({"megatron.core", "transformers"} & set(sys.modules)))
@@ -254,7 +255,7 @@ def test_exit_statuses_are_0_1_refused_and_2_bad_usage(
     flags: tuple, status: int, says: str, capsys: pytest.CaptureFixture
 ) -> None:
     try:
-        found = export_command.plan(print, list(map(str, flags)))
+        found = commands.main(print, list(map(str, flags)))
     except SystemExit as exit:
         found = exit.code
     said = capsys.readouterr()
@@ -350,20 +351,20 @@ YES, NO, UNKNOWN = True, False, None
     ],
 )
 def test_engines(config: dict, settings: dict, loads: tuple) -> None:
-    plan = make_plan(config, assumed(config, 1), **settings)
+    plan = plan_for(config, assumed(config, 1), **settings)
     found = verdicts(of_plan(plan))
     assert tuple(verdict.loads for verdict in found.values()) == loads
     assert all(verdict.why for verdict in found.values() if not verdict.loads)
 
 
 def test_what_to_mind_is_told_with_the_engine() -> None:
-    plan = make_plan(LLAMA, assumed(LLAMA, 1), format="nvfp4", kv_cache="nvfp4")
+    plan = plan_for(LLAMA, assumed(LLAMA, 1), format="nvfp4", kv_cache="nvfp4")
     assert {engine: verdict.text for engine, verdict in verdicts(of_plan(plan)).items()} == {
         "vLLM": "loads: its NVFP4 KV cache with FlashInfer only",
         "SGLang": "loads: with --kv-cache-dtype nvfp4 on Blackwell",
         "TensorRT-LLM": "loads: on Blackwell",
     }
-    plan = make_plan(QWEN_MOE, assumed(QWEN_MOE, 1), format="fp8_pb", kv_cache="fp8")
+    plan = plan_for(QWEN_MOE, assumed(QWEN_MOE, 1), format="fp8_pb", kv_cache="fp8")
     assert verdicts(of_plan(plan))["SGLang"].text == (
         "loads but: ignores the scales of this architecture's KV cache; its FP8 KV cache with --kv-cache-dtype fp8_e4m3"
     )

@@ -14,9 +14,10 @@ import pytest
 from megatron_export import export_hf_checkpoint
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..support.models import EXAMPLE, contents, read_json
+from ..support.plans import plan_for
 from ..support.ranks import Ranks
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -90,7 +91,7 @@ def test_known_shapes_have_the_parameters_that_their_publishers_count(shapes: Mo
     }
     for name, count in counts.items():
         config = shapes.config_of(name, None, None)
-        assert make_plan(config, assumed(config, 1), format="bf16").source_nbytes == 2 * count
+        assert plan_for(config, assumed(config, 1), format="bf16").source_nbytes == 2 * count
 
 
 def made(launch: Path, config: dict, source: Path, out: Path, tp: int, ep: int) -> None:

@@ -18,9 +18,10 @@ from megatron_export.mcore.build import build_model
 from megatron_export.mcore.config_check import contradictions
 from megatron_export.models import settings_of, unscaled_rope_settings
 from megatron_export.planning.engine_check import of_plan, verdicts
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from ..support.models import LENGTH, assert_same, make_model, read_json, same, tensors
+from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, living
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
@@ -246,7 +247,7 @@ def test_engines_say_what_they_do_with_the_experts_and_the_plan_does_not_repeat_
     config = read_json(models[name] / "config.json")
     sizes = {"intermediate_size": 128, "intermediate_size_mlp": 128, "hidden_size": 128}
     config |= {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
-    plan = make_plan(config, assumed(config, 1), format=form)
+    plan = plan_for(config, assumed(config, 1), format=form)
     found = verdicts(of_plan(plan)).values()
     assert {verdict.engine for verdict in found if verdict.loads} == loading
     assert any(because in verdict.why for verdict in found)
@@ -260,7 +261,7 @@ def test_modules_are_excluded_by_the_names_that_files_have(glob: str, models: di
     source = models["llama4_vision"]
     config = read_json(source / "config.json")
     copied = copied_tensors(source, SEEN)
-    plan = make_plan(config, assumed(config, 1), format="fp8", exclude=glob.split(), copied=copied)
+    plan = plan_for(config, assumed(config, 1), format="fp8", exclude=tuple(glob.split()), copied=copied)
     stacks = [name for name in plan.quantized if ".experts." in name]
     assert len(stacks) == (4 if glob == "vision_model*" else 0)
     assert not any(".experts." in entry for entry in plan.excluded)

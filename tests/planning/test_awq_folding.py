@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from megatron_export.calibration.lookup import measured
 from megatron_export.formats import Options
-from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed
 
 from ..support.models import make_model, read_json
+from ..support.plans import plan_for
 
 SHAPE = {"hidden_size": 128, "head_dim": 16, "intermediate_size": 384, "num_hidden_layers": 2}
 MODELS = {  # queries per group: 2, 1, 4
@@ -90,7 +91,7 @@ def test_a_smoothed_model_computes_what_the_model_computes(name: str, variant: s
     source = make_model(tmp_path, name.split()[0], **MODELS[name])
     config = read_json(source / "config.json")
     form, options = VARIANTS[variant]
-    plan = make_plan(config, assumed(config, 1), format=form, options=options)
+    plan = plan_for(config, assumed(config, 1), format=form, options=options)
     tensors, kept = smoothed_model(source, plan)
     original = load_file(source / "model.safetensors")
     changed = {name for name in tensors if not torch.equal(tensors[name], original[name])}
@@ -120,7 +121,7 @@ def test_a_smoothed_model_computes_what_the_model_computes(name: str, variant: s
 def test_what_keeps_pre_quant_scale(name: str, variant: str, kept: set, tmp_path: Path) -> None:
     config = read_json(make_model(tmp_path, name, **MODELS[name]) / "config.json")
     form, options = VARIANTS[variant]
-    plan = make_plan(config, assumed(config, 1), format=form, options=options)
+    plan = plan_for(config, assumed(config, 1), format=form, options=options)
     outputs = [output.name for outputs in plan.files.values() for output in outputs]
     assert {output.split(".")[-2] for output in outputs if output.endswith("pre_quant_scale")} == kept
 
@@ -130,7 +131,7 @@ def test_a_linear_that_was_left_alone_takes_over_nothing(tmp_path: Path) -> None
     config = read_json(make_model(tmp_path, "llama32", **SHAPE) / "config.json")
     exclude = ("*.gate_proj", "*.up_proj", "*.q_proj", "*.k_proj", "*.v_proj")
     for options, kept in ((Options(), False), (Options(awq_output="modelopt"), True)):
-        plan = make_plan(config, assumed(config, 1), format="nvfp4_awq", options=options, exclude=exclude)
+        plan = plan_for(config, assumed(config, 1), format="nvfp4_awq", options=options, exclude=exclude)
         items = {item.source.canonical: item for item in plan.items}
         alone = [item for item in plan.items if item.form is None]
         assert not any(item.smoothed.vectors for item in alone)

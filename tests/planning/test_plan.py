@@ -7,12 +7,13 @@ import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import FORMATS, Options
-from megatron_export.planning.plan import Held, Plan, assumed, make_plan
+from megatron_export.planning.plan import Held, Plan, assumed
 from megatron_export.planning.quant_config import config_json, hf_quant_config
 from megatron_export.planning.shard_files import BUCKET_BYTES, LANES
 
 from ..export.test_memory_forecast import SMALL_V3
 from ..support.models import EXAMPLE, GOLDEN, read_json, tensors
+from ..support.plans import plan_for
 
 CONFIG = read_json(EXAMPLE / "config.json")
 LLAMA_70B = {
@@ -28,7 +29,7 @@ LLAMA_70B = {
 
 
 def plan(config: dict = CONFIG, tp: int = 1, **settings: object) -> Plan:
-    return make_plan(config, assumed(config, tp), **{"format": "fp8", **settings})
+    return plan_for(config, assumed(config, tp), **{"format": "fp8", **settings})
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -41,7 +42,7 @@ def test_the_plan_is_the_same_for_every_tensor_parallel_size(form: str) -> None:
 
 
 def test_a_70b_model_is_cut_into_files_and_buckets_of_bounded_size() -> None:
-    large = plan(LLAMA_70B, tp=8, format="nvfp4", max_shard_bytes=5_000_000_000)
+    large = plan(LLAMA_70B, tp=8, format="nvfp4", max_shard_size=5_000_000_000)
     sizes = [sum(output.nbytes for output in outputs) for outputs in large.files.values()]
     homes = {output.name: file for file, outputs in large.files.items() for output in outputs}
     assert max(sizes) <= 5_000_000_000
@@ -61,7 +62,7 @@ def test_a_70b_model_is_cut_into_files_and_buckets_of_bounded_size() -> None:
 
 
 def test_a_module_and_its_scales_are_never_parted() -> None:
-    small = plan(max_shard_bytes=400_000)
+    small = plan(max_shard_size=400_000)
     homes: dict[str, set[str]] = {}
     for file, outputs in small.files.items():
         for output in outputs:
@@ -118,7 +119,7 @@ def test_all_problems_of_a_model_are_told_at_once() -> None:
     del held["decoder.final_layernorm.weight"]
     held["decoder.layers.1.mlp.linear_fc2.weight"] = Held((0, 1), (256, 1024))
     with pytest.raises(ExportError) as refused:
-        make_plan(CONFIG, held, format="fp8")
+        plan_for(CONFIG, held, format="fp8")
     for part in ("3 problems", "linear_fc3", "decoder.final_layernorm.weight", "(256, 1024) on each of 2 ranks"):
         assert part in str(refused.value)
 
@@ -221,6 +222,6 @@ def test_planned_tensors_are_those_of_modelopt() -> None:
 def test_deepseek_says_how_it_routes_also_where_transformers_left_it_out() -> None:
     said = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
     config = {key: value for key, value in SMALL_V3.items() if key not in said}
-    made = make_plan(config, assumed(config, 1), format="bf16")
+    made = plan_for(config, assumed(config, 1), format="bf16")
     assert config_json(made).items() >= said.items()
     assert config_json(plan()).keys().isdisjoint(said)

@@ -12,9 +12,10 @@ from typing import Any
 from megatron_export.common.file_names import INDEX
 from megatron_export.engines import Checkpoint, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
-from megatron_export.planning.plan import assumed, make_plan
+from megatron_export.planning.plan import assumed
 
 from .models import GOLDEN, read_json
+from .plans import plan_for
 
 Said = dict[str, Any]
 HEADERS: dict[str, Said] = read_json(GOLDEN / "headers.json")
@@ -47,7 +48,7 @@ def described(said: Said) -> Checkpoint:
 
 def planned(config: dict, **settings: Any) -> Checkpoint:
     """What a plan would write."""
-    return of_plan(make_plan(config, assumed(config, 1), **settings))
+    return of_plan(plan_for(config, assumed(config, 1), **settings))
 
 
 def written(said: Said, folder: Path) -> Path:

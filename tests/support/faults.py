@@ -18,7 +18,8 @@ import torch
 from megatron_export import formats
 from megatron_export.calibration import calibrate
 from megatron_export.cli import export_command
-from megatron_export.cli.run import run as _run  # noqa: F401 - imported before the ranks are forked
+from megatron_export.cli import flags as cli_flags
+from megatron_export.cli.run import run_export as _run  # noqa: F401 - imported before the ranks are forked
 from megatron_export.distributed import heartbeat, signals
 from megatron_export.export import transport, weight_amax
 from megatron_export.mcore import load_hf
@@ -145,7 +146,7 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    export_command._let_rank_0_speak = lambda: None
+    export_command.let_rank_0_speak = cli_flags.let_rank_0_speak = lambda: None
     in_small_steps()
     with armed(fault, rank):
         status = export_command.main(

@@ -80,10 +80,11 @@ def living(pool: list[Ranks]) -> Ranks:
 def _serve(pipe: Connection, rank: int) -> None:
     import torch
 
-    from megatron_export.cli import export_command
+    from megatron_export.cli import export_command, flags
 
     torch.set_num_threads(1)
-    export_command._let_rank_0_speak = lambda: None  # there is no torchrun here that would end rank 0 early
+    # there is no torchrun here that would end rank 0 early
+    export_command.let_rank_0_speak = flags.let_rank_0_speak = lambda: None
     while True:
         world, port, function, args, kwargs = pipe.recv()
         os.environ |= {

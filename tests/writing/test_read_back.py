@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import MANIFEST
 from megatron_export.planning.contents import contents_of
-from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
@@ -25,6 +25,7 @@ from megatron_export.writing.safetensors_file import header_of
 from megatron_export.writing.writer import complete, write_json
 
 from ..support.models import EXAMPLE, read_json
+from ..support.plans import plan_for
 from .test_writer import exporting
 
 CONFIG = read_json(EXAMPLE / "config.json")
@@ -33,7 +34,7 @@ NAME = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", exclude=("model.layers.1.mlp.down_proj",))
+    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", exclude=("model.layers.1.mlp.down_proj",))
 
 
 def sound(plan: Plan) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def other_header(folder: Path) -> None:
 
 def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: Path) -> None:
     """Whatever an export that goes on finds damaged, it writes again; an error of values would come again."""
-    plan = make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_bytes=1_000_000)
+    plan = plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_size=1_000_000)
     tensors = sound(plan)
     tensors["model.norm.weight"][0] = torch.nan
     target, damaged = tmp_path / "out", next(iter(plan.files))

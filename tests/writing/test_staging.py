@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from megatron_export.common.errors import ExportError
-from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed
 from megatron_export.writing import staging
 from megatron_export.writing.journal import JOURNAL, journal_of, kept, kept_statistics, line_of, old_of, partial_of
 from megatron_export.writing.staging import Staging, exchange, tidy
 
 from ..support.models import EXAMPLE, assert_same, read_json, tensors
+from ..support.plans import plan_for
 from .test_writer import IDENTITY, content, exporting, publish
 
 CONFIG = read_json(EXAMPLE / "config.json")
@@ -24,7 +25,7 @@ CONFIG = read_json(EXAMPLE / "config.json")
 
 @pytest.fixture
 def plan() -> Plan:
-    return make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_bytes=1_000_000)
+    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_size=1_000_000)
 
 
 def interrupted(target: Path, plan: Plan, files: int, **options: bool) -> None:

@@ -12,20 +12,21 @@ from safetensors import safe_open
 
 from megatron_export.common.errors import ExportError
 from megatron_export.planning.contents import contents_of
-from megatron_export.planning.plan import Plan, assumed, make_plan
+from megatron_export.planning.plan import Plan, assumed
 from megatron_export.planning.tensor_spec import Output
 from megatron_export.writing.staging import Staging
 from megatron_export.writing.target import check_target
 from megatron_export.writing.writer import CheckpointWriter, complete
 
 from ..support.models import EXAMPLE, assert_same, read_json, same, tensors
+from ..support.plans import plan_for
 
 CONFIG = read_json(EXAMPLE / "config.json")
 
 
 @pytest.fixture
 def plan() -> Plan:
-    return make_plan(CONFIG, assumed(CONFIG, 1), format="nvfp4", kv_cache="fp8", max_shard_bytes=2_000_000)
+    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", kv_cache="fp8", max_shard_size=2_000_000)
 
 
 def content(plan: Plan) -> list[tuple[Output, torch.Tensor]]:
@@ -92,7 +93,7 @@ STACKED = {
 def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path) -> None:
     """Of what is quantized, this model alone keeps stacks."""
     config = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": STACKED}
-    plan = make_plan(config, assumed(config, 1), format="nvfp4")
+    plan = plan_for(config, assumed(config, 1), format="nvfp4")
     written = content(plan)
     with exporting(tmp_path / "out", plan) as writer:
         writer.write(reversed(written))
@@ -114,7 +115,7 @@ def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path
 
 
 def test_a_slice_that_never_came_stops_publication(tmp_path: Path) -> None:
-    plan = make_plan(STACKED, assumed(STACKED, 1), format="bf16")
+    plan = plan_for(STACKED, assumed(STACKED, 1), format="bf16")
     with exporting(tmp_path / "out", plan) as writer:
         writer.write((output, tensor) for output, tensor in content(plan) if output.index != 1)
         with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.gate_up_proj"):

@@ -16,15 +16,20 @@ from ...formats import Options
 from ...mcore.addons import quantizers_of
 from ...mcore.model import weights_of
 from ...models import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
-from ...planning.request import Asked
+from ...planning.request import Request
 from .defaults import supposed
 from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
 
+Statistics = dict[str, Tensor]
 
-def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, asked: Asked) -> Asked:
-    """What is asked for, with what a model that ModelOpt quantized says itself. Collective.
 
-    `ExportError` if the two contradict each other, or if no format here does what its quantizers do.
+def inherited_from_model(
+    here: Topology, model: nn.Module | list[nn.Module], config: dict, request: Request, given: Statistics | None
+) -> tuple[Request, Statistics | None]:
+    """The request with what a live model that ModelOpt quantized says itself, and its statistics. Collective.
+
+    Of a model without quantizers, the request with its defaults, and the statistics that the user gave. `ExportError` if the two
+    contradict each other, or if no format here does what its quantizers do.
     """
     with together(here, "read the model's quantizers"):
         quantizers = quantizers_of(model)
@@ -34,8 +39,8 @@ def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, as
         kinds = merged_kinds(everywhere)
         recipe = recipe_of(kinds)
         if recipe is None:
-            return asked.plain()
-        report(_contradictions(config, recipe, asked))
+            return request.plain(), given
+        report(_contradictions(config, recipe, request, given))
         weights = weights_of(model)
         report(
             _stale(name for name, (amax, size) in blocks_in(quantizers).items() if _differs(weights[name], amax, size))
@@ -46,16 +51,18 @@ def settled(here: Topology, model: nn.Module | list[nn.Module], config: dict, as
         for name, value in theirs.items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
     statistics |= _agreed_vectors(here, vectors, recipe)
-    return _inherited(config, recipe, asked, statistics)
+    return _inherited(config, recipe, request), statistics
 
 
-def told(checkpoint: Checkpoint, config: dict, asked: Asked) -> Asked:
+def inherited_from_checkpoint(
+    checkpoint: Checkpoint, config: dict, request: Request, given: Statistics | None
+) -> tuple[Request, Statistics | None]:
     """The same for the model in a checkpoint, which every rank reads for itself."""
-    quantizers = _quantizers(checkpoint, asked)
+    quantizers = _quantizers(checkpoint, request)
     recipe = recipe_of(kinds_of(quantizers))
     if recipe is None:
-        return asked.plain()
-    report(_contradictions(config, recipe, asked))
+        return request.plain(), given
+    report(_contradictions(config, recipe, request, given))
     if checkpoint.adapted:
         raise ExportError(
             f"{checkpoint.folder} has LoRA adapters and ModelOpt's quantizers, which were calibrated without them. Merge the "
@@ -72,12 +79,12 @@ def told(checkpoint: Checkpoint, config: dict, asked: Asked) -> Asked:
         elif not torch.equal(statistics.setdefault(key, vector), vector):
             odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
     report(odd)
-    return _inherited(config, recipe, asked, statistics)
+    return _inherited(config, recipe, request), statistics
 
 
-def _quantizers(checkpoint: Checkpoint, asked: Asked) -> Quantizers:
+def _quantizers(checkpoint: Checkpoint, request: Request) -> Quantizers:
     found = checkpoint.quantizers
-    return supposed(found, _columns(checkpoint), asked.format, asked.kv_cache, checkpoint.folder)
+    return supposed(found, _columns(checkpoint), request.format, request.kv_cache, checkpoint.folder)
 
 
 def _columns(checkpoint: Checkpoint) -> dict[str, int]:
@@ -85,9 +92,9 @@ def _columns(checkpoint: Checkpoint) -> dict[str, int]:
     return {name.removesuffix(".weight"): one.shape[-1] for name, one in checkpoint.sources.items()}
 
 
-def check_blocks(here: Topology, checkpoint: Checkpoint, asked: Asked) -> None:
+def check_blocks(here: Topology, checkpoint: Checkpoint, request: Request) -> None:
     """Raise if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
-    found = blocks_in(_quantizers(checkpoint, asked))
+    found = blocks_in(_quantizers(checkpoint, request))
     mine = sorted((name, one) for name, one in found.items() if f"{name}.weight" in checkpoint.sources)[
         here.rank :: here.world
     ]
@@ -100,36 +107,36 @@ def check_blocks(here: Topology, checkpoint: Checkpoint, asked: Asked) -> None:
     )
 
 
-def _inherited(config: dict, recipe: Recipe, asked: Asked, statistics: dict[str, Tensor]) -> Asked:
+def _inherited(config: dict, recipe: Recipe, request: Request) -> Request:
     """What is asked for where a recipe says it."""
-    return Asked(
+    return replace(
+        request,
         format=recipe.format,
         kv_cache=recipe.kv_cache,
-        options=_options(recipe, asked.options),
-        calibration=statistics,
-        exclude=(*asked.exclude, *_left_alone(config, recipe)),
-        quantize_mla=asked.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
+        options=_options(recipe, request.options),
+        exclude=(*request.exclude, *_left_alone(config, recipe)),
+        quantize_mla=request.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
         smoothed=recipe.smoothed,
         inherited=True,
     )
 
 
-def _contradictions(config: dict, recipe: Recipe, asked: Asked) -> list[str]:
+def _contradictions(config: dict, recipe: Recipe, request: Request, given: Statistics | None) -> list[str]:
     """Where the user wants something else than the model's quantizers do."""
     problems = [
         f"{field} is {wanted!r}, but ModelOpt quantized this model to {has!r}. Leave it out, or disable the quantizers"
         for field, wanted, has in (
-            ("format", asked.format, recipe.format),
-            ("kv_cache", asked.kv_cache, recipe.kv_cache),
-            ("group_size", asked.options.group_size, recipe.group_size),
+            ("format", request.format, recipe.format),
+            ("kv_cache", request.kv_cache, recipe.kv_cache),
+            ("group_size", request.options.group_size, recipe.group_size),
         )
         if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
     ]
-    if asked.calibration is not None:
+    if given is not None:
         problems.append(
             "the model has quantizers of ModelOpt that hold its statistics: leave calibration out, or disable the quantizers"
         )
-    if recipe.smoothed and asked.exclude:
+    if recipe.smoothed and request.exclude:
         problems.append(
             "exclude cannot undo what ModelOpt has smoothed: disable those quantizers before they are calibrated"
         )

@@ -1,0 +1,69 @@
+"""Flags from options, and the parser that speaks on rank 0 alone."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import Field
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin
+
+from ..common.options import Option, flag_of, options_of, told_by
+from .config import ExportConfig, configured
+
+Say = Callable[..., None]
+
+
+class Parser(argparse.ArgumentParser):
+    """Of several ranks the first says what is wrong; the others leave later, so that it is heard before torchrun ends it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        if not first():
+            let_rank_0_speak()
+            self.exit(2)
+        super().error(message)
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def let_rank_0_speak() -> None:
+    time.sleep(2)
+
+
+def add_options(parser: argparse.ArgumentParser, wanted: Callable[[Option], bool] = lambda option: True) -> None:
+    """A flag for every wanted option of `ExportConfig`."""
+    for one in options_of(ExportConfig).values():
+        if wanted(told_by(one)):
+            shown = f" (default: {one.default})" if one.default not in (None, (), "") and not _switches(one) else ""
+            parser.add_argument(flag_of(one), dest=one.name, help=told_by(one).help + shown, **_argument(one))
+
+
+def config_of(parser: argparse.ArgumentParser, values: dict[str, Any]) -> ExportConfig:
+    """The settings that flags say. Contradictions end in bad usage."""
+    if "exclude" in values:
+        values = values | {"exclude": tuple(values["exclude"])}
+    try:
+        return configured(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _argument(one: Field) -> dict[str, Any]:
+    if _switches(one):
+        return {"action": "store_false" if one.default else "store_true"}
+    kinds = [kind for kind in get_args(one.type) or (one.type,) if kind is not NoneType]
+    if get_origin(one.type) is tuple:
+        return {"nargs": "+", "default": one.default, "metavar": "GLOB"}
+    if choices := told_by(one).choices:
+        return {"choices": choices, "default": one.default, "type": type(choices[0])}
+    return {"type": kinds[0], "default": one.default}
+
+
+def _switches(one: Field) -> bool:
+    return one.type is bool
