@@ -9,7 +9,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ from torch.distributed.run import get_args_parser
 
 import megatron_export
 from megatron_export.cli import export_command
-from megatron_export.cli.config import ExportConfig, helps
+from megatron_export.cli.config import ExportConfig
+from megatron_export.common.options import flag_of, options_of
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.formats.nvfp4 import e2m1_codes
 from megatron_export.models import ARCHITECTURES
@@ -137,7 +138,7 @@ def test_flags_of_commands_that_need_more_than_a_cpu_exist(text: str, monkeypatc
         script = (ROOT / one.start[-1]).read_text()
         assert all(f"#SBATCH {word.partition('=')[0]}=" in script for word in one.start[1:-1])
     if one.name in ("launch/export.py", "launch/slurm.sh"):
-        assert export_command.parse([*one.flags], first=True)
+        assert export_command.parse([*one.flags])
     else:
         _only_parsed(one, monkeypatch)
 
@@ -193,12 +194,11 @@ def test_every_flag_is_explained_with_its_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     export, *others = re.split(r"^## (?=What will|Flags of)", PAGES["docs/command.md"], flags=re.MULTILINE)
-    config = {field.name.replace("_", "-"): field.default for field in fields(ExportConfig)}
-    assert set(helps()) == {field.name for field in fields(ExportConfig)}
+    config = {flag_of(one).removeprefix("--"): one.default for one in options_of(ExportConfig).values()}
     shown = _flags(export)
     assert shown.keys() == config.keys()
     for name, default in config.items():
-        if default not in (None, MISSING, False, (), ""):
+        if default not in (None, True, False, (), ""):
             assert shown[name].split()[0] == (f"{default:g}" if isinstance(default, float) else str(default)), name
     for text, name in zip(others, ("plan", "check", "verify", "diff"), strict=True):
         helped = _helped(name, monkeypatch, capsys)

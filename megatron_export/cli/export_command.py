@@ -27,9 +27,14 @@ EXAMPLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
 
 def main(say: Say, arguments: list[str] | None = None) -> int:
     """Run the command as launch/export.py does; returns its exit status. `say` is `print`."""
+    return _export(say, parse(arguments))
+
+
+def parse(arguments: list[str] | None) -> ExportConfig:
+    """Flags of launch/export.py -> settings. Bad usage exits with status 2, and rank 0 says why."""
     parser = Parser(prog="export.py", description=DESCRIPTION)
     add_flags(parser)
-    return run(say, parser, parser.parse_args(arguments))
+    return config_of(parser, vars(parser.parse_args(arguments)))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +43,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> int:
     """The exit status: 0 done, 1 refused or failed, 2 bad usage, 75 stopped by a signal, try again."""
-    config = config_of(parser, vars(flags))
+    return _export(say, config_of(parser, vars(flags)))
+
+
+def _export(say: Say, config: ExportConfig) -> int:
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss, once per rank
     from .run import run_export
 

@@ -183,11 +183,8 @@ def test_a_small_disk_is_noticed_before_any_work(source: Path, output: Path, ran
 def message_during(fault: Callable[[], AbstractContextManager], *flags: object) -> str:
     """In a rank: the message of the `ExportError` that it raises while `fault()` is open."""
     from megatron_export.cli import export_command, run
-    from megatron_export.cli.flags import Parser, add_options, config_of
 
-    parser = Parser()
-    add_options(parser)
-    config = config_of(parser, vars(parser.parse_args([str(flag) for flag in flags])))
+    config = export_command.parse([str(flag) for flag in flags])
     with fault(), pytest.raises(ExportError) as refusal:
         run.run_export(config, export_command.EXAMPLE_MODEL, lambda stage, steps: steps)
     return str(refusal.value)
