@@ -10,10 +10,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
@@ -34,7 +34,9 @@ PAGES |= {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 STARTS = ("torchrun ", "python ", "pytest", "pip install", "sbatch ", "megatron-export ")
+SUBCOMMANDS = ("export", "plan", "check", "verify", "diff")
 SHORT = ("--device", "cpu", "--calib-samples", "2", "--calib-seq-len", "32")  # for exports that are run here
+HUB = re.compile(r"[\w-]+/[\w.-]*\d[\w.-]*[A-Z][\w.-]*")  # Qwen/Qwen3-8B, and no folder of these pages
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -48,15 +50,26 @@ class Command:
 
     @property
     def name(self) -> str:
-        """The script, or the module and its subcommand."""
-        return " ".join(self.start[-2:]) if self.start[-1] in ("plan", "check", "verify", "diff") else self.start[-1]
+        """The script, or the subcommand of megatron-export."""
+        return f"megatron-export {self.start[-1]}" if self.start[-1] in SUBCOMMANDS else self.start[-1]
+
+    @property
+    def exports(self) -> bool:
+        """Whether it is an export, however it is started."""
+        return self.name in ("launch/export.py", "megatron-export export")
+
+    @property
+    def world(self) -> int:
+        """How many ranks torchrun starts; 1 without it."""
+        words = [*self.start[1:]] if self.start[0] == "torchrun" else ["script"]
+        return int(get_args_parser().parse_args(words).nproc_per_node)
 
     @property
     def runs_here(self) -> bool:
         """Whether two processes on a CPU can run it: it needs no hub, no Megatron checkpoint and no more ranks."""
-        if self.name.startswith("megatron_export "):
-            return not any(re.fullmatch(r"[\w-]+/[\w.-]*\d[\w.-]*[A-Z][\w.-]*", flag) for flag in self.flags)
-        return self.name == "launch/export.py" and "--hf-model" not in self.flags
+        if self.exports:
+            return "--hf-model" not in self.flags
+        return self.name.startswith("megatron-export ") and not any(HUB.fullmatch(flag) for flag in self.flags)
 
 
 def commands() -> dict[str, Command]:
@@ -78,16 +91,18 @@ def _command(text: str) -> Command:
     if words[0] in ("torchrun", "python", "sbatch"):
         script = next((n for n, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
         end = words.index("-m") + 2 if script is None else script  # or the module and its subcommand
+    if words[0] == "megatron-export":
+        end = 1
     return Command(text, tuple(words[: end + 1]), tuple(words[end + 1 :]))
 
 
 COMMANDS = commands()
 RUN = {text: one for text, one in COMMANDS.items() if one.runs_here}
-EXPORTS = [one for one in RUN.values() if one.name == "launch/export.py"]
+EXPORTS = [one for one in RUN.values() if one.exports]
 
 
 def test_every_kind_of_command_is_shown_and_run() -> None:
-    assert {one.name.split()[-1] for one in RUN.values()} == {"launch/export.py", "plan", "check", "verify", "diff"}
+    assert {one.name.split()[-1] for one in RUN.values()} == {"launch/export.py", *SUBCOMMANDS}
     assert {one.name for one in COMMANDS.values()} - {one.name for one in RUN.values()} == {
         *("launch/benchmark.py", "launch/slurm.sh", "examples/export_from_training.py"),  # run by tests of their own
         *("pip", "pytest"),
@@ -100,11 +115,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, pool: list) -> Iterator[Path
     folder = tmp_path_factory.mktemp("docs")
     ranks = living(pool)
     for one in EXPORTS:
-        world = get_args_parser().parse_args([*one.start[1:]]).nproc_per_node
         flags = [str(folder / word) if Path(word).suffix == ".safetensors" else word for word in one.flags]
         where = flags.index("--output") + 1
         flags[where] = str(folder / flags[where])
-        for status, said in ranks.call(int(world), command, *flags, *SHORT):
+        for status, said in ranks.call(one.world, command, *flags, *SHORT):
             assert status == 0, f"{one.text}\n{said}"
     return folder
 
@@ -127,23 +141,25 @@ class Parsed(Exception):
     """The flags were read."""
 
 
-@pytest.mark.parametrize("text", [text for text, one in COMMANDS.items() if one.name.endswith((".py", ".sh"))])
+@pytest.mark.parametrize(
+    "text", [text for text, one in COMMANDS.items() if one.exports or one.name.endswith((".py", ".sh"))]
+)
 def test_flags_of_commands_that_need_more_than_a_cpu_exist(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = COMMANDS[text]
-    if one.start[0] == "torchrun":
-        world = int(get_args_parser().parse_args([*one.start[1:]]).nproc_per_node)
-        sizes = [int(one.flags[one.flags.index(flag) + 1]) for flag in ("--tp", "--pp") if flag in one.flags]
-        assert world % torch.tensor(sizes).prod().item() == 0
+    sizes = [int(one.flags[one.flags.index(flag) + 1]) for flag in ("--tp", "--pp") if flag in one.flags]
+    assert one.start[0] != "torchrun" or one.world % prod(sizes) == 0
     if one.start[0] == "sbatch":
         script = (ROOT / one.start[-1]).read_text()
         assert all(f"#SBATCH {word.partition('=')[0]}=" in script for word in one.start[1:-1])
-    if one.name in ("launch/export.py", "launch/slurm.sh"):
+    if one.exports or one.name == "launch/slurm.sh":
         assert export_command.parse([*one.flags])
     else:
         _only_parsed(one, monkeypatch)
 
 
-@pytest.mark.parametrize("text", [text for text, one in COMMANDS.items() if one.name.startswith("megatron_export ")])
+@pytest.mark.parametrize(
+    "text", [text for text, one in COMMANDS.items() if "megatron-export" in one.name and not one.exports]
+)
 def test_flags_of_commands_without_ranks_exist(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _only_parsed(COMMANDS[text], monkeypatch)
 
@@ -179,8 +195,8 @@ def _started(one: Command, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a command, in this process; argparse's 2 for flags that do not exist."""
     monkeypatch.setenv("LOCAL_RANK", "0")  # read when the example is imported
     with pytest.raises(SystemExit) as left:
-        if one.name.startswith("megatron_export"):
-            monkeypatch.setattr(sys, "argv", ["megatron_export", one.name.split()[1], *one.flags])
+        if one.name.startswith("megatron-export"):
+            monkeypatch.setattr(sys, "argv", ["megatron-export", one.name.split()[1], *one.flags])
             runpy.run_module("megatron_export", run_name="__main__")
         else:
             script = ROOT / one.name
@@ -213,7 +229,7 @@ def _flags(text: str) -> dict[str, str]:
 
 def _helped(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> set[str]:
     monkeypatch.setenv("COLUMNS", "300")
-    assert _started(Command("", ("megatron_export", name), ("--help",)), monkeypatch) == 0
+    assert _started(Command("", ("megatron-export", name), ("--help",)), monkeypatch) == 0
     return set(re.findall(r"^ +(?:-\w, )?--([\w-]+)", capsys.readouterr().out, flags=re.MULTILINE)) - {"help"}
 
 
