@@ -179,6 +179,14 @@ def test_tests_and_packages_that_pages_name_exist(text: str, pytestconfig: pytes
     assert set(re.findall(r"\w+", known.markexpr)) - {"and", "or", "not"} <= marks | {""}
 
 
+def test_every_command_that_ci_runs_makes_an_environment_and_tests_in_it() -> None:
+    marks = re.findall(r"^ *run_after '(<!-- \w+ -->)'", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert "<!-- tests -->" in marks
+    for mark in marks:
+        first, *others = re.search(f"{mark}\n```\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL)[1].splitlines()
+        assert first.startswith("python3 -m venv ") and "pytest" in others[-1]
+
+
 def _only_parsed(one: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
 
