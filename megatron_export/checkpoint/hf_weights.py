@@ -1,5 +1,6 @@
 """The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
 
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -10,9 +11,11 @@ from torch import Tensor
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.file_names import INDEX
+from ..common.piece import Axis
 from ..common.safe_files import opened, read_index
-from ..models import Source
-from ..models.layouts import stacked_rows
+from ..models import Source, is_linear_weight
+from ..models.hf_config import text_of
+from ..models.layouts import Identity, stacked_rows
 from ..planning.tensor_spec import Output
 from .hf_folder import weights_in
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
 _SCALE, _FP8 = "_scale_inv", "F8_E4M3"
+MULTIPLIED = 6  # bytes that `_multiplied` takes for each byte of bfloat16: value, scale and product are in float32
 
 
 class SourceWeights:
@@ -167,6 +171,32 @@ class SourceWeights:
             index = torch.arange(start, stop) // _BLOCK - start // _BLOCK
             scales = scales.index_select(dim, index)
         return part.float() * scales
+
+
+def mapped_bytes(config: dict, source: Source, shard: int) -> int:
+    """Bytes of a file's pages that a rank touches when it reads a shard of so many bytes."""
+    across = Axis.OUT if source.stack else Axis.IN  # what a cut of every row of the file is along: it touches all pages
+    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
+    if _in_float8(config, source):
+        return nbytes // 2
+    return nbytes * 2 if _in_float32(config) else nbytes
+
+
+def reading_bytes(config: dict, source: Source, shard: int) -> int:
+    """Bytes that a rank copies of a shard of so many bytes while it reads it: it casts or multiplies parts, and joins them."""
+    joined = 0 if isinstance(source.layout, Identity) and not source.stack else shard
+    if _in_float8(config, source):
+        return MULTIPLIED * shard + joined
+    return joined + (shard if _in_float32(config) else 0)
+
+
+def _in_float8(config: dict, source: Source) -> bool:
+    return bool(config.get("quantization_config")) and is_linear_weight(source.canonical)
+
+
+def _in_float32(config: dict) -> bool:
+    text = text_of(config)
+    return (text.get("dtype") or text.get("torch_dtype")) == "float32"
 
 
 def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:

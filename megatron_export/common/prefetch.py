@@ -11,6 +11,11 @@ AHEAD_BYTES = 512 << 20  # of all jobs that were begun and are not asked for yet
 Result = TypeVar("Result")
 
 
+def most_held(largest: int, total: int) -> int:
+    """Bytes that results of jobs take at the most, of which the largest takes so many, and all together."""
+    return min(max(AHEAD_BYTES, largest), total)
+
+
 def in_order(jobs: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
     """What the jobs return, each with the bytes that its result takes; what one raises is raised in its place.
 

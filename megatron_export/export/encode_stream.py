@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,12 +11,14 @@ from ..calibration.lookup import measured
 from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
+from ..formats import encode_bytes
+from ..models.layouts import QKV
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
 from ..planning.tensor_spec import Output
 from . import transport
-from .transport import Parcel
+from .transport import Parcel, size_of
 
 Take = Callable[[Iterator[tuple[Output, Tensor]]], None]
 
@@ -112,3 +116,58 @@ class Stream:
             if name in split.parts
         }
         return transport.parcel_to_writer(here, bucket, encoded)
+
+
+class Load(NamedTuple):
+    """Memory that a bucket takes on a rank, in bytes; of `splitting`, `encoding` and `opening`, which pass, the most at a time.
+
+    moved    shards of what is gathered first that it sends to the first rank; arrived: those that it has there of all ranks
+    copied   what splitting copied, and what was made whole
+    encoded  its pieces; sent: its message for the writer
+    parcel   what it has when all has travelled: its message, on the writer those of all ranks; opening: what taking them copies
+    """
+
+    moved: int = 0
+    arrived: int = 0
+    copied: int = 0
+    splitting: int = 0
+    encoded: int = 0
+    encoding: int = 0
+    sent: int = 0
+    parcel: int = 0
+    opening: int = 0
+
+    def plus(self, other: "Load", times: int) -> "Load":
+        """With so many others like `other`."""
+        added = Load(*(a + times * b for a, b in zip(self, other, strict=True)))
+        splitting, encoding = max(self.splitting, other.splitting), max(self.encoding, other.encoding)
+        return added._replace(splitting=splitting, encoding=encoding)
+
+
+def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
+    """What shard `index` of an item takes on its rank, a "cpu" or a "cuda" device; with the shard itself if it is `streamed`."""
+    raw, sent = size_of(item.raw_message(index)), size_of(item.message(index))
+    interleaved = isinstance(item.source.layout, QKV) and len(item.shard_shape) == 2  # whose parts are no views
+    smoothed = bool(item.smoothed.columns or item.smoothed.rows)
+    copies = smoothed or (interleaved and item.splits)
+    copied, arrived = raw if copies or streamed else 0, 0
+    largest = max(prod(part.shape) for part in (item.parts if item.gather_first else item.raw_message(index)))
+    splitting = 8 * largest * smoothed + raw * (copies and streamed)  # twice in float32
+    if item.gather_first and index:
+        return Load(moved=raw, copied=copied, splitting=splitting)
+    if item.gather_first:
+        arrived = sum(size_of(item.raw_message(other)) for other in range(len(item.ranks)))
+        copied = sum(part.nbytes for part in item.parts)
+        splitting += copied if interleaved and not item.splits else 0
+    encoded, encoding = (sent, encode_bytes(largest, sent, device)) if item.form else (0, 0)
+    return Load(0, arrived, copied, splitting, encoded, encoding, sent, sent)
+
+
+def peak(old: Load, new: Load) -> int:
+    """The most memory that a rank has at a time, in bytes, while bucket `old` is taken and `new` is encoded and delivered."""
+    return max(
+        old.copied + old.encoded + old.parcel + new.moved + new.arrived + new.copied + new.splitting,
+        old.encoded + old.parcel + new.copied + new.encoded + new.encoding,
+        old.parcel + new.copied + new.encoded + new.sent + new.parcel,
+        new.copied + new.encoded + new.parcel + new.opening,
+    )

@@ -63,7 +63,7 @@ class Parcel:
 def parcel_to_first(here: Topology, item: Item, parts: dict[str, Piece]) -> Parcel:
     """The bfloat16 shards of an item, on their way to the first rank that holds it."""
     messages = {rank: item.raw_message(index) for index, rank in enumerate(item.ranks)}
-    sizes = {rank: _size(message) for rank, message in messages.items()}
+    sizes = {rank: size_of(message) for rank, message in messages.items()}
     mine = messages[here.rank]
     return _parcel(here, item.ranks[0], sizes, _packed(mine, [parts[output.name].data for output in mine]))
 
@@ -88,7 +88,7 @@ def parcel_to_writer(here: Topology, bucket: Bucket, encoded: dict[str, dict[str
         for index, rank in enumerate(item.ranks):
             if not (theirs := item.message(index)):
                 continue
-            sizes[rank] = sizes.get(rank, 0) + _size(theirs)
+            sizes[rank] = sizes.get(rank, 0) + size_of(theirs)
             if rank == here.rank:
                 message += theirs
                 tensors += (encoded[item.source.canonical][output.name].data for output in theirs)
@@ -107,6 +107,12 @@ def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Ten
         yield from item.assembled(item.join(shards))
 
 
+def opening_bytes(item: Item) -> int:
+    """Memory that `open_at_writer` takes of an item beside its messages: shards are joined, the dims of stacks are swapped."""
+    nbytes = sum(output.nbytes for output in item.outputs)
+    return nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
+
+
 def deliver(here: Topology, parcel: Parcel) -> int:
     """Move the bytes; every rank that has a part in the parcel calls this. Returns how many this one sent."""
     if here.rank == parcel.to:
@@ -123,7 +129,7 @@ def to_all(here: Topology, bucket: Bucket, tensors: Iterable[tuple[Output, Tenso
     """The tensors of a bucket that its writer has, on every rank's device."""
     mine = list(tensors)
     outputs = [output for item in bucket.items for output in item.outputs]
-    packed = torch.empty(_size(outputs), dtype=torch.uint8, device=here.device)
+    packed = torch.empty(size_of(outputs), dtype=torch.uint8, device=here.device)
     if here.rank == bucket.writer:
         packed = _packed(outputs, [tensor for _, tensor in mine])
     dist.broadcast(packed, bucket.writer)
@@ -152,13 +158,14 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _size(message: Sequence[Output]) -> int:
+def size_of(message: Sequence[Output]) -> int:
+    """Bytes of a message."""
     return sum(_padded(output.nbytes) for output in message)
 
 
 def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
     """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype; nobody reads the padding."""
-    packed = torch.empty(_size(message), dtype=torch.uint8, device=tensors[0].device)
+    packed = torch.empty(size_of(message), dtype=torch.uint8, device=tensors[0].device)
     offset = 0
     for output, data in zip(message, tensors, strict=True):
         assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), output

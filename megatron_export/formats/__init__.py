@@ -14,11 +14,11 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.options import flag_of, told_by
 from ..common.piece import Amax, Axis, Piece, join
-from ..common.strips import row_strips
+from ..common.strips import row_strips, strip_elements
 from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
 from .form import Form, Options, Smoothing
 
-__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode"]
+__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode", "encode_bytes"]
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)
@@ -53,6 +53,13 @@ def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
         for rows in row_strips(weight, form.tile[0])
     ]
     return {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
+
+
+def encode_bytes(weights: int, encoded: int, device: str) -> int:
+    """Memory that `encode` takes beside a part of so many weights and its pieces: 16 bytes for each weight of a strip, and
+    `encoded` bytes for the pieces of strips that are joined."""
+    strip = strip_elements(device)
+    return 16 * min(weights, strip) + (encoded if weights > strip else 0)
 
 
 def _found(table: dict[str, ModuleType | None], name: str) -> ModuleType | None:

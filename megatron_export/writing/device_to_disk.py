@@ -16,6 +16,7 @@ from ..planning.tensor_spec import Output
 
 CHUNK = 16 << 20
 SLOTS = 16
+PINNED_BYTES = SLOTS * CHUNK  # on the host of a GPU
 THREADS = 6
 
 Write = Callable[[Output, int, memoryview], None]

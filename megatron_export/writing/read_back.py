@@ -39,6 +39,7 @@ CHUNK = 8 << 20
 THREADS = LANES  # files that are read and hashed at a time: all that grow
 JUDGES = 8  # threads that read and judge their chunks
 BUFFERS = 3  # chunks of each of them
+FILE_BYTES = CHUNK * (BUFFERS + 2)  # of memory for each file that is read: its chunks, and their magnitudes
 
 
 @dataclass(frozen=True)
