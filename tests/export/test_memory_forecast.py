@@ -197,8 +197,8 @@ def test_a_671b_model_is_planned_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     script = """
 import sys, time
-from megatron_export.cli.export_command import plan
-assert plan(print, sys.argv[1:]) == 0
+from megatron_export.cli.commands import main
+assert main(print, sys.argv[1:]) == 0
 with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM")).split()[1]
 planned = time.process_time()
