@@ -129,7 +129,7 @@ def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
     if inline is None and nested is None:
         return Reading()
     if inline is None:
-        return _read_nested(checkpoint, nested, findings)
+        return _read_nested(nested, findings)
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
@@ -146,7 +146,7 @@ def _unknown_dialect(method: str, findings: Findings) -> None:
         findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
 
 
-def _read_nested(checkpoint: Checkpoint, nested: dict, findings: Findings) -> Reading | None:
+def _read_nested(nested: dict, findings: Findings) -> Reading | None:
     algorithm = str(nested.get("quant_algo") or "").upper()
     lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
     if algorithm not in _NESTED:

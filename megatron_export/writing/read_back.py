@@ -114,14 +114,6 @@ class ReadBack:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def verify(staging: Staging, contents: Contents, progress: Progress = quiet) -> dict[str, Verified]:
-    """Read every file of a staging folder back, against the checksums of what was written, and judge them."""
-    with ReadBack(contents) as back:
-        for file, outputs in contents.files.items():
-            back.follow(staging.folder / file, outputs)
-        return judged(staging, contents, back.found(staging.finished, progress))
-
-
 def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
     """What was found in all files of a folder, after the recipe was checked too.
 

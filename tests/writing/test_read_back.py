@@ -20,8 +20,9 @@ from megatron_export.planning.plan import Plan, assumed
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
-from megatron_export.writing.read_back import Verified, verify
+from megatron_export.writing.read_back import ReadBack, Verified, judged
 from megatron_export.writing.safetensors_file import header_of
+from megatron_export.writing.staging import Staging
 from megatron_export.writing.writer import complete, write_json
 
 from ..support.models import EXAMPLE, read_json
@@ -43,6 +44,15 @@ def sound(plan: Plan) -> dict[str, Tensor]:
     return {o.name: (torch.zeros if o.dtype is torch.uint8 else torch.ones)(o.shape).to(o.dtype) for o in outputs}
 
 
+def read_back(staging: Staging, plan: Plan) -> dict[str, Verified]:
+    """What is found in the files of a staging folder, against the checksums of what was written."""
+    contents = contents_of(plan)
+    with ReadBack(contents) as back:
+        for file, outputs in contents.files.items():
+            back.follow(staging.folder / file, outputs)
+        return judged(staging, contents, back.found(staging.finished))
+
+
 def verified(
     plan: Plan, folder: Path, tensors: dict[str, Tensor], damage: Callable[[Path], None]
 ) -> dict[str, Verified]:
@@ -51,7 +61,7 @@ def verified(
         writer.flush()
         complete(contents_of(plan), writer.staging, [])
         damage(writer.staging.folder)
-        return verify(writer.staging, contents_of(plan))
+        return read_back(writer.staging, plan)
 
 
 def at(plan: Plan, folder: Path, name: str) -> tuple[Path, int]:
@@ -136,7 +146,7 @@ def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: P
         writer.flush()
         complete(contents_of(plan), writer.staging, [])
         with pytest.raises(ExportError, match=r"model.norm.weight holds NaN or Inf$"):
-            verify(writer.staging, contents_of(plan))
+            read_back(writer.staging, plan)
         assert len(writer.staging.finished) == len(plan.files)
 
 
