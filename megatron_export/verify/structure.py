@@ -26,7 +26,7 @@ from ..models import (
 from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
 from ..planning.request import Request
-from ..writing.read_back import covers, is_scale
+from ..writing.quantized_modules import covers, is_scale
 from .detect_format import Described
 from .folder import Finished, json_of
 

@@ -1,22 +1,18 @@
 """Files are read back, while they grow and before the folder gets its name: what was asked for, against what is there.
 
 Every file: its header against the plan, the checksum of every tensor against what was written, no NaN and no Inf in
-weights that are not codes, no NaN among e4m3 codes, scales finite and above zero. And, from what is on disk alone: the modules
-that have scales are those that the plan quantizes, and the exclude lists of both configs name no quantized module and every
-other.
+weights that are not codes, no NaN among e4m3 codes, scales finite and above zero. Of all files together, what
+`quantized_modules.py` finds.
 """
 
 import hashlib
-import json
 import os
-import re
 import zlib
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +20,6 @@ import numpy as np
 import torch
 
 from ..common.errors import report
-from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.progress import Progress, quiet
 from ..planning.contents import Contents
 from ..planning.shard_files import LANES
@@ -32,6 +27,7 @@ from ..planning.tensor_spec import Output
 from .crc32 import joined_crc32
 from .fingerprint import of_file
 from .journal import Checks
+from .quantized_modules import is_scale, module_problems
 from .safetensors_file import header_of
 from .staging import Staging
 
@@ -124,7 +120,7 @@ def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> 
         staging.forget(damaged)
         lost = "another program writes there, or the disk loses data. The same command with --resume writes these files again"
         report([*(damage for file in damaged for damage in found[file].damages), f"{folder}: {lost}"])
-    report([problem for one in found.values() for problem in one.problems] + _recipe(folder, contents))
+    report([problem for one in found.values() for problem in one.problems] + module_problems(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     found = {file: found[file] for file in contents.files}
     return found | {path.name: Verified(path.stat().st_size, of_file(path)) for path in others}
@@ -233,50 +229,3 @@ def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
     if is_scale(output.name) and (int(sizes.min()) == 0 or int(bits.max()) >= signs):
         problems.append(f"{file}: {output.name} holds a scale that is not above zero")
     return problems
-
-
-def is_scale(name: str) -> bool:
-    """Whether a tensor holds scales: of weights, inputs, keys and values."""
-    return "scale" in name.rpartition(".")[2]
-
-
-def _recipe(folder: Path, contents: Contents) -> list[str]:
-    """Where the files, the exclude lists and the contents disagree on what is quantized."""
-    outputs = [output for file in contents.files.values() for output in file]
-    scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
-    meant = set(contents.quantized)
-    problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
-    problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
-    if not contents.quantized:
-        return problems
-    left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
-    for file, excluded in _excluded(folder).items():
-        matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
-        problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
-        problems += [
-            f"{folder / file} does not exclude {module}, which is not quantized" for module in sorted(left - matched)
-        ]
-    return problems
-
-
-_WEIGHT_SCALE = re.compile(r"(.+)[._]weight_scale(?:_inv)?")
-
-
-def _is_matrix(output: Output) -> bool:
-    """Whether it is the weight of a linear, an embedding or a stack of experts."""
-    return len(output.shape) > 1 and not is_scale(output.name) and not output.name.endswith("bias")
-
-
-def covers(entry: str, module: str) -> bool:
-    """Whether an entry of an exclude list is about a module: by its name, a glob, or that of what it is in."""
-    return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
-
-
-def _excluded(folder: Path) -> dict[str, list[str]]:
-    """The exclude lists on disk, by file."""
-    inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
-    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
-    return {
-        CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert"),
-        QUANT_CONFIG: outer["exclude_modules"],
-    }

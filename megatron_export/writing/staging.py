@@ -5,9 +5,6 @@ one rename.
 locked while an export runs. Where two folders cannot change names in one step, `.NAME.old` is the old one in between.
 """
 
-import ctypes
-import errno
-import fcntl
 import os
 import shutil
 import threading
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from .byte_sink import OnDisk
+from .file_systems import exchange, locked
 from .journal import (
     JOURNAL,
     KIND,
@@ -37,13 +35,6 @@ from .journal import (
     read_journal,
     sync,
 )
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_NO_LOCKS = (
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.ENOLCK,
-)  # of a file system: Lustre without -o flock, NFS without lockd
 
 
 class Staging:
@@ -72,7 +63,7 @@ class Staging:
         with naming(self.target):
             self.made = [folder for folder in self.target.parents if not folder.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = _locked(self.target, self.journal)
+            self.lock = locked(self.target, self.journal)
         try:
             with naming(self.target):
                 self._restore()
@@ -238,52 +229,3 @@ def tidy(target: Path) -> None:
     if any(folder.exists() for folder in (partial_of(target), journal_of(target), old_of(target))):
         with Staging(target, {}, overwrite=True, resume=False):
             pass
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Let two folders change names in one step (Linux 3.15); where the file system cannot (NFS), in three."""
-    if _swapped(one, other):
-        return
-    aside = one.with_suffix(".old")
-    other.rename(aside)
-    try:
-        one.rename(other)
-    except OSError:
-        aside.rename(other)
-        raise
-    aside.rename(one)
-
-
-def _swapped(one: Path, other: Path) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
-
-
-def _locked(target: Path, journal: Path) -> int:
-    """A descriptor that holds the lock of `target`; it is free again when it is closed or its process is gone. On a file system
-    without locks nothing is held.
-    """
-    while True:
-        journal.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # its last owner removed the folder in this moment
-            descriptor = os.open(journal / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if _locks(descriptor, journal / "lock"):
-                    return descriptor
-            except BlockingIOError:
-                raise ExportError(
-                    f"another export into {target} is running. Wait for it, or give another --output"
-                ) from None
-            os.close(descriptor)
-
-
-def _locks(descriptor: int, path: Path) -> bool:
-    """Whether an open file, locked now where that can be, is still the one at `path`."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return True
-        os.close(descriptor)
-        raise

@@ -15,7 +15,7 @@ import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.export import transport
-from megatron_export.writing import staging
+from megatron_export.writing import file_systems
 
 from ..support.models import read_json, tensors
 from ..support.ranks import Ranks
@@ -86,7 +86,10 @@ def no_rename() -> Iterator[None]:
 
         return rename
 
-    with on_rank(0, Path, "rename", replacement), on_rank(0, staging, "_swapped", lambda real: lambda *paths: False):
+    with (
+        on_rank(0, Path, "rename", replacement),
+        on_rank(0, file_systems, "_swapped", lambda real: lambda *paths: False),
+    ):
         yield
 
 

@@ -12,9 +12,10 @@ import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.planning.plan import Plan, assumed
-from megatron_export.writing import staging
+from megatron_export.writing import file_systems
+from megatron_export.writing.file_systems import exchange
 from megatron_export.writing.journal import JOURNAL, journal_of, kept, kept_statistics, line_of, old_of, partial_of
-from megatron_export.writing.staging import Staging, exchange, tidy
+from megatron_export.writing.staging import Staging, tidy
 
 from ..support.models import EXAMPLE, assert_same, read_json, tensors
 from ..support.plans import plan_for
@@ -177,7 +178,7 @@ def test_a_file_system_without_locks_is_written_to(
     def refuse(*given: object) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    monkeypatch.setattr(file_systems.fcntl, "flock", refuse)
     with exporting(tmp_path / "out", plan) as writer:
         writer.write(content(plan))
         publish(writer)
@@ -231,7 +232,7 @@ def test_two_folders_change_names(atomic: bool, tmp_path: Path, monkeypatch: pyt
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     if not atomic:  # a file system that cannot
-        monkeypatch.setattr(staging, "_swapped", lambda one, other: False)
+        monkeypatch.setattr(file_systems, "_swapped", lambda one, other: False)
     exchange(tmp_path / "one", tmp_path / "other")
     assert {(path.parent.name, path.name) for path in tmp_path.glob("*/*")} == {("one", "other"), ("other", "one")}
     assert len(list(tmp_path.iterdir())) == 2
@@ -246,7 +247,7 @@ def killed_at(rename: int, target: Path, plan: Plan) -> None:
             os._exit(9)
         return real(path, other)
 
-    staging._swapped, Path.rename = (lambda one, other: False), renamed
+    file_systems._swapped, Path.rename = (lambda one, other: False), renamed
     with exporting(target, plan, overwrite=True) as writer:
         writer.write(content(plan))
         publish(writer)

@@ -1,0 +1,62 @@
+"""What not every file system can: hold a lock, and let two folders change names in one step."""
+
+import ctypes
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ..common.errors import ExportError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of Lustre without -o flock, of NFS without lockd
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders change names in one step (Linux 3.15); where the file system cannot (NFS), in three."""
+    if _swapped(one, other):
+        return
+    aside = one.with_suffix(".old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+
+
+def locked(target: Path, journal: Path) -> int:
+    """A descriptor that holds the lock of `target`; it is free again when it is closed or its process is gone. On a file system
+    without locks nothing is held.
+    """
+    while True:
+        journal.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # its last owner removed the folder in this moment
+            descriptor = os.open(journal / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if _locks(descriptor, journal / "lock"):
+                    return descriptor
+            except BlockingIOError:
+                raise ExportError(
+                    f"another export into {target} is running. Wait for it, or give another --output"
+                ) from None
+            os.close(descriptor)
+
+
+def _locks(descriptor: int, path: Path) -> bool:
+    """Whether an open file, locked now where that can be, is still the one at `path`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        os.close(descriptor)
+        raise

@@ -1,0 +1,58 @@
+"""Which modules of a written checkpoint are quantized: those that have scales are those that the plan quantizes, and the exclude
+lists of both configs, as they are on disk, name no quantized module and every other.
+"""
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..common.file_names import CONFIG, QUANT_CONFIG
+from ..planning.contents import Contents
+from ..planning.tensor_spec import Output
+
+_WEIGHT_SCALE = re.compile(r"(.+)[._]weight_scale(?:_inv)?")
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor holds scales: of weights, inputs, keys and values."""
+    return "scale" in name.rpartition(".")[2]
+
+
+def module_problems(folder: Path, contents: Contents) -> list[str]:
+    """Where the files, the exclude lists and the contents disagree on what is quantized."""
+    outputs = [output for file in contents.files.values() for output in file]
+    scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
+    meant = set(contents.quantized)
+    problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
+    problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
+    if not contents.quantized:
+        return problems
+    left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
+    for file, excluded in _excluded(folder).items():
+        matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
+        problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
+        problems += [
+            f"{folder / file} does not exclude {module}, which is not quantized" for module in sorted(left - matched)
+        ]
+    return problems
+
+
+def _is_matrix(output: Output) -> bool:
+    """Whether it is the weight of a linear, an embedding or a stack of experts."""
+    return len(output.shape) > 1 and not is_scale(output.name) and not output.name.endswith("bias")
+
+
+def covers(entry: str, module: str) -> bool:
+    """Whether an entry of an exclude list is about a module: by its name, a glob, or that of what it is in."""
+    return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
+
+
+def _excluded(folder: Path) -> dict[str, list[str]]:
+    """The exclude lists on disk, by file."""
+    inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+    return {
+        CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert"),
+        QUANT_CONFIG: outer["exclude_modules"],
+    }
