@@ -38,7 +38,7 @@ def sound(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """A checkpoint in each format, in several files."""
     folder = tmp_path_factory.mktemp("sound")
     for format, settings in SETTINGS.items():
-        exported(reference, folder / format, format, max_shard_bytes=60_000, **settings)
+        exported(reference, folder / format, format, max_shard_size=60_000, **settings)
     return {format: folder / format for format in SETTINGS}
 
 
@@ -232,7 +232,7 @@ def test_a_stale_file_is_found_by_its_weights_alone(sound: dict[str, Path], refe
     torch.manual_seed(3)
     moved = {n: t + 0.03 * t.std() * torch.randn_like(t) if t.dim() > 1 else t for n, t in tensors(reference).items()}
     save_file(moved, older / "model.safetensors")
-    exported(older, tmp_path / "stale", "nvfp4", max_shard_bytes=60_000, **SETTINGS["nvfp4"])
+    exported(older, tmp_path / "stale", "nvfp4", max_shard_size=60_000, **SETTINGS["nvfp4"])
     mixed = copied_files(sound["nvfp4"], tmp_path / "mixed")
     file = sorted(mixed.glob("*.safetensors"))[2].name
     (mixed / file).write_bytes((tmp_path / "stale" / file).read_bytes())
