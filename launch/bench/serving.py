@@ -27,8 +27,9 @@ import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.engines import GPUS, judged
+from megatron_export.formats.form import not_rounded
 from megatron_export.planning.engine_check import of_folder
-from megatron_export.verify.emulation import EmulatedLinear, load, not_rounded
+from megatron_export.verify.emulation import EmulatedLinear, load
 from megatron_export.verify.perplexity import BATCH, WINDOW, of_window, windows_of
 
 from . import vllm_process
@@ -198,7 +199,7 @@ def leave_inputs(model: torch.nn.Module) -> None:
     """From now on linears do not round their inputs, as kernels that quantize weights alone."""
     for module in model.modules():
         if isinstance(module, EmulatedLinear):
-            module.algorithm = replace(module.algorithm, rounded=not_rounded)
+            module.arithmetic = replace(module.arithmetic, inputs=not_rounded)
 
 
 def round_norms_once(model: torch.nn.Module) -> None:

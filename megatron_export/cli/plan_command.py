@@ -140,7 +140,7 @@ def plan_rows(plan: Plan) -> Rows:
     """What any export of a plan writes."""
     first = _first(plan)
     return [
-        ("format", plan.form.name + (f", KV cache {plan.kv.NAME}" if plan.kv else "")),
+        ("format", plan.form.name + (f", KV cache {plan.kv.name}" if plan.kv else "")),
         ("modules", f"{len(plan.quantized)} quantized, {len(plan.excluded)} left in bfloat16: {some(plan.excluded)}"),
         ("gathered first", f"{len(first)} of {len(plan.items)} parameters" + (f": {some(first)}" if first else "")),
         ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
@@ -186,7 +186,7 @@ def as_json(preview: Preview) -> dict:
         "architecture": grid.shape.architecture,
         "topology": sizes | {"stages": list(grid.stages)},
         "format": plan.form.name,
-        "kv_cache": plan.kv.NAME if plan.kv else "none",
+        "kv_cache": plan.kv.name if plan.kv else "none",
         "tensors": found.tensors,
         "bytes": found.nbytes,
         "bytes_in_bfloat16": plan.source_nbytes,

@@ -3,27 +3,77 @@
 NAME     what the user types
 OPTIONS  the fields of `Options` that it reads
 form     settled options -> Form
+
+A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md adds one, line by line.
 """
 
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import product
 from types import ModuleType
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..common.errors import ExportError
-from ..common.options import flag_of, told_by
+from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece, join
 from ..common.strips import row_strips, strip_elements
 from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
-from .form import Form, Options, Smoothing
+from .form import PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing
 
-__all__ = ["FORMATS", "KV_FORMATS", "Form", "Options", "Smoothing", "chosen", "chosen_kv", "encode", "encode_bytes"]
+__all__ = [
+    "ALGORITHMS",
+    "FORMATS",
+    "KV_FORMATS",
+    "PRE_QUANT_SCALE",
+    "SCALES",
+    "SUFFIXES",
+    "VARIANTS",
+    "Form",
+    "KvForm",
+    "Options",
+    "Smoothing",
+    "chosen",
+    "chosen_kv",
+    "encode",
+    "encode_bytes",
+]
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)
 }
-KV_FORMATS: dict[str, ModuleType | None] = {"none": None, "fp8": kv_fp8, "nvfp4": kv_nvfp4}
+KV_FORMATS: dict[str, KvForm | None] = {"none": None} | {form.name: form for form in (kv_fp8.FORM, kv_nvfp4.FORM)}
+
+
+T = TypeVar("T")
+
+
+def _variants(module: ModuleType) -> list[tuple[Options, Form]]:
+    """A format with every choice of its options; the defaults first."""
+    choices = [told_by(options_of(Options)[name]).choices or (False, True) for name in module.OPTIONS]
+    settled = [Options(**dict(zip(module.OPTIONS, choice, strict=True))) for choice in product(*choices)]
+    return [(options, module.form(options)) for options in settled]
+
+
+def _algorithms() -> dict[str, Form]:
+    """`quant_algo` -> the first format that writes it, with its default options if these do; the defaults' algorithm is the last
+    of a format.
+    """
+    found = {}
+    for module in FORMATS.values():
+        own = {form.algorithm: form for _, form in reversed(_variants(module)) if form.algorithm}
+        found |= {algorithm: form for algorithm, form in own.items() if algorithm not in found}
+    return found
+
+
+VARIANTS = [variant for module in FORMATS.values() for variant in _variants(module)]
+ALGORITHMS = _algorithms()
+SCALES = tuple(dict.fromkeys(form.scale for form in ALGORITHMS.values()))  # suffixes of the scales of blocks
+SUFFIXES = (  # of all tensors that a quantized linear may have beside its weight
+    *dict.fromkeys(suffix for form in ALGORITHMS.values() for suffix in form.stored if suffix != "weight"),
+    PRE_QUANT_SCALE,
+)
 
 
 def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - frozen
@@ -39,7 +89,7 @@ def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - fro
     return module.form(options)
 
 
-def chosen_kv(name: str) -> ModuleType | None:
+def chosen_kv(name: str) -> KvForm | None:
     """The KV cache format of that name, None for "none"; `ExportError` with the known ones when there is none."""
     return _found(KV_FORMATS, name)
 
@@ -62,7 +112,7 @@ def encode_bytes(weights: int, encoded: int, device: str) -> int:
     return 16 * min(weights, strip) + (encoded if weights > strip else 0)
 
 
-def _found(table: dict[str, ModuleType | None], name: str) -> ModuleType | None:
+def _found(table: dict[str, T], name: str) -> T:
     if name not in table:
         near = get_close_matches(name, table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,9 +1,10 @@
 """BF16: the weights as they are, `weight` bfloat16 [out, in]. Also how every format writes what it does not quantize."""
 
-from torch import Tensor, bfloat16
+import torch
+from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Form, Options
+from .form import Arithmetic, Form, Options, not_rounded
 
 NAME = "bf16"
 OPTIONS = ()
@@ -11,7 +12,7 @@ OPTIONS = ()
 
 def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     """A tensor of any rank -> the same in bfloat16; its first dim follows OUT, its second IN."""
-    return {"weight": Piece(weight.to(bfloat16), (Axis.OUT, Axis.IN)[: weight.dim()])}
+    return {"weight": Piece(weight.to(torch.bfloat16), (Axis.OUT, Axis.IN)[: weight.dim()])}
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
@@ -19,7 +20,26 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
     return pieces["weight"].data.float()
 
 
-FORM = Form(name=NAME, tile=(1, 1), encode=encode, decode=decode, quantization={}, stackable=True, activations=False)
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """The weight itself: nothing was rounded."""
+    return weight
+
+
+FORM = Form(
+    name=NAME,
+    tile=(1, 1),
+    ragged=False,
+    encode=encode,
+    decode=decode,
+    requantize=requantize,
+    quantization={},
+    numbers=None,
+    native=None,
+    arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+    least_snr=40.0,
+    stackable=True,
+    smoothing=None,
+)
 
 
 def form(options: Options) -> Form:

@@ -1,12 +1,17 @@
-"""What a format is to the rest of the program: a value with its name, its tile, its two functions and its descriptions."""
+"""What a format is to the rest of the program: one value that says all of itself, and what is read off its encoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..common.options import option
-from ..common.piece import Amax, Piece
+from ..common.piece import Amax, Axis, Piece
+
+# A vector of AWQ that the input is multiplied by: no format's own, written beside any.
+PRE_QUANT_SCALE = "pre_quant_scale"
 
 
 @dataclass(frozen=True)
@@ -45,34 +50,147 @@ class Smoothing:
     done: bool = False
 
 
+@dataclass(frozen=True)
+class Native:
+    """A dialect of config.json's `quantization_config` that is not ModelOpt's.
+
+    config  the whole of it, but for the KV cache and what is excluded
+    sign    the key by which it is told from others with the same `quant_method`
+    """
+
+    config: dict
+    sign: str
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How an engine multiplies with a format, as `verify` emulates it.
+
+    inputs  (input [..., in] of any float dtype, input_scale float32 [] or None) -> the float32 input that is multiplied
+    weight  dtype that the decoded weight is rounded to before it is multiplied
+    """
+
+    inputs: Callable[[Tensor, Tensor | None], Tensor]
+    weight: torch.dtype
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor that a format makes of a weight.
+
+    rows, columns  how many of the weight's one entry is about; None where the tensor does not follow that axis
+    """
+
+    dtype: torch.dtype
+    dims: int
+    rows: int | None
+    columns: int | None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Form:
-    """One format with its options settled.
+    """One format with its options settled. No field has a default, so that what a format does not say of itself is an error.
 
+    name          what the user types
     tile          (out, in): the block of the weight that must not be cut before it is quantized
-    encode        one linear -> pieces by suffix; pure
-    decode        pieces -> the float32 weight that an engine multiplies with
-    quantization  what the quantization configs say of it; empty for none
-    stackable     whether the experts of a layer may be written as one tensor, of models that have them so
-    activations   whether it needs the amax of the linear's input
     ragged        whether the last tile of a row or column may be partial
+    encode        one linear, bfloat16 [out, in] -> pieces by suffix; pure. `weight` has the codes; the first suffix that begins
+                  with `weight_scale` the scale of every block; a format that writes `input_scale` needs the amax of the input
+    decode        pieces -> the float32 [out, in] weight that an engine multiplies with
+    requantize    (float32 [out, in] weight, pieces on disk) -> the float32 weight that `decode` would give, had these scales been
+                  given codes of that weight. For the scales of `encode`, the result is that of `encode` and `decode` to the bit
+    quantization  `quant_algo` and what stands beside it in both quantization configs; empty for none
     numbers       how config.json describes its numbers in a config group; None for no such group
-    native        config.json's whole `quantization_config`, where that is not ModelOpt's dialect
+    native        config.json's `quantization_config`, where that is not in ModelOpt's dialect; None where it is
+    arithmetic    how an engine multiplies with it
+    least_snr     signal to noise in dB below which a weight is broken rather than rounded, whatever the model
+    stackable     whether the experts of a layer may be written as one tensor, of models that have them so
+    smoothing     how AWQ prepares its weights; None for not at all
     """
 
     name: str
     tile: tuple[int, int]
+    ragged: bool
     encode: Callable[[Tensor, Amax], dict[str, Piece]]
     decode: Callable[[dict[str, Piece]], Tensor]
+    requantize: Callable[[Tensor, dict[str, Piece]], Tensor]
     quantization: dict
+    numbers: dict | None
+    native: Native | None
+    arithmetic: Arithmetic
+    least_snr: float
     stackable: bool
-    activations: bool = True
-    ragged: bool = False
-    numbers: dict | None = None
-    native: dict | None = None
-    smoothing: Smoothing | None = None
+    smoothing: Smoothing | None
+
+    @property
+    def algorithm(self) -> str | None:
+        """The `quant_algo` of both quantization configs; None for a format that quantizes nothing."""
+        return self.quantization.get("quant_algo")
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """What `encode` makes of a weight, by suffix."""
+        shape, scalar = tuple(2 * size for size in self.tile), torch.empty((), device="meta")
+        weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return {suffix: _stored(piece, shape) for suffix, piece in self.encode(weight, Amax(scalar, scalar)).items()}
+
+    @cached_property
+    def scale(self) -> str:
+        """The suffix of the scales of blocks, of a format that quantizes."""
+        return next(suffix for suffix in self.stored if suffix.startswith("weight_scale"))
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The suffixes of numbers that engines take one of for all linears that they fuse. The one scale of a whole weight is none:
+        they round to the largest.
+        """
+        return tuple(s for s, one in self.stored.items() if one.rows is one.columns is None and s != self.scale)
+
+    @property
+    def activations(self) -> bool:
+        """Whether it needs the amax of the linear's input."""
+        return "input_scale" in self.stored
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration data is needed for the weights or the activations."""
         return self.activations or self.smoothing is not None
+
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        codes = self.stored["weight"]
+        return 8 * codes.dtype.itemsize // (codes.rows * codes.columns)
+
+
+def _stored(piece: Piece, shape: tuple[int, ...]) -> Stored:
+    rows, columns = (
+        size // piece.data.shape[piece.axes.index(axis)] if axis in piece.axes else None
+        for axis, size in zip((Axis.OUT, Axis.IN), shape, strict=True)
+    )
+    return Stored(piece.data.dtype, piece.data.dim(), rows, columns)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KvForm:
+    """One format of the KV cache.
+
+    name       what the user types
+    algorithm  `kv_cache_quant_algo` of hf_quant_config.json
+    scheme     `kv_cache_scheme` of config.json
+    bits       of one number, by which a scheme that is a table is told from others
+    encode     amax of the keys and of the values, float32 [] each -> their scales by name under `self_attn`
+    rounded    (keys or values [..., channels], their scale float32 []) -> what the cache holds of them, float32
+    """
+
+    name: str
+    algorithm: str
+    scheme: dict | str
+    bits: int
+    encode: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    rounded: Callable[[Tensor, Tensor], Tensor]
+
+
+def not_rounded(values: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The values themselves, in float32: inputs of a format that quantizes weights alone."""
+    return values.float()

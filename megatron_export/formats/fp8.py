@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Form, Options
+from .form import Arithmetic, Form, Options
 
 NAME = "fp8"
 OPTIONS = ()
@@ -52,14 +52,31 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
     return pieces["weight"].data.float() * pieces["weight_scale"].data
 
 
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more with the scale on disk."""
+    scale = pieces["weight_scale"].data
+    return (weight / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as e4m3 holds them under scales that broadcast to them, in float32."""
+    return (values.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
 FORM = Form(
     name=NAME,
     tile=(1, 1),
+    ragged=False,
     encode=encode,
     decode=decode,
+    requantize=requantize,
     quantization={"quant_algo": "FP8"},
-    stackable=True,
     numbers={"dynamic": False, "num_bits": 8, "type": "float"},
+    native=None,
+    arithmetic=Arithmetic(rounded, torch.float32),
+    least_snr=20.0,
+    stackable=True,
+    smoothing=None,
 )
 
 

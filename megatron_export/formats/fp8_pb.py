@@ -21,18 +21,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Form, Options
-from .fp8 import E4M3_MAX, scale_of
+from .form import Arithmetic, Form, Native, Options
+from .fp8 import E4M3_MAX, rounded, scale_of
 
 NAME = "fp8_pb"
 BLOCK = 128
 OPTIONS = ("fp8_pb_spelling",)
-NATIVE_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+NATIVE = Native(
+    {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK],
+    },
+    sign="weight_block_size",
+)
 
 
 def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
@@ -59,10 +62,26 @@ def pieces(codes: Tensor, scale: Tensor, native: bool) -> dict[str, Piece]:
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with, from either spelling."""
     weight = pieces["weight"].data.float()
+    return weight * _spread(pieces, weight.shape)
+
+
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more with the scales on disk, of either spelling."""
+    return rounded(weight, _spread(pieces, weight.shape))
+
+
+def _spread(pieces: dict[str, Piece], shape: torch.Size) -> Tensor:
+    """The scale of each element of a weight of that shape, float32 [out, in]."""
     scale = (pieces.get("weight_scale_inv") or pieces["weight_scale"]).data
-    scale = scale.reshape(-(-weight.shape[0] // BLOCK), -(-weight.shape[1] // BLOCK))
-    whole = scale.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
-    return weight * whole[: weight.shape[0], : weight.shape[1]]
+    scale = scale.reshape(-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+    return scale.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)[: shape[0], : shape[1]]
+
+
+def round_inputs(values: Tensor, scale: None = None) -> Tensor:
+    """Values as e4m3 holds them under a scale of their own for every 128 of the last dim, in float32."""
+    size = values.shape[-1]
+    groups = pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return rounded(groups, scale_of(groups.abs().amax(dim=-1, keepdim=True))).flatten(-2)[..., :size]
 
 
 @cache
@@ -73,11 +92,15 @@ def form(options: Options) -> Form:
     return Form(
         name=NAME,
         tile=(BLOCK, BLOCK),
+        ragged=True,
         encode=partial(encode, native=native),
         decode=decode,
+        requantize=requantize,
         quantization=algorithm,
+        numbers=None,
+        native=NATIVE if native else None,
+        arithmetic=Arithmetic(round_inputs, torch.float32),
+        least_snr=20.0,
         stackable=False,
-        activations=False,
-        ragged=True,
-        native=NATIVE_CONFIG if native else None,
+        smoothing=None,
     )

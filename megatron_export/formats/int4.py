@@ -8,8 +8,7 @@ then its ratio times its largest magnitude, and codes beyond saturate. Value: co
 `out` must be even and `in` a multiple of the group. Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ.
 """
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,13 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
     return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
 
 
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more with the scales on disk."""
+    scale = pieces["weight_scale"].data.unsqueeze(2)
+    groups = weight.unflatten(1, (scale.shape[1], -1))
+    return ((groups / scale).round_().clamp_(INT4_MIN, INT4_MAX) * scale).flatten(1)
+
+
 def rounded(weight: Tensor, group: int, clip: Tensor | None = None) -> Tensor:
     """The bfloat16 [out, in] weight that a search compares: ModelOpt's arithmetic of simulated quantization.
 
@@ -63,18 +69,20 @@ def rounded(weight: Tensor, group: int, clip: Tensor | None = None) -> Tensor:
     return (codes / scale).flatten(1).to(torch.bfloat16)
 
 
-def awq_form(
-    name: str, algorithm: str, encode: Callable, decode: Callable, options: Options, *, activations: bool
-) -> Form:
-    """An AWQ format on groups of `options.group_size`: smoothed, its vectors folded into norms alone."""
+def awq_form(name: str, algorithm: str, options: Options, **own: Any) -> Form:
+    """An AWQ format on groups of `options.group_size`: smoothed, its vectors folded into norms alone. `own` are the fields of
+    `Form` that are its own: what it does to numbers.
+    """
     group = options.group_size
     return Form(
         name=name,
         tile=(2, group),
-        encode=partial(encode, group=group),
-        decode=decode,
+        ragged=False,
         quantization={"quant_algo": algorithm, "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
+        numbers=None,
+        native=None,
+        least_snr=6.0,
         stackable=False,
-        activations=activations,
         smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
+        **own,
     )

@@ -12,10 +12,12 @@ all read. o_proj and down_proj keep theirs, which TensorRT-LLM requires; no othe
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ; AWQ is arXiv 2306.00978.
 """
 
-from functools import cache
+from functools import cache, partial
+
+import torch
 
 from . import int4
-from .form import Form, Options
+from .form import Arithmetic, Form, Options, not_rounded
 
 NAME = "int4_awq"
 OPTIONS = ("group_size", "awq_clip")
@@ -24,4 +26,12 @@ OPTIONS = ("group_size", "awq_clip")
 @cache
 def form(options: Options) -> Form:
     """The format for groups of `options.group_size`."""
-    return int4.awq_form(NAME, "W4A16_AWQ", int4.encode, int4.decode, options, activations=False)
+    return int4.awq_form(
+        NAME,
+        "W4A16_AWQ",
+        options,
+        encode=partial(int4.encode, group=options.group_size),
+        decode=int4.decode,
+        requantize=int4.requantize,
+        arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+    )

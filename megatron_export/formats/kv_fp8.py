@@ -9,13 +9,20 @@ route raises them to 1. Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant
 
 from torch import Tensor
 
-from .fp8 import scale_of
-
-NAME = "fp8"
-ALGORITHM = "FP8"
-SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+from .form import KvForm
+from .fp8 import rounded, scale_of
 
 
 def encode(k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
     """Two amax scalars -> the tensors above, by their name under `self_attn`."""
     return {"k_proj.k_scale": scale_of(k_amax), "v_proj.v_scale": scale_of(v_amax)}
+
+
+FORM = KvForm(
+    name="fp8",
+    algorithm="FP8",
+    scheme={"dynamic": False, "num_bits": 8, "type": "float"},
+    bits=8,
+    encode=encode,
+    rounded=rounded,
+)

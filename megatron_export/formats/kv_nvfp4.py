@@ -8,10 +8,8 @@ and TensorRT-LLM's kernels mean amax / 448; ModelOpt's Megatron route writes ama
 Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant_algo NVFP4.
 """
 
+from .form import KvForm
 from .kv_fp8 import encode
+from .nvfp4 import round_inputs
 
-__all__ = ["ALGORITHM", "NAME", "SCHEME", "encode"]
-
-NAME = "nvfp4"
-ALGORITHM = "NVFP4"
-SCHEME = "NVFP4"
+FORM = KvForm(name="nvfp4", algorithm="NVFP4", scheme="NVFP4", bits=4, encode=encode, rounded=round_inputs)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Form, Options
+from .form import Arithmetic, Form, Options
 from .fp8 import E4M3_MAX, scale_of
 from .packing import pack, unpack
 
@@ -84,21 +84,50 @@ def pieces(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scal
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    packed = pieces["weight"].data
-    codes = unpack(packed, dim=1).int()  # [out, in]
-    values = torch.tensor(E2M1, device=packed.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
-    scale = pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data
-    return (values.unflatten(1, (-1, BLOCK)) * scale.unsqueeze(2)).flatten(1)
+    return _values(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), _scales(pieces))
+
+
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more with the scales on disk."""
+    scales = _scales(pieces)
+    return _values(e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), scales)
+
+
+def _scales(pieces: dict[str, Piece]) -> Tensor:
+    """What the codes of each block are multiplied with, float32 [out, in/16, 1]."""
+    return (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).unsqueeze(2)
+
+
+def _values(codes: Tensor, scales: Tensor) -> Tensor:
+    """uint8 codes [out, in/16, 16] -> what they stand for, float32 [out, in]."""
+    codes = codes.int()
+    values = torch.tensor(E2M1, device=codes.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    return (values * scales).flatten(1)
+
+
+def round_inputs(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as NVFP4 holds them in blocks of 16 of the last dim, in float32.
+
+    The scale of a block is made as it comes: e4m3(block amax / (6 * scale)), 1 for zeros.
+    """
+    amax = scale * (E2M1_MAX * E4M3_MAX)
+    return decode(encode(values.flatten(0, -2), Amax(amax, amax))).view(values.shape)
 
 
 FORM = Form(
     name=NAME,
     tile=(1, BLOCK),
+    ragged=False,
     encode=encode,
     decode=decode,
+    requantize=requantize,
     quantization={"quant_algo": "NVFP4", "group_size": BLOCK},
-    stackable=True,
     numbers={"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
+    native=None,
+    arithmetic=Arithmetic(round_inputs, torch.float32),
+    least_snr=10.0,
+    stackable=True,
+    smoothing=None,
 )
 
 

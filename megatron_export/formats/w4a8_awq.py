@@ -13,15 +13,15 @@ input_scale; both scalars are shared by the linears that engines fuse. An amax o
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_AWQ.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import int4
-from .form import Form, Options
-from .fp8 import E4M3_MAX, scale_of
+from .form import Arithmetic, Form, Options
+from .fp8 import rounded, scale_of
 
 NAME = "w4a8_awq"
 OPTIONS = ("group_size", "awq_clip")
@@ -39,12 +39,23 @@ def scalars(amax: Amax) -> dict[str, Piece]:
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with: the second stage rounds to e4m3."""
-    scale = pieces["weight_scale_2"].data
-    scaled = (int4.decode(pieces) / scale).clamp_(-E4M3_MAX, E4M3_MAX)
-    return scaled.to(torch.float8_e4m3fn).float() * scale
+    return rounded(int4.decode(pieces), pieces["weight_scale_2"].data)
+
+
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more, twice, with the scales on disk."""
+    return rounded(int4.requantize(weight, pieces), pieces["weight_scale_2"].data)
 
 
 @cache
 def form(options: Options) -> Form:
     """The format for groups of `options.group_size`."""
-    return int4.awq_form(NAME, "W4A8_AWQ", encode, decode, options, activations=True)
+    return int4.awq_form(
+        NAME,
+        "W4A8_AWQ",
+        options,
+        encode=partial(encode, group=options.group_size),
+        decode=decode,
+        requantize=requantize,
+        arithmetic=Arithmetic(rounded, torch.float32),
+    )

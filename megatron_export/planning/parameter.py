@@ -6,14 +6,13 @@ what each rank sends and what comes out.
 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import formats
 from ..common.piece import Amax, Axis, Piece, join
-from ..formats import Form
+from ..formats import PRE_QUANT_SCALE, Form, KvForm
 from ..models import Source
 from ..models.layouts import Layout, even_cut, stacked
 from .tensor_spec import Output
@@ -75,7 +74,7 @@ class Item:
     ranks: tuple[int, ...]
     shard_shape: tuple[int, ...]
     form: Form | None
-    kv: ModuleType | None
+    kv: KvForm | None
     gather_first: bool
     smoothed: Smoothed = Smoothed()
     stacked: bool = False
@@ -157,7 +156,7 @@ class Item:
             if self.smoothed.kept:
                 vector = measured.vectors[self.smoothed.columns].to(torch.bfloat16)
                 mine = vector if self.gather_first else self._mine(vector, index, Axis.IN)
-                encoded[f"{prefix}pre_quant_scale"] = Piece(mine, (Axis.IN,))
+                encoded[f"{prefix}{PRE_QUANT_SCALE}"] = Piece(mine, (Axis.IN,))
         if self.kv is not None:
             attention = next(iter(parts)).rsplit(".", 2)[0]
             for name, scale in self.kv.encode(*measured.kv).items():
@@ -233,7 +232,7 @@ class Item:
             prefix = part.name.removesuffix("weight")
             encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form, part.shape)]
             if self.smoothed.kept:
-                encoded.append(Output(f"{prefix}pre_quant_scale", torch.bfloat16, part.shape[1:], (Axis.IN,)))
+                encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", torch.bfloat16, part.shape[1:], (Axis.IN,)))
         encoded += parts if self.form is None else ()
         if self.kv is not None:
             attention = parts[0].name.rsplit(".", 2)[0]

@@ -7,13 +7,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.text import parse_size
-from ..formats import Form, chosen_kv
+from ..formats import Form, KvForm, chosen_kv
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
@@ -63,7 +62,7 @@ class Plan:
 
     config: dict
     form: Form
-    kv: ModuleType | None
+    kv: KvForm | None
     items: tuple[Item, ...]
     buckets: tuple[Bucket, ...]
     files: dict[str, tuple[Output, ...]]

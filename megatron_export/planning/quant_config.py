@@ -17,7 +17,7 @@ def hf_quant_config(plan: Plan) -> dict | None:
         return None
     quantization = {
         "quant_algo": plan.form.quantization["quant_algo"],
-        "kv_cache_quant_algo": plan.kv.ALGORITHM if plan.kv else None,
+        "kv_cache_quant_algo": plan.kv.algorithm if plan.kv else None,
         **plan.form.quantization,
         "exclude_modules": list(plan.excluded),
     }
@@ -29,9 +29,9 @@ def quantization_config(plan: Plan) -> dict | None:
     form = plan.form
     if not form.quantization:
         return None
-    kv = {"kv_cache_scheme": plan.kv.SCHEME} if plan.kv else {}
+    kv = {"kv_cache_scheme": plan.kv.scheme} if plan.kv else {}
     if form.native is not None:
-        return form.native | kv | {"modules_to_not_convert": list(plan.excluded)}
+        return form.native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
     group = {"input_activations": form.numbers, "weights": form.numbers, "targets": ["Linear"]}
     return {
         **({"config_groups": {"group_0": group}} if form.numbers else {}),

@@ -8,26 +8,20 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..formats import Options
+import torch
+
+from ..common.dtypes import DTYPES
+from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen
 from .folder import Finished, json_of
 
-# quant_algo -> dtype of the codes, the tensor of scales, its dtype, its dims, which other scales are there
-# fmt: off
-SIGNS = {
-    "FP8":              ("F8_E4M3", "weight_scale",     "F32",     0, {"input_scale"}),
-    "FP8_PB_WO":        ("F8_E4M3", "weight_scale",     "F32",     4, set()),
-    "FP8_BLOCK_SCALES": ("F8_E4M3", "weight_scale_inv", "F32",     2, set()),
-    "NVFP4":            ("U8",      "weight_scale",     "F8_E4M3", 2, {"input_scale", "weight_scale_2"}),
-    "W4A16_AWQ":        ("U8",      "weight_scale",     "F32",     2, set()),
-    "W4A8_AWQ":         ("U8",      "weight_scale",     "F32",     2, {"input_scale", "weight_scale_2"}),
+# quant_algo -> the first one whose tensors are the same and mean the same: all that can be told from tensors
+_PLAIN = {
+    algorithm: next(a for a, form in ALGORITHMS.items() if (form.decode, form.stored) == (mine.decode, mine.stored))
+    for algorithm, mine in ALGORITHMS.items()
 }
-FORMATS = {
-    "FP8": "fp8", "FP8_PB_WO": "fp8_pb", "FP8_BLOCK_SCALES": "fp8_pb", "NVFP4": "nvfp4", "W4A16_AWQ": "int4_awq",
-    "W4A8_AWQ": "w4a8_awq",
-}
-# fmt: on
-_SCALED = re.compile(r"(.+?)([._])(weight_scale(?:_inv|_2)?|input_scale|pre_quant_scale)")
-_CODES = ("U8", "F8_E4M3")
+_SCALED = re.compile(rf"(.+?)([._])({'|'.join(map(re.escape, SUFFIXES))})")
+_CODES = {form.stored["weight"].dtype for form in ALGORITHMS.values()}
+_SECOND = {*SUFFIXES} - {*SCALES, PRE_QUANT_SCALE}  # what a format may have beside codes and the scales of blocks
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Described:
     """What a checkpoint is.
 
     algorithm   as the tensors show it, None for a checkpoint that is not quantized
-    format      its name here, with its options
+    form        its format here, and the options of that
     kv          name of the KV cache's format
     quantized   HF modules, or stacks of experts, that have codes or scales
     excludes    by file, the modules that it names as not quantized
@@ -43,7 +37,7 @@ class Described:
     """
 
     algorithm: str | None
-    format: str
+    form: Form
     options: Options
     kv: str
     quantized: frozenset[str]
@@ -75,17 +69,14 @@ def described(found: Finished) -> Described:
     scaled = sorted(name for name in found if name.endswith((".k_scale", ".v_scale")))
     if scaled and kv is None:
         problems.append(f"{scaled[0]} is there, but no config says that the KV cache is quantized")
-    kept = any(name.endswith("pre_quant_scale") for name in found) or "NVFP4_AWQ" in claims.values()
-    kept = kept and algorithm == "NVFP4"
+    options, form = (
+        _variant(found, quantized, algorithm, {*claims.values()}) if algorithm else (Options(), chosen("bf16"))
+    )
     return Described(
         algorithm=algorithm,
-        format="bf16" if algorithm is None else FORMATS[algorithm] + "_awq" * kept,
-        options=Options(
-            group_size=_group_size(found, quantized) if algorithm in ("W4A16_AWQ", "W4A8_AWQ") else 128,
-            fp8_pb_spelling="modelopt" if algorithm == "FP8_PB_WO" else "native",
-            awq_output="modelopt" if kept else "folded",
-        ),
-        kv=kv or ("fp8" if scaled else "none"),
+        form=form,
+        options=options,
+        kv=kv or (next(cache.name for cache in KV_FORMATS.values() if cache) if scaled else "none"),
         quantized=frozenset(quantized),
         excludes=_excludes(inner, outer),
         problems=problems,
@@ -110,7 +101,7 @@ def _quantized(found: Finished) -> dict[str, dict[str, str]]:
     return {
         module: tensors
         for module, tensors in modules.items()
-        if module and (len(tensors) > 1 or ("weight" in tensors and found.spelled(tensors["weight"]) in _CODES))
+        if module and (len(tensors) > 1 or ("weight" in tensors and _dtype(found, tensors["weight"]) in _CODES))
     }
 
 
@@ -118,24 +109,48 @@ def _algorithm(found: Finished, quantized: dict[str, dict[str, str]], claims: se
     """The algorithm whose signs most modules bear; of two alike, the one that a config names."""
     votes: Counter[str] = Counter()
     for tensors in quantized.values():
-        for algorithm, (codes, scale, dtype, dims, others) in SIGNS.items():
+        for algorithm in dict.fromkeys(_PLAIN.values()):
+            form = ALGORITHMS[algorithm]
+            scale = form.stored[form.scale]
             votes[algorithm] += (
-                ("weight" in tensors and found.spelled(tensors["weight"]) == codes)
-                + (scale in tensors and found.spelled(tensors[scale]) == dtype)
-                + (scale in tensors and len(found.shape(tensors[scale])) == dims)
-                + ({"weight_scale_2", "input_scale"} & tensors.keys() == others)
+                ("weight" in tensors and _dtype(found, tensors["weight"]) == form.stored["weight"].dtype)
+                + (form.scale in tensors and _dtype(found, tensors[form.scale]) == scale.dtype)
+                + (form.scale in tensors and len(found.shape(tensors[form.scale])) == scale.dims)
+                + (_SECOND & tensors.keys() == _SECOND & form.stored.keys())
             )
     return max(votes, key=lambda algorithm: (votes[algorithm], algorithm in claims)) if votes else None
 
 
-def _group_size(found: Finished, quantized: dict[str, dict[str, str]]) -> int:
-    sizes = Counter(
-        found.shape(tensors["weight"])[-1] // found.shape(tensors["weight_scale"])[-1]
+def _variant(
+    found: Finished, quantized: dict[str, dict[str, str]], algorithm: str, claims: set[str | None]
+) -> tuple[Options, Form]:
+    """The format, of those whose tensors are an algorithm's, by what configs call it, by `pre_quant_scale`, by its groups."""
+    alike = [(o, form) for o, form in VARIANTS if form.algorithm and _PLAIN[form.algorithm] == algorithm]
+    kept = any(name.endswith(PRE_QUANT_SCALE) for name in found)
+    groups = {form.tile[1] for _, form in alike}
+    group = _group_size(found, quantized, alike[0][1]) if len(groups) > 1 else None
+
+    def fits(variant: tuple[Options, Form]) -> tuple[bool, bool, bool]:
+        form = variant[1]
+        keeps = form.smoothing is not None and form.smoothing.keeps
+        return form.algorithm in claims - {algorithm}, keeps == kept, form.tile[1] == group
+
+    return max(alike, key=fits)
+
+
+def _group_size(found: Finished, quantized: dict[str, dict[str, str]], form: Form) -> int | None:
+    """How many inputs share a scale in most linears; None where nothing shows it."""
+    shapes = (
+        (found.shape(tensors["weight"]), found.shape(tensors[form.scale]))
         for tensors in quantized.values()
-        if {"weight", "weight_scale"} <= tensors.keys() and found.shape(tensors["weight_scale"])
+        if {"weight", form.scale} <= tensors.keys()
     )
-    most = sizes.most_common(1)[0][0] if sizes else 128
-    return most if most in (64, 128) else 128
+    sizes = Counter(form.stored["weight"].columns * codes[-1] // scales[-1] for codes, scales in shapes if scales)
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _dtype(found: Finished, name: str) -> torch.dtype | None:
+    return DTYPES.get(found.spelled(name))
 
 
 def _table(said: object) -> dict:
@@ -143,7 +158,15 @@ def _table(said: object) -> dict:
 
 
 def _native(inner: dict) -> str | None:
-    return "FP8_BLOCK_SCALES" if inner.get("quant_method") == "fp8" and inner.get("weight_block_size") else None
+    """The algorithm that a `quantization_config` means which is in a dialect of its own."""
+    for algorithm, form in ALGORITHMS.items():
+        if (
+            form.native
+            and inner.get("quant_method") == form.native.config["quant_method"]
+            and inner.get(form.native.sign)
+        ):
+            return algorithm
+    return None
 
 
 def _claimed(said: object) -> str | None:
@@ -151,15 +174,20 @@ def _claimed(said: object) -> str | None:
 
 
 def _plain(claim: str | None) -> str | None:
-    return "NVFP4" if claim == "NVFP4_AWQ" else claim
+    return _PLAIN.get(claim, claim)
 
 
 def _cache(said: dict) -> str | None:
     """The KV cache's format that one config means."""
-    scheme = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
+    scheme, caches = (
+        said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"),
+        [*filter(None, KV_FORMATS.values())],
+    )
     if isinstance(scheme, dict):
-        scheme = {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits"))
-    return scheme.lower() if isinstance(scheme, str) else None
+        return next((cache.name for cache in caches if cache.bits == scheme.get("num_bits")), None)
+    if not isinstance(scheme, str):
+        return None
+    return next((cache.name for cache in caches if cache.algorithm == scheme.upper()), scheme.lower())
 
 
 def _excludes(inner: dict, outer: dict) -> dict[str, list[str]]:

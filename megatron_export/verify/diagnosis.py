@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Axis, Piece
+from ..formats import PRE_QUANT_SCALE
 from ..planning.parameter import Item
 from .snr import decibels
-from .weight_pairs import KEPT, Sides
+from .weight_pairs import Sides
 
 ROWS = 512
 NEAR = 6.0  # dB that a guess must be better than the weight as it is, and reach
@@ -65,7 +66,7 @@ def _of_codes(sides: Sides, item: Item, part: str, rows: slice, target: Tensor) 
         data = change(pieces[suffix].data.view(torch.uint8) if suffix == "weight" else pieces[suffix].data)
         return item.form.decode(pieces | {suffix: replace(pieces[suffix], data=data)}), target
 
-    if pieces["weight"].data.dtype is torch.uint8:
+    if item.form.bits == 4:
         yield "the two codes in each of its bytes are in the other order", with_("weight", lambda d: d << 4 | d >> 4)
     scales = [(suffix, piece) for suffix, piece in pieces.items() if suffix != "weight" and piece.data.dim() > 1]
     for suffix, piece in scales:
@@ -133,7 +134,7 @@ def _taker(sides: Sides, item: Item, part: str) -> str:
     """What should have taken over the vector that the columns were divided by."""
     if item.smoothed.columns is None:
         return ", as by a smoothing that this format does not have"
-    kept = f"{item.source.names()[part].removesuffix('weight')}{KEPT}"
+    kept = f"{item.source.names()[part].removesuffix('weight')}{PRE_QUANT_SCALE}"
     if kept in sides.found:
         return f", which {kept} does not undo"
     names = [feeder.source.names()[its_part] for feeder, its_part in sides.feeders.get(item.smoothed.columns, ())]

@@ -5,7 +5,7 @@ that it was made from. No original and no architecture is needed; smoothing is n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from ..common.file_names import CONFIG, GENERATION_CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.progress import Progress, quiet
 from ..common.strips import STRIP_ELEMENTS
-from ..formats import chosen
-from .detect_format import FORMATS, Described, described, module_of
+from ..formats import SUFFIXES, Form
+from .detect_format import Described, described, module_of
 from .folder import Finished, json_of
 from .snr import decibels
 
 CONFIGS = (CONFIG, QUANT_CONFIG, GENERATION_CONFIG)
 SHOWN = 10  # of a kind in the table
 HEADS = ("weight", "signal to noise", "largest difference")
-STRIP_ROWS = 128  # a strip's rows are a multiple of it, as scales of blocks are
+STRIP_ROWS = 128  # a strip's rows are a multiple of it
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _apart(name: str, sides: list[Finished], says: list[Described]) -> Apart | N
     if shapes[0] != shapes[1]:
         return None  # told by their kinds
     signal = noise = largest = 0.0
-    for rows in _strips(shapes[0]):
+    for rows in _strips(shapes[0], [_form(side, said, name) for side, said in zip(sides, says, strict=True)]):
         mine, theirs = (_decoded(side, said, name, rows) for side, said in zip(sides, says, strict=True))
         difference = mine - theirs
         signal += float(mine.square().sum(dtype=torch.float64))
@@ -133,32 +133,34 @@ def _tensors(side: Finished, name: str) -> dict[str, str]:
     if local != "weight":
         return {"weight": name}
     joints = (("." if name.endswith(".weight") else "_"),)
-    suffixes = ("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale")
-    found = {suffix: f"{module}{joint}{suffix}" for joint in joints for suffix in suffixes}
+    found = {suffix: f"{module}{joint}{suffix}" for joint in joints for suffix in SUFFIXES}
     return {"weight": name} | {suffix: tensor for suffix, tensor in found.items() if tensor in side}
 
 
-def _form(side: Finished, said: Described, name: str) -> str | None:
+def _form(side: Finished, said: Described, name: str) -> Form | None:
     """The format that decodes a weight; None for one that is not quantized, or stacked."""
     module, local = module_of(name)
     coded = local == "weight" and module in said.quantized and len(side.shape(name)) == 2
-    return FORMATS[said.algorithm] if coded and said.algorithm else None
+    return said.form if coded and said.algorithm else None
 
 
 def _shape(side: Finished, said: Described, name: str) -> tuple[int, ...]:
     """Of a weight before it was encoded."""
     shape, form = side.shape(name), _form(side, said, name)
-    if form == "nvfp4":
-        return (shape[0], 2 * shape[1])
-    return (2 * shape[0], shape[1]) if form in ("int4_awq", "w4a8_awq") else shape
+    if form is None:
+        return shape
+    codes = form.stored["weight"]
+    return (shape[0] * codes.rows, shape[1] * codes.columns)
 
 
-def _strips(shape: tuple[int, ...]) -> Iterator[slice]:
+def _strips(shape: tuple[int, ...], forms: Iterable[Form | None]) -> Iterator[slice]:
+    """Rows of a weight, whole tiles of both formats."""
     if not shape:
         yield slice(0, 1)
         return
     row = max(torch.Size(shape[1:]).numel(), 1)
-    step = max(STRIP_ELEMENTS // row // STRIP_ROWS, 1) * STRIP_ROWS
+    unit = math.lcm(STRIP_ROWS, *(form.tile[0] for form in forms if form))
+    step = max(STRIP_ELEMENTS // row // unit, 1) * unit
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
@@ -169,12 +171,11 @@ def _decoded(side: Finished, said: Described, name: str, rows: slice) -> Tensor:
         return side.read(name, rows).float()
     pieces, count = {}, _shape(side, said, name)[0]
     for suffix, tensor in _tensors(side, name).items():
-        size = side.shape(tensor)[0] if side.shape(tensor) else 0
-        each = next((n for n in (1, 2, STRIP_ROWS) if -(-count // n) == size), None)
-        scalar = each is None or suffix in ("input_scale", "pre_quant_scale")
-        part = slice(None) if scalar else slice(rows.start // each, -(-rows.stop // each))
-        pieces[suffix] = Piece(side.read(tensor, part) if side.shape(tensor) else side.read(tensor), ())
-    return chosen(form).decode(pieces)
+        shape, each = side.shape(tensor), form.stored[suffix].rows if suffix in form.stored else None
+        whole = each is None or not shape or shape[0] != -(-count // each)
+        part = () if whole else (slice(rows.start // each, -(-rows.stop // each)),)
+        pieces[suffix] = Piece(side.read(tensor, *part), ())
+    return form.decode(pieces)
 
 
 def rows(found: Differences, one: Path, other: Path) -> list[tuple[str, str]]:

@@ -2,108 +2,41 @@
 
 No low-precision kernel runs. A quantized linear keeps the tensors that it has on disk. When it is called, its bfloat16
 input is multiplied by `pre_quant_scale`, if there is one, which gives bfloat16 again; the input is rounded as the
-format says; it is multiplied in float32 with the weight that the format's own `decode` gives; the product is bfloat16:
-
-    quant_algo                    input                                             weight
-    FP8, W4A8_AWQ                 e4m3, one scale: input_scale                      decoded
-    NVFP4, NVFP4_AWQ              e2m1, blocks of 16 under input_scale              decoded
-    FP8_PB_WO, FP8_BLOCK_SCALES   e4m3, by token and 128 channels: their amax/448   decoded
-    W4A16_AWQ                     bfloat16                                          decoded, rounded to bfloat16
-
+format's `arithmetic` says; it is multiplied in float32 with the weight that the format's `decode` gives; the product is bfloat16.
 Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so, by k_scale and v_scale. Quantized experts are
 linears of their own (`emulated_experts.py`), whatever the files call them (`transformers_names.py`). Everything else is
 transformers' own bfloat16 model. Engines add in another order, so expect their numbers close to these and not equal.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
-from ..common.piece import Amax, Piece
+from ..common.piece import Piece
 from ..common.safe_files import inside, opened, read_header, read_json, shown, told
-from ..formats import chosen, nvfp4
-from ..formats.fp8 import E4M3_MAX, scale_of
-from ..formats.fp8_pb import BLOCK
-from .detect_format import module_of
+from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
+from .detect_format import described, module_of
 from .emulated_experts import take_apart
+from .folder import Finished
 from .transformers_names import Respelled, files_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PRE_QUANT_SCALE = "pre_quant_scale"
 KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
-CODED = {"U8": 2, "F8_E4M3": 1}  # as safetensors spells the dtype of a quantized weight: codes in a byte
-
-
-def round_fp8(values: Tensor, scale: Tensor) -> Tensor:
-    """Values as e4m3 holds them under a scale, in float32."""
-    return (values.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
-
-
-def round_nvfp4(values: Tensor, scale: Tensor) -> Tensor:
-    """Values as NVFP4 holds them in blocks of 16 of the last dim, in float32.
-
-    The scale of a block is made as it comes: e4m3(block amax / (6 * scale)), 1 for zeros.
-    """
-    amax = scale * (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX)
-    return nvfp4.decode(nvfp4.encode(values.flatten(0, -2), Amax(amax, amax))).view(values.shape)
-
-
-def round_fp8_groups(values: Tensor, scale: None = None) -> Tensor:
-    """Values as e4m3 holds them under a scale of their own for every 128 of the last dim, in float32."""
-    size = values.shape[-1]
-    groups = nn.functional.pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    return round_fp8(groups, scale_of(groups.abs().amax(dim=-1, keepdim=True))).flatten(-2)[..., :size]
-
-
-def not_rounded(values: Tensor, scale: None = None) -> Tensor:
-    """The values themselves, in float32."""
-    return values.float()
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """What a `quant_algo` means for one linear.
-
-    form     name of the format that decodes the weight
-    scales   suffixes of the tensors that every quantized linear has beside `weight`
-    rounded  (input, input_scale or None) -> float32 input, as the engine multiplies it
-    product  what the decoded weight is rounded to before it is multiplied
-    """
-
-    form: str
-    scales: tuple[str, ...]
-    rounded: Callable[[Tensor, Tensor | None], Tensor]
-    product: torch.dtype = torch.float32
-
-
-_NVFP4 = Algorithm("nvfp4", ("weight_scale", "weight_scale_2", "input_scale"), round_nvfp4)
-ALGORITHMS = {
-    "FP8": Algorithm("fp8", ("weight_scale", "input_scale"), round_fp8),
-    "FP8_PB_WO": Algorithm("fp8_pb", ("weight_scale",), round_fp8_groups),
-    "FP8_BLOCK_SCALES": Algorithm("fp8_pb", ("weight_scale_inv",), round_fp8_groups),
-    "NVFP4": _NVFP4,
-    "NVFP4_AWQ": _NVFP4,
-    "W4A16_AWQ": Algorithm("int4_awq", ("weight_scale",), not_rounded, torch.bfloat16),
-    "W4A8_AWQ": Algorithm("w4a8_awq", ("weight_scale", "weight_scale_2", "input_scale"), round_fp8),
-}
-KV_ALGORITHMS = {"FP8": round_fp8, "NVFP4": round_nvfp4}
-SUFFIXES = ("weight", PRE_QUANT_SCALE, *dict.fromkeys(s for algo in ALGORITHMS.values() for s in algo.scales))
 
 
 class EmulatedLinear(nn.Module):
     """A quantized linear, bfloat16 in and out, that decodes its weight whenever it is called."""
 
-    def __init__(self, algorithm: Algorithm, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
+    def __init__(self, form: Form, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.algorithm = algorithm
+        self.form, self.arithmetic = form, form.arithmetic
         self.suffixes = tuple(tensors)
         for suffix, tensor in tensors.items():
             self.register_buffer(suffix, tensor, persistent=False)
@@ -112,14 +45,14 @@ class EmulatedLinear(nn.Module):
     def decoded(self) -> Tensor:
         """The weight that is multiplied with, float32 [out, in]."""
         pieces = {suffix: Piece(getattr(self, suffix), ()) for suffix in self.suffixes}
-        return chosen(self.algorithm.form).decode(pieces).to(self.algorithm.product).float()
+        return self.form.decode(pieces).to(self.arithmetic.weight).float()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         buffers = dict(self.named_buffers())
         if PRE_QUANT_SCALE in buffers:
             inputs = inputs * buffers[PRE_QUANT_SCALE]
-        rounded = self.algorithm.rounded(inputs, buffers.get("input_scale"))
+        rounded = self.arithmetic.inputs(inputs, buffers.get("input_scale"))
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(rounded, self.decoded(), bias).to(torch.bfloat16)
 
@@ -143,7 +76,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     tensors = Respelled(files, config.model_type, device)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
-        take_apart(model, tensors, linears.scales if linears else ())
+        take_apart(model, tensors, _scales(linears) if linears else ())
     model.set_attn_implementation(_attention_of(model))
     missing = _take_linears(model, tensors, linears) if linears else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
@@ -173,14 +106,14 @@ def _table(folder: Path, file: str) -> dict[str, Any]:
     return said
 
 
-def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tensor], Tensor] | None]:
+def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:
     """How hf_quant_config.json says that linears, and keys and values, are quantized; None for not at all."""
     path = folder / "hf_quant_config.json"
     said = _table(folder, path.name).get("quantization") if path.exists() else {}
     if not isinstance(said, dict):
         raise ExportError(f"{path}: quantization is {shown(said)}, not a table of settings. Fetch it again")
-    found = []
-    for key, table in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", KV_ALGORITHMS)):
+    found, caches = [], {cache.algorithm: cache for cache in KV_FORMATS.values() if cache}
+    for key, table in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", caches)):
         name = said.get(key)
         if name is not None and (not isinstance(name, str) or name.upper() not in table):
             raise ExportError(f"{path}: {key} {shown(name)} is not known here; known are {', '.join(table)}")
@@ -188,21 +121,24 @@ def _algorithms(folder: Path) -> tuple[Algorithm | None, Callable[[Tensor, Tenso
     return found[0], found[1]
 
 
-def _take_linears(model: nn.Module, tensors: Respelled, algorithm: Algorithm) -> list[str]:
+def _scales(form: Form) -> tuple[str, ...]:
+    return tuple(suffix for suffix in form.stored if suffix != "weight")
+
+
+def _take_linears(model: nn.Module, tensors: Respelled, form: Form) -> list[str]:
     """Move the tensors of quantized linears out of `tensors` into emulated ones; returns the names of missing ones."""
-    missing = []
-    suffixes = ("weight", *algorithm.scales)
+    missing, suffixes = [], tuple(form.stored)
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, algorithm.scales):
+        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, _scales(form)):
             continue
         missing += [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" not in tensors]
         wanted = [suffix for suffix in (*suffixes, PRE_QUANT_SCALE) if f"{name}.{suffix}" in tensors]
         taken = {suffix: tensors.take(f"{name}.{suffix}") for suffix in wanted}
-        model.set_submodule(name, EmulatedLinear(algorithm, taken, linear.bias))
+        model.set_submodule(name, EmulatedLinear(form, taken, linear.bias))
     return missing
 
 
-def _take_kv_scales(model: nn.Module, tensors: Respelled, rounded: Callable) -> list[str]:
+def _take_kv_scales(model: nn.Module, tensors: Respelled, cache: KvForm) -> list[str]:
     """Move the scales of keys and values to the attention modules they are for; returns the names of missing ones."""
     missing = []
     for name, module in model.named_modules():
@@ -213,7 +149,7 @@ def _take_kv_scales(model: nn.Module, tensors: Respelled, rounded: Callable) -> 
             missing += [] if there else [f"{name}.{local}"]
             scale = tensors.take(f"{name}.{local}") if there else torch.ones(())
             module.register_buffer(buffer, scale.reshape(()), persistent=False)
-        module.kv_rounded = rounded
+        module.kv_rounded = cache.rounded
     return missing
 
 
@@ -267,12 +203,12 @@ def bits_per_weight(folder: Path) -> float:
         for name, said in _header(path).items():
             module, local = module_of(name)
             modules.setdefault(module, {})[local] = said
-    bits = weights = 0
+    bits, weights, form = 0, 0, described(Finished(folder)).form
     for tensors in modules.values():
         dtype, nbytes = tensors.get("weight", ("", 0))
-        if dtype in CODED:
-            bits += 8 * sum(tensors[suffix][1] for suffix in SUFFIXES if suffix in tensors)
-            weights += nbytes * CODED[dtype]
+        if form.quantization and DTYPES.get(dtype) is form.stored["weight"].dtype:
+            bits += 8 * sum(tensors[suffix][1] for suffix in ("weight", *SUFFIXES) if suffix in tensors)
+            weights += 8 * nbytes // form.bits
     return bits / weights if weights else 16.0
 
 

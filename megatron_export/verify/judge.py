@@ -16,6 +16,7 @@ from ..common.errors import ExportError
 from ..common.file_names import MANIFEST
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
+from ..formats import VARIANTS
 from ..models import is_linear_weight, parameters_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
@@ -27,8 +28,6 @@ from .snr import Likeness, likeness, tolerance
 from .structure import bad_numbers, faults, plan_of, unequal
 from .weight_pairs import Sides
 
-# dB below which a weight is broken rather than rounded, whatever the model
-FLOORS = {"bf16": 40.0, "fp8": 20.0, "fp8_pb": 20.0, "nvfp4": 10.0, "nvfp4_awq": 10.0, "int4_awq": 6.0, "w4a8_awq": 6.0}
 CODES, CODES_SMOOTHED = 0.002, 0.1  # share of codes that may be others than the nearest
 DIAGNOSED = 20  # weights; beyond, only the numbers are told
 THREADS = 4
@@ -107,12 +106,16 @@ def _against_manifest(folder: Path) -> list[str]:
 
 
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:
-    """The plan of such a checkpoint. A plain NVFP4 one is one of AWQ if most of its norms are not the reference's."""
+    """The plan of such a checkpoint. Where AWQ leaves no trace but in norms, as in NVFP4, it is one of AWQ if most of its norms are
+    not the reference's.
+    """
     plan, mixed = plan_of(found, said, reference)
-    if said.format != "nvfp4":
+    folded = [(o, form) for o, form in VARIANTS if form.algorithm == said.form.algorithm and form.smoothing]
+    if said.form.smoothing or not folded:
         return plan, mixed
     try:
-        smoothed, again = plan_of(found, replace(said, format="nvfp4_awq"), reference)
+        options, form = folded[0]
+        smoothed, again = plan_of(found, replace(said, form=form, options=options), reference)
     except ExportError:  # an architecture that cannot be smoothed
         return plan, mixed
     sides = Sides(smoothed, found, weights, torch.device("cpu"))
@@ -162,7 +165,7 @@ def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:
     name, snr = found.name, found.snr
     if found.wrong:
         row, column = found.first
-        if found.format == "bf16":
+        if not found.quantized:
             rows = "row" if len(found.shape) > 1 else "number"
             return f"{name}: {found.wrong:,} of {found.blocks:,} {rows}s differ from the reference, first {row} ({snr:z.1f} dB)"
         where = f"row {row}" + (f", input {column}" if column else "")
@@ -171,13 +174,13 @@ def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:
             f"first at {where} ({snr:z.1f} dB)"
         )
     share = found.codes / max(found.count, 1)
-    if found.format != "bf16" and share > (CODES_SMOOTHED if found.smoothed else CODES):
+    if found.quantized and share > (CODES_SMOOTHED if found.smoothed else CODES):
         return (
             f"{name}: {share:.1%} of its codes are not the nearest to the reference: made from other weights, or by another "
             "method of rounding"
         )
-    floor = FLOORS.get(found.format, 0.0) if min_snr is None else min_snr
-    if snr < floor and not (found.format == "bf16" and tolerance):
+    floor = found.form.least_snr if min_snr is None else min_snr
+    if snr < floor and not (tolerance and not found.quantized):
         return f"{name}: {snr:z.1f} dB, below {floor:g}"
     return ""
 

@@ -1,9 +1,9 @@
 """How near the decoded tensors of a checkpoint are to their originals: signal-to-noise, cosine, the worst block; and whether
 rounding alone explains the difference.
 
-For the last, the reference is rounded once more with the scales on disk (`formats/requantize.py`). A block whose codes and scales
-belong to it has about as much noise then as it has on disk, whatever its numbers look like; one that belongs elsewhere has
-many times more. And almost no code differs, unless the weights were others, or another method than the nearest value chose.
+For the last, the reference is rounded once more with the scales on disk (the format's `requantize`). A block whose codes and
+scales belong to it has about as much noise then as it has on disk, whatever its numbers look like; one that belongs elsewhere
+has many times more. And almost no code differs, unless the weights were others, or another method than the nearest value chose.
 """
 
 import math
@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..formats import fp8_pb
-from ..formats.requantize import AGAIN
+from ..formats import PRE_QUANT_SCALE, Form, chosen
 from ..models import is_linear_weight
 from ..planning.parameter import Item
-from .weight_pairs import KEPT, Sides
+from .weight_pairs import Sides
 
 EXPLAINED = 4.0  # a block's noise, in that of rounding
 HALF = 0.5  # of what is in a block may be noise: the worst group of int4 has 0.4, beside an outlier
@@ -30,6 +29,7 @@ BINS = range(-40, 21)  # powers of two, of scales
 class Likeness:
     """One weight, compared.
 
+    form            the format of its codes; bf16's, if it is not quantized
     signal, noise   sums of squares of the target, and of the difference; `dot`, `size` make the cosine
     codes           how many of its `count` elements are not what rounding gives
     wrong           how many of its `blocks` are not explained by rounding; `first` of them as (row, column)
@@ -38,7 +38,7 @@ class Likeness:
     """
 
     name: str
-    format: str
+    form: Form
     smoothed: bool
     shape: tuple[int, ...]
     signal: float = 0.0
@@ -52,6 +52,10 @@ class Likeness:
     worst: float = math.inf
     at: tuple[int, int] = (0, 0)
     scales: list[int] = field(default_factory=lambda: [0] * len(BINS))
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.form.quantization)
 
     @property
     def count(self) -> int:
@@ -79,19 +83,19 @@ def likeness(sides: Sides, item: Item, part: str) -> Likeness:
     """Compare one part of an item, strip by strip."""
     name = item.source.names()[part]
     smoothed = bool(item.smoothed.columns or part in dict(item.smoothed.rows))
-    form = item.form.name if item.form else "bf16"
+    form = item.form or chosen("bf16")
     found = Likeness(name, form, smoothed, sides.shape(item, part))
     for rows in sides.strips(item, part):
         pieces = sides.pieces(item, part, rows)
         mine = item.form.decode(pieces) if item.form else next(iter(pieces.values())).data.float()
         target = sides.target(item, part, rows)
         target = torch.where(target.isnan(), mine, target)
-        again = AGAIN[form](target, pieces) if form in AGAIN else target
+        again = form.requantize(target, pieces)
         if mine.dim() == 1:
             mine, target, again = mine.unsqueeze(1), target.unsqueeze(1), again.unsqueeze(1)
         _add(found, item, (mine, target, again), rows.start, tolerance(sides, item, part))
         if item.form:
-            _add_scales(found, pieces)
+            _add_scales(found, pieces[form.scale].data)
     return found
 
 
@@ -101,7 +105,7 @@ def tolerance(sides: Sides, item: Item, part: str) -> float:
         return EXACT if item.form else 0.0
     if not is_linear_weight(item.source.canonical) and item.smoothed.columns is None:
         return FITTED if item.source.canonical.endswith(".bias") else READ_OFF
-    kept = f"{item.source.names()[part].removesuffix('weight')}{KEPT}" in sides.found
+    kept = f"{item.source.names()[part].removesuffix('weight')}{PRE_QUANT_SCALE}" in sides.found
     feeders = sides.feeders.get(item.smoothed.columns or "", [])
     fitted = any(is_linear_weight(feeder.source.canonical) for feeder, _ in feeders) and not kept
     return FITTED if fitted or part in dict(item.smoothed.rows) else READ_OFF
@@ -137,11 +141,10 @@ def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], star
 
 def _block(item: Item, columns: int) -> tuple[int, int]:
     """Rows and columns of the blocks that are looked at: those that share a scale, or rows."""
-    if item.form is None or item.form.tile == (1, 1):
+    if item.form is None:
         return 1, columns
-    if item.form.ragged:
-        return fp8_pb.BLOCK, fp8_pb.BLOCK
-    return 1, item.form.tile[1]
+    scale = item.form.stored[item.form.scale]
+    return scale.rows or 1, scale.columns or columns
 
 
 def _sums(values: Tensor, high: int, wide: int) -> Tensor:
@@ -152,9 +155,7 @@ def _sums(values: Tensor, high: int, wide: int) -> Tensor:
     return values.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).sum(dim=(1, 3))
 
 
-def _add_scales(found: Likeness, pieces: dict) -> None:
-    for suffix in ("weight_scale", "weight_scale_inv"):
-        if suffix in pieces:
-            powers = pieces[suffix].data.float().flatten().log2().nan_to_num(BINS[0], BINS[-1], BINS[0])
-            counts = torch.bincount((powers.floor() - BINS[0]).clamp(0, len(BINS) - 1).long(), minlength=len(BINS))
-            found.scales = [have + more for have, more in zip(found.scales, counts.tolist(), strict=True)]
+def _add_scales(found: Likeness, scales: Tensor) -> None:
+    powers = scales.float().flatten().log2().nan_to_num(BINS[0], BINS[-1], BINS[0])
+    counts = torch.bincount((powers.floor() - BINS[0]).clamp(0, len(BINS) - 1).long(), minlength=len(BINS))
+    found.scales = [have + more for have, more in zip(found.scales, counts.tolist(), strict=True)]

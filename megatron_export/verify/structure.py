@@ -61,7 +61,7 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
         config,
         assumed(config, 1),
         Request(
-            said.format,
+            said.form.name,
             "none" if shape_of(config).kv_lora else said.kv,
             said.options,
             exclude=tuple(plain) if said.algorithm else (),
@@ -141,10 +141,7 @@ def unequal(found: Finished, plan: Plan) -> Iterator[str]:
     groups = [[item] for item in plan.items] + [[items[name] for name in fused] for fused in plan.fused]
     for group in groups:
         parts = [name.removesuffix("weight") for item in group if item.form for name in item.source.names().values()]
-        for suffix in (
-            "weight_scale_2",
-            "input_scale",
-        ):  # FP8 weights are rounded once more, to the largest weight_scale
+        for suffix in plan.form.shared:
             names = [prefix + suffix for prefix in parts if prefix + suffix in found]
             names = [name for name in names if torch.Size(found.shape(name)).numel() == 1]
             values = [float(found.read(name)) for name in names]

@@ -62,17 +62,17 @@ def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress 
 
 def worst(weights: list[Likeness]) -> list[Likeness]:
     """The quantized weights with the lowest signal-to-noise."""
-    return sorted((one for one in weights if one.format != "bf16"), key=lambda one: one.snr)[:WORST]
+    return sorted((one for one in weights if one.quantized), key=lambda one: one.snr)[:WORST]
 
 
 def rows(found: Inspection) -> list[tuple[str, str]]:
     """The table."""
     judged = found.judged
-    quantized = [one for one in judged.weights if one.format != "bf16"]
-    exact = sum(one.noise == 0 for one in judged.weights if one.format == "bf16")
+    quantized = [one for one in judged.weights if one.quantized]
+    exact = sum(one.noise == 0 for one in judged.weights if not one.quantized)
     pairs = [("checkpoint", str(judged.folder)), ("reference", str(judged.reference))]
     if judged.plan:
-        cache = f", KV cache {judged.plan.kv.NAME}" if judged.plan.kv else ""
+        cache = f", KV cache {judged.plan.kv.name}" if judged.plan.kv else ""
         pairs.append(("format", judged.plan.form.name + cache))
     pairs.append(
         (
@@ -123,7 +123,7 @@ def as_json(found: Inspection) -> dict:
         "checkpoint": str(judged.folder),
         "reference": str(judged.reference),
         "format": judged.plan.form.name if judged.plan else None,
-        "kv_cache": judged.plan.kv.NAME if judged.plan and judged.plan.kv else "none",
+        "kv_cache": judged.plan.kv.name if judged.plan and judged.plan.kv else "none",
         "sound": not found.problems,
         "problems": found.problems,
         "score": (asdict(found.score) | {"ratio": found.score.ratio}) if found.score else None,
@@ -134,7 +134,7 @@ def as_json(found: Inspection) -> dict:
 
 def _of_weight(one: Likeness) -> dict:
     return {
-        "format": one.format,
+        "format": one.form.name,
         "snr_db": _finite(one.snr),
         "cosine": one.cosine,
         "worst_block_db": _finite(one.worst),

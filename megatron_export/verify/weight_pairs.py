@@ -15,6 +15,7 @@ That a norm itself took the right vector over is seen in the linears that read i
 """
 
 from collections.abc import Iterator
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ from ..checkpoint.hf_weights import SourceWeights
 from ..common.dtypes import DTYPES
 from ..common.piece import Axis, Piece
 from ..common.strips import STRIP_ELEMENTS
+from ..formats import PRE_QUANT_SCALE
 from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..planning.tensor_spec import Output
 from .folder import Finished
 
-BLOCK = 128  # rows of a strip are a multiple of it
-KEPT = "pre_quant_scale"
+STRIP_ROWS = 128  # a strip's rows are a multiple of it
 
 
 class Sides:
@@ -65,7 +66,7 @@ class Sides:
             return [output for output in item.parts if output.name == name]
         prefix = name.removesuffix("weight")
         found = [output for output in item.pieces if output.name.startswith(prefix)]
-        return [o for o in found if not o.name.endswith((f".{KEPT}", ".k_scale", ".v_scale"))]
+        return [o for o in found if not o.name.endswith((f".{PRE_QUANT_SCALE}", ".k_scale", ".v_scale"))]
 
     def _on_disk(self, item: Item, output: Output) -> str:
         """The name of the tensor that holds it, or the stack that does."""
@@ -80,25 +81,27 @@ class Sides:
         return next(output.shape for output in item.parts if output.name == name)
 
     def strips(self, item: Item, part: str) -> Iterator[slice]:
-        """Rows of at most about 4 Mi elements."""
+        """Rows of at most about 4 Mi elements, whole tiles of the format."""
         count, *rest = self.shape(item, part)
-        step = max(STRIP_ELEMENTS // max(torch.Size(rest).numel(), 1) // BLOCK, 1) * BLOCK
+        unit = lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1)
+        step = max(STRIP_ELEMENTS // max(torch.Size(rest).numel(), 1) // unit, 1) * unit
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
 
     def pieces(self, item: Item, part: str, rows: slice) -> dict[str, Piece]:
         """What is on disk of some rows of a part, by suffix."""
-        count = self.shape(item, part)[0]
         return {
-            output.name.rpartition(".")[2]: Piece(self._read(item, part, output, rows, count), output.axes)
+            output.name.rpartition(".")[2]: Piece(self._read(item, part, output, rows), output.axes)
             for output in self._outputs(item, part)
         }
 
-    def _read(self, item: Item, part: str, output: Output, rows: slice, count: int) -> Tensor:
+    def _read(self, item: Item, part: str, output: Output, rows: slice) -> Tensor:
         name, where = self._on_disk(item, output), [slice(None)] * len(output.shape)
         if Axis.OUT in output.axes:
             dim = output.axes.index(Axis.OUT)
-            each = next(n for n in (1, 2, BLOCK) if -(-count // n) == output.shape[dim])  # rows that an entry is about
+            each = (
+                item.form.stored[output.name.rpartition(".")[2]].rows if item.form else 1
+            )  # rows that an entry is about
             where[dim] = slice(rows.start // each, -(-rows.stop // each))
         if not item.stacked or not output.axes:
             data = self.found.read(name, *where).to(self.device)
@@ -139,7 +142,7 @@ class Sides:
         """The vector that the columns were divided by; NaN where it cannot be known; None for no smoothing."""
         if item.smoothed.columns is None:
             return None
-        kept = f"{item.source.names()[part].removesuffix('weight')}{KEPT}"
+        kept = f"{item.source.names()[part].removesuffix('weight')}{PRE_QUANT_SCALE}"
         if kept in self.found:
             return self.found.read(kept).to(self.device).float()
         found = self.feeders.get(item.smoothed.columns, [])

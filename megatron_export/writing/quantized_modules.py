@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..common.file_names import CONFIG, QUANT_CONFIG
+from ..formats import SCALES
 from ..planning.contents import Contents
 from ..planning.tensor_spec import Output
 
-_WEIGHT_SCALE = re.compile(r"(.+)[._]weight_scale(?:_inv)?")
+_WEIGHT_SCALE = re.compile(rf"(.+)[._](?:{'|'.join(map(re.escape, SCALES))})")
 
 
 def is_scale(name: str) -> bool:

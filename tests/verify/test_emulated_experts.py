@@ -15,10 +15,11 @@ from launch.bench.serving import leave_inputs
 from megatron_export.checkpoint.hf_weights import SourceWeights
 from megatron_export.cli import commands
 from megatron_export.common.errors import ExportError
+from megatron_export.formats import fp8
 from megatron_export.models.layouts import stacked_rows
 from megatron_export.planning.plan import Plan
 from megatron_export.verify.emulated_experts import EmulatedExperts
-from megatron_export.verify.emulation import bits_per_weight, load, own_attention, round_fp8
+from megatron_export.verify.emulation import bits_per_weight, load, own_attention
 from megatron_export.verify.folder import Finished
 from megatron_export.verify.weight_pairs import Sides
 
@@ -131,7 +132,7 @@ def test_keys_and_values_of_a_model_without_sdpa_go_through_the_cache(
     mask = torch.full((9, 9), -torch.inf).triu(1).to(torch.bfloat16)
     output, _ = own_attention(module, query, key, value, mask, scaling=module.scaling)
     scales = torch.tensor(5.0) / 448, torch.tensor(2.0) / 448  # of what `exported` makes up
-    cached = [round_fp8(each, scale).to(torch.bfloat16) for each, scale in zip((key, value), scales, strict=True)]
+    cached = [fp8.rounded(each, scale).to(torch.bfloat16) for each, scale in zip((key, value), scales, strict=True)]
     assert torch.equal(output, eager_attention_forward(module, query, *cached, mask, scaling=module.scaling)[0])
     plain = own_attention(without.model.layers[1].self_attn, query, key, value, mask, scaling=module.scaling)[0]
     assert torch.equal(plain, eager_attention_forward(module, query, key, value, mask, scaling=module.scaling)[0])
@@ -150,7 +151,7 @@ def test_a_kept_factor_of_a_stack_is_that_of_its_expert(name: str, sources: dict
     number, linears = 2, load(tmp_path / "made").get_submodule(f"{stack.removeprefix('language_model.')}.down_proj")
     inputs = torch.randn(3, 48).to(torch.bfloat16)
     weight = held[f"{stack}.down_proj"][number].T.float() * held[f"{stack}.down_proj_weight_scale"]
-    rounded = round_fp8(inputs * scale[number], held[f"{stack}.down_proj_input_scale"])
+    rounded = fp8.rounded(inputs * scale[number], held[f"{stack}.down_proj_input_scale"])
     bias = held[f"{stack}.down_proj_bias"][number].float() if name == "gpt_oss" else None
     expected = nn.functional.linear(rounded, weight, bias).to(torch.bfloat16)
     assert torch.equal(linears[number](inputs), expected)

@@ -14,8 +14,8 @@ from launch.bench.serving import leave_inputs
 from megatron_export import formats
 from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax
-from megatron_export.formats import Options
-from megatron_export.verify.emulation import ALGORITHMS, EmulatedLinear, attention, bits_per_weight, load
+from megatron_export.formats import ALGORITHMS, Options
+from megatron_export.verify.emulation import EmulatedLinear, attention, bits_per_weight, load
 
 from ..support.models import tensors
 
@@ -181,7 +181,7 @@ def test_a_bias_is_added_before_the_product_is_rounded(plain: Path, tmp_path: Pa
 
 def test_the_last_group_of_channels_may_be_short() -> None:
     values = torch.randn(7, 200).to(torch.bfloat16)
-    assert torch.equal(ALGORITHMS["FP8_BLOCK_SCALES"].rounded(values, None), groups_of_128(values))
+    assert torch.equal(ALGORITHMS["FP8_BLOCK_SCALES"].arithmetic.inputs(values, None), groups_of_128(values))
 
 
 @torch.no_grad()

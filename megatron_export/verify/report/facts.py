@@ -51,7 +51,7 @@ class Account:
 
     @property
     def quantized(self) -> list[Likeness]:
-        return [one for one in self.judged.weights if one.format != "bf16"]
+        return [one for one in self.judged.weights if one.quantized]
 
     @property
     def made(self) -> dict:

@@ -70,9 +70,7 @@ def errors(run: Account) -> Map | None:
     for one in run.judged.weights:
         if (found := _LAYER.fullmatch(one.name)) and one.name in linears:
             weights.setdefault((found[1], _label(found[2])), []).append(one)
-    worst = {
-        place: min(found, key=lambda one: one.snr) for place, found in weights.items() if found[0].format != "bf16"
-    }
+    worst = {place: min(found, key=lambda one: one.snr) for place, found in weights.items() if found[0].quantized}
     values = {place: one.snr for place, one in worst.items() if one.snr < math.inf}
     if not values:
         return None

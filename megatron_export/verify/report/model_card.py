@@ -8,7 +8,6 @@ from .facts import Account
 from .render import rendered
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BITS = {"fp8": "8-bit", "fp8_pb": "8-bit"}
 
 
 def text(run: Account) -> str:
@@ -18,7 +17,7 @@ def text(run: Account) -> str:
 
 def _front(run: Account) -> str:
     form = run.plan.form
-    tags = ["megatron-core", "modelopt", "quantized", _BITS.get(form.name, "4-bit"), form.name]
+    tags = ["megatron-core", "modelopt", "quantized", f"{form.bits}-bit", form.name]
     tags = tags if form.quantization else ["megatron-core", "safetensors"]
     base = run.origin if _HUB_ID.fullmatch(run.origin) else None
     keys = {
@@ -29,6 +28,6 @@ def _front(run: Account) -> str:
         if form.native or not form.quantization
         else "Model Optimizer",  # reads the layout
         "pipeline_tag": "image-text-to-text" if run.plan.copied else "text-generation",
-        "tags": [*tags, *(["kv-cache-" + run.plan.kv.NAME] if run.plan.kv else [])],
+        "tags": [*tags, *(["kv-cache-" + run.plan.kv.name] if run.plan.kv else [])],
     }
     return ModelCardData(**keys).to_yaml(original_order=list(keys))
