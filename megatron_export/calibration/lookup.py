@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError, report
+from ..formats import groups_of
 from ..formats.int4 import CLIP_RATIOS
 from ..models.statistic_names import channels, input_key, is_clipping, is_vector, kv_keys
 from ..planning.parameter import Item, Measured
@@ -22,7 +23,8 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     how = plan.form.smoothing
     if how and missing:
         again = f"Calibrate with --format {plan.form.name}"
-        again += " --group-size 64" if how.search == "int4_g64" else ""
+        group = plan.form.tile[1]
+        again += f" --group-size {group}" if group in groups_of(plan.form.name)[1:] else ""
         if not any(is_vector(name, how.search) for name in calibration):
             raise ExportError(
                 f"the calibration holds no smoothing {how.search}, which {plan.form.name} needs: it was measured for "
@@ -39,7 +41,7 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
     needed = {name: calibration[name] for name in needed_by(item)}
     smoothed = item.smoothed
     vectors = {name: needed[name] for name in smoothed.vectors}
-    amax = torch.zeros(())
+    amax = torch.tensor(torch.nan)  # a format that is given none and uses it writes NaN, which is refused
     if item.form and item.form.activations:
         name = input_key(item.source.canonical.removesuffix(".weight"))
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16

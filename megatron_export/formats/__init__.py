@@ -38,6 +38,7 @@ __all__ = [
     "chosen_kv",
     "encode",
     "encode_bytes",
+    "groups_of",
 ]
 
 FORMATS: dict[str, ModuleType] = {
@@ -87,6 +88,11 @@ def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - fro
             users = ", ".join(other.NAME for other in FORMATS.values() if field.name in other.OPTIONS)
             raise ExportError(f"{flag} has no effect with --format {name}; it is for {users}")
     return module.form(options)
+
+
+def groups_of(name: str) -> tuple[int, ...]:
+    """The group sizes that the format of that name may have, the default first; none where that is no option of it."""
+    return told_by(options_of(Options)["group_size"]).choices if "group_size" in FORMATS[name].OPTIONS else ()
 
 
 def chosen_kv(name: str) -> KvForm | None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.text import parse_size
-from ..formats import Form, KvForm, chosen_kv
+from ..formats import Form, KvForm, chosen_kv, groups_of
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
@@ -223,7 +223,8 @@ def _tile_problems(item: Item) -> list[str]:
     for part in item.parts:
         for size, block, axis in zip(part.shape, item.form.tile, ("outputs", "inputs"), strict=True):
             if size % block:
-                smaller = "Give --group-size 64, or leave" if block == 128 and size % 64 == 0 else "Leave"
+                fitting = [group for group in groups_of(item.form.name) if axis == "inputs" and size % group == 0]
+                smaller = f"Give --group-size {fitting[0]}, or leave" if fitting else "Leave"
                 problems.append(
                     f"{part.name} has {size} {axis}, which blocks of {block} ({item.form.name}) do not divide. "
                     f"{smaller} it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"

@@ -13,6 +13,8 @@ from megatron_export.calibration.modelopt.quantizers import (
     scalars_in,
     vectors_in,
 )
+from megatron_export.calibration.modelopt.settings import CACHES, LINEARS
+from megatron_export.formats import FORMATS, KV_FORMATS, chosen
 
 LAYER = "decoder.layers.0"
 QKV, PROJ, FC1 = f"{LAYER}.self_attention.linear_qkv", f"{LAYER}.self_attention.linear_proj", f"{LAYER}.mlp.linear_fc1"
@@ -57,6 +59,14 @@ def chain(name: str) -> Quantizers:
 def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, kv_cache: str) -> None:
     quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
     assert recipe_of(kinds_of(quantizers)) == Recipe(format, kv_cache, 128, frozenset({QKV}))
+
+
+def test_every_format_has_settings_of_its_own() -> None:
+    assert sorted(LINEARS) == sorted(FORMATS)
+    assert sorted(CACHES) == sorted(KV_FORMATS)
+    assert [LINEARS[name].smoothed for name in FORMATS] == [chosen(name).smoothing is not None for name in FORMATS]
+    rounding = [str(settings) for settings in LINEARS.values()]
+    assert len(set(rounding)) == len(rounding)
 
 
 def test_without_quantizers_that_round_there_is_no_recipe() -> None:

@@ -2,22 +2,12 @@
 
 from math import prod
 
-from ...checkpoint.torch_dist_addons import Attributes
+from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import report
 from .quantizers import Quantizers, by_module
+from .settings import CACHES, LINEARS, grouped
 
-_E4M3: Attributes = {"_num_bits": (4, 3)}
-_NVFP4: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
-_ROUNDING = {"fp8": _E4M3, "nvfp4": _NVFP4, "nvfp4_awq": _NVFP4, "w4a8_awq": _E4M3}  # with one amax for all
-# Whether weights have an amax for each block, whether another quantizer follows that, whether inputs have an amax, and whether they
-# are multiplied by a vector before.
-_FITTING = {
-    (False, False, True, False): ["fp8", "nvfp4"],
-    (False, False, True, True): ["nvfp4_awq"],
-    (True, False, False, False): ["fp8_pb"],
-    (True, False, False, True): ["int4_awq"],
-    (True, True, True, True): ["w4a8_awq"],
-}
+_CHAIN = {"weight_quantizer": 0, "weight_quantizer.0": 0, "weight_quantizer.1": 1}  # which of a weight's quantizers
 
 
 def supposed(
@@ -33,7 +23,11 @@ def supposed(
         if all("_num_bits" in attributes for attributes in parts.values()):
             continue
         cached = any("_bmm_" in name for name in parts)
-        fits, flag, asked = (["fp8", "nvfp4"], "kv-cache", kv_cache) if cached else (_fitting(parts), "format", format)
+        fits, flag, asked = (
+            ([name for name, settings in CACHES.items() if settings], "kv-cache", kv_cache)
+            if cached
+            else (_fitting(parts), "format", format)
+        )
         kind = asked or (fits[0] if len(fits) == 1 else None)
         if kind not in fits:
             problems.append((f"they fit {' and '.join(fits)}: say --{flag}" if fits else "they fit no format", module))
@@ -58,16 +52,27 @@ def _fitting(parts: dict[str, Attributes]) -> list[str]:
     inputs = parts.get("input_quantizer", {})
     if "_amax" not in weights:
         return []
-    blocks, follows = prod(weights["_amax"].shape) > 1, "weight_quantizer.1" in parts
-    return _FITTING.get((blocks, follows, "_amax" in inputs, "_pre_quant_scale" in inputs), [])
+    seen = (
+        prod(weights["_amax"].shape) > 1,
+        "weight_quantizer.1" in parts,
+        "_amax" in inputs,
+        "_pre_quant_scale" in inputs,
+    )
+    return [
+        name
+        for name, its in LINEARS.items()
+        if its.weights
+        and (has_blocks(its.weights[0]), len(its.weights) > 1, its.inputs is not None, its.smoothed) == seen
+    ]
 
 
 def _settings(kind: str, name: str, attributes: Attributes, columns: int) -> Attributes:
     """The settings of one quantizer of a format."""
     if "_amax" not in attributes:
         return {"_num_bits": 8, "_disabled": True}
-    if name in ("weight_quantizer", "weight_quantizer.0") and kind == "fp8_pb":
-        return {"_num_bits": (4, 3), "_block_sizes": {-1: 128, -2: 128}}
-    if name in ("weight_quantizer", "weight_quantizer.0") and kind in ("int4_awq", "w4a8_awq"):
-        return {"_num_bits": 4, "_block_sizes": {-1: columns // attributes["_amax"].shape[-1]}}
-    return _ROUNDING[kind]
+    if "_bmm_" in name:
+        return CACHES[kind]
+    if name in _CHAIN:
+        first = LINEARS[kind].weights[_CHAIN[name]]
+        return grouped(first, columns // attributes["_amax"].shape[-1]) if has_blocks(first) else first
+    return LINEARS[kind].inputs

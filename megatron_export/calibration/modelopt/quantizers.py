@@ -15,39 +15,30 @@ from torch import Tensor
 
 from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import ExportError, report
+from ...formats import Form, Options, chosen, groups_of
 from ...models import is_expert, pooled, vector_home
 from ...models.statistic_names import input_key, kv_keys, vector_key, weight_key
+from .settings import CACHES, LINEARS, grouped, words
 
 Quantizers = dict[str, Attributes]
 
-_E4M3 = "e4m3"
-_NVFP4 = "e2m1 in blocks of 16, dynamic, with scales of e4m3"
-# How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size.
-_FORMATS = {
-    ("", "", False): "bf16",
-    (_E4M3, _E4M3, False): "fp8",
-    ("e4m3 in blocks of 128x128", "", False): "fp8_pb",
-    (_NVFP4, _NVFP4, False): "nvfp4",
-    (_NVFP4, _NVFP4, True): "nvfp4_awq",
-    ("int4 in blocks of 64", "", True): "int4_awq 64",
-    ("int4 in blocks of 128", "", True): "int4_awq 128",
-    ("int4 in blocks of 64, then e4m3", _E4M3, True): "w4a8_awq 64",
-    ("int4 in blocks of 128, then e4m3", _E4M3, True): "w4a8_awq 128",
-}
-_CACHES = {("", ""): "none", (_E4M3, _E4M3): "fp8", (_NVFP4, _NVFP4): "nvfp4"}
 _CACHE = "KV cache "  # begins the kind of an attention
-_NUMBERS = {(4, 3): "e4m3", (2, 1): "e2m1", (8, 0): "e8m0", 4: "int4", 8: "int8"}
-_ODD = {  # what no format here does
-    "_dynamic": "as they come",
-    "_unsigned": "unsigned",
-    "_narrow_range": "in a narrow range",
-    "_rotate": "rotated",
-    "_bias": "with an offset",
-    "_scale": "compressed",
-    "_svdquant_lora_a": "beside a product of two matrices",
-    "backend": "by a backend of its own",
-}
 _CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale is 1
+
+
+def _kinds() -> dict[tuple[str, str, bool], str]:
+    """How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size."""
+    found = {}
+    for name, settings in LINEARS.items():
+        for group in groups_of(name) or ("",):
+            chain = ", then ".join(words(grouped(one, group)) for one in settings.weights)
+            found[chain, words(settings.inputs or {}), settings.smoothed] = f"{name} {group}".rstrip()
+    return found
+
+
+_KINDS = _kinds()
+_PLAIN = _KINDS["", "", False]  # of what is not quantized
+_KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,12 +55,16 @@ class Recipe:
     @property
     def smoothed(self) -> bool:
         """Whether ModelOpt has multiplied the smoothing factors into the weights, and nothing has taken over their inverse."""
-        return self.format.endswith("_awq")
+        return LINEARS[self.format].smoothed
+
+    @property
+    def form(self) -> Form:
+        """That format."""
+        return chosen(self.format, Options(group_size=self.group_size))
 
     def vector_key(self, module: str) -> str:
         """The statistic that a linear's `pre_quant_scale` is."""
-        search = "nvfp4" if self.format == "nvfp4_awq" else f"int4_g{self.group_size}"
-        return vector_key(vector_home(module), search)
+        return vector_key(vector_home(module), self.form.smoothing.search)
 
 
 def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
@@ -90,9 +85,9 @@ def kinds_of(quantizers: Quantizers) -> dict[str, str]:
     problems: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for module, parts in by_module(quantizers).items():
-        words = {name: text for name, attributes in parts.items() if (text := _words(attributes))}
+        rounding = {name: text for name, attributes in parts.items() if (text := words(attributes))}
         smoothed = _vector(parts.get("input_quantizer", {})) is not None
-        kind, problem = _kind(module, words, smoothed)
+        kind, problem = _kind(module, rounding, smoothed)
         if kind and found.setdefault(pooled(module), kind) != kind:
             problem = f"it is quantized to {kind}, and another expert of its layer to {found[pooled(module)]}"
         if problem:
@@ -117,7 +112,7 @@ def recipe_of(kinds: dict[str, str]) -> Recipe | None:
     for module, kind in kinds.items():
         some = caches if kind.startswith(_CACHE) else formats
         some.setdefault(kind.removeprefix(_CACHE), []).append(module)
-    formats.pop("bf16", None)
+    formats.pop(_PLAIN, None)
     for some in (formats, caches):
         if len(some) > 1:
             said = ", ".join(f"{kind} ({modules[0]}, {len(modules)} in all)" for kind, modules in some.items())
@@ -172,33 +167,33 @@ def blocks_in(quantizers: Quantizers) -> dict[str, tuple[Any, tuple[int, int]]]:
     for module, parts in by_module(quantizers).items():
         first = parts.get("weight_quantizer.0") or parts.get("weight_quantizer", {})
         amax, sizes = first.get("_amax"), first.get("_block_sizes") or {}
-        if _words(first) and has_blocks(first) and amax is not None:
+        if words(first) and has_blocks(first) and amax is not None:
             found[module] = amax, (sizes.get(-2, 1), sizes[-1])
     return found
 
 
-def _kind(module: str, words: dict[str, str], smoothed: bool) -> tuple[str | None, str]:
-    """What a module is quantized to by quantizers that round as `words` say; or None and why that cannot be exported."""
+def _kind(module: str, rounding: dict[str, str], smoothed: bool) -> tuple[str | None, str]:
+    """What a module is quantized to by quantizers that round as `rounding` say; or None and why that cannot be exported."""
     if module.endswith(".self_attention"):
-        cached = words.get("k_bmm_quantizer", ""), words.get("v_bmm_quantizer", "")
-        if cached in _CACHES and not words.keys() - {"k_bmm_quantizer", "v_bmm_quantizer"}:
-            return _CACHE + _CACHES[cached], ""
+        keys, values = rounding.get("k_bmm_quantizer", ""), rounding.get("v_bmm_quantizer", "")
+        if keys == values and keys in _KINDS_OF_CACHES and not rounding.keys() - {"k_bmm_quantizer", "v_bmm_quantizer"}:
+            return _CACHE + _KINDS_OF_CACHES[keys], ""
     elif not module.rpartition(".")[2].startswith("linear_"):
-        if not words and not smoothed:
-            return "bf16", ""
+        if not rounding and not smoothed:
+            return _PLAIN, ""
     else:
-        chain = [words.get(f"weight_quantizer{number}", "") for number in ("", ".0", ".1")]
+        chain = [rounding.get(f"weight_quantizer{number}", "") for number in ("", ".0", ".1")]
         weights = ", then ".join(text for text in chain if text)
-        kind = _FORMATS.get((weights, words.get("input_quantizer", ""), smoothed))
+        kind = _KINDS.get((weights, rounding.get("input_quantizer", ""), smoothed))
         known = {"input_quantizer", "weight_quantizer", "weight_quantizer.0", "weight_quantizer.1"}
         if kind and smoothed and is_expert(module):
             return None, (
                 "ModelOpt gave each expert a pre_quant_scale of its own, and here a layer's experts share one. Quantize them "
                 "without AWQ"
             )
-        if kind and not words.keys() - known:
+        if kind and not rounding.keys() - known:
             return kind, ""
-    said = [f"{name} is {text}" for name, text in sorted(words.items())]
+    said = [f"{name} is {text}" for name, text in sorted(rounding.items())]
     said += ["inputs are multiplied by a pre_quant_scale"] if smoothed else []
     return None, (
         f"ModelOpt's {'; '.join(said)}: no format here does that. Quantize it otherwise, or disable its quantizers before "
@@ -206,40 +201,9 @@ def _kind(module: str, words: dict[str, str], smoothed: bool) -> tuple[str | Non
     )
 
 
-def _words(attributes: Attributes) -> str:
-    """How a quantizer rounds; empty for one that does not."""
-    if attributes.get("_disabled") or "_num_bits" not in attributes:
-        return ""
-    blocks = {key: size for key, size in (attributes.get("_block_sizes") or {}).items() if size not in (None, False)}
-    sizes = [str(blocks.pop(dim)) for dim in (-2, -1) if dim in blocks]
-    dynamic, scales = blocks.pop("type", "static") == "dynamic", blocks.pop("scale_bits", None)
-    axis = None if sizes else attributes.get("_axis")  # with blocks, ModelOpt sets it to what they come to
-    words = [
-        _number(attributes["_num_bits"]) + (f" in blocks of {'x'.join(sizes)}" if sizes else ""),
-        "dynamic" if dynamic else "",
-        f"with scales of {_number(scales)}" if scales else "",
-        f"and {blocks}" if blocks else "",
-        f"one scale by axis {axis}" if axis is not None else "",
-        *(text for name, text in _ODD.items() if _is_on(attributes.get(name))),
-    ]
-    return ", ".join(word for word in words if word)
-
-
-def _number(bits: int | tuple[int, int] | list[int]) -> str:
-    bits = bits if isinstance(bits, int) else tuple(bits)
-    return _NUMBERS.get(bits, f"{bits} bits")
-
-
-def _is_on(value: object) -> bool:
-    """Whether an attribute is there and not off; some are settings of their own, that are on or off."""
-    if isinstance(value, Tensor):
-        return True
-    return bool(value.get("enable") if isinstance(value, dict) else getattr(value, "enable", value))
-
-
 def _amax(attributes: Attributes) -> float | None:
     """The one amax of a quantizer that rounds; None for one that has more, or was shown nothing."""
-    if not _words(attributes) or has_blocks(attributes):
+    if not words(attributes) or has_blocks(attributes):
         return None
     if attributes.get("_use_constant_amax"):
         return _CONSTANT_AMAX

@@ -12,7 +12,7 @@ from ...common.errors import ExportError, report
 from ...common.piece import Axis
 from ...distributed.collectives import everyone, maximum, spread, together, whole
 from ...distributed.topology import Topology
-from ...formats import Options
+from ...formats import FORMATS, Options
 from ...mcore.addons import quantizers_of
 from ...mcore.model import weights_of
 from ...models import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
@@ -147,9 +147,8 @@ def _contradictions(config: dict, recipe: Recipe, request: Request, given: Stati
 
 def _options(recipe: Recipe, options: Options) -> Options:
     """The options that the recipe settles. ModelOpt gives each query its own factors, which cannot be folded into v."""
-    if recipe.format == "nvfp4_awq":
-        return replace(options, awq_output="modelopt")
-    return replace(options, group_size=recipe.group_size)
+    more = {"awq_output": "modelopt"} if "awq_output" in FORMATS[recipe.format].OPTIONS else {}
+    return replace(options, group_size=recipe.group_size, **more)
 
 
 def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
