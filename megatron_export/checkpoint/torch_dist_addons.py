@@ -12,8 +12,9 @@ from ..common.errors import ExportError
 from ..common.safe_files import shown
 from ..models import without_additions
 from .torch_dist_keys import Home, by_rank, entries, home, in_order, named, part_of
+from .torch_dist_metadata import Stored
 from .torch_dist_settings import MODELOPT, RUN_CONFIG, modes_of
-from .torch_dist_storage import Storage, Stored
+from .torch_dist_storage import Storage
 
 _BRIDGE = re.compile(r"(.+?)(?:\.adapter)?\.linear_(in|out)\.weight")
 _MODELOPT = re.compile(r"(.+)\.lora_(a|b)_(\w+)\.weight")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..common.errors import ExportError
 from ..common.safe_files import inside, read_json, shown
-from .torch_dist_storage import METADATA
+from .torch_dist_metadata import METADATA
 
 _SETTINGS = "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -11,7 +11,7 @@ from itertools import product
 from math import prod
 
 from ..models.registry import MOST_PARAMETERS
-from .torch_dist_storage import Stored
+from .torch_dist_metadata import Stored
 
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(?=linear_fc[12]\.)")

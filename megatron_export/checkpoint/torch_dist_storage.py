@@ -1,14 +1,12 @@
 """The tensors of a `torch_dist` folder on disk: which file holds which part of each, and reading no more than is asked for.
 
-`.metadata` lists every tensor, its parts and where each of them lies in a `.distcp` file, as torch.distributed.checkpoint
-writes it. All of it is untrusted. Tensors with an axis for layers or experts are read layer by layer, expert by expert.
+Tensors with an axis for layers or experts are read layer by layer, expert by expert. All of it is untrusted.
 """
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import combinations, product
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,56 +16,14 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
-from ..common.safe_files import MOST_ELEMENTS, inside, shown
-from .safe_pickle import Inert, Numbers, judged, read_pickle, saved, saved_tensor
+from ..common.safe_files import inside
+from .safe_pickle import Numbers, judged, saved, saved_tensor
+from .torch_dist_metadata import METADATA, Chunk, Place, Stored, read_metadata
 
-METADATA = ".metadata"
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
 _MOST_BYTES = 16 << 20  # of an object in a tensor of bytes
 _WAY_OUT = "Copy or save the checkpoint again"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an object lies: `length` bytes of a file from `start` on."""
-
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a tensor, from `offsets` on, and where it lies."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    place: Place
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-    _slots: dict[int, dict] = field(default_factory=dict, repr=False, compare=False)
-
-    def at(self, lead: tuple[int, ...]) -> list[Chunk]:
-        """The parts that hold something of entry `lead` of its first axes."""
-        if len(lead) not in self._slots:
-            self._slots[len(lead)] = self._slotted(len(lead))
-        return self._slots[len(lead)].get(lead, [])
-
-    def _slotted(self, axes: int) -> dict[tuple[int, ...], list[Chunk]]:
-        found: dict[tuple[int, ...], list[Chunk]] = {}
-        for chunk in self.chunks:
-            for lead in product(*(range(o, o + n) for o, n in zip(chunk.offsets[:axes], chunk.sizes, strict=False))):
-                found.setdefault(lead, []).append(chunk)
-        return found
 
 
 class Storage:
@@ -79,18 +35,7 @@ class Storage:
     def __init__(self, folder: Path, passed_over: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self.nbytes = 0  # read so far
-        path = inside(folder, METADATA)
-        found = read_pickle(path)
-        with judged(path):
-            places = _places(found.get("storage_data") if isinstance(found, Inert) else None)
-            described = found.get("state_dict_metadata")
-            if not isinstance(described, dict) or not all(isinstance(key, str) for key in described):
-                raise ValueError("it is no list of tensors")
-            kept = {key: said for key, said in described.items() if not key.startswith(passed_over)}
-            self.tensors = {key: _stored(key, said, places) for key, said in kept.items() if _is(said, "Tensor")}
-            self.objects = {
-                key: places[key, None] for key, said in kept.items() if _is(said, "Bytes") and (key, None) in places
-            }
+        self.tensors, self.objects = read_metadata(folder, passed_over)
         self._files: dict[str, tuple[Path, os.stat_result]] = {}
         self._numbers: dict[Place, Numbers] = {}
 
@@ -236,50 +181,6 @@ def _cover(boxes: list[tuple[slice, ...]], where: tuple[slice, ...]) -> bool:
     )
 
 
-def _is(said: object, kind: str) -> bool:
-    return isinstance(said, Inert) and said.name.endswith(f".{kind}StorageMetadata")
-
-
-def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Place]:
-    """(key, offsets) -> where it lies, from `storage_data`."""
-    if not isinstance(found, dict):
-        raise ValueError("it does not say where tensors lie")
-    places = {}
-    for index, info in found.items():
-        if not isinstance(index, Inert) or not isinstance(info, Inert) or not isinstance(index.state, dict):
-            raise ValueError("it does not say where tensors lie")
-        key, offsets = index.get("fqn"), index.state.get("offset")
-        name, start, length = (info.get(what) for what in ("relative_path", "offset", "length"))
-        if not isinstance(name, str) or not _sizes((start, length)) or not (offsets is None or _sizes(offsets)):
-            raise ValueError(f"{shown(key)} lies nowhere")
-        if info.state.get("transform_descriptors"):
-            raise ValueError(f"{shown(key)} is compressed")
-        if isinstance(key, str):
-            places[key, offsets] = Place(name, start, length)
-    return places
-
-
-def _stored(key: str, said: Inert, places: dict) -> Stored:
-    properties, shape, parts = (said.get(what) for what in ("properties", "size", "chunks"))
-    state = getattr(properties, "state", None)
-    dtype = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(dtype, torch.dtype) or not _sizes(shape) or not isinstance(parts, list):
-        raise ValueError(f"{shown(key)} is no tensor")
-    chunks = []
-    for part in parts:
-        offsets, sizes = (part.get(what) if isinstance(part, Inert) else None for what in ("offsets", "sizes"))
-        if not _sizes(offsets) or not _sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
-            raise ValueError(f"a part of {shown(key)} has no place in it")
-        if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
-            raise ValueError(f"a part of {shown(key)} is larger than it")
-        if (key, offsets) not in places:
-            raise ValueError(f"a part of {shown(key)} lies nowhere")
-        chunks.append(Chunk(offsets, sizes, places[key, offsets]))
-    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
-        raise ValueError(f"the parts of {shown(key)} do not make it whole")
-    return Stored(key, shape, dtype, tuple(chunks))
-
-
 def _found(file: Any, tensor: Stored, chunk: Chunk) -> Numbers:
     numbers = saved_tensor(file, chunk.place.start, chunk.place.length)
     if (numbers.dtype, numbers.shape) != (tensor.dtype, chunk.sizes):
@@ -287,7 +188,3 @@ def _found(file: Any, tensor: Stored, chunk: Chunk) -> Numbers:
             f"a part of {tensor.key} is {numbers.dtype} {numbers.shape} there, but {tensor.dtype} {chunk.sizes} in {METADATA}"
         )
     return numbers
-
-
-def _sizes(found: object) -> bool:
-    return isinstance(found, tuple) and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in found)

@@ -1,0 +1,80 @@
+"""What is refused before calibration data is run: data that does not fit the model or the ranks, and models that compute other
+numbers than the bfloat16 one or hide inputs of weights.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import ExportError
+from ..distributed.collectives import everyone
+from ..distributed.topology import Topology
+from ..mcore.addons import adapters_of, is_quantized
+from ..mcore.model import chunks_of, linears_of, weights_of
+from ..models import pooled
+
+
+def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
+    """Raise under context parallelism, in FP8 or FP4, and where sequence parallelism does not divide the samples."""
+    if here.cp_size > 1:
+        raise ExportError(
+            f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
+            "statistics, and load them here"
+        )
+    if chunk.config.fp8 or getattr(chunk.config, "fp4", None):
+        raise ExportError(
+            "the model computes in FP8 or FP4: calibrate it in bfloat16, as it will be quantized from that"
+        )
+    lengths = {batch.shape[-1] for batch in batches}
+    if chunk.config.sequence_parallel and any(length % here.tp_size for length in lengths):
+        raise ExportError(
+            f"sequence parallelism cuts samples of {sorted(lengths)} tokens in {here.tp_size}: give a length that divides"
+        )
+
+
+def check_modules(model: nn.Module | list[nn.Module], searched: bool) -> None:
+    """Raise if weights are in modules that cannot be observed, or inputs are not those of the model itself."""
+    if is_quantized(model):
+        raise ExportError(
+            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
+            "the quantizers' own statistics are used; or disable them"
+        )
+    if searched and (adapted := adapters_of(model)):
+        raise ExportError(
+            f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
+            "the adapters into the model first"
+        )
+    called = {pooled(name) for name in linears_of(model)}
+    if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
+        raise ExportError(
+            f"{unseen[0]} (of {len(unseen)} such) is in a module that multiplies the experts of a layer at once, without "
+            "Transformer Engine: calibrate a model with SequentialMLP or TEGroupedMLP, save the statistics, and load them"
+        )
+
+
+def check_replicas(here: Topology, model: nn.Module | list[nn.Module], batches: list[Tensor]) -> None:
+    """Raise on every rank if replicas that exchange the tokens of experts have other batches. Collective."""
+    config = chunks_of(model)[0].config
+    if config.num_moe_experts is None or here.dispatch.size <= here.tp_size:
+        return
+    shapes = everyone(here, [tuple(batch.shape) for batch in batches])
+    if any(other != shapes[0] for other in shapes):
+        raise ExportError(
+            f"the experts of a layer are spread over data-parallel replicas, so all need batches of the same shapes; they "
+            f"have {sorted({len(found) for found in shapes})} batches of {sorted(set().union(*shapes))}. Give all as many"
+        )
+
+
+def check_batches(batches: list[Tensor], vocab: int) -> None:
+    """Raise unless there are batches, each int64 or int32 [batch, tokens], of ids below `vocab`."""
+    if not batches:
+        raise ExportError("the calibration data holds no batch")
+    for number, batch in enumerate(batches):
+        if batch.dim() != 2 or batch.numel() == 0 or batch.dtype not in (torch.int64, torch.int32):
+            raise ExportError(
+                f"calibration batch {number} is {batch.dtype} {tuple(batch.shape)}, not integer [batch, tokens]"
+            )
+        if batch.min() < 0 or batch.max() >= vocab:
+            raise ExportError(
+                f"calibration batch {number} holds token ids {int(batch.min())} to {int(batch.max())}, outside the "
+                f"model's vocabulary of {vocab}: was it tokenized for another model?"
+            )
