@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ..common.dtypes import DTYPES
+from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen
+from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
 
 # quant_algo -> the first one whose tensors are the same and mean the same: all that can be told from tensors
@@ -47,21 +49,21 @@ class Described:
 
 def described(found: Finished) -> Described:
     """Read what a checkpoint is off its headers and its two configs."""
-    inner = _table(json_of(found.folder, "config.json").get("quantization_config"))
-    outer = _table(json_of(found.folder, "hf_quant_config.json").get("quantization"))
+    inner = _table(json_of(found.folder, CONFIG).get("quantization_config"))
+    outer = _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
     quantized = _quantized(found)
     claims = {
-        "config.json": _claimed(inner.get("quant_algo") or _native(inner)),
-        "hf_quant_config.json": _claimed(outer.get("quant_algo")),
+        CONFIG: _claimed(inner.get("quant_algo") or _native(inner)),
+        QUANT_CONFIG: _claimed(outer.get("quant_algo")),
     }
-    claims = {file: claim for file, claim in claims.items() if claim or (file == "config.json") or outer}
+    claims = {file: claim for file, claim in claims.items() if claim or (file == CONFIG) or outer}
     algorithm = _algorithm(found, quantized, {_plain(claim) for claim in claims.values()})
     problems = [
         f"{file} says quant_algo {claim}, but the tensors are those of {algorithm or 'a model that is not quantized'}"
         for file, claim in claims.items()
         if _plain(claim) != algorithm
     ]
-    caches = {file: _cache(said) for file, said in (("config.json", inner), ("hf_quant_config.json", outer)) if said}
+    caches = {file: _cache(said) for file, said in ((CONFIG, inner), (QUANT_CONFIG, outer)) if said}
     kv = next((cache for cache in caches.values() if cache), None)
     if len(set(caches.values())) > 1:
         told = " but ".join(f"{cache or 'none'} in {file}" for file, cache in caches.items())
@@ -191,6 +193,5 @@ def _cache(said: dict) -> str | None:
 
 
 def _excludes(inner: dict, outer: dict) -> dict[str, list[str]]:
-    lists = {"config.json": inner.get("ignore") or inner.get("modules_to_not_convert")} if inner else {}
-    lists |= {"hf_quant_config.json": outer.get("exclude_modules")} if outer else {}
+    lists = lists_in(inner, outer)
     return {file: [str(entry) for entry in said] if isinstance(said, list) else [] for file, said in lists.items()}

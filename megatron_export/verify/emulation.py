@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
+from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.safe_files import inside, opened, read_header, read_json, shown, told
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
@@ -66,7 +67,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
 
     files = files_of(folder)
     linears, cache = _algorithms(folder)
-    _table(folder, "config.json")
+    _table(folder, CONFIG)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
@@ -108,7 +109,7 @@ def _table(folder: Path, file: str) -> dict[str, Any]:
 
 def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:
     """How hf_quant_config.json says that linears, and keys and values, are quantized; None for not at all."""
-    path = folder / "hf_quant_config.json"
+    path = folder / QUANT_CONFIG
     said = _table(folder, path.name).get("quantization") if path.exists() else {}
     if not isinstance(said, dict):
         raise ExportError(f"{path}: quantization is {shown(said)}, not a table of settings. Fetch it again")

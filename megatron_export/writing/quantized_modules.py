@@ -6,6 +6,7 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..formats import SCALES
@@ -49,11 +50,14 @@ def covers(entry: str, module: str) -> bool:
     return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
 
 
+def lists_in(inner: dict, outer: dict) -> dict[str, Any]:
+    """The exclude lists, by file, of config.json's `quantization_config` and hf_quant_config.json's `quantization`; {} has none."""
+    lists = {CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert")} if inner else {}
+    return lists | ({QUANT_CONFIG: outer.get("exclude_modules")} if outer else {})
+
+
 def _excluded(folder: Path) -> dict[str, list[str]]:
     """The exclude lists on disk, by file."""
     inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
     outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
-    return {
-        CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert"),
-        QUANT_CONFIG: outer["exclude_modules"],
-    }
+    return lists_in(inner, outer)

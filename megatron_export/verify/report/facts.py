@@ -1,6 +1,5 @@
 """All that a report and a model card tell: the judgement, the manifest, the engines' verdicts."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from ...common.file_names import MANIFEST
 from ...planning.engine_check import of_plan, verdicts
 from ...planning.plan import Plan
+from ...writing.fingerprint import of_file
 from ...writing.manifest import said_of
 from ..emulation import bits_per_weight
 from ..judge import Judgement
@@ -86,7 +86,7 @@ def account_of(found: Inspection, origin: str, name: str | None = None) -> Accou
         problems=found.problems,
         worst=worst_lines(found),
         manifest=said_of(folder),
-        digest=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
+        digest=of_file(manifest) if manifest.is_file() else "",
         engines={engine: verdict.text for engine, verdict in verdicts(of_plan(found.judged.plan)).items()},
         bits=bits_per_weight(folder),
         license=_license(found.judged.reference),
