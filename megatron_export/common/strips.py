@@ -1,12 +1,11 @@
-"""Strips of rows: how many weights are encoded at a time, so that float32 copies stay small."""
+"""Strips of rows: how many weights are worked on at a time, so that float32 copies stay small."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 
 from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
-
-
 CUDA_STRIP_ELEMENTS = 1 << 22
 
 
@@ -16,9 +15,19 @@ def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
     Float32 copies of one strip stay small. On the CPU they stay in its cache, and glibc keeps their memory when they are freed,
     which takes longer to get anew than to fill; a GPU wants more work at a time.
     """
-    step = max(strip_elements(weight.device.type) // weight.shape[1] // rows, 1) * rows
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, start + step)
+    return strips_of(weight.shape, rows, strip_elements(weight.device.type))
+
+
+def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENTS) -> Iterator[slice]:
+    """Slices of the first dim of a tensor of this shape, each `rows` or a multiple of it, of at most `elements` elements if one
+    tile has no more; of a tensor without dims, one slice.
+    """
+    if not shape:
+        yield slice(0, 1)
+        return
+    step = max(elements // max(prod(shape[1:]), 1) // rows, 1) * rows
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def strip_elements(device: str) -> int:

@@ -5,7 +5,7 @@ that it was made from. No original and no architecture is needed; smoothing is n
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG, GENERATION_CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.progress import Progress, quiet
-from ..common.strips import STRIP_ELEMENTS
+from ..common.strips import strips_of
 from ..formats import SUFFIXES, Form
 from .detect_format import Described, described, module_of
 from .folder import Finished, json_of
 from .snr import decibels
+from .weight_pairs import STRIP_ROWS
 
 CONFIGS = (CONFIG, QUANT_CONFIG, GENERATION_CONFIG)
 SHOWN = 10  # of a kind in the table
 HEADS = ("weight", "signal to noise", "largest difference")
-STRIP_ROWS = 128  # a strip's rows are a multiple of it
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def _apart(name: str, sides: list[Finished], says: list[Described]) -> Apart | N
     if shapes[0] != shapes[1]:
         return None  # told by their kinds
     signal = noise = largest = 0.0
-    for rows in _strips(shapes[0], [_form(side, said, name) for side, said in zip(sides, says, strict=True)]):
+    forms = [_form(side, said, name) for side, said in zip(sides, says, strict=True)]
+    for rows in strips_of(shapes[0], math.lcm(STRIP_ROWS, *(form.tile[0] for form in forms if form))):
         mine, theirs = (_decoded(side, said, name, rows) for side, said in zip(sides, says, strict=True))
         difference = mine - theirs
         signal += float(mine.square().sum(dtype=torch.float64))
@@ -151,18 +152,6 @@ def _shape(side: Finished, said: Described, name: str) -> tuple[int, ...]:
         return shape
     codes = form.stored["weight"]
     return (shape[0] * codes.rows, shape[1] * codes.columns)
-
-
-def _strips(shape: tuple[int, ...], forms: Iterable[Form | None]) -> Iterator[slice]:
-    """Rows of a weight, whole tiles of both formats."""
-    if not shape:
-        yield slice(0, 1)
-        return
-    row = max(torch.Size(shape[1:]).numel(), 1)
-    unit = math.lcm(STRIP_ROWS, *(form.tile[0] for form in forms if form))
-    step = max(STRIP_ELEMENTS // row // unit, 1) * unit
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def _decoded(side: Finished, said: Described, name: str, rows: slice) -> Tensor:

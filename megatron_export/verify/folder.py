@@ -7,13 +7,12 @@ raised, so that one pass can tell everything.
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
 from ..common.safe_files import opened, read_index, read_table
-from ..common.strips import STRIP_ELEMENTS
+from ..common.strips import strips_of
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -89,15 +88,8 @@ class Finished:
         return file.get_slice(name)[where] if where and self.shape(name) else file.get_tensor(name)
 
     def strips(self, name: str) -> Iterator[Tensor]:
-        """A tensor in rows of at most 4 Mi elements."""
-        shape = self.shape(name)
-        if not shape:
-            yield self.read(name)
-            return
-        row = max(torch.Size(shape[1:]).numel(), 1)
-        step = max(STRIP_ELEMENTS // row, 1)
-        for start in range(0, shape[0], step):
-            yield self.read(name, slice(start, start + step))
+        """A tensor in strips of rows."""
+        return (self.read(name, rows) for rows in strips_of(self.shape(name)))
 
 
 def json_of(folder: Path, name: str) -> dict:

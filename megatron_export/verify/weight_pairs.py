@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.dtypes import DTYPES
 from ..common.piece import Axis, Piece
-from ..common.strips import STRIP_ELEMENTS
+from ..common.strips import strips_of
 from ..formats import PRE_QUANT_SCALE
 from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
@@ -81,12 +81,8 @@ class Sides:
         return next(output.shape for output in item.parts if output.name == name)
 
     def strips(self, item: Item, part: str) -> Iterator[slice]:
-        """Rows of at most about 4 Mi elements, whole tiles of the format."""
-        count, *rest = self.shape(item, part)
-        unit = lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1)
-        step = max(STRIP_ELEMENTS // max(torch.Size(rest).numel(), 1) // unit, 1) * unit
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
+        """Rows of a part, in strips of whole tiles of the format."""
+        return strips_of(self.shape(item, part), lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1))
 
     def pieces(self, item: Item, part: str, rows: slice) -> dict[str, Piece]:
         """What is on disk of some rows of a part, by suffix."""
