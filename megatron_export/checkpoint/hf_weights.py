@@ -66,13 +66,17 @@ class SourceWeights:
         self.open.clear()
 
     def check(
-        self, expected: dict[str, tuple[int, ...]], copies: set[str] = frozenset(), others: tuple[str, ...] = ()
+        self,
+        expected: dict[str, tuple[int, ...]],
+        copies: set[str] = frozenset(),
+        others: tuple[str, ...] = (),
+        spare: str = "",
     ) -> None:
         """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized but in
         blocks.
 
-        Rotary buffers of old files may be there too, the output layer of a tied model, and what begins like one of
-        `others`; of `copies` of other tensors some may be missing.
+        Rotary buffers of old files may be there too, the tensor `spare`, which is the output layer of a tied model, and what
+        begins like one of `others`; of `copies` of other tensors some may be missing.
         """
         found = {
             name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
@@ -80,7 +84,7 @@ class SourceWeights:
         in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
         expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
         missing = sorted(expected.keys() - found - copies)
-        extra = sorted(name for name in found - expected.keys() if not name.endswith("lm_head.weight"))
+        extra = sorted(name for name in found - expected.keys() - {spare})
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
         if any(name.endswith("eh_proj.weight") for name in missing):
             problems.insert(

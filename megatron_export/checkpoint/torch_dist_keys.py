@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from ..models.registry import MOST_PARAMETERS
+from ..models.sources import MOST_PARAMETERS
 from .torch_dist_metadata import Stored
 
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")

@@ -18,9 +18,9 @@ from ..common.errors import report
 from ..common.piece import Axis
 from ..common.prefetch import in_order
 from ..distributed.topology import Cut, Topology
-from ..models import Source, copied_prefixes, is_expert, parameters_of
+from ..models import Source, copied_prefixes, head_of, is_expert, parameters_of
 from ..models.layouts import even_cut
-from ..models.registry import expected_shapes, part_shapes
+from ..models.sources import expected_shapes, part_shapes
 from .model import copies_of, shards_of
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
@@ -45,6 +45,7 @@ def load_hf_weights(
             expected_shapes(sources.values()),
             copies={name for source in sources.values() for name in source.copies()},
             others=dropped + copied_prefixes(config),
+            spare=head_of(config),
         )
         jobs = [
             (shard.nbytes, partial(_read, weights, sources[name], shard, topology.cut(is_expert(name))))

@@ -1,25 +1,26 @@
 """One file per architecture, and what they share: names, layouts, shapes, settings."""
 
+from .architecture import Architecture
 from .awq_mappings import feeders_of, other_readers_of, reads_heads, vector_home
 from .canonical_names import canonical, without_additions
-from .hf_config import shape_of
+from .hf_config import architecture_of, shape_of
 from .megatron_parameters import cut_of, is_expert, is_latent, is_linear_weight, makes_keys, pooled
-from .registry import (
-    ARCHITECTURES,
+from .registry import ARCHITECTURES, known
+from .sources import (
     Source,
     Stack,
-    architecture_of,
     copied_prefixes,
+    head_of,
     is_mtp,
     mtp_prefixes,
     parameters_of,
-    settings_of,
     without_mtp,
 )
-from .transformer_config import Rope, check_computed, rope_of, unscaled_rope_settings
+from .transformer_config import Rope, check_computed, rope_of, settings_of, unscaled_rope_settings
 
 __all__ = [
     "ARCHITECTURES",
+    "Architecture",
     "Rope",
     "Source",
     "Stack",
@@ -29,10 +30,12 @@ __all__ = [
     "copied_prefixes",
     "cut_of",
     "feeders_of",
+    "head_of",
     "is_expert",
     "is_latent",
     "is_linear_weight",
     "is_mtp",
+    "known",
     "makes_keys",
     "mtp_prefixes",
     "other_readers_of",

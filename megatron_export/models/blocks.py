@@ -2,9 +2,7 @@
 
 from dataclasses import replace
 
-from .rules import Rule, gated, qkv, same, vocab
-
-Table = dict[str, Rule]
+from .rules import Table, gated, qkv, same, vocab
 
 # fmt: off
 TOP: Table = {

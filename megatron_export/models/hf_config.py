@@ -4,11 +4,15 @@ Works on the raw dict, never on a transformers config object: transformers 5 rew
 `torch_dtype` on load, and both spellings must be read.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from difflib import get_close_matches
 
 from ..common.errors import ExportError, report
 from ..common.safe_files import shown
+from .architecture import Architecture
 from .hf_config_limits import wrong_values
+from .registry import ARCHITECTURES, architecture_name, known
+from .shape import ModelShape
 
 REQUIRED = (
     "num_hidden_layers",
@@ -23,75 +27,48 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that names, layouts and shapes depend on; all unsharded, vocabulary unpadded.
-
-    `sparse` are the layers with experts. Of a model without experts or without latent attention (MLA), those sizes are 0.
-    `mtp` layers that predict one more token each follow the `layers` of the decoder, in HF's numbers too; they are like its
-    last.
-    """
-
-    architecture: str
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
-    sparse: tuple[int, ...] = ()
-    experts: int = 0
-    expert_ffn: int = 0
-    shared_ffn: int = 0
-    q_lora: int = 0
-    kv_lora: int = 0
-    nope_dim: int = 0
-    rope_dim: int = 0
-    v_dim: int = 0
-    mtp: int = 0
-
-    @property
-    def every(self) -> range:
-        """All layers, those that predict one more token too."""
-        return range(self.layers + self.mtp)
-
-    @property
-    def predicting(self) -> range:
-        """The layers that predict one more token."""
-        return range(self.layers, self.layers + self.mtp)
-
-    @property
-    def dense(self) -> tuple[int, ...]:
-        """The layers without experts."""
-        return tuple(layer for layer in self.every if layer not in self.sparse)
-
-
-def architecture_name(config: dict) -> str:
-    """The first of config.json's `architectures`; "(none)" where it has none."""
-    found = config.get("architectures") or ["(none)"]
-    if not isinstance(found, list) or not isinstance(found[0], str):
-        raise ExportError(f"config.json: architectures is {shown(found)}, not a list of names. Fetch it again")
-    return found[0]
-
-
 def text_of(config: dict) -> dict:
-    """config.json's dict of a language model; of one that is a part of another model, as if it stood alone."""
-    if "text_config" not in config:
-        return config
-    inner = config["text_config"]
+    """config.json's dict of a language model, with the usual keys; of one that is a part of another model, as if it stood alone."""
+    inner = config.get("text_config", {})
     if not isinstance(inner, dict):
         raise ExportError(f"config.json: text_config is {shown(inner)}, not a table of settings. Fetch it again")
-    return config | inner | {"architectures": config.get("architectures")}
+    text = config | inner | {"architectures": config.get("architectures")}
+    spelled = _spelled(text)
+    return text | {usual: text[own] for usual, own in spelled.items() if own in text}
+
+
+def _spelled(config: dict) -> Mapping[str, str]:
+    """Usual key -> how config.json's architecture spells it, where that is another word."""
+    architecture = known(config)
+    return architecture.keys if architecture else {}
+
+
+def architecture_of(config: dict) -> Architecture:
+    """What the table says of config.json's architecture; `ExportError` with the known ones when it is not there, or with
+    the settings that it is not right for.
+    """
+    name, architecture = architecture_name(config), known(config)
+    if architecture is None:
+        near = get_close_matches(name[:80], ARCHITECTURES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ExportError(f"unknown architecture {shown(name)} in config.json.{hint} Known: {', '.join(ARCHITECTURES)}")
+    text = text_of(config)
+    report(
+        [
+            f"config.json: {name} with {key} = {shown(text.get(key))} is not supported; only {allowed[0]!r} is"
+            for key, allowed in architecture.only.items()
+            if text.get(key) not in allowed
+        ]
+    )
+    return architecture
 
 
 def shape_of(config: dict) -> ModelShape:
     """Read the sizes from config.json's dict. `ExportError` lists every key that is missing or wrong."""
-    architecture, config = architecture_name(config), text_of(config)
-    if missing := [key for key in REQUIRED if config.get(key) is None]:
+    architecture, spelled, config = architecture_name(config), _spelled(config), text_of(config)
+    if missing := [spelled.get(key, key) for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architecture} lacks {', '.join(missing)}")
-    report(wrong_values(config))
+    report(wrong_values(config, spelled))
     needed = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if config.get("kv_lora_rank") else ()
     if any(config.get(key) for key in _EXPERTS):
         needed += ("num_experts_per_tok", *(("topk_group",) if (config.get("n_group") or 1) > 1 else ()))
@@ -122,11 +99,6 @@ def shape_of(config: dict) -> ModelShape:
     )
 
 
-def is_llama4(config: dict) -> bool:
-    """Whether it is Llama 4, which has no key of its own for several things that set it apart."""
-    return architecture_name(config).startswith("Llama4")
-
-
 def _experts_of(config: dict) -> dict:
     """The fields of `ModelShape` that are about experts; nothing for a model without."""
     key = next((key for key in _EXPERTS if config.get(key)), None)
@@ -147,11 +119,12 @@ def _experts_of(config: dict) -> dict:
     if config.get("moe_layers") is not None:
         sparse = tuple(config["moe_layers"])
     predicting = range(count, count + (config.get("num_nextn_predict_layers") or 0)) if count - 1 in sparse else ()
+    architecture = known(config)
     return {
         "sparse": (*sparse, *predicting),
         "experts": experts,
         "expert_ffn": ffn,
         "shared_ffn": (config.get("n_shared_experts") or 0) * ffn
         or config.get("shared_expert_intermediate_size")
-        or is_llama4(config) * ffn,  # which has one shared expert, and no key that says so
+        or (architecture.shared if architecture else 0) * ffn,
     }

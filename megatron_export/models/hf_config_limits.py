@@ -1,5 +1,7 @@
 """What the values of config.json's keys may be: it may come from anybody, and a wrong number must not become a wrong loop."""
 
+from collections.abc import Mapping
+
 from ..common.safe_files import shown
 
 MOST_LAYERS = 1000
@@ -35,15 +37,18 @@ _ROPE_FROM_0 = ("mscale", "mscale_all_dim")
 _LAYERS = ("mlp_only_layers", "moe_layers")  # which they are, by number
 
 
-def wrong_values(config: dict) -> list[str]:
-    """What is wrong with the values of a language model's settings that are there, and not null, as sentences."""
+def wrong_values(config: dict, spelled: Mapping[str, str]) -> list[str]:
+    """What is wrong with the values of a language model's settings that are there, and not null, as sentences; they call a key as
+    `spelled` does.
+    """
     there = {key: value for key, value in config.items() if value is not None}
-    problems = [_whole(key, there[key], *ends) for key, ends in _WHOLE.items() if key in there]
-    problems += [_above(key, there[key], most) for key, most in _ABOVE_0.items() if key in there]
-    problems += [_yes_or_no(key, there[key]) for key in _YES_OR_NO if key in there]
+    named = {key: spelled.get(key, key) for key in there}
+    problems = [_whole(named[key], there[key], *ends) for key, ends in _WHOLE.items() if key in there]
+    problems += [_above(named[key], there[key], most) for key, most in _ABOVE_0.items() if key in there]
+    problems += [_yes_or_no(named[key], there[key]) for key in _YES_OR_NO if key in there]
     problems += _wrong_rope(there)
     if not any(problems):  # then the number of layers is known
-        problems += [_numbers(key, there[key], there["num_hidden_layers"]) for key in _LAYERS if key in there]
+        problems += [_numbers(named[key], there[key], there["num_hidden_layers"]) for key in _LAYERS if key in there]
         problems += _wrong_lists(there, there["num_hidden_layers"])
     return [f"config.json: {problem}" for problem in problems if problem]
 

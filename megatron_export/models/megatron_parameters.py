@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..common.piece import Axis
-from .hf_config import ModelShape
+from .shape import ModelShape
 
 
 @dataclass(frozen=True)

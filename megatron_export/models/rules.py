@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .hf_config import ModelShape
 from .layouts import QKV, Identity, Layout, Split, Vocab
+from .shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Rule:
     copy: str | None = None
     stack: str | None = None
     woven: bool = False
+
+
+Table = dict[str, Rule]  # canonical Megatron name -> rule
 
 
 def same(hf: str) -> Rule:

@@ -21,7 +21,7 @@ k_proj and v_proj.
 import re
 
 from .megatron_parameters import is_expert, is_linear_weight, makes_keys, pooled
-from .registry import parameters_of
+from .sources import parameters_of
 
 Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each of its layout parts
 

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
-from .hf_config import ModelShape, architecture_name, is_llama4, shape_of, text_of
+from .hf_config import architecture_of, shape_of, text_of
+from .shape import ModelShape
 
 
-def transformer_settings(config: dict) -> dict:
-    """Fields of Megatron's `TransformerConfig` that every architecture here shares, derived from config.json."""
+def settings_of(config: dict) -> dict:
+    """All fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
+    architecture = architecture_of(config)
     shape, config = shape_of(config), text_of(config)
     return {
         "num_layers": shape.layers,
@@ -26,9 +28,10 @@ def transformer_settings(config: dict) -> dict:
         "attention_dropout": 0.0,
         **(_expert_settings(config, shape) if shape.experts else {}),
         **(_latent_settings(config, shape) if shape.kv_lora else {}),
-        **(_no_rope_settings(config, shape) if is_llama4(config) else {}),
-        **(_window_settings(config, shape) if _is_gpt_oss(config) else {}),
         **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
+        **architecture.computed(config, shape),
+        **architecture.settings,
+        **{field: bool(config.get(key)) for key, (field, _) in architecture.where.items()},
     }
 
 
@@ -43,14 +46,8 @@ def check_computed(config: dict, length: int) -> None:
             f"config.json: {topk} experts of {kept} of {groups} groups: HF ranks groups by their best two experts, Megatron-Core "
             f"by their best {topk / kept:g}, so activations cannot be calibrated"
         )
-    if is_llama4(config):
-        chunk = config.get("attention_chunk_size", 8192) or length
-        scale = config.get("floor_scale", 8192) if config.get("attn_temperature_tuning", True) else length + 1
-        if length > (most := min(chunk, scale - 1)):
-            raise ExportError(
-                f"samples of {length} tokens: beyond {most} this model attends in chunks and scales its queries, which "
-                "Megatron-Core does not. Give shorter samples"
-            )
+    if why := architecture_of(config).unlike(config, length):
+        raise ExportError(why)
 
 
 def _expert_settings(config: dict, shape: ModelShape) -> dict:
@@ -86,36 +83,6 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
         "rotary_scaling_factor": _factor(rope) if yarn else 1,
         **({name: rope[name] for name in _YARN if name in rope} if yarn else {}),
     }
-
-
-def _is_gpt_oss(config: dict) -> bool:
-    return architecture_name(config).startswith("GptOss")
-
-
-def _window_settings(config: dict, shape: ModelShape) -> dict:
-    """GPT-OSS: windows of attention in some layers, every other one if it does not say which; a bound on activations."""
-    kinds = config.get("layer_types") or [
-        "full_attention" if n % 2 else "sliding_attention" for n in range(shape.layers)
-    ]
-    known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-    if not known or len(kinds) != shape.layers:
-        raise ExportError(
-            f"config.json: layer_types is {shown(kinds)}, not 'full_attention' or 'sliding_attention' for each of "
-            f"num_hidden_layers {shape.layers}. Give the config.json that belongs to these weights"
-        )
-    window = config.get("sliding_window", 128)
-    return {
-        "window_size": (window - 1, 0) if window else None,
-        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds] if window else None,
-        "activation_func_clamp_value": config.get("swiglu_limit", 7.0),
-    }
-
-
-def _no_rope_settings(config: dict, shape: ModelShape) -> dict:
-    """Llama 4 has layers without rotary embeddings: HF's flag says which layers have them, Megatron's which do not."""
-    interval = config.get("no_rope_layer_interval") or 4
-    uses = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(shape.layers)]
-    return {"no_rope_freq": [int(not used) for used in uses], "qk_l2_norm": config.get("use_qk_norm", True)}
 
 
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

@@ -9,9 +9,8 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.safe_files import headers, inside, read_index, read_table
 from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
-from ..models import ARCHITECTURES, copied_prefixes, parameters_of
-from ..models.hf_config import architecture_name
-from ..models.registry import expected_shapes
+from ..models import copied_prefixes, parameters_of
+from ..models.sources import expected_shapes
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
 
@@ -70,8 +69,6 @@ def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[
     that the tables do not know.
     """
     try:
-        if architecture_name(config) not in ARCHITECTURES:
-            return None, ()
         return expected_shapes(parameters_of(config).values()), copied_prefixes(config)
     except ExportError:
         return None, ()

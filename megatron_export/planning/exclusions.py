@@ -5,11 +5,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..formats import Form
-from ..models import Source, copied_prefixes, is_expert, is_linear_weight, makes_keys, pooled, settings_of, shape_of
+from ..models import (
+    Architecture,
+    Source,
+    architecture_of,
+    copied_prefixes,
+    head_of,
+    is_expert,
+    is_linear_weight,
+    makes_keys,
+    pooled,
+    shape_of,
+)
 from .tensor_spec import Output
 
-# Architectures whose quantized experts are written stacked in one tensor, as HF has them; those of others in bf16 alone.
-_STACKED = ("Llama4ForConditionalGeneration", "GptOssForCausalLM")
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 
@@ -51,12 +60,12 @@ def settle(
     """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` says that latent attention is quantized too,
     `copied` are tensors that stay as they are. What each engine does with the result is not said here, but in engines/.
     """
-    stackable = form.stackable and (not form.quantization or config["architectures"][0] in _STACKED)
+    architecture = architecture_of(config)
+    stackable = form.stackable and (not form.quantization or architecture.stacked)
     stacked = stackable and any(source.stack for source in sources.values())
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
-    embedding = sources["embedding.word_embeddings.weight"].rule.hf.removesuffix(".weight")
-    head = embedding.replace("model.embed_tokens", "lm_head")  # engines build one for tied models too
+    head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
     never = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
     never = tuple(dict.fromkeys(never))
     if not form.quantization:
@@ -64,7 +73,7 @@ def settle(
             frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(exclude, quantize_mla))
         )
     out, problems = _excluded(linears, never, exclude)
-    problems += _unloadable(config, form)
+    problems += _refused(config, architecture, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
     remarks = []
     if quantize_mla and not latent:
@@ -76,7 +85,7 @@ def settle(
         )
         out |= latent
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
-    if settings_of(config).get("rotary_interleaved"):
+    if architecture.turned:
         keys = {name for name in linears if makes_keys(name)} - out
         if keys and form.name != "fp8":
             remarks.append(
@@ -172,11 +181,12 @@ def _without_effect(exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
     return [f"{flag} has no effect with --format bf16" for flag in flags]
 
 
-def _unloadable(config: dict, form: Form) -> list[str]:
+def _refused(config: dict, architecture: Architecture, form: Form) -> list[str]:
+    """Why no export in this format is made of this architecture."""
     if shape_of(config).experts and form.name == "fp8_pb" and form.native is None:
         return ["--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native"]
-    if config["architectures"][0] == "GptOssForCausalLM" and form.name not in ("fp8", "nvfp4"):
-        folds = form.smoothing and form.smoothing.folds
-        why = "up_proj has a bias and an offset that cannot be smoothed" if folds else "no engine loads it"
-        return [f"--format {form.name}: {why}. For this architecture there are bf16, fp8 and nvfp4"]
+    if architecture.formats and form.name not in architecture.formats:
+        why = architecture.unsmoothed if form.smoothing and form.smoothing.folds else "no engine loads it"
+        *some, last = architecture.formats
+        return [f"--format {form.name}: {why}. For this architecture there are {', '.join(some)} and {last}"]
     return []

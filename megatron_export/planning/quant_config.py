@@ -5,9 +5,9 @@ first. Both name the dialect's producer "modelopt": vLLM refuses the file from a
 is described in config.json as DeepSeek's own checkpoints are.
 """
 
+from ..models import architecture_of
 from .plan import Plan
 
-_ROUTING = {"DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}}
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
@@ -46,12 +46,10 @@ def quantization_config(plan: Plan) -> dict | None:
 def config_json(plan: Plan) -> dict:
     """The source's own config, with the dtype of what was written and the description of the quantization.
 
-    And with what engines take from it that transformers leaves out when it saves a model: DeepSeek's names for its routing;
-    without `scoring_func` vLLM takes softmax, and other experts.
+    And with what engines take from it that transformers leaves out when it saves a model, such as DeepSeek's names for its routing.
     """
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
-    for architecture in plan.config["architectures"]:
-        config |= {key: value for key, value in _ROUTING.get(architecture, {}).items() if key not in config}
+    config |= {key: value for key, value in architecture_of(plan.config).routing.items() if key not in config}
     if "text_config" in config:
         config["text_config"] = _in_bfloat16(config["text_config"])
     quantization = quantization_config(plan)

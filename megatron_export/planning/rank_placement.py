@@ -12,8 +12,8 @@ from functools import cached_property
 
 from ..common.errors import report
 from ..models import Source, is_expert, settings_of, shape_of
-from ..models.hf_config import ModelShape
 from ..models.layouts import even_cut
+from ..models.shape import ModelShape
 
 PAD_VOCAB_TO = 128  # for each tensor-parallel rank, in models that the command builds
 _EMBEDDING = "embedding.word_embeddings.weight"

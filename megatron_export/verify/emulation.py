@@ -21,6 +21,7 @@ from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.safe_files import inside, opened, read_header, read_json, shown, told
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
+from ..models import known
 from .detect_format import described, module_of
 from .emulated_experts import take_apart
 from .folder import Finished
@@ -67,14 +68,14 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
 
     files = files_of(folder)
     linears, cache = _algorithms(folder)
-    _table(folder, CONFIG)
+    architecture = known(_table(folder, CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
         raise ExportError(f"{folder}: no config.json of a model that transformers knows ({told(error)})") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
-    tensors = Respelled(files, config.model_type, device)
+    tensors = Respelled(files, architecture, device)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
         take_apart(model, tensors, _scales(linears) if linears else ())

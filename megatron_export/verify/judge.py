@@ -17,7 +17,7 @@ from ..common.file_names import MANIFEST
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
 from ..formats import VARIANTS
-from ..models import is_linear_weight, parameters_of
+from ..models import head_of, is_linear_weight, parameters_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import of_file
@@ -153,7 +153,7 @@ def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: P
 def _compare_head(judged: Judgement, sides: Sides) -> None:
     """A tied model may have its head once more, if it is the embedding."""
     embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
-    head, found = embedding.replace("model.embed_tokens", "lm_head"), sides.found
+    head, found = head_of(sides.plan.config), sides.found
     if "output_layer.weight" not in sides.items and head in found and embedding in found:
         pairs = zip(found.strips(head), found.strips(embedding), strict=False)
         if found.shape(head) != found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):

@@ -15,6 +15,7 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..models import (
     copied_prefixes,
+    head_of,
     is_latent,
     is_linear_weight,
     parameters_of,
@@ -81,7 +82,7 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
     expected = {output.name: output for outputs in plan.files.values() for output in outputs}
     for name in sorted(expected.keys() - set(found) - found.lost):
         yield f"{name} is missing"
-    allowed = ("rotary_emb.inv_freq", *(("lm_head.weight",) if shape_of(plan.config).tied else ()))
+    allowed = ("rotary_emb.inv_freq", *((head_of(plan.config),) if shape_of(plan.config).tied else ()))
     for name in sorted(set(found) - expected.keys()):
         if not name.endswith(allowed):
             yield f"{name} is not part of this model in {plan.form.name}"

@@ -1,11 +1,10 @@
 """The tensors of a checkpoint folder, asked for by the names that they have in transformers' modules.
 
-    in transformers                              on disk
-    (Mixtral) mlp.experts.K.gate_proj.weight     block_sparse_moe.experts.K.w1.weight; w3 is up, w2 down
-    (Llama 4 that sees) model.layers. ...        language_model.model.layers. ...; what sees is left where it is
-    experts.gate_up_proj.K.weight_scale          number K of the stack experts.gate_up_proj_weight_scale, its dims swapped
+An architecture says where the two differ (`on_disk`), and which tensors a model of text alone does not need (`copied`). And
 
-The last name is emulated_experts.py's, for experts that transformers does not take apart.
+    experts.gate_up_proj.K.weight_scale     is number K of the stack experts.gate_up_proj_weight_scale, its dims swapped
+
+a name of emulated_experts.py, for experts that transformers does not take apart.
 """
 
 import re
@@ -17,19 +16,9 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.safe_files import inside, opened
-from ..models import llama4_vision
+from ..models import Architecture
 from .folder import tensor_files
 
-SPELLED = {  # model_type of config.json -> what to replace in a name of transformers, and what by
-    "mixtral": (
-        (r"\.mlp\.", ".block_sparse_moe."),
-        (r"\.gate_proj\.", ".w1."),
-        (r"\.up_proj\.", ".w3."),
-        (r"\.down_proj\.", ".w2."),
-    ),
-    "llama4": ((r"^", "language_model."),),
-}
-UNREAD = {"llama4": llama4_vision.COPIED}  # what a model of text alone does not need
 CODES = (torch.uint8, torch.float8_e4m3fn)
 _OF_STACK = re.compile(r"(.+\.experts\.(?:gate_up|down)_proj)\.(\d+)\.(\w+)")
 
@@ -40,15 +29,19 @@ def files_of(folder: Path) -> list[Path]:
 
 
 class Respelled:
-    """The tensors of a folder's files; `left` names, as the files do, those that nobody took."""
+    """The tensors of a folder's files; `left` names, as the files do, those that nobody took.
 
-    def __init__(self, files: list[Path], model_type: str, device: torch.device | str) -> None:
+    `architecture` is None for one that is not in the table, whose names are taken to be the same.
+    """
+
+    def __init__(self, files: list[Path], architecture: Architecture | None, device: torch.device | str) -> None:
         self.folder = files[0].parent
-        self.replaced = SPELLED.get(model_type, ())
+        self.replaced = architecture.on_disk if architecture else ()
+        unread = architecture.copied if architecture else ()
         self.tensors: dict[str, Tensor] = {}
         for path in files:
             file = opened(path)
-            names = [name for name in file.keys() if not name.startswith(UNREAD.get(model_type, ()))]  # noqa: SIM118
+            names = [name for name in file.keys() if not name.startswith(unread)]  # noqa: SIM118
             if twice := self.tensors.keys() & names:
                 raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
             self.tensors |= {name: file.get_tensor(name).to(device) for name in names}

@@ -24,7 +24,7 @@ from megatron_export.checkpoint.hf_weights import SourceWeights, copied_tensors
 from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import INDEX
 from megatron_export.models import architecture_of, copied_prefixes, parameters_of, rope_of, settings_of, shape_of
-from megatron_export.models.registry import expected_shapes
+from megatron_export.models.sources import expected_shapes
 from megatron_export.planning.plan import assumed
 
 from ..support.models import ARCHITECTURES

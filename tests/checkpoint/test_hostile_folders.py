@@ -30,7 +30,7 @@ from megatron_export.common.file_names import INDEX
 from megatron_export.common.safe_files import MOST_BYTES, MOST_FILES, MOST_VALUES
 from megatron_export.models import architecture_of, parameters_of, rope_of, settings_of
 from megatron_export.models.hf_config_limits import MOST_LAYERS
-from megatron_export.models.registry import MOST_NUMBERS, MOST_PARAMETERS
+from megatron_export.models.sources import MOST_NUMBERS, MOST_PARAMETERS
 
 from ..calibration.test_statistics import CONFIG, HF, rewritten, statistics_of
 from ..support.models import ARCHITECTURES, EXAMPLE, read_json

@@ -15,7 +15,7 @@ def config(**changes: object) -> dict:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_rule_has_a_shape_and_a_cut(name: str) -> None:
-    assert set(ARCHITECTURES[name].RULES) <= set(PARAMETERS)
+    assert set(ARCHITECTURES[name].rules) <= set(PARAMETERS)
 
 
 def test_no_two_parameters_become_the_same_hf_tensor() -> None:

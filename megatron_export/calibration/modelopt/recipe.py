@@ -15,7 +15,7 @@ from ...distributed.topology import Topology
 from ...formats import FORMATS, Options
 from ...mcore.addons import quantizers_of
 from ...mcore.model import weights_of
-from ...models import cut_of, is_linear_weight, parameters_of, pooled, settings_of, shape_of
+from ...models import architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
 from ...planning.request import Request
 from .defaults import supposed
 from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
@@ -140,7 +140,7 @@ def _contradictions(config: dict, recipe: Recipe, request: Request, given: Stati
         problems.append(
             "exclude cannot undo what ModelOpt has smoothed: disable those quantizers before they are calibrated"
         )
-    if recipe.smoothed and settings_of(config).get("rotary_interleaved"):
+    if recipe.smoothed and architecture_of(config).turned:
         problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {recipe.format}")
     return problems
 

@@ -1,0 +1,48 @@
+"""The sizes of a model that names, layouts and shapes depend on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All unsharded, vocabulary unpadded.
+
+    `sparse` are the layers with experts. Of a model without experts or without latent attention (MLA), those sizes are 0.
+    `mtp` layers that predict one more token each follow the `layers` of the decoder, in HF's numbers too; they are like its
+    last.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    sparse: tuple[int, ...] = ()
+    experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    q_lora: int = 0
+    kv_lora: int = 0
+    nope_dim: int = 0
+    rope_dim: int = 0
+    v_dim: int = 0
+    mtp: int = 0
+
+    @property
+    def every(self) -> range:
+        """All layers, those that predict one more token too."""
+        return range(self.layers + self.mtp)
+
+    @property
+    def predicting(self) -> range:
+        """The layers that predict one more token."""
+        return range(self.layers, self.layers + self.mtp)
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The layers without experts."""
+        return tuple(layer for layer in self.every if layer not in self.sparse)

@@ -1,0 +1,202 @@
+"""The parameters of one model, from its config.json: how each is cut and shaped in Megatron, and what it is called in HF."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..common.errors import report
+from ..common.piece import Axis
+from .hf_config import architecture_of, shape_of, text_of
+from .layouts import Layout, even_cut
+from .megatron_parameters import EITHER, FLOAT32, PADDED, PARAMETERS
+from .rules import Rule
+from .shape import ModelShape
+
+MOST_PARAMETERS = 100_000  # of all layers and experts: Kimi K2, the largest that is known, has 47,000
+MOST_NUMBERS = 1 << 34  # in one of them
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where HF keeps an expert's parts: slice `index` of `count` along the first dim of one tensor."""
+
+    name: str
+    index: int
+    count: int
+    woven: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A canonical parameter of one model: how it is cut and shaped in Megatron, and what it is called in HF.
+
+    `cut` is None for one that every rank holds whole; `either` for one that some layer specs hold whole and others cut.
+    """
+
+    canonical: str
+    cut: Axis | None
+    shape: tuple[int, ...]
+    padded: bool
+    layout: Layout
+    rule: Rule
+    layer: int | None = None
+    expert: int | None = None
+    either: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    stack: Stack | None = None
+
+    def names(self) -> dict[str, str]:
+        """Layout part -> HF tensor name."""
+        if self.rule.copy:
+            return {part: self.rule.copy.format(l=part) if part else self.rule.hf for part in self.layout.parts}
+        words = dict(self.rule.words)
+        return {
+            part: self.rule.hf.format(l=self.layer, e=self.expert, part=words.get(part, part))
+            for part in self.layout.parts
+        }
+
+    def share(
+        self, rows: int, shape: tuple[int, ...], index: int, count: int
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Which of all its rows shard `index` of `count` of this shape has, in its order, and which columns: none, of a vector.
+
+        `rows` are as many as there are: of a padded vocabulary perhaps more than `shape` says.
+        """
+        columns = tuple(slice(0, size) for size in self.shape[1:])
+        if self.cut is Axis.IN:
+            columns = (even_cut(self.shape[1], index, count),)
+        elif self.cut and not (self.either and shape == self.shape):
+            return self.layout.rows(rows, index, count, shape[0]), columns
+        return (slice(0, rows),), columns
+
+    def copies(self) -> set[str]:
+        """The HF names of its copies."""
+        return {name for part, name in self.names().items() if part} if self.rule.copy else set()
+
+    def pooled_names(self) -> dict[str, str]:
+        """The same, without the number of the expert."""
+        return {part: re.sub(r"\.experts\.\d+\.", ".experts.", name) for part, name in self.names().items()}
+
+
+def parameters_of(config: dict) -> dict[str, Source]:
+    """Every parameter that a Megatron model of this config has, in the order in which they are exported.
+
+    Tied models have no output layer: Megatron's duplicate on the last pipeline stage is not a parameter of its own.
+    Parameters of size 0, such as those of shared experts that a model does not have, are left out.
+    """
+    architecture = architecture_of(config)  # first: of an unknown one, no key of config.json is known
+    lacking = {name for key, (_, rules) in architecture.where.items() if not text_of(config).get(key) for name in rules}
+    rules = {name: rule for name, rule in architecture.rules.items() if name not in lacking}
+    shape = shape_of(config)
+    first = "embedding.word_embeddings.weight"
+    inside = [name for name in rules if "{l}" in name]
+    outside = [name for name in rules if "{l}" not in name and name != first]
+    if shape.tied:
+        outside.remove("output_layer.weight")
+    layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
+    report(_too_large(shape, {name: len(layers[name]) if name in layers else 1 for name in rules}))
+    sources = [_source(first, rules[first], shape)]
+    for layer in shape.every:
+        here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
+        sources += [_source(name, rules[name], shape, layer) for name in here if "{e}" not in name]
+        experts = [name for name in here if "{e}" in name]
+        sources += [
+            _source(name, rules[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
+        ]
+    sources += [_source(name, rules[name], shape) for name in outside]
+    return {source.canonical: source for source in sources}
+
+
+def copied_prefixes(config: dict) -> tuple[str, ...]:
+    """What the names of tensors begin with that are copied from the original model as they are."""
+    return architecture_of(config).copied
+
+
+def without_mtp(config: dict) -> dict:
+    """config.json's dict of the same model without the layers that predict one more token."""
+    return config | {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else config
+
+
+def is_mtp(canonical: str, config: dict) -> bool:
+    """Whether a canonical parameter belongs to a layer that predicts one more token."""
+    found = re.match(r"decoder\.layers\.(\d+)\.", canonical)
+    return bool(found) and int(found[1]) >= shape_of(config).layers
+
+
+def mtp_prefixes(config: dict) -> tuple[str, ...]:
+    """What the HF names of layers that predict one more token begin with."""
+    before = architecture_of(config).rules["decoder.layers.{l}.input_layernorm.weight"].hf.partition("{l}")[0]
+    return tuple(f"{before}{layer}." for layer in shape_of(config).predicting)
+
+
+def head_of(config: dict) -> str:
+    """The HF name of the output layer, which a tied model does not have."""
+    return architecture_of(config).rules["output_layer.weight"].hf
+
+
+def _too_large(shape: ModelShape, layers: dict[str, int]) -> list[str]:
+    """What no model has, and would take hours to plan: by canonical name, `layers` have it."""
+    count = sum(number * (shape.experts if "{e}" in name else 1) for name, number in layers.items())
+    problems = []
+    if count > MOST_PARAMETERS:
+        problems.append(
+            f"config.json means {count:,} parameters in {len(shape.every)} layers of {shape.experts} experts, more than "
+            f"{MOST_PARAMETERS:,}. Give the config.json that belongs to these weights"
+        )
+    sizes = {name: prod(PARAMETERS[name].shape(shape)) for name, number in layers.items() if number}
+    problems += [
+        f"config.json means {size:,} numbers in {name}, more than {MOST_NUMBERS:,}. Give the config.json that belongs to these "
+        "weights"
+        for name, size in sizes.items()
+        if size > MOST_NUMBERS
+    ]
+    return problems
+
+
+def _exists(name: str, shape: ModelShape) -> bool:
+    if name.endswith("linear_q_proj.weight"):
+        return not shape.q_lora  # latent attention makes its queries in two steps, or in this one
+    if name.endswith("q_layernorm.weight") and shape.kv_lora:
+        return bool(shape.q_lora)
+    return 0 not in PARAMETERS[name].shape(shape)
+
+
+def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, expert: int | None = None) -> Source:
+    parameter = PARAMETERS[name]
+    return Source(
+        canonical=name.format(l=layer, e=expert),
+        cut=parameter.cut,
+        shape=parameter.shape(shape),
+        padded=name in PADDED,
+        layout=rule.layout(shape),
+        rule=rule,
+        layer=layer,
+        expert=expert,
+        either=any(f".{module}." in name for module in EITHER),
+        dtype=torch.float32 if name.rpartition(".")[2] in FLOAT32 else torch.bfloat16,
+        stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
+    )
+
+
+def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
+    names = source.names()
+    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+
+
+def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> the shape that config.json means it to have."""
+    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
+
+
+def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    names, shapes = source.names(), part_shapes(source)
+    if source.stack is None:
+        first = next(iter(shapes.values()))
+        return {names[part]: shapes.get(part, first) for part in names}
+    out, *inputs = next(iter(shapes.values()))
+    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
