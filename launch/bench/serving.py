@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from megatron_export.common.errors import ExportError
-from megatron_export.engines import GPUS, judged
+from megatron_export.engines import GPUS, verdict_of
 from megatron_export.formats.form import not_rounded
 from megatron_export.planning.engine_check import of_folder
 from megatron_export.verify.emulation import EmulatedLinear, load
@@ -136,7 +136,7 @@ def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[s
     began = time.monotonic()
     name, loads, why = f"{folder.resolve().parent.name}/{folder.resolve().name}", None, ""
     try:
-        verdict = judged(of_folder(folder), "vllm", gpu=flags.gpu, tp=flags.tp)
+        verdict = verdict_of(of_folder(folder), "vllm", gpu=flags.gpu, tp=flags.tp)
         loads, why = verdict.loads, verdict.why
         with TOKENIZING:
             windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []

@@ -22,7 +22,7 @@ from ..formats.int4 import CLIP_RATIOS, rounded
 from ..models import is_expert, vector_home
 from ..models.layouts import Identity, Layout
 from ..models.statistic_names import codes_key, ratio_key, vector_key
-from .awq_search import Shard, check_finite
+from .awq_search import LinearShard, check_finite
 
 CLIP_TOKENS = 64  # of a micro-batch, that a group's clipping is judged by
 
@@ -59,7 +59,7 @@ class Clips:
         """Compare all ratios on one micro-batch."""
         for key in self.searches(name):
             search, cut = search_of(key), self.here.cut(is_expert(name))
-            if (shard := Shard.of(cut, name, weight, inputs, search.group, name in self.held_whole)) is None:
+            if (shard := LinearShard.of(cut, name, weight, inputs, search.group, name in self.held_whole)) is None:
                 continue
             self.axis[name, key] = shard.axis
             if not shard.inputs.shape[0]:
@@ -82,11 +82,11 @@ class Clips:
     def experts(self, name: str, tokens: Tensor) -> None:
         """Nothing is clipped in routing."""
 
-    def _nothing(self, shard: Shard, search: awq.Search) -> Tensor:
+    def _nothing(self, shard: LinearShard, search: awq.Search) -> Tensor:
         groups = () if search.per_tensor else (shard.weight.shape[0], shard.weight.shape[1] // search.group)
         return torch.zeros(len(CLIP_RATIOS), *groups, dtype=torch.float64, device=shard.weight.device)
 
-    def _of_weight(self, shard: Shard, search: awq.Search, smoothed: Tensor, inputs: Tensor) -> Tensor:
+    def _of_weight(self, shard: LinearShard, search: awq.Search, smoothed: Tensor, inputs: Tensor) -> Tensor:
         expected = shard.product(inputs, smoothed).to(torch.bfloat16)
         ones = smoothed.new_ones(smoothed.shape[1])
         amax = shard.amaxes(smoothed, ones.unsqueeze(0))[0]

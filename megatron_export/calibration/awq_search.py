@@ -35,7 +35,7 @@ from ..models.statistic_names import alpha_key, losses_key, vector_key
 
 
 @dataclass(frozen=True)
-class Shard:
+class LinearShard:
     """What this rank has of one linear: bfloat16 `weight` [out, in] and `inputs` [tokens, in], cut along `axis`."""
 
     cut: Cut
@@ -46,7 +46,7 @@ class Shard:
     @classmethod
     def of(
         cls, cut: Cut, name: str, weight: Tensor, inputs: Tensor, group: int, held_whole: bool = False
-    ) -> "Shard | None":
+    ) -> "LinearShard | None":
         """The shard, or the whole linear where groups of inputs lie on two shards; None where no groups fit."""
         axis = cut_of(f"{name}.weight") if cut.size > 1 and not held_whole else None
         if weight.shape[1] * (cut.size if axis is Axis.IN else 1) % group:
@@ -144,7 +144,7 @@ class Alphas:
                 continue
             for key in self.searches(name):
                 group, cut = search_of(key).group, self.here.cut(is_expert(name))
-                if shard := Shard.of(cut, name, weight, weight[:1], group, name in self.held_whole):
+                if shard := LinearShard.of(cut, name, weight, weight[:1], group, name in self.held_whole):
                     sums[pooled(name), key] = sums.get((pooled(name), key), 0) + shard.importance(group)
                     rows[pooled(name), key] += shard.rows
         for home, key in sorted(sums):
@@ -165,7 +165,7 @@ class Alphas:
         for key in self.searches(name):
             search = search_of(key)
             whole_here = name in self.held_whole
-            if (shard := Shard.of(self.here.cut(expert), name, weight, inputs, search.group, whole_here)) is None:
+            if (shard := LinearShard.of(self.here.cut(expert), name, weight, inputs, search.group, whole_here)) is None:
                 continue
             squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
             if tokens := shard.inputs.shape[0]:
@@ -209,7 +209,7 @@ class Alphas:
         return spread(self.here, mine)
 
 
-def _squares(shard: Shard, search: awq.Search, vectors: Tensor) -> Tensor:
+def _squares(shard: LinearShard, search: awq.Search, vectors: Tensor) -> Tensor:
     """Squares of what each of some vectors of factors [alphas, in] changes in the outputs of a linear, float64 [alphas]."""
     expected = shard.product(shard.inputs, shard.weight).to(torch.bfloat16)
     factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
-from ..common.safe_files import opened, panics, told
+from ..common.safe_files import opened, panics, reason_of
 
 LINES = 4096  # of a text that are read at a time
 LETTERS = 4 << 20  # that are tokenized at a time
@@ -79,7 +79,7 @@ def _texts(file: Path) -> Iterator[tuple[str, bool]]:
             starts = range(0, len(text) if text.strip() else 0, LETTERS)
             yield from ((text[start : start + LETTERS], start == starts[-1]) for start in starts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        reason = f"{type(error).__name__}: {told(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ExportError(
             f"{file}: not {file.suffix} with a `text` in every row ({reason}). Give another file"
         ) from error
@@ -128,7 +128,7 @@ def _parquet(file: Path) -> Iterator[str]:
                 yield from (_text_in({"text": text}) for text in texts if text is not None)
     except (pyarrow.ArrowException, OSError, KeyError, MemoryError) as error:
         raise ExportError(
-            f"{file}: not a parquet file with a column `text` ({told(error)}). Give another file"
+            f"{file}: not a parquet file with a column `text` ({reason_of(error)}). Give another file"
         ) from error
 
 
@@ -145,7 +145,7 @@ def _tokenize(file: Path, folder: Path, trusted: bool, *, enough: int) -> list[i
                 "give --trust-remote-code, or give --calib-data token ids in a .safetensors file"
             ) from error
         raise ExportError(
-            f"{folder}: no tokenizer that loads, to tokenize calibration text with ({told(error)}). Add one, or give "
+            f"{folder}: no tokenizer that loads, to tokenize calibration text with ({reason_of(error)}). Add one, or give "
             "--calib-data token ids in a .safetensors file"
         ) from error
     tokens: list[int] = []
@@ -156,7 +156,7 @@ def _tokenize(file: Path, folder: Path, trusted: bool, *, enough: int) -> list[i
                 tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # such as a bare one, of a tokenizer that has no token for what it does not know
             raise ExportError(
-                f"{folder}: its tokenizer fails on the text of {file} ({type(error).__name__}: {told(error)}). Give "
+                f"{folder}: its tokenizer fails on the text of {file} ({type(error).__name__}: {reason_of(error)}). Give "
                 "--calib-data other text, or token ids in a .safetensors file"
             ) from error
         tokens += end if ends else []

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..common.errors import ExportError
-from ..common.safe_files import shown, told
+from ..common.safe_files import reason_of, shown
 
 WAY_OUT = "Copy or save the checkpoint again, or do not trust it"
 MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
@@ -103,18 +103,18 @@ def unpickled(data: bytes) -> Any:
     except ValueError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged pickle may fail in any way
-        raise ValueError(f"a damaged pickle: {type(error).__name__}: {told(error)}") from error
+        raise ValueError(f"a damaged pickle: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def read_pickle(path: Path) -> Any:
     """The object of a file that pickle wrote."""
-    with judged(path), path.open("rb") as file:
+    with clear_errors(path), path.open("rb") as file:
         return unpickled(file.read(MOST_BYTES + 1))
 
 
 def read_saved(path: Path, way_out: str) -> Any:
     """The object of a file that torch.save wrote, its tensors as `Inert`."""
-    with judged(path, way_out), path.open("rb") as file:
+    with clear_errors(path, way_out), path.open("rb") as file:
         return saved(file, 0, os.fstat(file.fileno()).st_size)
 
 
@@ -151,12 +151,12 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
 
 
 @contextmanager
-def judged(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
+def clear_errors(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
     """Why a file is not read becomes an `ExportError` about it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not read ({told(error)}). {way_out}") from error
+        raise ExportError(f"{path}: not read ({reason_of(error)}). {way_out}") from error
 
 
 class _Reader(pickle._Unpickler):
@@ -211,7 +211,7 @@ def _archive(file: BinaryIO, start: int, length: int) -> Iterator[zipfile.ZipFil
         with zipfile.ZipFile(_Window(file, start, length)) as archive:
             yield archive
     except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, struct.error) as error:
-        raise ValueError(f"no archive of torch.save: {told(error)}") from error
+        raise ValueError(f"no archive of torch.save: {reason_of(error)}") from error
 
 
 def _prefix(archive: zipfile.ZipFile) -> str:

@@ -28,7 +28,7 @@ from .torch_dist_storage import Storage
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 
 
-class Checkpoint:
+class MegatronCheckpoint:
     """One iteration, whose names, shapes and settings are those that config.json means; else `ExportError` says all that is not.
 
     `config` is config.json's dict, without layers that predict one more token if they are to be left out (`mtp_dropped`).
@@ -206,10 +206,10 @@ class Checkpoint:
         return [f"{self.folder}: {problem}" for problem in problems]
 
 
-class CheckpointShards(Mapping[str, Tensor]):
+class MegatronCheckpointShards(Mapping[str, Tensor]):
     """One rank's shards of a checkpoint by canonical name, each read from disk whenever it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, held: dict[str, Held], rank: int, device: torch.device) -> None:
+    def __init__(self, checkpoint: MegatronCheckpoint, held: dict[str, Held], rank: int, device: torch.device) -> None:
         self.checkpoint, self.rank, self.device = checkpoint, rank, device
         self.held = {name: one for name, one in held.items() if rank in one.ranks}
 

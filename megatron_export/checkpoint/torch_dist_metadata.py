@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from ..common.safe_files import MOST_ELEMENTS, inside, shown
-from .safe_pickle import Inert, judged, read_pickle
+from .safe_pickle import Inert, clear_errors, read_pickle
 
 METADATA = ".metadata"
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where an object lies: `length` bytes of a file from `start` on."""
 
     file: str
@@ -31,7 +31,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    place: Extent
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Stored:
         return found
 
 
-def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, Place]]:
+def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, Extent]]:
     """Key -> tensor, but for keys that begin with one of `passed_over`; and key -> where it lies, of objects that are no tensors.
 
     `ExportError` where the file is not what torch.distributed.checkpoint writes.
     """
     path = inside(folder, METADATA)
     found = read_pickle(path)
-    with judged(path):
+    with clear_errors(path):
         places = _places(found.get("storage_data") if isinstance(found, Inert) else None)
         described = found.get("state_dict_metadata")
         if not isinstance(described, dict) or not all(isinstance(key, str) for key in described):
@@ -80,7 +80,7 @@ def _is(said: object, kind: str) -> bool:
     return isinstance(said, Inert) and said.name.endswith(f".{kind}StorageMetadata")
 
 
-def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Place]:
+def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
     """(key, offsets) -> where it lies, from `storage_data`."""
     if not isinstance(found, dict):
         raise ValueError("it does not say where tensors lie")
@@ -95,7 +95,7 @@ def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Place]:
         if info.state.get("transform_descriptors"):
             raise ValueError(f"{shown(key)} is compressed")
         if isinstance(key, str):
-            places[key, offsets] = Place(name, start, length)
+            places[key, offsets] = Extent(name, start, length)
     return places
 
 

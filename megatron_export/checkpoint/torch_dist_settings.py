@@ -11,7 +11,7 @@ from typing import Any
 from ..common.errors import ExportError
 from ..common.safe_files import inside, shown
 from ..models import settings_of, shape_of, unscaled_rope_settings
-from .safe_pickle import WAY_OUT, Inert, judged, read_saved
+from .safe_pickle import WAY_OUT, Inert, clear_errors, read_saved
 from .torch_dist_storage import Storage
 
 COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
@@ -131,7 +131,7 @@ def modes_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ExportError(f"{place} is a symbolic link, which is not followed. Give the checkpoint that it belongs to")
     path = inside(place, COMMON)
     common = read_saved(path, WAY_OUT) if path.is_file() else _common(Storage(place), WAY_OUT)
-    with judged(path):
+    with clear_errors(path):
         modes = common.get("modelopt_state_dict") if isinstance(common, dict) else None
         if not isinstance(modes, list) or not all(isinstance(mode, tuple) and len(mode) == 2 for mode in modes):
             raise ValueError("it does not say what ModelOpt did")
@@ -161,7 +161,7 @@ def run_of(folder: Path) -> dict[str, Any]:
         pass
 
     Loader.add_constructor(None, lambda loader, node: None)
-    with judged(path), path.open("rb") as file:
+    with clear_errors(path), path.open("rb") as file:
         text = file.read(_MOST_YAML + 1)
         if len(text) > _MOST_YAML:
             raise ValueError(f"more than {_MOST_YAML:,} bytes")
@@ -176,7 +176,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 def _of_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The settings of the model in a run_config.yaml."""
-    with judged(folder / RUN_CONFIG):
+    with clear_errors(folder / RUN_CONFIG):
         model = run.get("model")
         if not isinstance(model, dict):
             raise ValueError("it has no settings of a model")

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.safe_files import inside
-from .safe_pickle import Numbers, judged, saved, saved_tensor
-from .torch_dist_metadata import METADATA, Chunk, Place, Stored, read_metadata
+from .safe_pickle import Numbers, clear_errors, saved, saved_tensor
+from .torch_dist_metadata import METADATA, Chunk, Extent, Stored, read_metadata
 
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
@@ -37,7 +37,7 @@ class Storage:
         self.nbytes = 0  # read so far
         self.tensors, self.objects = read_metadata(folder, passed_over)
         self._files: dict[str, tuple[Path, os.stat_result]] = {}
-        self._numbers: dict[Place, Numbers] = {}
+        self._numbers: dict[Extent, Numbers] = {}
 
     def check(self, tensors: Iterable[Stored]) -> None:
         """Raise unless these tensors are plain numbers in files that are there, and long enough."""
@@ -57,7 +57,7 @@ class Storage:
         place = self.objects[key]
         report(self._missing([place]))
         path, _ = self._files[place.file]
-        with judged(path), path.open("rb") as file:
+        with clear_errors(path), path.open("rb") as file:
             return saved(file, place.start, place.length)
 
     def object_in_bytes(self, key: str) -> Any:
@@ -65,7 +65,7 @@ class Storage:
         place = self.objects[key]
         report(self._missing([place]))
         path, _ = self._files[place.file]
-        with judged(path, _WAY_OUT), path.open("rb") as file:
+        with clear_errors(path, _WAY_OUT), path.open("rb") as file:
             try:
                 numbers = saved_tensor(file, place.start, place.length)
                 if numbers.dtype is not torch.uint8 or numbers.strides != (1,) or numbers.shape[0] > _MOST_BYTES:
@@ -75,7 +75,7 @@ class Storage:
             except ValueError:  # what another library keeps there
                 return None
 
-    def _missing(self, places: Iterable[Place]) -> list[str]:
+    def _missing(self, places: Iterable[Extent]) -> list[str]:
         """Which of the files where these lie are not there, or too short."""
         ends: dict[str, int] = {}
         for place in places:
@@ -121,7 +121,7 @@ class Storage:
     ) -> None:
         """Fill `into` with what `where` selects of entry `entry` of a chunk."""
         path, was = self._files[chunk.place.file]
-        with judged(path, _WAY_OUT), path.open("rb", buffering=0) as file:
+        with clear_errors(path, _WAY_OUT), path.open("rb", buffering=0) as file:
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
                 raise ExportError(f"{path} changed while it was exported. Start again when nobody writes there")

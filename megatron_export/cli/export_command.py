@@ -19,7 +19,7 @@ from .terminal import bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .run import Job
+    from .run import Outcome
 
 DESCRIPTION = "Export a Megatron-Core model as a quantized HuggingFace checkpoint."
 EXAMPLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
@@ -77,7 +77,7 @@ def _way_on(config: ExportConfig) -> str:
     )
 
 
-def table(job: "Job") -> list[tuple[str, str]]:
+def table(job: "Outcome") -> list[tuple[str, str]]:
     """The rows shown at the end: what was written, from what, in how long, with how much memory."""
     from ..planning.engine_check import of_plan, verdicts
     from .plan_command import plan_rows
@@ -100,7 +100,7 @@ def table(job: "Job") -> list[tuple[str, str]]:
     return rows + job.verdict
 
 
-def _dry(config: ExportConfig, job: "Job") -> list[tuple[str, str]]:
+def _dry(config: ExportConfig, job: "Outcome") -> list[tuple[str, str]]:
     """The rows shown after a dry run: those of `plan`."""
     import torch
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..calibration import data, statistics
 from ..checkpoint.original import Original, read_original
-from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..checkpoint.torch_dist_iteration import find_iteration
 from ..common.errors import ExportError
 from ..distributed.topology import Topology
@@ -24,14 +24,14 @@ def original_of(config: ExportConfig, example_model: Path) -> Original:
     return read_original(config.hf_model or example_model, config.request.mtp, weights=weights)
 
 
-def open_checkpoint(config: ExportConfig, hf_config: dict) -> Checkpoint | None:
+def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint | None:
     """The Megatron checkpoint that the weights come from, its names, shapes and settings checked."""
     if config.megatron_checkpoint is None:
         return None
     folder = find_iteration(config.megatron_checkpoint.resolve(), config.iteration)
     adapters = find_iteration(config.lora_checkpoint.resolve(), None) if config.lora_checkpoint else None
     settings = {"pp_layout": config.pp_layout, "merge_lora": config.request.merge_lora, "adapters": adapters}
-    return Checkpoint(folder, hf_config, mtp_dropped=config.request.mtp == "drop", **settings)
+    return MegatronCheckpoint(folder, hf_config, mtp_dropped=config.request.mtp == "drop", **settings)
 
 
 def apart(config: ExportConfig) -> list[Path]:

@@ -13,7 +13,7 @@ from ..calibration import statistics
 from ..calibration.calibrate import calibrate
 from ..calibration.lookup import check_calibration
 from ..checkpoint.hf_folder import check_unchanged
-from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..common.progress import Progress
 from ..distributed import collectives
@@ -22,7 +22,7 @@ from ..distributed.signals import heeded
 from ..distributed.topology import Topology
 from ..export.origins import Model, Statistics, Stored, Unbuilt
 from ..export.pipeline import Clock, Report, exported
-from ..export.prepare import Opening, built, opened
+from ..export.prepare import Opening, built, open_export
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..models.statistic_names import is_alpha, is_tokens, module_of
 from ..planning.plan import Plan
@@ -34,7 +34,7 @@ from .config import ExportConfig
 
 
 @dataclass
-class Job:
+class Outcome:
     """What has been settled and done so far, such as whether calibration data is run; `report` is None after a dry run, `tokens`
     maps the experts of each layer to how many calibration tokens each was given; `verdict` has the rows of the judgement, where
     one was asked for, and of what followed.
@@ -57,9 +57,9 @@ class Job:
         self.seconds[name] = time.monotonic() - started
 
 
-def run_export(config: ExportConfig, example_model: Path, progress: Progress) -> Job:
+def run_export(config: ExportConfig, example_model: Path, progress: Progress) -> Outcome:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
-    job = Job()
+    job = Outcome()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
     with (
         parallel_state.started(config.tp, config.pp, config.device, **sizes),
@@ -101,14 +101,14 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     return job
 
 
-def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[Opening, Checkpoint | None]:
+def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[Opening, MegatronCheckpoint | None]:
     """The export that is asked for, and the Megatron checkpoint that its weights are in, if it is one. Collective."""
     with together(here, "check the settings"):
         original = inputs.original_of(config, example_model)
         build.check_divides(original.config, here, config.pp_layout)
         checkpoint = inputs.open_checkpoint(config, original.config)
     return (
-        opened(
+        open_export(
             here,
             Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
             original,
@@ -163,7 +163,7 @@ def _calibrated(
     )
 
 
-def _notes(job: Job, known: Statistics) -> dict:
+def _notes(job: Outcome, known: Statistics) -> dict:
     """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
     alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
     tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
@@ -171,7 +171,7 @@ def _notes(job: Job, known: Statistics) -> dict:
     return {"seconds": seconds} | ({"alphas": alphas} if alphas else {}) | ({"tokens": tokens} if tokens else {})
 
 
-def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progress: Progress, staged: Path) -> None:
+def _finish(job: Outcome, config: ExportConfig, folder: Path, here: Topology, progress: Progress, staged: Path) -> None:
     """Judge what is about to be published, and describe it."""
     if not (config.verify or config.report):
         return
@@ -186,10 +186,10 @@ def _finish(job: Job, config: ExportConfig, folder: Path, here: Topology, progre
 
 
 def _load(
-    job: Job,
+    job: Outcome,
     config: ExportConfig,
     opening: Opening,
-    checkpoint: Checkpoint | None,
+    checkpoint: MegatronCheckpoint | None,
     samples: Tensor | None,
     here: Topology,
     progress: Progress,

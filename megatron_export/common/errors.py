@@ -25,7 +25,7 @@ class RankLost(ExportError):
     """Another rank failed alone, or is gone. No collective may be called any more."""
 
 
-def told(failure: Exception) -> str:
+def message_of(failure: Exception) -> str:
     """An exception as one line: what was not meant for users with its type, and where in the code it came from."""
     if isinstance(failure, ExportError):
         return str(failure)

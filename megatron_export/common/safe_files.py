@@ -38,7 +38,7 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says, which may quote the file that it is about."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error)[:MOST_LETTERS])
     return text if len(str(error)) <= MOST_LETTERS else f"{text}..."
@@ -163,7 +163,7 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
             if name != "__metadata__" and max(said["shape"], default=0) > MOST_ELEMENTS:
                 raise ValueError(f"{name} is {shown(said['shape'])}")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last: of torch, which maps the file
-        raise ExportError(f"{path}: not a readable safetensors file ({told(error)}). {way_out}") from error
+        raise ExportError(f"{path}: not a readable safetensors file ({reason_of(error)}). {way_out}") from error
     return file
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..common.errors import ExportError, Interrupted, told
+from ..common.errors import ExportError, Interrupted, message_of
 from .signals import heed
 from .topology import Cut, Topology
 
@@ -42,7 +42,9 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
     dist.all_reduce(failed, group=here.control)
     if not failed.item():
         return
-    messages = everyone(here, None if failure is None else (told(failure), isinstance(failure, Interrupted), stage))
+    messages = everyone(
+        here, None if failure is None else (message_of(failure), isinstance(failure, Interrupted), stage)
+    )
     first = next(rank for rank, message in enumerate(messages) if message is not None)
     text, interrupted, stage = messages[first]
     if interrupted or messages.count(messages[first]) == here.world:

@@ -11,17 +11,28 @@ judge     checkpoint, version, GPU, tensor-parallel size -> what it finds
 from types import ModuleType
 
 from . import sglang, tensorrt_llm, vllm
-from .checkpoint_view import Checkpoint, Header
+from .checkpoint_view import CheckpointView, Header
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 
-__all__ = ["ENGINES", "GPUS", "Checkpoint", "Effect", "Finding", "Header", "Rule", "Verdict", "judged", "targets_in"]
+__all__ = [
+    "ENGINES",
+    "GPUS",
+    "CheckpointView",
+    "Effect",
+    "Finding",
+    "Header",
+    "Rule",
+    "Verdict",
+    "verdict_of",
+    "targets_in",
+]
 
 ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm": tensorrt_llm}
 
 
-def judged(
-    checkpoint: Checkpoint, engine: str, version: str | None = None, gpu: str | None = None, tp: int = 1
+def verdict_of(
+    checkpoint: CheckpointView, engine: str, version: str | None = None, gpu: str | None = None, tp: int = 1
 ) -> Verdict:
     """What the engine of that name in `ENGINES` makes of a checkpoint, on `tp` GPUs that share each layer, of a kind in `GPUS`."""
     module = ENGINES[engine]

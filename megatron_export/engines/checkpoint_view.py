@@ -65,7 +65,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointView:
     """config, quant  config.json, and hf_quant_config.json where there is one
     files     safetensors file -> its tensors; index: tensor -> file, of the index where there is one
     expected  HF tensor -> its shape, of the model that config.json means, before it is quantized; None of an architecture

@@ -7,7 +7,7 @@ The names of the rules are the same in each engine's table; what happens where o
 import re
 from collections.abc import Callable, Iterator
 
-from .checkpoint_view import Checkpoint, Group, Module, View, is_quantized
+from .checkpoint_view import CheckpointView, Group, Module, View, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
 from .quant_configs import Reading
@@ -25,7 +25,7 @@ AGAIN = "fetch it again, or export it again"
 _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
 
 
-def check_tensors(rules: dict[str, Rule], checkpoint: Checkpoint, view: View) -> Findings:
+def check_tensors(rules: dict[str, Rule], checkpoint: CheckpointView, view: View) -> Findings:
     """The findings of an engine with these rules, begun with what does not depend on how linears are quantized: files and tensors
     that lack, or are too many.
     """
@@ -37,7 +37,7 @@ def check_tensors(rules: dict[str, Rule], checkpoint: Checkpoint, view: View) ->
 
 
 def check_codes(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointView,
     view: View,
     reading: Reading,
     algorithm_of: Callable[[Group], str | None],
@@ -64,7 +64,7 @@ def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], o
         findings.add("gpu", why)
 
 
-def _check_files(checkpoint: Checkpoint, findings: Findings) -> None:
+def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
     """The files against the index."""
     lacking = sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files))
     if lacking:
@@ -84,7 +84,7 @@ def _check_files(checkpoint: Checkpoint, findings: Findings) -> None:
         homes |= dict.fromkeys(tensors, file)
 
 
-def _check_model(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
     """The tensors against those that config.json means, but for the codes of quantized linears."""
     expected, shown = checkpoint.expected, checkpoint.architecture or "none"
     if expected is None:
@@ -107,7 +107,7 @@ def _check_model(checkpoint: Checkpoint, view: View, findings: Findings) -> None
                              way="move the file that has it out of the folder")  # fmt: skip
 
 
-def _missing(checkpoint: Checkpoint, name: str, one_by_one: set[str], findings: Findings) -> None:
+def _missing(checkpoint: CheckpointView, name: str, one_by_one: set[str], findings: Findings) -> None:
     container, inside, _ = name.partition(".experts.")
     if name.endswith("lm_head.weight") and checkpoint.tied:
         return
@@ -122,7 +122,7 @@ def _missing(checkpoint: Checkpoint, name: str, one_by_one: set[str], findings: 
         findings.add("missing", "it is not there", name, way=AGAIN)
 
 
-def _known(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], module: str, suffix: str) -> bool:
+def _known(checkpoint: CheckpointView, expected: dict[str, tuple[int, ...]], module: str, suffix: str) -> bool:
     name = f"{module}.{suffix}"
     if name in expected or (suffix == "weight" and module in expected):
         return True
@@ -136,13 +136,13 @@ def _known(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], module:
     return of_module and (suffix in _SCALES or suffix == "weight" or (stacked and suffix == "bias"))
 
 
-def is_mtp(name: str, checkpoint: Checkpoint) -> bool:
+def is_mtp(name: str, checkpoint: CheckpointView) -> bool:
     """Whether a tensor belongs to a layer that predicts one more token."""
     found = re.search(r"\blayers\.(\d+)\.", name)
     return bool(found) and int(found[1]) >= checkpoint.layers > 0
 
 
-def _check_experts(checkpoint: Checkpoint, view: View, findings: Findings) -> None:
+def _check_experts(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
     """Every layer's experts, of an architecture that has no table here."""
     if checkpoint.expected is not None:
         return
@@ -170,7 +170,7 @@ def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], st
 
 
 def _check_linears(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointView,
     view: View,
     findings: Findings,
     algorithm_of: Callable[[Group], str | None],

@@ -1,6 +1,6 @@
 """What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, its kernels were not."""
 
-from .checkpoint_view import Checkpoint, Group
+from .checkpoint_view import CheckpointView, Group
 from .checks import check_capability, check_codes, check_mtp, check_tensors
 from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL, GPUS
@@ -90,7 +90,7 @@ _ROUTES = {
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
+def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
     """All that SGLang would find."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
@@ -123,7 +123,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
     return findings
 
 
-def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
+def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     """What SGLang takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
@@ -167,7 +167,7 @@ def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | N
     return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
 
 
-def _check_config(checkpoint: Checkpoint, findings: Findings) -> None:
+def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
     """What config.json must say, and what must not be, quantized or not."""
     if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
         findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
@@ -183,7 +183,7 @@ def _check_config(checkpoint: Checkpoint, findings: Findings) -> None:
         )
 
 
-def _check_layouts(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
+def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
         findings.add(
             "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
@@ -213,7 +213,7 @@ def _check_layouts(checkpoint: Checkpoint, reading: Reading, gpu: str | None, fi
             _check_latent(group, four, findings)
 
 
-def _check_blocks(checkpoint: Checkpoint, group: Group, findings: Findings) -> None:
+def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
     if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
                      way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
@@ -242,7 +242,7 @@ def _check_latent(group: Group, four: bool, findings: Findings) -> None:
             )
 
 
-def _check_kv(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
+def _check_kv(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
     kv = checkpoint.indexed.kv
     if not (reading.kv or kv):
         return

@@ -7,7 +7,7 @@ Experts in one tensor are not looked at: how they are cut is not told by their s
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .checkpoint_view import Checkpoint, Group, View, is_quantized
+from .checkpoint_view import CheckpointView, Group, View, is_quantized
 from .exclude_lists import Partly
 from .tensor_specs import size_of, unit_of
 from .verdict import Findings
@@ -35,7 +35,7 @@ class _Cut(NamedTuple):
 
 
 def check_shared(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointView,
     view: View,
     algorithm_of: Callable[[Group], str | None],
     group_size: int,
@@ -67,13 +67,13 @@ def check_shared(
             findings.add("shared", f"{at} {part}{units}", *names, way=", or ".join(filter(None, ways)))
 
 
-def _heads_fit(checkpoint: Checkpoint, tp: int) -> bool:
+def _heads_fit(checkpoint: CheckpointView, tp: int) -> bool:
     heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
     return heads % tp == 0 and (checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0)
 
 
 def _cuts(
-    checkpoint: Checkpoint, view: View, algorithm_of: Callable[[Group], str | None], group_size: int
+    checkpoint: CheckpointView, view: View, algorithm_of: Callable[[Group], str | None], group_size: int
 ) -> dict[_Cut, list[str]]:
     """Every way in which linears are dealt out, and which they are."""
     found: dict[_Cut, list[str]] = {}

@@ -1,6 +1,6 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
 
-from .checkpoint_view import Checkpoint, Group
+from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors
 from .exclude_lists import Names, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
@@ -88,7 +88,7 @@ _MACHINES = {  # algorithm -> on what, and the compute capabilities
 }
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
+def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
     """All that TensorRT-LLM would find."""
     view = checkpoint.whole
     findings = check_tensors(RULES, checkpoint, view)
@@ -118,7 +118,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
     return findings
 
 
-def read(checkpoint: Checkpoint, version: str, findings: Findings) -> Reading | None:
+def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Reading | None:
     """What TensorRT-LLM takes from the configs: hf_quant_config.json's word, and config.json's where that has none."""
     inline, nested = checkpoint.inline, checkpoint.nested
     file = nested is not None and nested.get("quant_algo") is not None
@@ -180,7 +180,7 @@ def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
             )
 
 
-def _check_layouts(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
         findings.add("gpt_oss", "not tried with this architecture")
     for group in checkpoint.whole.groups:

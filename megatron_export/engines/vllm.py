@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .checkpoint_view import Checkpoint, Group
+from .checkpoint_view import CheckpointView, Group
 from .checks import check_capability, check_codes, check_mtp, check_tensors
 from .exclude_lists import Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
@@ -90,7 +90,7 @@ _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
-def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Findings:
+def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
     """All that vLLM would find."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
@@ -123,7 +123,7 @@ def judge(checkpoint: Checkpoint, version: str, gpu: str | None, tp: int) -> Fin
     return findings
 
 
-def read(checkpoint: Checkpoint, findings: Findings) -> Reading | None:
+def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     """What vLLM takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
@@ -180,7 +180,7 @@ def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings
     return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
 
 
-def _check_routers(checkpoint: Checkpoint, findings: Findings) -> None:
+def _check_routers(checkpoint: CheckpointView, findings: Findings) -> None:
     biases = [name for name in checkpoint.indexed.tensors if name.endswith("e_score_correction_bias")]
     if biases and checkpoint.text.get("topk_method") != "noaux_tc":
         findings.add("bias", "config.json does not say that routers have it", *biases,
@@ -190,7 +190,7 @@ def _check_routers(checkpoint: Checkpoint, findings: Findings) -> None:
                      way='set "scoring_func": "sigmoid" in config.json, as DeepSeek does')  # fmt: skip
 
 
-def _check_tied(checkpoint: Checkpoint, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
+def _check_tied(checkpoint: CheckpointView, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
     """Of a tied model too an output layer is built, before it is made the embedding."""
     inside = next(
         (name.rpartition("model.embed")[0] for name in checkpoint.indexed.modules if "model.embed" in name), ""
@@ -201,7 +201,7 @@ def _check_tied(checkpoint: Checkpoint, algorithm_of: Callable[[Group], str | No
         )
 
 
-def _check_layouts(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
         findings.add(
             "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
@@ -231,7 +231,7 @@ def _check_blocks(group: Group, reading: Reading, findings: Findings) -> None:
             findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")
 
 
-def _check_kv(checkpoint: Checkpoint, reading: Reading, findings: Findings) -> None:
+def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     kv = checkpoint.indexed.kv
     if checkpoint.latent:
         if reading.kv == "NVFP4":
@@ -256,7 +256,7 @@ def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
         findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
 
 
-def _check_router_weights(checkpoint: Checkpoint, reading: Reading, gpu: str | None, findings: Findings) -> None:
+def _check_router_weights(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
     """Llama 4's router multiplies what goes into an expert: vLLM does it before it calls a kernel, and some do it again."""
     experts = any(group.kind in ("experts", "stack") and group.quantized for group in checkpoint.indexed.groups)
     if not (experts and checkpoint.architecture.startswith("Llama4")):

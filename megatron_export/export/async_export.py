@@ -33,10 +33,10 @@ from ..planning.plan import Plan
 from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
-from ..writing.publish import Place
+from ..writing.publish import Destination
 from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
-from .async_writer import Job
+from .async_writer import Handover
 from .encode_stream import Stream, Work
 from .origins import Model, Statistics
 from .prepare import open_model, surveyed
@@ -173,7 +173,7 @@ def export_hf_checkpoint_async(
         opening = open_model(here, model, hf_model, request, calibration, target, check)
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said()}
-        place = Place(
+        place = Destination(
             target, request.overwrite, False, request.sync, opening.original, identity, provenance or {}, said
         )
         memory = _Memory(target, work.plan, keep_memory) if here.first else None
@@ -205,11 +205,11 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
                 writer.flush()
 
 
-def _started(plan: Plan, place: Place, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
+def _started(plan: Plan, place: Destination, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
     """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
     job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
     with os.fdopen(job, "wb", closefd=False) as file:
-        pickle.dump(Job(contents_of(plan), place, sizes, memory.descriptors), file)
+        pickle.dump(Handover(contents_of(plan), place, sizes, memory.descriptors), file)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_export.export.async_writer", f"{job}"],

@@ -1,6 +1,6 @@
 """The process that writes what an export in the background has kept in memory; it needs neither Megatron nor other ranks.
 
-python -m megatron_export.courier FD    does the `Job` that its parent has left in the file with that descriptor
+python -m megatron_export.courier FD    does the `Handover` that its parent has left in the file with that descriptor
 """
 
 import os
@@ -10,29 +10,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.errors import told
+from ..common.errors import message_of
 from ..planning.contents import Contents
 from ..writing.journal import Checks, sync
-from ..writing.publish import Place, opened, publish
+from ..writing.publish import Destination, open_staging, publish
 from ..writing.read_back import ReadBack, checks_of
 
 CHUNK = 64 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class Handover:
     """What the other process is told: the memory that each file is in, and what was written to it."""
 
     contents: Contents
-    place: Place
+    place: Destination
     sizes: dict[str, int]
     files: dict[str, int]
 
 
-def _write(job: Job) -> None:
+def _write(job: Handover) -> None:
     """The other process's work."""
     contents = job.contents
-    with opened(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
+    with open_staging(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
         writing = {
             file: pool.submit(_copy, staging.path(file), descriptor, contents, job.place.sync)
             for file, descriptor in job.files.items()
@@ -65,7 +65,7 @@ def main() -> int:
             job = pickle.load(file)
         _write(job)
     except Exception as error:  # noqa: BLE001 - whoever waits for this process must hear of it
-        sys.stderr.write(told(error))
+        sys.stderr.write(message_of(error))
         return 1
     return 0
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..calibration.modelopt.recipe import check_blocks, inherited_from_checkpoint, inherited_from_model
-from ..checkpoint.torch_dist import Checkpoint, CheckpointShards
+from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
 from ..common.errors import ExportError, report
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
@@ -78,7 +78,7 @@ class Live:
 class Stored:
     """A Megatron checkpoint, of which each rank reads the shards that a model would have there, one after the other."""
 
-    checkpoint: Checkpoint
+    checkpoint: MegatronCheckpoint
 
     def check(self, config: dict, request: Request) -> None:
         if request.merge_lora:
@@ -96,7 +96,7 @@ class Stored:
     def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
         with together(here, "read the checkpoint's quantizers"):
             check_blocks(here, self.checkpoint, request)
-        return CheckpointShards(self.checkpoint, self.checkpoint.held(here.sizes), here.rank, here.device)
+        return MegatronCheckpointShards(self.checkpoint, self.checkpoint.held(here.sizes), here.rank, here.device)
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ class Unbuilt:
         return assumed(config, here.sizes["tp"], here.sizes["etp"], pp_layout=self.pp_layout, **sizes)
 
 
-def origin_of(model: Model | Checkpoint) -> Live | Stored:
+def origin_of(model: Model | MegatronCheckpoint) -> Live | Stored:
     """The origin that a caller of the library gives."""
-    return Stored(model) if isinstance(model, Checkpoint) else Live(model)
+    return Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)

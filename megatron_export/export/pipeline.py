@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.hf_weights import SourceWeights
-from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.options import takes_options
 from ..common.progress import Progress, quiet
 from ..distributed import collectives
@@ -28,7 +28,7 @@ from ..planning.request import Request, requested
 from ..planning.shard_files import Bucket
 from ..writing import manifest
 from ..writing.journal import Checks
-from ..writing.publish import Place, opened, publish
+from ..writing.publish import Destination, open_staging, publish
 from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
 from ..writing.writer import CheckpointWriter
@@ -85,7 +85,7 @@ class _Written:
 
 @takes_options(Request)
 def export_hf_checkpoint(
-    model: Model | Checkpoint,
+    model: Model | MegatronCheckpoint,
     export_dir: str | Path,
     *,
     hf_model: str | Path,
@@ -99,7 +99,7 @@ def export_hf_checkpoint(
     """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
 
     model        this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
-                 not; quantized as the bfloat16 of its weights. Or a `Checkpoint`: no model is built, each rank reads the
+                 not; quantized as the bfloat16 of its weights. Or a `MegatronCheckpoint`: no model is built, each rank reads the
                  shards that it exports, one after the other, and all of them twice
     export_dir   the folder to write; what is there already is replaced with `overwrite` alone
     hf_model     folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
@@ -136,13 +136,17 @@ def exported(
     clock.end("survey")
     given = opening.request
     said = {"settings": given.said(), **(notes or {})}
-    place = Place(target, given.overwrite, given.resume, given.sync, opening.original, identity, provenance or {}, said)
+    place = Destination(
+        target, given.overwrite, given.resume, given.sync, opening.original, identity, provenance or {}, said
+    )
     written = _write(here, work, place, clock, progress, finish)
     peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), written.sent)), strict=True)
     return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, written.kept, wire, clock.stages)
 
 
-def _write(here: Topology, work: Work, place: Place, clock: Clock, progress: Progress, finish: Finish) -> _Written:
+def _write(
+    here: Topology, work: Work, place: Destination, clock: Clock, progress: Progress, finish: Finish
+) -> _Written:
     """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
     plan = work.plan
     with ExitStack() as stack:
@@ -152,7 +156,7 @@ def _write(here: Topology, work: Work, place: Place, clock: Clock, progress: Pro
             if published:
                 tidy(place.folder)
             elif here.first:
-                staging = stack.enter_context(opened(place))
+                staging = stack.enter_context(open_staging(place))
                 staging.keep(work.calibration)
         published, kept = collectives.from_first(here, (published, staging.finished if staging else {}))
         if published:
@@ -183,7 +187,7 @@ def _write(here: Topology, work: Work, place: Place, clock: Clock, progress: Pro
 
 
 def _opened(
-    here: Topology, plan: Plan, place: Place, staging: Staging | None, kept: dict[str, Checks], stack: ExitStack
+    here: Topology, plan: Plan, place: Destination, staging: Staging | None, kept: dict[str, Checks], stack: ExitStack
 ) -> tuple[CheckpointWriter | None, ReadBack | None]:
     """The writer of this rank's files and what reads them back, if it has any; what is complete already is read at once."""
     mine = [file for file, rank in plan.writers.items() if rank == here.rank]

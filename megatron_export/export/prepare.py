@@ -8,7 +8,7 @@ from typing import Any
 from .. import __version__
 from ..calibration.lookup import check_calibration
 from ..checkpoint.original import Original, read_original
-from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..distributed import collectives
 from ..distributed.collectives import together
@@ -46,7 +46,7 @@ class Opening:
 
 def open_model(
     here: Topology,
-    model: Model | Checkpoint,
+    model: Model | MegatronCheckpoint,
     hf_model: str | Path,
     request: Request,
     statistics: Statistics | None,
@@ -58,10 +58,10 @@ def open_model(
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
         original = read_original(hf_model, request.mtp, weights=False)
-    return opened(here, origin_of(model), original, request, statistics, export_dir, check=check)
+    return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
 
 
-def opened(
+def open_export(
     here: Topology,
     origin: Origin,
     original: Original,

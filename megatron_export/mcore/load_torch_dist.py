@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ..checkpoint.torch_dist import Checkpoint
+from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError
 from ..distributed.topology import Topology
 from ..models import is_expert
@@ -13,7 +13,7 @@ from .model import copies_of, shards_of
 
 def load_checkpoint(
     model: nn.Module | list[nn.Module],
-    checkpoint: Checkpoint,
+    checkpoint: MegatronCheckpoint,
     topology: Topology,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:

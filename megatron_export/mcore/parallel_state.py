@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from ..common.errors import ExportError, RankLost, StartError, told
+from ..common.errors import ExportError, RankLost, StartError, message_of
 from ..distributed.heartbeat import Pulse
 from ..distributed.topology import Cut, Topology
 from ..planning.request import SILENCE
@@ -77,7 +77,7 @@ def current(timeout: float = SILENCE) -> Iterator[Topology]:
             raise
         if blamed := pulse.explain(error):
             raise RankLost(blamed) from error
-        verdict = pulse.tell(told(error))
+        verdict = pulse.tell(message_of(error))
         if isinstance(error, ExportError) or dist.get_world_size() == 1:
             raise
         raise RankLost(verdict) from error

@@ -8,20 +8,20 @@ from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.safe_files import headers, inside, read_index, read_table
-from ..engines import ENGINES, Checkpoint, Header, Verdict, judged, targets_in
+from ..engines import ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
 from ..models import copied_prefixes, parameters_of
 from ..models.sources import expected_shapes
 from .plan import Plan
 from .quant_config import config_json, hf_quant_config
 
 
-def of_plan(plan: Plan) -> Checkpoint:
+def of_plan(plan: Plan) -> CheckpointView:
     """The checkpoint that a plan will write."""
     files = {
         file: {output.name: Header(SPELLED[output.dtype], output.shape) for output in outputs}
         for file, outputs in plan.files.items()
     }
-    return Checkpoint(
+    return CheckpointView(
         config=config_json(plan),
         quant=hf_quant_config(plan),
         files=files,
@@ -30,7 +30,7 @@ def of_plan(plan: Plan) -> Checkpoint:
     )
 
 
-def of_folder(folder: Path) -> Checkpoint:
+def of_folder(folder: Path) -> CheckpointView:
     """The checkpoint in a folder, of which headers and configs are read and no weights."""
     if not folder.is_dir():
         raise ExportError(
@@ -44,7 +44,7 @@ def of_folder(folder: Path) -> Checkpoint:
     index = {name: path.name for name, path in read_index(folder).items()} if INDEX in names else None
     read = {file: {name: Header(*said) for name, said in headers(inside(folder, file)).items()} for file in files}
     expected, copied = expected_of(config)
-    return Checkpoint(
+    return CheckpointView(
         config=config,
         quant=_json(folder, QUANT_CONFIG),
         files=read,
@@ -75,10 +75,14 @@ def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[
 
 
 def verdicts(
-    checkpoint: Checkpoint, engines: Iterable[str] = (), version: str | None = None, gpu: str | None = None, tp: int = 1
+    checkpoint: CheckpointView,
+    engines: Iterable[str] = (),
+    version: str | None = None,
+    gpu: str | None = None,
+    tp: int = 1,
 ) -> dict[str, Verdict]:
     """Name of the engine -> its verdict, on `tp` GPUs that share each layer; without `engines`, of all of them."""
-    found = (judged(checkpoint, engine, version, gpu, tp) for engine in engines or ENGINES)
+    found = (verdict_of(checkpoint, engine, version, gpu, tp) for engine in engines or ENGINES)
     return {verdict.engine: verdict for verdict in found}
 
 
@@ -89,7 +93,7 @@ def refusals(plan: Plan, target: str) -> list[str]:
     except ValueError as error:
         raise ExportError(f"--target: {error}") from error
     checkpoint = of_plan(plan) if sizes else None
-    found = [judged(checkpoint, engine, tp=size) for engine, size in sizes.items()]
+    found = [verdict_of(checkpoint, engine, tp=size) for engine, size in sizes.items()]
     return [f"--target: {one.engine} will not load this: {one.why}" for one in found if one.loads is False]
 
 

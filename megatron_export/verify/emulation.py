@@ -19,7 +19,7 @@ from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
-from ..common.safe_files import inside, opened, read_header, read_json, shown, told
+from ..common.safe_files import inside, opened, read_header, read_json, reason_of, shown
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
 from ..models import known
 from .detect_format import described, module_of
@@ -72,7 +72,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
-        raise ExportError(f"{folder}: no config.json of a model that transformers knows ({told(error)})") from error
+        raise ExportError(
+            f"{folder}: no config.json of a model that transformers knows ({reason_of(error)})"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
     tensors = Respelled(files, architecture, device)
@@ -86,7 +88,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     try:
         model.load_state_dict({name: tensors.take(name) for name in wanted if name in tensors}, strict=False)
     except RuntimeError as error:
-        raise ExportError(f"{folder}: its tensors are not of the model in its config.json ({told(error)})") from error
+        raise ExportError(
+            f"{folder}: its tensors are not of the model in its config.json ({reason_of(error)})"
+        ) from error
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing += [name for name in wanted if name not in tensors and name not in tied]
     report(

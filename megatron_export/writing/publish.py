@@ -13,14 +13,14 @@ from ..planning.contents import Contents
 from . import manifest
 from .fingerprint import of_settings
 from .journal import naming
-from .read_back import Verified, judged
+from .read_back import Verified, check_read_back
 from .staging import Staging
 from .target import check_empty
 from .writer import complete, write_json
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where an export goes: the target, the original model whose other files are copied, and what the manifest says."""
 
     folder: Path
@@ -33,7 +33,7 @@ class Place:
     notes: dict = field(default_factory=dict)
 
 
-def opened(place: Place) -> Staging:
+def open_staging(place: Destination) -> Staging:
     """The staging folder of a target that nobody has taken."""
     check_empty(place.folder, overwrite=place.overwrite)
     which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
@@ -43,7 +43,7 @@ def opened(place: Place) -> Staging:
 def publish(
     contents: Contents,
     staging: Staging,
-    place: Place,
+    place: Destination,
     sizes: dict[str, int],
     read: list[dict[str, Verified]],
     finish: Callable[[Path], None] = lambda folder: None,
@@ -51,7 +51,7 @@ def publish(
     """Add the other files, judge what all writers read back, and give the folder its name; `finish` is called with it before."""
     check_unchanged(place.original.folder, place.original.files)
     complete(contents, staging, hf_folder.files_to_copy(place.original.folder))
-    found = judged(staging, contents, {file: verified for files in read for file, verified in files.items()})
+    found = check_read_back(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
     with naming(place.folder):
         write_json(

@@ -110,7 +110,7 @@ class ReadBack:
         return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
-def judged(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
+def check_read_back(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
     """What was found in all files of a folder, after the recipe was checked too.
 
     Raises one `ExportError` with all that is wrong. Files that are not what was written count as complete no more.

@@ -38,7 +38,7 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-class Shard:
+class SafetensorsFile:
     """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
 
     def __init__(

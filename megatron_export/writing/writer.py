@@ -22,7 +22,7 @@ from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
 from .device_to_disk import Conveyor
 from .journal import Checks, naming
-from .safetensors_file import Shard
+from .safetensors_file import SafetensorsFile
 from .staging import Staging
 
 
@@ -69,7 +69,7 @@ class CheckpointWriter:
         contents = contents_of(plan)
         self.homes, self.slices = contents.homes, contents.slices
         self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
-        self.shards: dict[str, Shard] = {}
+        self.shards: dict[str, SafetensorsFile] = {}
         self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
         self.finishing: list[Future] = []
 
@@ -112,7 +112,7 @@ class CheckpointWriter:
         outputs = self.plan.files[file]
         with naming(self.staging.target):
             sheet_of = partial(self.staging.sheet, file)
-            self.shards[file] = shard = Shard(file, sheet_of, outputs, self.slices, self.checked)
+            self.shards[file] = shard = SafetensorsFile(file, sheet_of, outputs, self.slices, self.checked)
         if self.follow:
             self.follow(self.staging.path(file), outputs, shard.ready)
 
@@ -123,7 +123,7 @@ class CheckpointWriter:
         if last:
             self.finishing.append(self.finisher.submit(self._finish, shard))
 
-    def _finish(self, shard: Shard) -> None:
+    def _finish(self, shard: SafetensorsFile) -> None:
         with naming(self.staging.target):
             shard.sheet.finish()
         self.staging.finish(shard.name, shard.checks())

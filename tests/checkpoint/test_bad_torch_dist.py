@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist import MegatronCheckpoint
 from megatron_export.checkpoint.torch_dist_iteration import find_iteration
 from megatron_export.models import parameters_of
 
@@ -43,7 +43,7 @@ def said_of(folder: Path, iteration: int | None = None, **changes: Any) -> str:
     """What is said of a checkpoint that is refused."""
     config = read_json(folder / "hf" / "config.json") | changes
     with pytest.raises(ExportError) as caught:
-        checkpoint = Checkpoint(find_iteration(folder / "saved", iteration), config)
+        checkpoint = MegatronCheckpoint(find_iteration(folder / "saved", iteration), config)
         for one in parameters_of(config).values():
             checkpoint.shard(one, one.shape, 0, 1)
     assert "Traceback" not in str(caught.value)
@@ -309,7 +309,7 @@ def test_a_run_config_that_is_none_is_refused(text: str, words: str, folder: Pat
 
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(folder: Path) -> None:
     config = read_json(folder / "hf" / "config.json")
-    checkpoint = Checkpoint(find_iteration(folder / "saved", None), config)
+    checkpoint = MegatronCheckpoint(find_iteration(folder / "saved", None), config)
     one = checkpoint.sources["output_layer.weight"]
     checkpoint.shard(one, one.shape, 0, 1)
     for path in (folder / "saved" / ITERATION).glob("*.distcp"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist import MegatronCheckpoint
 from megatron_export.checkpoint.torch_dist_iteration import find_iteration
 from megatron_export.common.piece import Axis
 from megatron_export.models import parameters_of
@@ -38,7 +38,7 @@ def saved(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def parameters(source: Path, folder: Path) -> dict[str, Tensor]:
     """Every parameter of a checkpoint, whole."""
     config = read_json(source / "config.json")
-    checkpoint = Checkpoint(find_iteration(folder, None), config)
+    checkpoint = MegatronCheckpoint(find_iteration(folder, None), config)
     return {n: checkpoint.shard(one, one.shape, 0, 1) for n, one in parameters_of(config).items()}
 
 
@@ -105,7 +105,7 @@ def test_a_hybrid_model_says_how_many_halves_of_layers_it_has(saved: dict, ranks
 def test_shards_of_any_number_of_ranks_make_the_whole(count: int, saved: dict) -> None:
     """Of 8, more than there are query groups, and a vocabulary that is padded further than it was saved."""
     source, folder = saved["qwen3"]
-    checkpoint = Checkpoint(find_iteration(folder, 7), read_json(source / "config.json"))
+    checkpoint = MegatronCheckpoint(find_iteration(folder, 7), read_json(source / "config.json"))
     held = checkpoint.held({"tp": count, "etp": count, "pp": 1, "ep": 1, "vpp": 1, "world": count})
     for name, whole in parameters(source, folder).items():
         one, layout = checkpoint.sources[name], checkpoint.sources[name].layout

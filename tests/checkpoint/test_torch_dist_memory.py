@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from megatron_export import export_hf_checkpoint
-from megatron_export.checkpoint.torch_dist import Checkpoint
+from megatron_export.checkpoint.torch_dist import MegatronCheckpoint
 from megatron_export.checkpoint.torch_dist_iteration import find_iteration
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
@@ -37,7 +37,7 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
         mock.patch("megatron_export.checkpoint.hf_folder.read_config", lambda _: config),
     ):
         before = measure()
-        checkpoint = Checkpoint(find_iteration(saved, None), config)
+        checkpoint = MegatronCheckpoint(find_iteration(saved, None), config)
         export_hf_checkpoint(checkpoint, folder, hf_model=EXAMPLE, format="fp8_pb")
         return resident("VmHWM") - before
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_export.cli import commands
 from megatron_export.common.errors import ExportError
-from megatron_export.engines import ENGINES, Checkpoint, Effect, judged
+from megatron_export.engines import ENGINES, CheckpointView, Effect, verdict_of
 from megatron_export.engines.exclude_lists import (
     Names,
     Partly,
@@ -91,9 +91,9 @@ GOLDEN = {
 # fmt: on
 
 
-def found(checkpoint: Checkpoint, **asked: str | int) -> list[list[str]]:
+def found(checkpoint: CheckpointView, **asked: str | int) -> list[list[str]]:
     """The rules that each engine finds, the worst first."""
-    return [[finding.rule for finding in judged(checkpoint, engine, **asked).findings] for engine in ENGINES]
+    return [[finding.rule for finding in verdict_of(checkpoint, engine, **asked).findings] for engine in ENGINES]
 
 
 def test_every_golden_checkpoint_has_its_verdict() -> None:
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_found_out(damage: tuple[str, Change]) -> None:
         assert rule in broken if rule else set(broken) <= {"machine"}
 
 
-def store_the_last_layer_plain(said: Checkpoint) -> Checkpoint:
+def store_the_last_layer_plain(said: CheckpointView) -> CheckpointView:
     """Of a layer that predicts one more token, all linears in bfloat16, and none of them left out."""
     [file] = said.files
     scales = ("scale", "scale_2")
@@ -123,7 +123,7 @@ def store_the_last_layer_plain(said: Checkpoint) -> Checkpoint:
     return replace(said, files={file: tensors})
 
 
-def alter(said: Checkpoint, **quantization: object) -> Checkpoint:
+def alter(said: CheckpointView, **quantization: object) -> CheckpointView:
     """Another word in both configs."""
     config = said.config | {"quantization_config": said.config["quantization_config"] | quantization}
     return replace(said, config=config, quant={"quantization": said.quant["quantization"] | quantization})
@@ -151,7 +151,7 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "dense among experts": lambda: found(planned(QWEN_MOE | {"mlp_only_layers": [1]}, format="bf16")),
     "few rows": lambda: found(planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb")),
     "old": lambda: [
-        [f.rule for f in judged(planned(LLAMA, format="fp8_pb", options=Options(fp8_pb_spelling="modelopt")), "tensorrt_llm",
+        [f.rule for f in verdict_of(planned(LLAMA, format="fp8_pb", options=Options(fp8_pb_spelling="modelopt")), "tensorrt_llm",
                                 version="1.2.1").findings]
     ],  # fmt: skip
     "llama 4 on Hopper": lambda: found(planned(LLAMA4, format="nvfp4"), gpu="h200"),
@@ -229,13 +229,13 @@ def test_names_are_matched_as_each_engine_does(
 
 def test_a_gpu_decides_what_it_computes() -> None:
     four = planned(LLAMA, format="nvfp4")
-    verdict = {gpu: judged(four, "tensorrt_llm", gpu=gpu) for gpu in ("h200", "b200")}
+    verdict = {gpu: verdict_of(four, "tensorrt_llm", gpu=gpu) for gpu in ("h200", "b200")}
     assert verdict["h200"].text == "refused: it does not compute NVFP4 on h200 (it does on Blackwell)"
     assert verdict["b200"].text == "loads"
-    assert [judged(four, "vllm", gpu=gpu).loads for gpu in ("t4", "h200")] == [True, True]
-    assert judged(planned(LLAMA, format="fp8"), "sglang", gpu="a100").loads is False
+    assert [verdict_of(four, "vllm", gpu=gpu).loads for gpu in ("t4", "h200")] == [True, True]
+    assert verdict_of(planned(LLAMA, format="fp8"), "sglang", gpu="a100").loads is False
     smoothed = planned(LLAMA, format="nvfp4_awq", options=Options(awq_output="modelopt"))
-    assert [judged(smoothed, "sglang", gpu=gpu).loads for gpu in ("h200", "b200")] == [False, True]
+    assert [verdict_of(smoothed, "sglang", gpu=gpu).loads for gpu in ("h200", "b200")] == [False, True]
 
 
 @pytest.mark.parametrize("config", [LLAMA4, LLAMA4_SEES], ids=["text", "sees"])
@@ -243,7 +243,7 @@ def test_where_vllm_multiplies_llama_4s_router_weights_twice(config: dict) -> No
     """As it was seen to, in NVFP4 on an H200; and not in bf16, fp8_pb, and with the Triton kernel in fp8."""
     kinds = {form: planned(config, format=form) for form in ("bf16", "fp8", "fp8_pb", "nvfp4")}
     asked = (None, "l40s", "h200", "b200", "rtx5090")
-    said = {form: [judged(kind, "vllm", gpu=gpu) for gpu in asked] for form, kind in kinds.items()}
+    said = {form: [verdict_of(kind, "vllm", gpu=gpu) for gpu in asked] for form, kind in kinds.items()}
     nothing, minds, loses = (False, Effect.MINDS), (True, Effect.MINDS), (True, Effect.LOSES)
     assert {form: [("twice" in one.why, one.effect) for one in row] for form, row in said.items()} == {
         "bf16": [nothing] * 5,
@@ -255,7 +255,7 @@ def test_where_vllm_multiplies_llama_4s_router_weights_twice(config: dict) -> No
 
 
 def test_the_worst_decides_and_many_modules_are_one_finding() -> None:
-    verdict = judged(described(golden("bad/llama-FP8-mcore-tp2pp1ep1")), "vllm")
+    verdict = verdict_of(described(golden("bad/llama-FP8-mcore-tp2pp1ep1")), "vllm")
     assert verdict.effect is Effect.REFUSES and verdict.loads is False
     assert "model.layers.0.mlp.down_proj and 1 more: its weight is [128, 128], and FP8 has [128, 256]" in verdict.why
     both = lines({"vLLM": verdict})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.engines import Verdict, judged
+from megatron_export.engines import Verdict, verdict_of
 from megatron_export.planning.engine_check import of_folder
 
 from ..support.checkpoints import (
@@ -53,7 +53,7 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     """Where SGLang did not do what the rules say."""
     found = {}
     for folder, one in tried("sglang_loading", *folders).items():
-        verdict = judged(of_folder(folder), "sglang")
+        verdict = verdict_of(of_folder(folder), "sglang")
         keeps = "_kv" in folder.name and all(finding.rule != "kv ignored" for finding in verdict.findings)
         if not agrees(verdict, one) or (filled(one) and one["kv"] != keeps):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one}"
@@ -72,13 +72,13 @@ def test_sglang_loads_every_architecture_in_every_format_as_the_rules_say(pool: 
 def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
     folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
     for folder, one in tried("sglang_loading", *folders).items():
-        verdict = judged(described(golden(folders[folder])), "sglang")
+        verdict = verdict_of(described(golden(folders[folder])), "sglang")
         assert agrees(verdict, one), f"{folders[folder]}: {verdict.text} | {one}"
 
 
 def test_sglang_refuses_what_is_damaged_or_leaves_it_empty(tmp_path: Path) -> None:
     damages = {written(damaged(*damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
     for folder, one in tried("sglang_loading", *damages).items():
-        verdict = judged(described(damaged(*damages[folder])), "sglang")
+        verdict = verdict_of(described(damaged(*damages[folder])), "sglang")
         unnoticed = damages[folder][1] in UNNOTICED
         assert filled(one) if unnoticed else agrees(verdict, one), f"{damages[folder]}: {verdict.text} | {one}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_export.engines import ENGINES, Effect, Verdict, judged, targets_in
+from megatron_export.engines import ENGINES, Effect, Verdict, targets_in, verdict_of
 from megatron_export.planning.engine_check import of_plan, refusals, verdicts
 from megatron_export.planning.plan import assumed
 
@@ -29,7 +29,7 @@ QWEN_SMALL = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_attenti
 
 
 def found(config: dict, form: str, tp: int, engine: str = "vllm", **settings: object) -> Verdict:
-    return judged(planned(config, format=form, **settings), engine, tp=tp)
+    return verdict_of(planned(config, format=form, **settings), engine, tp=tp)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from launch.bench.serving import through_vllm
 from launch.bench.vllm_process import of_scales
-from megatron_export.engines import Effect, judged, vllm
+from megatron_export.engines import Effect, verdict_of, vllm
 from megatron_export.engines.exclude_lists import Names, Partly, full, vllm_exactly, vllm_modelopt
 from megatron_export.planning.engine_check import of_folder
 from megatron_export.verify.perplexity import of_window
@@ -39,7 +39,7 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     """Where vLLM did not do what the rules say, or warned of scales."""
     found = {}
     for folder, one in tried("vllm_loading", *folders).items():
-        verdict = judged(of_folder(folder), "vllm")
+        verdict = verdict_of(of_folder(folder), "vllm")
         warned = of_scales(one["warned"])
         if (one["error"] is None) != (verdict.loads is not False) or (one["error"] is None and warned):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one['error']} | {warned}"
@@ -59,7 +59,7 @@ def test_vllm_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: 
     folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
     for folder, one in tried("vllm_loading", *folders).items():
         name = folders[folder]
-        loads = judged(described(golden(name)), "vllm").loads
+        loads = verdict_of(described(golden(name)), "vllm").loads
         assert (one["error"] is None) == (loads or name in UNNOTICED), f"{name}: {one['error']}"
 
 
@@ -166,7 +166,7 @@ def test_vllm_computes_with_two_ranks_what_it_does_with_one(
     [folder] = exported(living(pool), {name: [form]}, tmp_path)
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0)).tolist()
     one, two = (through_vllm(folder, windows, Namespace(timeout=300, attention=None, tp=tp)) for tp in (1, 2))
-    loads = judged(of_folder(folder), "vllm", tp=2).loads
+    loads = verdict_of(of_folder(folder), "vllm", tp=2).loads
     assert (one["error"], two["error"] is None) == (None, loads), two["error"]
     if loads:
         assert rms(torch.tensor(two["losses"]) - torch.tensor(one["losses"])) < (0.1 if "nvfp4" in form else 0.03)

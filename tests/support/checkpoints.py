@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_export.common.file_names import INDEX
-from megatron_export.engines import Checkpoint, Header
+from megatron_export.engines import CheckpointView, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
 from megatron_export.planning.plan import assumed
 
@@ -30,10 +30,10 @@ def golden(name: str) -> Said:
     return copy.deepcopy(HEADERS[name])
 
 
-def described(said: Said) -> Checkpoint:
+def described(said: Said) -> CheckpointView:
     """As the engines' rules see it."""
     expected, copied = expected_of(said["config"])
-    return Checkpoint(
+    return CheckpointView(
         config=said["config"],
         quant=said["quant"],
         files={
@@ -46,7 +46,7 @@ def described(said: Said) -> Checkpoint:
     )
 
 
-def planned(config: dict, **settings: Any) -> Checkpoint:
+def planned(config: dict, **settings: Any) -> CheckpointView:
     """What a plan would write."""
     return of_plan(plan_for(config, assumed(config, 1), **settings))
 

@@ -20,7 +20,7 @@ from megatron_export.planning.plan import Plan, assumed
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
-from megatron_export.writing.read_back import ReadBack, Verified, judged
+from megatron_export.writing.read_back import ReadBack, Verified, check_read_back
 from megatron_export.writing.safetensors_file import header_of
 from megatron_export.writing.staging import Staging
 from megatron_export.writing.writer import complete, write_json
@@ -50,7 +50,7 @@ def read_back(staging: Staging, plan: Plan) -> dict[str, Verified]:
     with ReadBack(contents) as back:
         for file, outputs in contents.files.items():
             back.follow(staging.folder / file, outputs)
-        return judged(staging, contents, back.found(staging.finished))
+        return check_read_back(staging, contents, back.found(staging.finished))
 
 
 def verified(

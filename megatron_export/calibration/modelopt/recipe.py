@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.torch_dist import Checkpoint
+from ...checkpoint.torch_dist import MegatronCheckpoint
 from ...common.errors import ExportError, report
 from ...common.piece import Axis
 from ...distributed.collectives import everyone, maximum, spread, together, whole
@@ -55,7 +55,7 @@ def inherited_from_model(
 
 
 def inherited_from_checkpoint(
-    checkpoint: Checkpoint, config: dict, request: Request, given: Statistics | None
+    checkpoint: MegatronCheckpoint, config: dict, request: Request, given: Statistics | None
 ) -> tuple[Request, Statistics | None]:
     """The same for the model in a checkpoint, which every rank reads for itself."""
     quantizers = _quantizers(checkpoint, request)
@@ -82,17 +82,17 @@ def inherited_from_checkpoint(
     return _inherited(config, recipe, request), statistics
 
 
-def _quantizers(checkpoint: Checkpoint, request: Request) -> Quantizers:
+def _quantizers(checkpoint: MegatronCheckpoint, request: Request) -> Quantizers:
     found = checkpoint.quantizers
     return supposed(found, _columns(checkpoint), request.format, request.kv_cache, checkpoint.folder)
 
 
-def _columns(checkpoint: Checkpoint) -> dict[str, int]:
+def _columns(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     """Linear -> how many inputs it has."""
     return {name.removesuffix(".weight"): one.shape[-1] for name, one in checkpoint.sources.items()}
 
 
-def check_blocks(here: Topology, checkpoint: Checkpoint, request: Request) -> None:
+def check_blocks(here: Topology, checkpoint: MegatronCheckpoint, request: Request) -> None:
     """Raise if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
     found = blocks_in(_quantizers(checkpoint, request))
     mine = sorted((name, one) for name, one in found.items() if f"{name}.weight" in checkpoint.sources)[
