@@ -40,7 +40,8 @@ def add_options(parser: argparse.ArgumentParser, wanted: Callable[[Option], bool
     """A flag for every wanted option of `ExportConfig`."""
     for one in options_of(ExportConfig).values():
         if wanted(told_by(one)):
-            shown = f" (default: {one.default})" if one.default not in (None, (), "") and not _switches(one) else ""
+            default = f"{one.default:g}" if isinstance(one.default, float) else one.default
+            shown = f" (default: {default})" if default not in (None, (), "") and not _switches(one) else ""
             parser.add_argument(flag_of(one), dest=one.name, help=told_by(one).help + shown, **_argument(one))
 
 
