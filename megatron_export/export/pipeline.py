@@ -158,7 +158,8 @@ def _write(
             elif here.first:
                 staging = stack.enter_context(open_staging(place))
                 staging.keep(work.calibration)
-        published, kept = collectives.from_first(here, (published, staging.finished if staging else {}))
+        kept = dict(staging.finished) if staging else {}  # a copy: on rank 0 the journal's own goes on growing
+        published, kept = collectives.from_first(here, (published, kept))
         if published:
             return _Written(len(plan.files))
         with together(here, "open files"):

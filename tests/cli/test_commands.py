@@ -343,6 +343,7 @@ def alone(*flags: object) -> subprocess.CompletedProcess:
 def test_an_export_without_torchrun_is_one_process(tmp_path: Path) -> None:
     done = alone("--format", "fp8_pb", "--output", tmp_path / "out")
     assert (done.returncode, (tmp_path / "out" / "model.safetensors").is_file()) == (0, True), done.stderr
+    assert "resumed" not in done.stdout  # nothing was there
 
 
 def test_an_export_that_needs_more_ranks_says_how_to_start_them(tmp_path: Path) -> None:
