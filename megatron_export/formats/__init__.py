@@ -4,7 +4,7 @@ NAME     what the user types
 OPTIONS  the fields of `Options` that it reads
 form     settled options -> Form
 
-A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md adds one, line by line.
+A format of the KV cache is a module too, whose FORM is a `KvForm`.
 """
 
 from dataclasses import fields

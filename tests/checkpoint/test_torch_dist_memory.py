@@ -34,7 +34,7 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
     with (
         parallel_state.started(1, 1, "cpu"),
         mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
-        mock.patch("megatron_export.checkpoint.hf_folder.read_config", lambda _: config),
+        mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
     ):
         before = measure()
         checkpoint = MegatronCheckpoint(find_iteration(saved, None), config)
