@@ -96,7 +96,9 @@ def renewed(here: Topology, opening: Opening, model: Model, statistics: Statisti
     """The same plan for the weights that a model has now, which has the shapes of the one that was opened. Collective."""
     origin, config = Live(model), opening.original.config
     with together(here, "read the model's shapes"):
-        if origin.shapes(config, opening.given) != opening.origin.shapes(config, opening.given):
+        shapes = dict(origin.shapes(config, opening.given))
+        planned = {name: one.shape for name, one in opening.held.items() if name in shapes or here.rank in one.ranks}
+        if shapes != planned:
             raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
     settled, statistics = origin.inherit(here, config, opening.given, statistics)
     return replace(opening, origin=origin, request=settled, statistics=statistics)
