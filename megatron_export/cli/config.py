@@ -8,6 +8,7 @@ from typing import Any
 from ..common.options import made, option
 from ..common.text import parse_size
 from ..engines import targets_in
+from ..formats import chosen
 from ..planning.request import Request
 
 beside = partial(option, planned=False)  # of the command alone: `plan` has no use for it
@@ -120,14 +121,16 @@ class ExportConfig:
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
-        form = self.request.format
-        needs_none = form == "bf16" or (form == "fp8_pb" and self.request.kv_cache in ("none", None))
+        if self.request.format is None:
+            return
+        form, cache = chosen(self.request.format), self.request.kv_cache not in ("none", None)
+        needs_none = not form.calibrated and not (form.quantization and cache)
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
-                f"--format {form} needs no calibration: --calib-data and --load-calibration have no effect"
+                f"--format {form.name} needs no calibration: --calib-data and --load-calibration have no effect"
             )
-        if form == "bf16" and self.save_calibration:
-            raise ValueError("--format bf16 needs no calibration: --save-calibration has no effect")
+        if not form.quantization and self.save_calibration:
+            raise ValueError(f"--format {form.name} needs no calibration: --save-calibration has no effect")
 
     def _check_judging(self) -> None:
         judged = self.verify or self.report

@@ -37,7 +37,9 @@ FORM = Form(
     native=None,
     arithmetic=Arithmetic(not_rounded, torch.bfloat16),
     least_snr=40.0,
+    latent=True,
     stackable=True,
+    no_experts="",
     smoothing=None,
 )
 

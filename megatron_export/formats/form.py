@@ -104,7 +104,9 @@ class Form:
     native        config.json's `quantization_config`, where that is not in ModelOpt's dialect; None where it is
     arithmetic    how an engine multiplies with it
     least_snr     signal to noise in dB below which a weight is broken rather than rounded, whatever the model
+    latent        whether every engine loads latent attention in it; where not, that is quantized only if the user asks for it
     stackable     whether the experts of a layer may be written as one tensor, of models that have them so
+    no_experts    why no model with experts is written in it, and what to do instead, as sentences; "" where one is
     smoothing     how AWQ prepares its weights; None for not at all
     """
 
@@ -119,7 +121,9 @@ class Form:
     native: Native | None
     arithmetic: Arithmetic
     least_snr: float
+    latent: bool
     stackable: bool
+    no_experts: str
     smoothing: Smoothing | None
 
     @property
@@ -145,6 +149,11 @@ class Form:
         they round to the largest.
         """
         return tuple(s for s, one in self.stored.items() if one.rows is one.columns is None and s != self.scale)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row's numbers have scales of their own, or bytes that they share with another row's."""
+        return any(one.rows != (1 if suffix == "weight" else None) for suffix, one in self.stored.items())
 
     @property
     def activations(self) -> bool:

@@ -75,7 +75,9 @@ FORM = Form(
     native=None,
     arithmetic=Arithmetic(rounded, torch.float32),
     least_snr=20.0,
+    latent=False,
     stackable=True,
+    no_experts="",
     smoothing=None,
 )
 

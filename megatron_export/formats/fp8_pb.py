@@ -101,6 +101,8 @@ def form(options: Options) -> Form:
         native=NATIVE if native else None,
         arithmetic=Arithmetic(round_inputs, torch.float32),
         least_snr=20.0,
+        latent=True,
         stackable=False,
+        no_experts="" if native else "--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native",
         smoothing=None,
     )

@@ -82,7 +82,9 @@ def awq_form(name: str, algorithm: str, options: Options, **own: Any) -> Form:
         numbers=None,
         native=None,
         least_snr=6.0,
+        latent=False,
         stackable=False,
+        no_experts="",
         smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
         **own,
     )

@@ -126,7 +126,9 @@ FORM = Form(
     native=None,
     arithmetic=Arithmetic(round_inputs, torch.float32),
     least_snr=10.0,
+    latent=False,
     stackable=True,
+    no_experts="",
     smoothing=None,
 )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..formats import Form
+from ..formats import VARIANTS, Form
 from ..models import (
     Architecture,
     Source,
@@ -70,7 +70,7 @@ def settle(
     never = tuple(dict.fromkeys(never))
     if not form.quantization:
         return Policy(
-            frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(exclude, quantize_mla))
+            frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(form, exclude, quantize_mla))
         )
     out, problems = _excluded(linears, never, exclude)
     problems += _refused(config, architecture, form)
@@ -78,16 +78,17 @@ def settle(
     remarks = []
     if quantize_mla and not latent:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
-    if latent - out and not quantize_mla and form.name != "fp8_pb":
+    if latent - out and not quantize_mla and not form.latent:
+        others = dict.fromkeys(other.name for _, other in VARIANTS if other.latent and other.quantization)
         remarks.append(
             f"attention stays in bfloat16: not every engine loads latent attention in {form.name} "
-            "(--quantize-mla quantizes it, --format fp8_pb always does)",
+            f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
         )
         out |= latent
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     if architecture.turned:
         keys = {name for name in linears if makes_keys(name)} - out
-        if keys and form.name != "fp8":
+        if keys and form.by_row:
             remarks.append(
                 f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
             )
@@ -176,15 +177,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names if len(names) < 6 else [*names[:3], f"... ({len(names)} in all)"])
 
 
-def _without_effect(exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
+def _without_effect(form: Form, exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
     flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
-    return [f"{flag} has no effect with --format bf16" for flag in flags]
+    return [f"{flag} has no effect with --format {form.name}" for flag in flags]
 
 
 def _refused(config: dict, architecture: Architecture, form: Form) -> list[str]:
     """Why no export in this format is made of this architecture."""
-    if shape_of(config).experts and form.name == "fp8_pb" and form.native is None:
-        return ["--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native"]
+    if shape_of(config).experts and form.no_experts:
+        return [form.no_experts]
     if architecture.formats and form.name not in architecture.formats:
         why = architecture.unsmoothed if form.smoothing and form.smoothing.folds else "no engine loads it"
         *some, last = architecture.formats

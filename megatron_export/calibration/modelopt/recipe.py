@@ -115,7 +115,7 @@ def _inherited(config: dict, recipe: Recipe, request: Request) -> Request:
         kv_cache=recipe.kv_cache,
         options=_options(recipe, request.options),
         exclude=(*request.exclude, *_left_alone(config, recipe)),
-        quantize_mla=request.quantize_mla or (recipe.format != "fp8_pb" and _quantizes_latent(config, recipe)),
+        quantize_mla=request.quantize_mla or (not recipe.form.latent and _quantizes_latent(config, recipe)),
         smoothed=recipe.smoothed,
         inherited=True,
     )
