@@ -10,6 +10,19 @@ import pytest
 from .support.models import ARCHITECTURES, make_model
 from .support.ranks import Ranks, living
 
+NOT_WHOLE = "not whole and "
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run the tests marked `whole` too, as CI does")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that were chosen by path or by name run, `whole` or not."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+    if (config.option.whole or named) and not hasattr(config, "workerinput"):
+        config.option.markexpr = config.option.markexpr.removeprefix(NOT_WHOLE)
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[list[Ranks]]:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Absolute names of all that a file imports, ours as `megatron_export.room.x`."""
     found = set()
     package = ("megatron_export", *path.relative_to(PACKAGE).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -67,7 +74,7 @@ def test_foreign_things_stay_in_the_rooms_named_for_them(path: Path) -> None:
 
 @every_file
 def test_files_are_short_documented_and_never_print(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     assert ast.get_docstring(tree)
     assert len(path.read_text().splitlines()) <= 300
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -78,7 +85,7 @@ def test_files_are_short_documented_and_never_print(path: Path) -> None:
 
 @every_file
 def test_functions_have_at_most_40_statements(path: Path) -> None:
-    for function in ast.walk(ast.parse(path.read_text())):
+    for function in ast.walk(tree_of(path)):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             statements = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
             assert statements <= 40, f"{function.name} has {statements} statements"

@@ -73,7 +73,7 @@ def largest(weight: Tensor, factors: Tensor) -> Tensor:
 
     Of a column's magnitudes the largest stays so when all are multiplied by one factor and rounded: it alone need be.
     """
-    columns = torch.linalg.vector_norm(weight, torch.inf, dim=0)
+    columns = torch.maximum(weight.amax(0), -weight.amin(0))
     return (columns * factors).amax(dim=1).float()
 
 

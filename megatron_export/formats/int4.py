@@ -25,7 +25,7 @@ CLIP_RATIOS = tuple(round(0.5 + 0.05 * step, 2) for step in range(11))  # a clip
 
 def group_amax(weight: Tensor, group: int, clip: Tensor | None) -> Tensor:
     """float32 [out, in/group]: each group's largest magnitude, times its ratio where `clip` holds codes."""
-    amax = torch.linalg.vector_norm(weight.unflatten(1, (-1, group)), torch.inf, dim=2).float()
+    amax = weight.unflatten(1, (-1, group)).abs().amax(2).float()
     return amax if clip is None else amax * torch.tensor(CLIP_RATIOS, device=clip.device)[clip.long()]
 
 

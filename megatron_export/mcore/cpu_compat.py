@@ -27,12 +27,11 @@ class _OnCpu(TorchFunctionMode):
     """Turns device="cuda" into the CPU, and `tensor.cuda()` into the tensor itself."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
-        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+        if kwargs and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..support.models import LENGTH, assert_same, contents, make_model, read_jso
 from ..support.ranks import Ranks
 from .test_topologies import TOPOLOGIES, WORLD, export
 
-SHAPE = {"hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
 VARIANTS = {
     "fp8_pb": ("--kv-cache", "nvfp4"),
     "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8"),
@@ -30,13 +30,13 @@ VARIANTS = {
     "int4_awq 64": ("--group-size", 64),
     "w4a8_awq": ("--kv-cache", "fp8"),
 }
-# how many of the 4 x 4 linears travel before they are encoded
+# how many of the 2 x 4 linears travel before they are encoded
 GATHERED = {
-    "fp8_pb": {"tp2": 16, "tp4": 16},
+    "fp8_pb": {"tp2": 8, "tp4": 8},
     "nvfp4_awq": {},
-    "int4_awq": {"tp2": 8, "tp4": 8},
-    "int4_awq 64": {"tp4": 8},
-    "w4a8_awq": {"tp2": 8, "tp4": 8},
+    "int4_awq": {"tp2": 4, "tp4": 4},
+    "int4_awq 64": {"tp4": 4},
+    "w4a8_awq": {"tp2": 4, "tp4": 4},
 }
 
 
@@ -131,7 +131,7 @@ def test_tensor_parallel_ranks_agree_and_choose_an_alpha_as_good_as_one_rank(
     found, expected = everywhere[0], alone[name]
     assert sorted(found) == sorted(expected)
     alphas = [key for key in found if ".alpha." in key]
-    assert len(alphas) > 40
+    assert len(alphas) > 20
     for key in alphas:
         losses = expected[key.replace(".alpha.", ".losses.")]
         assert losses[round(found[key].item() * 10)] <= 1.08 * losses.min(), key

@@ -25,7 +25,7 @@ from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.parallel_state import current, started
 
 from ..support.models import LENGTH, assert_same, make_model, read_json, tensors
-from ..support.ranks import Ranks
+from ..support.ranks import Ranks, living
 
 FORMATS: dict[str, dict] = {
     "bf16": {},
@@ -130,20 +130,28 @@ def options_of(source: Path, form: str) -> dict:
     return FORMATS[form] if source.name.startswith("deepseek") else {}
 
 
-def export_both(source: Path, out: Path, sizes: dict, dialect: str) -> list[str]:
-    """In a rank: export the model as the local spec names it, then as another does; returns the names of that."""
-    with starting(sizes):
-        model, here = load(source)
+def export(model: GPTModel | list[GPTModel], source: Path, out: Path, measured: dict[str, Tensor]) -> None:
+    for form in FORMATS:
+        options = options_of(source, form)
+        export_hf_checkpoint(model, out / form, hf_model=source, format=form, calibration=measured, **options)
+
+
+def export_local(source: Path, out: Path) -> dict[str, Tensor]:
+    """In a rank alone: calibrate the model and export it as the local spec names it; returns the statistics."""
+    with starting({}):
+        model, _ = load(source)
         ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
         measured = calibrate(model, [ids[:4]], format="nvfp4_awq")
-        for folder in ("local", "other"):
-            for form in FORMATS:
-                options = options_of(source, form)
-                export_hf_checkpoint(
-                    model, out / folder / form, hf_model=source, format=form, calibration=measured, **options
-                )
-            if folder == "local":
-                DIALECTS[dialect](model, here)
+        export(model, source, out, measured)
+        return measured
+
+
+def export_other(source: Path, out: Path, sizes: dict, dialect: str, measured: dict[str, Tensor]) -> list[str]:
+    """In a rank: export the model as another dialect names it; returns the names of that."""
+    with starting(sizes):
+        model, here = load(source)
+        DIALECTS[dialect](model, here)
+        export(model, source, out, measured)
         return sorted(name for layer in layers_of(model) for name, _ in layer.named_parameters())
 
 
@@ -155,6 +163,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: make_model(folder / name, name) for name in names}
     one_step = make_model(folder / "one", "deepseek_v3", q_lora_rank=None)
     return found | {"deepseek_v3 without q_lora": one_step}
+
+
+@pytest.fixture(scope="module")
+def local(
+    sources: dict[str, Path], pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    """By model, what one rank exports and measures with the local spec."""
+    folders = {name: tmp_path_factory.mktemp(f"local {name}") for name in {case.values[0] for case in CASES}}
+    return {n: (out, living(pool).call(1, export_local, sources[n], out)[0]) for n, out in folders.items()}
 
 
 def fits(name: str, dialect: str, topology: str) -> bool:
@@ -176,10 +193,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dialect", "topology"), CASES)
 def test_every_dialect_exports_the_bytes_of_the_local_spec(
-    name: str, dialect: str, topology: str, sources: dict, ranks: Ranks, tmp_path: Path
+    name: str, dialect: str, topology: str, sources: dict, local: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
     world, sizes = TOPOLOGIES[topology]
-    spoken = {n for names in ranks.call(world, export_both, sources[name], tmp_path, sizes, dialect) for n in names}
+    own_spec, measured = local[name]
+    found = ranks.call(world, export_other, sources[name], tmp_path, sizes, dialect, measured)
+    spoken = {name for names in found for name in names}
     own = {
         "transformer engine": {"mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1"},
         "legacy": {"mlp.experts.weight1", "mlp.experts.weight2"},
@@ -187,8 +206,8 @@ def test_every_dialect_exports_the_bytes_of_the_local_spec(
     assert own[dialect] <= spoken
     assert not any("local_experts" in found for found in spoken)
     for form in FORMATS:
-        assert_same(tensors(tmp_path / "other" / form), tensors(tmp_path / "local" / form))
-    assert_same(tensors(tmp_path / "other" / "bf16"), tensors(sources[name]))
+        assert_same(tensors(tmp_path / form), tensors(own_spec / form))
+    assert_same(tensors(tmp_path / "bf16"), tensors(sources[name]))
 
 
 def wrong(model: GPTModel, here: Topology) -> None:

@@ -8,18 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from megatron_export import formats
 from megatron_export.calibration import calibrate
 from megatron_export.cli import export_command
-from megatron_export.cli import flags as cli_flags
-from megatron_export.cli.run import run_export as _run  # noqa: F401 - imported before the ranks are forked
 from megatron_export.distributed import heartbeat, signals
 from megatron_export.export import transport, weight_amax
 from megatron_export.mcore import load_hf
@@ -27,10 +22,8 @@ from megatron_export.planning import shard_files
 from megatron_export.writing import read_back, staging
 
 from .models import LENGTH
-from .ranks import free_port
+from .ranks import CONTEXT, as_rank, free_port
 
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.faults"])
 SECONDS = 60.0
 
 # name -> where, and at which call of it, counted from 1
@@ -137,16 +130,7 @@ def armed(fault: Fault | None, rank: int) -> Iterator[None]:
 
 def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[str, ...], log: str) -> None:
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
-    export_command.let_rank_0_speak = cli_flags.let_rank_0_speak = lambda: None
+    as_rank(rank, world, port)
     in_small_steps()
     with armed(fault, rank):
         status = export_command.main(

@@ -12,6 +12,14 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
+from megatron_export.calibration import calibrate  # noqa: F401 - imported before the ranks are forked
+from megatron_export.cli import export_command, flags
+from megatron_export.cli.run import run_export as _run  # noqa: F401 - as above
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])  # a rank is a fork of a process that has imported everything
 _tried = count(os.getpid() * 61)  # two runs on one machine do not try the same ones
 
 
@@ -33,11 +41,10 @@ class Ranks:
     """`size` processes on this machine; `call` runs a function on the first `world` of them, as a torchrun would."""
 
     def __init__(self, size: int) -> None:
-        context = get_context("spawn")
         self.workers = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
             self.workers.append((process, ours))
 
@@ -77,24 +84,24 @@ def living(pool: list[Ranks]) -> Ranks:
     return pool[0]
 
 
-def _serve(pipe: Connection, rank: int) -> None:
-    import torch
-
-    from megatron_export.cli import export_command, flags
-
+def as_rank(rank: int, world: int, port: int) -> None:
+    """Make this process a rank as torchrun would, but for torchrun itself, which would end rank 0 early."""
     torch.set_num_threads(1)
-    # there is no torchrun here that would end rank 0 early
     export_command.let_rank_0_speak = flags.let_rank_0_speak = lambda: None
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _serve(pipe: Connection, rank: int) -> None:
     while True:
         world, port, function, args, kwargs = pipe.recv()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
+        as_rank(rank, world, port)
         try:
             answer = (False, function(*args, **kwargs))
             pickle.dumps(answer)
@@ -105,8 +112,6 @@ def _serve(pipe: Connection, rank: int) -> None:
 
 def command(*flags: object) -> tuple[int, str]:
     """Run the command in this rank with `flags`; returns its exit status and all it said."""
-    from megatron_export.cli import export_command
-
     said: list[str] = []
     try:
         status = export_command.main(
