@@ -4,7 +4,7 @@ NAME     what the user types
 OPTIONS  the fields of `Options` that it reads
 form     settled options -> Form
 
-A format of the KV cache is a module too, whose FORM is a `KvForm`.
+A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md shows how to add a format.
 """
 
 from dataclasses import fields
@@ -19,7 +19,18 @@ from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece, join
 from ..common.strips import row_strips, strip_elements
-from . import bf16, cuda_kernels, fp8, fp8_pb, int4_awq, kv_fp8, kv_nvfp4, nvfp4, nvfp4_awq, w4a8_awq
+from . import (
+    bf16,
+    cuda_kernels,
+    fp8,
+    fp8_pb,
+    int4_awq,
+    kv_fp8,
+    kv_nvfp4,
+    nvfp4,
+    nvfp4_awq,
+    w4a8_awq,
+)
 from .form import PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing
 
 __all__ = [
@@ -42,7 +53,16 @@ __all__ = [
 ]
 
 FORMATS: dict[str, ModuleType] = {
-    module.NAME: module for module in (bf16, fp8, fp8_pb, nvfp4, nvfp4_awq, int4_awq, w4a8_awq)
+    module.NAME: module
+    for module in (
+        bf16,
+        fp8,
+        fp8_pb,
+        nvfp4,
+        nvfp4_awq,
+        int4_awq,
+        w4a8_awq,
+    )
 }
 KV_FORMATS: dict[str, KvForm | None] = {"none": None} | {form.name: form for form in (kv_fp8.FORM, kv_nvfp4.FORM)}
 

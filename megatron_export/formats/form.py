@@ -89,7 +89,8 @@ class Stored:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Form:
-    """One format with its options settled. No field has a default, so that what a format does not say of itself is an error.
+    """One format with its options settled. No field has a default, so that what a format does not say of itself is an error;
+    docs/add-a-format.md has an example for each.
 
     name          what the user types
     tile          (out, in): the block of the weight that must not be cut before it is quantized

@@ -22,10 +22,11 @@ from megatron_export.planning.plan import assumed
 from megatron_export.verify.thresholds import Wanted, inspected
 
 from ..support.models import LENGTH, SAMPLES, assert_same, contents, read_json, tensors
+from ..support.pages import block, blocks, read, without
 from ..support.plans import plan_for
 from ..support.ranks import Ranks, command
 
-PAGE = (Path(__file__).parents[2] / "docs" / "add-a-model.md").read_text()
+PAGE = read("add-a-model.md")
 TOY = "ToyForCausalLM"
 FORMATS = {"bf16": (), "fp8": ("--kv-cache", "fp8"), "nvfp4_awq": ()}
 QWEN2 = (  # a Qwen 2 computes the same under other names
@@ -43,21 +44,13 @@ QWEN2 = (  # a Qwen 2 computes the same under other names
 )
 
 
-def block(heading: str, language: str) -> str:
-    """The first block in a language below the heading that begins so."""
-    section = re.search(rf"^## {re.escape(heading)}.*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    found = section and re.search(rf"^```{language}\n(.*?)^```$", section[0], re.MULTILINE | re.DOTALL)
-    assert found, f"the page has no {language} below {heading!r}"
-    return found[1]
-
-
 @contextmanager
 def added() -> Iterator[None]:
     """While open, this process has the file and the line of the page."""
     toy = ModuleType("megatron_export.models.toy")
     toy.__package__ = "megatron_export.models"
-    exec(block("1. The file", "python"), vars(toy))
-    lines = [line.removeprefix("+") for line in block("2. The line", "diff").splitlines()]
+    exec(block(PAGE, "1. The file", "python"), vars(toy))
+    lines = [line.removeprefix("+") for line in block(PAGE, "2. The line", "diff").splitlines()]
     with mock.patch.dict(ARCHITECTURES, eval("{" + "\n".join(lines) + "}", {"toy": toy})):
         yield
 
@@ -68,7 +61,7 @@ def made(folder: Path) -> Path:
     source.mkdir()
     generator = torch.Generator().manual_seed(3)
     held = {}
-    for line in block("3. The golden", "text").splitlines():
+    for line in block(PAGE, "3. The golden", "text").splitlines():
         name, _, *shape = line.split()
         size = [int(size) for size in shape]
         numbers = (
@@ -76,7 +69,7 @@ def made(folder: Path) -> Path:
         )
         held[name] = (numbers if len(size) == 1 else numbers * 0.08).bfloat16()
     save_file(held, source / "model.safetensors")
-    (source / "config.json").write_text(block("3. The golden", "json"))
+    (source / "config.json").write_text(block(PAGE, "3. The golden", "json"))
     save_file({"input_ids": torch.randint(0, 500, (SAMPLES, LENGTH), generator=generator)}, folder / "ids.safetensors")
     return source
 
@@ -197,14 +190,14 @@ def test_without_its_line_in_the_table_it_is_not_known(toy: Path) -> None:
 
 
 def test_the_scripts_of_the_page_print_the_names_of_both_sides(toy: Path, table: None) -> None:
-    first, second = re.findall(r"^```python\n(.*?)^```$", PAGE.split("## 1.")[0], re.MULTILINE | re.DOTALL)
-    assert printed(first, folder=toy) == block("3. The golden", "text")
+    first, second = blocks(PAGE.split("## 1.")[0], "python")
+    assert printed(first, folder=toy) == block(PAGE, "3. The golden", "text")
     said = printed(second, config=read_json(toy / "config.json"))
     assert re.search(
         r"^decoder\.layers\.0\.self_attention\.linear_qkv\.weight 128 64 -> \S+wq\S+ \S+wk\S+ \S+wv\S+$", said, re.M
     )
     names = {name for line in said.splitlines() for name in line.partition(" -> ")[2].split()}
-    assert names == {line.split()[0] for line in block("3. The golden", "text").splitlines()}
+    assert names == {line.split()[0] for line in block(PAGE, "3. The golden", "text").splitlines()}
 
 
 def printed(script: str, **names: object) -> str:
@@ -223,8 +216,6 @@ def test_every_field_of_an_architecture_is_explained_on_the_page_once() -> None:
 def test_a_page_without_one_of_its_steps_adds_nothing(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = re.sub(rf"^## {step}.*?(?=^## )", "", PAGE, flags=re.MULTILINE | re.DOTALL)
-    assert lacking != PAGE
-    monkeypatch.setattr(sys.modules[__name__], "PAGE", lacking)
+    monkeypatch.setattr(sys.modules[__name__], "PAGE", without(PAGE, step))
     with pytest.raises(AssertionError, match=step), added():
         made(tmp_path)
