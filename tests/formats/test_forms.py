@@ -7,6 +7,8 @@ import torch
 
 from megatron_export.common.piece import Amax, Axis, join
 from megatron_export.formats import ALGORITHMS, FORMATS, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen, encode
+from megatron_export.formats.awq import SEARCHES
+from megatron_export.models.statistic_names import module_of, vector_key
 
 FORMS = {f"{form.name} {number}": form for number, (_, form) in enumerate(VARIANTS)}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -112,6 +114,12 @@ def test_a_format_that_quantizes_can_be_told_from_its_tensors_and_configs(form: 
     assert {*form.stored} <= {"weight", *SUFFIXES}
     assert form.calibrated is ("input_scale" in form.stored or form.smoothing is not None)
     assert form.quantization.get("group_size", form.tile[1]) == form.tile[1]
+
+
+@pytest.mark.parametrize("search", dict.fromkeys(form.smoothing.search for form in FORMS.values() if form.smoothing))
+def test_a_search_that_a_format_names_is_there_and_its_statistics_can_be_taken_apart(search: str) -> None:
+    assert search in SEARCHES
+    assert module_of(vector_key("decoder.layers.0.mlp.linear_fc2", search)) == "decoder.layers.0.mlp.linear_fc2"
 
 
 def test_no_option_decides_whether_a_format_needs_calibration() -> None:
