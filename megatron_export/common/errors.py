@@ -14,7 +14,7 @@ class ExportError(Exception):
 
 
 class StartError(ExportError):
-    """What one machine found before the ranks could speak to one another: the first rank of that machine tells it."""
+    """A machine cannot take part; found before the ranks could speak to each other. The machine's first rank prints it."""
 
 
 class Interrupted(ExportError):
@@ -26,7 +26,7 @@ class RankLost(ExportError):
 
 
 def message_of(failure: Exception) -> str:
-    """An exception as one line: what was not meant for users with its type, and where in the code it came from."""
+    """The message of an exception; of one that is no `ExportError`, also its type, and the file and line that raised it."""
     if isinstance(failure, ExportError):
         return str(failure)
     last = traceback.extract_tb(failure.__traceback__)[-1]

@@ -14,10 +14,10 @@ class Option:
     """What a field's metadata says of it.
 
     help      one sentence, for --help and for the docstrings of functions that take it as a keyword
-    choices   the values that it may have; none: any
-    flag      the command's flag, where it is not the field's name; a flag of a field that is True makes it False
-    planned   whether `plan` has the flag: it changes what is written or what an export takes
-    digested  whether the fingerprint of settings must have it: it decides bytes, and nothing else in the fingerprint shows it
+    choices   the values that it may have; () if it may have any
+    flag      the command's flag, if it is not the field's name; the flag of a field that is True makes it False
+    planned   whether the command `plan` has the flag: the option changes what is written, or what an export needs
+    digested  whether the fingerprint of settings has it: it decides bytes, and nothing else in the fingerprint shows it
     """
 
     help: str
@@ -54,7 +54,7 @@ def flag_of(one: Field) -> str:
 
 
 def made(kind: type[Made], values: dict[str, Any]) -> Made:
-    """A dataclass from values by name of option, or of field; what is not given has its default."""
+    """A dataclass of `kind` from values by name of option or of field; fields without a value have their defaults."""
     own = {one.name: values[one.name] for one in fields(kind) if one.name in values}
     for one in fields(kind):
         if "option" not in one.metadata and is_dataclass(one.default) and one.name not in values:
@@ -75,17 +75,19 @@ def values_of(settings: object) -> dict[str, Any]:
 
 
 def checked(kind: type, given: Iterable[str], without: Collection[str] = ()) -> None:
-    """`TypeError`, as Python has it for an unknown keyword, for names that are no options, or that have no effect here."""
+    """Raise `TypeError` for a name that is no option of `kind`, as Python does for an unknown keyword, or is in `without`."""
     known = [name for name in options_of(kind) if name not in without]
     for name in given:
+        if name in without:
+            raise TypeError(f"the keyword {name!r} has no effect here. Leave it out")
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(known)}"
-            raise TypeError(f"unexpected keyword {name!r}" + (" has no effect here" if name in without else hint))
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
+            raise TypeError(f"unexpected keyword {name!r}. {hint}")
 
 
 def takes_options(kind: type, without: Collection[str] = ()) -> Callable[[Callable], Callable]:
-    """Make a function with **options show the options of `kind` in its signature and docstring, and refuse all others."""
+    """Decorate a function with **options: its signature and docstring show the options of `kind`, but for `without`."""
     options = {name: one for name, one in options_of(kind).items() if name not in without}
 
     def shown(function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Jobs that a few threads do ahead of the one who needs their results, in order and within a bound of memory."""
+"""Threads that do jobs before their results are needed, in order and in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,14 +12,14 @@ Result = TypeVar("Result")
 
 
 def most_held(largest: int, total: int) -> int:
-    """Bytes that results of jobs take at the most, of which the largest takes so many, and all together."""
+    """The most bytes that results take at a time, if the largest takes `largest` bytes and all of them `total`."""
     return min(max(AHEAD_BYTES, largest), total)
 
 
 def in_order(jobs: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
-    """What the jobs return, each with the bytes that its result takes; what one raises is raised in its place.
+    """The results of jobs (bytes that the result takes, function), in their order; an exception is raised in the result's place.
 
-    Close it when not all are asked for: what was not begun is then left, and what was begun is waited for.
+    Close the iterator if you do not take all results: jobs that were not begun are dropped, the others are waited for.
     """
     waiting: deque[tuple[int, Future[Result]]] = deque()
     held = 0

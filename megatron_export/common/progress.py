@@ -1,4 +1,4 @@
-"""How progress is shown: a function that is given a stage's name and its steps, and passes the steps on."""
+"""What shows progress: a function that takes the name of a stage and its steps, and returns the steps."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,5 +6,5 @@ Progress = Callable[[str, Iterable], Iterable]
 
 
 def quiet(stage: str, steps: Iterable) -> Iterable:
-    """Shows nothing."""
+    """Show nothing."""
     return steps

@@ -1,13 +1,12 @@
-"""Files that others made, who may mean harm: JSON of bounded size that says nothing twice, names that stay in their folder,
-headers of safetensors files. Nothing in them is ever run.
-
-What the safetensors library refuses by itself (offsets that overlap or leave the file, sizes that overflow, unknown
-dtypes, holes) is left to it; its errors become `ExportError`s here.
+"""Files of strangers, who may mean harm: JSON of bounded size without double keys, names that stay in their folder, safetensors
+headers. Nothing in them is run. The safetensors library refuses offsets that overlap or leave the file, sizes that overflow, holes
+and unknown dtypes; its errors become `ExportError`s here.
 """
 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,24 +33,24 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def shown(value: object) -> str:
-    """A value that may be of any size, for a message."""
+    """A value as a short text for a message, whatever its size."""
     return _SHORT.repr(value)
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, which may quote the file that it is about."""
+    """The text of an error, printable and short: it may quote a file that is not trusted."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error)[:MOST_LETTERS])
     return text if len(str(error)) <= MOST_LETTERS else f"{text}..."
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. `ValueError` or `OSError` says why it is not read."""
+    """The value in a JSON file. `ValueError` or `OSError` says why it is not read."""
     with path.open("rb") as file:
         return parsed(file.read(MOST_BYTES + 1))
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """What a JSON file holds that is to hold an object. `ValueError` or `OSError` says why it is not read."""
+    """The object in a JSON file. `ValueError` (for another value too) or `OSError` says why it is not read."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
@@ -59,7 +58,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def parsed(text: bytes) -> Any:
-    """What a JSON text holds, in bounded memory; `ValueError` says why it is refused."""
+    """The value of a JSON text, read in bounded memory; `ValueError` says why it is refused."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
@@ -82,8 +81,7 @@ def parsed(text: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {shown(twice)} is there twice")
     return found
 
@@ -96,9 +94,9 @@ def _finite(text: str) -> float:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file `name` of a folder: a plain name, and no way out of the folder.
+    """The path of the file `name` in a folder; `ExportError` for a name or a symbolic link that leads out of the folder.
 
-    Links into the hub's cache are followed where the folder is a snapshot in that cache, which is made of them.
+    A folder in the hub's cache is made of links to the cache's own files: these are followed.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable() or len(name.encode()) > 255:
         raise ExportError(
@@ -132,7 +130,7 @@ def _in_hub_cache(home: Path, real: Path) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file, from the index of a checkpoint."""
+    """Tensor name -> its file, from the index of a checkpoint; `ExportError` for one that is damaged or names other folders."""
     path = inside(folder, INDEX)
     try:
         found = read_json(path)
@@ -152,7 +150,7 @@ def read_index(folder: Path) -> dict[str, Path]:
 
 
 def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
-    """A safetensors file whose header was judged, open for reading."""
+    """A safetensors file, open for reading; `ExportError` for a header that is damaged, too large or names a tensor twice."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -168,14 +166,14 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
 
 
 def headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> dtype, as safetensors spells it, and shape, of a file whose header was judged."""
+    """Tensor name -> dtype, as safetensors spells it, and shape; `ExportError` as of `opened`."""
     opened(path)
     said = read_header(path)
     return {name: (one["dtype"], tuple(one["shape"])) for name, one in said.items() if name != "__metadata__"}
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, of which the library itself would take the last of two with the same name."""
+    """The header of a safetensors file. `ValueError` for a tensor that is there twice: the library would take the last one."""
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
         if length > size - 8:
@@ -195,7 +193,7 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def panics() -> Iterator[None]:
-    """Errors of libraries in Rust that are bugs of theirs, which Python does not count as exceptions, become ones."""
+    """Turn a panic of a library in Rust, which is no `Exception` in Python, into a `RuntimeError`."""
     try:
         yield
     except BaseException as error:

@@ -10,17 +10,16 @@ CUDA_STRIP_ELEMENTS = 1 << 22
 
 
 def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
-    """Slices of a `[out, in]` weight, in whole tiles of `rows` rows, of at most so many elements as a strip has on its device.
+    """Slices of a `[out, in]` weight, in whole tiles of `rows` rows, of at most `strip_elements` elements.
 
-    Float32 copies of one strip stay small. On the CPU they stay in its cache, and glibc keeps their memory when they are freed,
-    which takes longer to get anew than to fill; a GPU wants more work at a time.
+    On the CPU a strip's float32 copies stay in its cache, and glibc reuses their memory; a GPU wants more work at a time.
     """
     return strips_of(weight.shape, rows, strip_elements(weight.device.type))
 
 
 def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENTS) -> Iterator[slice]:
-    """Slices of the first dim of a tensor of this shape, each `rows` or a multiple of it, of at most `elements` elements if one
-    tile has no more; of a tensor without dims, one slice.
+    """Slices of the first dim of a tensor of this shape, each a multiple of `rows`, of at most `elements` elements (or one tile,
+    if that is larger). A tensor without dims has one slice.
     """
     if not shape:
         yield slice(0, 1)

@@ -25,5 +25,5 @@ def readable(nbytes: float) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three, and how many more."""
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

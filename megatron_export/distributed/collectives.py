@@ -1,6 +1,4 @@
-"""What ranks agree on: maxima, small objects, and failures: one rank's failure becomes every rank's, with one message, at the next
-`together`.
-"""
+"""What ranks agree on: maxima, small objects, and failures (one rank's failure becomes every rank's at the next `together`)."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -20,8 +18,8 @@ from .topology import Cut, Topology
 def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "") -> Iterator[Callable[[str], None]]:
     """Run a stage that talks to no other rank; if it fails anywhere, it fails everywhere with the same message.
 
-    What it is given renames the stage, when it is not the first of several any more; `tensor` is what it is about. Unless not
-    `heeding`, it ends in `Interrupted` everywhere if a signal to stop came to any rank.
+    It yields a function that renames the stage. `tensor` names the tensor that the stage is about. If `heeding`, a signal to stop
+    on any rank raises `Interrupted` on every rank.
     """
     failure: Exception | None = None
 
@@ -42,9 +40,8 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
     dist.all_reduce(failed, group=here.control)
     if not failed.item():
         return
-    messages = everyone(
-        here, None if failure is None else (message_of(failure), isinstance(failure, Interrupted), stage)
-    )
+    mine = None if failure is None else (message_of(failure), isinstance(failure, Interrupted), stage)
+    messages = everyone(here, mine)
     first = next(rank for rank, message in enumerate(messages) if message is not None)
     text, interrupted, stage = messages[first]
     if interrupted or messages.count(messages[first]) == here.world:
@@ -77,15 +74,15 @@ def at_first(here: Topology, mine: object) -> list | None:
 
 
 def nodes(here: Topology) -> tuple[int, ...]:
-    """The number of each rank's node, in rank order, as their host names tell them apart."""
+    """The number of each rank's node, in rank order; nodes are told apart by host names."""
     names = everyone(here, socket.gethostname())
     return tuple(list(dict.fromkeys(names)).index(name) for name in names)
 
 
 def spread(here: Topology, mine: dict[str, Tensor], experts: bool = False) -> dict[str, Tensor]:
-    """The tensors of every pipeline stage on every rank, by name, on the CPU: stage after stage, once.
+    """The tensors of all pipeline stages, by name, on the CPU of every rank.
 
-    `mine` are this stage's, of which all its ranks have the same; or those of this rank's own `experts`.
+    `mine` are those of this rank's stage, the same on all ranks of the stage; if `experts`, those of this rank's own experts.
     """
     cut = here.experts
     source = cut.rank == cut.replica == 0 if experts else dist.get_rank(here.stage_group) == 0
@@ -115,7 +112,7 @@ def total(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def whole(cut: Cut, shard: Tensor, dim: int) -> Tensor:
-    """The tensor that the ranks of a cut hold equal shards of, along `dim`."""
+    """The whole tensor, of which each rank of a cut holds an equal shard along `dim`."""
     if cut.size == 1:
         return shard
     mine = shard.movedim(dim, 0).contiguous()

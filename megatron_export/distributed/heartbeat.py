@@ -1,8 +1,7 @@
-"""Which ranks are alive, and where each of them is: every rank says so every second and when it comes to another place, apart
-from the work, and rank 0 listens.
+"""Which ranks are alive, and where each of them is: every rank tells rank 0 each second, in a thread of its own.
 
-A rank that dies without a word leaves the others in a collective that never ends. Here they learn who it was and where, and
-leave: by an exception if they can, else by ending the process.
+A rank that dies leaves the others in a collective that never ends. Here they learn which rank it was and where, and leave: by an
+exception if they can, else by ending the process.
 """
 
 import os
@@ -26,8 +25,8 @@ _OF_PEERS = re.compile(r"gloo|nccl|connection|broken pipe|timed? ?out", re.IGNOR
 
 
 class Pulse:
-    """One rank's. `share` gives every rank what rank 0 passes; collective, as are `started` and `stop` of all ranks. All that a
-    process has open, one in another, are at one place.
+    """The heartbeat of one rank. `share` is a collective that gives every rank the value that rank 0 passes. A process may open
+    several, one in another: all of them are at one place.
     """
 
     place, tensor = "start", ""
@@ -63,27 +62,27 @@ class Pulse:
             threading.Thread(target=self._miss_0, daemon=True).start()
 
     def at(self, stage: str, tensor: str | None = None) -> None:
-        """Say where this rank is; `tensor` holds until another is named, or "" for none."""
+        """Say where this rank is. A tensor stays named until another is; "" names none."""
         Pulse.tensor = self.tensor if tensor is None else tensor
         Pulse.place = f"{stage}, at {self.tensor}" if self.tensor else stage
         self.moved.set()
 
     def check(self) -> None:
-        """Raise if a rank is known to be gone."""
+        """Raise `RankLost` if a rank is known to be gone."""
         if self.verdict:
             raise RankLost(self.verdict)
 
     def tell(self, failure: str) -> str:
-        """Tell all others that this rank leaves alone, and why; returns what they will say."""
+        """Tell all other ranks that this one leaves alone, and why; return the message that they will show."""
         verdict = f"rank {self.rank} failed to {self.place}: {failure}"
         if self.thread:
             self.store.set(_VERDICT, verdict)
         return verdict
 
     def explain(self, error: Exception) -> str:
-        """Who is to blame for an exception that may come from a collective with a rank that is gone; "" for nobody else.
+        """Which rank is to blame, if the exception may come from a collective with a rank that is gone; "" for no other rank.
 
-        Waits until it is known: now a rank that is silent for a few seconds is suspected already.
+        It waits for the answer. Meanwhile a few seconds of silence are enough to suspect a rank.
         """
         if self.thread and isinstance(error, RuntimeError) and _OF_PEERS.search(f"{type(error).__name__} {error}"):
             with suppress(Exception):  # rank 0 itself may be gone
@@ -121,7 +120,7 @@ class Pulse:
         return None
 
     def _miss_0(self) -> None:
-        """Judge rank 0, apart from the thread that talks to its store: what is frozen there holds whoever asks."""
+        """Judge rank 0, in a thread of its own: the one that asks its store hangs if rank 0 is frozen."""
         while not self.stopped.wait(self.beat):
             limit = min(self.timeout, ALARMED * self.beat) if self.broken else self.timeout
             if time.monotonic() - self.answered > limit:
@@ -154,7 +153,7 @@ class Pulse:
 
 
 def _served(host: str, settings: dict) -> dist.TCPStore | str:
-    """A store that all ranks can talk to, or why there is none."""
+    """A store that all ranks can reach, or the reason why there is none."""
     try:
         return dist.TCPStore(host, 0, is_master=True, **settings)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which a cluster sends before it takes a job away, are noticed, and heeded where the work can stop."""
+"""SIGTERM and SIGUSR1, which a cluster sends before it ends a job, are noticed at once and heeded where the work can stop."""
 
 import os
 import signal
@@ -19,10 +19,9 @@ _noticed: list[str] = []
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """While open, the signals do not end this process at once. Main thread only.
+    """While it is open, the signals do not end this process at once. Main thread only.
 
-    Python runs handlers between its own steps, so never while a collective waits for a rank that does not come; the system
-    writes a signal's number to a socket at once, and a thread reads it.
+    Python runs no handler while a collective waits, so the system writes a signal's number to a socket, and a thread reads it.
     """
     _noticed.clear()
     heard, told = socket.socketpair()
@@ -62,19 +61,19 @@ def asked_to_stop() -> bool:
 
 
 def heed() -> None:
-    """Stop here if one of the signals came: called where nothing is left half done."""
+    """Raise `Interrupted` if one of the signals came. Call it where nothing is left half done."""
     if _noticed:
         raise Interrupted(f"stopped by {_noticed[0]}")
 
 
 def heeded(steps: Iterable) -> Iterator:
-    """The steps, as long as no signal came."""
+    """The steps; `Interrupted` before the next one if one of the signals came."""
     for step in steps:
         heed()
         yield step
 
 
 def _leave() -> None:
-    """A collective or a long step holds the process: what is on disk is complete in itself, so it may be left."""
+    """End the process, which hangs in a collective or a long step: files on disk are complete, or not under their names."""
     os.write(2, f"\nstopped by {_noticed[0]}: --resume goes on with what is complete\n".encode())
     os._exit(AGAIN)

@@ -1,4 +1,4 @@
-"""Which place a rank has among all ranks, as a value: nothing here asks Megatron or torch."""
+"""The place of a rank among all ranks, as a value: nothing here asks Megatron or torch."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from .heartbeat import Pulse
 
 @dataclass(frozen=True)
 class Cut:
-    """How tensor parallelism cuts on this rank, that of the experts or that of all else: which shard of how many it
-    holds, the group of those who hold the others, which of the replicas of these shards it is, and their group.
+    """How parameters are cut on this rank, those of experts or all others: it holds shard `rank` of `size`, and `group` holds all
+    of these; it is replica number `replica` of the ranks in `replicas`, which hold the same shard.
     """
 
     rank: int
@@ -57,17 +57,9 @@ class Topology:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of all parallelisms."""
-        return {
-            "world": self.world,
-            "tp": self.tp_size,
-            "pp": self.pp_size,
-            "vpp": self.vpp_size,
-            "cp": self.cp_size,
-            "dp": self.dp_size,
-            "ep": self.ep_size,
-            "etp": self.experts.size,
-        }
+        sizes = {kind: getattr(self, f"{kind}_size") for kind in ("tp", "pp", "vpp", "cp", "dp", "ep")}
+        return {"world": self.world, **sizes, "etp": self.experts.size}
 
     def cut(self, expert: bool) -> Cut:
-        """How parameters of routed experts are cut here, or all others."""
+        """How parameters are cut here: those of routed experts if `expert`, else all others."""
         return self.experts if expert else Cut(self.tp_rank, self.tp_size, self.tp_group, self.dp_rank, self.dp_group)

@@ -15,26 +15,13 @@ from .checkpoint_view import CheckpointView, Header
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 
-__all__ = [
-    "ENGINES",
-    "GPUS",
-    "CheckpointView",
-    "Effect",
-    "Finding",
-    "Header",
-    "Rule",
-    "Verdict",
-    "verdict_of",
-    "targets_in",
-]
-
 ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm": tensorrt_llm}
 
 
 def verdict_of(
     checkpoint: CheckpointView, engine: str, version: str | None = None, gpu: str | None = None, tp: int = 1
 ) -> Verdict:
-    """What the engine of that name in `ENGINES` makes of a checkpoint, on `tp` GPUs that share each layer, of a kind in `GPUS`."""
+    """What an engine, by its name in `ENGINES`, makes of a checkpoint on `tp` GPUs of a kind in `GPUS` that share each layer."""
     module = ENGINES[engine]
     asked = version or module.VERSION
     found = module.judge(checkpoint, asked, gpu, tp).all()
@@ -44,7 +31,7 @@ def verdict_of(
 
 
 def targets_in(text: str) -> dict[str, int]:
-    """Engine -> its tensor-parallel size, of a list such as 'vllm:8,sglang'; `ValueError` with the known ones."""
+    """Engine -> tensor-parallel size, of a list such as 'vllm:8,sglang'; `ValueError` for an unknown engine or a wrong size."""
     found = {}
     for target in filter(None, (one.strip() for one in text.split(","))):
         spelled, given, size = target.partition(":")

@@ -3,6 +3,7 @@
 Made from a folder or from a plan. Engines join linears: a `Group` is what becomes one module of theirs.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ _ROUTERS = ("gate", "router")
 _STACKS = ("gate_up_proj", "down_proj")
 _NOT_LINEAR = ("eh_proj",)
 _SEES = ("vision", "multi_modal", "visual")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Header(NamedTuple):
@@ -28,13 +30,13 @@ Module = dict[str, Header]
 
 @dataclass
 class Group:
-    """What an engine makes one module of: a linear, several that it joins, the experts of a layer, the output layer.
+    """What becomes one module of an engine: a linear, several that it joins, the experts of a layer, the output layer.
 
     kind     linear, experts, stack (experts in one tensor), head or router
-    parent   the HF module that it is in; of experts, their container
-    parts    the last words of the members' names, in an engine's order
+    parent   the HF module around it; for experts, their container
+    parts    the last words of the members' names, in the engines' order
     members  HF module -> its tensors
-    mtp      whether it belongs to a layer that predicts one more token
+    mtp      whether it is in a layer that predicts one more token
     """
 
     kind: str
@@ -51,11 +53,11 @@ class Group:
 
 @dataclass(frozen=True)
 class View:
-    """What an engine that opens certain files finds in them.
+    """What an engine finds in the files that it opens.
 
     modules  HF module -> suffix -> tensor
-    groups   the linears among them
-    kv       how the scales of a KV cache are spelled below an attention -> the attentions that have them
+    groups   the linears among the modules
+    kv       name of a scale of the KV cache below its attention -> the attentions that have it
     """
 
     tensors: dict[str, Header]
@@ -66,11 +68,10 @@ class View:
 
 @dataclass(frozen=True)
 class CheckpointView:
-    """config, quant  config.json, and hf_quant_config.json where there is one
-    files     safetensors file -> its tensors; index: tensor -> file, of the index where there is one
-    expected  HF tensor -> its shape, of the model that config.json means, before it is quantized; None of an architecture
-              that has no table here
-    copied    what the names of tensors begin with that stay as they are
+    """config, quant  config.json, and hf_quant_config.json or None
+    files, index   safetensors file -> its tensors; the index's tensor -> file, or None
+    expected  HF tensor -> shape in the model that config.json means, not quantized; None for an unknown architecture
+    copied    prefixes of the names of tensors that stay as they are
     """
 
     config: dict
@@ -148,6 +149,12 @@ class CheckpointView:
         return View(tensors, modules, tuple(_groups(linears, self.layers)), kv)
 
 
+def is_mtp(name: str, layers: int) -> bool:
+    """Whether an HF tensor or module is in a layer behind the `layers` of the decoder: one that predicts one more token."""
+    found = _LAYER.search(name)
+    return bool(found) and int(found[1]) >= layers > 0
+
+
 def is_quantized(module: Module) -> bool:
     """Whether a linear is stored in codes."""
     return module["weight"].dtype in ("F8_E4M3", "U8", "I8") or "weight_scale" in module
@@ -195,11 +202,6 @@ def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:
             continue
         found = groups.setdefault(key, group)
         if not found.members:
-            found.mtp = _layer(name) >= layers > 0
+            found.mtp = is_mtp(name, layers)
         found.members[name] = module
     return groups.values()
-
-
-def _layer(name: str) -> int:
-    after = name.partition("layers.")[2].partition(".")[0]
-    return int(after) if after.isdecimal() else -1

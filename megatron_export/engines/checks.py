@@ -1,13 +1,10 @@
-"""What every engine demands in its own words: files that fit the index, all tensors of the model, and of each linear those that
-belong to the algorithm that the engine takes it for.
-
-The names of the rules are the same in each engine's table; what happens where one is not met is not.
+"""What every engine demands: files that fit the index, all tensors of the model, and for each linear the tensors of the algorithm
+that the engine takes it for. Rules have the same names in each engine's table; their effects differ.
 """
 
-import re
 from collections.abc import Callable, Iterator
 
-from .checkpoint_view import CheckpointView, Group, Module, View, is_quantized
+from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
 from .quant_configs import Reading
@@ -15,7 +12,7 @@ from .tensor_parallel import check_shared
 from .tensor_specs import HARMLESS, named, size_of, wanted
 from .verdict import Findings, Rule
 
-# Whose loaders were read in each engine's sources. An architecture that has a table here but is not among them is not known.
+# Whose loaders were read in each engine's sources. Of another architecture the verdict is "not known".
 ARCHITECTURES = (
     *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"),
     *("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM"),
@@ -26,13 +23,10 @@ _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", 
 
 
 def check_tensors(rules: dict[str, Rule], checkpoint: CheckpointView, view: View) -> Findings:
-    """The findings of an engine with these rules, begun with what does not depend on how linears are quantized: files and tensors
-    that lack, or are too many.
-    """
+    """New findings of an engine with these rules: missing and extra files and tensors, however linears are quantized."""
     findings = Findings(rules)
     _check_files(checkpoint, findings)
     _check_model(checkpoint, view, findings)
-    _check_experts(checkpoint, view, findings)
     return findings
 
 
@@ -45,39 +39,59 @@ def check_codes(
     tp: int,
     findings: Findings,
 ) -> bool:
-    """Every linear against the algorithm that the engine takes it for, and against `tp` GPUs that share it; `optional` are tensors
-    that the engine does without. False where there are codes and no config says which: nothing more can be told then.
+    """Every linear against the algorithm that the engine takes it for, and against `tp` GPUs that share it.
+
+    `optional` are suffixes of tensors that the engine does not need. Returns False if there are codes and no config says which:
+    then nothing more can be checked.
     """
     if reading.algorithm is None and any(group.quantized for group in view.groups):
         findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return False
-    _check_linears(checkpoint, view, findings, algorithm_of, reading, optional)
+    expected, known = checkpoint.expected or {}, {}
+    for group in view.groups:
+        if group.mtp:
+            continue
+        try:
+            algorithm = algorithm_of(group)
+        except Partly:
+            parts, where = ", ".join(group.parts) or "experts", reading.where or "the config"
+            why = f"{parts} are told apart in {where}, and the engine joins them"
+            findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
+            continue
+        for name, module in group.members.items():
+            if algorithm is None or not is_quantized(module):
+                _agree(name, module, algorithm, reading.where, findings)
+                continue
+            shape = expected.get(f"{name}.weight", expected.get(name))
+            size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
+            key = (algorithm, size, group.kind, group.parts, *module.items())
+            if key not in known:
+                known[key] = tuple(_problems(module, algorithm, size, group, reading.group_size, optional))
+            for rule, why, way in known[key]:
+                findings.add(rule, why, name, way=way)
     check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
     return True
 
 
 def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], other: int, findings: Findings) -> None:
-    """The GPU against the compute capability, times ten, that each algorithm of the model needs; `other` where `least` has none."""
+    """The GPU against the compute capability that each algorithm of the model needs: `least`, times ten, or else `other`."""
     needed = max((least.get(one, other) for one in {reading.algorithm, *reading.layers.values()} if one), default=other)
     if gpu is not None and GPUS[gpu] < needed:
-        why = f"{reading.algorithm} needs compute capability {needed / 10:g}, {gpu} has {GPUS[gpu] / 10:g}"
-        findings.add("gpu", why)
+        has = GPUS[gpu] / 10
+        findings.add("gpu", f"{reading.algorithm} needs compute capability {needed / 10:g}, {gpu} has {has:g}")
 
 
 def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
     """The files against the index."""
-    lacking = sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files))
-    if lacking:
+    if lacking := sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files)):
         findings.add("files", "the index names it, and it is not there", *lacking, way="fetch it again")
     if not checkpoint.files:
         findings.add("files", "no .safetensors file", way="give the folder that has the weights")
-    consolidated = [name for name in checkpoint.files if name.startswith("consolidated")]
-    if consolidated:
+    if consolidated := [name for name in checkpoint.files if name.startswith("consolidated")]:
         findings.add("consolidated", "a file of Mistral's own format", *consolidated, way="move it out of the folder")
     homes: dict[str, str] = {}
     for file, tensors in checkpoint.files.items():
-        twice = homes.keys() & tensors.keys()
-        if twice:
+        if twice := homes.keys() & tensors.keys():
             first = min(twice)
             why = f"it has {first} too, as {homes[first]} does; the one that is read last stays"
             findings.add("twice", why, file, way="leave in the folder only the files of one export")
@@ -85,10 +99,13 @@ def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
 
 
 def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
-    """The tensors against those that config.json means, but for the codes of quantized linears."""
+    """The tensors against those that config.json means, but for the codes of quantized linears; of an unknown architecture, the
+    number of its experts.
+    """
     expected, shown = checkpoint.expected, checkpoint.architecture or "none"
     if expected is None:
         findings.add("architecture", f"no rules about the architecture {shown}: its tensors were not checked")
+        _check_experts(checkpoint, view, findings)
         return
     if checkpoint.architecture not in ARCHITECTURES:
         findings.add("architecture", f"no rules about the architecture {shown}: nobody has read how it is loaded")
@@ -111,7 +128,7 @@ def _missing(checkpoint: CheckpointView, name: str, one_by_one: set[str], findin
     container, inside, _ = name.partition(".experts.")
     if name.endswith("lm_head.weight") and checkpoint.tied:
         return
-    if is_mtp(name, checkpoint):
+    if is_mtp(name, checkpoint.layers):
         why = "config.json means layers that predict one more token, and they are not there"
         findings.add("mtp", why, way="export with --mtp keep, or serve without speculative decoding")
     elif inside and f"{container}.experts" in one_by_one and name.rpartition(".")[0] == f"{container}.experts":
@@ -123,10 +140,9 @@ def _missing(checkpoint: CheckpointView, name: str, one_by_one: set[str], findin
 
 
 def _known(checkpoint: CheckpointView, expected: dict[str, tuple[int, ...]], module: str, suffix: str) -> bool:
+    """Whether the architecture has this tensor, in a checkpoint that may be quantized."""
     name = f"{module}.{suffix}"
-    if name in expected or (suffix == "weight" and module in expected):
-        return True
-    if name.startswith(checkpoint.copied) and checkpoint.copied:
+    if name in expected or (suffix == "weight" and module in expected) or name.startswith(checkpoint.copied):
         return True
     if name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
         return True
@@ -136,16 +152,8 @@ def _known(checkpoint: CheckpointView, expected: dict[str, tuple[int, ...]], mod
     return of_module and (suffix in _SCALES or suffix == "weight" or (stacked and suffix == "bias"))
 
 
-def is_mtp(name: str, checkpoint: CheckpointView) -> bool:
-    """Whether a tensor belongs to a layer that predicts one more token."""
-    found = re.search(r"\blayers\.(\d+)\.", name)
-    return bool(found) and int(found[1]) >= checkpoint.layers > 0
-
-
 def _check_experts(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
-    """Every layer's experts, of an architecture that has no table here."""
-    if checkpoint.expected is not None:
-        return
+    """Whether each layer has as many experts as config.json says."""
     for group in view.groups:
         parts = {name.rpartition(".")[2] for name in group.members}
         lacking = len(parts) * checkpoint.experts - len(group.members)
@@ -155,7 +163,7 @@ def _check_experts(checkpoint: CheckpointView, view: View, findings: Findings) -
 
 
 def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], str | None]) -> None:
-    """Layers that predict one more token, which engines load with the same config when they are asked to speculate."""
+    """Layers that predict one more token, which engines load with the same config for speculative decoding."""
     for group in view.groups:
         if not group.mtp or group.kind not in ("linear", "experts"):
             continue
@@ -169,40 +177,8 @@ def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], st
             findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
-def _check_linears(
-    checkpoint: CheckpointView,
-    view: View,
-    findings: Findings,
-    algorithm_of: Callable[[Group], str | None],
-    reading: Reading,
-    optional: frozenset[str],
-) -> None:
-    """Every linear: whether engine and file agree that it is quantized, and in which tensors."""
-    expected, known = checkpoint.expected or {}, {}
-    ignored = reading.where
-    for group in view.groups:
-        if group.mtp:
-            continue
-        try:
-            algorithm = algorithm_of(group)
-        except Partly:
-            why = f"{', '.join(group.parts) or 'experts'} are told apart in {ignored or 'the config'}, and the engine joins them"
-            findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
-            continue
-        for name, module in group.members.items():
-            if algorithm is None or not is_quantized(module):
-                _agree(name, module, algorithm, ignored, findings)
-                continue
-            shape = expected.get(f"{name}.weight", expected.get(name))
-            size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
-            key = (algorithm, size, group.kind, group.parts, *module.items())
-            if key not in known:
-                known[key] = tuple(_problems(module, algorithm, size, group, reading.group_size, optional))
-            for rule, why, way in known[key]:
-                findings.add(rule, why, name, way=way)
-
-
 def _agree(name: str, module: Module, algorithm: str | None, ignored: str, findings: Findings) -> None:
+    """Of a linear that the file has in bfloat16, or the engine takes for one: whether both agree."""
     if algorithm is None and is_quantized(module):
         why = f"it is stored in {module['weight'].dtype}, and by the config it is not quantized"
         findings.add("left out", why, name, way=f"take it out of {ignored}, or store it in bfloat16")

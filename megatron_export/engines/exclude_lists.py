@@ -1,7 +1,5 @@
-"""How each engine decides whether a module of its own is left out of quantization, from the names that a config lists.
-
-Every engine compares other names in another way: with the names of its joined modules, or of their members; by parts of
-names, globs or ancestors. A `Part` error is what an engine raises where only some members of a joined module are listed.
+"""How each engine decides from a config's list of names whether a module is left out of quantization: it compares the names of its
+joined modules or of their members, by parts of names, globs or ancestors.
 """
 
 from fnmatch import fnmatch, fnmatchcase
@@ -11,7 +9,7 @@ JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): 
 
 
 class Partly(Exception):
-    """Some members of a joined module are listed and others are not."""
+    """Only some members of a joined module are listed."""
 
 
 class Names:
@@ -39,7 +37,7 @@ class Names:
 
 
 def full(parent: str, last: str) -> str:
-    """The name of a module in another; of one without a name, or of the other itself where `last` is ''."""
+    """The name of the module `last` in `parent`; either may be ''."""
     return f"{parent}.{last}".strip(".")
 
 
@@ -50,7 +48,7 @@ def _all_or_none(found: list[bool]) -> bool:
 
 
 def vllm_exactly(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """vLLM's exact comparison: of a joined module every member, of experts a part of a name that has 'experts' in it."""
+    """vLLM's exact comparison: every member of a joined module; for experts, whether a listed name contains theirs."""
     prefix = full(parent, joined)
     if len(parts) > 1:
         return prefix in names.plain or _all_or_none([f"{parent}.{part}" in names.plain for part in parts])
@@ -60,7 +58,7 @@ def vllm_exactly(names: Names, parent: str, parts: tuple[str, ...], joined: str)
 
 
 def vllm_modelopt(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """vLLM of ModelOpt's dialect: exactly; or a listed name is a part of the module's; or it is a glob of the whole."""
+    """vLLM in ModelOpt's dialect: as exactly, or a listed name is a part of the module's, or a glob that matches it."""
     names, prefix = names.expanded, full(parent, joined)
     if vllm_exactly(names, parent, parts, joined):
         return True
@@ -75,17 +73,16 @@ def _within(name: str, prefix: str) -> bool:
 
 
 def sglang_skipped(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """SGLang's comparison by whole words, of a joined module for every member."""
+    """SGLang's comparison by whole words; every member of a joined module."""
     prefix = full(parent, joined)
-    if len(parts) > 1 and parts in JOINED:
+    if parts in JOINED:
         return _all_or_none([any(_within(name, f"{parent}.{part}") for name in names.listed) for part in parts])
-    if any(_within(name, prefix) for name in names.listed):
-        return True
-    return "experts" in prefix and any(prefix in name for name in names.of_experts)
+    experts = names.of_experts if "experts" in prefix else ()
+    return any(_within(name, prefix) for name in names.listed) or any(prefix in name for name in experts)
 
 
 def sglang_excluded(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """SGLang's globs: of the whole name of its own module, or of any one word of it."""
+    """SGLang's globs, which match the whole name of its own module or one word of it."""
     prefix = full(parent, joined)
     prefixes = {prefix, prefix.removeprefix("language_model.")}
     candidates = prefixes | {word for one in prefixes for word in one.split(".")}
@@ -98,7 +95,7 @@ def sglang_excluded(names: Names, parent: str, parts: tuple[str, ...], joined: s
 
 
 def tensorrt_llm(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """TensorRT-LLM: a glob of the module or of an ancestor; a joined module is left out with any of its members."""
+    """TensorRT-LLM's globs, which match the module or an ancestor; one member leaves out the joined module."""
     for module in [full(parent, part) for part in parts] or [parent]:
         words = module.split(".")
         ancestors = {".".join(words[:count]) for count in range(1, len(words) + 1)}

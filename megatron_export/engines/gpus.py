@@ -1,19 +1,14 @@
-"""Which GPU can compute what: NVIDIA's compute capabilities, as engines compare them."""
+"""NVIDIA's GPUs and their compute capabilities, which engines compare. Source: developer.nvidia.com/cuda-gpus."""
 
-GPUS = {
-    "t4": 75,
-    "a100": 80,
-    "a10": 86,
-    "l4": 89,
-    "l40s": 89,
-    "rtx4090": 89,
-    "h100": 90,
-    "h200": 90,
-    "gh200": 90,
-    "b200": 100,
-    "gb200": 100,
-    "b300": 103,
-    "rtx5090": 120,
-    "rtxpro6000": 120,
-}
 BLACKWELL = 100
+_MADE = {
+    75: ("t4",),
+    80: ("a100",),
+    86: ("a10",),
+    89: ("l4", "l40s", "rtx4090"),
+    90: ("h100", "h200", "gh200"),
+    BLACKWELL: ("b200", "gb200"),
+    103: ("b300",),
+    120: ("rtx5090", "rtxpro6000"),
+}
+GPUS = {gpu: capability for capability, gpus in _MADE.items() for gpu in gpus}  # name -> compute capability, times ten

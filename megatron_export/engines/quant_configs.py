@@ -12,11 +12,12 @@ Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
 
 @dataclass(frozen=True)
 class Reading:
-    """algorithm  as `layouts.wanted` names it, None for a model that is not quantized, '' for one algorithm per module
-    where      the key that lists what is left out, for messages
-    names      what it lists
+    """algorithm  as `tensor_specs.wanted` names it; None if the model is not quantized, '' if each module has its own (mixed)
+    where      the key of the list of what is left out, for messages
+    names      that list
     layers     HF module -> algorithm, of a mixed model
-    kv         FP8 or NVFP4, None for a cache that is not quantized by itself
+    group_size inputs that share a scale
+    kv         FP8 or NVFP4; None if the config does not quantize the cache
     dialect    modelopt, native, or '' for none
     """
 
@@ -29,19 +30,12 @@ class Reading:
     dialect: str = ""
 
 
-def joined_name(group: Group, latent: str) -> str:
-    """What the engine calls the module that it makes of a group; `latent` is its word for both projections to latents."""
-    if group.kind in ("experts", "stack"):
-        return ""
-    if len(group.parts) == 1:
-        return group.parts[0]
-    return JOINED.get(group.parts, latent)
-
-
 def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> bool:
-    """Whether the config leaves a group out, as the engine compares names."""
-    parts = () if group.kind in ("experts", "stack") else group.parts
-    return matcher(reading.names, group.parent, parts, joined_name(group, latent))
+    """Whether the config leaves a group out, as the engine compares names; `latent` is its name of both projections to latents."""
+    if group.kind in ("experts", "stack"):
+        return matcher(reading.names, group.parent, (), "")
+    joined = group.parts[0] if len(group.parts) == 1 else JOINED.get(group.parts, latent)
+    return matcher(reading.names, group.parent, group.parts, joined)
 
 
 def algorithm_in(reading: Reading, group: Group) -> str | None:
@@ -58,7 +52,7 @@ def algorithm_in(reading: Reading, group: Group) -> str | None:
 
 
 def in_blocks(section: dict, names: tuple[str, ...], findings: Findings) -> Reading | None:
-    """What a config with `quant_method` fp8 says; None, and a finding, unless its blocks are 128 x 128, as DeepSeek has them."""
+    """What a config with `quant_method` fp8 says; None, and a finding, unless its blocks are 128 x 128 as DeepSeek's are."""
     if section.get("weight_block_size") != [128, 128]:
         findings.add("another", f"no rules about fp8 in blocks of {section.get('weight_block_size')}")
         return None
@@ -76,7 +70,7 @@ def listed(section: dict, *keys: str) -> tuple[str, ...]:
 
 
 def kv_of(scheme: object) -> str | None:
-    """FP8 or NVFP4, of the ways in which configs say so; another text for another."""
+    """The KV cache's format, FP8 or NVFP4, however a config spells it; another text for any other."""
     if isinstance(scheme, str):
         return scheme.upper()
     if isinstance(scheme, dict) and scheme.get("type") == "float":

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, its kernels were not."""
+"""What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, but not its kernels."""
 
 from .checkpoint_view import CheckpointView, Group
 from .checks import check_capability, check_codes, check_mtp, check_tensors
@@ -82,11 +82,8 @@ _LATENT = "fused_qkv_a_proj_with_mqa"
 _LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
 _KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
 _JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
-_ROUTES = {
-    "topk_method": '"noaux_tc"',
-    "scoring_func": '"sigmoid"',
-    "moe_layer_freq": "1",
-}  # as DeepSeek's config.json does
+# What DeepSeek's config.json says of routing.
+_ROUTES = {"topk_method": '"noaux_tc"', "scoring_func": '"sigmoid"', "moe_layer_freq": "1"}
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
@@ -124,7 +121,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
 
 
 def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
-    """What SGLang takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
+    """What SGLang takes from the configs: from config.json, or from hf_quant_config.json if that does not quantize."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
         return Reading()
@@ -147,19 +144,16 @@ def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | N
     if algorithm == "MIXED_PRECISION":
         layers = layers_of(section)
         if not set(layers.values()) & {"NVFP4", "W4A16_NVFP4"}:
-            findings.add(
-                "mixed", "no layer is in NVFP4, so it is taken for another format", way="quantize a layer to NVFP4"
-            )
+            why = "no layer is in NVFP4, so it is taken for another format"
+            findings.add("mixed", why, way="quantize a layer to NVFP4")
             return None
         known = {name: _MIXED[one] for name, one in layers.items() if one in _MIXED}
         return Reading("", where, names, known, size_in(section, 16), kv, "modelopt")
+    if algorithm.upper() == "FP8_PB_WO":
+        findings.add("algorithm", "refuses FP8_PB_WO", way="--fp8-pb-spelling native")
+        return None
     if algorithm not in _ALGORITHMS:
-        why = (
-            "refuses FP8_PB_WO"
-            if algorithm.upper() == "FP8_PB_WO"
-            else f"it does not know {algorithm or 'the empty quant_algo'}"
-        )
-        findings.add("algorithm", why, way="--fp8-pb-spelling native" if algorithm.upper() == "FP8_PB_WO" else FORMATS)
+        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=FORMATS)
         return None
     if where == "exclude_modules" and "NVFP4" in algorithm and not isinstance(section.get("group_size"), int):
         findings.add("config", "hf_quant_config.json has no group_size", way="put it there")
@@ -171,35 +165,32 @@ def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
     """What config.json must say, and what must not be, quantized or not."""
     if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
         findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
-    if checkpoint.architecture == "Qwen3MoeForCausalLM":
-        dense = checkpoint.text.get("mlp_only_layers") or checkpoint.number("decoder_sparse_step") > 1
-        if dense:
-            findings.add("dense", "it makes experts of every layer, and config.json means some without")
+    dense = checkpoint.text.get("mlp_only_layers") or checkpoint.number("decoder_sparse_step") > 1
+    if checkpoint.architecture == "Qwen3MoeForCausalLM" and dense:
+        findings.add("dense", "it makes experts of every layer, and config.json means some without")
     lacking = [key for key in _ROUTES if key not in checkpoint.text]
     if checkpoint.architecture.startswith("Deepseek") and lacking:
         said = ", ".join(f'"{key}": {_ROUTES[key]}' for key in lacking)
-        findings.add(
-            "bias", f"config.json does not say {', '.join(lacking)}", way=f"set {said} there, as DeepSeek does"
-        )
+        way = f"set {said} there, as DeepSeek does"
+        findings.add("bias", f"config.json does not say {', '.join(lacking)}", way=way)
 
 
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
-        findings.add(
-            "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
-        )
+        why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
+        findings.add("gpt_oss", why, way="--format bf16")
     blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
+    llama4 = checkpoint.architecture.startswith("Llama4")
     for group in checkpoint.indexed.groups:
         if group.mtp or not group.quantized:
             continue
         module = next(iter(group.members.values()))
         four = module["weight"].dtype == "U8"
-        if group.kind == "stack" and "weight_scale_2" in module and checkpoint.architecture.startswith("Llama4"):
+        if llama4 and group.kind == "stack" and "weight_scale_2" in module:
             findings.add("stack", "does not load stacked experts in nvfp4", *group.members, way="--format fp8")
-        if checkpoint.architecture.startswith("Llama4") and "q_proj" in group.parts and four:
-            findings.add(
-                "rotated", "it puts rows of q and k in another order", group.parent, way="--exclude q, k and v"
-            )
+        if llama4 and "q_proj" in group.parts and four:
+            why = "it puts rows of q and k in another order"
+            findings.add("rotated", why, group.parent, way="--exclude q, k and v")
         if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
             findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
                          group.parent, way="quantize all of it in one algorithm")  # fmt: skip
@@ -228,18 +219,12 @@ def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) 
 
 def _check_latent(group: Group, four: bool, findings: Findings) -> None:
     if group.parts == ("kv_b_proj",) and four:
-        findings.add(
-            "latent",
-            "it loads kv_b_proj in bfloat16, FP8 or blocks of FP8 alone",
-            group.parent,
-            way="without --quantize-mla",
-        )
-    if len(group.parts) == 2:
-        scales = [header for one in group.members.values() for suffix, header in one.items() if "scale" in suffix]
-        if any(header.shape == (1,) for header in scales):
-            findings.add(
-                "latent scale", "its scales have a dim", group.parent, way="write them as numbers without dims"
-            )
+        why = "it loads kv_b_proj in bfloat16, FP8 or blocks of FP8 alone"
+        findings.add("latent", why, group.parent, way="without --quantize-mla")
+    scales = [header for one in group.members.values() for suffix, header in one.items() if "scale" in suffix]
+    if len(group.parts) == 2 and any(header.shape == (1,) for header in scales):
+        way = "write them as numbers without dims"
+        findings.add("latent scale", "its scales have a dim", group.parent, way=way)
 
 
 def _check_kv(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:

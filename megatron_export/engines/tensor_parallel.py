@@ -1,7 +1,5 @@
-"""What every engine demands of a model whose layers several GPUs share (tensor parallelism): heads, and the blocks and groups that
-scales are for, can be dealt out whole.
-
-Experts in one tensor are not looked at: how they are cut is not told by their shapes.
+"""What every engine demands of a model whose layers several GPUs share (tensor parallelism): each gets whole heads and whole groups
+of what shares a scale. Experts in one tensor are not checked: their shapes do not say how they are cut.
 """
 
 from collections.abc import Callable
@@ -18,10 +16,7 @@ _BY_INPUTS = ("o_proj", "down_proj", "w2")
 
 
 class _Cut(NamedTuple):
-    """How a linear is dealt out: what of it, how much there is, in which units, to how many at most, and whether it is an expert's.
-
-    GPUs that are more than `most` have copies.
-    """
+    """How a linear is dealt out: `total` rows or inputs (`what`), in multiples of `unit`. GPUs beyond `most` get copies."""
 
     what: str
     total: int
@@ -75,7 +70,7 @@ def _heads_fit(checkpoint: CheckpointView, tp: int) -> bool:
 def _cuts(
     checkpoint: CheckpointView, view: View, algorithm_of: Callable[[Group], str | None], group_size: int
 ) -> dict[_Cut, list[str]]:
-    """Every way in which linears are dealt out, and which they are."""
+    """Every way in which linears are dealt out -> their names."""
     found: dict[_Cut, list[str]] = {}
     groups = checkpoint.number("num_key_value_heads")
     for group in view.groups:

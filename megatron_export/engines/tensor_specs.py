@@ -1,4 +1,4 @@
-"""Which tensors a linear has in each algorithm that an engine knows: suffix -> dtype, and the shapes that are taken."""
+"""Which tensors a linear has in each algorithm that an engine knows: suffix -> dtypes and shapes."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ HARMLESS = frozenset({"bias", "e_score_correction_bias"})
 
 @cache
 def wanted(algorithm: str, out: int, inputs: int, group: int) -> Wanted:
-    """What a linear [out, inputs] must have in an algorithm; groups of `group` inputs share a scale."""
+    """Suffix -> dtypes and shapes, of the tensors of a linear [out, inputs]; groups of `group` inputs share a scale."""
     down, across = -(-out // 128), -(-inputs // 128)
     fp8, scalar = {"weight": (("F8_E4M3",), ((out, inputs),))}, (("F32",), SCALAR)
     fp4 = {
@@ -48,7 +48,7 @@ def wanted(algorithm: str, out: int, inputs: int, group: int) -> Wanted:
 
 
 def size_of(module: Module, algorithm: str | None) -> tuple[int, int]:
-    """What a linear's own weight says of its [out, inputs]."""
+    """The [out, inputs] of a linear, from the shape of its (packed) weight."""
     out, inputs = module["weight"].shape[-2:]
     if algorithm in _TWO_INPUTS:
         return out, inputs * 2
@@ -56,7 +56,7 @@ def size_of(module: Module, algorithm: str | None) -> tuple[int, int]:
 
 
 def unit_of(algorithm: str | None, group: int) -> tuple[int, int]:
-    """How many rows, and how many inputs, of a linear share a scale and so stay together; 1 where they need not."""
+    """How many rows, and how many inputs, of a linear share a scale, so that they must stay on one GPU."""
     if algorithm in _BLOCKS:
         return 128, 128
     if algorithm in _TWO_INPUTS + _TWO_ROWS:

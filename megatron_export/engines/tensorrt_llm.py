@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; none of it has been run."""
+"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; nothing was run."""
 
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors
@@ -62,29 +62,16 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "gpu":           (_R, "the GPU computes it", "linear", READ),
 })
 # fmt: on
-_ALGORITHMS = {  # as configs spell them -> as layouts do
-    "FP8": "FP8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "FP8_PER_CHANNEL_PER_TOKEN",
-    "FP8_BLOCK_SCALES": "blocks",
-    "FP8_PB_WO": "blocks",
-    "fp8_pb_wo": "blocks",
-    "NVFP4": "NVFP4",
-    "NVFP4_AWQ": "NVFP4_AWQ",
-    "W4A16_NVFP4": "W4A16_NVFP4",
-    "W4A16_AWQ": "W4A16_AWQ",
-    "W4A8_AWQ": "W4A8_AWQ",
-    "MXFP8": "MXFP8",
-}
+_SAME = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A16_AWQ", "W4A8_AWQ", "MXFP8")
+# As configs spell them -> as tensor_specs does.
+_ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
 _OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
-    "NVFP4": ("on Blackwell", range(BLACKWELL, 1000)),
-    "NVFP4_AWQ": ("on Blackwell", range(BLACKWELL, 1000)),
-    "MXFP8": ("on Blackwell", range(BLACKWELL, 1000)),
+    **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
     "W4A8_AWQ": ("on Ada and Hopper", range(89, 91)),
     "W4A16_NVFP4": ("on Ada, Hopper and GeForce Blackwell", (*range(89, 100), 120, 121)),
-    "FP8": ("", range(89, 1000)),
-    "blocks": ("", range(89, 1000)),
+    **dict.fromkeys(("FP8", "blocks"), ("", range(89, 1000))),
 }
 
 
@@ -119,14 +106,13 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
 
 
 def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Reading | None:
-    """What TensorRT-LLM takes from the configs: hf_quant_config.json's word, and config.json's where that has none."""
+    """What TensorRT-LLM takes from the configs: from hf_quant_config.json, or from config.json if that says no algorithm."""
     inline, nested = checkpoint.inline, checkpoint.nested
-    file = nested is not None and nested.get("quant_algo") is not None
-    if not file and inline is None:
-        return Reading()
-    if file:
+    if nested is not None and nested.get("quant_algo") is not None:
         _compare(inline, nested, findings)
         return _named(nested, "exclude_modules", nested.get("kv_cache_quant_algo"), version, findings)
+    if inline is None:
+        return Reading()
     if inline.get("quant_method") == "fp8":
         return in_blocks(inline, listed(inline, "modules_to_not_convert", "ignored_layers"), findings)
     producer = inline.get("producer")
@@ -136,33 +122,28 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
         return None
     scheme = inline.get("kv_cache_scheme")
     if kv_of(scheme) == "NVFP4":
-        findings.add(
-            "kv flat", "without hf_quant_config.json it does not know an NVFP4 KV cache", way="write that file too"
-        )
+        why = "without hf_quant_config.json it does not know an NVFP4 KV cache"
+        findings.add("kv flat", why, way="write that file too")
         scheme = None
     return _named(inline, "ignore", scheme, version, findings)
 
 
 def _named(section: dict, where: str, kv: object, version: str, findings: Findings) -> Reading | None:
     algorithm = str(section.get("quant_algo") or "")
-    old = _number(version) < (1, 3)
     if algorithm == "MIXED_PRECISION":
         layers = {name: _ALGORITHMS[one] for name, one in layers_of(section).items() if one in _ALGORITHMS}
         return Reading("", where, Names(listed(section, where)), layers, size_in(section, 16), kv_of(kv), "modelopt")
     if algorithm not in _ALGORITHMS:
         findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=AGAIN)
         return None
-    if old and algorithm in _NEW:
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if release < (1, 3) and algorithm in _NEW:
         findings.add("old", f"release {version} does not know {algorithm}", way="serve with a newer one")
         return None
     if algorithm == "FP8_PB_WO":
         findings.add("case", "releases up to 1.2 know it as fp8_pb_wo alone", way="--fp8-pb-spelling native")
     group_size = size_in(section, 16 if "NVFP4" in algorithm else 128)
     return Reading(_ALGORITHMS[algorithm], where, Names(listed(section, where)), {}, group_size, kv_of(kv), "modelopt")
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
@@ -175,9 +156,17 @@ def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
     }
     for kind, (one, other) in kinds.items():
         if one != other:
-            findings.add(
-                "two configs", f"config.json and hf_quant_config.json have another {kind}, and it reads the latter"
-            )
+            why = f"config.json and hf_quant_config.json have another {kind}, and it reads the latter"
+            findings.add("two configs", why)
+
+
+def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+    for algorithm in sorted({reading.algorithm, *reading.layers.values()} & _MACHINES.keys()):
+        on, capabilities = _MACHINES[algorithm]
+        if gpu is None and on:
+            findings.add("machine", on)
+        elif gpu is not None and GPUS[gpu] not in capabilities:
+            findings.add("gpu", f"it does not compute {algorithm} on {gpu}", way=f"it does {on}" if on else "")
 
 
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
@@ -196,12 +185,3 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findi
         if checkpoint.latent and ".self_attn" in group.parent and "weight_scale_inv" not in module:
             findings.add("latent", "it loads latent attention in bfloat16 or blocks of FP8 alone", group.parent,
                          way="without --quantize-mla")  # fmt: skip
-
-
-def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
-    for algorithm in sorted({reading.algorithm, *reading.layers.values()} & _MACHINES.keys()):
-        on, capabilities = _MACHINES[algorithm]
-        if gpu is None and on:
-            findings.add("machine", on)
-        elif gpu is not None and GPUS[gpu] not in capabilities:
-            findings.add("gpu", f"it does not compute {algorithm} on {gpu}", way=f"it does {on}" if on else "")

@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Effect(Enum):
-    """What becomes of a checkpoint that a rule finds."""
+    """What happens to a checkpoint that does not meet a rule; the worst first."""
 
     REFUSES = "refused"  # does not load, or loads and computes nonsense
     UNKNOWN = "not known"
@@ -15,9 +15,9 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that an engine demands: what happens where it is not met, and where that was read.
+    """One demand of an engine, and the effect on a checkpoint that does not meet it.
 
-    `source` is project, version and file; `seen` whether a run of that engine was seen to do so, and not its code alone.
+    `source` is project, version and file; `seen`: a run of the engine has shown it, not only its code.
     """
 
     effect: Effect
@@ -78,19 +78,19 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """Both in a few words."""
+        """Effect and reasons in one line."""
         return f"{self.effect.value}: {self.why}" if self.why else self.effect.value
 
 
 class Findings:
-    """What is found while an engine's rules are gone through; what holds for many modules is one finding."""
+    """What was found so far by an engine's rules; the same finding of many modules is kept once, with all their names."""
 
     def __init__(self, rules: dict[str, Rule]) -> None:
         self.rules = rules
         self.found: dict[tuple[str, str, str], list[str]] = {}
 
     def add(self, rule: str, why: str, *names: str, way: str = "") -> None:
-        """A rule of that name is not met."""
+        """Note that a rule is not met: why, by which tensors or modules, and the way out."""
         assert rule in self.rules
         self.found.setdefault((rule, why, way), []).extend(names)
 

@@ -1,4 +1,4 @@
-"""What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, kernels apart."""
+"""What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels."""
 
 from collections.abc import Callable
 
@@ -115,7 +115,9 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         _check_tied(checkpoint, algorithm_of, findings)
         _check_layouts(checkpoint, reading, findings)
         check_mtp(view, findings, algorithm_of)
-        _check_gpu(reading, gpu, findings)
+        check_capability(reading, gpu, _LEAST, 75, findings)
+        if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
+            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
         _check_router_weights(checkpoint, reading, gpu, findings)
     _check_kv(checkpoint, reading, findings)
     if checkpoint.latent and checkpoint.architecture.startswith("Deepseek"):
@@ -124,7 +126,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
 
 
 def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
-    """What vLLM takes from the configs: config.json's word, and hf_quant_config.json only where that has none."""
+    """What vLLM takes from the configs: from config.json, or from hf_quant_config.json if that does not quantize."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
         return Reading()
@@ -133,17 +135,13 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
+    if not method:
+        findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
+        return None
     if not method.startswith("modelopt"):
-        _unknown_dialect(method, findings)
+        findings.add("another", f"no rules about quant_method {method}")
         return None
     return _read_modelopt(inline, "ignore", kv_of(inline.get("kv_cache_scheme")), findings)
-
-
-def _unknown_dialect(method: str, findings: Findings) -> None:
-    if method:
-        findings.add("another", f"no rules about quant_method {method}")
-    else:
-        findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
 
 
 def _read_nested(nested: dict, findings: Findings) -> Reading | None:
@@ -191,21 +189,18 @@ def _check_routers(checkpoint: CheckpointView, findings: Findings) -> None:
 
 
 def _check_tied(checkpoint: CheckpointView, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
-    """Of a tied model too an output layer is built, before it is made the embedding."""
-    inside = next(
-        (name.rpartition("model.embed")[0] for name in checkpoint.indexed.modules if "model.embed" in name), ""
-    )
-    if checkpoint.tied and algorithm_of(Group("head", inside.strip("."), ("lm_head",))):
-        findings.add(
-            "not left out", "it is the embedding, and by the config it is quantized", "lm_head", way="name it in ignore"
-        )
+    """vLLM builds an output layer for a tied model too, before it becomes the embedding."""
+    embedding = next((name for name in checkpoint.indexed.modules if "model.embed" in name), "")
+    parent = embedding.rpartition("model.embed")[0].strip(".")
+    if checkpoint.tied and algorithm_of(Group("head", parent, ("lm_head",))):
+        why = "it is the embedding, and by the config it is quantized"
+        findings.add("not left out", why, "lm_head", way="name it in ignore")
 
 
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
-        findings.add(
-            "gpt_oss", f"it does not load this architecture in {reading.algorithm or 'a mix'}", way="--format bf16"
-        )
+        why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
+        findings.add("gpt_oss", why, way="--format bf16")
         return
     for group in checkpoint.indexed.groups:
         if group.mtp or not group.quantized:
@@ -250,14 +245,8 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) 
                          "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip
 
 
-def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
-    check_capability(reading, gpu, _LEAST, 75, findings)
-    if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
-        findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
-
-
 def _check_router_weights(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
-    """Llama 4's router multiplies what goes into an expert: vLLM does it before it calls a kernel, and some do it again."""
+    """Llama 4 multiplies experts' inputs by router weights: vLLM does so before it calls a kernel, and some kernels do it again."""
     experts = any(group.kind in ("experts", "stack") and group.quantized for group in checkpoint.indexed.groups)
     if not (experts and checkpoint.architecture.startswith("Llama4")):
         return
@@ -265,9 +254,8 @@ def _check_router_weights(checkpoint: CheckpointView, reading: Reading, gpu: str
     if reading.algorithm in ("NVFP4", "W4A16_NVFP4"):
         way = "--format fp8, or serve it with --moe-backend emulation, which is slow"
         if gpu is None:
-            findings.add(
-                "router kernel", f"its experts, on B200 or B300; elsewhere Marlin or FlashInfer {twice}", way=way
-            )
+            why = f"its experts, on B200 or B300; elsewhere Marlin or FlashInfer {twice}"
+            findings.add("router kernel", why, way=way)
         elif GPUS[gpu] < BLACKWELL:
             findings.add("router", f"on {gpu} Marlin computes its experts, and {twice}", way=way)
         elif GPUS[gpu] in _FLASHINFER_CUTLASS:

@@ -54,7 +54,7 @@ def test_every_option_is_a_keyword_of_the_library_and_a_flag_of_the_command() ->
     [
         ({"formt": "fp8"}, "unexpected keyword 'formt'. Did you mean 'format'?"),
         ({"colour": 1}, "unexpected keyword 'colour'. Known: format, "),
-        ({"resume": True}, "unexpected keyword 'resume' has no effect here"),
+        ({"resume": True}, "the keyword 'resume' has no effect here. Leave it out"),
     ],
 )
 def test_a_keyword_that_is_no_option_is_refused_with_what_was_meant(keywords: dict, said: str) -> None:
