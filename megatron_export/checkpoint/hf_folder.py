@@ -1,4 +1,4 @@
-"""The files around the weights: where the HF model's folder is, its config, and what is copied from it."""
+"""The files of an HF model around its weights: its folder, its config, and what is copied."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,16 @@ from ..common.safe_files import inside, read_index, read_json, shown
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COPIED = (
-    GENERATION_CONFIG,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*preprocessor_config.json",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
+    *(GENERATION_CONFIG, "chat_template*", "*preprocessor_config.json", "*.jinja", "*.py", "LICENSE*", "NOTICE*"),
+    *(
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+    ),
 )
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # may run code when they are read
 _NEVER_COPIED = (*_PICKLES, ".safetensors")  # whatever they are called
@@ -31,7 +27,7 @@ _NEVER_COPIED = (*_PICKLES, ".safetensors")  # whatever they are called
 def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     """The folder of an HF model: a local path, or a hub id, which is fetched into the hub's cache.
 
-    `weights`: whether its safetensors files are wanted too. Nothing is fetched for a path that exists or cannot be an id.
+    With `weights`, its safetensors files are fetched too. `ExportError` if there is no such model, or it has no config or weights.
     """
     folder = Path(hf_model)
     if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
@@ -50,7 +46,7 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
 
 
 def weights_in(folder: Path) -> Path:
-    """The index of a folder's safetensors files, or the only one. Other files of weights are never read."""
+    """The index of a folder's safetensors files, or the only such file; `ExportError` if it has neither."""
     for name in (INDEX, "model.safetensors"):
         if (folder / name).is_file():
             return inside(folder, name)
@@ -65,9 +61,8 @@ def weights_in(folder: Path) -> Path:
 
 
 def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:
-    """The folder of a model found before, where tensors whose names begin with one of `prefixes` are too.
-
-    Of a hub id, only the files that hold them are fetched.
+    """The folder of a model that was found before, with the tensors whose names begin with one of `prefixes`: their files are
+    fetched if `hf_model` is a hub id.
     """
     if not prefixes or Path(hf_model).exists():
         return folder
@@ -79,7 +74,7 @@ def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -
 
 
 def read_config(folder: Path) -> dict:
-    """config.json as a dict; refuses a model that is quantized already, unless in blocks of FP8 as DeepSeek publishes its."""
+    """config.json as a dict; `ExportError` for a model that is quantized already, unless in blocks of FP8 as DeepSeek's are."""
     path = inside(folder, CONFIG)
     try:
         config = read_json(path)
@@ -90,17 +85,15 @@ def read_config(folder: Path) -> dict:
     quantized = config.get("quantization_config")
     if quantized is not None and not isinstance(quantized, dict):
         raise ExportError(f"{path}: quantization_config is {shown(quantized)}, not a table of settings. Fetch it again")
-    if quantized:
-        method = quantized.get("quant_method")
-        if method == "fp8" and quantized.get("weight_block_size") == [128, 128]:
-            return config
+    method = quantized.get("quant_method") if quantized else None
+    if quantized and (method != "fp8" or quantized.get("weight_block_size") != [128, 128]):
         raise ExportError(f"{folder} is quantized already (quant_method {shown(method)}); give the original model")
     return config
 
 
 def files_to_copy(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, remote code and licence. Python files are copied, never run; a link out of
-    the folder is refused.
+    """Tokenizer, chat template, generation config, remote code (copied, never run) and licence. `ExportError` for a link out of the
+    folder.
     """
     found = (path for path in sorted(folder.iterdir()) if path.is_file() or path.is_symlink())
     named = [path for path in found if any(path.match(pattern) for pattern in _COPIED)]
@@ -120,13 +113,13 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
 
 
 def of_folder(folder: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and times of the last change of the files in a folder, by name."""
+    """File name -> bytes, and time of the last change in nanoseconds, of the files in a folder."""
     found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
     return {name: (state.st_size, state.st_mtime_ns) for name, state in found}
 
 
 def check_unchanged(folder: Path, before: dict[str, tuple[int, int]]) -> None:
-    """Raise if a file of the original model is not what it was before."""
+    """Raise `ExportError` if a file of the folder has another size or time than `before`."""
     now = of_folder(folder)
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         raise ExportError(f"{folder / changed[0]} changed while it was exported. Start again when nobody writes there")

@@ -1,4 +1,4 @@
-"""The safetensors files of an HF checkpoint, read slice by slice: names, shapes and dtypes are checked before anything."""
+"""The safetensors files of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
 
 from math import prod
 from pathlib import Path
@@ -36,8 +36,9 @@ class SourceWeights:
 
     def __init__(self, folder: Path, only: tuple[str, ...] = ("",)) -> None:
         """Open the files of `folder` that hold tensors whose names begin with one of `only`."""
-        self.folder = folder
-        self.files = {name: path for name, path in _files(folder).items() if name.startswith(only)}
+        self.folder, home = folder, weights_in(folder)
+        files = read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)
+        self.files = {name: path for name, path in files.items() if name.startswith(only)}
         self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
         self.counting = Lock()
@@ -48,16 +49,10 @@ class SourceWeights:
         for path, file in self.open.items():
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if seen.setdefault(name, path) is not path:
-                    raise ExportError(
-                        f"{folder}: tensor {name} is in {seen[name].name} and in {path.name}. Fetch both again"
-                    )
-        report(
-            [
-                f"{path}: the index says that {name} is here. Fetch file and index again"
-                for name, path in sorted(self.files.items())
-                if seen.get(name) != path
-            ]
-        )
+                    both = f"{seen[name].name} and in {path.name}"
+                    raise ExportError(f"{folder}: tensor {name} is in {both}. Fetch both again")
+        lost = ((name, path) for name, path in sorted(self.files.items()) if seen.get(name) != path)
+        report([f"{path}: the index says that {name} is here. Fetch file and index again" for name, path in lost])
 
     def __enter__(self) -> "SourceWeights":
         return self
@@ -72,11 +67,10 @@ class SourceWeights:
         others: tuple[str, ...] = (),
         spare: str = "",
     ) -> None:
-        """Raise unless the checkpoint holds the names and shapes that the tables expect, and no number is quantized but in
-        blocks.
+        """Raise `ExportError` unless the checkpoint holds the `expected` names and shapes, not quantized or in float8 blocks.
 
-        Rotary buffers of old files may be there too, the tensor `spare`, which is the output layer of a tied model, and what
-        begins like one of `others`; of `copies` of other tensors some may be missing.
+        It may also hold rotary buffers (as old files do), the tensor `spare` (the output layer of a tied model), and names that
+        begin with one of `others`. Tensors in `copies`, which are copies of other tensors, may be missing.
         """
         found = {
             name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
@@ -84,15 +78,13 @@ class SourceWeights:
         in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
         expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
         missing = sorted(expected.keys() - found - copies)
-        extra = sorted(name for name in found - expected.keys() - {spare})
+        extra = sorted(found - expected.keys() - {spare})
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
         if any(name.endswith("eh_proj.weight") for name in missing):
-            problems.insert(
-                0, "these files lack layers that predict one more token, which config.json means: --mtp drop"
-            )
-        problems += [
-            f"{self.folder}: tensor {name} is not part of this architecture. Give a model without it" for name in extra
-        ]
+            lacks = "these files lack layers that predict one more token, which config.json means: --mtp drop"
+            problems.insert(0, lacks)
+        where = "is not part of this architecture. Give a model without it"
+        problems += [f"{self.folder}: tensor {name} {where}" for name in extra]
         for name in sorted(expected.keys() & found):
             if tuple(self.shape(name)) != expected[name]:
                 problems.append(
@@ -120,7 +112,7 @@ class SourceWeights:
         return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
 
     def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
-        """What `where` selects of a part of a parameter, [out, in] or [out], from a tensor of its own or from a stack."""
+        """What `where` selects of a layout part of a parameter, [out, in] or [out], from its own tensor or from a stack."""
         stack = source.stack
         if stack is None:
             return self.read(source.names()[part], where, source.dtype)
@@ -135,23 +127,20 @@ class SourceWeights:
         return found.T if found.dim() == 2 else found
 
     def copied(self) -> tuple[Output, ...]:
-        """All tensors, as they are to be written again."""
-        if odd := [name for name in self.files if self.dtype(name) not in UNQUANTIZED]:
+        """All tensors, for a plan that copies them; `ExportError` for a quantized one."""
+        dtypes = {name: self.dtype(name) for name in self.files}
+        if odd := [name for name, dtype in dtypes.items() if dtype not in UNQUANTIZED]:
             raise ExportError(
-                f"{self.folder}: tensor {odd[0]} is {self.dtype(odd[0])}, not one of {', '.join(UNQUANTIZED)}"
+                f"{self.folder}: tensor {odd[0]} is {dtypes[odd[0]]}, not one of {', '.join(UNQUANTIZED)}"
             )
-        return tuple(
-            Output(name, UNQUANTIZED[self.dtype(name)], tuple(self.shape(name))) for name in sorted(self.files)
-        )
+        return tuple(Output(name, UNQUANTIZED[dtypes[name]], tuple(self.shape(name))) for name in sorted(dtypes))
 
     def whole(self, name: str) -> Tensor:
         """A tensor as it is."""
         return self._mapped(name).get_tensor(name)
 
     def _mapped(self, name: str) -> "safe_open":
-        """The file that holds a tensor, to read it now. Files are mapped: a read behind the end that one has now would kill the
-        process.
-        """
+        """The open file that holds a tensor. Files are mapped: if one got shorter, a read behind its end would kill the process."""
         path = self.files[name]
         size = path.stat().st_size if path.exists() else 0
         if size != self.sizes[path]:
@@ -178,8 +167,10 @@ class SourceWeights:
 
 
 def mapped_bytes(config: dict, source: Source, shard: int) -> int:
-    """Bytes of a file's pages that a rank touches when it reads a shard of so many bytes."""
-    across = Axis.OUT if source.stack else Axis.IN  # what a cut of every row of the file is along: it touches all pages
+    """Bytes of a file's pages that a rank touches when it reads a shard of `shard` bytes."""
+    across = (
+        Axis.OUT if source.stack else Axis.IN
+    )  # a cut along this axis takes a part of every row, so it touches all pages
     nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
     if _in_float8(config, source):
         return nbytes // 2
@@ -187,7 +178,7 @@ def mapped_bytes(config: dict, source: Source, shard: int) -> int:
 
 
 def reading_bytes(config: dict, source: Source, shard: int) -> int:
-    """Bytes that a rank copies of a shard of so many bytes while it reads it: it casts or multiplies parts, and joins them."""
+    """Bytes that a rank copies while it reads a shard of `shard` bytes: it casts or multiplies parts, and joins them."""
     joined = 0 if isinstance(source.layout, Identity) and not source.stack else shard
     if _in_float8(config, source):
         return MULTIPLIED * shard + joined
@@ -204,23 +195,11 @@ def _in_float32(config: dict) -> bool:
 
 
 def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
-    """The tensors of a checkpoint whose names begin with one of `prefixes`; an error if there is none of one of them."""
+    """The tensors of a checkpoint whose names begin with one of `prefixes`; `ExportError` if a prefix has none."""
     if not prefixes:
         return ()
     with SourceWeights(folder, only=prefixes) as weights:
-        report(
-            [
-                f"{folder}: no tensor {prefix}*, which is copied from the original model. Fetch the checkpoint again"
-                for prefix in prefixes
-                if not any(name.startswith(prefix) for name in weights.files)
-            ]
-        )
+        lacking = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in weights.files)]
+        why = "which is copied from the original model. Fetch the checkpoint again"
+        report([f"{folder}: no tensor {prefix}*, {why}" for prefix in lacking])
         return weights.copied()
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file."""
-    path = weights_in(folder)
-    if path.name == INDEX:
-        return read_index(folder)
-    return dict.fromkeys(opened(path).keys(), path)

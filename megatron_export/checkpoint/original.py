@@ -1,4 +1,4 @@
-"""The model that an export comes from, opened once: its folder, its config, the tensors that are copied, the state of its files."""
+"""The HF model that an export takes config and tokenizer from, opened once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,11 @@ from .hf_weights import copied_tensors
 
 @dataclass(frozen=True)
 class Original:
-    """folder  of the HF model
-    config  config.json's dict, without the layers that `mtp` drops
-    files   of every file in the folder: bytes, and time of the last change
-    copied  the tensors that Megatron's model does not have, which are copied as they are
-    dropped what the names of tensors begin with that are left out
+    """folder   of the HF model
+    config   config.json's dict, without the layers that `mtp` drops
+    files    name -> bytes, and time of the last change, of every file in the folder
+    copied   the tensors that Megatron's model does not have, which are copied as they are
+    dropped  prefixes of the names of tensors that are left out
     """
 
     folder: Path
@@ -26,7 +26,7 @@ class Original:
 
 
 def read_original(hf_model: str | Path, mtp: str, *, weights: bool) -> Original:
-    """Open a folder or hub id. `weights`: its safetensors files are wanted too, beside those that hold what is copied.
+    """Open a folder or hub id; with `weights`, all its safetensors files are fetched, and not only those with copied tensors.
 
     `ExportError` for a folder that is no HF model, an unknown architecture, and a model that is quantized already.
     """
@@ -37,7 +37,7 @@ def read_original(hf_model: str | Path, mtp: str, *, weights: bool) -> Original:
 
 
 def config_of(hf_model: str | Path, mtp: str, *, weights: bool = False) -> tuple[Path, dict, tuple[str, ...]]:
-    """The folder of a model, its config.json as an export with this `mtp` sees it, and the names that it leaves out begin with."""
+    """The folder of a model, its config.json as an export with this `mtp` sees it, and prefixes of the names that are left out."""
     folder = find_model(hf_model, weights=weights)
     config = read_config(folder)
     architecture_of(config)  # first: of an unknown architecture, no key of config.json is known

@@ -1,8 +1,8 @@
-"""What pickle and torch.save wrote, read without running or importing anything that it names.
+"""Files of pickle and torch.save, read without running or importing anything that they name.
 
-A pickle is a program that calls what it names. Here a name is a value of a short list, or, of the packages whose objects are
-in checkpoints, an `Inert` thing that keeps what it was called with and does nothing; any other name is an error. What
-torch.save wrote is a zip archive without compression: `data.pkl` describes the object, its tensors' bytes lie beside it.
+A pickle is a program that calls what it names. Here a name of a short list is a value; a name in a package whose objects are in
+checkpoints is an `Inert`, which only keeps its arguments; any other name is an error. torch.save writes a zip archive without
+compression: `data.pkl` describes the object, the tensors' bytes lie beside it.
 """
 
 import io
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..common.errors import ExportError
-from ..common.safe_files import reason_of, shown
+from ..common.safe_files import MOST_ELEMENTS, reason_of, shown
 
 WAY_OUT = "Copy or save the checkpoint again, or do not trust it"
 MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
@@ -38,7 +38,7 @@ _INERT = {  # packages whose objects are in checkpoints; nothing of them is need
 
 
 class Inert:
-    """Stands for an object of a class that is not looked up: what it was called with, and the state that it was given."""
+    """Stands for an object whose class is not imported: its arguments, and the state that it was given."""
 
     name = ""
     args: tuple = ()
@@ -51,10 +51,10 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: object, value: object) -> None:
-        """What a container of its own kind holds is not kept."""
+        """The items of a foreign container are not kept."""
 
     def append(self, value: object) -> None:
-        """The same."""
+        """Nor are its values."""
 
     def get(self, name: str) -> Any:
         """An attribute that it was saved with; `ValueError` if it has none."""
@@ -64,7 +64,7 @@ class Inert:
 
 
 class _Table(dict):
-    """Any kind of dict: what it was made from, and its own attributes, are not kept."""
+    """Any kind of dict; its arguments and attributes are not kept."""
 
     def __init__(self, *_: object) -> None:
         super().__init__()
@@ -119,13 +119,13 @@ def read_saved(path: Path, way_out: str) -> Any:
 
 
 def saved(file: BinaryIO, start: int, length: int) -> Any:
-    """The object that torch.save wrote into a part of a file, its tensors as `Inert`; `ValueError` where it is none."""
+    """The object that torch.save wrote into a part of a file, its tensors as `Inert`; `ValueError` if it wrote none."""
     with _archive(file, start, length) as archive:
         return _described(archive)
 
 
 def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
-    """Where the numbers of the tensor are that torch.save wrote into a part of a file; `ValueError` where it is none."""
+    """Where the numbers lie of the tensor that torch.save wrote into a part of a file; `ValueError` if it wrote none."""
     with _archive(file, start, length) as archive:
         found = _described(archive)
         found = found[0] if isinstance(found, list) and len(found) == 1 else found
@@ -138,7 +138,7 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
         if kind not in _STORAGES:
             raise ValueError(f"a tensor of {shown(kind)}, not one of {', '.join(_STORAGES)}")
         dtype = _STORAGES[kind]
-        if not all(_is_sizes(sizes) for sizes in ((offset,), shape, strides)) or len(shape) != len(strides):
+        if not all(is_sizes(sizes) for sizes in ((offset,), shape, strides)) or len(shape) != len(strides):
             raise ValueError("a tensor without sizes")
         reach = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
         member = archive.getinfo(_prefix(archive) + f"data/{storage[2]}")
@@ -152,7 +152,7 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
 
 @contextmanager
 def clear_errors(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
-    """Why a file is not read becomes an `ExportError` about it."""
+    """Turn `OSError` and `ValueError` into an `ExportError` about the file."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -160,7 +160,7 @@ def clear_errors(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
 
 
 class _Reader(pickle._Unpickler):
-    """In Python: the one in C, which is faster, takes as much memory as a few bytes of a pickle ask for."""
+    """The unpickler in Python: a few bytes of a pickle can make the one in C, which is faster, take any amount of memory."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _VALUES:
@@ -170,12 +170,12 @@ class _Reader(pickle._Unpickler):
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
-        """Of a tensor: ("storage", its kind, its file in the archive, device, how many numbers)."""
+        """What `data.pkl` says of a tensor: ("storage", its kind, its file in the archive, device, how many numbers)."""
         return pid
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file of its own, that gives little at once."""
+    """A part of a file, as a file of its own, that reads at most `_MOST_AT_ONCE` bytes at a time."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self.file, self.start, self.length, self.at = file, start, length, 0
@@ -183,16 +183,10 @@ class _Window(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def readable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
         if self.at < 0:
             raise zipfile.BadZipFile("it points before its start")
-        return self.at
-
-    def tell(self) -> int:
         return self.at
 
     def read(self, size: int = -1) -> bytes:
@@ -238,7 +232,7 @@ def _small(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _begin(file: BinaryIO, start: int, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member of an archive begin in the file that the archive is a part of."""
+    """Where the bytes of an archive's member begin in the file around the archive, whose first byte is `start`."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{shown(member.filename)} is compressed")
     file.seek(start + member.header_offset)
@@ -249,5 +243,6 @@ def _begin(file: BinaryIO, start: int, member: zipfile.ZipInfo) -> int:
     return start + member.header_offset + 30 + name + extra
 
 
-def _is_sizes(found: object) -> bool:
-    return isinstance(found, tuple) and all(type(size) is int and 0 <= size < 1 << 60 for size in found)
+def is_sizes(found: object) -> bool:
+    """Whether a value of a pickle can be sizes, offsets or strides."""
+    return isinstance(found, tuple) and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in found)

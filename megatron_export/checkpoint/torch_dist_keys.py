@@ -1,7 +1,7 @@
-"""Where in the tensors of a `torch_dist` checkpoint things lie, and which names their keys mean.
+"""Where parameters lie in the tensors of a `torch_dist` checkpoint, and which names the tensors' keys mean.
 
-Layers that are all alike share a tensor with an axis for them, `decoder.layers.mlp...`; else each has its own. So have experts,
-and gate and up may have one each, `..._w` and `..._v`.
+Layers that are all alike share a tensor with an axis for them, `decoder.layers.mlp...`; else each has its own. So do experts. Gate
+and up may have a tensor each, `..._w` and `..._v`.
 """
 
 import re
@@ -20,7 +20,7 @@ _PART = re.compile(r"(.*\.linear_fc1\..*)_([wv])")
 
 @dataclass(frozen=True)
 class Home:
-    """Where some rows of a parameter lie: rows `start` to `stop` of entry `lead` of a tensor's first axes."""
+    """Where some rows of a parameter lie: rows `start` to `stop` of the entry at index `lead` of a tensor's first axes."""
 
     tensor: Stored
     lead: tuple[int, ...]
@@ -49,7 +49,7 @@ def in_order(parts: dict[str, Home]) -> tuple[Home, ...]:
 
 
 def named(key: str, lead: tuple[int, ...]) -> str:
-    """The name that a model alone on its rank has for entry `lead`, which may be longer, of the first axes of the tensor `key`."""
+    """The name that a model alone on its rank has for the entry at index `lead` (or a longer one) of the tensor `key`."""
     layers = _ALIKE.match(key)
     if layers:
         key, lead = f"{layers[0]}{lead[0]}.{key[layers.end() :]}", lead[1:]
@@ -59,9 +59,9 @@ def named(key: str, lead: tuple[int, ...]) -> str:
 def entries(
     key: str, shape: tuple[int, ...], least: int = 1, experts: int = 0
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What a tensor holds, by the names that a model alone on its rank has; and where in its first axes each is.
+    """The parameters in a tensor: names as a model alone on its rank has them, and the index of each in the first axes.
 
-    An entry has at least `least` axes. Where each layer has `experts`, they may share an entry, which then has no axis for them.
+    An entry has at least `least` axes. The `experts` of a layer may share an entry, which then has no axis for them.
     """
     layers, found = _ALIKE.match(key), _EXPERTS.search(key)
     stacked = bool(found and found[1] is None)

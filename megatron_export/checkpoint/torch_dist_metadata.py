@@ -1,6 +1,5 @@
-"""`.metadata` of a `torch_dist` folder: every tensor, its parts, and where each of them lies in a `.distcp` file.
-
-torch.distributed.checkpoint writes it. All of it is untrusted.
+"""`.metadata` of a `torch_dist` folder, as torch.distributed.checkpoint writes it: every tensor, its parts, and where each lies in a
+`.distcp` file. All of it is untrusted.
 """
 
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..common.safe_files import MOST_ELEMENTS, inside, shown
-from .safe_pickle import Inert, clear_errors, read_pickle
+from ..common.safe_files import inside, shown
+from .safe_pickle import Inert, clear_errors, is_sizes, read_pickle
 
 METADATA = ".metadata"
 
@@ -46,22 +45,20 @@ class Stored:
 
     def at(self, lead: tuple[int, ...]) -> list[Chunk]:
         """The parts that hold something of entry `lead` of its first axes."""
-        if len(lead) not in self._slots:
-            self._slots[len(lead)] = self._slotted(len(lead))
-        return self._slots[len(lead)].get(lead, [])
-
-    def _slotted(self, axes: int) -> dict[tuple[int, ...], list[Chunk]]:
-        found: dict[tuple[int, ...], list[Chunk]] = {}
-        for chunk in self.chunks:
-            for lead in product(*(range(o, o + n) for o, n in zip(chunk.offsets[:axes], chunk.sizes, strict=False))):
-                found.setdefault(lead, []).append(chunk)
-        return found
+        axes = len(lead)
+        if axes not in self._slots:
+            self._slots[axes] = found = {}
+            for chunk in self.chunks:
+                spans = zip(chunk.offsets[:axes], chunk.sizes, strict=False)
+                for one in product(*(range(offset, offset + size) for offset, size in spans)):
+                    found.setdefault(one, []).append(chunk)
+        return self._slots[axes].get(lead, [])
 
 
 def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, Extent]]:
-    """Key -> tensor, but for keys that begin with one of `passed_over`; and key -> where it lies, of objects that are no tensors.
+    """Key -> tensor, and key -> where it lies for other objects, but for keys that begin with one of `passed_over`.
 
-    `ExportError` where the file is not what torch.distributed.checkpoint writes.
+    `ExportError` if the file is not what torch.distributed.checkpoint writes.
     """
     path = inside(folder, METADATA)
     found = read_pickle(path)
@@ -90,7 +87,7 @@ def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
             raise ValueError("it does not say where tensors lie")
         key, offsets = index.get("fqn"), index.state.get("offset")
         name, start, length = (info.get(what) for what in ("relative_path", "offset", "length"))
-        if not isinstance(name, str) or not _sizes((start, length)) or not (offsets is None or _sizes(offsets)):
+        if not isinstance(name, str) or not is_sizes((start, length)) or not (offsets is None or is_sizes(offsets)):
             raise ValueError(f"{shown(key)} lies nowhere")
         if info.state.get("transform_descriptors"):
             raise ValueError(f"{shown(key)} is compressed")
@@ -103,12 +100,12 @@ def _stored(key: str, said: Inert, places: dict) -> Stored:
     properties, shape, parts = (said.get(what) for what in ("properties", "size", "chunks"))
     state = getattr(properties, "state", None)
     dtype = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(dtype, torch.dtype) or not _sizes(shape) or not isinstance(parts, list):
+    if not isinstance(dtype, torch.dtype) or not is_sizes(shape) or not isinstance(parts, list):
         raise ValueError(f"{shown(key)} is no tensor")
     chunks = []
     for part in parts:
         offsets, sizes = (part.get(what) if isinstance(part, Inert) else None for what in ("offsets", "sizes"))
-        if not _sizes(offsets) or not _sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
+        if not is_sizes(offsets) or not is_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
             raise ValueError(f"a part of {shown(key)} has no place in it")
         if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"a part of {shown(key)} is larger than it")
@@ -118,7 +115,3 @@ def _stored(key: str, said: Inert, places: dict) -> Stored:
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
         raise ValueError(f"the parts of {shown(key)} do not make it whole")
     return Stored(key, shape, dtype, tuple(chunks))
-
-
-def _sizes(found: object) -> bool:
-    return isinstance(found, tuple) and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in found)

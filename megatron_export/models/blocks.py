@@ -78,7 +78,7 @@ def moe(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "d
 
 
 def shared_experts(block: str) -> Table:
-    """What every token passes beside its own experts, at `model.layers.{l}.<block>`."""
+    """The shared expert, which every token passes, at `model.layers.{l}.<block>`."""
     prefix = f"model.layers.{{l}}.{block}"
     return {
         "decoder.layers.{l}.mlp.shared_experts.linear_fc1.weight": gated(f"{prefix}.{{part}}.weight"),
@@ -88,8 +88,8 @@ def shared_experts(block: str) -> Table:
 
 
 def stacked(block: str, table: Table, woven: bool = False) -> Table:
-    """The same table where HF keeps the experts of a layer in `experts.gate_up_proj` and `experts.down_proj` below `block`,
-    and their biases beside them; `woven`: rows of gate and up in turn.
+    """The same table if HF keeps the experts of a layer in `experts.gate_up_proj` and `experts.down_proj` below `block`, and
+    biases beside them; `woven`: rows of gate and up take turns.
     """
     made = dict(table)
     for linear, name in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
@@ -101,7 +101,7 @@ def stacked(block: str, table: Table, woven: bool = False) -> Table:
 
 
 def below(prefix: str, table: Table) -> Table:
-    """The same table for a model inside another one."""
+    """The same table for a model inside another one, where HF names begin with `prefix`."""
     return {
         name: replace(rule, hf=prefix + rule.hf, stack=rule.stack and prefix + rule.stack)
         for name, rule in table.items()

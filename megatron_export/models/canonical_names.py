@@ -1,10 +1,9 @@
-"""One canonical name per Megatron parameter, whichever layer spec built the model and wherever the layer lives.
+"""One canonical name per Megatron parameter, whichever layer spec built the model and whichever rank holds it.
 
-Canonical names are those of the local spec, with global numbers of layers and experts from 0. The Transformer Engine
-spec keeps norms inside the linear that follows them, and all experts of a rank in one module with a weight for each; a
-rank's own layers are numbered from 0 on every pipeline stage and chunk, and its experts on every rank. Layers that predict
-one more token (MTP) are numbered after those of the decoder, as HF does. Adapters (Megatron-Bridge's and ModelOpt's LoRA) wrap
-a linear or are inside it, as ModelOpt's quantizers are: canonical names are those without them.
+Canonical names are those of the local spec, with global numbers of layers and experts from 0; Megatron numbers both from 0 on every
+rank and model chunk. Layers that predict one more token (MTP) follow those of the decoder, as in HF. The Transformer Engine spec
+keeps norms inside the linear that follows them, and all experts of a rank in one module. Adapters (Megatron-Bridge's and ModelOpt's
+LoRA) and ModelOpt's quantizers have no place in canonical names.
 """
 
 import re
@@ -23,15 +22,14 @@ _ADDED = re.compile(r"\.(?:adapter|linear_in|linear_out|lora_[ab]_\w+|\w+_quanti
 
 
 def without_additions(name: str) -> str | None:
-    """The name that a parameter, buffer or module has without adapters and quantizers; None for one that is part of these."""
+    """The name of a parameter, buffer or module in a model without adapters and quantizers; None for a part of these."""
     return None if _ADDED.search(f".{name}.") else name.replace(".to_wrap.", ".").removesuffix(".to_wrap")
 
 
 def canonical(name: str, numbers: dict[str, list[int]], experts: list[int]) -> str:
     """The canonical name of parameter `name` of one model chunk.
 
-    `numbers["decoder"][i]` is the global number of its layer i, `numbers["mtp"][i]` that of the layer i of its MTP, and
-    `experts[i]` that of the expert i of each layer.
+    Global numbers: `numbers["decoder"][i]` of its layer i, `numbers["mtp"][i]` of layer i of its MTP, `experts[i]` of expert i.
     """
     found = _LAYER.match(name)
     if found is None:

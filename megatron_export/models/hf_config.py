@@ -1,10 +1,8 @@
 """What an HF config.json says about a model's sizes.
 
-Works on the raw dict, never on a transformers config object: transformers 5 rewrites `rope_theta`, `rope_scaling` and
-`torch_dtype` on load, and both spellings must be read.
+It is read as a raw dict: transformers 5 rewrites `rope_theta`, `rope_scaling` and `torch_dtype`, and both spellings must be read.
 """
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 
 from ..common.errors import ExportError, report
@@ -22,31 +20,24 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
-# Each architecture has its own word for these; 0 where it has none.
+# How architectures spell the number of routed experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def text_of(config: dict) -> dict:
-    """config.json's dict of a language model, with the usual keys; of one that is a part of another model, as if it stood alone."""
+    """config.json's dict of the language model, with the usual keys, as if it were not part of another model."""
     inner = config.get("text_config", {})
     if not isinstance(inner, dict):
         raise ExportError(f"config.json: text_config is {shown(inner)}, not a table of settings. Fetch it again")
     text = config | inner | {"architectures": config.get("architectures")}
-    spelled = _spelled(text)
-    return text | {usual: text[own] for usual, own in spelled.items() if own in text}
-
-
-def _spelled(config: dict) -> Mapping[str, str]:
-    """Usual key -> how config.json's architecture spells it, where that is another word."""
-    architecture = known(config)
-    return architecture.keys if architecture else {}
+    architecture = known(text)
+    return (
+        text | {usual: text[own] for usual, own in architecture.keys.items() if own in text} if architecture else text
+    )
 
 
 def architecture_of(config: dict) -> Architecture:
-    """What the table says of config.json's architecture; `ExportError` with the known ones when it is not there, or with
-    the settings that it is not right for.
-    """
+    """The table of config.json's architecture; `ExportError` if it is unknown, or not right for some setting in config.json."""
     name, architecture = architecture_name(config), known(config)
     if architecture is None:
         near = get_close_matches(name[:80], ARCHITECTURES, n=1)
@@ -65,7 +56,8 @@ def architecture_of(config: dict) -> Architecture:
 
 def shape_of(config: dict) -> ModelShape:
     """Read the sizes from config.json's dict. `ExportError` lists every key that is missing or wrong."""
-    architecture, spelled, config = architecture_name(config), _spelled(config), text_of(config)
+    architecture, table, config = architecture_name(config), known(config), text_of(config)
+    spelled = table.keys if table else {}
     if missing := [spelled.get(key, key) for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architecture} lacks {', '.join(missing)}")
     report(wrong_values(config, spelled))
@@ -91,16 +83,18 @@ def shape_of(config: dict) -> ModelShape:
         ffn=config.get("intermediate_size_mlp") or config["intermediate_size"],
         vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        **_experts_of(config),
+        **_experts_of(config, table.shared if table else 0),
         mtp=config.get("num_nextn_predict_layers") or 0,
-        **dict(
-            zip(("q_lora", "kv_lora", "nope_dim", "rope_dim", "v_dim"), (config.get(k) or 0 for k in _MLA), strict=True)
-        ),
+        q_lora=config.get("q_lora_rank") or 0,
+        kv_lora=config.get("kv_lora_rank") or 0,
+        nope_dim=config.get("qk_nope_head_dim") or 0,
+        rope_dim=config.get("qk_rope_head_dim") or 0,
+        v_dim=config.get("v_head_dim") or 0,
     )
 
 
-def _experts_of(config: dict) -> dict:
-    """The fields of `ModelShape` that are about experts; nothing for a model without."""
+def _experts_of(config: dict, shared: int) -> dict:
+    """The fields of `ModelShape` that are about experts, none for a model without; `shared` experts if no key says how many."""
     key = next((key for key in _EXPERTS if config.get(key)), None)
     if key is None:
         return {}
@@ -119,12 +113,11 @@ def _experts_of(config: dict) -> dict:
     if config.get("moe_layers") is not None:
         sparse = tuple(config["moe_layers"])
     predicting = range(count, count + (config.get("num_nextn_predict_layers") or 0)) if count - 1 in sparse else ()
-    architecture = known(config)
     return {
         "sparse": (*sparse, *predicting),
         "experts": experts,
         "expert_ffn": ffn,
         "shared_ffn": (config.get("n_shared_experts") or 0) * ffn
         or config.get("shared_expert_intermediate_size")
-        or (architecture.shared if architecture else 0) * ffn,
+        or shared * ffn,
     }

@@ -1,11 +1,11 @@
-"""What the values of config.json's keys may be: it may come from anybody, and a wrong number must not become a wrong loop."""
+"""Which values config.json's keys may have: anybody may have written it, and a wrong number must not become an endless loop."""
 
 from collections.abc import Mapping
 
 from ..common.safe_files import shown
 
 MOST_LAYERS = 1000
-_SIZE, _TOKENS, _NUMBER = 1 << 24, 1 << 40, 1e30  # the most that a size, a count of tokens or another number may be
+_SIZE, _TOKENS, _NUMBER = 1 << 24, 1 << 40, 1e30  # the largest size, count of tokens, and other number
 
 # Whole numbers: the least and the most that they may be.
 _WHOLE: dict[str, tuple[int, int]] = {
@@ -29,17 +29,20 @@ _ABOVE_0: dict[str, float] = {
     "swiglu_limit": _NUMBER,
 }
 _YES_OR_NO = ("tie_word_embeddings", "attention_bias", "use_qk_norm", "norm_topk_prob", "attn_temperature_tuning")
-_ROPE_ABOVE_0 = (
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("attention_factor", "rope_theta"),
-)
-_ROPE_FROM_0 = ("mscale", "mscale_all_dim")
-_LAYERS = ("mlp_only_layers", "moe_layers")  # which they are, by number
+# Of rotary embeddings: the most that a number may be, and whether it may be 0.
+_ROPE: dict[str, tuple[float, bool]] = {
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), (_NUMBER, False)),
+    **dict.fromkeys(("original_max_position_embeddings", "beta_fast", "beta_slow", "rope_theta"), (_NUMBER, False)),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), (_NUMBER, True)),
+    "partial_rotary_factor": (1, False),
+}
+_LAYERS = ("mlp_only_layers", "moe_layers")  # lists of layers, by number
 
 
 def wrong_values(config: dict, spelled: Mapping[str, str]) -> list[str]:
-    """What is wrong with the values of a language model's settings that are there, and not null, as sentences; they call a key as
-    `spelled` does.
+    """What is wrong with the values of a language model's settings, null or missing ones apart; a sentence each.
+
+    `spelled`: key -> the word for it in this config.json.
     """
     there = {key: value for key, value in config.items() if value is not None}
     named = {key: spelled.get(key, key) for key in there}
@@ -54,7 +57,7 @@ def wrong_values(config: dict, spelled: Mapping[str, str]) -> list[str]:
 
 
 def _whole(key: str, value: object, least: int, most: int) -> str | None:
-    if type(value) is not int or value < least:  # True and False are none either
+    if type(value) is not int or value < least:  # True is an int for isinstance
         return f"{key} is {shown(value)}, not a whole number" + (" above 0" if least else " of at least 0")
     if value > most:
         return f"{key} is {shown(value)}, more than {most:,}. Give the config.json that belongs to these weights"
@@ -72,20 +75,14 @@ def _yes_or_no(key: str, value: object) -> str | None:
 
 
 def _numbers(key: str, value: object, layers: int) -> str | None:
-    if (
-        not isinstance(value, list)
-        or len(value) > layers
-        or any(type(n) is not int or not 0 <= n < layers for n in value)
-    ):
-        return f"{key} is {shown(value)}, not a list of layers below num_hidden_layers {layers}"
-    return None
+    right = isinstance(value, list) and len(value) <= layers and all(type(n) is int and 0 <= n < layers for n in value)
+    return None if right else f"{key} is {shown(value)}, not a list of layers below num_hidden_layers {layers}"
 
 
 def _wrong_lists(there: dict, layers: int) -> list[str]:
-    """Of lists that say something of every layer."""
+    """What is wrong with lists that have an entry for every layer, and with a count of layers."""
     problems = []
-    if there.get("no_rope_layers", []) != []:
-        uses = there["no_rope_layers"]
+    if (uses := there.get("no_rope_layers", [])) != []:
         if not isinstance(uses, list) or any(type(use) not in (int, bool) or use not in (0, 1) for use in uses):
             problems.append(f"no_rope_layers is {shown(uses)}, not a list of 0 and 1")
         elif len(uses) != layers:
@@ -93,10 +90,8 @@ def _wrong_lists(there: dict, layers: int) -> list[str]:
     kinds = there.get("layer_types", [""] * layers)
     if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
         problems.append(f"layer_types is {shown(kinds)}, not a kind for each of num_hidden_layers {layers}")
-    if there.get("first_k_dense_replace", 0) > layers:
-        problems.append(
-            f"first_k_dense_replace {there['first_k_dense_replace']} is more than num_hidden_layers {layers}"
-        )
+    if (dense := there.get("first_k_dense_replace", 0)) > layers:
+        problems.append(f"first_k_dense_replace {dense} is more than num_hidden_layers {layers}")
     return problems
 
 
@@ -107,17 +102,11 @@ def _wrong_rope(there: dict) -> list[str | None]:
         if not isinstance(rope, dict):
             problems.append(f"{key} is {shown(rope)}, not a table of settings")
             continue
-        rope = {f"{key}.{name}": value for name, value in rope.items() if value is not None}
-        for names, zero in ((_ROPE_ABOVE_0, False), (_ROPE_FROM_0, True)):
-            known = [f"{key}.{name}" for name in names if f"{key}.{name}" in rope]
-            problems += [_above(name, rope[name], _NUMBER, zero) for name in known]
-        if f"{key}.partial_rotary_factor" in rope:
-            problems.append(_above(f"{key}.partial_rotary_factor", rope[f"{key}.partial_rotary_factor"], 1))
-        if f"{key}.truncate" in rope:
-            problems.append(_yes_or_no(f"{key}.truncate", rope[f"{key}.truncate"]))
-        problems += [
-            f"{key}.{name} is {shown(rope[f'{key}.{name}'])}, not a name"
-            for name in ("rope_type", "type")
-            if not isinstance(rope.get(f"{key}.{name}", ""), str)
-        ]
+        for name, value in ((name, value) for name, value in rope.items() if value is not None):
+            if name in _ROPE:
+                problems.append(_above(f"{key}.{name}", value, *_ROPE[name]))
+            elif name == "truncate":
+                problems.append(_yes_or_no(f"{key}.truncate", value))
+            elif name in ("rope_type", "type") and not isinstance(value, str):
+                problems.append(f"{key}.{name} is {shown(value)}, not a name")
     return problems

@@ -1,9 +1,4 @@
-"""Pure surgery between one Megatron tensor and the HF tensors it holds; every layout is invertible.
-
-`split` takes a shard (index `index` of `count` equal cuts along the output rows, or the whole tensor as shard 0 of 1)
-and returns, per HF part, the rows that this shard holds. `join` is its inverse. `source` says which rows of an HF
-part the shard holds, so that a reader fetches just those.
-"""
+"""How one Megatron tensor is cut into HF tensors, and joined again. Pure functions; every layout is invertible."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,15 +8,22 @@ from torch import Tensor
 
 
 class Layout(Protocol):
-    """How one Megatron tensor is made of HF parts. A part's name fills `{part}` in the rule's HF name."""
+    """How one Megatron tensor is made of HF parts. A part's name fills `{part}` in the rule's HF name.
+
+    A shard is number `index` of `count` equal cuts of the rows; the whole tensor is shard 0 of 1.
+    """
 
     parts: tuple[str, ...]
 
-    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]: ...
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        """HF part -> its rows that the shard holds."""
 
-    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor: ...
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        """The shard of `rows` rows from its HF parts: the inverse of `split`."""
 
-    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice: ...
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        """Which rows of an HF part the shard holds, so that a reader fetches only those."""
+        return even_cut(part_rows, index, count)
 
     def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
         """Which rows of the whole tensor, of `size` rows, the shard holds, in its order."""
@@ -38,16 +40,16 @@ def even_cut(size: int, index: int, count: int) -> slice:
 
 
 def stacked(parts: list[Tensor], woven: bool) -> Tensor:
-    """One expert's slice of the tensor in which HF keeps all of them, from its parts [out, in] or [out]: those side by side,
-    or, if `woven`, their rows in turn; then the dims swapped.
+    """One expert's slice of HF's stacked tensor, [in, all outs] or [all outs], from its parts [out, in] or [out]: one part after
+    the other, or rows of the parts in turn if `woven`.
     """
     rows = torch.stack(parts, dim=1).flatten(0, 1) if woven else torch.cat(parts)
     return rows.T.contiguous() if rows.dim() == 2 else rows
 
 
 def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> tuple[slice, slice]:
-    """Where a slice of such a tensor has `rows` of its part number `part`, which has `size`: a range of its last dim, and
-    what to take of that range.
+    """Where an expert's slice of such a tensor holds `rows` of part number `part` of `parts`, each of `size` rows: a range of the
+    last dim, and which of that range to take.
     """
     if woven:
         return slice(rows.start * parts, rows.stop * parts), slice(part, None, parts)
@@ -66,13 +68,10 @@ class Identity(Layout):
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return parts[""]
 
-    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_cut(part_rows, index, count)
-
 
 @dataclass(frozen=True)
 class Vocab(Layout):
-    """Rows padded by Megatron to a multiple of its own choice; HF has the first `vocab` rows, perhaps several times."""
+    """Rows that Megatron pads to a multiple of its choice; HF has the first `vocab` rows, perhaps several times."""
 
     vocab: int
     parts: tuple[str, ...] = ("",)
@@ -105,9 +104,6 @@ class Split(Layout):
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return torch.cat([parts[part] for part in self.parts])
 
-    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_cut(part_rows, index, count)
-
     def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
         own = even_cut(part_rows := size // len(self.parts), index, count)
         return tuple(slice(n * part_rows + own.start, n * part_rows + own.stop) for n in range(len(self.parts)))
@@ -132,15 +128,12 @@ class QKV(Layout):
         blocks = [parts[part].reshape(groups, -1, *parts[part].shape[1:]) for part in self.parts]
         return torch.cat(blocks, dim=1).reshape(-1, *parts["k"].shape[1:])
 
-    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return even_cut(part_rows, index, count)
-
     def splits(self, rows: int) -> bool:
         """With more ranks than query groups, Megatron cuts within a group."""
         return rows % ((self.queries_per_group + 2) * self.head_dim) == 0
 
     def first_queries(self, values: Tensor) -> Tensor:
-        """Of one value per row of all queries, those of the first query of each group: as many as v has rows."""
+        """From one value per row of all queries, those of each group's first query: as many as v has rows."""
         return values.view(-1, self.queries_per_group, self.head_dim)[:, 0].reshape(-1)
 
     def same_in_group(self, values: Tensor) -> Tensor:

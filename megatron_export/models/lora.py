@@ -1,7 +1,7 @@
 """LoRA adapters, and the weights that they are merged into.
 
-The product is taken in float64 from whole factors: those of bfloat16 have products and sums of ranks that float64 holds
-without rounding, unless their sizes are more than 2^30 apart, so that every topology merges to the same bytes.
+The product is taken in float64 from whole factors. Float64 holds products and sums of bfloat16 numbers without rounding, unless
+they differ by more than 2^30, so every topology merges to the same bytes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ..common.strips import row_strips
 class Adapter:
     """A LoRA adapter of one linear as a rank holds it: `scale * second @ first` is added to its weight.
 
-    first   [rank, in], perhaps a shard of either; second  [out, rank], perhaps a shard of `out`
+    first [rank, in] and second [out, rank] are whole, or shards along `in` and `out`.
     """
 
     first: Tensor
@@ -27,7 +27,7 @@ class Adapter:
 
 
 def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
-    """weight + the sum of scale * second @ first over its adapters, of a [out, in] weight or a shard of one, in its dtype."""
+    """The weight [out, in], or a shard of it, plus scale * second @ first of each adapter; in the weight's dtype."""
     made = torch.empty_like(weight)
     exact = {"device": weight.device, "dtype": torch.float64}
     factors = [(adapter.scale, adapter.second.to(**exact), adapter.first.to(**exact)) for adapter in adapters]
@@ -40,7 +40,7 @@ def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
 
 
 def misfits(name: str, weight: Sequence[int], rank: int, second: Sequence[int], first: Sequence[int]) -> list[str]:
-    """What is wrong with the shapes of the factors of an adapter of a [out, in] weight, or shard."""
+    """What is wrong with the shapes of an adapter's factors for a [out, in] weight or shard; [] if they fit."""
     fits, sizes = ((weight[0], rank), (rank, weight[1])), (tuple(second), tuple(first))
     if sizes == fits:
         return []

@@ -1,14 +1,14 @@
 """How Megatron shapes and cuts each canonical parameter: one table for every architecture.
 
-The cut is the weight axis that tensor parallelism divides, None for a parameter that every rank holds whole. It is
-declared here and checked against the model's real shapes, never read off parameter attributes: those are missing or
-wrong for several modules. The row count of a vocabulary is a lower bound, since Megatron pads it. {l} is a layer, {e} an
-expert; experts are cut by expert tensor parallelism, all else by tensor parallelism.
+The cut is the weight axis that tensor parallelism divides (for experts, expert tensor parallelism). It is declared here and checked
+against the model's real shapes; parameter attributes are missing or wrong for several modules. Megatron may pad the rows of a
+vocabulary. {l} is a layer, {e} an expert.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from ..common.piece import Axis
 from .shape import ModelShape
@@ -16,23 +16,14 @@ from .shape import ModelShape
 
 @dataclass(frozen=True)
 class Parameter:
-    """The axis that tensor parallelism cuts, the unsharded shape, and the layers that have it, where a name has {l}."""
+    """The axis that is cut (None: every rank holds the whole), the unsharded shape, and the layers that have it, if in layers."""
 
     cut: Axis | None
     shape: Callable[[ModelShape], tuple[int, ...]]
-    layers: Callable[[ModelShape], Iterable[int]] = lambda m: m.every
+    layers: Callable[[ModelShape], Iterable[int]] = attrgetter("every")
 
 
-def _dense(m: ModelShape) -> tuple[int, ...]:
-    return m.dense
-
-
-def _sparse(m: ModelShape) -> tuple[int, ...]:
-    return m.sparse
-
-
-def _predicting(m: ModelShape) -> range:
-    return m.predicting
+_dense, _sparse, _predicting = attrgetter("dense"), attrgetter("sparse"), attrgetter("predicting")
 
 
 def _qkv_rows(m: ModelShape) -> int:
@@ -100,43 +91,42 @@ PARAMETERS: dict[str, Parameter] = {
 }
 # fmt: on
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Megatron's local spec cuts these, Transformer Engine's and ModelOpt's hold them whole: their shapes tell.
+# Megatron's local spec cuts these; those of Transformer Engine and ModelOpt hold them whole. Their shapes show which.
 EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
 FLOAT32 = ("expert_bias",)  # kept as they are; everything else becomes bfloat16
 _LAYER, _EXPERT = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.\d+\.")
 
 
 def cut_of(canonical: str) -> Axis | None:
-    """The axis that tensor parallelism cuts of a canonical parameter of any layer, or of any expert or all of them."""
+    """The axis that tensor parallelism cuts of a canonical parameter; experts' names may be without their number."""
     name = _EXPERT.sub(".experts.", _LAYER.sub(".layers.{l}.", canonical, count=1))
     return PARAMETERS[re.sub(r"(?<!shared_)experts\.", "experts.{e}.", name)].cut
 
 
 def is_expert(canonical: str) -> bool:
-    """Whether it belongs to a routed expert, or to the experts of a layer together."""
+    """Whether a parameter or module belongs to a routed expert, or to the experts of a layer together."""
     return ".mlp.experts." in canonical
 
 
 def pooled(canonical: str) -> str:
-    """The name under which calibration knows it: the experts of a layer are measured together, without their number.
+    """The name without the expert's number: the experts of a layer are measured together.
 
-    Each sees the tokens that were routed to it, and one may see none; engines give all of them one scale for their
-    inputs, the largest.
+    An expert may see no token, and engines give the inputs of all experts one scale, the largest.
     """
     return _EXPERT.sub(".experts.", canonical)
 
 
 def makes_keys(canonical: str) -> bool:
-    """Whether its outputs are what a KV cache keeps, so that the scales of the cache belong beside it."""
+    """Whether a KV cache keeps the outputs of this parameter, so that the scales of the cache stand beside it."""
     return canonical.endswith("self_attention.linear_qkv.weight")
 
 
 def is_latent(canonical: str) -> bool:
-    """Whether it is a projection of multi-head latent attention, in a model that has it."""
+    """Whether a parameter is a projection of latent attention, in a model that has it."""
     return bool(re.search(r"\.self_attention\.linear_(q|kv)(_up|_down)?_proj\.", canonical))
 
 
 def is_linear_weight(canonical: str) -> bool:
-    """Whether a format may quantize it: Megatron calls the matrix products inside a layer, and only those, linear_*."""
+    """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*."""
     module, _, leaf = canonical.rpartition(".")
     return leaf == "weight" and module.rpartition(".")[2].startswith("linear_")

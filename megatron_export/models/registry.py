@@ -20,7 +20,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_name(config: dict) -> str:
-    """The first of config.json's `architectures`; "(none)" where it has none."""
+    """The first of config.json's `architectures`, "(none)" if it has none; `ExportError` if that is no list of names."""
     found = config.get("architectures") or ["(none)"]
     if not isinstance(found, list) or not isinstance(found[0], str):
         raise ExportError(f"config.json: architectures is {shown(found)}, not a list of names. Fetch it again")
@@ -28,5 +28,5 @@ def architecture_name(config: dict) -> str:
 
 
 def known(config: dict) -> Architecture | None:
-    """What the table says of config.json's architecture; None where it is not there."""
+    """The table of config.json's architecture; None if it is unknown."""
     return ARCHITECTURES.get(architecture_name(config))

@@ -11,9 +11,9 @@ from .shape import ModelShape
 class Rule:
     """One row of a table.
 
-    `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for what `words` calls the
-    layout's part, or the part itself. `copy` is the HF name of the copy that each layer of MTP has of it, `stack` that of
-    the one tensor in which HF keeps all experts of a layer, their parts `woven` or not.
+    `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for the layout's part, or the word for it in
+    `words`. `copy` is the HF name of the copy in each layer of MTP; `stack` that of the tensor in which HF keeps all experts of a
+    layer, their parts `woven` or not.
     """
 
     hf: str
@@ -33,7 +33,7 @@ def same(hf: str) -> Rule:
 
 
 def vocab(hf: str, copy: str | None = None) -> Rule:
-    """The first `vocab_size` rows, and under the name `copy` once more for every layer of MTP."""
+    """The first `vocab_size` rows; each layer of MTP has them again under the name `copy`."""
     return Rule(hf, lambda shape: Vocab(shape.vocab, ("", *map(str, shape.predicting if copy else ()))), copy=copy)
 
 

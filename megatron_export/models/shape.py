@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All unsharded, vocabulary unpadded.
+    """Unsharded sizes, the vocabulary unpadded; sizes of experts or latent attention are 0 in a model without.
 
-    `sparse` are the layers with experts. Of a model without experts or without latent attention (MLA), those sizes are 0.
-    `mtp` layers that predict one more token each follow the `layers` of the decoder, in HF's numbers too; they are like its
-    last.
+    `sparse` are the layers with experts. `mtp` layers that predict one more token follow the `layers` of the decoder, in HF's
+    numbers too; they are like its last.
     """
 
     architecture: str

@@ -21,7 +21,7 @@ MOST_NUMBERS = 1 << 34  # in one of them
 
 @dataclass(frozen=True)
 class Stack:
-    """Where HF keeps an expert's parts: slice `index` of `count` along the first dim of one tensor."""
+    """Where HF keeps an expert's parts: slice `index` of `count` along the first dim of the tensor `name`."""
 
     name: str
     index: int
@@ -33,7 +33,7 @@ class Stack:
 class Source:
     """A canonical parameter of one model: how it is cut and shaped in Megatron, and what it is called in HF.
 
-    `cut` is None for one that every rank holds whole; `either` for one that some layer specs hold whole and others cut.
+    `cut` is None if every rank holds it whole; `either`: some layer specs hold it whole, others cut it.
     """
 
     canonical: str
@@ -61,9 +61,8 @@ class Source:
     def share(
         self, rows: int, shape: tuple[int, ...], index: int, count: int
     ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Which of all its rows shard `index` of `count` of this shape has, in its order, and which columns: none, of a vector.
-
-        `rows` are as many as there are: of a padded vocabulary perhaps more than `shape` says.
+        """Which rows of the whole, in its order, and which columns (none of a vector) shard `index` of `count` has; `shape` is the
+        shard's. The whole has `rows` rows: a padded vocabulary may have more than config.json means.
         """
         columns = tuple(slice(0, size) for size in self.shape[1:])
         if self.cut is Axis.IN:
@@ -76,16 +75,12 @@ class Source:
         """The HF names of its copies."""
         return {name for part, name in self.names().items() if part} if self.rule.copy else set()
 
-    def pooled_names(self) -> dict[str, str]:
-        """The same, without the number of the expert."""
-        return {part: re.sub(r"\.experts\.\d+\.", ".experts.", name) for part, name in self.names().items()}
-
 
 def parameters_of(config: dict) -> dict[str, Source]:
-    """Every parameter that a Megatron model of this config has, in the order in which they are exported.
+    """Canonical name -> source of every parameter that a Megatron model of this config has, in the order of the export.
 
-    Tied models have no output layer: Megatron's duplicate on the last pipeline stage is not a parameter of its own.
-    Parameters of size 0, such as those of shared experts that a model does not have, are left out.
+    Tied models have no output layer, and parameters of size 0 (shared experts that a model does not have) are left out.
+    `ExportError` for an unknown architecture, and for more parameters or numbers than a model can have.
     """
     architecture = architecture_of(config)  # first: of an unknown one, no key of config.json is known
     lacking = {name for key, (_, rules) in architecture.where.items() if not text_of(config).get(key) for name in rules}
@@ -111,23 +106,23 @@ def parameters_of(config: dict) -> dict[str, Source]:
 
 
 def copied_prefixes(config: dict) -> tuple[str, ...]:
-    """What the names of tensors begin with that are copied from the original model as they are."""
+    """Prefixes of the names of tensors that are copied from the original model as they are."""
     return architecture_of(config).copied
 
 
 def without_mtp(config: dict) -> dict:
-    """config.json's dict of the same model without the layers that predict one more token."""
+    """The config.json of the same model without layers that predict one more token."""
     return config | {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else config
 
 
 def is_mtp(canonical: str, config: dict) -> bool:
-    """Whether a canonical parameter belongs to a layer that predicts one more token."""
+    """Whether a canonical parameter is in a layer that predicts one more token."""
     found = re.match(r"decoder\.layers\.(\d+)\.", canonical)
     return bool(found) and int(found[1]) >= shape_of(config).layers
 
 
 def mtp_prefixes(config: dict) -> tuple[str, ...]:
-    """What the HF names of layers that predict one more token begin with."""
+    """Prefixes of the HF names in layers that predict one more token."""
     before = architecture_of(config).rules["decoder.layers.{l}.input_layernorm.weight"].hf.partition("{l}")[0]
     return tuple(f"{before}{layer}." for layer in shape_of(config).predicting)
 
@@ -138,7 +133,7 @@ def head_of(config: dict) -> str:
 
 
 def _too_large(shape: ModelShape, layers: dict[str, int]) -> list[str]:
-    """What no model has, and would take hours to plan: by canonical name, `layers` have it."""
+    """Why a plan would take hours: more or larger parameters than any model has; `layers`: name -> how many layers have it."""
     count = sum(number * (shape.experts if "{e}" in name else 1) for name, number in layers.items())
     problems = []
     if count > MOST_PARAMETERS:
@@ -182,7 +177,7 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
 
 
 def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Layout part -> the shape of it that config.json means, but for copies of other tensors."""
+    """Layout part -> the shape that config.json means, without the copies of other tensors."""
     parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
     names = source.names()
     return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
@@ -190,13 +185,12 @@ def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
     """HF tensor name -> the shape that config.json means it to have."""
-    return {name: shape for source in sources for name, shape in _hf_shapes(source).items()}
-
-
-def _hf_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    names, shapes = source.names(), part_shapes(source)
-    if source.stack is None:
-        first = next(iter(shapes.values()))
-        return {names[part]: shapes.get(part, first) for part in names}
-    out, *inputs = next(iter(shapes.values()))
-    return {source.stack.name: (source.stack.count, *inputs, out * len(shapes))}
+    found = {}
+    for source in sources:
+        shapes = part_shapes(source)
+        out, *inputs = first = next(iter(shapes.values()))
+        if source.stack:
+            found[source.stack.name] = (source.stack.count, *inputs, out * len(shapes))
+        else:
+            found |= {name: shapes.get(part, first) for part, name in source.names().items()}
+    return found

@@ -1,4 +1,4 @@
-"""The names of calibration statistics: the only file that makes or takes apart one. In memory each begins with a canonical module:
+"""The names of calibration statistics; only this file makes or parses them. In memory they begin with a canonical module:
 
     {linear}.input_amax                float32 []             the largest |input|
     {linear}.input_channel_amax        float32 [in]           where an AWQ format was measured, as all that follows
@@ -12,10 +12,9 @@
     {attention}.k_amax, .v_amax        float32 []             the largest |key| and |value|, for the KV cache
     {attention}.v_channel_amax         float32 [rows of v]
 
-The experts of a layer are measured together but for their clipping, under the name of one without its number. A search is
-`int4_g128`, `int4_g64`, `nvfp4`, or, for o_proj under grouped queries, also `nvfp4_shared`. On disk names begin with an HF module:
-a fused linear's statistics stand under each of its HF names, its codes each under their own; those of keys and values below
-k_proj and v_proj.
+The experts of a layer share one name without a number, but for their clipping. A search is `int4_g128`, `int4_g64`, `nvfp4`, or,
+for o_proj under grouped queries, `nvfp4_shared`. On disk, names begin with an HF module: a fused linear's statistics stand under
+each of its HF names, codes of a part under the name of that part, and those of keys and values below k_proj and v_proj.
 """
 
 import re
@@ -28,22 +27,20 @@ Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each o
 _INT4, _NVFP4 = r"int4_g(?:128|64)", r"nvfp4(?:_shared)?"
 _KINDS = (
     *("input_amax", "input_channel_amax", "k_amax", "v_amax", "v_channel_amax", "tokens"),
-    *(
-        rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
-        rf"clip\.{_INT4}(?:\.\w+)?",
-        rf"clip_ratio\.{_NVFP4}",
-    ),
+    rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
+    rf"clip\.{_INT4}(?:\.\w+)?",
+    rf"clip_ratio\.{_NVFP4}",
 )
 _KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
 
 def input_key(linear: str) -> str:
-    """The amax of a linear's input; one for the experts of a layer."""
+    """The amax of a linear's input; the experts of a layer have one."""
     return f"{pooled(linear)}.input_amax"
 
 
 def weight_key(linear: str) -> str:
-    """The amax that a linear's weight is quantized with, where it is not to be taken from the weight itself."""
+    """The amax that a linear's weight is quantized with, if ModelOpt gave one."""
     return f"{linear}.weight_amax"
 
 
@@ -53,7 +50,7 @@ def kv_keys(attention: str) -> tuple[str, str]:
 
 
 def channels(key: str) -> str:
-    """The statistic by channel whose maximum the amax `key` is: `x_amax` -> `x_channel_amax`."""
+    """The statistic by channel whose maximum is the amax `key`: `x_amax` -> `x_channel_amax`."""
     return key.removesuffix("amax") + "channel_amax"
 
 
@@ -73,12 +70,12 @@ def losses_key(linear: str, search: str) -> str:
 
 
 def ratio_key(linear: str, search: str) -> str:
-    """What the amax of a linear's whole weight is clipped to."""
+    """The ratio that the amax of a linear's whole weight is clipped to."""
     return f"{linear}.clip_ratio.{search}"
 
 
 def codes_key(linear: str, search: str, part: str) -> str:
-    """What the amax of each group of a layout part of a linear's weight is clipped to; `part` is "" for one of one part."""
+    """The codes of the ratios that the amaxes of a layout part's groups are clipped to; `part` is "" if there is only one."""
     return f"{linear}.clip.{search}.{part}".rstrip(".")
 
 
@@ -88,7 +85,7 @@ def tokens_key(experts: str) -> str:
 
 
 def experts_module(canonical: str) -> str:
-    """The module of all experts of a layer that a parameter of one is in."""
+    """The module of all experts of a layer, from a name in one of them; the name may be canonical or HF's."""
     return canonical.partition(".experts.")[0] + ".experts"
 
 
@@ -103,12 +100,12 @@ def layer_of(key: str) -> str:
 
 
 def alpha_of(vector: str) -> str:
-    """The alpha that a vector, named by its statistic, was made with."""
+    """The statistic of the alpha that a vector was made with, from that of the vector."""
     return vector.replace(".pre_quant_scale.", ".alpha.")
 
 
 def is_vector(key: str, search: str) -> bool:
-    """Whether a statistic is a vector that this search, or its shared kind, chose."""
+    """Whether a statistic is a vector that this search chose, shared or not."""
     return f".pre_quant_scale.{search}" in key
 
 
@@ -118,7 +115,7 @@ def is_alpha(key: str) -> bool:
 
 
 def is_clipping(key: str) -> bool:
-    """Whether a statistic says what amaxes are clipped to, by codes or by one ratio."""
+    """Whether a statistic says what amaxes are clipped to: codes or a ratio."""
     return ".clip" in key
 
 
@@ -128,7 +125,7 @@ def is_codes(key: str) -> bool:
 
 
 def is_amax(key: str) -> bool:
-    """Whether a statistic is a maximum, or one by channel, so that of several the largest counts."""
+    """Whether a statistic is a maximum, so that the largest of several counts."""
     return key.endswith("amax")
 
 
@@ -138,7 +135,7 @@ def is_tokens(key: str) -> bool:
 
 
 def hf_keys(config: dict) -> dict[str, list[str]]:
-    """Name in memory of every statistic that each file has -> its names on disk."""
+    """Name in memory -> names on disk, of the statistics that every file has."""
     keys = []
     for name in parameters_of(config):
         keys += [input_key(name.removesuffix(".weight"))] if is_linear_weight(name) else []
@@ -149,11 +146,11 @@ def hf_keys(config: dict) -> dict[str, list[str]]:
 
 
 def homes_of(config: dict) -> Homes:
-    """Canonical module -> the HF module of each of its layout parts; of an attention, those of its keys and values."""
+    """Canonical module -> HF modules by layout part; an attention has those of its keys and values."""
     homes = {}
     for name, source in parameters_of(config).items():
         if is_linear_weight(name):
-            parts = {part: hf.removesuffix(".weight") for part, hf in source.pooled_names().items()}
+            parts = {part: pooled(hf).removesuffix(".weight") for part, hf in source.names().items()}
             homes[pooled(name).removesuffix(".weight")] = parts
             if is_expert(name):  # each has its own clipping
                 own = {part: hf.removesuffix(".weight") for part, hf in source.names().items()}
@@ -177,7 +174,7 @@ def on_disk(key: str, homes: Homes) -> list[str]:
 
 
 def owners_of(homes: Homes) -> dict[str, tuple[str, str]]:
-    """HF module -> the canonical module whose it is, and the layout part of that."""
+    """HF module -> its canonical module, and its layout part in that."""
     return {
         hf: (module, part)
         for module, parts in homes.items()
@@ -187,7 +184,7 @@ def owners_of(homes: Homes) -> dict[str, tuple[str, str]]:
 
 
 def in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
-    """The name in memory of a statistic on disk, None for a name that is no statistic of this model."""
+    """The name in memory of a statistic on disk; None for a name that is no statistic of this model."""
     found = _KEY.fullmatch(hf)
     if found is None or found[1] not in owners:
         return None

@@ -7,9 +7,12 @@ from ..common.safe_files import shown
 from .hf_config import architecture_of, shape_of, text_of
 from .shape import ModelShape
 
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 def settings_of(config: dict) -> dict:
-    """All fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
+    """The fields of Megatron's `TransformerConfig` that config.json decides and that change what a model computes."""
     architecture = architecture_of(config)
     shape, config = shape_of(config), text_of(config)
     return {
@@ -36,9 +39,7 @@ def settings_of(config: dict) -> dict:
 
 
 def check_computed(config: dict, length: int) -> None:
-    """Raise where Megatron-Core computes samples of `length` tokens otherwise than HF's model, so that activations cannot
-    be calibrated.
-    """
+    """Raise `ExportError` if Megatron-Core computes samples of `length` tokens otherwise than HF: they cannot calibrate."""
     config = text_of(config)
     groups, kept, topk = config.get("n_group") or 1, config.get("topk_group"), config.get("num_experts_per_tok")
     if groups > 1 and topk != 2 * kept:
@@ -67,7 +68,7 @@ def _expert_settings(config: dict, shape: ModelShape) -> dict:
 
 
 def _latent_settings(config: dict, shape: ModelShape) -> dict:
-    """Megatron's latent attention makes its own rotary embeddings, so their settings stand here too."""
+    """With the settings of rotary embeddings, which Megatron's latent attention makes itself."""
     rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     yarn = kind == "yarn"
@@ -85,11 +86,8 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
     }
 
 
-_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-
-
 def unscaled_rope_settings(config: dict) -> dict:
-    """Arguments of Megatron's `GPTModel` for rotary embeddings, but for their scaling."""
+    """Arguments of Megatron's `GPTModel` for rotary embeddings, without their scaling."""
     config = text_of(config)
     if config.get("kv_lora_rank"):
         return {"position_embedding_type": "rope"}
@@ -115,8 +113,8 @@ class Rope:
     """How positions are rotated.
 
     arguments  of Megatron's `GPTModel`
-    llama3     of its `RotaryEmbedding`'s scaling, which has them as constants; empty for no such scaling
-    yarn       attributes of its `TransformerConfig`; empty for no such scaling
+    llama3     numbers of the Llama 3 scaling, which are constants in Megatron's `RotaryEmbedding`; empty for another
+    yarn       attributes of Megatron's `TransformerConfig`; empty for another scaling
     """
 
     arguments: dict
@@ -125,7 +123,10 @@ class Rope:
 
 
 def rope_of(config: dict) -> Rope:
-    """Rotary embeddings from the old (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`) spelling."""
+    """Rotary embeddings, from config.json's old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) spelling.
+
+    `ExportError` for a scaling that Megatron-Core cannot compute.
+    """
     arguments, config = unscaled_rope_settings(config), text_of(config)
     rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -140,9 +141,8 @@ def rope_of(config: dict) -> Rope:
     if kind == "yarn" and whole and rope.get("factor") and rope.get("attention_factor") is None:
         original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         if original is None:
-            raise ExportError(
-                "config.json: rope scaling 'yarn' lacks original_max_position_embeddings, and max_position_embeddings is not there"
-            )
+            lacks = "lacks original_max_position_embeddings, and max_position_embeddings is not there"
+            raise ExportError(f"config.json: rope scaling 'yarn' {lacks}")
         return Rope(
             arguments | {"position_embedding_type": "yarn"},
             yarn={
@@ -159,6 +159,3 @@ def rope_of(config: dict) -> Rope:
         f"config.json: Megatron-Core cannot compute rope scaling {shown(rope)}, so activations cannot be calibrated. "
         "It knows no scaling, 'linear', 'yarn', and 'llama3' with its four numbers"
     )
-
-
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -1,4 +1,4 @@
-"""What AWQ does to each parameter of a plan: where the vector of every quantized linear divides, and what takes it over."""
+"""What AWQ does to each parameter of a plan: which weights a vector divides, and what takes it over."""
 
 from dataclasses import replace
 
@@ -12,9 +12,9 @@ from .parameter import Smoothed
 def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> dict[str, Smoothed]:
     """Canonical name -> what AWQ does to it.
 
-    Linears that read the same input share one vector. Whatever feeds them takes it over, if that is exact: a linear that
-    the user left alone takes over nothing, and all else that reads a norm is divided by the vector too, quantized or not.
-    What nothing takes over is written as `pre_quant_scale`, or, where the format has none, its linears are not smoothed.
+    Linears that read the same input share one vector. What feeds them takes it over, if that is exact: no linear that the user left
+    alone does, and everything that reads a norm is divided by the vector, quantized or not. A vector that nothing takes over is
+    written as `pre_quant_scale`; if the format has none, its linears are not smoothed.
     """
     how, smoothed = form.smoothing, {}
     if how is None:
@@ -35,9 +35,8 @@ def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> d
             continue
         vector = vector_key(home, search)
         for name in quantized:
-            smoothed[name] = replace(
-                _clipped(smoothed, name, sources[name], how, search), columns=vector, kept=not folded
-            )
+            clipped = _clipped(smoothed.get(name, Smoothed()), sources[name], how, search)
+            smoothed[name] = replace(clipped, columns=vector, kept=not folded)
         taken = {feeder for found in feeders for feeder in found} if folded else set()
         for feeder, part in sorted(taken):
             was = smoothed.get(feeder, Smoothed())
@@ -52,9 +51,9 @@ def _takes_over(feeders: list[tuple[str, str]], left_alone: set[str], how: Smoot
     return all(not is_linear_weight(name) or (how.folds and name not in left_alone) for name, _ in feeders)
 
 
-def _clipped(smoothed: dict[str, Smoothed], name: str, source: Source, how: Smoothing, search: str) -> Smoothed:
-    """What is known of a linear so far, and the statistics of its clipping."""
-    was, module = smoothed.get(name, Smoothed()), name.removesuffix(".weight")
+def _clipped(was: Smoothed, source: Source, how: Smoothing, search: str) -> Smoothed:
+    """The same with the statistics of a linear's clipping."""
+    module = source.canonical.removesuffix(".weight")
     if not how.clip:
         return was
     if SEARCHES[how.search].per_tensor:

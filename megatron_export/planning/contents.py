@@ -1,4 +1,4 @@
-"""What a finished folder is to hold: of a plan, only that; plain values, which another process can be given."""
+"""What a finished folder must hold, from a plan: plain values that can be sent to another process."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from .tensor_spec import Output
 
 @dataclass(frozen=True)
 class Contents:
-    """What a finished folder is to hold.
+    """What a finished folder must hold.
 
-    files      file name -> its tensors; slices: of how many slices each tensor is made, 1 if it is made whole
-    copied     tensors of the original model, whatever they hold
+    files      file name -> its tensors
+    slices     tensor -> the number of slices that it is made of; 1 if it is made whole
+    copied     names of the tensors that come from the original model
     quantized  HF module names
-    jsons      file name -> what is in it: config.json, and hf_quant_config.json if anything is quantized
+    jsons      file name -> its content: config.json, and hf_quant_config.json if anything is quantized
     """
 
     files: dict[str, tuple[Output, ...]]

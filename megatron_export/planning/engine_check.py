@@ -1,4 +1,4 @@
-"""Which engines load a checkpoint, before one is started: of a folder, whoever wrote it, or of a plan that is yet to be written."""
+"""Which engines load a checkpoint, told before one is started: of any folder, or of a plan that is not written yet."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,21 +21,14 @@ def of_plan(plan: Plan) -> CheckpointView:
         file: {output.name: Header(SPELLED[output.dtype], output.shape) for output in outputs}
         for file, outputs in plan.files.items()
     }
-    return CheckpointView(
-        config=config_json(plan),
-        quant=hf_quant_config(plan),
-        files=files,
-        expected=expected_shapes(item.source for item in plan.items),
-        copied=copied_prefixes(plan.config),
-    )
+    expected = expected_shapes(item.source for item in plan.items)
+    return CheckpointView(config_json(plan), hf_quant_config(plan), files, None, expected, copied_prefixes(plan.config))
 
 
 def of_folder(folder: Path) -> CheckpointView:
-    """The checkpoint in a folder, of which headers and configs are read and no weights."""
+    """The checkpoint in a folder, from its configs and headers; `ExportError` if one of them cannot be read."""
     if not folder.is_dir():
-        raise ExportError(
-            f"{folder} is not a folder. Give the folder of a checkpoint: config.json and .safetensors files"
-        )
+        raise ExportError(f"{folder} is not a folder. Give that of a checkpoint: config.json and .safetensors files")
     config = _json(folder, CONFIG)
     if config is None:
         raise ExportError(f"{folder} has no config.json. Give the folder of a checkpoint")
@@ -43,15 +36,7 @@ def of_folder(folder: Path) -> CheckpointView:
     files = [name for name in names if name.endswith(".safetensors")]
     index = {name: path.name for name, path in read_index(folder).items()} if INDEX in names else None
     read = {file: {name: Header(*said) for name, said in headers(inside(folder, file)).items()} for file in files}
-    expected, copied = expected_of(config)
-    return CheckpointView(
-        config=config,
-        quant=_json(folder, QUANT_CONFIG),
-        files=read,
-        index=index,
-        expected=expected,
-        copied=copied,
-    )
+    return CheckpointView(config, _json(folder, QUANT_CONFIG), read, index, *expected_of(config))
 
 
 def _json(folder: Path, name: str) -> dict | None:
@@ -65,9 +50,7 @@ def _json(folder: Path, name: str) -> dict | None:
 
 
 def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[str, ...]]:
-    """The tensors of the model that config.json means, and the prefixes of those that are copied; None where it has a part
-    that the tables do not know.
-    """
+    """The tensors of the model that config.json means, None if the tables do not know it; prefixes of those that are copied."""
     try:
         return expected_shapes(parameters_of(config).values()), copied_prefixes(config)
     except ExportError:
@@ -81,13 +64,13 @@ def verdicts(
     gpu: str | None = None,
     tp: int = 1,
 ) -> dict[str, Verdict]:
-    """Name of the engine -> its verdict, on `tp` GPUs that share each layer; without `engines`, of all of them."""
+    """Name of the engine -> its verdict on `tp` GPUs that share each layer; of all engines if `engines` is empty."""
     found = (verdict_of(checkpoint, engine, version, gpu, tp) for engine in engines or ENGINES)
     return {verdict.engine: verdict for verdict in found}
 
 
 def refusals(plan: Plan, target: str) -> list[str]:
-    """Why engines that a user exports for would not load the result, one by one."""
+    """Why the engines of `--target` would not load the result, a sentence each; `ExportError` for an unknown engine."""
     try:
         sizes = targets_in(target)
     except ValueError as error:
@@ -98,7 +81,7 @@ def refusals(plan: Plan, target: str) -> list[str]:
 
 
 def as_json(found: dict[str, Verdict]) -> dict:
-    """Verdicts for machines."""
+    """Verdicts as a JSON object: name of the engine -> version, loads, verdict, findings."""
     return {
         name: {
             "version": verdict.version,
@@ -111,7 +94,7 @@ def as_json(found: dict[str, Verdict]) -> dict:
 
 
 def lines(found: dict[str, Verdict]) -> list[str]:
-    """Verdicts for people: a line for each engine, and one for each thing that was found."""
+    """Verdicts as text: a line for each engine, and one for each finding."""
     shown = []
     for name, verdict in found.items():
         shown.append(f"{name} {verdict.version}: {verdict.effect.value}{':' if verdict.findings else ''}")
@@ -120,7 +103,7 @@ def lines(found: dict[str, Verdict]) -> list[str]:
 
 
 def rules() -> list[str]:
-    """Every rule of every engine: what happens where it is not met, whether a run was seen to do so, and where it was read."""
+    """Every rule of every engine as text: effect, whether a run has shown it, demand, source."""
     rows = []
     for module in ENGINES.values():
         rows.append(f"{module.NAME} {module.VERSION}")

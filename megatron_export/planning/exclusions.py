@@ -17,6 +17,7 @@ from ..models import (
     pooled,
     shape_of,
 )
+from ..models.statistic_names import experts_module
 from .tensor_spec import Output
 
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
@@ -24,13 +25,14 @@ _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 
 @dataclass(frozen=True)
 class Policy:
-    """What became of every linear.
+    """What is decided about every linear.
 
     quantized, left_alone  canonical weights
-    excluded  HF modules to name to the engines, which would otherwise take them for quantized; sorted
+    excluded  HF modules that the configs must name, as engines would take them for quantized; sorted
     fused     canonical weights that engines join into one, so that they share their scales
-    stacked   whether experts are written as HF stacks them, where it does, and not one by one
-    remarks   what the user did not ask for, with the reason; problems: why it cannot be done
+    stacked   whether experts that HF stacks are written so, and not one by one
+    remarks   what the user did not ask for, with the reason
+    problems  why the request cannot be met
     """
 
     quantized: frozenset[str]
@@ -43,7 +45,7 @@ class Policy:
 
 
 def modules(source: Source, stacked: bool = False) -> list[str]:
-    """The HF modules that a parameter becomes the weights of, or the stack that it becomes a part of."""
+    """The HF modules whose weights a parameter becomes, or the stack that it becomes a part of."""
     if stacked and source.stack:
         return [source.stack.name]
     return [name.removesuffix(".weight") for name in source.names().values()]
@@ -57,8 +59,8 @@ def settle(
     quantize_mla: bool,
     copied: tuple[Output, ...],
 ) -> Policy:
-    """Settle every linear; `exclude` are globs over HF module names, `quantize_mla` says that latent attention is quantized too,
-    `copied` are tensors that stay as they are. What each engine does with the result is not said here, but in engines/.
+    """Decide about every linear. `exclude` are globs over HF module names; `quantize_mla`: latent attention is quantized too;
+    `copied` are tensors that stay as they are. What each engine does with the result is said in engines/.
     """
     architecture = architecture_of(config)
     stackable = form.stackable and (not form.quantization or architecture.stacked)
@@ -66,12 +68,12 @@ def settle(
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
-    never = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
-    never = tuple(dict.fromkeys(never))
+    plain = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
+    never = tuple(dict.fromkeys(plain))
     if not form.quantization:
-        return Policy(
-            frozenset(), frozenset(linears), (), (), stacked, (), tuple(_without_effect(form, exclude, quantize_mla))
-        )
+        flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
+        problems = tuple(f"{flag} has no effect with --format {form.name}" for flag in flags)
+        return Policy(frozenset(), frozenset(linears), (), (), stacked, (), problems)
     out, problems = _excluded(linears, never, exclude)
     problems += _refused(config, architecture, form)
     latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
@@ -86,16 +88,15 @@ def settle(
         )
         out |= latent
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
-    if architecture.turned:
-        keys = {name for name in linears if makes_keys(name)} - out
-        if keys and form.by_row:
-            remarks.append(
-                f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
-            )
-            out |= keys
+    keys = {name for name in linears if makes_keys(name)} - out if architecture.turned else set()
+    if keys and form.by_row:
+        remarks.append(
+            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
+        )
+        out |= keys
     left_out = {module for name in out for module in linears[name]}
     experts = {module for module in left_out if ".experts." in module}
-    left_out |= {_container(module) for module in experts}
+    left_out |= {experts_module(module) for module in experts}
     left_out -= experts if stacked else set()
     return Policy(
         quantized=frozenset(linears.keys() - out),
@@ -115,13 +116,10 @@ def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _copied_modules(config: dict, copied: tuple[Output, ...]) -> Iterable[str]:
-    """How engines are told of what is copied: all of it at once, and module by module for those that know no globs."""
+    """What configs call the copied matrices: a glob for all, and each module for engines that know no globs."""
     yield from (prefix.rstrip(".") + "*" for prefix in copied_prefixes(config))
-    yield from (output.name.removesuffix(".weight") for output in copied if _is_matrix(output))
-
-
-def _is_matrix(output: Output) -> bool:
-    return len(output.shape) > 1 and output.name.endswith(".weight")
+    matrices = (output.name for output in copied if len(output.shape) > 1 and output.name.endswith(".weight"))
+    yield from (name.removesuffix(".weight") for name in matrices)
 
 
 def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -133,7 +131,7 @@ def _stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def fused_with(name: str) -> str:
-    """What is the same for all linears that engines join: their layer's experts, or its projections to latents."""
+    """A key that all linears have in common that engines join: the experts of a layer, or its projections to latents."""
     if is_expert(name):
         return name.partition(".experts.")[0]
     return name.rpartition(".self_attention.")[0] if name.endswith(_DOWN) else name
@@ -163,27 +161,17 @@ def _excluded(
     return {name for name in linears if fused_with(name) in touched}, problems
 
 
-def _container(module: str) -> str:
-    """The module of all experts of a layer, of one of them."""
-    return module.partition(".experts.")[0] + ".experts"
-
-
 def _is_named(module: str, glob: str) -> bool:
-    """Whether a glob means a module, or all experts of a layer that it is one of. A glob may mean globs of what is copied."""
-    return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(_container(module), glob))
+    """Whether a glob matches a module (which may be a glob itself, of what is copied), or all experts of its layer."""
+    return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(experts_module(module), glob))
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names if len(names) < 6 else [*names[:3], f"... ({len(names)} in all)"])
 
 
-def _without_effect(form: Form, exclude: tuple[str, ...], quantize_mla: bool) -> list[str]:
-    flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
-    return [f"{flag} has no effect with --format {form.name}" for flag in flags]
-
-
 def _refused(config: dict, architecture: Architecture, form: Form) -> list[str]:
-    """Why no export in this format is made of this architecture."""
+    """Why this architecture cannot be exported in this format; [] if it can."""
     if shape_of(config).experts and form.no_experts:
         return [form.no_experts]
     if architecture.formats and form.name not in architecture.formats:

@@ -1,7 +1,6 @@
 """One Megatron parameter on its way to HF tensors: split on the shard, smoothed, encoded, sent, joined.
 
-Shapes are not written down a second time: an item runs the real surgery and the real encoders on meta tensors to say
-what each rank sends and what comes out.
+Shapes are not written down twice: an item runs the real layouts and encoders on meta tensors to know what ranks send and receive.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +21,13 @@ SCALAR = torch.empty((), device="meta")
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What AWQ does to one parameter. Vectors, float32 [in] of some linear, are named as in the statistics.
+    """What AWQ does to one parameter. Vectors (float32 [in] of some linear), ratio and codes are names of statistics.
 
     columns  the vector that the parameter's own columns are divided by
-    rows     by layout part, the vector that its rows are multiplied with: it feeds the linear of that vector
-    kept     whether `pre_quant_scale` is written beside it, because nothing before it took the vector over
-    ratio    the statistic of what its amax is clipped to; None for nothing
-    codes    by layout part, the statistic of what its groups' own amax are clipped to
+    rows     (layout part, vector that its rows are multiplied with, as it feeds the linear of that vector)
+    kept     whether `pre_quant_scale` is written, because nothing before the parameter took its vector over
+    ratio    what the weight's amax is clipped to, or None
+    codes    (layout part, what the amaxes of its groups are clipped to)
     """
 
     columns: str | None = None
@@ -45,13 +44,13 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Measured:
-    """What calibration says of one item, on this rank's device: the same on every rank.
+    """What calibration says of one item: the same on every rank, on this rank's device.
 
     input    amax of the linear's input, after smoothing; float32 []
-    kv       amax of the keys and of the values, where the item carries their scales
-    vectors  the smoothing vectors that it names, float32 [in] of some linear
+    kv       amax of the keys and of the values, if the item has the scales of the cache
+    vectors  name -> smoothing vector that the item names, float32 [in] of some linear
     ratio    what the weight's amax is clipped to, float32 []
-    codes    by layout part, the codes of its groups' own ratios, uint8 [out, in/group]
+    codes    layout part -> codes of its groups' ratios, uint8 [out, in/group]
     """
 
     input: Tensor
@@ -65,9 +64,11 @@ class Measured:
 class Item:
     """One canonical parameter and the HF tensors it becomes.
 
-    `form` is the format it is quantized with, None for one that stays bfloat16; `kv` the format of the cache scales
-    that go beside it. `gather_first`: a tile of the format straddles two shards, so the shards travel to the first
-    rank in bfloat16 and are encoded there. `stacked`: it becomes slices of the tensors of all experts.
+    ranks         those that hold the shards, in order
+    form          the format that it is quantized with; None if it stays bfloat16
+    kv            the format of the cache, if the cache's scales stand beside this parameter
+    gather_first  a tile of the format lies on two shards: they travel to the first rank in bfloat16 and are encoded there
+    stacked       it becomes slices of the tensors of all experts
     """
 
     source: Source
@@ -81,56 +82,48 @@ class Item:
 
     @property
     def splits(self) -> bool:
-        """Whether a shard can be split into parts by itself; if not, it travels as it is, and the whole is split."""
+        """Whether a shard can be split into parts by itself; else it travels unsplit, and the whole is split."""
         return self.source.layout.splits(self.shard_shape[0])
 
-    def split(self, shard: Tensor, index: int, measured: "Measured") -> dict[str, Piece]:
-        """The smoothed part, in bfloat16 or as it is kept, of every HF tensor that shard `index` holds, by HF name.
-
-        Of a shard that holds no whole parts, the smoothed shard itself, by canonical name.
+    def split(self, shard: Tensor, index: int, measured: Measured) -> dict[str, Piece]:
+        """HF name -> the smoothed part that shard `index` holds, in the source's dtype. A shard that cannot be split is smoothed as
+        it is, and has its canonical name.
         """
         dtype, vectors = self.source.dtype, measured.vectors
         if not self.splits:
             smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
             return {self.source.canonical: _plain(smoothed, dtype)}
-        parts, names = self.source.layout.split(shard, index, len(self.ranks)), self.source.names()
-        return {
-            names[part]: _plain(self._smooth(part, tensor.to(dtype), index, vectors), dtype)
-            for part, tensor in parts.items()
-        }
+        names, parts = self.source.names(), {}
+        for part, tensor in self.source.layout.split(shard, index, len(self.ranks)).items():
+            parts[names[part]] = _plain(self._smooth(part, tensor.to(dtype), index, vectors), dtype)
+        return parts
 
     def opened(self, whole: dict[str, Piece]) -> dict[str, Piece]:
-        """What the shards that travelled make together: the whole parts by HF name."""
+        """HF name -> whole part, from what the shards that travelled make together."""
         if self.splits:
             return whole
         names, fused = self.source.names(), whole[self.source.canonical].data
-        return {
-            names[part]: _plain(tensor, fused.dtype) for part, tensor in self.source.layout.split(fused, 0, 1).items()
-        }
+        parts = self.source.layout.split(fused, 0, 1)
+        return {names[part]: _plain(tensor, fused.dtype) for part, tensor in parts.items()}
 
     def _smooth(self, part: str, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         tensor = self._smooth_columns(tensor, index, vectors)
-        if part in dict(self.smoothed.rows):
-            factors = self._mine(self._row_factors(part, vectors), index, Axis.OUT)
-            tensor = tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
-        return tensor
+        if part not in dict(self.smoothed.rows):
+            return tensor
+        return _times(tensor, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
 
     def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         done = self.smoothed.columns is None or (self.form is not None and self.form.smoothing.done)
         return tensor if done else tensor.float() / self._mine(vectors[self.smoothed.columns], index, Axis.IN)
 
     def _smooth_rows(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
-        """The rows of a shard that holds parts of parts."""
+        """The rows of a shard that cannot be split into parts."""
         if not self.smoothed.rows:
             return tensor
-        layout, device = self.source.layout, tensor.device
-        ones = torch.ones(self.source.shape[0], device=device)
-        fused = {
-            p: self._row_factors(p, vectors) if p in dict(self.smoothed.rows) else one
-            for p, one in layout.split(ones, 0, 1).items()
-        }
-        factors = self._mine(layout.join(fused, ones.shape[0]), index, Axis.OUT)
-        return tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+        layout, rows = self.source.layout, self.source.shape[0]
+        factors = layout.split(torch.ones(rows, device=tensor.device), 0, 1)
+        factors |= {part: self._row_factors(part, vectors) for part, _ in self.smoothed.rows}
+        return _times(tensor, self._mine(layout.join(factors, rows), index, Axis.OUT))
 
     def _row_factors(self, part: str, vectors: dict[str, Tensor]) -> Tensor:
         vector = vectors[dict(self.smoothed.rows)[part]]
@@ -141,9 +134,9 @@ class Item:
         return whole[even_cut(whole.shape[0], index, len(self.ranks))] if self.source.cut is axis else whole
 
     def encode(
-        self, parts: dict[str, Piece], index: int, weight_amax: Tensor | None, measured: "Measured"
+        self, parts: dict[str, Piece], index: int, weight_amax: Tensor | None, measured: Measured
     ) -> dict[str, Piece]:
-        """HF parts (of shard `index`, or whole where gathered first) -> the tensors of the checkpoint, by name."""
+        """HF parts (of shard `index`, or whole if gathered first) -> the tensors of the checkpoint, by name."""
         encoded = {}
         for part, name in self.source.names().items():
             if self.form is None:
@@ -163,15 +156,15 @@ class Item:
                 encoded[f"{attention}.{name}"] = Piece(scale, ())
         return encoded
 
-    def _codes(self, part: str, index: int, measured: "Measured") -> Tensor | None:
-        """What this rank's part of the weight has of the clip codes."""
+    def _codes(self, part: str, index: int, measured: Measured) -> Tensor | None:
+        """The clip codes of this rank's part of the weight."""
         codes = measured.codes.get(part)  # [out, in/group]
         if codes is None or self.gather_first:
             return codes
         return self._mine(self._mine(codes, index, Axis.OUT).T, index, Axis.IN).T
 
     def join(self, shards: list[dict[str, Piece]]) -> dict[str, Piece]:
-        """Whole tensors from what the ranks sent, in shard order."""
+        """Name -> whole tensor, from what the ranks sent, in shard order."""
         return {name: join([shard[name] for shard in shards if name in shard], self.source.cut) for name in shards[0]}
 
     def raw_message(self, index: int) -> tuple[Output, ...]:
@@ -179,9 +172,7 @@ class Item:
         if not self.splits:
             axes = (Axis.OUT, Axis.IN)[: len(self.shard_shape)]
             return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes),)
-        specs = _split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
-        names = self.source.names()
-        return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
+        return self._named(_split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
 
     def message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
@@ -192,7 +183,9 @@ class Item:
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        specs = _whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks))
+        return self._named(_whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks)))
+
+    def _named(self, specs: tuple) -> tuple[Output, ...]:
         names = self.source.names()
         return tuple(Output(names[part], self.source.dtype, shape, axes) for part, shape, axes in specs)
 
@@ -206,7 +199,8 @@ class Item:
         """The tensors of the checkpoint that this item becomes, or slices of them."""
         if not self.stacked:
             return self.pieces
-        return tuple(output for output, _ in self.assembled(_meta(self.pieces)))
+        whole = {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in self.pieces}
+        return tuple(output for output, _ in self.assembled(whole))
 
     def assembled(self, whole: dict[str, Piece]) -> list[tuple[Output, Tensor]]:
         """The tensors of the checkpoint, or this expert's slices of them, from whole encoded parts."""
@@ -241,13 +235,14 @@ class Item:
         return tuple(encoded)
 
 
+def _times(tensor: Tensor, factors: Tensor) -> Tensor:
+    """A matrix or vector with each row times its factor, in float32."""
+    return tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
+
+
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
     """A tensor that is not quantized: its first dim follows OUT, its second IN."""
     return Piece(tensor.to(dtype), (Axis.OUT, Axis.IN)[: tensor.dim()])
-
-
-def _meta(outputs: tuple[Output, ...]) -> dict[str, Piece]:
-    return {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in outputs}
 
 
 @cache

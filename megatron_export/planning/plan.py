@@ -1,6 +1,5 @@
-"""What becomes what, in which order, between whom, in which file: decided from names and shapes, never from tensors.
-
-Every rank computes the same plan, so all take the same branches and the same collectives in the same order.
+"""What each parameter becomes, in which order, file and format, from which ranks: decided from names and shapes alone. So every
+rank makes the same plan, and takes the same branches and collectives in the same order.
 """
 
 import gc
@@ -19,13 +18,13 @@ from .exclusions import modules, settle
 from .parameter import Item, Smoothed
 from .rank_placement import PAD_VOCAB_TO, grid_of
 from .request import Request
-from .shard_files import Bucket, Writers, buckets_of, files_of, writers_of
+from .shard_files import Bucket, buckets_of, files_of, writers_of
 from .tensor_spec import Output
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A plan of a large model is millions of objects that all stay; looking for cycles among them takes half of its time."""
+    """A large plan is millions of objects that all stay; half of its time would go into looking for cycles among them."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -37,9 +36,9 @@ def no_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Held:
-    """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and a shard's shape.
+    """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and the shape of a shard.
 
-    `odd` says what is wrong with it, if its shards differ.
+    `odd` says what is wrong if the shards differ; else it is "".
     """
 
     ranks: tuple[int, ...]
@@ -57,7 +56,7 @@ class Plan:
     buckets  what is encoded and sent at a time, each to one writer
     copied   tensors of the original model that are copied as they are
     fused    canonical linears that engines join into one, so that they share the amax of their weights
-    remarks  what the user should know of the result, a sentence each
+    remarks  sentences that tell the user what was not asked for
     """
 
     config: dict
@@ -98,14 +97,13 @@ def make_plan(
     config   config.json's dict
     held     canonical name -> where the parameter lives
     request  what is asked for; its format and KV cache are settled
-    copied   tensors that the original has beside Megatron's
-    nodes    the node of each rank, for `writers` other than rank 0
-    Raises one `ExportError` with every reason why it cannot be done.
+    copied   tensors of the original that are copied
+    nodes    the node of each rank; needed unless rank 0 writes all
+    Raises one `ExportError` with every reason why the model cannot be exported so.
     """
     form, kv = request.form(), chosen_kv(request.kv_cache)
     plain = not form.quantization
-    sources = parameters_of(config)
-    sources = {name: _as_held(source, held.get(name)) for name, source in sources.items()}
+    sources = {name: _as_held(source, held.get(name)) for name, source in parameters_of(config).items()}
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
@@ -143,7 +141,7 @@ def make_plan(
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
     files = files_of(items, copied, parse_size(request.max_shard_size))
-    writing = writers_of(files, items, Writers(request.writers, nodes))
+    writing = writers_of(files, items, request.writers, nodes)
     return Plan(
         config=config,
         form=form,
@@ -161,9 +159,7 @@ def make_plan(
 
 
 def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict[str, Held]:
-    """Where parameters live in a model of config.json's dict that the command builds on a topology of these sizes, for a plan
-    without a model; `sizes` are those of `grid_of`.
-    """
+    """Where parameters would live in a model that the command builds on a topology of these sizes (see `grid_of`)."""
     grid = grid_of(config, tp, etp, **sizes)
     padding = PAD_VOCAB_TO * tp
     held = {}
@@ -178,7 +174,7 @@ def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict
 
 
 def _straddles(item: Item) -> bool:
-    """Whether a tile of the format, or what a layout does not part, lies on two shards."""
+    """Whether a tile of the format, or rows that the layout cannot part, lie on two shards."""
     if not item.splits:
         return True
     if item.form is None or len(item.ranks) == 1:
@@ -189,30 +185,29 @@ def _straddles(item: Item) -> bool:
 
 
 def _as_held(source: Source, held: Held | None) -> Source:
-    """A parameter that some layer specs hold whole on every rank, as this model holds it."""
+    """A parameter as this model holds it: some layer specs hold whole what others cut."""
     return replace(source, cut=None) if held and source.either and held.shape == source.shape else source
 
 
 def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[str]:
+    lacking, extra = sources.keys() - held.keys(), held.keys() - sources.keys()
     problems = [
-        f"the model has no parameter {name}, which config.json calls for" for name in sources if name not in held
+        f"the model has no parameter {name}, which config.json calls for" for name in sources if name in lacking
     ]
     problems += [
-        f"the model has a parameter {name} that config.json does not call for" for name in held if name not in sources
+        f"the model has a parameter {name} that config.json does not call for" for name in held if name in extra
     ]
     for name in (name for name in sources if name in held):
         source, shard = sources[name], held[name]
         problems += [shard.odd] if shard.odd else []
-        dim = 1 if source.cut is Axis.IN else 0
-        whole = list(shard.shape)
-        whole[dim] *= len(shard.ranks) if source.cut else 1
+        whole, count = list(shard.shape), len(shard.ranks)
+        if source.cut:
+            whole[1 if source.cut is Axis.IN else 0] *= count
         if source.padded and whole[0] >= source.shape[0]:
             whole[0] = source.shape[0]
         if tuple(whole) != source.shape:
-            problems.append(
-                f"{name} is {tuple(shard.shape)} on each of {len(shard.ranks)} ranks, but config.json means "
-                f"{source.shape} in all"
-            )
+            has = f"{name} is {tuple(shard.shape)} on each of {count} ranks"
+            problems.append(f"{has}, but config.json means {source.shape} in all")
     return problems
 
 

@@ -1,8 +1,6 @@
-"""The two descriptions of a quantized checkpoint: engines read one or the other, so both are made from one plan.
-
-hf_quant_config.json is what TensorRT-LLM reads first; config.json's `quantization_config` is what vLLM and SGLang read
-first. Both name the dialect's producer "modelopt": vLLM refuses the file from any other. FP8_PB in its native spelling
-is described in config.json as DeepSeek's own checkpoints are.
+"""The two descriptions of a quantized checkpoint, made from one plan: TensorRT-LLM reads hf_quant_config.json first, vLLM and
+SGLang config.json's `quantization_config`. Both name the producer "modelopt", as vLLM refuses any other. FP8_PB in its native
+spelling is described in config.json as DeepSeek's own checkpoints are.
 """
 
 from ..models import architecture_of
@@ -12,7 +10,7 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def hf_quant_config(plan: Plan) -> dict | None:
-    """The content of hf_quant_config.json; None where nothing is quantized."""
+    """The content of hf_quant_config.json; None if nothing is quantized."""
     if not plan.form.quantization:
         return None
     quantization = {
@@ -25,7 +23,7 @@ def hf_quant_config(plan: Plan) -> dict | None:
 
 
 def quantization_config(plan: Plan) -> dict | None:
-    """The value of `quantization_config` in config.json; None where nothing is quantized."""
+    """The value of `quantization_config` in config.json; None if nothing is quantized."""
     form = plan.form
     if not form.quantization:
         return None
@@ -44,9 +42,8 @@ def quantization_config(plan: Plan) -> dict | None:
 
 
 def config_json(plan: Plan) -> dict:
-    """The source's own config, with the dtype of what was written and the description of the quantization.
-
-    And with what engines take from it that transformers leaves out when it saves a model, such as DeepSeek's names for its routing.
+    """The original's config with the dtype of what is written, the quantization, and what engines need that transformers leaves out
+    when it saves a model (the architecture's `routing`).
     """
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
     config |= {key: value for key, value in architecture_of(plan.config).routing.items() if key not in config}

@@ -1,8 +1,8 @@
-"""Which rank of a topology holds what, by Megatron's rules: from sizes alone, for plans that are made without a model.
+"""Which rank of a topology holds what, by Megatron's rules: from sizes alone, for plans without a model.
 
-Ranks count through tensor, data and pipeline parallelism, the first fastest; for routed experts through expert-tensor,
-expert, expert-data and pipeline parallelism. Layers are spread over pp * vpp stages, of which rank p of a pipeline has
-number p, pp + p, 2 * pp + p and so on. Of replicas the first takes part in an export.
+Ranks count through tensor, data and pipeline parallelism, the first fastest; for routed experts through expert-tensor, expert,
+expert-data and pipeline parallelism. Layers are spread over pp * vpp stages; pipeline rank p has stages p, pp + p, 2 * pp + p and
+so on. Only the first replica takes part in an export.
 """
 
 import math
@@ -21,7 +21,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of a topology, `etp` those of the experts, and what each pipeline stage holds, in Megatron's letters."""
+    """Sizes of a topology (`etp` is that of experts), and what each pipeline stage holds, in the letters of `stages_of`."""
 
     shape: ModelShape
     tp: int
@@ -63,8 +63,8 @@ class Grid:
         return rank // self.per_stage, rank % self.per_stage // self.etp % self.ep
 
     def copies(self, source: Source) -> int:
-        """How often the last pipeline rank holds a parameter of the first too: the embedding, for a tied output layer and for
-        layers that predict one more token.
+        """How many copies of a parameter of the first pipeline rank the last one has: of the embedding, one for a tied output
+        layer and one for layers that predict one more token.
         """
         if source.canonical != _EMBEDDING or self.pp == 1:
             return 0
@@ -88,9 +88,8 @@ def grid_of(
     world: int | None = None,
     pp_layout: str | None = None,
 ) -> Grid:
-    """The topology of these sizes for a model of config.json's dict; without `world`, the smallest.
-
-    `ExportError` with every reason why it cannot be.
+    """The topology of these sizes for the model of config.json; without `world`, the smallest. `ExportError` with every reason why
+    there is none.
     """
     shape, etp = shape_of(config), etp or tp
     problems = size_problems(config, tp=tp, etp=etp, ep=ep) + layout_problems(config, pp * vpp, pp_layout)
@@ -106,8 +105,8 @@ def grid_of(
 
 
 def stages_of(shape: ModelShape, stages: int, pp_layout: str | None) -> tuple[str, ...]:
-    """What each stage holds: E the embedding, t a layer, m one that predicts one more token, L the output layer. Without
-    `pp_layout`, Megatron's spelling of it, layers are spread as evenly as they can be.
+    """What each stage holds: E the embedding, t a layer, m one that predicts one more token, L the output layer. `pp_layout` says
+    so as Megatron writes it; without it, layers are spread evenly.
     """
     if pp_layout is None:
         cuts = [even_cut(shape.layers, stage, stages) for stage in range(stages)]
@@ -119,7 +118,7 @@ def stages_of(shape: ModelShape, stages: int, pp_layout: str | None) -> tuple[st
 
 
 def size_problems(config: dict, *, tp: int, etp: int, ep: int) -> list[str]:
-    """Where heads, groups, sizes and experts do not divide by a topology."""
+    """Which heads, groups, sizes and experts a topology cannot divide; [] if it can divide all."""
     shape = shape_of(config)
     divided = (
         ("num_attention_heads", shape.heads, "--tp", tp),
@@ -143,13 +142,12 @@ def size_problems(config: dict, *, tp: int, etp: int, ep: int) -> list[str]:
 
 
 def layout_problems(config: dict, stages: int, pp_layout: str | None) -> list[str]:
-    """Where so many stages do not hold the layers."""
+    """Why layers cannot be put on so many stages; [] if they can."""
     shape = shape_of(config)
     if pp_layout is None:
-        if stages > shape.layers:
-            return [f"--pp x --vpp are {stages} stages for num_hidden_layers {shape.layers}. Give fewer, or say with --pp-layout "
-                    "which stages are empty"]  # fmt: skip
-        return []
+        few = f"--pp x --vpp are {stages} stages for num_hidden_layers {shape.layers}"
+        too_many = f"{few}. Give fewer, or say with --pp-layout which stages are empty"
+        return [too_many] if stages > shape.layers else []
     found = stages_of(shape, stages, pp_layout)
     if unknown := sorted(set("".join(found)) - set("EtmL")):
         return [

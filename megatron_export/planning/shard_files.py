@@ -1,9 +1,8 @@
 """Which tensors share a file, which rank writes it, and in which order files grow.
 
-A file holds whole parameters, with all that is made of them: so a parameter has one writer, and its bytes travel once. Files
-are filled in order, and as evenly as they can be. A writer has `LANES` files that grow side by side: one is written, read back
-and hashed at the speed of one core, several at that of several. So there are as many files as lanes, or a multiple of it, if
-they are not small: no file is left over that one core writes alone.
+A file holds whole parameters, with all that is made of them, so a parameter has one writer, and its bytes travel once. Files are
+filled in order, as evenly as possible. A writer has `LANES` files that grow side by side, as one core writes, reads back and hashes
+each of them. If files are not small, their number is a multiple of `LANES`, so that no file is left over for one core alone.
 """
 
 from collections import defaultdict
@@ -28,16 +27,8 @@ class Bucket:
     writer: int
 
 
-@dataclass(frozen=True)
-class Writers:
-    """Which ranks write: rank 0, the first of every node, or all that hold parameters; `nodes` is the node of each rank."""
-
-    mode: str = "rank0"
-    nodes: tuple[int, ...] = ()
-
-
 def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
-    """File name -> its tensors. What is larger than the limit and cannot be parted has a file of its own."""
+    """File name -> its tensors: at most `max_bytes`, or what must share a file and is larger."""
     groups = [[*tensors.values()] for tensors in _groups(items)] + [[output] for output in copied]
     sizes = [sum(output.nbytes for output in group) for group in groups]
     files = _filled(sizes, max_bytes)
@@ -54,23 +45,25 @@ def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) 
     return {f"model-{k:05d}-of-{len(contents):05d}.safetensors": file for k, file in enumerate(contents, start=1)}
 
 
-def writers_of(files: dict[str, tuple[Output, ...]], items: Sequence[Item], writers: Writers) -> dict[str, int]:
-    """File name -> its writer: of the ranks that may, one that holds the most of the file, and of those the one with the least
-    to write so far.
+def writers_of(
+    files: dict[str, tuple[Output, ...]], items: Sequence[Item], mode: str, nodes: tuple[int, ...]
+) -> dict[str, int]:
+    """File name -> its writer: a rank that may write and holds most of the file; of several, the one with the least to write.
+
+    By `mode`, rank 0 may write, or the first rank of each node, or all; `nodes` is the node of each rank.
     """
-    if writers.mode not in MODES:
-        raise ExportError(f"writers must be one of {', '.join(MODES)}, not {writers.mode!r}")
-    if writers.mode == "rank0":
+    if mode not in MODES:
+        raise ExportError(f"writers must be one of {', '.join(MODES)}, not {mode!r}")
+    if mode == "rank0":
         return dict.fromkeys(files, 0)
-    by_node = writers.mode == "node"
-    firsts = {node: writers.nodes.index(node) for node in writers.nodes}
+    firsts = {node: nodes.index(node) for node in nodes}
     holding: dict[str, dict[int, int]] = {file: defaultdict(int) for file in files}
     homes = _homes(files)
     for item in items:
         held = holding[homes[item.outputs[0].name]]
         share = sum(output.nbytes for output in item.outputs) // len(item.ranks)
         for rank in item.ranks:
-            held[firsts[writers.nodes[rank]] if by_node else rank] += share
+            held[firsts[nodes[rank]] if mode == "node" else rank] += share
     given: dict[int, int] = defaultdict(int)
     found = {}
     for file, outputs in files.items():
@@ -85,8 +78,8 @@ def writers_of(files: dict[str, tuple[Output, ...]], items: Sequence[Item], writ
 def buckets_of(
     items: Sequence[Item], files: dict[str, tuple[Output, ...]], writers: dict[str, int], limit: int | None = None
 ) -> tuple[Bucket, ...]:
-    """Every item once, in the order in which they are sent: a bucket for each lane of each writer, and again. A bucket has at most
-    `limit` bytes, `BUCKET_BYTES` if it is None, or one larger item.
+    """Every item once, in the order of sending: a bucket for each lane of each writer in turn. A bucket has at most `limit` bytes
+    (`BUCKET_BYTES` if it is None), or one larger item.
     """
     homes, contents = _homes(files), defaultdict(list)
     for item in items:
@@ -119,7 +112,7 @@ def _homes(files: dict[str, tuple[Output, ...]]) -> dict[str, str]:
 
 
 def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
-    """What must share a file: the tensors of an item, and those of a module. In order, by name."""
+    """What must share a file, in order, by name: the tensors of an item, and those of a module."""
     groups: list[dict[str, Output]] = []
     where: dict[str, int] = {}  # module -> its group
     for item in items:
@@ -140,7 +133,7 @@ def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
 
 
 def _filled(sizes: list[int], max_bytes: int) -> list[slice]:
-    """Runs of groups of at most so many bytes, or of one that is larger."""
+    """Runs of groups with at most `max_bytes`, or with one larger group."""
     cuts, start, size = [], 0, 0
     for number, nbytes in enumerate(sizes):
         if number > start and size + nbytes > max_bytes:

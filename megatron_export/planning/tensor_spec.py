@@ -11,9 +11,7 @@ from ..common.piece import Axis
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the checkpoint, or of a message between ranks; or slice `index` of the `count` that make one, along a
-    dim before its own.
-    """
+    """One tensor of the checkpoint or of a message; with a `count`, slice `index` of `count` along a dim before its own."""
 
     name: str
     dtype: torch.dtype
@@ -28,5 +26,5 @@ class Output:
 
     @property
     def whole(self) -> "Output":
-        """The tensor of the checkpoint that this one is, or is a slice of."""
+        """The tensor of the checkpoint that this is, or is a slice of."""
         return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)
