@@ -1,7 +1,5 @@
-"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge, seen as parameters under canonical names: the only reader of
-Megatron checkpoints.
-
-Its tensors are whole, whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
+"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge, seen as parameters under canonical names. Its tensors are whole,
+whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
 """
 
 import re
@@ -29,11 +27,11 @@ _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "reru
 
 
 class MegatronCheckpoint:
-    """One iteration, whose names, shapes and settings are those that config.json means; else `ExportError` says all that is not.
+    """One iteration. `ExportError` lists all names, shapes and settings that are not as config.json means.
 
-    `config` is config.json's dict, without layers that predict one more token if they are to be left out (`mtp_dropped`).
-    With `merge_lora`, weights are read with the LoRA adapters that the checkpoint has merged, or those that are alone in the one
-    in `adapters`; without, there may be none.
+    `config` is config.json's dict; if `mtp_dropped`, without the layers that predict one more token. With `merge_lora`, the LoRA
+    adapters in this checkpoint, or in the checkpoint `adapters` that has nothing else, are merged into the weights that are read;
+    without it, there may be none.
     """
 
     def __init__(
@@ -74,12 +72,12 @@ class MegatronCheckpoint:
         return sum(storage.nbytes for storage in {self.storage, self._beside})
 
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
-        """Where its parameters would live in a model on a topology of these sizes: those ranks read them."""
+        """Where parameters would live in a model on a topology of these sizes: these ranks read them."""
         rest = {name: sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, **rest)
 
     def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
-        """Shard number `index` of `count` of a parameter, read from disk, in the dtype there; rows that are not there are 0."""
+        """Shard `index` of `count` of a parameter, read from disk, in its dtype there; padding rows are 0."""
         shard = _read(self.storage, self._homes[source.canonical], source, shape, index, count)
         adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
         return merged(shard, adapters) if adapters else shard
@@ -91,11 +89,11 @@ class MegatronCheckpoint:
 
     @cached_property
     def quantizers(self) -> dict[str, dict[str, Any]]:
-        """ModelOpt's, as quantizers.py wants them; amaxes of blocks as where they lie."""
+        """ModelOpt's quantizers: canonical name -> attributes (see `quantizers_in`)."""
         return quantizers_in(self.storage, self._full, len(self._experts))
 
     def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
-        """The shards of a weight, as the ranks that saved it had them, and the amaxes that each had of its blocks."""
+        """The shards of a weight as the ranks that saved it had them, each with the amaxes of its blocks."""
         source, chunks = self.sources[name], sorted(amax.tensor.at(amax.lead), key=lambda chunk: chunk.offsets)
         axis = 1 if source.cut is Axis.IN else 0
         if source.shape[axis] % len(chunks):
@@ -109,7 +107,7 @@ class MegatronCheckpoint:
             yield self.shard(source, shape, index, len(chunks)), part
 
     def _adapter(self, one: StoredAdapter, source: Source, shape: tuple[int, ...], index: int, count: int) -> Adapter:
-        """What a shard of a weight needs of an adapter."""
+        """The shards of an adapter's factors that belong to a shard of a weight."""
         rows = replace(source, shape=(source.shape[0], one.rank), cut=source.cut if source.cut is Axis.OUT else None)
         columns = replace(source, shape=(one.rank, source.shape[1]), cut=source.cut if source.cut is Axis.IN else None)
         return Adapter(
@@ -120,7 +118,7 @@ class MegatronCheckpoint:
         )
 
     def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
-        """Where every parameter lies, and what is wrong with the names and shapes."""
+        """Canonical name -> where the parameter lies; and what is wrong with names and shapes."""
         found: dict[str, dict[str, Home]] = {}
         strange, twice = [], []
         for key, tensor in self.storage.tensors.items():
@@ -141,21 +139,19 @@ class MegatronCheckpoint:
         if any(is_mtp(name, self.config) for name in lacking):
             problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
         problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]
-        problems += [
-            f"{folder}: there is a tensor {name} that config.json does not call for" for name in _alike(strange)
-        ]
+        problems += [f"{folder}: there is a tensor {one} that config.json does not call for" for one in _alike(strange)]
         problems += [f"{folder}: two tensors are both {name}" for name in _alike(twice)]
         return homes, problems + _misshapen(self.sources, homes, folder)
 
     def _full(self, name: str) -> str:
-        """The canonical name of what a model alone on its rank calls so; the name itself where config.json means no such layer."""
+        """The canonical name of `name` in a model alone on its rank; `name` itself if config.json means no such layer."""
         try:
             return canonical(name, self._numbers, self._experts)
         except IndexError:
             return name
 
     def _layers(self) -> dict[str, list[int]]:
-        """The numbers that layers have in config.json: of a `HybridModel`, two make one."""
+        """The numbers that layers have in config.json; two layers of a `HybridModel` make one."""
         shape = shape_of(self.config)
         halves = 2 if "decoder.final_norm.weight" in self.storage.tensors else 1
         return {
@@ -164,7 +160,7 @@ class MegatronCheckpoint:
         }
 
     def _check_adapters(self, merge: bool) -> None:
-        """Raise unless there are adapters just where they are to be merged, and weights beside them, but not twice."""
+        """Raise `ExportError` unless adapters are in one checkpoint, weights are there, and merging them was asked for."""
         folder, some = self._beside.folder, [one for adapters in self._adapters.values() for one in adapters]
         apart = self._beside is not self.storage
         if not some:
@@ -184,9 +180,8 @@ class MegatronCheckpoint:
                 "--merge-lora"
             )
         if apart and any(is_adapter(key) for key in self.storage.tensors):
-            raise ExportError(
-                f"{self.folder} has LoRA adapters of its own. Give the checkpoint that those in {folder} were trained on"
-            )
+            way_out = f"Give the checkpoint that those in {folder} were trained on"
+            raise ExportError(f"{self.folder} has LoRA adapters of its own. {way_out}")
         if not merge and not apart:
             raise ExportError(
                 f"{self.folder} has {said}, which an exported checkpoint has no place for. Merge them into the weights with "
@@ -194,7 +189,7 @@ class MegatronCheckpoint:
             )
 
     def _misfits(self) -> list[str]:
-        """What is wrong with the shapes of adapters."""
+        """What is wrong with the shapes of adapters, as sentences."""
         problems = []
         for name, adapters in self._adapters.items():
             if name not in self._homes or len(self.sources[name].shape) != 2:
@@ -207,7 +202,7 @@ class MegatronCheckpoint:
 
 
 class MegatronCheckpointShards(Mapping[str, Tensor]):
-    """One rank's shards of a checkpoint by canonical name, each read from disk whenever it is asked for."""
+    """Canonical name -> this rank's shard of a checkpoint, read from disk at every access."""
 
     def __init__(self, checkpoint: MegatronCheckpoint, held: dict[str, Held], rank: int, device: torch.device) -> None:
         self.checkpoint, self.rank, self.device = checkpoint, rank, device
@@ -227,7 +222,7 @@ class MegatronCheckpointShards(Mapping[str, Tensor]):
 def _read(
     storage: Storage, homes: tuple[Home, ...], source: Source, shape: tuple[int, ...], index: int, count: int
 ) -> Tensor:
-    """Shard number `index` of `count` of a matrix or vector that lies there, and is cut as `source` is."""
+    """Shard `index` of `count` of the matrix or vector at `homes`, which is cut as `source` is."""
     cuts, columns = source.share(sum(one.shape[0] for one in homes), shape, index, count)
     shard, at = torch.empty(shape, dtype=homes[0].tensor.dtype), 0
     for one, rows in ((one, rows) for cut in cuts for one, rows in spans(homes, cut)):
@@ -247,8 +242,7 @@ def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], f
     for name, parts in homes.items():
         source = sources[name]
         rows = sum(part.shape[0] for part in parts)
-        if source.padded and rows > source.shape[0]:
-            rows = source.shape[0]
+        rows = min(rows, source.shape[0]) if source.padded else rows
         if {(rows, *part.shape[1:]) for part in parts} != {source.shape}:
             has = " and ".join(str(part.shape) for part in parts)
             problems.append(f"{folder}: {name} is {has}, but config.json means {source.shape}")
@@ -256,7 +250,7 @@ def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], f
 
 
 def _alike(names: Iterable[str]) -> list[str]:
-    """The first of the names that differ in numbers only, and how many more there are."""
+    """Of names that differ only in numbers, the first one, and how many more there are."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(re.sub(r"\d+", "0", name), []).append(shown(name)[1:-1])

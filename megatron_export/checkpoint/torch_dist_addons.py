@@ -28,7 +28,7 @@ _ONE_LAYER = re.compile(r"layers\.[\d\[?]")
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A LoRA adapter on disk: `scale * second @ first` is added to a weight. first  [rank, in]; second  [out, rank]"""
+    """A LoRA adapter on disk: `scale * second @ first` is added to a weight; first [rank, in], second [out, rank]."""
 
     first: tuple[Home, ...]
     second: tuple[Home, ...]
@@ -44,25 +44,23 @@ class StoredAdapter:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the second factor, and of the first."""
-        second, first = (
-            (sum(one.shape[0] for one in homes), *homes[0].shape[1:]) for homes in (self.second, self.first)
-        )
-        return second, first
+        """The shape of the second factor, and that of the first."""
+        rows = [sum(one.shape[0] for one in homes) for homes in (self.second, self.first)]
+        return (rows[0], *self.second[0].shape[1:]), (rows[1], *self.first[0].shape[1:])
 
 
 def is_adapter(key: str) -> bool:
-    """Whether a key is that of a part of an adapter."""
+    """Whether a key names a part of an adapter."""
     return without_additions(key) is None and "_quantizer." not in key
 
 
 def adapters_in(
     storage: Storage, run: dict[str, Any], canonical: Callable[[str], str], experts: int
 ) -> dict[str, list[StoredAdapter]]:
-    """Canonical weight -> its LoRA adapters, Megatron-Bridge's or ModelOpt's, in a model with so many experts in a layer.
+    """Canonical weight -> its LoRA adapters, Megatron-Bridge's or ModelOpt's, in a model with `experts` in a layer.
 
-    `run` is its run_config.yaml; `canonical` makes the names of a model alone on its rank canonical. Raises for adapters that do
-    something else than add a product of two matrices, or whose scale is told nowhere.
+    `run` is its run_config.yaml; `canonical` makes the names of a model alone on its rank canonical. `ExportError` for an adapter
+    that is no product of two matrices, or has no scale.
     """
     found: dict[tuple[str, str], dict[str, dict[str, Home]]] = {}
     for key, tensor in storage.tensors.items():
@@ -83,11 +81,10 @@ def adapters_in(
     adapters: dict[str, list[StoredAdapter]] = {}
     for (name, label), halves in found.items():
         if len(halves) < 2:
-            raise ExportError(
-                f"{storage.folder}: half of the adapter of {shown(name)[1:-1]} is missing. Save the checkpoint again"
-            )
+            half = f"half of the adapter of {shown(name)[1:-1]}"
+            raise ExportError(f"{storage.folder}: {half} is missing. Save the checkpoint again")
         first, second = (in_order(halves[half]) for half in ("first", "second"))
-        if label and ".linear_fc1." in name:  # which ModelOpt saves as if its rows were of one kind
+        if label and ".linear_fc1." in name:  # ModelOpt saves it without telling gates from ups
             second = by_rank(second[0])
         scale = scale_of(name, label, sum(one.shape[0] for one in first))
         adapters.setdefault(canonical(name), []).append(StoredAdapter(first, second, scale))
@@ -95,7 +92,7 @@ def adapters_in(
 
 
 def _scales(folder: Path, run: dict[str, Any], labels: set[str]) -> Callable[[str, str, int], float]:
-    """What tells the scale of an adapter by its weight, its own name (Megatron-Bridge's have none) and its rank."""
+    """A function (weight, label of ModelOpt's adapter or "" of Megatron-Bridge's, rank) -> scale of the adapter."""
     peft = run.get("peft")
     alpha = peft.get("alpha") if isinstance(peft, dict) else None
     modes = modes_of(folder) if labels - {""} else []
@@ -116,8 +113,8 @@ def _scales(folder: Path, run: dict[str, Any], labels: set[str]) -> Callable[[st
 
 
 def _by_pattern(module: str, settings: object) -> list[Any]:
-    """The scales that ModelOpt's settings may give an adapter: those of patterns that name it, or single layers, whose numbers were
-    those of a pipeline stage.
+    """The scales that ModelOpt's settings may give an adapter: those of patterns that match it, or that name single layers by
+    their number in a pipeline stage.
     """
     said = settings.items() if isinstance(settings, dict) else ()
     return [
@@ -128,10 +125,10 @@ def _by_pattern(module: str, settings: object) -> list[Any]:
 
 
 def quantizers_in(storage: Storage, canonical: Callable[[str], str], experts: int) -> dict[str, dict[str, Any]]:
-    """Canonical name -> settings and buffers of every quantizer of ModelOpt, in a model with so many experts in a layer.
+    """Canonical name -> settings and buffers of every quantizer of ModelOpt, in a model with `experts` in a layer.
 
-    Settings are what a module keeps as its `_extra_state`, and may be missing; buffers are tensors. Amaxes of blocks are many: they
-    are not read, a `Home` stands for them.
+    Settings come from a module's `_extra_state`, and may be missing; buffers are tensors. Amaxes of blocks are many: they are not
+    read, a `Home` stands for them.
     """
     buffers = {key: found for key in storage.tensors if (found := _QUANTIZER.fullmatch(key))}
     if not buffers and not any("quantize" in mode for mode, _ in modes_of(storage.folder)):
@@ -155,9 +152,9 @@ def quantizers_in(storage: Storage, canonical: Callable[[str], str], experts: in
 
 
 def _settings(storage: Storage, canonical: Callable[[str], str], held: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Canonical name of a quantizer -> its settings; `held` are those that have buffers.
+    """Canonical name of a quantizer -> its settings; `held` are the names of those that have buffers.
 
-    Experts in one module share what it says, where those of their weights are numbered; all of them are alike.
+    Experts in one module have a numbered quantizer each for their weights. All are alike: the first stands for them.
     """
     found = {}
     for key in storage.objects:
@@ -184,16 +181,15 @@ def _settings(storage: Storage, canonical: Callable[[str], str], held: Collectio
 
 
 def _is_sane(settings: object) -> bool:
-    """Whether what is said of a quantizer can be its settings: numbers of bits, and sizes of blocks by axis, among others."""
+    """Whether a value can be the settings of a quantizer: with numbers of bits, and sizes of blocks by axis or none."""
     if not isinstance(settings, dict) or not _is_bits(settings.get("_num_bits")):
         return False
     blocks = settings.get("_block_sizes")
     if blocks is None:
         return True
-    sizes = [blocks.get(axis) for axis in (-1, -2) if axis in blocks] if isinstance(blocks, dict) else []
-    return (
-        bool(sizes) and all(type(size) is int and size > 0 for size in sizes) and _is_bits(blocks.get("scale_bits", 8))
-    )
+    sizes = [blocks[axis] for axis in (-1, -2) if axis in blocks] if isinstance(blocks, dict) else []
+    right = bool(sizes) and all(type(size) is int and size > 0 for size in sizes)
+    return right and _is_bits(blocks.get("scale_bits", 8))
 
 
 def _is_bits(said: object) -> bool:

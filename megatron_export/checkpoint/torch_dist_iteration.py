@@ -1,4 +1,4 @@
-"""Which iteration of a Megatron checkpoint is read, and whether it is of a kind that can be."""
+"""Which iteration of a Megatron checkpoint is read, and whether its format can be read."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,10 @@ _KINDS = {
 
 
 def find_iteration(folder: Path, iteration: int | None) -> Path:
-    """The folder of one iteration: number `iteration` of a checkpoint, or its latest one, or `folder` where it is one."""
+    """The folder of one iteration: number `iteration` of a checkpoint, or its latest, or `folder` itself.
+
+    `ExportError` if there is none, or it is not in `torch_dist` format.
+    """
     if not folder.is_dir():
         raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
     if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
@@ -32,14 +35,12 @@ def find_iteration(folder: Path, iteration: int | None) -> Path:
         with inside(folder, TRACKER).open("rb") as file:
             said = file.read(100).decode(errors="replace").strip()
         if said != "release" and not re.fullmatch(r"[0-9]{1,18}", said):
-            raise ExportError(
-                f"{folder / TRACKER} says {shown(said)}, no iteration. Choose one with --iteration. {choice}"
-            )
+            no_number = f"{folder / TRACKER} says {shown(said)}, no iteration"
+            raise ExportError(f"{no_number}. Choose one with --iteration. {choice}")
         found = said if said == "release" else _name(int(said))
     else:
-        raise ExportError(
-            f"{folder} has no {TRACKER}. Choose an iteration with --iteration, if one is complete. {choice}"
-        )
+        way_out = "Choose an iteration with --iteration, if one is complete"
+        raise ExportError(f"{folder} has no {TRACKER}. {way_out}. {choice}")
     if not (folder / found).is_dir():
         raise ExportError(f"{folder} has no {found}. {choice}")
     return _checked(folder / found)
@@ -54,7 +55,7 @@ def _legacy(folder: Path) -> bool:
 
 
 def _checked(folder: Path) -> Path:
-    """The folder of an iteration, if it is of the kind that is read here."""
+    """The folder of an iteration; `ExportError` unless its format can be read."""
     if _legacy(folder):
         raise ExportError(
             f"{folder} is a checkpoint of the old kind, a file for each rank (mp_rank_*), which only the run that made it can "
@@ -75,7 +76,6 @@ def _checked(folder: Path) -> Path:
     if kind != "torch_dist":
         raise ExportError(f"{path}: sharded_backend is {shown(kind)}; only 'torch_dist' is read")
     if not (folder / METADATA).is_file():
-        raise ExportError(
-            f"{folder} has no {METADATA}, which is written last: saving it was interrupted. Give another one"
-        )
+        why = "which is written last: saving it was interrupted. Give another one"
+        raise ExportError(f"{folder} has no {METADATA}, {why}")
     return folder

@@ -1,5 +1,5 @@
-"""`.metadata` of a `torch_dist` folder, as torch.distributed.checkpoint writes it: every tensor, its parts, and where each lies in a
-`.distcp` file. All of it is untrusted.
+"""`.metadata` of a `torch_dist` folder, as torch.distributed.checkpoint writes it: every tensor, its parts, and their places in
+`.distcp` files. All of it is untrusted.
 """
 
 from dataclasses import dataclass, field

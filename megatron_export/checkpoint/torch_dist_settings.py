@@ -1,8 +1,7 @@
-"""What a Megatron checkpoint says of the model in it: where that is not what config.json means, and what was added to it.
+"""What a Megatron checkpoint says of the model in it: where it contradicts config.json, and what ModelOpt did to it.
 
-Megatron-LM keeps its arguments in `common.pt`, newer versions in an object among the tensors; Megatron-Bridge keeps its
-settings in `run_config.yaml`. They are only compared: config.json decides. ModelOpt keeps what it did in a folder of its own,
-which is like a checkpoint without tensors.
+Megatron-LM keeps its arguments in `common.pt`, newer versions in an object among the tensors; Megatron-Bridge keeps its settings in
+`run_config.yaml`. Both are only compared: config.json decides. ModelOpt keeps its state in a folder like a checkpoint of its own.
 """
 
 from pathlib import Path
@@ -17,10 +16,10 @@ from .torch_dist_storage import Storage
 COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
 COMMON_OBJECT = "common_state/"
 _MOST_YAML = 1 << 20
-_ARGUMENTS = {  # what Megatron-LM calls some fields of `TransformerConfig`
+_ARGUMENTS = {
     "norm_epsilon": "layernorm_epsilon",
     "num_experts": "num_moe_experts",
-}
+}  # Megatron-LM's -> TransformerConfig's
 _COMPARED = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
     *("layernorm_epsilon", "normalization", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
@@ -30,9 +29,9 @@ _COMPARED = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
-# Derived from others where they are None.
+# If they are None, Megatron derives them from others.
 _DERIVED = ("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "num_query_groups")
-_PLAIN = {  # of a model whose settings do not name them
+_PLAIN = {  # of a model whose config.json decides nothing about them
     "add_qkv_bias": False,
     "qk_layernorm": False,
     "rotary_percent": 1.0,
@@ -43,7 +42,7 @@ _PLAIN = {  # of a model whose settings do not name them
 
 
 def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_dropped: bool) -> list[str]:
-    """Where a checkpoint with this run_config.yaml describes another model than config.json's dict, as sentences."""
+    """Where a checkpoint, or its run_config.yaml `run`, describes another model than config.json's dict, as sentences."""
     meant, problems = _meant(config), []
     for where, said in _sayings(storage, run):
         hybrid = said.get("hybrid_layer_pattern") or said.get("hybrid_override_pattern")  # whose layers are halves
@@ -62,7 +61,7 @@ def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_d
 
 
 def _meant(config: dict) -> dict[str, Any]:
-    """What config.json means of `_COMPARED`, but for what has no effect in its model."""
+    """The values of `_COMPARED` that config.json means, without those that have no effect in its model."""
     shape = shape_of(config)
     meant = _PLAIN | settings_of(config) | unscaled_rope_settings(config)
     meant["share_embeddings_and_output_weights"] = shape.tied
@@ -81,7 +80,7 @@ def _meant(config: dict) -> dict[str, Any]:
 
 
 def _spelled(name: str, value: object, layers: int) -> object:
-    """A value in one of its spellings, where there are several that mean the same."""
+    """A value, in the same spelling for all values that mean the same."""
     if name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk") and value == 1:
         return None
     if name in ("mtp_num_layers", "moe_shared_expert_intermediate_size") and value == 0:
@@ -92,24 +91,18 @@ def _spelled(name: str, value: object, layers: int) -> object:
 
 
 def _sayings(storage: Storage, run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Who speaks, and what it says under the names of `TransformerConfig`."""
-    found = [("the arguments", _of_arguments(arguments))] if (arguments := _arguments(storage)) else []
+    """Each source of settings, and its settings by the names of `TransformerConfig`."""
+    way_out = f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
+    arguments = _common(storage, way_out).get("args")
+    arguments = arguments.state if isinstance(arguments, Inert) else arguments
+    found = [("the arguments", _of_arguments(arguments))] if arguments and isinstance(arguments, dict) else []
     if run:
         found.append((f"the settings in {RUN_CONFIG}", _of_run(storage.folder, run)))
     return found
 
 
-def _arguments(storage: Storage) -> dict[str, Any]:
-    """Megatron-LM's arguments; {} where there are none."""
-    found = _common(
-        storage, f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
-    ).get("args")
-    found = found.state if isinstance(found, Inert) else found
-    return found if isinstance(found, dict) else {}
-
-
 def _common(storage: Storage, way_out: str) -> dict[str, Any]:
-    """What all ranks that saved a checkpoint knew; {} where that was not saved."""
+    """The state that all ranks shared when they saved a checkpoint; {} if it was not saved."""
     path = inside(storage.folder, COMMON)
     if path.is_file():
         common = read_saved(path, way_out)
@@ -117,13 +110,13 @@ def _common(storage: Storage, way_out: str) -> dict[str, Any]:
         common = storage.object(key)
     else:
         return {}
-    if isinstance(common, list) and common:  # which holds the dict of each rank, of which there is one
+    if isinstance(common, list) and common:  # it holds a dict for each rank, of which there is one
         common = common[0]
     return common if isinstance(common, dict) else {}
 
 
 def modes_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What ModelOpt did to the model in a checkpoint, in turn: what it calls that, and its settings; [] if it did nothing."""
+    """What ModelOpt did to the model in a checkpoint, in order: ModelOpt's name of each step, and its settings."""
     place = folder / MODELOPT
     if not place.is_dir():
         return []
@@ -151,7 +144,7 @@ def _of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """What run_config.yaml says of the run that saved a checkpoint; {} where there is none. Nothing that its tags name is made."""
+    """The content of run_config.yaml, {} if there is none; no object that its tags name is made. `ExportError` if it is damaged."""
     path = inside(folder, RUN_CONFIG)
     if not path.is_file():
         return {}
@@ -175,7 +168,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def _of_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the model in a run_config.yaml."""
+    """The settings of the model in a run_config.yaml, at whichever level they are."""
     with clear_errors(folder / RUN_CONFIG):
         model = run.get("model")
         if not isinstance(model, dict):

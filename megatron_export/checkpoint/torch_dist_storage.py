@@ -1,6 +1,5 @@
-"""The tensors of a `torch_dist` folder on disk: which file holds which part of each, and reading no more than is asked for.
-
-Tensors with an axis for layers or experts are read layer by layer, expert by expert. All of it is untrusted.
+"""The tensors of a `torch_dist` folder on disk, of which no more is read than is asked for: tensors with an axis for layers or
+experts are read layer by layer, expert by expert. All of it is untrusted.
 """
 
 import os
@@ -29,28 +28,28 @@ _WAY_OUT = "Copy or save the checkpoint again"
 class Storage:
     """What `.metadata` of a folder says, and the files beside it.
 
-    tensors  key -> tensor, but for keys that begin with one of `passed_over`; objects  key -> where it lies
+    tensors, objects  key -> tensor, key -> where another object lies; but for keys that begin with one of `passed_over`
+    nbytes            bytes read so far
     """
 
     def __init__(self, folder: Path, passed_over: tuple[str, ...] = ()) -> None:
         self.folder = folder
-        self.nbytes = 0  # read so far
+        self.nbytes = 0
         self.tensors, self.objects = read_metadata(folder, passed_over)
         self._files: dict[str, tuple[Path, os.stat_result]] = {}
         self._numbers: dict[Extent, Numbers] = {}
 
     def check(self, tensors: Iterable[Stored]) -> None:
-        """Raise unless these tensors are plain numbers in files that are there, and long enough."""
-        problems, places = [], []
-        for tensor in tensors:
-            if tensor.dtype not in UNQUANTIZED.values():
-                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in UNQUANTIZED.values())
-                problems.append(
-                    f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
-                    "quantized already? Give a checkpoint of the original model"
-                )
-            places += [chunk.place for chunk in tensor.chunks]
-        report(problems + self._missing(places))
+        """Raise `ExportError` unless these tensors are bfloat16, float16 or float32, in files that are there and long enough."""
+        tensors = list(tensors)
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in UNQUANTIZED.values())
+        problems = [
+            f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
+            "quantized already? Give a checkpoint of the original model"
+            for tensor in tensors
+            if tensor.dtype not in UNQUANTIZED.values()
+        ]
+        report(problems + self._missing(chunk.place for tensor in tensors for chunk in tensor.chunks))
 
     def object(self, key: str) -> Any:
         """An object that is no tensor, its own tensors as `Inert`."""
@@ -61,7 +60,7 @@ class Storage:
             return saved(file, place.start, place.length)
 
     def object_in_bytes(self, key: str) -> Any:
-        """The object that torch.save wrote into a tensor of bytes, which is an object here; None where there is no such thing."""
+        """The object that torch.save wrote into a tensor of bytes, which is stored as an object; None if there is none."""
         place = self.objects[key]
         report(self._missing([place]))
         path, _ = self._files[place.file]
@@ -76,7 +75,7 @@ class Storage:
                 return None
 
     def _missing(self, places: Iterable[Extent]) -> list[str]:
-        """Which of the files where these lie are not there, or too short."""
+        """Which files of these places are missing or too short, as sentences; the others are noted with their size and time."""
         ends: dict[str, int] = {}
         for place in places:
             ends[place.file] = max(ends.get(place.file, 0), place.start + place.length)
@@ -92,14 +91,15 @@ class Storage:
         return problems
 
     def entry(self, tensor: Stored, lead: tuple[int, ...]) -> Tensor:
-        """All of entry `lead` of the first axes of a tensor that was checked."""
+        """The entry at index `lead` of the first axes of a tensor that was checked."""
         found = torch.empty(tensor.shape[len(lead) :], dtype=tensor.dtype)
         self.read(tensor, lead, tuple(slice(0, size) for size in found.shape), found)
         return found
 
     def read(self, tensor: Stored, lead: tuple[int, ...], where: tuple[slice, ...], into: Tensor) -> None:
-        """Fill `into` with the rows and columns `where` (of one with one axis, rows) of entry `lead` of the first axes of a tensor
-        that was checked.
+        """Fill `into` with the rows and columns `where` of the entry at index `lead` of a tensor's first axes.
+
+        The tensor must have been checked. `ExportError` if its parts do not cover `where`, overlap, or changed on disk.
         """
         boxes = {}
         for chunk in tensor.at(lead):
@@ -108,9 +108,8 @@ class Storage:
             if all(cut.start < cut.stop for cut in box):
                 boxes[chunk] = box
         if not _cover(list(boxes.values()), where):
-            raise ExportError(
-                f"{self.folder}: the parts of {tensor.key} do not make it whole, or overlap. Save the checkpoint again"
-            )
+            why = "do not make it whole, or overlap. Save the checkpoint again"
+            raise ExportError(f"{self.folder}: the parts of {tensor.key} {why}")
         for chunk, box in boxes.items():
             entry = tuple(index - o for index, o in zip(lead, chunk.offsets, strict=False))
             part = into[_within(box, [cut.start for cut in where])]
@@ -119,7 +118,7 @@ class Storage:
     def _read_part(
         self, tensor: Stored, chunk: Chunk, entry: tuple[int, ...], where: tuple[slice, ...], into: Tensor
     ) -> None:
-        """Fill `into` with what `where` selects of entry `entry` of a chunk."""
+        """Fill `into` with what `where` selects of the entry at index `entry` of a chunk."""
         path, was = self._files[chunk.place.file]
         with clear_errors(path, _WAY_OUT), path.open("rb", buffering=0) as file:
             now = os.fstat(file.fileno())
@@ -164,27 +163,22 @@ class Storage:
 
 
 def _within(box: tuple[slice, ...], start: Iterable[int]) -> tuple[slice, ...]:
-    """The same place, seen from `start`."""
+    """The same box, with `start` as its origin."""
     return tuple(slice(cut.start - o, cut.stop - o) for cut, o in zip(box, start, strict=True))
 
 
 def _cover(boxes: list[tuple[slice, ...]], where: tuple[slice, ...]) -> bool:
-    """Whether places inside `where` fill it, and none of them twice."""
-    filled = sum(prod(cut.stop - cut.start for cut in box) for box in boxes)
-    return (
-        filled == prod(cut.stop - cut.start for cut in where)
-        and len(boxes) <= _MOST_PARTS
-        and not any(
-            all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(*pair, strict=True))
-            for pair in combinations(boxes, 2)
-        )
-    )
+    """Whether boxes inside `where` fill it without overlaps."""
+    size, *sizes = (prod(cut.stop - cut.start for cut in box) for box in (where, *boxes))
+    if sum(sizes) != size or len(boxes) > _MOST_PARTS:
+        return False
+    pairs = (zip(*pair, strict=True) for pair in combinations(boxes, 2))
+    return not any(all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in pair) for pair in pairs)
 
 
 def _found(file: Any, tensor: Stored, chunk: Chunk) -> Numbers:
     numbers = saved_tensor(file, chunk.place.start, chunk.place.length)
     if (numbers.dtype, numbers.shape) != (tensor.dtype, chunk.sizes):
-        raise ValueError(
-            f"a part of {tensor.key} is {numbers.dtype} {numbers.shape} there, but {tensor.dtype} {chunk.sizes} in {METADATA}"
-        )
+        there = f"a part of {tensor.key} is {numbers.dtype} {numbers.shape} there"
+        raise ValueError(f"{there}, but {tensor.dtype} {chunk.sizes} in {METADATA}")
     return numbers
