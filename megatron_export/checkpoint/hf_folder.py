@@ -34,9 +34,8 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
         patterns = [CONFIG, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
         folder = _fetch(str(hf_model), patterns)
     if not folder.is_dir():
-        raise ExportError(
-            f"no model folder {hf_model}. Give the path of an HF checkpoint, or a hub id such as org/name"
-        )
+        way_out = "Give the path of an HF checkpoint, or a hub id such as org/name"
+        raise ExportError(f"no model folder {hf_model}. {way_out}")
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
     files_to_copy(folder)
@@ -61,9 +60,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:
-    """The folder of a model that was found before, with the tensors whose names begin with one of `prefixes`: their files are
-    fetched if `hf_model` is a hub id.
-    """
+    """The folder of a model found before; of a hub id, with the files of tensors whose names begin with one of `prefixes`."""
     if not prefixes or Path(hf_model).exists():
         return folder
     index = _fetch(str(hf_model), [INDEX])
@@ -92,9 +89,7 @@ def read_config(folder: Path) -> dict:
 
 
 def files_to_copy(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, remote code (copied, never run) and licence. `ExportError` for a link out of the
-    folder.
-    """
+    """Tokenizer, chat template, generation config, remote code (never run), licence; `ExportError` for a link out of the folder."""
     found = (path for path in sorted(folder.iterdir()) if path.is_file() or path.is_symlink())
     named = [path for path in found if any(path.match(pattern) for pattern in _COPIED)]
     files = [inside(folder, path.name) for path in named if path.suffix.lower() not in _NEVER_COPIED]

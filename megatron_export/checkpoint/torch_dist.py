@@ -44,7 +44,7 @@ class MegatronCheckpoint:
         merge_lora: bool = False,
         adapters: Path | None = None,
     ) -> None:
-        self.config, self.pp_layout = config, pp_layout
+        self.folder, self.config, self.pp_layout = folder, config, pp_layout
         self.sources = parameters_of(config)
         passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
         self.storage = Storage(folder, passed_over)
@@ -53,6 +53,7 @@ class MegatronCheckpoint:
         self._beside = Storage(adapters, passed_over) if adapters else self.storage
         runs = {storage: run_of(storage.folder) for storage in dict.fromkeys((self.storage, self._beside))}
         self._adapters = adapters_in(self._beside, runs[self._beside], self._full, shape.experts)
+        self.adapted = bool(self._adapters)
         self._homes, problems = self._found()
         self._check_adapters(merge_lora)
         for storage, run in runs.items():
@@ -60,11 +61,6 @@ class MegatronCheckpoint:
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
         _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the iteration."""
-        return self.storage.folder
 
     @property
     def nbytes(self) -> int:
@@ -81,11 +77,6 @@ class MegatronCheckpoint:
         shard = _read(self.storage, self._homes[source.canonical], source, shape, index, count)
         adapters = [self._adapter(one, source, shape, index, count) for one in self._adapters.get(source.canonical, ())]
         return merged(shard, adapters) if adapters else shard
-
-    @property
-    def adapted(self) -> bool:
-        """Whether it has LoRA adapters, which are merged into the weights that are read."""
-        return bool(self._adapters)
 
     @cached_property
     def quantizers(self) -> dict[str, dict[str, Any]]:
@@ -110,12 +101,9 @@ class MegatronCheckpoint:
         """The shards of an adapter's factors that belong to a shard of a weight."""
         rows = replace(source, shape=(source.shape[0], one.rank), cut=source.cut if source.cut is Axis.OUT else None)
         columns = replace(source, shape=(one.rank, source.shape[1]), cut=source.cut if source.cut is Axis.IN else None)
-        return Adapter(
-            _read(self._beside, one.first, columns, (one.rank, shape[1]), index, count),
-            _read(self._beside, one.second, rows, (shape[0], one.rank), index, count),
-            one.rank,
-            one.scale,
-        )
+        first = _read(self._beside, one.first, columns, (one.rank, shape[1]), index, count)
+        second = _read(self._beside, one.second, rows, (shape[0], one.rank), index, count)
+        return Adapter(first, second, one.rank, one.scale)
 
     def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
         """Canonical name -> where the parameter lies; and what is wrong with names and shapes."""

@@ -113,9 +113,7 @@ def _scales(folder: Path, run: dict[str, Any], labels: set[str]) -> Callable[[st
 
 
 def _by_pattern(module: str, settings: object) -> list[Any]:
-    """The scales that ModelOpt's settings may give an adapter: those of patterns that match it, or that name single layers by
-    their number in a pipeline stage.
-    """
+    """The scales of ModelOpt's patterns that match an adapter, or name single layers by their number in a pipeline stage."""
     said = settings.items() if isinstance(settings, dict) else ()
     return [
         found.get("scale")

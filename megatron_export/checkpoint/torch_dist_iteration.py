@@ -17,10 +17,7 @@ _KINDS = {
 
 
 def find_iteration(folder: Path, iteration: int | None) -> Path:
-    """The folder of one iteration: number `iteration` of a checkpoint, or its latest, or `folder` itself.
-
-    `ExportError` if there is none, or it is not in `torch_dist` format.
-    """
+    """The folder of one iteration: the given or the latest of a checkpoint, or `folder` itself; `ExportError` if it is not read."""
     if not folder.is_dir():
         raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
     if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):

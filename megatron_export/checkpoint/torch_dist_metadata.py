@@ -56,10 +56,7 @@ class Stored:
 
 
 def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, Extent]]:
-    """Key -> tensor, and key -> where it lies for other objects, but for keys that begin with one of `passed_over`.
-
-    `ExportError` if the file is not what torch.distributed.checkpoint writes.
-    """
+    """Key -> tensor, and key -> place of another object, but for keys that begin with one of `passed_over`; or `ExportError`."""
     path = inside(folder, METADATA)
     found = read_pickle(path)
     with clear_errors(path):

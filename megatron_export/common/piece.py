@@ -18,7 +18,7 @@ class Axis(Enum):
 class Piece:
     """A tensor made from a (shard of a) weight, and the weight axis that each of its dims follows; () for a scalar.
 
-    None stands for a dim of size 1 that follows neither.
+    A dim of size 1 may follow none: its axis is None.
     """
 
     data: Tensor
@@ -29,9 +29,8 @@ class Piece:
 class Amax:
     """The absolute maxima that a linear is quantized with: float32 scalars, the same on every rank.
 
-    `weight` is taken over the whole fused linear (q+k+v, gate+up), `input` over all calibration tokens. `clip` belongs to
-    one (shard of a) weight and to formats with groups: uint8 [out, in/group] codes of the ratios that its groups' own
-    maxima are clipped to, or None.
+    `weight` is taken over the whole fused linear (q+k+v, gate+up), `input` over all calibration tokens. `clip` is for formats with
+    groups: codes of the ratios that the maxima of the groups of one (shard of a) weight are clipped to, uint8 [out, in/group].
     """
 
     weight: Tensor
@@ -44,10 +43,7 @@ class Amax:
 
 
 def join(shards: list[Piece], cut: Axis | None) -> Piece:
-    """Put one tensor back together from its shards, in rank order, that were cut along `cut`.
-
-    A piece that does not follow the cut axis is the same on every rank, so the first stands for all.
-    """
+    """One tensor from its shards in rank order, cut along `cut`; pieces that do not follow this axis are all the same."""
     axes = shards[0].axes
     if cut is None or cut not in axes or len(shards) == 1:
         return shards[0]

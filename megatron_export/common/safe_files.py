@@ -115,10 +115,7 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def _in_hub_cache(home: Path, real: Path) -> bool:
-    """Whether `real` is a blob of the cached repository that the folder `home` is a snapshot of.
-
-    Newer caches keep blobs that several repositories have in one place beside these.
-    """
+    """Whether `real` is a blob of the cached repository whose snapshot is `home`; newer caches share blobs among repositories."""
     for folder in (home, *home.parents):
         repository = folder.parent.parent
         if folder.parent.name == "snapshots" and repository.name.startswith("models--"):

@@ -2,12 +2,12 @@
 that the engine takes it for. Rules have the same names in each engine's table; their effects differ.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
-from .quant_configs import Reading
+from .quant_configs import AlgorithmOf, Reading
 from .tensor_parallel import check_shared
 from .tensor_specs import HARMLESS, named, size_of, wanted
 from .verdict import Findings, Rule
@@ -34,7 +34,7 @@ def check_codes(
     checkpoint: CheckpointView,
     view: View,
     reading: Reading,
-    algorithm_of: Callable[[Group], str | None],
+    algorithm_of: AlgorithmOf,
     optional: frozenset[str],
     tp: int,
     findings: Findings,
@@ -99,9 +99,7 @@ def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
 
 
 def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
-    """The tensors against those that config.json means, but for the codes of quantized linears; of an unknown architecture, the
-    number of its experts.
-    """
+    """The tensors against those that config.json means, quantized codes apart; of an unknown architecture, its experts."""
     expected, shown = checkpoint.expected, checkpoint.architecture or "none"
     if expected is None:
         findings.add("architecture", f"no rules about the architecture {shown}: its tensors were not checked")
@@ -162,7 +160,7 @@ def _check_experts(checkpoint: CheckpointView, view: View, findings: Findings) -
             findings.add("experts", why, group.parent, way=AGAIN)
 
 
-def check_mtp(view: View, findings: Findings, algorithm_of: Callable[[Group], str | None]) -> None:
+def check_mtp(view: View, findings: Findings, algorithm_of: AlgorithmOf) -> None:
     """Layers that predict one more token, which engines load with the same config for speculative decoding."""
     for group in view.groups:
         if not group.mtp or group.kind not in ("linear", "experts"):

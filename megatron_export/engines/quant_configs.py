@@ -8,6 +8,9 @@ from .exclude_lists import JOINED, Names, Partly
 from .verdict import Findings
 
 Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
+AlgorithmOf = Callable[
+    [Group], str | None
+]  # what the engine takes a group for, None if it is not quantized; may raise `Partly`
 
 
 @dataclass(frozen=True)

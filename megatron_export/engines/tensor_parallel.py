@@ -2,11 +2,11 @@
 of what shares a scale. Experts in one tensor are not checked: their shapes do not say how they are cut.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from .checkpoint_view import CheckpointView, Group, View, is_quantized
+from .checkpoint_view import CheckpointView, View, is_quantized
 from .exclude_lists import Partly
+from .quant_configs import AlgorithmOf
 from .tensor_specs import size_of, unit_of
 from .verdict import Findings
 
@@ -30,12 +30,7 @@ class _Cut(NamedTuple):
 
 
 def check_shared(
-    checkpoint: CheckpointView,
-    view: View,
-    algorithm_of: Callable[[Group], str | None],
-    group_size: int,
-    tp: int,
-    findings: Findings,
+    checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, group_size: int, tp: int, findings: Findings
 ) -> None:
     """Heads and linears against `tp` GPUs; groups of `group_size` inputs share a scale."""
     if tp == 1:
@@ -67,9 +62,7 @@ def _heads_fit(checkpoint: CheckpointView, tp: int) -> bool:
     return heads % tp == 0 and (checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0)
 
 
-def _cuts(
-    checkpoint: CheckpointView, view: View, algorithm_of: Callable[[Group], str | None], group_size: int
-) -> dict[_Cut, list[str]]:
+def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, group_size: int) -> dict[_Cut, list[str]]:
     """Every way in which linears are dealt out -> their names."""
     found: dict[_Cut, list[str]] = {}
     groups = checkpoint.number("num_key_value_heads")

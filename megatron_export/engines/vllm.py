@@ -1,12 +1,10 @@
 """What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels."""
 
-from collections.abc import Callable
-
 from .checkpoint_view import CheckpointView, Group
 from .checks import check_capability, check_codes, check_mtp, check_tensors
 from .exclude_lists import Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
-from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
+from .quant_configs import AlgorithmOf, Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "vLLM", "0.32.0"
@@ -188,7 +186,7 @@ def _check_routers(checkpoint: CheckpointView, findings: Findings) -> None:
                      way='set "scoring_func": "sigmoid" in config.json, as DeepSeek does')  # fmt: skip
 
 
-def _check_tied(checkpoint: CheckpointView, algorithm_of: Callable[[Group], str | None], findings: Findings) -> None:
+def _check_tied(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings: Findings) -> None:
     """vLLM builds an output layer for a tied model too, before it becomes the embedding."""
     embedding = next((name for name in checkpoint.indexed.modules if "model.embed" in name), "")
     parent = embedding.rpartition("model.embed")[0].strip(".")

@@ -23,9 +23,6 @@ _FEEDERS: dict[str, tuple[tuple[str, str], ...]] = {
     **{f"{mlp}.linear_fc1.weight": (("pre_mlp_layernorm.weight", ""),) for mlp in _MLPS},
     **{f"{mlp}.linear_fc2.weight": ((f"{mlp}.linear_fc1.weight", "up"),) for mlp in _MLPS},
 }
-# What else reads a norm, and is not a linear that a format quantizes.
-_OTHER_READERS = {"pre_mlp_layernorm.weight": ("mlp.router.weight",)}
-
 # Linears that read what another one reads, and so are divided by its vector: module -> that other one.
 _SAME_INPUT = {
     "mlp.shared_experts.linear_fc1": "mlp.experts.linear_fc1",
@@ -55,7 +52,7 @@ def feeders_of(canonical: str) -> tuple[tuple[str, str], ...]:
 def other_readers_of(canonical: str) -> tuple[str, ...]:
     """The canonical parameters, none of them quantized, that read the output of a norm: those of routers."""
     prefix, local = _split(canonical)
-    return tuple(f"{prefix}.{name}" for name in _OTHER_READERS.get(local, ()))
+    return (f"{prefix}.mlp.router.weight",) if local == "pre_mlp_layernorm.weight" else ()
 
 
 def reads_heads(canonical: str) -> bool:

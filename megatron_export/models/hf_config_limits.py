@@ -40,10 +40,7 @@ _LAYERS = ("mlp_only_layers", "moe_layers")  # lists of layers, by number
 
 
 def wrong_values(config: dict, spelled: Mapping[str, str]) -> list[str]:
-    """What is wrong with the values of a language model's settings, null or missing ones apart; a sentence each.
-
-    `spelled`: key -> the word for it in this config.json.
-    """
+    """What is wrong with the values of a language model's settings, a sentence each; `spelled`: key -> its word in config.json."""
     there = {key: value for key, value in config.items() if value is not None}
     named = {key: spelled.get(key, key) for key in there}
     problems = [_whole(named[key], there[key], *ends) for key, ends in _WHOLE.items() if key in there]

@@ -42,8 +42,5 @@ def merged(weight: Tensor, adapters: list[Adapter]) -> Tensor:
 def misfits(name: str, weight: Sequence[int], rank: int, second: Sequence[int], first: Sequence[int]) -> list[str]:
     """What is wrong with the shapes of an adapter's factors for a [out, in] weight or shard; [] if they fit."""
     fits, sizes = ((weight[0], rank), (rank, weight[1])), (tuple(second), tuple(first))
-    if sizes == fits:
-        return []
-    return [
-        f"the adapter of {name} is {sizes[0]} times {sizes[1]}, and a product of {fits[0]} and {fits[1]} was expected"
-    ]
+    found = f"the adapter of {name} is {sizes[0]} times {sizes[1]}"
+    return [] if sizes == fits else [f"{found}, and a product of {fits[0]} and {fits[1]} was expected"]

@@ -109,10 +109,7 @@ def is_expert(canonical: str) -> bool:
 
 
 def pooled(canonical: str) -> str:
-    """The name without the expert's number: the experts of a layer are measured together.
-
-    An expert may see no token, and engines give the inputs of all experts one scale, the largest.
-    """
+    """The name without the expert's number: experts of a layer are measured together, as engines give their inputs one scale."""
     return _EXPERT.sub(".experts.", canonical)
 
 

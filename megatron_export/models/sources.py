@@ -135,20 +135,12 @@ def head_of(config: dict) -> str:
 def _too_large(shape: ModelShape, layers: dict[str, int]) -> list[str]:
     """Why a plan would take hours: more or larger parameters than any model has; `layers`: name -> how many layers have it."""
     count = sum(number * (shape.experts if "{e}" in name else 1) for name, number in layers.items())
-    problems = []
-    if count > MOST_PARAMETERS:
-        problems.append(
-            f"config.json means {count:,} parameters in {len(shape.every)} layers of {shape.experts} experts, more than "
-            f"{MOST_PARAMETERS:,}. Give the config.json that belongs to these weights"
-        )
     sizes = {name: prod(PARAMETERS[name].shape(shape)) for name, number in layers.items() if number}
-    problems += [
-        f"config.json means {size:,} numbers in {name}, more than {MOST_NUMBERS:,}. Give the config.json that belongs to these "
-        "weights"
-        for name, size in sizes.items()
-        if size > MOST_NUMBERS
-    ]
-    return problems
+    means = {f"{count:,} parameters in {len(shape.every)} layers of {shape.experts} experts": (count, MOST_PARAMETERS)}
+    means |= {f"{size:,} numbers in {name}": (size, MOST_NUMBERS) for name, size in sizes.items()}
+    way_out = "Give the config.json that belongs to these weights"
+    too_large = ((what, most) for what, (number, most) in means.items() if number > most)
+    return [f"config.json means {what}, more than {most:,}. {way_out}" for what, most in too_large]
 
 
 def _exists(name: str, shape: ModelShape) -> bool:

@@ -18,6 +18,7 @@ each of its HF names, codes of a part under the name of that part, and those of 
 """
 
 import re
+from collections.abc import Callable
 
 from .megatron_parameters import is_expert, is_linear_weight, makes_keys, pooled
 from .sources import parameters_of
@@ -54,24 +55,13 @@ def channels(key: str) -> str:
     return key.removesuffix("amax") + "channel_amax"
 
 
-def vector_key(linear: str, search: str) -> str:
-    """The vector that a search chose for a linear."""
-    return f"{linear}.pre_quant_scale.{search}"
+def _of_search(kind: str) -> Callable[[str, str], str]:
+    """A function (linear, search) -> the statistic of this kind that the search found."""
+    return lambda linear, search: f"{linear}.{kind}.{search}"
 
 
-def alpha_key(linear: str, search: str) -> str:
-    """The alpha of that vector."""
-    return f"{linear}.alpha.{search}"
-
-
-def losses_key(linear: str, search: str) -> str:
-    """The losses of all alphas."""
-    return f"{linear}.losses.{search}"
-
-
-def ratio_key(linear: str, search: str) -> str:
-    """The ratio that the amax of a linear's whole weight is clipped to."""
-    return f"{linear}.clip_ratio.{search}"
+vector_key, alpha_key, losses_key = _of_search("pre_quant_scale"), _of_search("alpha"), _of_search("losses")
+ratio_key = _of_search("clip_ratio")
 
 
 def codes_key(linear: str, search: str, part: str) -> str:
@@ -109,29 +99,13 @@ def is_vector(key: str, search: str) -> bool:
     return f".pre_quant_scale.{search}" in key
 
 
-def is_alpha(key: str) -> bool:
-    """Whether a statistic is the alpha of a vector."""
-    return ".alpha." in key
+def _has(words: str) -> Callable[[str], bool]:
+    """A function of a statistic: whether its name has these words."""
+    return lambda key: words in f"{key}."
 
 
-def is_clipping(key: str) -> bool:
-    """Whether a statistic says what amaxes are clipped to: codes or a ratio."""
-    return ".clip" in key
-
-
-def is_codes(key: str) -> bool:
-    """Whether a statistic is codes of the ratios of groups."""
-    return ".clip." in key
-
-
-def is_amax(key: str) -> bool:
-    """Whether a statistic is a maximum, so that the largest of several counts."""
-    return key.endswith("amax")
-
-
-def is_tokens(key: str) -> bool:
-    """Whether a statistic counts the tokens of experts."""
-    return key.endswith(".tokens")
+is_alpha, is_tokens, is_amax = _has(".alpha."), _has(".tokens."), _has("amax.")
+is_codes, is_clipping = _has(".clip."), _has(".clip")  # the latter: codes or a ratio
 
 
 def hf_keys(config: dict) -> dict[str, list[str]]:

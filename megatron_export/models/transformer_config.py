@@ -123,10 +123,7 @@ class Rope:
 
 
 def rope_of(config: dict) -> Rope:
-    """Rotary embeddings, from config.json's old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) spelling.
-
-    `ExportError` for a scaling that Megatron-Core cannot compute.
-    """
+    """Rotary embeddings, however config.json spells them; `ExportError` for a scaling that Megatron-Core cannot compute."""
     arguments, config = unscaled_rope_settings(config), text_of(config)
     rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"

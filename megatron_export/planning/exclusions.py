@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ..common.text import some
 from ..formats import VARIANTS, Form
 from ..models import (
     Architecture,
@@ -18,6 +19,7 @@ from ..models import (
     shape_of,
 )
 from ..models.statistic_names import experts_module
+from .request import Request
 from .tensor_spec import Output
 
 _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
@@ -52,16 +54,12 @@ def modules(source: Source, stacked: bool = False) -> list[str]:
 
 
 def settle(
-    config: dict,
-    sources: dict[str, Source],
-    form: Form,
-    exclude: tuple[str, ...],
-    quantize_mla: bool,
-    copied: tuple[Output, ...],
+    config: dict, sources: dict[str, Source], form: Form, request: Request, copied: tuple[Output, ...]
 ) -> Policy:
-    """Decide about every linear. `exclude` are globs over HF module names; `quantize_mla`: latent attention is quantized too;
-    `copied` are tensors that stay as they are. What each engine does with the result is said in engines/.
+    """Decide about every linear: `request` says what is excluded, and whether latent attention is quantized; `copied` are tensors
+    that stay as they are. What each engine does with the result is said in engines/.
     """
+    exclude, quantize_mla = request.exclude, request.quantize_mla
     architecture = architecture_of(config)
     stackable = form.stackable and (not form.quantization or architecture.stacked)
     stacked = stackable and any(source.stack for source in sources.values())
@@ -157,7 +155,7 @@ def _excluded(
             continue
         touched.add(key)
         if kept:
-            problems.append(f"--exclude must name all of {_some(fused)}, which engines fuse: {_some(kept)} left out")
+            problems.append(f"--exclude must name all of {some(fused)}, which engines fuse: {some(kept)} left out")
     return {name for name in linears if fused_with(name) in touched}, problems
 
 
@@ -166,16 +164,12 @@ def _is_named(module: str, glob: str) -> bool:
     return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(experts_module(module), glob))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names if len(names) < 6 else [*names[:3], f"... ({len(names)} in all)"])
-
-
 def _refused(config: dict, architecture: Architecture, form: Form) -> list[str]:
     """Why this architecture cannot be exported in this format; [] if it can."""
     if shape_of(config).experts and form.no_experts:
         return [form.no_experts]
     if architecture.formats and form.name not in architecture.formats:
         why = architecture.unsmoothed if form.smoothing and form.smoothing.folds else "no engine loads it"
-        *some, last = architecture.formats
-        return [f"--format {form.name}: {why}. For this architecture there are {', '.join(some)} and {last}"]
+        *first, last = architecture.formats
+        return [f"--format {form.name}: {why}. For this architecture there are {', '.join(first)} and {last}"]
     return []

@@ -86,16 +86,17 @@ class Item:
         return self.source.layout.splits(self.shard_shape[0])
 
     def split(self, shard: Tensor, index: int, measured: Measured) -> dict[str, Piece]:
-        """HF name -> the smoothed part that shard `index` holds, in the source's dtype. A shard that cannot be split is smoothed as
-        it is, and has its canonical name.
-        """
+        """HF name -> smoothed part of shard `index`, in the source's dtype; canonical name -> shard, if it cannot be split."""
         dtype, vectors = self.source.dtype, measured.vectors
         if not self.splits:
             smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
             return {self.source.canonical: _plain(smoothed, dtype)}
         names, parts = self.source.names(), {}
         for part, tensor in self.source.layout.split(shard, index, len(self.ranks)).items():
-            parts[names[part]] = _plain(self._smooth(part, tensor.to(dtype), index, vectors), dtype)
+            smoothed = self._smooth_columns(tensor.to(dtype), index, vectors)
+            if part in dict(self.smoothed.rows):
+                smoothed = _times(smoothed, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
+            parts[names[part]] = _plain(smoothed, dtype)
         return parts
 
     def opened(self, whole: dict[str, Piece]) -> dict[str, Piece]:
@@ -105,12 +106,6 @@ class Item:
         names, fused = self.source.names(), whole[self.source.canonical].data
         parts = self.source.layout.split(fused, 0, 1)
         return {names[part]: _plain(tensor, fused.dtype) for part, tensor in parts.items()}
-
-    def _smooth(self, part: str, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
-        tensor = self._smooth_columns(tensor, index, vectors)
-        if part not in dict(self.smoothed.rows):
-            return tensor
-        return _times(tensor, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
 
     def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         done = self.smoothed.columns is None or (self.form is not None and self.form.smoothing.done)

@@ -115,7 +115,7 @@ def make_plan(
             f"--kv-cache {request.kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Start the engine with its own FP8 KV cache"
         )
-    policy = settle(config, sources, form, request.exclude, request.quantize_mla, copied)
+    policy = settle(config, sources, form, request, copied)
     problems = list(policy.problems)
     problems += [
         f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"

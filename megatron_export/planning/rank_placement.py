@@ -88,9 +88,7 @@ def grid_of(
     world: int | None = None,
     pp_layout: str | None = None,
 ) -> Grid:
-    """The topology of these sizes for the model of config.json; without `world`, the smallest. `ExportError` with every reason why
-    there is none.
-    """
+    """The topology of these sizes, the smallest if `world` is None, for config.json's model; `ExportError` if there is none."""
     shape, etp = shape_of(config), etp or tp
     problems = size_problems(config, tp=tp, etp=etp, ep=ep) + layout_problems(config, pp * vpp, pp_layout)
     smallest = math.lcm(tp * pp, ep * etp * pp)
