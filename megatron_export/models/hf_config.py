@@ -31,9 +31,8 @@ def text_of(config: dict) -> dict:
         raise ExportError(f"config.json: text_config is {shown(inner)}, not a table of settings. Fetch it again")
     text = config | inner | {"architectures": config.get("architectures")}
     architecture = known(text)
-    return (
-        text | {usual: text[own] for usual, own in architecture.keys.items() if own in text} if architecture else text
-    )
+    spelled = architecture.keys if architecture else {}
+    return text | {usual: text[own] for usual, own in spelled.items() if own in text}
 
 
 def architecture_of(config: dict) -> Architecture:
