@@ -62,9 +62,8 @@ def vllm_modelopt(names: Names, parent: str, parts: tuple[str, ...], joined: str
     names, prefix = names.expanded, full(parent, joined)
     if vllm_exactly(names, parent, parts, joined):
         return True
-    return any(name in prefix for name in names.listed if name != prefix) or any(
-        fnmatch(prefix, glob) for glob in names.globs
-    )
+    inside = any(name in prefix for name in names.listed if name != prefix)
+    return inside or any(fnmatch(prefix, glob) for glob in names.globs)
 
 
 def _within(name: str, prefix: str) -> bool:
