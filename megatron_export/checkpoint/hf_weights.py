@@ -168,9 +168,7 @@ class SourceWeights:
 
 def mapped_bytes(config: dict, source: Source, shard: int) -> int:
     """Bytes of a file's pages that a rank touches when it reads a shard of `shard` bytes."""
-    across = (
-        Axis.OUT if source.stack else Axis.IN
-    )  # a cut along this axis takes a part of every row, so it touches all pages
+    across = Axis.OUT if source.stack else Axis.IN  # a cut along it takes a part of every row, so it touches all pages
     nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
     if _in_float8(config, source):
         return nbytes // 2

@@ -16,10 +16,8 @@ from .torch_dist_storage import Storage
 COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
 COMMON_OBJECT = "common_state/"
 _MOST_YAML = 1 << 20
-_ARGUMENTS = {
-    "norm_epsilon": "layernorm_epsilon",
-    "num_experts": "num_moe_experts",
-}  # Megatron-LM's -> TransformerConfig's
+# What Megatron-LM calls some fields of `TransformerConfig` -> those fields.
+_ARGUMENTS = {"norm_epsilon": "layernorm_epsilon", "num_experts": "num_moe_experts"}
 _COMPARED = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
     *("layernorm_epsilon", "normalization", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
