@@ -1,13 +1,4 @@
-"""Measures this package; `--help` of each subcommand says what it needs.
-
-python launch/benchmark.py quality   what quantization costs, in perplexity
-python launch/benchmark.py encode    how near encoding comes to the speed of memory
-launch/benchmark.py export           seconds, bytes and memory of exports, beside `save_file` of the same bytes
-launch/benchmark.py scale            the same against the size of the model
-python launch/benchmark.py peer      exports beside those of NVIDIA ModelOpt
-python launch/benchmark.py search    the search of an AWQ format beside ModelOpt's
-python launch/benchmark.py serve     checkpoints in a real vLLM, beside their decoded numbers
-"""
+"""Measures this package; `--help` lists the subcommands, and that of each says what it needs."""
 
 import argparse
 import os

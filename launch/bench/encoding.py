@@ -2,14 +2,14 @@
 
     python launch/benchmark.py encode [--shape OUT IN] [--formats FORMAT ...] [--device cpu] [--json FILE]
 
-Bytes are those of the bfloat16 weight, once, and of all encoded tensors, once. On a GPU both ways to encode are timed:
-plain torch, which is the definition, and the kernels that replace it.
+Bytes are those of the bfloat16 weight and of all encoded tensors, each once. On a GPU, plain torch and the kernels are timed.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,7 @@ from megatron_export.common.strips import row_strips
 from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.cuda_kernels import kernel_of
 
-from .markdown import markdown
+from .measuring import markdown
 
 IN_TURN = 4  # weights, so that none is in a cache when it is read again
 WARM_UP = 5
@@ -48,10 +48,8 @@ def encode(flags: argparse.Namespace) -> None:
     device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows, columns = flags.shape
     generator = torch.Generator(device).manual_seed(0)
-    weights = [
-        (torch.randn(rows, columns, generator=generator, device=device) * 0.02).to(torch.bfloat16)
-        for _ in range(IN_TURN)
-    ]
+    drawn = (torch.randn(rows, columns, generator=generator, device=device) for _ in range(IN_TURN))
+    weights = [(numbers * 0.02).to(torch.bfloat16) for numbers in drawn]
     targets = [torch.empty_like(weight) for weight in weights]
     seconds = timed(lambda turn: targets[turn].copy_(weights[turn]), weights, flags.repeats)
     copied = 2 * weights[0].nbytes
@@ -65,11 +63,8 @@ def encode(flags: argparse.Namespace) -> None:
         if kernel_of(form, weights[0], amaxes[0]):
             paths["kernel"] = formats.encode
         for path, run in paths.items():
-            seconds = timed(
-                lambda turn, run=run, form=form, amaxes=amaxes: run(form, weights[turn], amaxes[turn]),
-                weights,
-                flags.repeats,
-            )
+            calls = [partial(run, form, *pair) for pair in zip(weights, amaxes, strict=True)]
+            seconds = timed(lambda turn, calls=calls: calls[turn](), weights, flags.repeats)
             found.append(row(label, path, size, seconds, copied / found[0]["seconds"]))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{rows} x {columns} on {name}, torch {torch.__version__}\n\n" + "\n".join(table(found)), flush=True)

@@ -3,9 +3,8 @@
     [torchrun --nproc-per-node N] launch/benchmark.py export [--shape 8b] [--formats fp8 nvfp4] [--tp N] [--json FILE]
     [torchrun --nproc-per-node N] launch/benchmark.py scale [--shape 8b] [--sizes 2 4 8 16 32] [--tp N] [--svg FILE]
 
-A model is built on the device with weights made from their names, and exported once to warm up, which is when memory is
-measured. Then an export and `save_file` by rank 0 from host memory take turns, each into a new folder that is deleted
-before the next; with and without fsync, the same on both sides.
+A model with made-up weights is exported once, when memory is measured. Then an export, and `save_file` by rank 0 from host memory,
+take turns, each into a new folder that is deleted before the next; with and without fsync on both sides.
 """
 
 import argparse
@@ -27,18 +26,7 @@ from megatron_export.common.text import readable
 from megatron_export.formats import FORMATS
 
 from .drawing import drawn
-from .measuring import (
-    Row,
-    alone_or_torchrun,
-    delete,
-    held_from,
-    peaks_of,
-    read_rows,
-    save,
-    table,
-    timed,
-    write_rows,
-)
+from .measuring import Row, alone_or_torchrun, delete, held_from, peaks_of, read_rows, save, table, timed, write_rows
 from .shapes import SHAPES, config_of, fill, made_up, write_config
 
 
@@ -130,13 +118,8 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     rows = []
     with TemporaryDirectory() as temporary:
         source = Path(temporary)
-        models = [
-            [
-                case_of(flags, config_of(flags.shape, flags.hf_model, size), name, source, device)
-                for name in flags.formats
-            ]
-            for size in sizes
-        ]
+        configs = [config_of(flags.shape, flags.hf_model, size) for size in sizes]
+        models = [[case_of(flags, config, name, source, device) for name in flags.formats] for config in configs]
         refuse(flags, [case for cases in models for case in cases], device)
         with parallel_state.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
             for cases in models:
@@ -163,12 +146,11 @@ def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path, de
 
 
 def refuse(flags: argparse.Namespace, cases: list[Case], device: str) -> None:
-    """Raise if there is too little room for one of them."""
+    """`ExportError` if there is too little room for one of them."""
     report([problem for case in cases for problem in _problems(flags, case, device)])
 
 
 def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
-    """What there is too little room for."""
     told, what = case.told, f"{case.model} of {case.config['num_hidden_layers']} layers in {case.format}"
     problems = []
     if told.needed > told.free:
@@ -196,15 +178,8 @@ def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, devic
     from megatron_export import export_hf_checkpoint
 
     out, beside = flags.output.resolve() / "run", flags.output.resolve() / "saved"
-    run = partial(
-        export_hf_checkpoint,
-        model,
-        out,
-        hf_model=source,
-        format=case.format,
-        calibration=made_up(case.told.plan),
-        writers=flags.writers,
-    )
+    how = {"format": case.format, "calibration": made_up(case.told.plan), "writers": flags.writers}
+    run = partial(export_hf_checkpoint, model, out, hf_model=source, **how)
     reports = []
     delete(out, beside)  # of a run that was stopped
     gpu, host = peaks_of(lambda: reports.append(run(sync=False)), device)

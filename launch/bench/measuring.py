@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,15 +21,16 @@ from torch import Tensor
 from megatron_export.common.errors import ExportError
 from megatron_export.common.text import readable
 
-from .markdown import markdown
-
 Held = dict[str, dict[str, Tensor]]  # file -> its tensors
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one export, repeated, took. Sizes in bytes; `times` and `saved` are seconds of every run, `wire` what all ranks sent,
-    `gpu` the most that a rank took above its model, `host` the most that one had in all.
+    """What one export, repeated, took, in bytes and seconds.
+
+    times, saved  of every run, and of every `save_file` of the same bytes
+    wire          what all ranks sent
+    gpu, host     the most that a rank took above its model, and the most that one had in all
     """
 
     tool: str
@@ -82,6 +83,11 @@ class Row:
 
 def _each(seconds: Iterable[float]) -> str:
     return f"{', '.join(f'{one:.2f}' for one in seconds)} s"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a markdown table; a row has a cell for each column."""
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def table(rows: Iterable[Row]) -> list[str]:

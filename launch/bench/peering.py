@@ -2,10 +2,9 @@
 
     launch/benchmark.py peer [--shape 8b | --hf-model DIR] [--formats fp8 nvfp4] [--json FILE]
 
-One process, TP=1, the same weights, nothing of calibration in the seconds: ours has statistics that are made up, ModelOpt has
-seen a few tokens. Neither side syncs what it wrote; each writes into a new folder, and neither is warmed up: of three runs the
-median is none that compiled a kernel. ModelOpt changes the model that it quantizes, so it comes second, and every format begins
-with a new one.
+One process, TP=1, the same weights. Seconds are without calibration: our statistics are made up, ModelOpt has seen a few tokens.
+Neither side syncs what it wrote, and neither is warmed up. ModelOpt changes the model that it quantizes, so it comes second, and
+every format begins with a new model.
 """
 
 import argparse
@@ -93,8 +92,10 @@ def _rows(
     statistics = made_up(case.told.plan)
     ours = partial(export_hf_checkpoint, model, out, hf_model=source, format=case.format, calibration=statistics)
     rows = [_row(flags, case, "megatron_export", partial(ours, sync=False), out, device)]
+    shown = torch.arange(TOKENS)[None]
     with without_cuda(device), torch.no_grad():
-        quantization.quantize(model, getattr(quantization, CONFIGS[case.format]), _shown)
+        settings = getattr(quantization, CONFIGS[case.format])
+        quantization.quantize(model, settings, lambda model: run_on(model, shown))
         theirs = partial(peers.export_mcore_gpt_to_hf, model, str(source), dtype=torch.bfloat16, export_dir=str(out))
         rows.append(_row(flags, case, "ModelOpt", theirs, out, device))
     return rows
@@ -107,10 +108,6 @@ def built(config: dict, here: Any, tokens: int) -> Any:
     model = build.build_model(config, here, max_sequence_length=tokens)
     fill(model, config, here)
     return model
-
-
-def _shown(model: Any) -> None:
-    run_on(model, torch.arange(TOKENS)[None])
 
 
 def run_on(model: Any, ids: Tensor) -> None:

@@ -2,9 +2,9 @@
 
     python launch/benchmark.py quality [--hf-model DIR] [--formats FORMAT ...] [--output DIR] [CHECKPOINT ...]
 
-Without a CHECKPOINT the model is calibrated once, exported in every format, and the exports are scored; two more rows
-show what a search is worth. With CHECKPOINTs, from whatever tool, those are scored. The first row is what the others
-are compared with, and its tokenizer serves for all. emulation.py says what is computed and how near it is to engines.
+Without a CHECKPOINT the model is calibrated once and exported in every format; two more rows show what a search is worth. With
+CHECKPOINTs, from whatever tool, those are scored. The others are compared with the first row, whose tokenizer serves for all.
+verify/emulation.py says what is computed and how near it is to engines.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.verify.emulation import bits_per_weight, load
 from megatron_export.verify.perplexity import WINDOW, of_window, windows_of
 
-from .markdown import markdown
-from .measuring import alone
+from .measuring import alone, markdown
 
 BATCH, MICRO_BATCH = 8, 4
 LAYER_WINDOWS = 16  # that the layers are compared on, one by one
@@ -57,7 +56,7 @@ class Call(NamedTuple):
 class Score:
     """What has been measured of one checkpoint so far.
 
-    losses         mean negative log-likelihood of each window's tokens after its first, float64
+    losses         mean negative log-likelihood of each window's tokens after its first, nats, float64
     divergences    KL of the next token's distribution from the reference's, nats, by token
     signal, noise  by decoder layer: squares of what the reference's layer adds to its input, and of the difference
     """
@@ -130,7 +129,7 @@ def rows_of(formats: list[str]) -> list[Row]:
 def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, Path]:
     """Calibrate the model once and export every row from it: label -> folder."""
     from megatron_export import calibrate, export_hf_checkpoint
-    from megatron_export.calibration import data as calibration_data
+    from megatron_export.calibration import data
     from megatron_export.checkpoint import hf_folder
     from megatron_export.mcore import build, load_hf, parallel_state
 
@@ -139,9 +138,8 @@ def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, 
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:
         raise ExportError(f"{', '.join(taken)} exists already. Give another --output, or delete it")
     source = hf_folder.find_model(flags.hf_model, weights=True)
-    data = flags.calib_data or EXAMPLE_MODEL / "calibration.txt"
-    shape = {"samples": flags.calib_samples, "length": flags.calib_seq_len}
-    samples = calibration_data.read_samples(data, source, **shape)
+    text = flags.calib_data or EXAMPLE_MODEL / "calibration.txt"
+    samples = data.read_samples(text, source, samples=flags.calib_samples, length=flags.calib_seq_len)
     alone()
     with parallel_state.started(1, 1, device):
         with parallel_state.current() as here:
@@ -164,14 +162,12 @@ def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, 
 
 def without_search(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same statistics with smoothing vectors of ones."""
-    return {
-        name: torch.ones_like(tensor) if ".pre_quant_scale." in name else tensor for name, tensor in statistics.items()
-    }
+    return statistics | {n: torch.ones_like(t) for n, t in statistics.items() if ".pre_quant_scale." in n}
 
 
 @torch.no_grad()
 def measure(scores: list[Score], windows: Tensor, device: torch.device) -> None:
-    """Run all models over one batch after the other, and keep only numbers. The first is the reference."""
+    """Run all models over one batch after the other, and keep numbers alone. The first model is the reference."""
     models = [load(score.folder, device) for score in scores]
     for number, batch in enumerate(bar("score", windows.to(device).split(BATCH))):
         reference, calls = watched(models[0], batch)
@@ -206,10 +202,9 @@ def compare_tokens(score: Score, logits: Tensor, reference: Tensor, batch: Tenso
 
 def compare_layers(score: Score, model: nn.Module, calls: list[Call]) -> None:
     """Add the signal and the noise of every layer, given what the reference's layer was given."""
-    outputs = [layer(*call.args, **call.kwargs) for layer, call in zip(model.base_model.layers, calls, strict=True)]
-    added = [square(call.output, call.args[0]) for call in calls]
-    wrong = [square(output, call.output) for output, call in zip(outputs, calls, strict=True)]
-    score.signal = score.signal + torch.stack(added)
+    pairs = zip(model.base_model.layers, calls, strict=True)
+    wrong = [square(layer(*call.args, **call.kwargs), call.output) for layer, call in pairs]
+    score.signal = score.signal + torch.stack([square(call.output, call.args[0]) for call in calls])
     score.noise = score.noise + torch.stack(wrong)
 
 

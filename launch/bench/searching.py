@@ -2,9 +2,8 @@
 
     python launch/benchmark.py search [--shape 8b | --hf-model DIR] [--format int4_awq] [--samples 128] [--tokens 512]
 
-One process, TP=1, the same weights and the same random tokens, in batches of the same size. Both sides do all that it takes to
-know the scales of the format: ours measures maxima and means in a first pass and searches in a second, so does ModelOpt's
-awq_lite. ModelOpt changes the model that it quantizes, so it comes second, and each runs once.
+One process, TP=1, the same weights, random tokens and batches. Both sides do all that it takes to know the scales of the format, in
+two passes. ModelOpt changes the model that it quantizes, so it comes second, and each runs once.
 """
 
 import argparse
@@ -20,8 +19,7 @@ from megatron_export.common.errors import ExportError
 from megatron_export.common.text import readable
 
 from .exporting import add_model
-from .markdown import markdown
-from .measuring import alone, peaks_of, timed
+from .measuring import alone, markdown, peaks_of, timed
 from .peering import built, modelopt, run_on
 from .shapes import config_of
 
@@ -66,7 +64,8 @@ def search(flags: argparse.Namespace) -> None:
         if quantization:
             theirs = partial(_quantized, quantization, model, CONFIGS[flags.format], batches, here.device)
             rows.append(_row("ModelOpt", theirs, tokens.numel(), here.device))
-    print("\n".join(_table(rows)), flush=True)
+    cells = ((row["tool"], f"{row['seconds']:.1f}", f"{row['tokens/s']:,.0f}", readable(row["gpu"])) for row in rows)
+    print("\n".join(markdown(COLUMNS, cells)), flush=True)
     if flags.json:
         said = {name: getattr(flags, name) for name in ("shape", "format", "layers", "samples", "tokens", "batch")}
         flags.json.write_text(json.dumps(said | {"rows": rows}, indent=1) + "\n")
@@ -83,8 +82,3 @@ def _row(tool: str, work: Callable[[], object], tokens: int, device: torch.devic
     seconds: list[float] = []
     gpu, _ = peaks_of(lambda: seconds.append(timed(work)), device)
     return {"tool": tool, "seconds": seconds[0], "tokens/s": tokens / seconds[0], "gpu": gpu}
-
-
-def _table(rows: list[dict]) -> list[str]:
-    cells = ((row["tool"], f"{row['seconds']:.1f}", f"{row['tokens/s']:,.0f}", readable(row["gpu"])) for row in rows)
-    return markdown(COLUMNS, cells)

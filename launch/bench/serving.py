@@ -3,10 +3,9 @@
     python launch/benchmark.py serve [--text FILE] [--jobs N] [--tp N] [--with FILE] [--json FILE] FOLDER ...
     python launch/benchmark.py serve --through decode --text FILE --json FILE FOLDER ...
 
-Each folder is loaded by vLLM in a process of its own, with the check for missing weights switched on, and gives a few greedy
-tokens and, with a text, its perplexity over the windows that `quality` takes. Whatever happens there, the others are tried too.
-`--through decode` does the same in transformers, with the quantized arithmetic emulated (emulation.py); it needs no vLLM, and
-`--with` shows what it found beside vLLM's, from the same or another machine.
+Each folder is loaded by vLLM in a process of its own, with its check for missing weights on, and gives a few greedy tokens and,
+with a text, its perplexity over the windows that `quality` takes. Whatever happens there, the others are tried too. `--through
+decode` does the same in transformers, with the quantized arithmetic emulated; `--with` shows what that found beside vLLM's.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from megatron_export.verify.emulation import EmulatedLinear, load
 from megatron_export.verify.perplexity import BATCH, WINDOW, of_window, windows_of
 
 from . import vllm_process
-from .markdown import markdown
+from .measuring import markdown
 from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 
 TOKENIZING = Lock()  # transformers makes its names when they are first asked for, and not by several threads at a time

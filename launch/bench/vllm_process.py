@@ -91,9 +91,7 @@ def emulate_on_cpu() -> None:
 
 
 def emulate() -> None:
-    """Give the CPU the linear kernels that it lacks, in plain torch, and a rotation of neighbouring pairs, where vLLM 0.32's kernel
-    for the CPU is wrong about tensors that are views: latent attention is.
-    """
+    """Give the CPU the linear kernels that it lacks, and a rotation of neighbouring pairs, which vLLM 0.32 gets wrong for views."""
     import torch
     import vllm._custom_ops as ops
     import vllm.model_executor.kernels.linear as linear
@@ -161,15 +159,11 @@ def served(folder: str, windows: list[list[int]], attention: str | None = None, 
     answer: dict[str, Any] = {"version": vllm.__version__, "device": device, "error": None}
     with heard() as said:
         try:
-            answer |= asked(folder, windows, (GPU if gpu else {}) | backend(attention) | {"tensor_parallel_size": tp})
+            how = {"attention_config": {"backend": attention}} if attention else {}
+            answer |= asked(folder, windows, (GPU if gpu else {}) | how | {"tensor_parallel_size": tp})
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
             answer["error"] = f"{type(error).__name__}: {error}"
     return answer | {"warned": list(dict.fromkeys(said.warned)), "chose": list(dict.fromkeys(said.chose))}
-
-
-def backend(attention: str | None) -> dict[str, Any]:
-    """How vLLM is told which attention backend to take."""
-    return {"attention_config": {"backend": attention}} if attention else {}
 
 
 def asked(folder: str, windows: list[list[int]], how: dict[str, Any]) -> dict[str, list]:

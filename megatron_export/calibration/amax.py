@@ -1,7 +1,6 @@
 """The first look at activations: their largest magnitudes, and for AWQ their maxima and means by input channel.
 
-A maximum does not depend on the order of samples, batches or ranks, nor does a mean here: what is added up are
-bfloat16 magnitudes and means of micro-batches, in float64, which holds their sums without rounding.
+Neither depends on the order of samples, batches or ranks: float64 holds the sums of bfloat16 magnitudes without rounding.
 """
 
 from collections.abc import Iterable
@@ -20,11 +19,12 @@ from ..models.statistic_names import channels, input_key, kv_keys, tokens_key
 
 
 class Maxima:
-    """Observes linears and attentions of this rank; with `by_channel`, channel by channel too.
+    """Observes linears and attentions of this rank; with `by_channel`, channel by channel too, and on whole sequences, so that
+    every tensor-parallel rank has the same mean of a micro-batch.
 
-    Linears are then shown whole sequences, so that every tensor-parallel rank has the same mean of a micro-batch. `experts`
-    are the global numbers of this rank's, of which `repeats` ranks of the stage are shown each token; `groups` the query
-    groups of the whole model.
+    experts  the global numbers of this rank's experts
+    repeats  how many ranks of the stage are shown the same token of an expert
+    groups   the query groups of the whole model
     """
 
     def __init__(
@@ -35,8 +35,7 @@ class Maxima:
         self.numbers = torch.tensor(list(experts), dtype=torch.int64)
         self.repeats = repeats
         self.groups = groups
-        self.lows: dict[str, Tensor] = {}  # [] on the device: nothing is waited for until all has been seen
-        self.highs: dict[str, Tensor] = {}  # []
+        self.amaxes: dict[str, Tensor] = {}  # [] on the device: nothing is waited for until all has been seen
         self.inputs: dict[str, Tensor] = {}  # float32 [in] of this rank's shard
         self.values: dict[str, Tensor] = {}  # float32 [rows of v] of this rank's shard
         self.sums: dict[str, Tensor] = {}  # float64 [in]: sum of the means of micro-batches, or over an expert's tokens
@@ -50,7 +49,7 @@ class Maxima:
         tokens = inputs.shape[0]
         if not tokens:  # of an expert: zeros change neither a maximum nor a sum
             inputs = inputs.new_zeros(1, inputs.shape[1])
-        self._extremes(input_key(name), inputs)
+        self._note_amax(input_key(name), inputs)
         if not self.by_channel:
             return
         size = inputs.to(torch.bfloat16).abs()
@@ -64,7 +63,7 @@ class Maxima:
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """Note keys and values, [sequence, batch, groups, head_dim]."""
         for amax, values in zip(kv_keys(name), (key, value), strict=True):
-            self._extremes(amax, values)
+            self._note_amax(amax, values)
         if self.by_channel:
             rows = value.flatten(2).flatten(0, 1).to(torch.bfloat16)
             _note(self.values, name, rows.abs().amax(dim=0).float())
@@ -95,18 +94,15 @@ class Maxima:
             mine[tokens_key(name)] = counts // self.repeats
         return dict(sorted((statistics | spread(self.here, mine)).items())), spread(self.here, means)
 
-    def _extremes(self, name: str, values: Tensor) -> None:
-        """Note the least and the largest of some values, in one pass over them; NaN and Inf stay visible."""
+    def _note_amax(self, name: str, values: Tensor) -> None:
+        """Note the largest magnitude of some values, in one pass over them; NaN and Inf stay visible."""
         low, high = torch.aminmax(values)
-        self.lows[name] = torch.minimum(self.lows[name], low) if name in self.lows else low
-        self.highs[name] = torch.maximum(self.highs[name], high) if name in self.highs else high
+        _note(self.amaxes, name, torch.maximum(-low, high))
 
     def _scalars(self) -> dict[str, float]:
-        """The largest magnitudes that this rank has seen."""
-        if not self.lows:
-            return {}
-        lows, highs = (torch.stack([seen.float() for seen in noted.values()]) for noted in (self.lows, self.highs))
-        return dict(zip(self.lows, torch.maximum(-lows, highs).tolist(), strict=True))
+        """The largest magnitudes that this rank has seen, fetched from the device at once."""
+        seen = [amax.float() for amax in self.amaxes.values()]
+        return dict(zip(self.amaxes, torch.stack(seen).tolist(), strict=True)) if seen else {}
 
     def _once(self, rows: Tensor) -> Tensor:
         """The rows of v of all ranks without repetition: with more ranks than query groups, several see the same group."""

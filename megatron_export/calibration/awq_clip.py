@@ -1,8 +1,7 @@
-"""The fourth look at activations, when asked for: by how much to clip the weights of a linear, after it was smoothed.
+"""The third look at activations, when asked for: by how much to clip the weights of a linear, after it was smoothed.
 
-A group of weights, or a whole weight, is rounded with its largest magnitude as it is, and with eleven smaller ones; the
-ratio whose outputs differ least is kept as a code. As in awq_search.py, the losses are those of whole linears, and those of
-micro-batches add up without rounding. Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_clip, there per rank.
+A group of weights, or a whole weight, is rounded with its amax as it is, and with eleven smaller ones; the ratio whose outputs
+differ least is kept. Losses add up as in awq_search.py. Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_clip, there per rank.
 """
 
 from collections import Counter
@@ -23,17 +22,17 @@ from ..models import is_expert, vector_home
 from ..models.layouts import Identity, Layout
 from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .awq_search import LinearShard, check_finite
+from .hooks import Observer
 
 CLIP_TOKENS = 64  # of a micro-batch, that a group's clipping is judged by
 
 
-class Clips:
+class Clips(Observer):
     """Observes linears after they were smoothed, and finds what to clip the maxima of groups or weights to.
 
-    int4: a ratio for every group of every row, by the error of its part of up to 127 of a micro-batch's outputs. nvfp4:
-    one for the weight, before other linears' vectors are folded into its rows. The losses of int4 weigh 11 * 8 / group
-    bytes for every weight that is looked at. Each expert has its own, by the tokens that it was given; one that was given
-    none is not clipped.
+    int4: a ratio for every group of every row, by the error of its part of up to 127 of a micro-batch's outputs. Their losses take
+    11 * 8 / group bytes for every element of the weights. nvfp4: one ratio for the weight, before other linears' vectors are folded
+    into its rows. Each expert has its own ratios, by the tokens that it was given; one that was given none is not clipped.
     """
 
     whole_sequences = True
@@ -63,7 +62,10 @@ class Clips:
                 continue
             self.axis[name, key] = shard.axis
             if not shard.inputs.shape[0]:
-                self.losses.setdefault((name, key), self._nothing(shard, search))
+                rows, columns = shard.weight.shape
+                groups = () if search.per_tensor else (rows, columns // search.group)
+                nothing = torch.zeros(len(CLIP_RATIOS), *groups, dtype=torch.float64, device=weight.device)
+                self.losses.setdefault((name, key), nothing)
                 continue
             vector = shard.columns(self.statistics[vector_key(vector_home(name), key)])
             smoothed = (shard.weight.float() / vector).to(torch.bfloat16)
@@ -76,24 +78,12 @@ class Clips:
             self.losses[name, key] = self.losses.get((name, key), 0) + losses
             self.calls[name] += 1
 
-    def attention(self, name: str, key: Tensor, value: Tensor) -> None:
-        """Nothing is clipped in attention."""
-
-    def experts(self, name: str, tokens: Tensor) -> None:
-        """Nothing is clipped in routing."""
-
-    def _nothing(self, shard: LinearShard, search: awq.Search) -> Tensor:
-        groups = () if search.per_tensor else (shard.weight.shape[0], shard.weight.shape[1] // search.group)
-        return torch.zeros(len(CLIP_RATIOS), *groups, dtype=torch.float64, device=shard.weight.device)
-
     def _of_weight(self, shard: LinearShard, search: awq.Search, smoothed: Tensor, inputs: Tensor) -> Tensor:
         expected = shard.product(inputs, smoothed).to(torch.bfloat16)
         ones = smoothed.new_ones(smoothed.shape[1])
         amax = shard.amaxes(smoothed, ones.unsqueeze(0))[0]
-        quantized = (awq.rounded(search, smoothed, ones, amax * ratio) for ratio in CLIP_RATIOS)
-        return shard.mean(
-            torch.stack([shard.difference(shard.product(inputs, weight), expected) for weight in quantized])
-        )
+        products = (shard.product(inputs, awq.rounded(search, smoothed, ones, amax * ratio)) for ratio in CLIP_RATIOS)
+        return shard.mean(torch.stack([shard.difference(product, expected) for product in products]))
 
     def agreed(self) -> dict[str, Tensor]:
         """The chosen ratios, the same on every rank. Collective."""
@@ -105,9 +95,8 @@ class Clips:
         check_finite(self.here, summed)
         mine: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         for (name, key), losses in summed.items():
-            codes = (
-                _first_smallest(losses) if calls[name] else torch.full_like(losses[0], _UNCLIPPED, dtype=torch.uint8)
-            )
+            unclipped = torch.full_like(losses[0], len(CLIP_RATIOS) - 1, dtype=torch.uint8)
+            codes = _first_smallest(losses) if calls[name] else unclipped
             mine[is_expert(name)] |= self._named(name, key, codes)
         return spread(self.here, mine[False]) | spread(self.here, mine[True], experts=True)
 
@@ -126,13 +115,8 @@ class Clips:
         return found
 
 
-_UNCLIPPED = len(CLIP_RATIOS) - 1
-
-
 def _of_groups(weight: Tensor, inputs: Tensor, group: int) -> Tensor:
-    """Mean square error over tokens of every group's part of every output, by ratio: [ratios, out, in/group], float32
-    values as float64.
-    """
+    """Mean square error over tokens of every group's part of every output: float64 [ratios, out, in/group], rounded to float32."""
     sample = inputs[:: max(inputs.shape[0] // CLIP_TOKENS, 1)].float()
     sample = sample.unflatten(1, (-1, group)).transpose(0, 1)  # [in/group, tokens, group]
     losses = []

@@ -1,17 +1,14 @@
 """The second look at activations: AWQ's search for alpha, and with it for the smoothing vector.
 
-Each linear is compared with itself as it is called: its output with a rounded weight against its output without. The
-input of one linear is held, its output twice, and copies of its weight; nothing is kept but losses. An alpha's loss is
-the mean squared difference of the bfloat16 outputs, averaged over a micro-batch and summed over them; the first
-smallest wins. A micro-batch's loss is rounded to float32 and added up in float64, which rounds nothing: it does not
-matter which replica saw which micro-batch. Linears that read one norm share their vector, and so do the experts of a
-layer: its loss is that of all of them together. An expert's loss is the mean over the tokens that it was given, however
-they came in micro-batches; its squares add up in float64, nearly exactly.
+Each linear is compared with itself as it is called: its output with a rounded weight against its output without. Nothing is kept
+but losses. An alpha's loss is the mean squared difference of the bfloat16 outputs of a micro-batch, rounded to float32 and summed
+over micro-batches in float64, which rounds nothing: it does not matter which replica saw which. The first smallest loss wins.
+Linears that read one norm share their vector, and so do the experts of a layer: the loss is that of all of them. An expert's loss
+is the mean over all tokens that it was given; its squares add up in float64, nearly exactly.
 
-Under tensor parallelism the loss is that of the whole linear. Column-parallel ranks see the whole input and add up the
-squares of their rows. Row-parallel ranks add up their partial products in float32, and only then round and square. If
-a group of the format lies on two ranks, both gather weight and input and compute the whole. Vectors are made of whole
-statistics on the CPU, whose kind alone decides their last bit. What remains is the order in which products are summed.
+Under tensor parallelism the loss is that of the whole linear. Column-parallel ranks add up the squares of their rows. Row-parallel
+ranks add up partial products in float32, and only then round and square. If a group lies on two ranks, both gather weight and
+input. Vectors are made on the CPU. Only the order in which products are summed depends on the topology.
 Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_lite, there per rank.
 """
 
@@ -32,6 +29,7 @@ from ..formats.awq import ALPHAS, SHARED, search_of
 from ..models import cut_of, is_expert, pooled, vector_home
 from ..models.layouts import even_cut
 from ..models.statistic_names import alpha_key, losses_key, vector_key
+from .hooks import Observer
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class LinearShard:
     def of(
         cls, cut: Cut, name: str, weight: Tensor, inputs: Tensor, group: int, held_whole: bool = False
     ) -> "LinearShard | None":
-        """The shard, or the whole linear where groups of inputs lie on two shards; None where no groups fit."""
+        """The shard, or the whole linear where a group of inputs lies on two shards; None where the inputs make no whole groups."""
         axis = cut_of(f"{name}.weight") if cut.size > 1 and not held_whole else None
         if weight.shape[1] * (cut.size if axis is Axis.IN else 1) % group:
             return None  # such a linear cannot be exported in the format, and may be left out of it
@@ -102,13 +100,15 @@ def _float32_product(inputs: Tensor, weight: Tensor) -> Tensor:
     return inputs.float() @ weight.float().T
 
 
-class Alphas:
-    """Observes linears and finds the alpha of each smoothing vector, for the searches that `searches` gives for a linear.
+class Alphas(Observer):
+    """Observes linears and finds the alpha of each smoothing vector. Collective.
 
-    `means` is the mean |input| by channel for every vector, float32 [in] on the CPU. In a search that ends in `_shared` the
-    factors of one query group are made of the means over its queries, which `same_in_group` takes, and so are the same.
-    `weights` are all linears of this rank by canonical name, `topk` the experts that a token is given to, and `held_whole` the
-    linears that no rank has a mere shard of. Collective.
+    means          vector -> mean |input| by channel, float32 [in] on the CPU
+    searches       linear -> its searches; one that ends in `_shared` has the same factors for all queries of a group
+    same_in_group  replaces the numbers of a group's queries by their mean
+    weights        all linears of this rank by canonical name
+    topk           how many experts a token is given to
+    held_whole     the linears that every rank holds whole
     """
 
     whole_sequences = True
@@ -163,9 +163,8 @@ class Alphas:
         """Compare all alphas on one micro-batch, or on what an expert was given of it."""
         expert = is_expert(name)
         for key in self.searches(name):
-            search = search_of(key)
-            whole_here = name in self.held_whole
-            if (shard := LinearShard.of(self.here.cut(expert), name, weight, inputs, search.group, whole_here)) is None:
+            search, cut = search_of(key), self.here.cut(expert)
+            if (shard := LinearShard.of(cut, name, weight, inputs, search.group, name in self.held_whole)) is None:
                 continue
             squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
             if tokens := shard.inputs.shape[0]:
@@ -175,12 +174,6 @@ class Alphas:
             self.losses[name_of_all, key] = self.losses.get((name_of_all, key), 0) + losses
             self.counts[name_of_all, key] = self.counts.get((name_of_all, key), 0) + count
             self.outputs[name_of_all] = shard.rows * (self.topk if expert else 1)
-
-    def attention(self, name: str, key: Tensor, value: Tensor) -> None:
-        """Nothing is searched for in attention."""
-
-    def experts(self, name: str, tokens: Tensor) -> None:
-        """Nothing is searched for in routing."""
 
     def agreed(self) -> dict[str, Tensor]:
         """The chosen vectors, their alphas and all losses, the same on every rank. Collective.
@@ -195,10 +188,9 @@ class Alphas:
             members.setdefault((vector_home(name), key), []).append((name, losses, count))
         summed = {}
         for vector, found in members.items():
+            together = sum(losses / count * self.outputs[name] for name, losses, count in found)
             alone = len(found) == 1 and not is_expert(f"{vector[0]}.")
-            summed[vector] = (
-                found[0][1] if alone else sum(losses / count * self.outputs[name] for name, losses, count in found)
-            )
+            summed[vector] = found[0][1] if alone else together
         check_finite(self.here, summed)
         mine = {}
         for (home, key), losses in summed.items():
@@ -222,7 +214,7 @@ def _squares(shard: LinearShard, search: awq.Search, vectors: Tensor) -> Tensor:
 
 
 def check_finite(here: Topology, losses: dict[tuple[str, str], Tensor]) -> None:
-    """Raise on every rank if any rank has a loss that is NaN or Inf: of those, none would be the smallest."""
+    """`ExportError` on every rank if any rank has a loss that is NaN or Inf: of those, none would be the smallest."""
     bad = [name for (name, _), values in losses.items() if not values.isfinite().all()]
     if everywhere := sorted({name for theirs in everyone(here, bad) for name in theirs}):
         raise ExportError(

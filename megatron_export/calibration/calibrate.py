@@ -1,8 +1,6 @@
-"""Runs calibration data through a model and returns the statistics as plain tensors.
+"""Runs calibration data through a model: once for maxima, once more where an AWQ format searches, and again for clipping.
 
-Statistics are tensors on the CPU, named by canonical Megatron module and the same on every rank; statistics.py lists
-them. The data passes once for the maxima that every format shares, once more where an AWQ format searches for its
-smoothing, and again for clipping.
+Statistics are tensors on the CPU, the same on every rank; models/statistic_names.py lists their names.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,23 +22,15 @@ from ..formats.awq import SHARED, search_of
 from ..formats.int4 import CLIP_RATIOS
 from ..mcore import parallel_state
 from ..mcore.cpu_compat import without_cuda
-from ..mcore.model import (
-    chunks_of,
-    finish_gathering,
-    heads_of,
-    layouts_of,
-    local_experts_of,
-    weights_of,
-    whole_of,
-)
+from ..mcore.model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of, whole_of
 from ..models import cut_of, is_expert, reads_heads
 from .amax import Maxima
 from .awq_clip import Clips
 from .awq_search import Alphas
 from .checks import check_batches, check_modules, check_parallelism, check_replicas
 from .hooks import Observer, watching
+from .lookup import Statistics
 
-Statistics = dict[str, Tensor]
 CLIP_BYTES = 1 << 30
 
 
@@ -59,16 +49,14 @@ def calibrate(
     model       a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
     batches     int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
                 replicas may each pass a share
-    group_size  of int4_awq and w4a8_awq; awq_clip: search the clipping of AWQ formats too
+    group_size  of int4_awq and w4a8_awq
+    awq_clip    search the clipping of AWQ formats too
     all_experts measure every expert on all tokens, and not on those that are routed to it
-    The maxima are always measured, so that the result serves fp8, nvfp4 and every KV cache; bf16 alone needs nothing and
-    gives {}. AWQ runs the data twice, and with clipping three times or more. Memory on a rank: the input and twice the
-    output in float32 of one linear, four copies of its weight (the whole linear's, where a row-parallel shard cuts a
-    group), 44 bytes for every input channel of all its linears and search, and at most 1 GiB (or one linear's) of losses
-    when clipping.
-    Collective: all ranks call it. Raises `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in
-    activations, naming the module. An exception of the model itself, such as CUDA running out of memory, is raised on
-    its rank alone, as in training.
+    Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input and
+    twice the output in float32 of one linear, four copies of its weight (the whole linear's, where a shard cuts a group), 44 bytes
+    for every input channel and search, and, when clipping, at most 1 GiB (or one linear's) of losses.
+    Collective: all ranks call it. `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in activations,
+    naming the module. An exception of the model itself is raised on its rank alone, as in training.
     """
     names = (format,) if isinstance(format, str) else tuple(format)
     if not names:
@@ -90,38 +78,25 @@ def calibrate(
         finish_gathering(model)
         run = partial(_observe, here, model, batches, progress, all_experts)
         with _evaluating(model), without_cuda(here.device), torch.no_grad():
-            groups = chunks_of(model)[0].config.num_query_groups
-            maxima = Maxima(here, bool(smoothings), local_experts_of(model), _repeats(here, model), groups)
+            config = chunks_of(model)[0].config
+            # without sequence parallelism, all tensor-parallel ranks send the same token on
+            repeats = here.experts.size * (1 if config.sequence_parallel else here.tp_size)
+            maxima = Maxima(here, bool(smoothings), local_experts_of(model), repeats, config.num_query_groups)
             run("calibrate", maxima)
             statistics, means = maxima.agreed()
             if not smoothings:
                 return statistics
-            heads = heads_of(model)
+            heads, weights, held_whole = heads_of(model), weights_of(model), whole_of(model)
             searches = partial(_searches, smoothings, heads.queries_per_group)
-            weights = weights_of(model)
-            topk = chunks_of(model)[0].config.moe_router_topk
-            held_whole = whole_of(model)
+            topk = config.moe_router_topk
             alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk, held_whole)
             run("search", alphas)
             statistics |= alphas.agreed()
-            for some in _clipped_together(here, model, searches) if awq_clip else ():
-                clips = Clips(
-                    here,
-                    statistics,
-                    lambda name, some=some: searches(name) if name in some else (),
-                    layouts_of(model),
-                    held_whole,
-                )
+            for group in _clipped_together(here, weights, searches) if awq_clip else ():
+                clips = Clips(here, statistics, lambda n, group=group: group.get(n, ()), layouts_of(model), held_whole)
                 run("clip", clips)
                 statistics |= clips.agreed()
         return statistics
-
-
-def _repeats(here: Topology, model: nn.Module | list[nn.Module]) -> int:
-    """How many ranks of a stage are shown the same token of an expert: those that hold a shard of it, and, without
-    sequence parallelism, tensor-parallel ranks that all send it on.
-    """
-    return here.experts.size * (1 if chunks_of(model)[0].config.sequence_parallel else here.tp_size)
 
 
 def _options(name: str, group_size: int, awq_clip: bool) -> Options:
@@ -133,38 +108,28 @@ def _options(name: str, group_size: int, awq_clip: bool) -> Options:
 def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) -> tuple[str, ...]:
     """The searches for one linear: a vector that may be folded into v is also searched as one for each query group."""
     shared = reads_heads(f"{name}.weight") and queries_per_group > 1
-    return tuple(
-        key
-        for search, folds in smoothings.items()
-        for key in (search, *((search + SHARED,) if shared and folds else ()))
-    )
+    return tuple(key for one, folds in smoothings.items() for key in (one, one + SHARED)[: 1 + (shared and folds)])
 
 
 def _clipped_together(
-    here: Topology, model: nn.Module | list[nn.Module], searches: Callable[[str], tuple[str, ...]]
-) -> list[set[str]]:
-    """Groups of this rank's linears whose losses take at most `CLIP_BYTES`, as many groups on every rank."""
-    groups: list[set[str]] = [set()]
+    here: Topology, weights: dict[str, Tensor], searches: Callable[[str], tuple[str, ...]]
+) -> list[dict[str, tuple[str, ...]]]:
+    """This rank's linears and their searches in groups, each with at most `CLIP_BYTES` of losses; as many on every rank."""
+    groups: list[dict[str, tuple[str, ...]]] = [{}]
     size = 0
-    for name, weight in weights_of(model).items():
-        nbytes = sum(
-            _losses_nbytes(here, name, weight, search.group)
-            for search in map(search_of, searches(name))
-            if not search.per_tensor
-        )
+    for name, weight in weights.items():
+        nbytes = 0
+        for search in map(search_of, searches(name)):
+            gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % search.group  # its shard cuts a group
+            elements = weight.numel() * (here.cut(is_expert(name)).size if gathered else 1)
+            nbytes += 0 if search.per_tensor else 8 * len(CLIP_RATIOS) * elements // search.group
         if groups[-1] and size + nbytes > CLIP_BYTES:
-            groups.append(set())
+            groups.append({})
             size = 0
-        groups[-1].add(name)
+        groups[-1][name] = searches(name)
         size += nbytes
     most = max(everyone(here, len(groups)))
-    return groups + [set() for _ in range(most - len(groups))]
-
-
-def _losses_nbytes(here: Topology, name: str, weight: Tensor, group: int) -> int:
-    """Bytes of the losses of a linear's clipping; of the whole linear, where its shard cuts a group."""
-    gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % group
-    return 8 * len(CLIP_RATIOS) * weight.numel() * (here.cut(is_expert(name)).size if gathered else 1) // group
+    return groups + [{}] * (most - len(groups))
 
 
 def _observe(
@@ -178,8 +143,8 @@ def _observe(
 ) -> None:
     """Run all batches through the model and show `observer` the calls of its modules.
 
-    Megatron's own schedules move the micro-batches through the pipeline, those of one shape at a time. The interleaved
-    schedule takes them in whole groups: the last one is repeated to fill its group, and not shown again.
+    Megatron's own schedules take the micro-batches, those of one shape at a time. The interleaved schedule takes them in whole
+    groups: the last one is repeated to fill its group, and not shown again.
     """
     chunks = chunks_of(model)
     group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1

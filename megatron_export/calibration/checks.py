@@ -1,6 +1,4 @@
-"""What is refused before calibration data is run: data that does not fit the model or the ranks, and models that compute other
-numbers than the bfloat16 one or hide inputs of weights.
-"""
+"""What is refused before calibration data is run: data that does not fit, and models that cannot be measured as they are."""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +7,12 @@ from ..common.errors import ExportError
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
 from ..mcore.addons import adapters_of, is_quantized
-from ..mcore.model import chunks_of, linears_of, weights_of
+from ..mcore.model import Model, chunks_of, linears_of, weights_of
 from ..models import pooled
 
 
 def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
-    """Raise under context parallelism, in FP8 or FP4, and where sequence parallelism does not divide the samples."""
+    """`ExportError` under context parallelism, in FP8 or FP4, and where sequence parallelism does not divide the samples."""
     if here.cp_size > 1:
         raise ExportError(
             f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
@@ -31,8 +29,8 @@ def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -
         )
 
 
-def check_modules(model: nn.Module | list[nn.Module], searched: bool) -> None:
-    """Raise if weights are in modules that cannot be observed, or inputs are not those of the model itself."""
+def check_modules(model: Model, searched: bool) -> None:
+    """`ExportError` for quantizers, for adapters if AWQ searches (`searched`), and for weights that cannot be observed."""
     if is_quantized(model):
         raise ExportError(
             "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
@@ -51,8 +49,8 @@ def check_modules(model: nn.Module | list[nn.Module], searched: bool) -> None:
         )
 
 
-def check_replicas(here: Topology, model: nn.Module | list[nn.Module], batches: list[Tensor]) -> None:
-    """Raise on every rank if replicas that exchange the tokens of experts have other batches. Collective."""
+def check_replicas(here: Topology, model: Model, batches: list[Tensor]) -> None:
+    """`ExportError` on every rank if replicas that exchange the tokens of experts have batches of other shapes. Collective."""
     config = chunks_of(model)[0].config
     if config.num_moe_experts is None or here.dispatch.size <= here.tp_size:
         return
@@ -65,14 +63,13 @@ def check_replicas(here: Topology, model: nn.Module | list[nn.Module], batches: 
 
 
 def check_batches(batches: list[Tensor], vocab: int) -> None:
-    """Raise unless there are batches, each int64 or int32 [batch, tokens], of ids below `vocab`."""
+    """`ExportError` unless there are batches, each int64 or int32 [batch, tokens], of ids below `vocab`."""
     if not batches:
         raise ExportError("the calibration data holds no batch")
     for number, batch in enumerate(batches):
         if batch.dim() != 2 or batch.numel() == 0 or batch.dtype not in (torch.int64, torch.int32):
-            raise ExportError(
-                f"calibration batch {number} is {batch.dtype} {tuple(batch.shape)}, not integer [batch, tokens]"
-            )
+            kind = f"{batch.dtype} {tuple(batch.shape)}"
+            raise ExportError(f"calibration batch {number} is {kind}, not integer [batch, tokens]")
         if batch.min() < 0 or batch.max() >= vocab:
             raise ExportError(
                 f"calibration batch {number} holds token ids {int(batch.min())} to {int(batch.max())}, outside the "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.dtypes import DTYPES
 from ..common.errors import ExportError
 from ..common.safe_files import opened, panics, reason_of
 
@@ -23,9 +24,8 @@ def read_samples(
 ) -> Tensor:
     """int64 token ids [samples, length] from `file`; from a .safetensors file, its first `samples` rows, whole.
 
-    Text samples are cut from the tokens of all texts in order, an end-of-text token between texts, so that none is
-    padded. `trust_remote_code`: run code that the tokenizer's folder brings. `ExportError` when the file is missing,
-    empty, not text, or too short.
+    The tokens of all texts, with an end-of-text token between texts, are cut into samples, so that none is padded.
+    `trust_remote_code`: run code that the tokenizer's folder brings. `ExportError` if the file is missing, not text, or too short.
     """
     if not file.is_file():
         raise ExportError(f"no calibration file {file}. Give --calib-data one that exists")
@@ -50,7 +50,8 @@ def _ids(file: Path, samples: int) -> Tensor:
     ids = found.get("input_ids")
     shape = ids.get_shape() if ids else []
     if len(shape) != 2 or shape[1] == 0 or ids.get_dtype() not in _INTEGERS:
-        said = ", ".join(f"{name} {_dtype(part)} {part.get_shape()[:8]}" for name, part in sorted(found.items())[:5])
+        dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in found.items()}
+        said = ", ".join(f"{name} {dtypes[name]} {found[name].get_shape()[:8]}" for name in sorted(found)[:5])
         raise ExportError(f"{file}: needs an integer tensor `input_ids` [samples, tokens]; it holds {said or 'none'}")
     if shape[0] < samples:
         raise ExportError(f"{file}: {shape[0]} samples, fewer than --calib-samples {samples}. Ask for fewer")
@@ -60,13 +61,6 @@ def _ids(file: Path, samples: int) -> Tensor:
             "give shorter ones"
         )
     return ids[:samples].long()
-
-
-def _dtype(part: object) -> str:
-    """As torch spells it, where it is one of the usual."""
-    name = part.get_dtype()
-    kind = {"I": "int", "U": "uint", "F": "float"}.get(name[0])
-    return f"torch.{kind}{name[1:]}" if kind and name[1:].isdigit() else name
 
 
 def _texts(file: Path) -> Iterator[tuple[str, bool]]:
@@ -79,10 +73,8 @@ def _texts(file: Path) -> Iterator[tuple[str, bool]]:
             starts = range(0, len(text) if text.strip() else 0, LETTERS)
             yield from ((text[start : start + LETTERS], start == starts[-1]) for start in starts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise ExportError(
-            f"{file}: not {file.suffix} with a `text` in every row ({reason}). Give another file"
-        ) from error
+        reason = f"with a `text` in every row ({type(error).__name__}: {reason_of(error)})"
+        raise ExportError(f"{file}: not {file.suffix} {reason}. Give another file") from error
 
 
 def _blocks(file: Path) -> Iterator[str]:
@@ -127,9 +119,8 @@ def _parquet(file: Path) -> Iterator[str]:
                 texts = (text.as_py() for text in batch["text"])
                 yield from (_text_in({"text": text}) for text in texts if text is not None)
     except (pyarrow.ArrowException, OSError, KeyError, MemoryError) as error:
-        raise ExportError(
-            f"{file}: not a parquet file with a column `text` ({reason_of(error)}). Give another file"
-        ) from error
+        said = f"not a parquet file with a column `text` ({reason_of(error)})"
+        raise ExportError(f"{file}: {said}. Give another file") from error
 
 
 def _tokenize(file: Path, folder: Path, trusted: bool, *, enough: int) -> list[int]:

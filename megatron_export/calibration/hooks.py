@@ -1,13 +1,13 @@
 """Shows an observer what the modules of a running model are called with: the only file that knows hooks.
 
-Experts are called as engines call them: Megatron multiplies a token's probability in before `linear_fc2`, engines after
-it, so that the input of `down_proj` is what HF's model computes. While watched, it is moved there; the output of the layer
-is the same but for rounding.
+Megatron multiplies a token's probability in before `linear_fc2`, HF and engines after it. While watched, it is multiplied there, so
+that experts see the inputs that engines give them; the output of the layer is the same but for rounding.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from ..common.piece import Axis
 from ..distributed.collectives import whole
 from ..distributed.topology import Topology
 from ..mcore.model import (
+    Model,
     attentions_of,
     experts_of,
     given_to_experts,
@@ -31,24 +32,24 @@ from ..models import cut_of, is_expert
 class Observer(Protocol):
     """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other.
 
-    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that
-    wants `whole_sequences` is shown them put together. The linears of an expert are shown the tokens that it was given,
-    perhaps none.
+    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that wants
+    `whole_sequences` is shown them put together.
     """
 
     whole_sequences: bool
 
-    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None: ...
+    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
+        """A linear is called with inputs [..., in]; an expert's with the tokens that it was given, perhaps none."""
 
-    def attention(self, name: str, key: Tensor, value: Tensor) -> None: ...
+    def attention(self, name: str, key: Tensor, value: Tensor) -> None:
+        """An attention is called with keys and values [sequence, batch, groups, head_dim]."""
 
-    def experts(self, name: str, tokens: Tensor) -> None: ...
+    def experts(self, name: str, tokens: Tensor) -> None:
+        """The experts of a layer are given so many tokens each: integers [this rank's experts]."""
 
 
 @contextmanager
-def watching(
-    here: Topology, model: nn.Module | list[nn.Module], observer: Observer, batches: int, all_experts: bool
-) -> Iterator[None]:
+def watching(here: Topology, model: Model, observer: Observer, batches: int, all_experts: bool) -> Iterator[None]:
     """While open, `observer` sees the first `batches` calls of every linear and attention of this rank.
 
     With `all_experts` it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
@@ -56,19 +57,19 @@ def watching(
     watch = _Watch(here, observer, batches, all_experts, local_experts_of(model))
     with ExitStack() as hooks:
         for name, module in linears_of(model).items():
-            hooks.callback(module.register_forward_pre_hook(watch.linear(name)).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(watch.linear, name)).remove)
         for name, module in attentions_of(model).items():
-            hooks.callback(module.register_forward_pre_hook(watch.attention(name)).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(watch.attention, name)).remove)
         for name, layer in experts_of(model).items():
             if all_experts:
-                hooks.callback(layer.register_forward_pre_hook(watch.layer(name)).remove)
-            hooks.callback(layer.experts.register_forward_pre_hook(watch.experts(name)).remove)
+                hooks.callback(layer.register_forward_pre_hook(partial(watch.layer, name)).remove)
+            hooks.callback(layer.experts.register_forward_pre_hook(partial(watch.experts, name)).remove)
             hooks.callback(layer.experts.register_forward_hook(watch.weigh).remove)
         yield
 
 
 class _Watch:
-    """Makes the hooks, and counts calls: a schedule may repeat micro-batches at the end, which are not shown."""
+    """The hooks, which count calls: a schedule may repeat micro-batches at the end, which are not shown."""
 
     def __init__(self, here: Topology, observer: Observer, batches: int, all_experts: bool, numbers: list[int]) -> None:
         self.here = here
@@ -84,21 +85,17 @@ class _Watch:
         self.calls[name] += 1
         return self.calls[name] <= self.batches
 
-    def linear(self, name: str) -> Any:
+    def linear(self, name: str, module: nn.Module, args: tuple) -> None:
         expert, column = is_expert(name), cut_of(f"{name}.weight") is Axis.OUT
-
-        def called(module: nn.Module, args: tuple) -> None:
-            if not (self.shows_experts if expert and self.all_experts else self.counts(name)):
-                return
-            if weights := grouped_weights(module):
-                self.grouped(name, weights, *args)
-                return
-            inputs = linear_input(module, args[0])
-            if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
-                inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
-            self.observer.linear(name, module.weight, inputs)
-
-        return called
+        if not (self.shows_experts if expert and self.all_experts else self.counts(name)):
+            return
+        if weights := grouped_weights(module):
+            self.grouped(name, weights, *args)
+            return
+        inputs = linear_input(module, args[0])
+        if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
+            inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
+        self.observer.linear(name, module.weight, inputs)
 
     def grouped(
         self, name: str, weights: list[Tensor], inputs: Tensor, tokens: list[int] | Tensor, *others: Any
@@ -109,26 +106,21 @@ class _Watch:
         for number, weight, part in zip(self.numbers, weights, parts, strict=True):
             self.observer.linear(f"{layer}.{number}.{linear}", weight, part)
 
-    def attention(self, name: str) -> Any:
-        def called(module: nn.Module, args: tuple) -> None:
-            if self.counts(name):
-                self.observer.attention(name, args[1], args[2])
+    def attention(self, name: str, module: nn.Module, args: tuple) -> None:
+        if self.counts(name):
+            self.observer.attention(name, args[1], args[2])
 
-        return called
-
-    def experts(self, name: str) -> Any:
-        def called(module: nn.Module, args: tuple) -> tuple | None:
-            if self.shows_experts:
-                return None
-            hidden, tokens, probabilities, *others = args
-            if self.counts(name):
-                self.observer.experts(name, tokens)
-            if module.config.moe_apply_probs_on_input:
-                return None
-            self.probabilities[module] = probabilities
-            return (hidden, tokens, torch.ones_like(probabilities), *others)
-
-        return called
+    def experts(self, name: str, module: nn.Module, args: tuple) -> tuple | None:
+        """Show how many tokens each expert is given, and call them with probabilities of 1."""
+        if self.shows_experts:
+            return None
+        hidden, tokens, probabilities, *others = args
+        if self.counts(name):
+            self.observer.experts(name, tokens)
+        if module.config.moe_apply_probs_on_input:
+            return None
+        self.probabilities[module] = probabilities
+        return (hidden, tokens, torch.ones_like(probabilities), *others)
 
     def weigh(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
         """Multiply an expert's outputs by the probabilities that were kept from it."""
@@ -138,22 +130,19 @@ class _Watch:
         out, *others = output
         return ((out * probabilities.unsqueeze(-1)).to(out.dtype), *others)
 
-    def layer(self, name: str) -> Any:
-        def called(module: nn.Module, args: tuple) -> None:
-            """Call every expert of this rank with all tokens that the ranks of its experts have."""
-            if not self.counts(f"all of {name}"):
-                return
-            tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
-            ones = tokens.new_ones(tokens.shape[0])
-            shown = given_to_experts(module, tokens)
-            self.shows_experts = True
-            if hasattr(module.experts, "local_experts"):
-                for number, expert in zip(self.numbers, module.experts.local_experts, strict=True):
-                    expert(shown(number), ones)
-            else:  # one at a time too, so that the tokens are not held once for each
-                every = torch.eye(module.num_local_experts, dtype=torch.int64) * tokens.shape[0]
-                for number, counts in zip(self.numbers, every, strict=True):
-                    module.experts(shown(number), counts, ones)
-            self.shows_experts = False
-
-        return called
+    def layer(self, name: str, module: nn.Module, args: tuple) -> None:
+        """Call every expert of this rank with all tokens that the ranks of its experts have."""
+        if not self.counts(f"all of {name}"):
+            return
+        tokens = whole(self.here.dispatch, args[0].flatten(0, -2), 0)
+        ones = tokens.new_ones(tokens.shape[0])
+        shown = given_to_experts(module, tokens)
+        self.shows_experts = True
+        if hasattr(module.experts, "local_experts"):
+            for number, expert in zip(self.numbers, module.experts.local_experts, strict=True):
+                expert(shown(number), ones)
+        else:  # one at a time too, so that the tokens are not held once for each
+            every = torch.eye(module.num_local_experts, dtype=torch.int64) * tokens.shape[0]
+            for number, counts in zip(self.numbers, every, strict=True):
+                module.experts(shown(number), counts, ones)
+        self.shows_experts = False

@@ -22,8 +22,8 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     missing = sorted(needed - calibration.keys())
     how = plan.form.smoothing
     if how and missing:
-        again = f"Calibrate with --format {plan.form.name}"
         group = plan.form.tile[1]
+        again = f"Calibrate with --format {plan.form.name}"
         again += f" --group-size {group}" if group in groups_of(plan.form.name)[1:] else ""
         if not any(is_vector(name, how.search) for name in calibration):
             raise ExportError(
@@ -97,12 +97,9 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
         needed[codes] = (part.shape[0], part.shape[1] // item.form.tile[1])
     if item.kv:
         k_amax, v_amax = kv_keys(name.rsplit(".", 2)[0])
-        needed |= {k_amax: (), **({channels(v_amax): item.parts[2].shape[:1]} if _v_vector(item) else {v_amax: ()})}
+        by_channel = "v" in dict(smoothed.rows)
+        needed |= {k_amax: ()} | ({channels(v_amax): item.parts[2].shape[:1]} if by_channel else {v_amax: ()})
     return needed
-
-
-def _v_vector(item: Item) -> str | None:
-    return dict(item.smoothed.rows).get("v")
 
 
 def _kv_amax(item: Item, needed: Statistics) -> tuple[Tensor, ...]:
@@ -110,7 +107,7 @@ def _kv_amax(item: Item, needed: Statistics) -> tuple[Tensor, ...]:
     if item.kv is None:
         return ()
     k_amax, v_amax = kv_keys(item.source.canonical.rsplit(".", 2)[0])
-    if (vector := _v_vector(item)) is None:
+    if (vector := dict(item.smoothed.rows).get("v")) is None:
         return needed[k_amax], needed[v_amax]
     factors = item.source.layout.first_queries(needed[vector])
     return needed[k_amax], (needed[channels(v_amax)] * factors).amax()

@@ -25,13 +25,9 @@ _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8")
 
 
 def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
-    """Write the statistics of a model of config.json's dict to `file`, replacing it in one step."""
-    report(
-        [
-            f"the statistics have no {key}: they are of another model"
-            for key in hf_keys(config).keys() - statistics.keys()
-        ]
-    )
+    """Write the statistics of a model of config.json's dict to `file`, replacing it in one step. `ExportError` for missing ones."""
+    missing = hf_keys(config).keys() - statistics.keys()
+    report([f"the statistics have no {key}: they are of another model" for key in missing])
     homes = homes_of(config)
     tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in on_disk(key, homes)}
     partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
@@ -45,14 +41,12 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
 
 def sizes_of(config: dict) -> dict:
     """The sizes of a model as JSON has them: those of experts and of latent attention only where it has them."""
-    sizes = asdict(shape_of(config))
-    return {
-        key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items() if size or key == "tied"
-    }
+    sizes = {key: size for key, size in asdict(shape_of(config)).items() if size or key == "tied"}
+    return {key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items()}
 
 
 def check_kind(file: Path) -> None:
-    """Raise unless `file` is one that `save` wrote, so that it may be replaced by another."""
+    """`ExportError` unless `file` is one that `save` wrote, so that it may be replaced by another."""
     _opened(file)
 
 
@@ -113,7 +107,6 @@ def _opened(file: Path) -> tuple[safe_open, dict]:
         if not isinstance(sizes, dict):
             raise ValueError(f"they are {shown(sizes)}")
     except ValueError as error:
-        raise ExportError(
-            f"{file}: the sizes of the model it was measured on are not readable ({error}). {again}"
-        ) from error
+        said = f"the sizes of the model it was measured on are not readable ({error})"
+        raise ExportError(f"{file}: {said}. {again}") from error
     return found, sizes

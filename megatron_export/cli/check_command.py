@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from ..common.errors import ExportError
 from ..engines import ENGINES, GPUS
 from .flags import Say
 
 DESCRIPTION = "Which engines load a checkpoint: from its configs and the headers of its files alone, without an engine."
+
+
+ON_ERROR = 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +36,7 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     if flags.rules:
         say("\n".join(engine_check.rules()), flush=True)
         return 0
-    try:
-        checkpoint = engine_check.of_folder(flags.folder)
-    except ExportError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    checkpoint = engine_check.of_folder(flags.folder)
     engines = [flags.engine] if flags.engine else ()
     found = engine_check.verdicts(checkpoint, engines, flags.version, flags.gpu, flags.tp)
     shown = [json.dumps(engine_check.as_json(found), indent=2)] if flags.json else engine_check.lines(found)

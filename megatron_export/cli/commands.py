@@ -1,8 +1,8 @@
-"""The one command, `megatron-export COMMAND`: a table of subcommands, each a module with
+"""`megatron-export COMMAND`: a table of subcommands, each a module with
 
-DESCRIPTION  what --help says first
-add_flags    its flags, added to a parser
-run          say, parser, flags -> exit status
+DESCRIPTION     what --help says first
+add_flags, run  a parser gets its flags; these are carried out, which returns the exit status
+ON_ERROR        the exit status where `run` raises `ExportError`
 """
 
 import sys
@@ -10,6 +10,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from ..common.errors import ExportError
 from .flags import Parser, Say
 
 COMMANDS = {
@@ -36,4 +37,8 @@ def main(say: Say, arguments: list[str] | None = None) -> int:
             asked = one
     flags = parser.parse_args(given)
     warnings.filterwarnings("ignore")  # torch, transformers and Megatron name every optional package they miss
-    return module.run(say, asked, flags)
+    try:
+        return module.run(say, asked, flags)
+    except ExportError as error:
+        say(f"error: {error}", file=sys.stderr, flush=True)
+        return module.ON_ERROR

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from ..common.errors import ExportError
 from . import terminal
 from .flags import Say
 
 DESCRIPTION = "what differs between two checkpoints"
+ON_ERROR = 2
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +21,7 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     """The exit status: 0 the same, 1 they differ, 2 bad usage, or they could not be compared."""
     from ..verify import diff
 
-    try:
-        found = diff.differences(flags.one, flags.other, terminal.bar)
-    except ExportError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    found = diff.differences(flags.one, flags.other, terminal.bar)
     if flags.json:
         say(json.dumps(diff.as_json(found), indent=2), flush=True)
         return int(found.any)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .run import Outcome
 
 DESCRIPTION = "Export a Megatron-Core model as a quantized HuggingFace checkpoint."
+ON_ERROR = 1
 EXAMPLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
 
 
@@ -72,9 +73,8 @@ def _way_on(config: ExportConfig) -> str:
     from ..writing.journal import kept
 
     complete = kept(config.output.resolve()) if config.output else 0
-    return (
-        f"\n{complete} of its files are complete: the same command with --resume goes on with them" if complete else ""
-    )
+    said = f"\n{complete} of its files are complete: the same command with --resume goes on with them"
+    return said if complete else ""
 
 
 def table(job: "Outcome") -> list[tuple[str, str]]:
@@ -115,15 +115,12 @@ def _experts(tokens: dict[str, "Tensor"]) -> str:
     from ..common.text import some
     from ..models.statistic_names import layer_of
 
-    counts = {
-        f"{layer_of(name)}.{n}": count for name, found in tokens.items() for n, count in enumerate(found.tolist())
-    }
+    counts = {f"{layer_of(name)}.{n}": count for name in tokens for n, count in enumerate(tokens[name].tolist())}
     few, median, many = min(counts.values()), sorted(counts.values())[len(counts) // 2], max(counts.values())
     never = tuple(expert for expert, count in counts.items() if not count)
-    unseen = (
-        f"; {len(never)} given none (layer.expert {some(never)}), scaled as the others of their layer" if never else ""
-    )
-    return f"{few:,} / {median:,} / {many:,} tokens each (min, median, max of {len(counts)}){unseen}"
+    said = f"{few:,} / {median:,} / {many:,} tokens each (min, median, max of {len(counts)})"
+    unseen = f"; {len(never)} given none (layer.expert {some(never)}), scaled as the others of their layer"
+    return said + (unseen if never else "")
 
 
 def _peaks(peaks: tuple[int, ...]) -> str:

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, wanted: Callable[[Option], bool
     for one in options_of(ExportConfig).values():
         if wanted(told_by(one)):
             default = f"{one.default:g}" if isinstance(one.default, float) else one.default
-            shown = f" (default: {default})" if default not in (None, (), "") and not _switches(one) else ""
+            shown = f" (default: {default})" if default not in (None, (), "") and one.type is not bool else ""
             parser.add_argument(flag_of(one), dest=one.name, help=told_by(one).help + shown, **_argument(one))
 
 
@@ -56,7 +56,7 @@ def config_of(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Export
 
 
 def _argument(one: Field) -> dict[str, Any]:
-    if _switches(one):
+    if one.type is bool:
         return {"action": "store_false" if one.default else "store_true"}
     kinds = [kind for kind in get_args(one.type) or (one.type,) if kind is not NoneType]
     if get_origin(one.type) is tuple:
@@ -64,7 +64,3 @@ def _argument(one: Field) -> dict[str, Any]:
     if choices := told_by(one).choices:
         return {"choices": choices, "default": one.default, "type": type(choices[0])}
     return {"type": kinds[0], "default": one.default}
-
-
-def _switches(one: Field) -> bool:
-    return one.type is bool

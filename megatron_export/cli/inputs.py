@@ -17,9 +17,8 @@ from .config import ExportConfig
 def original_of(config: ExportConfig, example_model: Path) -> Original:
     """The HF model, opened; with its weights where they are read from there."""
     if config.hf_model is None and not example_model.is_dir():
-        raise ExportError(
-            "no example model beside this installation: give --hf-model, or run from a clone of the repository"
-        )
+        said = "no example model beside this installation: give --hf-model, or run from a clone of the repository"
+        raise ExportError(said)
     weights = not config.dry_run and config.megatron_checkpoint is None
     return read_original(config.hf_model or example_model, config.request.mtp, weights=weights)
 
@@ -56,7 +55,7 @@ def check_saving(config: ExportConfig) -> None:
 
 
 def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
-    """The calibration data, int64 [samples, tokens]."""
+    """The calibration data, int64 [samples, tokens]. `ExportError` where it does not fit the ranks or the vocabulary."""
     batches = -(-config.calib_samples // config.calib_batch_size)
     if batches < here.dp_size:
         raise ExportError(
@@ -72,13 +71,8 @@ def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_mo
             f"{config.calib_batch_size} x {here.dp_size}"
         )
     file = config.calib_data or example_model / "calibration.txt"
-    samples = data.read_samples(
-        file,
-        folder,
-        samples=config.calib_samples,
-        length=config.calib_seq_len,
-        trust_remote_code=config.trust_remote_code,
-    )
+    shape = {"samples": config.calib_samples, "length": config.calib_seq_len}
+    samples = data.read_samples(file, folder, **shape, trust_remote_code=config.trust_remote_code)
     vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
     if samples.min() < 0 or samples.max() >= vocab:
         raise ExportError(
@@ -98,10 +92,10 @@ def provenance(config: ExportConfig, folder: Path) -> dict:
         "calib_all_experts",
         "load_calibration",
     )
-    said = {name: getattr(config, name) for name in names}
-    calibration = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
-    trained = {"megatron_checkpoint": str(config.megatron_checkpoint)} if config.megatron_checkpoint else {}
-    trained |= {"iteration": config.iteration} if config.iteration is not None else {}
-    trained |= {"merge_lora": True} if config.request.merge_lora else {}
-    trained |= {"lora_checkpoint": str(config.lora_checkpoint)} if config.lora_checkpoint else {}
+    trained = {name: getattr(config, name) for name in ("megatron_checkpoint", "iteration")}
+    trained |= {"merge_lora": config.request.merge_lora or None, "lora_checkpoint": config.lora_checkpoint}
+    trained = {name: value for name, value in trained.items() if value is not None}
+    calibration = {name: getattr(config, name) for name in names}
+    for said in (trained, calibration):
+        said |= {name: str(value) for name, value in said.items() if isinstance(value, Path)}
     return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..models import copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
 from ..planning.parameter import Item
-from ..planning.plan import Held, Plan, assumed, make_plan, no_garbage_collection
+from ..planning.plan import Plan, assumed, make_plan, no_garbage_collection
 from ..planning.rank_placement import Grid, grid_of
 from ..planning.tensor_spec import Output
 from ..writing.target import SPARE_BYTES
@@ -31,31 +30,26 @@ from .export_command import EXAMPLE_MODEL
 from .flags import Say, add_options, config_of
 
 DESCRIPTION = "What an export would write and take, from config.json alone: on one process, for any topology."
+ON_ERROR = 1
 GPUS = 8  # of a node, where none is there to ask
 
 Rows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Left:
-    """Modules that stay in bfloat16, and why: the user excluded them, ModelOpt left them alone, engines would not load them, or
-    never any is quantized.
-    """
-
-    why: str
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Preview:
-    """A plan and what it takes. `disk` is where it is written, `free` the bytes that are free there; `engines` says which load
-    the result; `device` where the model is.
+    """A plan and what it takes.
+
+    left        why modules stay in bfloat16 -> those modules
+    engines     engine -> whether it loads the result
+    disk, free  the folder that is written into, and how many bytes are free there
+    device      where the model is: "cuda" or "cpu"
     """
 
     plan: Plan
     grid: Grid
     forecast: Forecast
-    left: tuple[Left, ...]
+    left: dict[str, tuple[str, ...]]
     engines: dict[str, Verdict]
     remarks: tuple[str, ...]
     disk: Path
@@ -81,28 +75,22 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     if world is not None and world < 1:
         parser.error(f"--world must be at least 1, not {world}")
     config = config_of(parser, values | {"dry_run": True})
-    try:
-        with no_garbage_collection():
-            found = previewed(config, EXAMPLE_MODEL, world)
-    except ExportError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    with no_garbage_collection():
+        found = previewed(config, EXAMPLE_MODEL, world)
     say(json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan"), flush=True)
     return 0
 
 
 def previewed(config: ExportConfig, example_model: Path, world: int | None) -> Preview:
-    """What `config` would do on `world` ranks, without it on the fewest. Reads no weights; `ExportError` where it would be refused.
-
-    Of tensors that are copied from the original, it reads the headers of files that are there.
+    """What `config` would do on `world` ranks, None for the fewest. Reads config.json, and the headers of files with tensors that
+    are copied from the original. `ExportError` where the export would be refused.
     """
     request = config.request.plain()
     folder, hf_config, _ = config_of_model(config.hf_model or example_model, request.mtp)
     copied, remarks = _copied(folder, copied_prefixes(hf_config))
-    held = _held(config, hf_config, world)
+    held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
-    nodes = tuple(rank // GPUS for rank in range(most + 1))
-    plan = make_plan(hf_config, held, request, copied=copied, nodes=nodes)
+    plan = make_plan(hf_config, held, request, copied=copied, nodes=tuple(rank // GPUS for rank in range(most + 1)))
     report(refusals(plan, request.target))
     return preview_of(config, plan, world, config.device or "cuda", bool(plan.form.calibrated or plan.kv), remarks)
 
@@ -111,11 +99,11 @@ def preview_of(
     config: ExportConfig, plan: Plan, world: int | None, device: str, calibrates: bool, remarks: tuple[str, ...] = ()
 ) -> Preview:
     """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
-    held = _held(config, plan.config, world)
-    grid = grid_of(plan.config, config.tp, config.etp, **_sizes(config, world))
-    disk = (config.output or Path.cwd()).resolve()
-    while not disk.is_dir():
-        disk = disk.parent
+    sizes = _sizes(config, world)
+    held = assumed(plan.config, config.tp, config.etp, **sizes)
+    grid = grid_of(plan.config, config.tp, config.etp, **sizes)
+    output = (config.output or Path.cwd()).resolve()
+    disk = next(folder for folder in (output, *output.parents) if folder.is_dir())
     if calibrates:
         remarks += ("a calibration run takes memory of its own, which is not counted here",)
     if device == "cpu":
@@ -127,7 +115,7 @@ def preview_of(
         plan=plan,
         grid=grid,
         forecast=forecast(plan, held, grid, device, streamed=bool(config.megatron_checkpoint) and not calibrates),
-        left=tuple(_left(plan, config.request.exclude)),
+        left=_left(plan, config.request.exclude),
         engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,
         disk=disk,
@@ -170,7 +158,7 @@ def rows(preview: Preview) -> Rows:
         ("peak host memory", _most(found.host)),
         ("peak GPU memory", _most(found.gpu) if preview.device == "cuda" else "no GPU"),
         *(("" if n else "quantized", line) for n, line in enumerate(_counted(plan.quantized))),
-        *(("left alone", f"{left.why}: {', '.join(_counted(left.names))}") for left in preview.left),
+        *(("left alone", f"{why}: {', '.join(_counted(names))}") for why, names in preview.left.items()),
         *(("note", remark) for remark in preview.remarks),
         *((engine, verdict.text) for engine, verdict in preview.engines.items()),
     ]
@@ -197,7 +185,7 @@ def as_json(preview: Preview) -> dict:
         "peak_host_memory": list(found.host),
         "peak_gpu_memory": list(found.gpu) if preview.device == "cuda" else None,
         "quantized": _patterns(plan.quantized),
-        "left_alone": [{"why": left.why, "modules": _patterns(left.names)} for left in preview.left],
+        "left_alone": [{"why": why, "modules": _patterns(names)} for why, names in preview.left.items()],
         "gathered_first": {"parameters": len(first), "of": len(plan.items), "first": first[:10]},
         "remarks": list(preview.remarks),
         "engines": {engine: {"loads": v.loads, "why": v.why} for engine, v in preview.engines.items()},
@@ -207,10 +195,6 @@ def as_json(preview: Preview) -> dict:
 def _first(plan: Plan) -> list[str]:
     """The parameters that are gathered before they are quantized."""
     return [item.source.canonical for item in plan.items if item.gather_first]
-
-
-def _held(config: ExportConfig, hf_config: dict, world: int | None) -> dict[str, Held]:
-    return assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
 
 
 def _sizes(config: ExportConfig, world: int | None) -> dict:
@@ -227,35 +211,26 @@ def _copied(folder: Path, prefixes: tuple[str, ...]) -> tuple[tuple[Output, ...]
         return (), (f"{names}: copied from the original, and not counted here ({error})",)
 
 
-def _left(plan: Plan, exclude: tuple[str, ...]) -> Iterable[Left]:
+def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Why modules stay in bfloat16 -> those modules."""
     if not plan.form.quantization:
-        return
-    alone = [item for item in plan.items if is_linear_weight(item.source.canonical) and item.form is None]
-    engines = [
-        name for item in alone if _unread(plan, item) for name in modules(item.source) if not _is_any(name, exclude)
-    ]
-    unread = set(engines)
-    others = [name for item in alone for name in modules(item.source) if name not in unread]
-    known = {*engines, *others, *(name.partition(".experts.")[0] + ".experts" for name in others)}
-    user = tuple(name for name in others if _is_any(name, exclude))
-    modelopt = tuple(name for name in others if not _is_any(name, exclude))
-    if user:
-        yield Left("by --exclude", user)
-    if modelopt:
-        yield Left("by ModelOpt", modelopt)
-    if engines:
-        yield Left("not loaded by every engine", tuple(engines))
-    yield Left("never quantized", tuple(name for name in plan.excluded if name not in known))
+        return {}
+    user, modelopt, engines = [], [], []
+    for item in plan.items:
+        alone = is_linear_weight(item.source.canonical) and item.form is None
+        for name in modules(item.source) if alone else ():
+            excluded = any(fnmatchcase(name, glob) for glob in exclude)
+            (user if excluded else engines if _unread(plan, item) else modelopt).append(name)
+    known = {*engines, *user, *modelopt} | {name.partition(".experts.")[0] + ".experts" for name in user + modelopt}
+    found = {"by --exclude": user, "by ModelOpt": modelopt, "not loaded by every engine": engines}
+    never = tuple(name for name in plan.excluded if name not in known)
+    return {why: tuple(names) for why, names in found.items() if names} | {"never quantized": never}
 
 
 def _unread(plan: Plan, item: Item) -> bool:
     """Whether a linear is of a kind that some plans leave alone by themselves: latent attention, keys that are rotated."""
-    latent = shape_of(plan.config).kv_lora and ".self_attention." in item.source.canonical
-    return bool(latent) or makes_keys(item.source.canonical)
-
-
-def _is_any(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    name = item.source.canonical
+    return makes_keys(name) or (bool(shape_of(plan.config).kv_lora) and ".self_attention." in name)
 
 
 def _patterns(names: Iterable[str]) -> dict[str, int]:

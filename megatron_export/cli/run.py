@@ -35,9 +35,14 @@ from .config import ExportConfig
 
 @dataclass
 class Outcome:
-    """What has been settled and done so far, such as whether calibration data is run; `report` is None after a dry run, `tokens`
-    maps the experts of each layer to how many calibration tokens each was given; `verdict` has the rows of the judgement, where
-    one was asked for, and of what followed.
+    """What has been settled and done so far.
+
+    calibrates  whether calibration data is run
+    report      None after a dry run
+    bytes_read  of weights, by all ranks
+    tokens      experts of a layer -> how many calibration tokens each was given, int64 [experts]
+    seconds     of each stage
+    verdict     rows of the judgement, where one was asked for, and of what followed
     """
 
     world: int = 1
@@ -107,19 +112,17 @@ def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[
         original = inputs.original_of(config, example_model)
         build.check_divides(original.config, here, config.pp_layout)
         checkpoint = inputs.open_checkpoint(config, original.config)
-    return (
-        open_export(
-            here,
-            Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
-            original,
-            replace(config.request, merge_lora=False),  # the checkpoint does it
-            {} if config.load_calibration else None,
-            config.output,
-            apart=inputs.apart(config),
-            check=lambda plan, original: inputs.check_saving(config),
-        ),
-        checkpoint,
+    opening = open_export(
+        here,
+        Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
+        original,
+        replace(config.request, merge_lora=False),  # the checkpoint does it
+        {} if config.load_calibration else None,
+        config.output,
+        apart=inputs.apart(config),
+        check=lambda plan, original: inputs.check_saving(config),
     )
+    return opening, checkpoint
 
 
 def _calibration(
@@ -175,9 +178,8 @@ def _finish(job: Outcome, config: ExportConfig, folder: Path, here: Topology, pr
     """Judge what is about to be published, and describe it."""
     if not (config.verify or config.report):
         return
-    wanted = thresholds.Wanted(
-        config.min_snr, config.max_ppl_ratio, config.verify_text, device=here.device.type, listed=False
-    )
+    asked = config.min_snr, config.max_ppl_ratio, config.verify_text
+    wanted = thresholds.Wanted(*asked, device=here.device.type, listed=False)
     found = thresholds.inspected(staged, folder, wanted, progress)
     report([f"not published: {problem}" for problem in found.problems])
     job.verdict = [pair for pair in thresholds.rows(found) if pair[0] not in ("checkpoint", "format")]

@@ -1,4 +1,4 @@
-"""What is shown, in two forms: for people at a terminal, with rich; plain lines for log files, pipes, NO_COLOR and dumb terminals.
+"""What is shown: with rich at a terminal; as plain lines in log files, pipes, with NO_COLOR and on dumb terminals.
 
 The plain form of rows is `name  value`, the name in 16 columns; other programs read it.
 """
@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from operator import length_hint
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 EVERY = 30  # seconds between the lines of a stage in a log file
 PLACE = 16  # columns of a row's name
@@ -28,21 +29,11 @@ def pretty(stream: TextIO | None = None) -> bool:
 
 def rows(pairs: Iterable[tuple[str, str]], title: str = "") -> str:
     """Names and values, one a line."""
-    pairs = list(pairs)
     if not pretty():
         return "\n".join(f"{name:<{PLACE}}  {value}" for name, value in pairs)
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=box.ROUNDED,
-        show_header=False,
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        border_style="dim",
-    )
+    table = _table("ROUNDED", title, show_header=False, border_style="dim")
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
@@ -52,27 +43,25 @@ def rows(pairs: Iterable[tuple[str, str]], title: str = "") -> str:
 
 def grid(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> str:
     """A table with heads; all columns but the first to the right."""
-    lines = [list(line) for line in lines]
     if not pretty():
-        widths = [max(len(line[n]) for line in [list(heads), *lines]) for n in range(len(heads))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if n else cell.ljust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in [list(heads), *lines]
-        )
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", header_style="bold"
-    )
+        columns = []
+        for n, column in enumerate(zip(heads, *lines, strict=True)):
+            width = max(map(len, column))
+            columns.append([cell.rjust(width) if n else cell.ljust(width) for cell in column])
+        return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+    table = _table("SIMPLE_HEAD", title, header_style="bold")
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
     return _drawn(table)
+
+
+def _table(box: str, title: str, **style: Any) -> "Table":
+    from rich import box as boxes
+    from rich.table import Table
+
+    return Table(box=getattr(boxes, box), title=title or None, title_justify="left", title_style="bold", **style)
 
 
 def bar(stage: str, steps: Iterable) -> Iterator:
@@ -95,7 +84,7 @@ def bar(stage: str, steps: Iterable) -> Iterator:
         yield from shown.track(steps, description=stage)
 
 
-def _told(console: "RenderableType", stage: str, steps: Iterable) -> Iterator:
+def _told(console: "Console", stage: str, steps: Iterable) -> Iterator:
     """In lines, one for every half minute, and one at the end."""
     total, done = length_hint(steps), 0
     started = said = time.monotonic()

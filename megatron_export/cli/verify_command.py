@@ -10,6 +10,7 @@ from . import terminal
 from .flags import Say
 
 DESCRIPTION = "judge a checkpoint against the model that it was made from"
+ON_ERROR = 2
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +32,6 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     """The exit status: 0 fine, 1 failed, 2 bad usage, or it could not be judged."""
     if flags.max_ppl_ratio is not None and flags.text is None:
         parser.error("--max-ppl-ratio needs --text")
-    try:
-        return _judge(say, flags)
-    except ExportError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-
-
-def _judge(say: Say, flags: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint import hf_folder

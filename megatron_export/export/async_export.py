@@ -1,11 +1,9 @@
 """An export that training does not wait for: encoded tensors are kept in memory, and another process writes them.
 
-The training process stops for as long as it takes to encode the model and to copy what comes out into files that are in memory
-(`memfd_create`), with the bytes that they will have on disk; these are rank 0's host memory until they are written. A process of
-its own (`async_writer.py`) then copies them into the staging folder, reads them back and publishes, as any export does. It outlives
-the training process. Most of the time that the training process stops for, the system finds memory: with `keep_memory` it is kept
-for the next export, mapped, which then stops it for a fraction of that. Checksums, too, are taken by the other process, of
-what is in memory.
+Training stops while the model is encoded and copied into files in rank 0's memory (`memfd_create`), which have the bytes that they
+will have on disk. Another process (`async_writer.py`), which outlives this one, takes their checksums, copies them into the staging
+folder, reads them back and publishes. Training waits mostly for the system to find memory; `keep_memory` keeps it for the next
+export.
 """
 
 import os
@@ -70,11 +68,9 @@ class Handle:
     def _ended(self, ready: Callable[[subprocess.Popen], bool]) -> bool:
         with parallel_state.current() as here:
             if self.outcome is None:
-                mine = None
-                if self.process and ready(self.process):
-                    said = self.process.communicate()[1].decode().strip()
-                    mine = (self.process.returncode, said)
-                self.outcome = collectives.from_first(here, mine)
+                ended = self.process and ready(self.process)
+                said = self.process.communicate()[1].decode().strip() if ended else ""
+                self.outcome = collectives.from_first(here, (self.process.returncode, said) if ended else None)
             if self.outcome is None:
                 return False
             if self.memory:
@@ -88,7 +84,7 @@ class Handle:
 
 
 class _Memory:
-    """Where a writer's files grow in memory. What `keep` keeps serves the next export with these files."""
+    """Where a writer's files grow in memory (writing.writer.Desk). With `keep`, it serves the next export with the same files."""
 
     spare: ClassVar[dict[tuple, tuple[dict[str, int], dict[str, InMemory]]]] = {}
 
@@ -96,18 +92,14 @@ class _Memory:
         self.target = target
         self.keep = keep
         self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
-        self.kind = self.kind_of(plan)
+        self.kind = tuple(plan.files.items())
         self.descriptors, self.mapped = self.spare.pop(self.kind, ({}, {}))
-
-    @staticmethod
-    def kind_of(plan: Plan) -> tuple:
-        return tuple(plan.files.items())
 
     @classmethod
     def check(cls, plan: Plan) -> None:
-        """Refuse what this host has no memory for: the system would end the training process amid it."""
+        """`ExportError` where this host has too little memory: the system would end the training process."""
         room = available()
-        if cls.kind_of(plan) not in cls.spare and plan.nbytes + SPARE_BYTES > room:
+        if tuple(plan.files.items()) not in cls.spare and plan.nbytes + SPARE_BYTES > room:
             raise ExportError(
                 f"the encoded checkpoint takes {readable(plan.nbytes)} of rank 0's memory, and {readable(room)} are available "
                 "there. Use export_hf_checkpoint, which keeps a few buffers of it at a time"
@@ -154,8 +146,8 @@ def export_hf_checkpoint_async(
 
     model, export_dir, hf_model, calibration, provenance  as there; rank 0 writes, and what was interrupted is not resumed
     keep_memory  keep rank 0's memory for the next export of this model; it is free again when the process ends
-    The model may be changed when this returns. Rank 0's host needs room for the whole encoded checkpoint; without, it is refused.
-    Collective. `ExportError` on every rank for what can be refused at once; what fails later is raised by the handle.
+    The model may be changed when this returns. Collective. `ExportError` on every rank for what can be refused at once, such as too
+    little memory for the whole encoded checkpoint on rank 0's host; what fails later is raised by the handle.
     """
     started = time.monotonic()
     request = requested(options, WAITED)
@@ -165,9 +157,8 @@ def export_hf_checkpoint_async(
         _Memory.check(plan)
         check_empty(target, overwrite=request.overwrite)
         if plan.copied:
-            raise ExportError(
-                f"{len(plan.copied)} tensors are copied from the original model. Use export_hf_checkpoint"
-            )
+            copied = f"{len(plan.copied)} tensors are copied from the original model"
+            raise ExportError(f"{copied}. Use export_hf_checkpoint")
 
     with parallel_state.current(request.timeout) as here:
         opening = open_model(here, model, hf_model, request, calibration, target, check)

@@ -1,6 +1,6 @@
 """The process that writes what an export in the background has kept in memory; it needs neither Megatron nor other ranks.
 
-python -m megatron_export.courier FD    does the `Handover` that its parent has left in the file with that descriptor
+python -m megatron_export.export.async_writer FD    does the `Handover` that its parent left in the file with that descriptor
 """
 
 import os
@@ -21,7 +21,7 @@ CHUNK = 64 << 20
 
 @dataclass(frozen=True)
 class Handover:
-    """What the other process is told: the memory that each file is in, and what was written to it."""
+    """What this process is told: what to publish and where, the topology's sizes, and file -> descriptor of its memory."""
 
     contents: Contents
     place: Destination
@@ -30,7 +30,6 @@ class Handover:
 
 
 def _write(job: Handover) -> None:
-    """The other process's work."""
     contents = job.contents
     with open_staging(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
         writing = {

@@ -25,9 +25,7 @@ Take = Callable[[Iterator[tuple[Output, Tensor]]], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What is encoded, and the numbers that it is encoded with: this rank's shards and the amax of weights by canonical name, and
-    the statistics.
-    """
+    """What is encoded: this rank's shards by canonical name; and with what: the amax of weights by such names, and statistics."""
 
     plan: Plan
     shards: Mapping[str, Tensor]
@@ -85,10 +83,8 @@ class Stream:
             if not first:
                 at("quantize")
                 return self._quantized(bucket, split)
-            firsts = [item for item in split.mine.values() if item.gather_first]
-            parcels = {
-                i.source.canonical: transport.parcel_to_first(here, i, split.parts[i.source.canonical]) for i in firsts
-            }
+            firsts = {name: item for name, item in split.mine.items() if item.gather_first}
+            parcels = {name: transport.parcel_to_first(here, i, split.parts[name]) for name, i in firsts.items()}
         self.sent += sum(transport.deliver(here, parcel) for parcel in parcels.values())
         with together(here, "join shards", tensor=tensor) as at:
             whole = {name: transport.open_first(here, split.mine[name], parcel) for name, parcel in parcels.items()}
@@ -100,31 +96,25 @@ class Stream:
         here, work = self.here, self.work
         mine = {item.source.canonical: item for item in bucket.items if here.rank in item.ranks}
         numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
-        parts = {
-            name: item.split(work.shards[name], item.ranks.index(here.rank), numbers[name])
-            for name, item in mine.items()
-        }
+        index = {name: item.ranks.index(here.rank) for name, item in mine.items()}
+        parts = {name: item.split(work.shards[name], index[name], numbers[name]) for name, item in mine.items()}
         return _Split(mine, numbers, parts)
 
     def _quantized(self, bucket: Bucket, split: _Split) -> Parcel:
-        here = self.here
-        encoded = {
-            name: item.encode(
-                split.parts[name], item.ranks.index(here.rank), self.work.amaxes.get(name), split.numbers[name]
-            )
-            for name, item in split.mine.items()
-            if name in split.parts
-        }
-        return transport.parcel_to_writer(here, bucket, encoded)
+        encoded = {}
+        for name, parts in split.parts.items():
+            item, amax = split.mine[name], self.work.amaxes.get(name)
+            encoded[name] = item.encode(parts, item.ranks.index(self.here.rank), amax, split.numbers[name])
+        return transport.parcel_to_writer(self.here, bucket, encoded)
 
 
 class Load(NamedTuple):
     """Memory that a bucket takes on a rank, in bytes; of `splitting`, `encoding` and `opening`, which pass, the most at a time.
 
-    moved    shards of what is gathered first that it sends to the first rank; arrived: those that it has there of all ranks
-    copied   what splitting copied, and what was made whole
-    encoded  its pieces; sent: its message for the writer
-    parcel   what it has when all has travelled: its message, on the writer those of all ranks; opening: what taking them copies
+    moved, arrived   of what is gathered first: the shards that this rank sends to the first rank, and on that those of all ranks
+    copied           what splitting copied, and what was made whole
+    encoded, sent    the pieces, and the message for the writer
+    parcel, opening  when all has travelled: the message, on the writer those of all ranks; and what taking them copies
     """
 
     moved: int = 0
@@ -145,7 +135,7 @@ class Load(NamedTuple):
 
 
 def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
-    """What shard `index` of an item takes on its rank, a "cpu" or a "cuda" device; with the shard itself if it is `streamed`."""
+    """What shard `index` of an item takes on its rank; `device` is "cpu" or "cuda". If `streamed`, the shard itself counts too."""
     raw, sent = size_of(item.raw_message(index)), size_of(item.message(index))
     interleaved = isinstance(item.source.layout, QKV) and len(item.shard_shape) == 2  # whose parts are no views
     smoothed = bool(item.smoothed.columns or item.smoothed.rows)

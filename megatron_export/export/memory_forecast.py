@@ -2,17 +2,14 @@
 
 Bytes are exact. Memory is what is alive at once, as each stage tells it beside its code:
 
-    weights   the rank's shards as the model holds them, of replicas too, and Megatron's copies of the embedding; where a checkpoint
-              is read without a model, only those of a bucket
-    buckets   while one is taken and the next one is encoded and sent (encode_stream.peak)
+    weights   the shards of the model, of replicas too, with copies of the embedding; without a model, only those of a bucket
+    buckets   one that is taken while the next one is encoded and sent (encode_stream.peak)
+    base      of a host: the interpreter with torch and Megatron, as measured; `PLAN_BYTES` for each parameter; the statistics
+    loading   of a host: pages and copies (checkpoint/hf_weights.py), and what is read ahead for a GPU, which stays
+    writing   of a host that writes: the buffers of read_back.py, with a GPU also those of device_to_disk.py
 
-On a GPU these are its memory, as `torch.cuda.max_memory_allocated` counts it. On the CPU they are the host's, which has also
-
-    base      the interpreter with torch and Megatron, as measured; `PLAN_BYTES` for each parameter; the statistics
-    loading   while weights are loaded: pages and copies (checkpoint/hf_weights.py), and what is read ahead for a GPU, which stays
-    writing   on ranks that write: the buffers of read_back.py; on a GPU's host also those of device_to_disk.py
-
-Not counted: a calibration run; what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
+The first two are of the GPU, as `torch.cuda.max_memory_allocated` counts it, or on the CPU of the host too. Not counted: a
+calibration run, and what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
 """
 
 from collections import Counter, defaultdict
@@ -57,8 +54,11 @@ class Forecast:
 
 @dataclass
 class Holding:
-    """What a rank has of the whole model, in bytes: its weights, the largest of them, the pages that it reads them from, the
-    most that is copied of one while it is read, and all that it has when it reads the first.
+    """What a rank has of the whole model, in bytes.
+
+    weights, largest  its shards, and the largest of them
+    mapped, copied    the pages that it reads them from, and the most that is copied of one while it is read
+    first             all that it has when it reads the first
     """
 
     weights: int = 0

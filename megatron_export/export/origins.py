@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..calibration.lookup import Statistics
 from ..calibration.modelopt.recipe import check_blocks, inherited_from_checkpoint, inherited_from_model
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
 from ..common.errors import ExportError, report
@@ -13,14 +14,13 @@ from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..mcore.config_check import contradictions
 from ..mcore.lora_merge import adapted
-from ..mcore.model import finish_gathering, shards_of
+from ..mcore.model import Model, finish_gathering, shards_of
 from ..models import is_mtp, settings_of, unscaled_rope_settings
 from ..planning.plan import Held, assumed
 from ..planning.request import Request
 from . import transport
 
-Statistics = dict[str, Tensor]
-Model = nn.Module | list[nn.Module]
+Settled = tuple[Request, Statistics | None]
 
 
 class Origin(Protocol):
@@ -29,9 +29,7 @@ class Origin(Protocol):
     def check(self, config: dict, request: Request) -> None:
         """Refuse what contradicts config.json; on this rank alone."""
 
-    def inherit(
-        self, here: Topology, config: dict, request: Request, given: Statistics | None
-    ) -> tuple[Request, Statistics | None]:
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         """The request and the statistics with what ModelOpt's quantizers say."""
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
@@ -49,29 +47,22 @@ class Live:
 
     def check(self, config: dict, request: Request) -> None:
         report(contradictions(self.model, settings_of(config), unscaled_rope_settings(config)))
-        self._mine(config, request)
+        self.mine(config, request)
 
-    def inherit(
-        self, here: Topology, config: dict, request: Request, given: Statistics | None
-    ) -> tuple[Request, Statistics | None]:
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         finish_gathering(self.model)
         return inherited_from_model(here, self.model, config, request, given)
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
-        return transport.locate(here, self._mine(config, request))
+        return transport.locate(here, self.mine(config, request))
 
     def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
-        return adapted(here, self.model, self._mine(config, request), request.merge_lora)
+        return adapted(here, self.model, self.mine(config, request), request.merge_lora)
 
-    def shapes(self, config: dict, request: Request) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of this rank's shards, in the model's order."""
-        return [(name, tuple(shard.shape)) for name, shard in self._mine(config, request).items()]
-
-    def _mine(self, config: dict, request: Request) -> dict[str, Tensor]:
-        shards = shards_of(self.model)
-        if request.mtp == "drop":
-            return {name: shard for name, shard in shards.items() if not is_mtp(name, config)}
-        return shards
+    def mine(self, config: dict, request: Request) -> dict[str, Tensor]:
+        """Canonical name -> this rank's shard, the live tensor itself; without MTP layers if they are dropped."""
+        dropped = request.mtp == "drop"
+        return {name: shard for name, shard in shards_of(self.model).items() if not (dropped and is_mtp(name, config))}
 
 
 @dataclass(frozen=True)
@@ -84,9 +75,7 @@ class Stored:
         if request.merge_lora:
             raise ExportError("merge_lora is a setting of the Checkpoint itself. Give it there, not to the export")
 
-    def inherit(
-        self, here: Topology, config: dict, request: Request, given: Statistics | None
-    ) -> tuple[Request, Statistics | None]:
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         with together(here, "read the checkpoint's quantizers"):
             return inherited_from_checkpoint(self.checkpoint, config, request, given)
 
@@ -108,16 +97,9 @@ class Unbuilt:
     def check(self, config: dict, request: Request) -> None:
         """Nothing is there that could contradict."""
 
-    def inherit(
-        self, here: Topology, config: dict, request: Request, given: Statistics | None
-    ) -> tuple[Request, Statistics | None]:
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         return request.plain(), given
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
         sizes = {name: here.sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(config, here.sizes["tp"], here.sizes["etp"], pp_layout=self.pp_layout, **sizes)
-
-
-def origin_of(model: Model | MegatronCheckpoint) -> Live | Stored:
-    """The origin that a caller of the library gives."""
-    return Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)

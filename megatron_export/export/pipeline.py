@@ -1,6 +1,4 @@
-"""The whole story of an export on one page: plan, agree on maxima, then encode, gather and write bucket by bucket, read back,
-publish.
-"""
+"""The story of an export on one page: plan, agree on maxima, encode, gather and write bucket by bucket, read back, publish."""
 
 import resource
 import time
@@ -75,14 +73,6 @@ class Clock:
         return {stage: end - start for (_, start), (stage, end) in pairwise(self.ends.items())}
 
 
-@dataclass(frozen=True)
-class _Written:
-    """How many files an interrupted export had completed, and how many bytes this rank sent."""
-
-    kept: int
-    sent: int = 0
-
-
 @takes_options(Request)
 def export_hf_checkpoint(
     model: Model | MegatronCheckpoint,
@@ -139,15 +129,18 @@ def exported(
     place = Destination(
         target, given.overwrite, given.resume, given.sync, opening.original, identity, provenance or {}, said
     )
-    written = _write(here, work, place, clock, progress, finish)
-    peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), written.sent)), strict=True)
-    return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, written.kept, wire, clock.stages)
+    kept, sent = _write(here, work, place, clock, progress, finish)
+    peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), sent)), strict=True)
+    return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, kept, wire, clock.stages)
 
 
 def _write(
     here: Topology, work: Work, place: Destination, clock: Clock, progress: Progress, finish: Finish
-) -> _Written:
-    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model."""
+) -> tuple[int, int]:
+    """Encode, gather and write one bucket after the other; memory is bounded by a bucket, whatever the model.
+
+    Returns how many files an interrupted export had completed, and how many bytes this rank sent.
+    """
     plan = work.plan
     with ExitStack() as stack:
         staging, published = None, False
@@ -161,7 +154,7 @@ def _write(
         kept = dict(staging.finished) if staging else {}  # a copy: on rank 0 the journal's own goes on growing
         published, kept = collectives.from_first(here, (published, kept))
         if published:
-            return _Written(len(plan.files))
+            return len(plan.files), 0
         with together(here, "open files"):
             writer, back = _opened(here, plan, place, staging, kept, stack)
         stream = Stream(here, work, writer.write if writer else list)
@@ -184,7 +177,7 @@ def _write(
             if staging:
                 publish(contents_of(plan), staging, place, here.sizes, [one for one in read if one], finish)
         clock.end("publish")
-    return _Written(len(kept), stream.sent)
+    return len(kept), stream.sent
 
 
 def _opened(

@@ -19,7 +19,7 @@ from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
 from ..writing.target import check_apart, check_target
 from .encode_stream import Work
-from .origins import Live, Model, Origin, Statistics, origin_of
+from .origins import Live, Model, Origin, Statistics, Stored
 from .weight_amax import survey
 
 Check = Callable[[Plan, Original], Any]
@@ -58,7 +58,8 @@ def open_model(
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
         original = read_original(hf_model, request.mtp, weights=False)
-    return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
+    origin = Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)
+    return open_export(here, origin, original, request, statistics, export_dir, check=check)
 
 
 def open_export(
@@ -71,7 +72,7 @@ def open_export(
     apart: Iterable[Path] = (),
     check: Check = lambda plan, original: None,
 ) -> Opening:
-    """Plan an export, and refuse what can be refused before any work. Collective.
+    """Plan an export. Collective. `ExportError` for what can be refused before any work.
 
     export_dir  where it will be written, if it will: free, on a disk with room, and neither the original nor one of `apart`
     check       may refuse the plan on rank 0
@@ -93,10 +94,10 @@ def open_export(
 
 
 def renewed(here: Topology, opening: Opening, model: Model, statistics: Statistics | None) -> Opening:
-    """The same plan for the weights that a model has now, which has the shapes of the one that was opened. Collective."""
+    """The same plan for the weights that a model has now. Collective. `ExportError` if it has other shapes than the opened one."""
     origin, config = Live(model), opening.original.config
     with together(here, "read the model's shapes"):
-        shapes = dict(origin.shapes(config, opening.given))
+        shapes = {name: tuple(shard.shape) for name, shard in origin.mine(config, opening.given).items()}
         planned = {name: one.shape for name, one in opening.held.items() if name in shapes or here.rank in one.ranks}
         if shapes != planned:
             raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
@@ -114,22 +115,21 @@ def built(here: Topology, opening: Opening, model: Model) -> Opening:
 
 
 def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:
-    """What is to be encoded, with the maxima that all ranks agreed on; and what decides the bytes. Collective."""
+    """What is to be encoded, with the maxima that all ranks agreed on; and the identity of the manifest. Collective.
+
+    `ExportError` for statistics that are missing or odd, and for NaN and Inf in weights.
+    """
     plan, statistics = opening.plan, opening.statistics or {}
     shards = opening.origin.shards(here, plan.config, opening.request)
     with together(here, "check the calibration"):
         check_calibration(plan, opening.statistics)
     amaxes, digest = survey(here, plan, shards, statistics)
+    files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
+    planned = {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}
     identity = {
         "version": __version__,
-        "settings": of_settings([opening.request.digested(), _shown(plan)]),
+        "settings": of_settings([opening.request.digested(), planned]),
         "model": digest,
         "statistics": of_statistics(statistics),
     }
     return Work(plan, shards, amaxes, statistics), identity
-
-
-def _shown(plan: Plan) -> dict:
-    """What a plan shows of the bytes."""
-    files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
-    return {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}

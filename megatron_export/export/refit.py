@@ -64,7 +64,7 @@ def iter_hf_tensors(
         plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **options)
     with parallel_state.current(timeout) as here:
         work, _ = surveyed(here, renewed(here, plan, model, calibration))
-        slices: dict[str, list[tuple[Output, Tensor]]] = {}
+        slices: dict[str, dict[int, Tensor]] = {}  # of one tensor, until all have come
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
             tensors = transport.to_all(here, bucket, taken) if everywhere else list(taken)
@@ -73,8 +73,8 @@ def iter_hf_tensors(
                 if not output.count:
                     yield output.name, tensor
                     continue
-                made = slices.setdefault(output.name, [])
-                made.append((output, tensor))
+                made = slices.setdefault(output.name, {})
+                made[output.index] = tensor
                 if len(made) == output.count:
-                    parts = sorted(slices.pop(output.name), key=lambda pair: pair[0].index)
-                    yield output.name, torch.stack([part for _, part in parts])
+                    del slices[output.name]
+                    yield output.name, torch.stack([made[index] for index in sorted(made)])

@@ -1,7 +1,6 @@
 """The way of encoded bytes between ranks: from those that hold a shard to the one that writes it.
 
-Messages carry bytes: each sender packs the tensors of a bucket into one uint8 tensor in the plan's order, and the receiver, who has
-the same plan, unpacks it.
+A sender packs the tensors of a bucket into one uint8 tensor in the plan's order; the receiver, who has the same plan, unpacks it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ ALIGNMENT = 16
 
 
 def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
-    """Where every canonical parameter of the whole model lives; of replicas, only the first counts."""
+    """Where every canonical parameter lives; of replicas, the first. Collective. `ExportError` if several stages have it."""
     mine = {}
     for name, shard in shards.items():
         cut = here.cut(is_expert(name))
@@ -72,7 +71,7 @@ def open_first(here: Topology, item: Item, parcel: Parcel) -> dict[str, Piece] |
     """The whole bfloat16 parts of an item on the first rank that holds it; the others get None."""
     if here.rank != parcel.to:
         return None
-    shards = [_unpack(parcel.received[rank], 0, item.raw_message(index))[0] for index, rank in enumerate(item.ranks)]
+    shards = [_unpack(parcel.received[rank], 0, item.raw_message(index)) for index, rank in enumerate(item.ranks)]
     return item.opened(item.join(shards))
 
 
@@ -102,8 +101,8 @@ def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Ten
         shards = []
         for index, rank in enumerate(item.ranks):
             if message := item.message(index):
-                shard, offsets[rank] = _unpack(parcel.received[rank], offsets[rank], message)
-                shards.append(shard)
+                shards.append(_unpack(parcel.received[rank], offsets[rank], message))
+                offsets[rank] += size_of(message)
         yield from item.assembled(item.join(shards))
 
 
@@ -126,26 +125,20 @@ def deliver(here: Topology, parcel: Parcel) -> int:
 
 
 def to_all(here: Topology, bucket: Bucket, tensors: Iterable[tuple[Output, Tensor]]) -> list[tuple[Output, Tensor]]:
-    """The tensors of a bucket that its writer has, on every rank's device."""
-    mine = list(tensors)
+    """The tensors of a bucket that its writer has, on every rank's device. Collective."""
+    mine = [tensor for _, tensor in tensors]
     outputs = [output for item in bucket.items for output in item.outputs]
     packed = torch.empty(size_of(outputs), dtype=torch.uint8, device=here.device)
     if here.rank == bucket.writer:
-        packed = _packed(outputs, [tensor for _, tensor in mine])
+        packed = _packed(outputs, mine)
     dist.broadcast(packed, bucket.writer)
-    found, offset = [], 0
-    for output in outputs:
-        data = packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
-        found.append((output, data))
-        offset += _padded(output.nbytes)
-    return found
+    return list(_unpacked(packed, 0, outputs))
 
 
 def _parcel(here: Topology, to: int, sizes: dict[int, int], mine: Tensor | None) -> Parcel:
     if here.rank != to:
         return Parcel(to, mine, {})
-    others = {rank: size for rank, size in sizes.items() if rank != to}
-    received = {rank: torch.empty(size, dtype=torch.uint8, device=here.device) for rank, size in others.items()}
+    received = {r: torch.empty(size, dtype=torch.uint8, device=here.device) for r, size in sizes.items() if r != to}
     return Parcel(to, mine, received if mine is None else received | {to: mine})
 
 
@@ -174,10 +167,12 @@ def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
     return packed
 
 
-def _unpack(packed: Tensor, offset: int, message: tuple[Output, ...]) -> tuple[dict[str, Piece], int]:
-    pieces = {}
+def _unpacked(packed: Tensor, offset: int, message: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
+    """The tensors of a message that starts at byte `offset`: views of its bytes."""
     for output in message:
-        data = packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
-        pieces[output.name] = Piece(data, output.axes)
+        yield output, packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
         offset += _padded(output.nbytes)
-    return pieces, offset
+
+
+def _unpack(packed: Tensor, offset: int, message: Iterable[Output]) -> dict[str, Piece]:
+    return {output.name: Piece(data, output.axes) for output, data in _unpacked(packed, offset, message)}

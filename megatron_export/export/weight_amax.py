@@ -1,6 +1,4 @@
-"""One pass over this rank's weights before any of them is encoded: their maxima, agreed over all that share them, whether they
-are finite, and a checksum of the whole model.
-"""
+"""One pass over this rank's weights before any is encoded: their maxima, agreed over ranks, and a checksum of the whole model."""
 
 from collections.abc import Mapping
 
@@ -24,9 +22,9 @@ def survey(
     here: Topology, plan: Plan, shards: Mapping[str, Tensor], calibration: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], str]:
     """The amax of each weight that this rank quantizes, smoothed, agreed over the ranks that share it, float32 []; and, on
-    rank 0, a checksum of the model.
+    rank 0, a checksum of the model ("" on the others). Collective. `ExportError` for NaN and Inf in any weight.
 
-    Refuses NaN and Inf in any weight. Weights are rounded to bfloat16 before they are quantized, so their maxima are too.
+    Weights are rounded to bfloat16 before they are quantized, so their maxima are too.
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
     with together(here, "read the weights"):
@@ -36,13 +34,8 @@ def survey(
             largest.append(_largest(here, item, shard, calibration))
             sums[item.source.canonical] = _checksum(here, item, shard)
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
-        report(
-            [
-                f"NaN or Inf in {', '.join(item.source.names().values())}"
-                for item, finite in zip(mine, values.isfinite().tolist(), strict=True)
-                if not finite
-            ]
-        )
+        bad = [item for item, finite in zip(mine, values.isfinite().tolist(), strict=True) if not finite]
+        report([f"NaN or Inf in {', '.join(item.source.names().values())}" for item in bad])
     return _agreed(here, plan, mine, values, calibration), _digest(collectives.at_first(here, sums))
 
 
@@ -56,28 +49,24 @@ def _agreed(
         agreed = collectives.maximum(values[cut], here.cut(expert).group)
         amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
     for item, amax in zip(mine, values, strict=True):
-        if item.form and item.source.cut is None:
-            amaxes[item.source.canonical] = amax
-    for item in mine:
-        given = calibration.get(weight_key(item.source.canonical.removesuffix(".weight")))
-        if (
-            item.form and given is not None and not item.smoothed.rows
-        ):  # which change the weight that it was measured on
-            amaxes[item.source.canonical] = given.to(here.device)
-        if item.form and item.smoothed.ratio:
-            amaxes[item.source.canonical] = amaxes[item.source.canonical] * calibration[item.smoothed.ratio].to(
-                here.device
-            )
+        if not item.form:
+            continue
+        name, smoothed = item.source.canonical, item.smoothed
+        amaxes.setdefault(name, amax)  # of one that is not cut
+        given = calibration.get(weight_key(name.removesuffix(".weight")))
+        if given is not None and not smoothed.rows:  # which change the weight that it was measured on
+            amaxes[name] = given.to(here.device)
+        if smoothed.ratio:
+            amaxes[name] = amaxes[name] * calibration[smoothed.ratio].to(here.device)
     for fused in plan.fused:
         if present := [amaxes[name] for name in fused if name in amaxes]:
             amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
     # experts with one scale are on several ranks, all of which have some of each of their stage's layers
     pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
-    agreed = (
-        collectives.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group) if pooled else ()
-    )
-    for fused, amax in zip(pooled, agreed, strict=True):
-        amaxes |= dict.fromkeys(fused, amax)
+    if pooled:
+        agreed = collectives.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group)
+        for fused, amax in zip(pooled, agreed, strict=True):
+            amaxes |= dict.fromkeys(fused, amax)
     return amaxes
 
 

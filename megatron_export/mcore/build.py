@@ -33,7 +33,7 @@ from .model import ACTIVATIONS
 
 
 def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
-    """Raise unless heads, groups, sizes and experts divide by this topology, and its stages hold the layers."""
+    """`ExportError` unless heads, groups, sizes and experts divide by this topology, and its stages hold the layers."""
     shape, stages = shape_of(config), topology.pp_size * topology.vpp_size
     problems = size_problems(config, tp=topology.tp_size, etp=topology.experts.size, ep=topology.ep_size)
     if shape.kv_lora and not shape.q_lora and find_spec("megatron.core.transformer.mla_qk_norm_config"):
@@ -52,13 +52,12 @@ def build_model(
     initialize: bool = False,
     pp_layout: str | None = None,
 ) -> GPTModel | list[GPTModel]:
-    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict, in `dtype`; a list of its chunks
-    under virtual pipeline parallelism.
+    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict; a list of chunks with virtual stages.
 
-    Without `max_sequence_length` it holds weights but cannot be run, so that rope scaling that Megatron-Core does not
-    know is no obstacle. Weights are left as allocated unless `initialize`. `pp_layout` is Megatron's spelling of what each
-    stage holds; without it, layers are spread as evenly as they can be. Sizes that this topology does not divide raise
-    `ExportError`.
+    max_sequence_length  tokens; None: the model holds weights but cannot run, and may have a rope scaling that Megatron-Core lacks
+    initialize           make up weights; otherwise they are left as allocated
+    pp_layout            what each stage holds, as Megatron spells it; None: as even as the layers allow
+    `ExportError` for sizes that this topology does not divide.
     """
     check_divides(config, topology, pp_layout)
     shape = shape_of(config)
@@ -118,9 +117,7 @@ def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpe
 
 
 def _rotate_as_hf(model: GPTModel, scaling: dict) -> None:
-    """Scale rotary embeddings with other constants than Megatron's, and leave queries and keys that are not rotated without
-    their norm too (Llama 4): Megatron's specs give all layers of a model one.
-    """
+    """Scale rotary embeddings with HF's constants, and remove the norm of queries and keys where they are not rotated (Llama 4)."""
     if scaling:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)

@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from .model import ACTIVATIONS, chunks_of, layers_of, norms_heads, pattern_of
+from .model import ACTIVATIONS, Model, chunks_of, layers_of, norms_heads, pattern_of
 
 
-def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dict) -> list[str]:
-    """Where a model computes something else than config.json says, though its names and shapes may be the same.
+def contradictions(model: Model, settings: dict, rope: dict) -> list[str]:
+    """A sentence for each field in which a model computes something else than config.json says.
 
-    `settings` are fields of its TransformerConfig (dropout, which only training uses, aside), `rope` its own attributes.
+    `settings` are fields of its TransformerConfig (dropout is not compared: only training uses it), `rope` its own attributes.
     """
     chunk = chunks_of(model)[0]
     computing = {
@@ -31,11 +31,8 @@ def contradictions(model: nn.Module | list[nn.Module], settings: dict, rope: dic
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
     if kinds := pattern_of(chunk):  # which says itself how many layers there are, and which have experts
         found["num_layers"] = (len(kinds) // 2, settings["num_layers"])
-        found |= (
-            {"moe_layer_freq": ([int(kind == "E") for kind in kinds[1::2]], settings["moe_layer_freq"])}
-            if "moe_layer_freq" in settings
-            else {}
-        )
+        if "moe_layer_freq" in settings:
+            found["moe_layer_freq"] = ([int(kind == "E") for kind in kinds[1::2]], settings["moe_layer_freq"])
         rope = {name: value for name, value in rope.items() if not name.startswith("rotary_")}  # which it does not keep
     found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
     way_out = {"mtp_num_layers": ". Leave its layers out with --mtp drop"}

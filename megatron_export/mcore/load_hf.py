@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import report
@@ -21,23 +21,23 @@ from ..distributed.topology import Cut, Topology
 from ..models import Source, copied_prefixes, head_of, is_expert, parameters_of
 from ..models.layouts import even_cut
 from ..models.sources import expected_shapes, part_shapes
-from .model import copies_of, shards_of
+from .model import Model, copies_of, shards_of
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 
 
 def load_hf_weights(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     folder: Path,
     config: dict,
     topology: Topology,
     progress: Callable[[Iterable], Iterable] = iter,
     dropped: tuple[str, ...] = (),
 ) -> int:
-    """Fill this rank's shards from the safetensors files in `folder`; returns the bytes read.
+    """Fill this rank's shards, and its copy of the embedding, from the safetensors files in `folder`; returns the bytes read.
 
-    Also fills the copy of the embedding that Megatron keeps on the last pipeline stage. Tensors whose names begin with one
-    of `dropped` are passed over.
+    Tensors whose names begin with one of `dropped` are passed over. `ExportError` for tensors that are missing, of another shape or
+    too many, and for NaN and Inf.
     """
     sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
     with SourceWeights(folder) as weights:
@@ -61,7 +61,7 @@ def load_hf_weights(
 
 
 def _read(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Callable[[], Tensor]:
-    """Read a shard; what this returns fills it, unless that is done already, and says whether it is finite, bool []."""
+    """Read a shard. The function that this returns fills it, if that is not done yet, and says whether it is finite, bool []."""
     loaded = shard_of(weights, source, shard, cut)
     if shard.device.type == "cpu":
         finite = _finite(shard.copy_(loaded))
@@ -83,7 +83,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def shard_of(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Tensor:
-    """What belongs into a rank's shard of a parameter."""
+    """What belongs into a rank's `shard` of a parameter, in its shape; `cut` says which of the shards it is."""
     whole = source.cut is None or (source.either and shard.shape == source.shape)
     index, count = (0, 1) if whole else (cut.rank, cut.size)
     parts, own = {}, source.layout.splits(shard.shape[0])

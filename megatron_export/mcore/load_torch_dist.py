@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterable
 
-from torch import nn
-
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError
 from ..distributed.topology import Topology
 from ..models import is_expert
-from .model import copies_of, shards_of
+from .model import Model, copies_of, shards_of
 
 
 def load_checkpoint(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     checkpoint: MegatronCheckpoint,
     topology: Topology,
     progress: Callable[[Iterable], Iterable] = iter,

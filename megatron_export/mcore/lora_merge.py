@@ -1,11 +1,9 @@
-"""Shards of a live model with its LoRA adapters merged, made whenever they are asked for, so that no second copy of the model
-is held.
-"""
+"""Shards of a live model with its LoRA adapters merged, made when they are asked for: no second copy of the model is held."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import ExportError, report
 from ..distributed.collectives import everyone, together, whole
@@ -13,14 +11,13 @@ from ..distributed.topology import Topology
 from ..models import is_expert
 from ..models.lora import Adapter, merged, misfits
 from .addons import adapters_of, is_quantized
+from .model import Model
 
 
-def adapted(
-    here: Topology, model: nn.Module | list[nn.Module], shards: dict[str, Tensor], merge: bool
-) -> Mapping[str, Tensor]:
-    """The shards, with the adapters of the model merged if that is asked for. Collective.
+def adapted(here: Topology, model: Model, shards: dict[str, Tensor], merge: bool) -> Mapping[str, Tensor]:
+    """The shards, with the adapters of the model merged if `merge`. Collective.
 
-    `ExportError` where a model has adapters and it is not, or the reverse.
+    `ExportError` if there are adapters and `merge` is not given, the reverse, and for adapters beside ModelOpt's quantizers.
     """
     with together(here, "read the model's adapters"):
         found = {name: some for name, some in adapters_of(model).items() if f"{name}.weight" in shards}

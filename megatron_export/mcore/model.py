@@ -13,17 +13,20 @@ from ..common.errors import ExportError
 from ..models import canonical, is_linear_weight, makes_keys, without_additions
 from ..models.layouts import QKV, Identity, Layout, Split
 
+Model = (
+    nn.Module | list[nn.Module]
+)  # a rank's part, or its virtual pipeline stages; perhaps wrapped in DDP and the like
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
 
 
-def chunks_of(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
-    """The bare `GPTModel`s of this rank, one per virtual pipeline stage, out of DDP, Float16Module and the like."""
+def chunks_of(model: Model) -> list[nn.Module]:
+    """The bare `GPTModel`s of this rank, one per virtual stage, out of DDP and the like. `ExportError` for other models."""
     return [list(_unwrapping(chunk))[-1] for chunk in (model if isinstance(model, list) else [model])]
 
 
-def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
-    """Let Megatron's DDP finish what it puts off: with `overlap_param_gather` the optimizer's new weights reach the other
-    replicas only in the next forward pass. Collective over replicas, as Megatron's own checkpointing does it.
+def finish_gathering(model: Model) -> None:
+    """Let Megatron's DDP send the optimizer's new weights to the other replicas, which `overlap_param_gather` puts off until
+    the next forward pass. Collective over replicas, as in Megatron's own checkpointing.
     """
     for chunk in model if isinstance(model, list) else [model]:
         for wrapper in _unwrapping(chunk):
@@ -31,18 +34,17 @@ def finish_gathering(model: nn.Module | list[nn.Module]) -> None:
                 wrapper.start_param_sync(force_sync=True)
 
 
-def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
+def shards_of(model: Model) -> dict[str, Tensor]:
     """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
 
-    Left out: adapters and quantizers, the copies of the embedding that Megatron keeps on the last pipeline stage, of tied models as
-    `output_layer.weight`, and for layers that predict one more token under its own name.
+    Adapters, quantizers and the copies of the embedding (`copies_of`) are left out.
     """
     shards: dict[str, Tensor] = {}
     for chunk in chunks_of(model):
+        tied, copied = chunk.share_embeddings_and_output_weights, not chunk.pre_process
+        copies = ["output_layer.weight"] * tied + ["embedding.word_embeddings.weight"] * copied
         for full, tensor in _canonical_tensors(chunk):
-            if full == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-                continue
-            if full == "embedding.word_embeddings.weight" and not chunk.pre_process:
+            if full in copies:
                 continue
             if full in shards:
                 raise ExportError(f"two parameters of this rank are both {full}")
@@ -50,48 +52,45 @@ def shards_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
     return shards
 
 
-def copies_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
-    """The copy of the embedding that this rank keeps, where the parameter itself lives elsewhere: of a tied model on the last
-    pipeline stage, and of one whose layers predict one more token where these are. By canonical name.
+def copies_of(model: Model) -> dict[str, Tensor]:
+    """The copy of the embedding that this rank keeps, by canonical name; {} where it has none, or the embedding itself.
+
+    The last pipeline stage of a tied model has one as its output layer, and a stage with MTP layers has one of its own.
     """
     last = chunks_of(model)[-1]
     if any(chunk.pre_process for chunk in chunks_of(model)):
         return {}
-    if last.post_process and last.share_embeddings_and_output_weights:
-        return {"embedding.word_embeddings.weight": last.output_layer.weight.detach()}
-    if last.mtp_process:
-        return {"embedding.word_embeddings.weight": last.embedding.word_embeddings.weight.detach()}
-    return {}
+    tied = last.post_process and last.share_embeddings_and_output_weights
+    if not (tied or last.mtp_process):
+        return {}
+    holder = last.output_layer if tied else last.embedding.word_embeddings
+    return {"embedding.word_embeddings.weight": holder.weight.detach()}
 
 
-def linears_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
-    """Canonical module name -> module, for every linear that a format may quantize; experts in one module, as Transformer
-    Engine groups them, under the name of one without its number.
-    """
-    linears = {}
-    for chunk in chunks_of(model):
-        for name, module in canonical_modules(chunk):
-            if is_linear_weight(f"{name}.weight"):
-                linears[name] = module  # of one with an adapter around it, the linear itself, which comes last
-    return linears
+def linears_of(model: Model) -> dict[str, nn.Module]:
+    """Canonical module name -> module, for every linear that a format may quantize; without a number for experts in one module."""
+    return {
+        name: module  # of one with an adapter around it, the linear itself, which comes last
+        for chunk in chunks_of(model)
+        for name, module in canonical_modules(chunk)
+        if is_linear_weight(f"{name}.weight")
+    }
 
 
 def canonical_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a chunk under their canonical names, an adapter before the module that it wraps under the same; what is
-    inside of adapters and quantizers is left out.
-    """
-    numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
+    """The modules of a chunk by canonical name, but for those in adapters and quantizers. An adapter comes before what it wraps."""
+    numbers, experts = _layer_numbers(chunk), local_experts_of(chunk)
     for name, module in chunk.named_modules():
         if (plain := without_additions(name)) is not None:
             yield canonical(f"{plain}.weight", numbers, experts).removesuffix(".weight"), module
 
 
-def weights_of(model: nn.Module | list[nn.Module]) -> dict[str, Tensor]:
+def weights_of(model: Model) -> dict[str, Tensor]:
     """Canonical module name -> this rank's shard of its weight, for every linear that a format may quantize."""
     return {name.removesuffix(".weight"): shard for name, shard in shards_of(model).items() if is_linear_weight(name)}
 
 
-def whole_of(model: nn.Module | list[nn.Module]) -> set[str]:
+def whole_of(model: Model) -> set[str]:
     """Canonical names of the linears that every rank holds whole here, though other layer specs cut them."""
     config = chunks_of(model)[0].config
     if not config.multi_latent_attention:
@@ -108,44 +107,42 @@ def grouped_weights(module: nn.Module) -> list[Tensor]:
     return [getattr(module, f"weight{number}") for number in range(getattr(module, "num_gemms", 0))]
 
 
-def experts_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
+def experts_of(model: Model) -> dict[str, nn.Module]:
     """Canonical name of a layer's experts -> its `MoELayer`, whose `experts` are called with (tokens sorted by expert,
     how many tokens each local expert has, the probability of each token).
     """
-    return {
-        f"decoder.layers.{number}.mlp.experts": layer.mlp
-        for chunk in chunks_of(model)
-        for number, layer in layers_of(chunk)
-        if hasattr(getattr(layer, "mlp", None), "experts")
-    }
+    layers = [pair for chunk in chunks_of(model) for pair in layers_of(chunk)]
+    return {f"decoder.layers.{n}.mlp.experts": one.mlp for n, one in layers if _has_experts(one)}
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    return hasattr(getattr(layer, "mlp", None), "experts")
 
 
 def given_to_experts(layer: nn.Module, tokens: Tensor) -> Callable[[int], Tensor]:
-    """What each expert of a `MoELayer`, by global number, is given of `tokens` [tokens, hidden]: them, or, where the
-    probability is multiplied into the input (Llama 4), their product with its score.
-    """
+    """Global number of an expert of a `MoELayer` -> its input for `tokens` [tokens, hidden]; for Llama 4, times its scores."""
     if not layer.config.moe_apply_probs_on_input:
         return lambda expert: tokens
     scores = layer.router.gating(tokens).float().sigmoid().to(tokens.dtype)
     return lambda expert: tokens * scores[:, expert, None]
 
 
-def local_experts_of(model: nn.Module | list[nn.Module]) -> list[int]:
-    """The global numbers of this rank's experts, the same in every layer that has any."""
-    return next((numbers for chunk in chunks_of(model) if (numbers := _expert_numbers(chunk))), [])
+def local_experts_of(model: Model) -> list[int]:
+    """The global numbers of this rank's experts, the same in every layer that has any; [] without experts."""
+    layers = (layer for chunk in chunks_of(model) for _, layer in layers_of(chunk))
+    return next((list(layer.mlp.local_expert_indices) for layer in layers if _has_experts(layer)), [])
 
 
-def heads_of(model: nn.Module | list[nn.Module]) -> QKV:
+def heads_of(model: Model) -> QKV:
     """How a model's fused q, k and v are laid out; known on every rank, also on one without layers."""
     config = chunks_of(model)[0].config
     return QKV(config.num_attention_heads // config.num_query_groups, config.kv_channels)
 
 
-def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
+def layouts_of(model: Model) -> dict[str, Layout]:
     """Canonical module name -> how its output rows are laid out, for every linear of this rank."""
-    layouts = {}
+    layouts, config = {}, chunks_of(model)[0].config
     for name in weights_of(model):
-        config = chunks_of(model)[0].config
         if makes_keys(f"{name}.weight"):
             layouts[name] = heads_of(model)
         elif name.endswith("linear_fc1") and config.gated_linear_unit:
@@ -155,7 +152,7 @@ def layouts_of(model: nn.Module | list[nn.Module]) -> dict[str, Layout]:
     return layouts
 
 
-def attentions_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
+def attentions_of(model: Model) -> dict[str, nn.Module]:
     """Canonical name of a layer's self attention -> its core attention, which is called with (query, key, value, ...).
 
     Latent attention is left out: what engines cache of it are not its keys and values.
@@ -174,9 +171,9 @@ def norms_heads(layer: nn.Module) -> bool:
 
 
 def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
-    """What a linear multiplies with its weight, given what the module was called with.
+    """What a linear multiplies with its weight, [..., in], given what the module was called with, before a norm that it contains.
 
-    Transformer Engine's fused modules are called with the input of the norm that they contain.
+    `ExportError` if that is another norm than RMSNorm.
     """
     if not hasattr(module, "layer_norm_weight"):
         return hidden
@@ -231,20 +228,12 @@ def layers_of(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     yield from zip(numbers["decoder"] + numbers["mtp"], [*chunk.decoder.layers, *inner], strict=True)
 
 
-def _expert_numbers(chunk: nn.Module) -> list[int]:
-    return next(
-        (
-            list(layer.mlp.local_expert_indices)
-            for _, layer in layers_of(chunk)
-            if hasattr(getattr(layer, "mlp", None), "experts")
-        ),
-        [],
-    )
-
-
 def _canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    numbers, experts = _layer_numbers(chunk), _expert_numbers(chunk)
-    for name, tensor in _tensors(chunk):
+    """Parameters and persistent buffers of a chunk, without those of adapters and quantizers."""
+    numbers, experts = _layer_numbers(chunk), local_experts_of(chunk)
+    for its_name, tensor in _all_tensors(chunk):
+        if (name := without_additions(its_name)) is None:
+            continue
         prefix, _, leaf = name.rpartition(".")
         if prefix.endswith("mlp.experts") and leaf in _LEGACY:  # [hidden, experts * 2 ffn], [experts * ffn, hidden]
             stacked = tensor.view(len(experts), tensor.shape[0], -1) if leaf == "weight1" else tensor
@@ -256,13 +245,6 @@ def _canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 _LEGACY = {"weight1": "linear_fc1", "weight2": "linear_fc2"}  # of Megatron's grouped GEMM without Transformer Engine
-
-
-def _tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by the names that they have without adapters and quantizers, which are left out."""
-    for name, tensor in _all_tensors(chunk):
-        if (plain := without_additions(name)) is not None:
-            yield plain, tensor
 
 
 def _all_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:

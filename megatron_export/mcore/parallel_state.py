@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -28,8 +29,8 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # others wait here while rank 0 syncs a l
 def current(timeout: float = SILENCE) -> Iterator[Topology]:
     """The topology that Megatron's parallel state describes. Collective: every rank of the world enters and leaves.
 
-    If a rank leaves by an exception that the others do not raise too, or is silent for `timeout` seconds, they raise
-    `RankLost`; a process that cannot, because a collective holds it, is ended.
+    If one rank alone raises, or is silent for `timeout` seconds, the others raise `RankLost`; a process that a collective holds is
+    ended. `ExportError` if model parallelism is not initialized.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ExportError(
@@ -39,6 +40,13 @@ def current(timeout: float = SILENCE) -> Iterator[Topology]:
     if _on_cuda():  # all ranks form the NCCL communicator here, so that a few of them can send to one another later
         dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
     pulse = Pulse(dist.get_rank(), dist.get_world_size(), partial(_from_first, control), timeout)
+    experts = Cut(
+        rank=parallel_state.get_expert_tensor_parallel_rank(),
+        size=parallel_state.get_expert_tensor_parallel_world_size(),
+        group=parallel_state.get_expert_tensor_parallel_group(),
+        replica=parallel_state.get_expert_data_parallel_rank(),
+        replicas=parallel_state.get_expert_data_parallel_group(),
+    )
     try:
         yield Topology(
             rank=dist.get_rank(),
@@ -53,19 +61,12 @@ def current(timeout: float = SILENCE) -> Iterator[Topology]:
             vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
             cp_size=parallel_state.get_context_parallel_world_size(),
             ep_size=parallel_state.get_expert_model_parallel_world_size(),
-            experts=Cut(
-                rank=parallel_state.get_expert_tensor_parallel_rank(),
-                size=parallel_state.get_expert_tensor_parallel_world_size(),
-                group=parallel_state.get_expert_tensor_parallel_group(),
-                replica=parallel_state.get_expert_data_parallel_rank(),
-                replicas=parallel_state.get_expert_data_parallel_group(),
-            ),
-            dispatch=Cut(
+            experts=experts,
+            dispatch=replace(
+                experts,
                 rank=parallel_state.get_expert_tensor_and_model_parallel_rank(),
                 size=parallel_state.get_expert_tensor_and_model_parallel_world_size(),
                 group=parallel_state.get_expert_tensor_and_model_parallel_group(),
-                replica=parallel_state.get_expert_data_parallel_rank(),
-                replicas=parallel_state.get_expert_data_parallel_group(),
             ),
             stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             control=control,
@@ -111,8 +112,8 @@ def started(
 ) -> Iterator[None]:
     """Start torch.distributed and Megatron's model parallelism for this process of a `torchrun`, or for it alone, and end them.
 
-    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one. The world must be tp * pp * dp, and a
-    multiple of etp * ep * pp; `etp` is that of the experts, None for `tp`.
+    `device` is "cuda" (NCCL), "cpu" (gloo), or None for CUDA where there is one; `etp` None is `tp`. `ExportError` unless the
+    world is a multiple of tp * pp and of etp * ep * pp; `StartError` without the GPUs or the torchrun that this needs.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -124,13 +125,8 @@ def started(
     try:
         _check_world(dist.get_world_size(), tp, pp, ep, etp)
         with without_cuda(torch.device(device)):
-            parallel_state.initialize_model_parallel(
-                tp,
-                pp,
-                vpp if vpp > 1 else None,
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=etp,
-            )
+            experts = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+            parallel_state.initialize_model_parallel(tp, pp, vpp if vpp > 1 else None, **experts)
         if device == "cuda":
             model_parallel_cuda_manual_seed(1234)  # attention forks this state; nothing here draws from it
         yield

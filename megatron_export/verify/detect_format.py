@@ -1,16 +1,11 @@
-"""What a finished checkpoint says that it is, in three places that no engine compares: the dtypes and scales of its tensors,
-hf_quant_config.json, and config.json's `quantization_config`.
-
-The tensors are believed; where a config says something else, that is a problem of the config.
+"""What a finished checkpoint is: by its tensors, which are believed, by hf_quant_config.json, and by config.json's
+`quantization_config`. Where a config says something else than the tensors, that is a problem of the config.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
-
-from ..common.dtypes import DTYPES
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen
 from ..writing.quantized_modules import lists_in
@@ -52,16 +47,13 @@ def described(found: Finished) -> Described:
     inner = _table(json_of(found.folder, CONFIG).get("quantization_config"))
     outer = _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
     quantized = _quantized(found)
-    claims = {
-        CONFIG: _claimed(inner.get("quant_algo") or _native(inner)),
-        QUANT_CONFIG: _claimed(outer.get("quant_algo")),
-    }
-    claims = {file: claim for file, claim in claims.items() if claim or (file == CONFIG) or outer}
-    algorithm = _algorithm(found, quantized, {_plain(claim) for claim in claims.values()})
+    claims = {CONFIG: _claimed(inner.get("quant_algo") or _native(inner))}
+    claims |= {QUANT_CONFIG: _claimed(outer.get("quant_algo"))} if outer else {}
+    algorithm = _algorithm(found, quantized, {_PLAIN.get(claim, claim) for claim in claims.values()})
     problems = [
         f"{file} says quant_algo {claim}, but the tensors are those of {algorithm or 'a model that is not quantized'}"
         for file, claim in claims.items()
-        if _plain(claim) != algorithm
+        if _PLAIN.get(claim, claim) != algorithm
     ]
     caches = {file: _cache(said) for file, said in ((CONFIG, inner), (QUANT_CONFIG, outer)) if said}
     kv = next((cache for cache in caches.values() if cache), None)
@@ -71,9 +63,8 @@ def described(found: Finished) -> Described:
     scaled = sorted(name for name in found if name.endswith((".k_scale", ".v_scale")))
     if scaled and kv is None:
         problems.append(f"{scaled[0]} is there, but no config says that the KV cache is quantized")
-    options, form = (
-        _variant(found, quantized, algorithm, {*claims.values()}) if algorithm else (Options(), chosen("bf16"))
-    )
+    plain = Options(), chosen("bf16")
+    options, form = _variant(found, quantized, algorithm, {*claims.values()}) if algorithm else plain
     return Described(
         algorithm=algorithm,
         form=form,
@@ -89,9 +80,8 @@ def module_of(name: str) -> tuple[str, str]:
     """A tensor's module, or the stack of experts that it belongs to, and its own name in it."""
     if found := _SCALED.fullmatch(name):
         return found[1], found[3]
-    return (
-        (name.removesuffix(".weight"), "weight") if name.endswith((".weight", "_up_proj", ".down_proj")) else ("", name)
-    )
+    weight = name.endswith((".weight", "_up_proj", ".down_proj"))
+    return (name.removesuffix(".weight"), "weight") if weight else ("", name)
 
 
 def _quantized(found: Finished) -> dict[str, dict[str, str]]:
@@ -103,7 +93,7 @@ def _quantized(found: Finished) -> dict[str, dict[str, str]]:
     return {
         module: tensors
         for module, tensors in modules.items()
-        if module and (len(tensors) > 1 or ("weight" in tensors and _dtype(found, tensors["weight"]) in _CODES))
+        if module and (len(tensors) > 1 or ("weight" in tensors and found.dtype(tensors["weight"]) in _CODES))
     }
 
 
@@ -115,8 +105,8 @@ def _algorithm(found: Finished, quantized: dict[str, dict[str, str]], claims: se
             form = ALGORITHMS[algorithm]
             scale = form.stored[form.scale]
             votes[algorithm] += (
-                ("weight" in tensors and _dtype(found, tensors["weight"]) == form.stored["weight"].dtype)
-                + (form.scale in tensors and _dtype(found, tensors[form.scale]) == scale.dtype)
+                ("weight" in tensors and found.dtype(tensors["weight"]) == form.stored["weight"].dtype)
+                + (form.scale in tensors and found.dtype(tensors[form.scale]) == scale.dtype)
                 + (form.scale in tensors and len(found.shape(tensors[form.scale])) == scale.dims)
                 + (_SECOND & tensors.keys() == _SECOND & form.stored.keys())
             )
@@ -151,40 +141,25 @@ def _group_size(found: Finished, quantized: dict[str, dict[str, str]], form: For
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _dtype(found: Finished, name: str) -> torch.dtype | None:
-    return DTYPES.get(found.spelled(name))
-
-
 def _table(said: object) -> dict:
     return said if isinstance(said, dict) else {}
 
 
 def _native(inner: dict) -> str | None:
     """The algorithm that a `quantization_config` means which is in a dialect of its own."""
-    for algorithm, form in ALGORITHMS.items():
-        if (
-            form.native
-            and inner.get("quant_method") == form.native.config["quant_method"]
-            and inner.get(form.native.sign)
-        ):
-            return algorithm
-    return None
+    natives = [(algorithm, form.native) for algorithm, form in ALGORITHMS.items() if form.native]
+    method = inner.get("quant_method")
+    return next((a for a, own in natives if method == own.config["quant_method"] and inner.get(own.sign)), None)
 
 
 def _claimed(said: object) -> str | None:
     return said.upper() if isinstance(said, str) else None
 
 
-def _plain(claim: str | None) -> str | None:
-    return _PLAIN.get(claim, claim)
-
-
 def _cache(said: dict) -> str | None:
     """The KV cache's format that one config means."""
-    scheme, caches = (
-        said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"),
-        [*filter(None, KV_FORMATS.values())],
-    )
+    scheme = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
+    caches = [*filter(None, KV_FORMATS.values())]
     if isinstance(scheme, dict):
         return next((cache.name for cache in caches if cache.bits == scheme.get("num_bits")), None)
     if not isinstance(scheme, str):

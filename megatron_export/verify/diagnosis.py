@@ -1,7 +1,4 @@
-"""What a weight that is not what it should be may be instead: the mistakes of exporters, each tried on a strip of rows.
-
-The first that brings the decoded rows near to the reference is told. Where none does, only the distance is.
-"""
+"""What is wrong with a weight: known mistakes of exporters are tried on a strip of rows, and the first that explains it is told."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +17,7 @@ NEAR = 6.0  # dB that a guess must be better than the weight as it is, and reach
 
 
 def diagnosis(sides: Sides, item: Item, part: str, row: int) -> str:
-    """A sentence about one weight of which something near `row` is wrong; empty where nothing is known."""
+    """What explains that a weight is wrong near `row`, without its name; empty where no known mistake does."""
     count = sides.shape(item, part)[0]
     start = min(row // ROWS * ROWS, max(count - 1, 0) // ROWS * ROWS)
     rows = slice(start, min(start + ROWS, count))
@@ -43,7 +40,7 @@ def _fit(mine: Tensor, target: Tensor) -> float:
 
 
 def _guesses(sides: Sides, item: Item, part: str, rows: slice, mine: Tensor, target: Tensor) -> Guesses:
-    """What to say, and what is then compared with what."""
+    """Each known mistake: what to say of it, and two tensors that are near to each other if it was made; None if it was not."""
     yield from _of_size(item, mine, target)
     if item.form:
         yield from _of_codes(sides, item, part, rows, target)

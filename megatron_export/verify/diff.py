@@ -1,12 +1,11 @@
 """What differs between two checkpoints of whatever tool: names, dtypes, shapes, configs, and how far decoded values are apart.
 
-A weight is decoded as its own checkpoint says (`detect_format.py`), so an NVFP4 checkpoint can be compared with the bfloat16 one
-that it was made from. No original and no architecture is needed; smoothing is not undone: `verify` does that.
+Each weight is decoded as its own checkpoint says (`detect_format.py`), so formats may differ. Smoothing is not undone here.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ..common.strips import strips_of
 from ..formats import SUFFIXES, Form
 from .detect_format import Described, described, module_of
 from .folder import Finished, json_of
-from .snr import decibels
+from .snr import decibels, finite
 from .weight_pairs import STRIP_ROWS
 
 CONFIGS = (CONFIG, QUANT_CONFIG, GENERATION_CONFIG)
@@ -30,9 +29,7 @@ HEADS = ("weight", "signal to noise", "largest difference")
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two versions of one weight are apart: dB of the first over the difference, largest difference, whether the bytes
-    of all its tensors are the same.
-    """
+    """Two versions of a weight: dB of the first over their difference, the largest difference, whether all bytes are the same."""
 
     name: str
     snr: float
@@ -52,28 +49,27 @@ class Differences:
     @property
     def any(self) -> bool:
         """Whether anything differs."""
-        return bool(
-            self.only[0] or self.only[1] or self.kinds or self.configs or not all(one.same for one in self.apart)
-        )
+        return any((*self.only, self.kinds, self.configs)) or not all(one.same for one in self.apart)
 
 
 def differences(one: Path, other: Path, progress: Progress = quiet) -> Differences:
     """Compare two folders. `ExportError` if one of them is no checkpoint."""
-    sides = [Finished(folder) for folder in (one, other)]
-    for side in sides:
+    mine, theirs = Finished(one), Finished(other)
+    for side in (mine, theirs):
         if side.problems:
             raise ExportError("\n".join(side.problems))
-    mine, theirs = sides
     found = Differences((sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))))
-    for name in sorted(set(mine) & set(theirs)):
-        kinds = [f"{side.spelled(name)} {list(side.shape(name))}" for side in sides]
+    both = sorted(set(mine) & set(theirs))
+    for name in both:
+        kinds = [f"{side.spelled(name)} {list(side.shape(name))}" for side in (mine, theirs)]
         if kinds[0] != kinds[1]:
             found.kinds.append(f"{name}: {kinds[0]}, {kinds[1]}")
     for file in CONFIGS:
         found.configs += [f"{file}: {text}" for text in _keys(json_of(one, file), json_of(other, file))]
-    says = [described(side) for side in sides]
-    for name in progress("compare", sorted(_weights(mine, says[0]) & _weights(theirs, says[1]))):
-        if (apart := _apart(name, sides, says)) is not None:
+    sides = [(side, described(side)) for side in (mine, theirs)]
+    compared = [name for name in both if module_of(name)[1] in ("weight", name)]  # all but scales of weights
+    for name in progress("compare", compared):
+        if (apart := _apart(name, sides)) is not None:
             found.apart.append(apart)
     return found
 
@@ -92,36 +88,29 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _weights(side: Finished, said: Described) -> set[str]:
-    """What is compared: weights, and all tensors that are not scales of one."""
-    return {name for name in side if module_of(name)[1] in ("weight", name)}
-
-
-def _apart(name: str, sides: list[Finished], says: list[Described]) -> Apart | None:
-    shapes = [_shape(side, said, name) for side, said in zip(sides, says, strict=True)]
+def _apart(name: str, sides: list[tuple[Finished, Described]]) -> Apart | None:
+    shapes = [_shape(*side, name) for side in sides]
     if shapes[0] != shapes[1]:
         return None  # told by their kinds
     signal = noise = largest = 0.0
-    forms = [_form(side, said, name) for side, said in zip(sides, says, strict=True)]
+    forms = [_form(*side, name) for side in sides]
     for rows in strips_of(shapes[0], math.lcm(STRIP_ROWS, *(form.tile[0] for form in forms if form))):
-        mine, theirs = (_decoded(side, said, name, rows) for side, said in zip(sides, says, strict=True))
+        mine, theirs = (_decoded(*side, name, rows) for side in sides)
         difference = mine - theirs
         signal += float(mine.square().sum(dtype=torch.float64))
         noise += float(difference.square().sum(dtype=torch.float64))
         largest = max(largest, float(difference.abs().max())) if difference.numel() else largest
-    return Apart(name, decibels(signal, noise), largest, _same(name, sides))
+    return Apart(name, decibels(signal, noise), largest, _same(name, *(side for side, _ in sides)))
 
 
-def _same(name: str, sides: list[Finished]) -> bool:
+def _same(name: str, one: Finished, other: Finished) -> bool:
     """Whether a weight and its scales are the same to the bit."""
-    tensors = [_tensors(side, name) for side in sides]
-    if tensors[0].keys() != tensors[1].keys():
+    mine, theirs = _tensors(one, name), _tensors(other, name)
+    if mine.keys() != theirs.keys():
         return False
-    for suffix, mine in tensors[0].items():
-        pairs = zip(sides[0].strips(mine), sides[1].strips(tensors[1][suffix]), strict=False)
-        if not all(a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs):
-            return False
-    return True
+    strips = ((one.strips(mine[suffix]), other.strips(theirs[suffix])) for suffix in mine)
+    pairs = (pair for each in strips for pair in zip(*each, strict=False))
+    return all(a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -133,8 +122,8 @@ def _tensors(side: Finished, name: str) -> dict[str, str]:
     module, local = module_of(name)
     if local != "weight":
         return {"weight": name}
-    joints = (("." if name.endswith(".weight") else "_"),)
-    found = {suffix: f"{module}{joint}{suffix}" for joint in joints for suffix in SUFFIXES}
+    joint = "." if name.endswith(".weight") else "_"
+    found = {suffix: f"{module}{joint}{suffix}" for suffix in SUFFIXES}
     return {"weight": name} | {suffix: tensor for suffix, tensor in found.items() if tensor in side}
 
 
@@ -171,25 +160,20 @@ def rows(found: Differences, one: Path, other: Path) -> list[tuple[str, str]]:
     """The table."""
     other_bytes = [apart for apart in found.apart if not apart.same]
     pairs = [("A", str(one)), ("B", str(other)), ("weights", f"{len(found.apart)} compared, {len(other_bytes)} differ")]
-    for name, lines in (
-        ("only in A", found.only[0]),
-        ("only in B", found.only[1]),
-        ("kind", found.kinds),
-        ("config", found.configs),
-    ):
+    names = ("only in A", "only in B", "kind", "config")
+    for name, lines in zip(names, (*found.only, found.kinds, found.configs), strict=True):
         pairs += [(name, line) for line in lines[:SHOWN]]
         pairs += [(name, f"... and {len(lines) - SHOWN} more")] if len(lines) > SHOWN else []
     return pairs if found.any else [*pairs, ("same", "nothing differs")]
 
 
 def lines(found: Differences) -> list[list[str]]:
-    """Cells of the weights that are furthest apart."""
-    furthest = sorted((apart for apart in found.apart if not apart.same), key=lambda apart: apart.snr)[:SHOWN]
-    return [[apart.name, _decibels(apart), f"{apart.largest:.4g}"] for apart in furthest]
-
-
-def _decibels(apart: Apart) -> str:
-    return "other bytes, equal values" if apart.snr == math.inf else f"{apart.snr:.1f} dB"
+    """Cells of the weights that are furthest apart, under `HEADS`."""
+    cells = []
+    for apart in sorted((apart for apart in found.apart if not apart.same), key=lambda apart: apart.snr)[:SHOWN]:
+        snr = "other bytes, equal values" if apart.snr == math.inf else f"{apart.snr:.1f} dB"
+        cells.append([apart.name, snr, f"{apart.largest:.4g}"])
+    return cells
 
 
 def as_json(found: Differences) -> dict:
@@ -202,11 +186,7 @@ def as_json(found: Differences) -> dict:
         "kinds": found.kinds,
         "configs": found.configs,
         "weights": {
-            apart.name: {k: v for k, v in asdict(apart).items() if k != "name"} | {"snr": _finite(apart.snr)}
+            apart.name: {"snr": finite(apart.snr), "largest": apart.largest, "same": apart.same}
             for apart in found.apart
         },
     }
-
-
-def _finite(decibels: float) -> float | None:
-    return round(decibels, 3) if math.isfinite(decibels) else None

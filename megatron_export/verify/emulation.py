@@ -1,14 +1,14 @@
 """A checkpoint folder as a transformers model whose quantized arithmetic is emulated in plain torch, on any device.
 
-No low-precision kernel runs. A quantized linear keeps the tensors that it has on disk. When it is called, its bfloat16
-input is multiplied by `pre_quant_scale`, if there is one, which gives bfloat16 again; the input is rounded as the
-format's `arithmetic` says; it is multiplied in float32 with the weight that the format's `decode` gives; the product is bfloat16.
-Keys and values are rounded to FP8 or NVFP4 where hf_quant_config.json says so, by k_scale and v_scale. Quantized experts are
-linears of their own (`emulated_experts.py`), whatever the files call them (`transformers_names.py`). Everything else is
-transformers' own bfloat16 model. Engines add in another order, so expect their numbers close to these and not equal.
+A quantized linear keeps the tensors that it has on disk. When it is called, its bfloat16 input is multiplied by `pre_quant_scale`,
+if there is one, and rounded as the format's `arithmetic` says; it is multiplied in float32 with the decoded weight; the product is
+bfloat16. Keys and values are rounded where hf_quant_config.json says so. Quantized experts are linears of their own
+(`emulated_experts.py`). Everything else is transformers' own bfloat16 model. Engines add in another order, so their numbers are
+close to these and not equal.
 """
 
 import sys
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
-from ..common.safe_files import inside, opened, read_header, read_json, reason_of, shown
+from ..common.safe_files import headers, inside, read_table, reason_of, shown
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
 from ..models import known
 from .detect_format import described, module_of
@@ -60,10 +60,7 @@ class EmulatedLinear(nn.Module):
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
-    """The model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra.
-
-    Of a model that sees it is the language model alone.
-    """
+    """The (language) model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files = files_of(folder)
@@ -72,9 +69,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
-        raise ExportError(
-            f"{folder}: no config.json of a model that transformers knows ({reason_of(error)})"
-        ) from error
+        said = f"no config.json of a model that transformers knows ({reason_of(error)})"
+        raise ExportError(f"{folder}: {said}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
     tensors = Respelled(files, architecture, device)
@@ -88,9 +84,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     try:
         model.load_state_dict({name: tensors.take(name) for name in wanted if name in tensors}, strict=False)
     except RuntimeError as error:
-        raise ExportError(
-            f"{folder}: its tensors are not of the model in its config.json ({reason_of(error)})"
-        ) from error
+        said = f"its tensors are not of the model in its config.json ({reason_of(error)})"
+        raise ExportError(f"{folder}: {said}") from error
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing += [name for name in wanted if name not in tensors and name not in tied]
     report(
@@ -104,12 +99,9 @@ def _table(folder: Path, file: str) -> dict[str, Any]:
     """What a JSON file of a folder holds."""
     path = inside(folder, file)
     try:
-        said = read_json(path)
+        return read_table(path)
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
-    if not isinstance(said, dict):
-        raise ExportError(f"{path}: {shown(said)}, not a table of settings. Fetch it again")
-    return said
 
 
 def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:
@@ -193,34 +185,22 @@ def own_attention(
 def _cached(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     if not hasattr(module, "kv_rounded"):
         return key, value
-    return tuple(
-        module.kv_rounded(each, scale).to(each.dtype)
-        for each, scale in ((key, module.k_scale), (value, module.v_scale))
-    )
+    rounded = module.kv_rounded(key, module.k_scale), module.kv_rounded(value, module.v_scale)
+    return rounded[0].to(key.dtype), rounded[1].to(value.dtype)
 
 
 def bits_per_weight(folder: Path) -> float:
-    """Bits of all tensors of quantized linears, scales and `pre_quant_scale` too, for each of their weights.
-
-    16.0 where no linear is quantized.
-    """
-    modules: dict[str, dict[str, tuple[str, int]]] = {}
+    """Bits of all tensors of quantized linears, with scales and `pre_quant_scale`, for each of their elements; 16.0 if none is."""
+    modules: dict[str, dict[str, tuple[torch.dtype | None, int]]] = {}
     for path in files_of(folder):
-        for name, said in _header(path).items():
+        for name, (spelled, shape) in headers(path).items():
             module, local = module_of(name)
-            modules.setdefault(module, {})[local] = said
+            dtype = DTYPES.get(spelled)
+            modules.setdefault(module, {})[local] = dtype, prod(shape) * (dtype.itemsize if dtype else 0)
     bits, weights, form = 0, 0, described(Finished(folder)).form
     for tensors in modules.values():
-        dtype, nbytes = tensors.get("weight", ("", 0))
-        if form.quantization and DTYPES.get(dtype) is form.stored["weight"].dtype:
+        dtype, nbytes = tensors.get("weight", (None, 0))
+        if form.quantization and dtype is form.stored["weight"].dtype:
             bits += 8 * sum(tensors[suffix][1] for suffix in ("weight", *SUFFIXES) if suffix in tensors)
             weights += 8 * nbytes // form.bits
     return bits / weights if weights else 16.0
-
-
-def _header(path: Path) -> dict[str, tuple[str, int]]:
-    """Dtype and bytes of every tensor of a safetensors file, by name."""
-    opened(path)
-    said = read_header(path)
-    said.pop("__metadata__", None)
-    return {name: (one["dtype"], one["data_offsets"][1] - one["data_offsets"][0]) for name, one in said.items()}

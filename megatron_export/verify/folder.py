@@ -1,14 +1,15 @@
 """A finished checkpoint folder, opened as engines open it: every `.safetensors` file in it, whatever the index says.
 
-What is wrong with the files themselves (broken, doubled, strays, an index that says something else) is collected, not
-raised, so that one pass can tell everything.
+What is wrong with the files themselves (broken, doubled, strays, another index) is collected, so that one pass can tell everything.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..common.dtypes import DTYPES
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
 from ..common.safe_files import opened, read_index, read_table
@@ -24,7 +25,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 class Finished:
-    """The tensors of a checkpoint, by name; slices are read from disk when asked for.
+    """The tensors of a checkpoint, by name; slices are read from disk when asked for. `ExportError` if no file can be read.
 
     problems  what is wrong with its files
     lost      tensors that the index places in files that cannot be read
@@ -78,8 +79,12 @@ class Finished:
         """The dtype, as safetensors spells it."""
         return self.open[self.files[name]].get_slice(name).get_dtype()
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype; None for one that no checkpoint of these formats has."""
+        return DTYPES.get(self.spelled(name))
+
     def nbytes(self) -> int:
-        """Of all files with tensors."""
+        """Bytes of all files with tensors."""
         return sum(path.stat().st_size for path in self.open)
 
     def read(self, name: str, *where: slice) -> Tensor:

@@ -1,7 +1,7 @@
 """A checkpoint judged against the model that it was made from: structure first, then every number, read once, in strips.
 
-What is compared, and how the smoothing of AWQ is undone, stands in `weight_pairs.py`; what counts as explained by rounding in
-`snr.py`. Memory is bounded by a strip of a tensor, and a row of numbers for each smoothing vector.
+`weight_pairs.py` says how the smoothing of AWQ is undone, `snr.py` what counts as explained by rounding. Memory is bounded by a
+strip of a tensor, and a row of numbers for each smoothing vector.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -106,9 +106,7 @@ def _against_manifest(folder: Path) -> list[str]:
 
 
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:
-    """The plan of such a checkpoint. Where AWQ leaves no trace but in norms, as in NVFP4, it is one of AWQ if most of its norms are
-    not the reference's.
-    """
+    """The plan of such a checkpoint. Where AWQ leaves a trace in norms alone (NVFP4), it is of AWQ if most of them are changed."""
     plan, mixed = plan_of(found, said, reference)
     folded = [(o, form) for o, form in VARIANTS if form.algorithm == said.form.algorithm and form.smoothing]
     if said.form.smoothing or not folded:
@@ -120,13 +118,9 @@ def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeig
         return plan, mixed
     sides = Sides(smoothed, found, weights, torch.device("cpu"))
     norms = [i for i in smoothed.items if i.smoothed.rows and not is_linear_weight(i.source.canonical)]
-    other = [_differs(sides, item) for item in norms if "" in item.source.names() and sides.comparable(item, "")]
-    return (smoothed, again) if 2 * sum(other) > len(other) else (plan, mixed)
-
-
-def _differs(sides: Sides, norm: Item) -> bool:
-    rows = slice(0, norm.source.shape[0])
-    return not torch.equal(sides.decoded(norm, "", rows), sides.plain(norm, "", rows))
+    norms = [(i, "", slice(0, i.source.shape[0])) for i in norms if "" in i.source.names() and sides.comparable(i, "")]
+    other = sum(not torch.equal(sides.decoded(*norm), sides.plain(*norm)) for norm in norms)
+    return (smoothed, again) if 2 * other > len(norms) else (plan, mixed)
 
 
 def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: Progress) -> None:

@@ -24,8 +24,10 @@ SPARE = 1.25  # of the bytes on disk, what a model takes
 
 @dataclass(frozen=True)
 class Score:
-    """Of a text of `windows` windows. `change` is of the mean negative log-likelihood of a token in nats, paired by window, and
-    `error` its standard error; `divergence` is KL of the next token from the reference's in nats, `worst` the largest.
+    """Of a checkpoint and its reference on a text of `windows` windows, in nats.
+
+    change, error      of the mean negative log-likelihood of a token, paired by window, and its standard error
+    divergence, worst  KL of the next token from the reference's: mean and largest
     """
 
     perplexity: float
@@ -60,9 +62,7 @@ def of_window(logits: Tensor, reference: Tensor, ids: Tensor) -> tuple[Tensor, T
     """The mean negative log-likelihood of a window's tokens after its first, float64 [], and KL of the predictions of all of
     them from the reference's, float32 [tokens - 1]; on the CPU.
     """
-    mine, theirs = (
-        values[:-1].float().log_softmax(dim=-1) for values in (logits, reference)
-    )  # [tokens - 1, vocabulary]
+    mine, theirs = (part[:-1].float().log_softmax(dim=-1) for part in (logits, reference))  # [tokens - 1, vocabulary]
     loss = -mine.gather(1, ids[1:, None]).double().mean().cpu()
     return loss, (theirs.exp() * (theirs - mine)).sum(dim=-1).cpu()
 
@@ -79,21 +79,19 @@ def score(
     """Score the checkpoint in `folder` on a text. `ExportError` where that cannot be done here."""
     rows = windows_of(text, reference)[:windows]
     if len(rows) < 2:
-        raise ExportError(
-            f"{text}: {len(rows)} windows of {WINDOW} tokens; a standard error needs two. Give a longer text"
-        )
+        said = f"{len(rows)} windows of {WINDOW} tokens; a standard error needs two"
+        raise ExportError(f"{text}: {said}. Give a longer text")
     _check_fits(folder, reference, torch.device(device))
     models = [load(path, device) for path in (reference, folder)]
-    losses: tuple[list[Tensor], list[Tensor]] = ([], [])
+    losses: list[tuple[Tensor, Tensor]] = []
     divergences: list[Tensor] = []
     for batch in progress("score", rows.to(device).split(BATCH)):
         theirs, mine = (model(batch, use_cache=False).logits for model in models)
         for ours, original, ids in zip(mine, theirs, batch, strict=True):
-            losses[0].append(of_window(original, original, ids)[0])
             loss, divergence = of_window(ours, original, ids)
-            losses[1].append(loss)
+            losses.append((of_window(original, original, ids)[0], loss))
             divergences.append(divergence)
-    first, second = (torch.stack(found) for found in losses)
+    first, second = map(torch.stack, zip(*losses, strict=True))
     change, divergence = second - first, torch.cat(divergences)
     return Score(
         perplexity=float(second.mean().exp()),

@@ -1,9 +1,8 @@
-"""How near the decoded tensors of a checkpoint are to their originals: signal-to-noise, cosine, the worst block; and whether
-rounding alone explains the difference.
+"""How near the decoded tensors of a checkpoint are to their originals, and whether rounding alone explains the difference.
 
-For the last, the reference is rounded once more with the scales on disk (the format's `requantize`). A block whose codes and
-scales belong to it has about as much noise then as it has on disk, whatever its numbers look like; one that belongs elsewhere
-has many times more. And almost no code differs, unless the weights were others, or another method than the nearest value chose.
+For that, the reference is rounded once more with the scales on disk (the format's `requantize`). A block whose codes and scales
+belong to it then has about as much noise as on disk; one that belongs elsewhere has many times more. Almost no code differs, unless
+the weights were others, or codes were not rounded to the nearest value.
 """
 
 import math
@@ -77,6 +76,11 @@ def decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def finite(decibels: float) -> float | None:
+    """Decibels as JSON has them: infinite ones are null."""
+    return round(decibels, 3) if math.isfinite(decibels) else None
 
 
 def likeness(sides: Sides, item: Item, part: str) -> Likeness:

@@ -1,6 +1,4 @@
-"""A finished checkpoint against the plan that its original's config.json and its own tensors mean: names, dtypes, shapes,
-settings, exclude lists, and scales that engines want equal.
-"""
+"""A finished checkpoint against the plan of such an export: names, dtypes, shapes, settings, exclude lists, shared scales."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,7 +8,7 @@ import torch
 
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import copied_tensors
-from ..common.dtypes import DTYPES, SPELLED
+from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..models import (
@@ -33,9 +31,7 @@ from .folder import Finished, json_of
 
 
 def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, list[str]]:
-    """The plan of an export of `reference` that would give such a checkpoint, and where linears that engines fuse are not
-    all quantized, or not all left alone.
-    """
+    """The plan of an export of `reference` that gives such a checkpoint, and which linears differ from those fused with them."""
     config = hf_folder.read_config(reference)
     own = json_of(found.folder, CONFIG)
     if config.get("num_nextn_predict_layers") and not own.get("num_nextn_predict_layers"):
@@ -91,11 +87,7 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
         if dtype != SPELLED[output.dtype]:
             yield f"{name} is {dtype}, not {SPELLED[output.dtype]}"
         elif shape != output.shape and not (torch.Size(shape).numel() == torch.Size(output.shape).numel() == 1):
-            yield f"{name} is {_size(shape)}, not {_size(output.shape)}"
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+            yield f"{name} is {list(shape)}, not {list(output.shape)}"
 
 
 def _settings(folder: Path, plan: Plan) -> Iterator[str]:
@@ -144,16 +136,16 @@ def unequal(found: Finished, plan: Plan) -> Iterator[str]:
         parts = [name.removesuffix("weight") for item in group if item.form for name in item.source.names().values()]
         for suffix in plan.form.shared:
             names = [prefix + suffix for prefix in parts if prefix + suffix in found]
-            names = [name for name in names if torch.Size(found.shape(name)).numel() == 1]
-            values = [float(found.read(name)) for name in names]
-            for name, value in zip(names[1:], values[1:], strict=False):
-                if value != values[0]:
-                    yield f"{name} is {value:g}, but {names[0]} {values[0]:g}: engines fuse both and take one for all"
+            values = {n: float(found.read(n)) for n in names if torch.Size(found.shape(n)).numel() == 1}
+            first = next(iter(values), "")
+            for name, value in values.items():
+                if value != values[first]:
+                    yield f"{name} is {value:g}, but {first} {values[first]:g}: engines fuse both and take one for all"
 
 
 def bad_numbers(found: Finished, name: str) -> list[str]:
     """NaN, Inf, and scales that are not above zero, in one tensor."""
-    dtype = DTYPES.get(found.spelled(name))
+    dtype = found.dtype(name)
     if dtype is None or not dtype.is_floating_point:
         return []
     problems = []

@@ -1,6 +1,4 @@
-"""The judgement of a checkpoint with thresholds: what `verify` prints, what `--verify` holds an export back for, and what a
-report shows.
-"""
+"""The judgement of a checkpoint with thresholds, for `verify`, for `--verify` and for reports; and its table and JSON."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +8,20 @@ from ..common.progress import Progress, quiet
 from ..common.safe_files import MOST_LETTERS
 from .judge import Judgement, judge
 from .perplexity import Score, score
-from .snr import Likeness
+from .snr import Likeness, finite
 
 WORST = 10  # weights that are shown
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured, and what is good enough. `text` None: no perplexity; `listed`: whether files are compared with
-    the sums in the manifest."""
+    """What is measured, and what is good enough.
+
+    min_snr        least dB of a weight; None: what its format gives at worst
+    max_ppl_ratio  largest perplexity over the reference's; None: any
+    text, windows  for perplexity: a text, None for none; how many windows of 512 tokens, None for all
+    listed         whether files are compared with the sums in the manifest
+    """
 
     min_snr: float | None = None
     max_ppl_ratio: float | None = None
@@ -47,9 +50,8 @@ def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress 
         try:
             scored = score(folder, reference, wanted.text, wanted.device, wanted.windows, progress)
         except Exception as error:  # transformers raises its own for models that it does not know in this form
-            unscored = (str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}")[
-                :MOST_LETTERS
-            ]
+            unscored = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+            unscored = unscored[:MOST_LETTERS]
     elif wanted.text:
         unscored = "it is not sound"
     if wanted.max_ppl_ratio is not None:
@@ -58,11 +60,6 @@ def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress 
         elif scored.ratio > wanted.max_ppl_ratio:
             problems.append(f"perplexity is {scored.ratio:.4f} times the reference's, above {wanted.max_ppl_ratio:g}")
     return Inspection(judged, scored, unscored, problems)
-
-
-def worst(weights: list[Likeness]) -> list[Likeness]:
-    """The quantized weights with the lowest signal-to-noise."""
-    return sorted((one for one in weights if one.quantized), key=lambda one: one.snr)[:WORST]
 
 
 def rows(found: Inspection) -> list[tuple[str, str]]:
@@ -74,41 +71,30 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
     if judged.plan:
         cache = f", KV cache {judged.plan.kv.name}" if judged.plan.kv else ""
         pairs.append(("format", judged.plan.form.name + cache))
-    pairs.append(
-        (
-            "compared",
-            f"{len(quantized)} quantized weights, {len(judged.weights) - len(quantized)} others, {exact} equal",
-        )
-    )
+    others = len(judged.weights) - len(quantized)
+    pairs.append(("compared", f"{len(quantized)} quantized weights, {others} others, {exact} equal"))
     if quantized:
         low, middle = min(one.snr for one in quantized), sorted(one.snr for one in quantized)[len(quantized) // 2]
         pairs.append(("signal to noise", f"{low:.1f} dB at least, {middle:.1f} dB in the middle"))
         pairs.append(("cosine", f"{min(one.cosine for one in quantized):.6f} at least"))
-    if found.score:
-        pairs += score_rows(found.score)
+    if score := found.score:
+        times = f"{score.ratio:.4f} times {score.reference:.4f}"
+        change = f"{score.change:+.5f} ± {score.error:.5f} nats per token"
+        pairs.append(("perplexity", f"{score.perplexity:.4f}, {times}, in emulated arithmetic"))
+        pairs.append(("change", f"{change}, over {score.windows} windows"))
+        pairs.append(("KL", f"{score.divergence:.5f} mean, {score.worst:.2f} at most"))
     elif found.unscored:
         pairs.append(("not scored", found.unscored))
     pairs += [("problem", problem) for problem in found.problems]
     return pairs if found.problems else [*pairs, ("sound", "nothing wrong was found")]
 
 
-def score_rows(found: Score) -> list[tuple[str, str]]:
-    """What a text shows, in emulated arithmetic."""
-    return [
-        (
-            "perplexity",
-            f"{found.perplexity:.4f}, {found.ratio:.4f} times {found.reference:.4f}, in emulated arithmetic",
-        ),
-        ("change", f"{found.change:+.5f} ± {found.error:.5f} nats per token, over {found.windows} windows"),
-        ("KL", f"{found.divergence:.5f} mean, {found.worst:.2f} at most"),
-    ]
-
-
 def worst_lines(found: Inspection) -> list[list[str]]:
-    """Cells of the worst weights."""
+    """Cells of the quantized weights with the lowest signal-to-noise, under `HEADS`."""
+    worst = sorted((one for one in found.judged.weights if one.quantized), key=lambda one: one.snr)[:WORST]
     return [
         [one.name, f"{one.snr:z.1f} dB", f"{one.cosine:.5f}", f"{one.worst:z.1f} dB at {one.at[0]}, {one.at[1]}"]
-        for one in worst(found.judged.weights)
+        for one in worst
     ]
 
 
@@ -135,15 +121,11 @@ def as_json(found: Inspection) -> dict:
 def _of_weight(one: Likeness) -> dict:
     return {
         "format": one.form.name,
-        "snr_db": _finite(one.snr),
+        "snr_db": finite(one.snr),
         "cosine": one.cosine,
-        "worst_block_db": _finite(one.worst),
+        "worst_block_db": finite(one.worst),
         "worst_block_at": list(one.at),
         "other_codes": one.codes / max(one.count, 1),
         "wrong_blocks": one.wrong,
         "blocks": one.blocks,
     }
-
-
-def _finite(decibels: float) -> float | None:
-    return round(decibels, 3) if abs(decibels) < 1e9 else None

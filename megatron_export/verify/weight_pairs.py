@@ -1,17 +1,13 @@
-"""Both sides of a comparison: what a checkpoint's tensors decode to, and what the original's weights are under the same
-smoothing.
+"""Both sides of a comparison: what a checkpoint's tensors decode to, and the original's weights under the same smoothing.
 
-AWQ leaves no reference on disk to compare with: the weights were divided by vectors that norms or other weights took over.
-So the reference is smoothed in the same way, with vectors that are read off the checkpoint, and compared then:
+AWQ divides weights by vectors that norms or other weights take over. The vectors are read off the checkpoint:
 
-    pre_quant_scale     where it is written, is the vector
-    a norm took it over: the vector is exported norm / original norm, bfloat16 both; where the original is 0, no input comes
-                         through, and those columns are not compared
-    v or up took it over: the vector is, row by row, the factor that brings the reference nearest to what is decoded (least
-                         squares). A row is then free in its length alone, and o_proj or down_proj, divided by the same
-                         vector, tells whether the length was right.
+    pre_quant_scale      is the vector, where it is written
+    a norm took it over  exported norm / original norm, both bfloat16; columns where the original is 0 are not compared
+    v or up took it over row by row, the factor that brings the reference nearest to what is decoded (least squares);
+                         o_proj or down_proj, divided by the same vector, shows whether the length of these rows was right
 
-That a norm itself took the right vector over is seen in the linears that read it.
+The linears that read a norm show whether it took the right vector over.
 """
 
 from collections.abc import Iterator
@@ -21,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.hf_weights import SourceWeights
-from ..common.dtypes import DTYPES
 from ..common.piece import Axis, Piece
 from ..common.strips import strips_of
 from ..formats import PRE_QUANT_SCALE
@@ -52,7 +47,7 @@ class Sides:
 
     def _is_there(self, item: Item, output: Output) -> bool:
         name = self._on_disk(item, output)
-        if name not in self.found or DTYPES.get(self.found.spelled(name)) is not output.dtype:
+        if name not in self.found or self.found.dtype(name) is not output.dtype:
             return False
         shape, count = self.found.shape(name), torch.Size(output.shape).numel()
         if item.stacked and output.axes:
@@ -94,10 +89,8 @@ class Sides:
     def _read(self, item: Item, part: str, output: Output, rows: slice) -> Tensor:
         name, where = self._on_disk(item, output), [slice(None)] * len(output.shape)
         if Axis.OUT in output.axes:
-            dim = output.axes.index(Axis.OUT)
-            each = (
-                item.form.stored[output.name.rpartition(".")[2]].rows if item.form else 1
-            )  # rows that an entry is about
+            dim, suffix = output.axes.index(Axis.OUT), output.name.rpartition(".")[2]
+            each = item.form.stored[suffix].rows if item.form else 1  # rows that an entry is about
             where[dim] = slice(rows.start // each, -(-rows.stop // each))
         if not item.stacked or not output.axes:
             data = self.found.read(name, *where).to(self.device)
@@ -123,11 +116,9 @@ class Sides:
 
     def target(self, item: Item, part: str, rows: slice) -> Tensor:
         """Some rows of the original, smoothed as the checkpoint is."""
-        made = self._divided(item, part, rows)
-        factors = self.factors(item, part)
+        made, factors = self._divided(item, part, rows), self.factors(item, part)
         if factors is not None:
-            mine = factors[rows]
-            made = made * (mine if made.dim() == 1 else mine.unsqueeze(1))
+            made = made * (factors[rows] if made.dim() == 1 else factors[rows].unsqueeze(1))
         return made.to(item.source.dtype).float()
 
     def _divided(self, item: Item, part: str, rows: slice) -> Tensor:

@@ -1,6 +1,4 @@
-"""What the bytes of a file are written on, wherever in it and by several threads at once: a file system's file, or memory that is
-mapped and stays so.
-"""
+"""What the bytes of a file are written on, by several threads at once: a file on disk, or a file in memory."""
 
 import ctypes
 import mmap
@@ -20,10 +18,10 @@ class Sheet(Protocol):
         """Write all of `data` at `offset`."""
 
     def finish(self) -> None:
-        """All is written."""
+        """All is written: with `sync`, wait until it is on disk."""
 
     def close(self) -> None:
-        """It is written no more."""
+        """Nobody writes it any more, whether it is complete or not."""
 
 
 class OnDisk:
@@ -39,14 +37,11 @@ class OnDisk:
         while data:  # the system may write less than it is given, before it says that there is no more room
             count = os.pwrite(self.descriptor, data, offset)
             data, offset = data[count:], offset + count
-        if self.sync:
-            self._start_writeback(start, nbytes)
-
-    def _start_writeback(self, start: int, nbytes: int) -> None:
-        """Have the system begin to write a part to disk, so that little is left when all is to be there (Linux)."""
-        ctypes.CDLL(None).sync_file_range(
-            self.descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE
-        )  # a hint: where it fails, fsync does all the work
+        if (
+            self.sync
+        ):  # the system begins now, so that fsync has little left; where this hint fails, it does all the work
+            place = ctypes.c_int64(start), ctypes.c_int64(nbytes)
+            ctypes.CDLL(None).sync_file_range(self.descriptor, *place, _SYNC_FILE_RANGE_WRITE)
 
     def finish(self) -> None:
         if self.sync:
@@ -57,9 +52,7 @@ class OnDisk:
 
 
 class InMemory:
-    """A file in memory, by its descriptor, for as many exports as there are. Once its pages are there, threads write on them at the
-    speed of memory, where writes into one file wait for each other.
-    """
+    """A mapped file in memory, kept from one export to the next. Threads write its pages at once; writes to a file would wait."""
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
         os.ftruncate(descriptor, nbytes)

@@ -33,14 +33,11 @@ def _zeros(length: int) -> _Matrix:
     if length == 0:
         return tuple(1 << bit for bit in range(32))
     if length == 1:
-        return _squared(_squared(_squared((0xEDB88320, *(1 << bit for bit in range(31))))))
+        bit = (0xEDB88320, *(1 << bit for bit in range(31)))  # what one zero bit does
+        return _squared(_squared(_squared(bit)))
     half = _squared(_zeros(length // 2))
-    return _product(_zeros(1), half) if length % 2 else half
+    return tuple(_times(_zeros(1), column) for column in half) if length % 2 else half
 
 
 def _squared(matrix: _Matrix) -> _Matrix:
-    return _product(matrix, matrix)
-
-
-def _product(one: _Matrix, other: _Matrix) -> _Matrix:
-    return tuple(_times(one, column) for column in other)
+    return tuple(_times(matrix, column) for column in matrix)

@@ -1,8 +1,7 @@
-"""Tensors on their way from a device into files: cut into chunks, through pinned memory, by threads, behind the work that makes
-the next ones.
+"""Tensors on their way from a device into files, in chunks that threads write while the next tensors are made.
 
-Every chunk knows its place, so order and bytes do not depend on timing. Host memory is `SLOTS` chunks of `CHUNK` bytes, whatever
-is sent: who sends more waits until one is written. Tensors that are on the host already are written from where they are.
+Every chunk knows its place in its file, so the bytes do not depend on timing. Chunks of a GPU pass through pinned memory. At most
+`SLOTS` chunks of `CHUNK` bytes are on the way; who sends more waits. Tensors on the host are written from where they are.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,9 +26,8 @@ class Conveyor:
 
     def __init__(self, device: torch.device, write: Write) -> None:
         self.write = write
-        self.pinned: Tensor | None = None
-        if device.type == "cuda":
-            self.pinned = torch.empty((SLOTS, CHUNK), dtype=torch.uint8, pin_memory=True)
+        pinned = device.type == "cuda"
+        self.pinned = torch.empty((SLOTS, CHUNK), dtype=torch.uint8, pin_memory=True) if pinned else None
         self.free: SimpleQueue[int] = SimpleQueue()
         for slot in range(SLOTS):
             self.free.put(slot)

@@ -33,9 +33,7 @@ def _swapped(one: Path, other: Path) -> bool:
 
 
 def locked(target: Path, journal: Path) -> int:
-    """A descriptor that holds the lock of `target`; it is free again when it is closed or its process is gone. On a file system
-    without locks nothing is held.
-    """
+    """A descriptor that holds the lock of `target` until it is closed; it holds nothing on a file system without locks."""
     while True:
         journal.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # its last owner removed the folder in this moment
@@ -44,9 +42,8 @@ def locked(target: Path, journal: Path) -> int:
                 if _locks(descriptor, journal / "lock"):
                     return descriptor
             except BlockingIOError:
-                raise ExportError(
-                    f"another export into {target} is running. Wait for it, or give another --output"
-                ) from None
+                said = f"another export into {target} is running. Wait for it, or give another --output"
+                raise ExportError(said) from None
             os.close(descriptor)
 
 

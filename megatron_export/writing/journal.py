@@ -1,16 +1,15 @@
 """What an interrupted export leaves beside its target, for one that goes on with it.
 
-`journal.jsonl` has a first line that says which export it is, then one for every file that is complete and synced, with its
-size and the checksums of its tensors; each begins with a checksum of itself. Those of files that rank R wrote, if it is not
-rank 0, are in `journal-R.jsonl` first. `statistics.safetensors` is what the export
-quantized with.
+`journal.jsonl` has a first line that says which export it is, then a line for every file that is complete and synced, with its size
+and the checksums of its tensors; each line begins with a checksum of itself. Rank R, if it is not 0, notes its files in
+`journal-R.jsonl`. `statistics.safetensors` is what the export quantized with.
 """
 
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,7 +31,7 @@ def partial_of(target: Path) -> Path:
 
 
 def journal_of(target: Path) -> Path:
-    """The folder of its journal."""
+    """The folder of the journal of an export into `target`."""
     return target.parent / f".{target.name}.journal"
 
 
@@ -43,7 +42,7 @@ def old_of(target: Path) -> Path:
 
 @contextmanager
 def naming(target: Path) -> Iterator[None]:
-    """The system's own errors seldom say which folder they are about."""
+    """Turn errors of the system into `ExportError`s that name the folder `target`."""
     try:
         yield
     except OSError as error:
@@ -54,13 +53,6 @@ def line_of(said: dict) -> bytes:
     """A line of a journal."""
     text = json.dumps(said, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def finish(folder: Path, journal: Path, file: str, checks: Checks, sync_too: bool) -> None:
-    """Note in a journal that a file is complete."""
-    if sync_too:
-        sync(folder)
-    note(journal, about(folder, file, checks), sync_too=sync_too)
 
 
 def about(folder: Path, file: str, checks: Checks) -> dict:
@@ -112,15 +104,14 @@ def read_journal(target: Path) -> tuple[dict, dict[str, Checks]] | None:
 
 def kept(target: Path) -> int:
     """How many files of an interrupted export into `target` are complete."""
-    try:
-        said = read_journal(target)
-    except OSError:
-        return 0
-    return len(said[1]) if said else 0
+    with suppress(OSError):
+        if said := read_journal(target):
+            return len(said[1])
+    return 0
 
 
 def kept_statistics(target: Path) -> dict[str, Tensor] | None:
-    """The statistics of an interrupted export into `target`, None if there is none that any file was completed with."""
+    """The statistics that an interrupted export into `target` completed files with, None if it completed none."""
     with naming(target):
         said = read_journal(target)
         try:

@@ -1,14 +1,14 @@
 """`export_manifest.json`: what is in a published folder, and how it came about. No engine reads it.
 
-files     of every other file: bytes and sha256; but for report.html and README.md, which name the sha256 of this one
+files     name -> bytes and sha256, of every other file but report.html and README.md, which name the sha256 of this one
 tensors   name -> file, dtype, shape, crc32 of its bytes
 identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
-run       what does not, or says it in words: options that are not defaults, versions of what computed it, sizes of the
-          topology, where model and statistics came from
+run       the rest, in words: options that are not defaults, versions, topology, where model and statistics came from
 """
 
 import json
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,9 +44,7 @@ def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str,
 
 
 def identity_of(folder: Path) -> dict | None:
-    """What the manifest of a published folder says decided its bytes; None if there is none, or if a file that it names is
-    gone or has another size.
-    """
+    """The `identity` in a published folder's manifest; None without a manifest, or if a file of it is gone or has another size."""
     said = said_of(folder)
     try:
         there = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
@@ -67,17 +65,13 @@ def said_of(folder: Path) -> dict:
 def origin_of(folder: Path) -> str | None:
     """The folder, if it is there, or the hub id that a published folder was made from, as its manifest names it."""
     named = said_of(folder).get("run", {}).get("hf_model")
-    if not isinstance(named, str) or (Path(named).is_absolute() and not Path(named).is_dir()):
-        return None
-    return named
+    return named if isinstance(named, str) and (not Path(named).is_absolute() or Path(named).is_dir()) else None
 
 
 def _versions() -> dict[str, str]:
     """Of Python and of every package that took part and is installed."""
     found = {"python": platform.python_version(), "megatron_export": __version__}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

@@ -4,15 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import hf_folder
-from ..checkpoint.hf_folder import check_unchanged
+from ..checkpoint.hf_folder import check_unchanged, files_to_copy
 from ..checkpoint.original import Original
 from ..common.file_names import MANIFEST
 from ..distributed.signals import heed
 from ..planning.contents import Contents
-from . import manifest
 from .fingerprint import of_settings
 from .journal import naming
+from .manifest import manifest
 from .read_back import Verified, check_read_back
 from .staging import Staging
 from .target import check_empty
@@ -50,14 +49,12 @@ def publish(
 ) -> None:
     """Add the other files, judge what all writers read back, and give the folder its name; `finish` is called with it before."""
     check_unchanged(place.original.folder, place.original.files)
-    complete(contents, staging, hf_folder.files_to_copy(place.original.folder))
+    complete(contents, staging, files_to_copy(place.original.folder))
     found = check_read_back(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
+    said = manifest(contents, found, place.identity, {"topology": sizes, **place.provenance, **place.notes})
     with naming(place.folder):
-        write_json(
-            staging.folder / MANIFEST,
-            manifest.manifest(contents, found, place.identity, {"topology": sizes, **place.provenance, **place.notes}),
-        )
+        write_json(staging.folder / MANIFEST, said)
     finish(staging.folder)
     heed()
     staging.publish()

@@ -1,6 +1,4 @@
-"""Which modules of a written checkpoint are quantized: those that have scales are those that the plan quantizes, and the exclude
-lists of both configs, as they are on disk, name no quantized module and every other.
-"""
+"""Checks which modules of a written checkpoint are quantized: the plan, the scales and the exclude lists on disk must agree."""
 
 import json
 import re
@@ -31,7 +29,9 @@ def module_problems(folder: Path, contents: Contents) -> list[str]:
     if not contents.quantized:
         return problems
     left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
-    for file, excluded in _excluded(folder).items():
+    inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+    for file, excluded in lists_in(inner, outer).items():
         matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
         problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
         problems += [
@@ -54,10 +54,3 @@ def lists_in(inner: dict, outer: dict) -> dict[str, Any]:
     """The exclude lists, by file, of config.json's `quantization_config` and hf_quant_config.json's `quantization`; {} has none."""
     lists = {CONFIG: inner.get("ignore") or inner.get("modules_to_not_convert")} if inner else {}
     return lists | ({QUANT_CONFIG: outer.get("exclude_modules")} if outer else {})
-
-
-def _excluded(folder: Path) -> dict[str, list[str]]:
-    """The exclude lists on disk, by file."""
-    inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
-    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
-    return lists_in(inner, outer)

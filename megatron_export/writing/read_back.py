@@ -1,8 +1,7 @@
-"""Files are read back, while they grow and before the folder gets its name: what was asked for, against what is there.
+"""Files are read back while they grow, and judged before the folder gets its name.
 
-Every file: its header against the plan, the checksum of every tensor against what was written, no NaN and no Inf in
-weights that are not codes, no NaN among e4m3 codes, scales finite and above zero. Of all files together, what
-`quantized_modules.py` finds.
+In every file the header must be the plan's, and the checksum of every tensor that of what was written; there must be no NaN and no
+Inf (e4m3 codes: no NaN), and scales must be above zero. `quantized_modules.py` judges all files together.
 """
 
 import hashlib
@@ -40,9 +39,7 @@ FILE_BYTES = CHUNK * (BUFFERS + 2)  # of memory for each file that is read: its 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one file: its size in bytes, its sha256, the crc32 of each tensor; where it is not what was written,
-    and what is wrong with what was written.
-    """
+    """One file: bytes, sha256, crc32s; `damages`: where it is not what was written; `problems`: what is wrong with what was."""
 
     nbytes: int
     sha256: str
@@ -60,11 +57,7 @@ class _Span(NamedTuple):
     nbytes: int
 
 
-class _Found(NamedTuple):
-    """What a file holds, and sums of its slices by tensor."""
-
-    verified: Verified
-    slices: dict[str, list[int]]
+_Found = tuple[Verified, Checks]  # one file, read, and the checksums of its slices by tensor
 
 
 class _Judged(NamedTuple):
@@ -94,20 +87,18 @@ class ReadBack:
 
     def follow(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool] = lambda end: True) -> None:
         """Read a file with these tensors; `ready` waits until all before a place in it is there, and says whether it is."""
-        self.reading[path.name] = self.readers.submit(self._read, path, outputs, ready)
+        spans, header = list(_spans(outputs, self.slices)), header_of(outputs)[0]
+        self.reading[path.name] = self.readers.submit(_read, path, spans, header, ready, self.judges, self.copied)
 
     def found(self, checks: dict[str, Checks], progress: Progress = quiet) -> dict[str, Verified]:
         """What was read, by file; `checks` are the checksums of what was written."""
         verified = {}
         for file in progress("verify", list(self.reading)):
-            found = self.reading[file].result()
-            written = checks[file] if found.slices else {}
-            other = (f"{file}: {n} is not what was written" for n, sums in written.items() if found.slices[n] != sums)
-            verified[file] = replace(found.verified, damages=(*found.verified.damages, *other))
+            found, slices = self.reading[file].result()
+            written = checks[file] if slices else {}
+            other = (f"{file}: {n} is not what was written" for n, sums in written.items() if slices[n] != sums)
+            verified[file] = replace(found, damages=(*found.damages, *other))
         return verified
-
-    def _read(self, path: Path, outputs: tuple[Output, ...], ready: Callable[[int], bool]) -> _Found:
-        return _read(path, list(_spans(outputs, self.slices)), header_of(outputs)[0], ready, self.judges, self.copied)
 
 
 def check_read_back(staging: Staging, contents: Contents, found: dict[str, Verified]) -> dict[str, Verified]:
@@ -168,11 +159,11 @@ def _read(
 
     with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
-            return _Found(Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {})
+            return Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {}
         for number, offset in enumerate(range(len(header), end, CHUNK)):
             size = min(CHUNK, end - offset)
             if not ready(offset + size):
-                return _Found(Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {})
+                return Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {}
             if len(reading) == BUFFERS - 1:
                 hash_next()  # now its buffer is free
             chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
@@ -192,8 +183,7 @@ def _read(
         slices[span.output.name].append(joined_crc32(found))
         crcs[span.output.name] += found
     sums = {name: joined_crc32(found) for name, found in crcs.items()}
-    problems = list(dict.fromkeys(problems))
-    return _Found(Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(problems)), slices)
+    return Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(dict.fromkeys(problems))), slices
 
 
 def _judge(

@@ -1,7 +1,4 @@
-"""One safetensors file on its way: its header, known from the plan; its tensors, written chunk by chunk where they will stay.
-
-Source: safetensors file format 0.3 (8-byte header length, JSON, data).
-"""
+"""One safetensors file: the header, known from the plan, and tensors that threads write chunk by chunk. Source: file format 0.3."""
 
 import json
 import struct
@@ -18,10 +15,10 @@ from .journal import Checks
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a shard that holds these tensors, and where each of them starts in the file.
+    """The header of a file that holds these tensors (8-byte length, JSON), and the byte at which each of them starts in the file.
 
-    They stand in the order in which they are given, so that a file grows from its start as they are made; but those that are no
-    multiple of 8 bytes last, from large numbers to small ones, so that every tensor is aligned.
+    Tensors stand in the given order, so that the file grows from its start. Those whose size is no multiple of 8 bytes come last,
+    from large dtypes to small ones, so that every tensor is aligned.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -39,7 +36,7 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
 
 
 class SafetensorsFile:
-    """One file on its way: what of it was written, with which checksums. Several threads write it, others read what is there."""
+    """A file while it is written: what of it is there, with which checksums. Several threads write it, and others read it."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""The folders beside the target in which an export grows: one export at a time, kept when it is interrupted, published by
-one rename.
+"""The folders beside the target: an export grows in them, they are kept when it is interrupted, and one rename publishes it.
 
 `.NAME.partial` holds the files that will be published. `.NAME.journal` holds what `journal.py` describes, and `lock`, which is
 locked while an export runs. Where two folders cannot change names in one step, `.NAME.old` is the old one in between.
@@ -10,7 +9,9 @@ import shutil
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +26,6 @@ from .journal import (
     STATISTICS,
     Checks,
     about,
-    finish,
     journal_of,
     kept,
     naming,
@@ -37,10 +37,36 @@ from .journal import (
 )
 
 
-class Staging:
+class Noting(Protocol):
+    """Files that grow in `folder`; those that are complete are noted in `notes` and, with checksums, in `finished`."""
+
+    target: Path
+    folder: Path
+    notes: Path
+    finished: dict[str, Checks]
+    sync: bool
+    noting: threading.Lock
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+    def sheet(self, file: str, nbytes: int) -> OnDisk:
+        return OnDisk(self.path(file), nbytes, self.sync)
+
+    def finish(self, file: str, checks: Checks) -> None:
+        """Note that a file is complete; it must be synced already. `ExportError` where the note cannot be written."""
+        with naming(self.target), self.noting:
+            if self.sync:
+                sync(self.folder)
+            note(self.notes, about(self.folder, file, checks), sync_too=self.sync)
+            self.finished[file] = checks
+
+
+class Staging(Noting):
     """Use as a context. Leaving it by an exception keeps what a later run can go on with, if any file is complete.
 
-    `finished` maps the files that an interrupted run completed to the checksums of their tensors.
+    `finished` begins with the files that an interrupted run completed, where `resume` goes on with it. `fingerprint` says which
+    export it is.
     """
 
     def __init__(
@@ -49,6 +75,7 @@ class Staging:
         self.target = target
         self.folder = partial_of(target)
         self.journal = journal_of(target)
+        self.notes = self.journal / JOURNAL
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.resume = resume
@@ -64,18 +91,15 @@ class Staging:
             self.made = [folder for folder in self.target.parents if not folder.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.lock = locked(self.target, self.journal)
+        leave = self._leave
         try:
             with naming(self.target):
                 self._restore()
                 said = self._to_go_on_with() if self.resume else {}
-        except BaseException:
-            self._leave()
-            raise
-        try:
-            with naming(self.target):
+                leave = partial(self.__exit__, ExportError)
                 self._open(said)
-        except BaseException as error:
-            self.__exit__(type(error))
+        except BaseException:
+            leave()
             raise
         return self
 
@@ -89,9 +113,8 @@ class Staging:
             return
         old.rename(self.target)  # over an empty folder too
         if not self.overwrite:
-            raise ExportError(
-                f"{self.target} was about to be replaced and is as it was again. Give --overwrite to replace it"
-            )
+            said = f"{self.target} was about to be replaced and is as it was again. Give --overwrite to replace it"
+            raise ExportError(said)
 
     def _to_go_on_with(self) -> dict[str, Checks]:
         """The files that an interrupted export completed; it must have been of the same."""
@@ -119,20 +142,8 @@ class Staging:
         if self.sync:
             sync(self.target.parent)
 
-    def path(self, file: str) -> Path:
-        return self.folder / file
-
-    def sheet(self, file: str, nbytes: int) -> OnDisk:
-        return OnDisk(self.path(file), nbytes, self.sync)
-
-    def finish(self, file: str, checks: Checks) -> None:
-        """Note that a file is complete; it must be synced already."""
-        with naming(self.target), self.noting:
-            finish(self.folder, self.journal / JOURNAL, file, checks, self.sync)
-            self.finished[file] = checks
-
     def forget(self, files: Iterable[str]) -> None:
-        """Files of any rank that were complete are not what was written: a run that goes on with this one writes them again."""
+        """Note that these files of any rank are damaged, so that a run that goes on with this one writes them again."""
         with naming(self.target), self.noting:
             said = read_journal(self.target)
             found = said[1] if said else {}
@@ -140,12 +151,12 @@ class Staging:
             self._begin_journal()
 
     def _begin_journal(self) -> None:
-        """One journal of all ranks' lines, in place of those that are there, some of which may be cut off or damaged."""
+        """Write one new journal in place of those of all ranks, whose lines may be cut off or damaged."""
         new = self.journal / "new"
         new.unlink(missing_ok=True)
         lines = (about(self.folder, file, checks) for file, checks in self.finished.items())
         note(new, {"kind": KIND, **self.fingerprint}, *lines, sync_too=self.sync)
-        new.rename(self.journal / JOURNAL)
+        new.rename(self.notes)
         for path in self.journal.glob(OF_GUESTS):
             path.unlink()
         if self.sync:
@@ -168,22 +179,19 @@ class Staging:
                 for path in self.folder.iterdir():
                     sync(path)
                 sync(self.folder)
-            self._replace()
+            if self.target.exists() and self.overwrite:
+                exchange(self.folder, self.target)
+            else:
+                if self.target.exists():
+                    self.target.rmdir()  # fails if somebody filled it since it was checked
+                self.folder.rename(self.target)
             if self.sync:
                 sync(self.target.parent)
-
-    def _replace(self) -> None:
-        if self.target.exists() and self.overwrite:
-            exchange(self.folder, self.target)
-            return
-        if self.target.exists():
-            self.target.rmdir()  # fails if somebody filled it since it was checked
-        self.folder.rename(self.target)
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         if kind is None or not (self.finished or kept(self.target)):
             with suppress(OSError):
-                (self.journal / JOURNAL).unlink()  # first: the next folder is an old checkpoint, if it was replaced
+                self.notes.unlink()  # first: the next folder is an old checkpoint, if it was replaced
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.journal, ignore_errors=True)
         self._leave()
@@ -195,13 +203,13 @@ class Staging:
                 folder.rmdir()
 
 
-class Guest:
+class Guest(Noting):
     """A rank that writes files into the folder that rank 0 has opened for an export into `target`."""
 
     def __init__(self, target: Path, rank: int, finished: dict[str, Checks], sync: bool = True) -> None:
         self.target = target
         self.folder = partial_of(target)
-        self.journal = journal_of(target) / OF_GUESTS.replace("*", str(rank))
+        self.notes = journal_of(target) / OF_GUESTS.replace("*", str(rank))
         self.finished = dict(finished)
         self.sync = sync
         self.noting = threading.Lock()
@@ -210,18 +218,6 @@ class Guest:
                 f"{self.folder}, which rank 0 has made, is not there on rank {rank}. Give an --output on a disk that all writers "
                 "share, or --writers rank0"
             )
-
-    def path(self, file: str) -> Path:
-        return self.folder / file
-
-    def sheet(self, file: str, nbytes: int) -> OnDisk:
-        return OnDisk(self.path(file), nbytes, self.sync)
-
-    def finish(self, file: str, checks: Checks) -> None:
-        """Note that a file is complete; it must be synced already."""
-        with naming(self.target), self.noting:
-            finish(self.folder, self.journal, file, checks, self.sync)
-            self.finished[file] = checks
 
 
 def tidy(target: Path) -> None:

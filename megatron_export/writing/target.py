@@ -13,7 +13,7 @@ SPARE_BYTES = 64 << 20
 
 
 def check_empty(export_dir: Path, *, overwrite: bool) -> None:
-    """Refuse a target that is taken."""
+    """`ExportError` for a target that is taken."""
     if export_dir.is_file():
         raise ExportError(f"{export_dir} is a file; give a folder")
     if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
@@ -21,15 +21,15 @@ def check_empty(export_dir: Path, *, overwrite: bool) -> None:
 
 
 def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse, before any work, a target that is taken, cannot be replaced by a rename, or has too small a disk.
+    """`ExportError` for a target that is taken, cannot be replaced by a rename, or has too small a disk; before any work.
 
-    One that an export completed may be what `resume` is to go on with; that is seen later.
+    A complete export may be what `resume` is to go on with; that is seen later.
     """
     if not (resume and (export_dir / MANIFEST).is_file()):
         check_empty(export_dir, overwrite=overwrite)
     if os.path.ismount(export_dir):
         raise ExportError(f"{export_dir} is a mount point, which cannot be replaced in one step; give a folder in it")
-    parent = _existing(export_dir.parent)
+    parent = next(folder for folder in export_dir.parents if folder.exists())
     if not parent.is_dir():
         raise ExportError(f"{export_dir}: {parent} is a file, so no folder can be made in it. Give another --output")
     if not os.access(parent, os.W_OK):
@@ -45,13 +45,7 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool 
 
 
 def check_apart(export_dir: Path, *inputs: Path) -> None:
-    """Refuse a target that is, or holds, something that the export needs: replacing it would delete that."""
+    """`ExportError` for a target that is, or holds, one of `inputs`: replacing it would delete what the export needs."""
     for path in inputs:
         if path.resolve().is_relative_to(export_dir.resolve()):
             raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

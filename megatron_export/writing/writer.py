@@ -1,7 +1,4 @@
-"""The files of a checkpoint: each grows as its tensors arrive, in any order; the index and the JSON files come last.
-
-Host memory holds a few chunks, never a shard.
-"""
+"""The files of a checkpoint: each grows as its tensors arrive, in any order; the index and the JSON files come last."""
 
 import json
 import shutil
@@ -27,7 +24,7 @@ from .staging import Staging
 
 
 class Desk(Protocol):
-    """Where a writer puts its files, and notes those that are complete."""
+    """Where a writer puts its files, and notes those that are complete: staging.Noting, or memory (export/async_export.py)."""
 
     target: Path
     finished: dict[str, Checks]
@@ -46,10 +43,9 @@ Follow = Callable[[Path, tuple[Output, ...], Callable[[int], bool]], None]
 
 
 class CheckpointWriter:
-    """Writes the files that the plan gives to one rank. Use as a context, inside that of its `Staging`.
+    """Writes the files that the plan gives to `rank`. Use as a context, inside that of its `Staging`.
 
-    `follow` is told of every file that is begun: its path, its tensors, and a function that waits until so many bytes of it are
-    written, and says whether they are. What is not `checked` has no checksums.
+    `follow` is called for every file that is begun (read_back.ReadBack.follow). Files that are not `checked` have no checksums.
     """
 
     def __init__(
@@ -91,9 +87,7 @@ class CheckpointWriter:
         return self.homes[output.name] in self.missing
 
     def write(self, tensors: Iterable[tuple[Output, Tensor]]) -> None:
-        """Have tensors or slices of them, on any device, written into the files that the plan gave them; those that are not wanted
-        are passed over. Raises what went wrong with earlier ones.
-        """
+        """Begin to write those tensors, or slices, that are wanted, on any device. Raises what went wrong with earlier ones."""
         while self.finishing and self.finishing[0].done():
             self.finishing.pop(0).result()
         self.conveyor.put(self._wanted(tensors))
@@ -131,17 +125,15 @@ class CheckpointWriter:
         self.shards.pop(shard.name).sheet.close()
 
     def flush(self) -> None:
-        """Wait until this rank's files are complete; an error if a tensor never came."""
+        """Wait until this rank's files are complete; `ExportError` if a tensor never came."""
         self.conveyor.flush()
         while self.finishing:
             self.finishing.pop().result()
-        if self.missing:
-            begun = {file: self.shards[file].lacking() for file in self.missing if file in self.shards}
-            lacking = [
-                name
-                for file in sorted(self.missing)
-                for name in begun.get(file, [output.name for output in self.plan.files[file]])
-            ]
+        lacking: list[str] = []
+        for file in sorted(self.missing):
+            begun = self.shards.get(file)
+            lacking += begun.lacking() if begun else [output.name for output in self.plan.files[file]]
+        if lacking:
             raise ExportError(f"{len(lacking)} tensors were never written, first {lacking[0]}")
 
 

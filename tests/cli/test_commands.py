@@ -277,7 +277,8 @@ def test_a_report_escapes_whatever_a_file_says(reference: Path, checkpoint: Path
     made = {"seconds": {odd: 1.0}, "topology": {odd: odd}, "calibration": {odd: odd}, "versions": {odd: odd}}
     made |= {"tokens": {"layers.0.router": [1]}}
     run = account_of(thresholds.inspected(checkpoint, reference, thresholds.Wanted()), odd, odd)
-    run = replace(run, manifest={"run": made}, problems=[odd], unscored=odd, worst=[[odd, odd]], engines={odd: odd})
+    found = replace(run.found, problems=[odd], unscored=odd)
+    run = replace(run, manifest={"run": made}, found=found, worst=[[odd, odd]], engines={odd: odd})
     page = html.page(replace(run, plan=replace(run.plan, remarks=(odd,))))
     assert "<em>" not in page
     shown = 2 + 1 + 1  # the name twice, the origin, a problem

@@ -26,26 +26,21 @@ _CACHE = "KV cache "  # begins the kind of an attention
 _CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale is 1
 
 
-def _kinds() -> dict[tuple[str, str, bool], str]:
-    """How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size."""
-    found = {}
-    for name, settings in LINEARS.items():
-        for group in groups_of(name) or ("",):
-            chain = ", then ".join(words(grouped(one, group)) for one in settings.weights)
-            found[chain, words(settings.inputs or {}), settings.smoothed] = f"{name} {group}".rstrip()
-    return found
-
-
-_KINDS = _kinds()
+# How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size
+_KINDS = {
+    (", then ".join(words(grouped(one, group)) for one in its.weights), words(its.inputs or {}), its.smoothed): (
+        f"{name} {group}".rstrip()
+    )
+    for name, its in LINEARS.items()
+    for group in groups_of(name) or ("",)
+}
 _PLAIN = _KINDS["", "", False]  # of what is not quantized
 _KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, those of a layer's experts
-    as one.
-    """
+    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, a layer's experts as one."""
 
     format: str
     kv_cache: str
@@ -80,7 +75,7 @@ def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
 def kinds_of(quantizers: Quantizers) -> dict[str, str]:
     """What each module is quantized to: linear -> format, a layer's experts as one; attention -> that of its cache.
 
-    Raises for what no format here does, naming modules and settings.
+    `ExportError` for what no format here does, naming modules and settings.
     """
     problems: dict[str, list[str]] = {}
     found: dict[str, str] = {}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checkpoint.torch_dist import MegatronCheckpoint
 from ...common.errors import ExportError, report
@@ -14,17 +14,16 @@ from ...distributed.collectives import everyone, maximum, spread, together, whol
 from ...distributed.topology import Topology
 from ...formats import FORMATS, Options
 from ...mcore.addons import quantizers_of
-from ...mcore.model import weights_of
+from ...mcore.model import Model, weights_of
 from ...models import architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
 from ...planning.request import Request
+from ..lookup import Statistics
 from .defaults import supposed
 from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
 
-Statistics = dict[str, Tensor]
-
 
 def inherited_from_model(
-    here: Topology, model: nn.Module | list[nn.Module], config: dict, request: Request, given: Statistics | None
+    here: Topology, model: Model, config: dict, request: Request, given: Statistics | None
 ) -> tuple[Request, Statistics | None]:
     """The request with what a live model that ModelOpt quantized says itself, and its statistics. Collective.
 
@@ -42,9 +41,8 @@ def inherited_from_model(
             return request.plain(), given
         report(_contradictions(config, recipe, request, given))
         weights = weights_of(model)
-        report(
-            _stale(name for name, (amax, size) in blocks_in(quantizers).items() if _differs(weights[name], amax, size))
-        )
+        blocks = blocks_in(quantizers)
+        report(_stale(name for name, (amax, size) in blocks.items() if _differs(weights[name], amax, size)))
         scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
     statistics: dict[str, Tensor] = {}
     for theirs in everyone(here, scalars):
@@ -73,9 +71,8 @@ def inherited_from_checkpoint(
     for module, vector in vectors_in(quantizers).items():
         key = recipe.vector_key(module)
         if len(vector) != columns.get(module) or not (vector.isfinite() & (vector > 0)).all():
-            odd.append(
-                f"{module}: its pre_quant_scale is not a positive number for each of its {columns.get(module)} inputs"
-            )
+            each = f"each of its {columns.get(module)} inputs"
+            odd.append(f"{module}: its pre_quant_scale is not a positive number for {each}")
         elif not torch.equal(statistics.setdefault(key, vector), vector):
             odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
     report(odd)
@@ -93,29 +90,30 @@ def _columns(checkpoint: MegatronCheckpoint) -> dict[str, int]:
 
 
 def check_blocks(here: Topology, checkpoint: MegatronCheckpoint, request: Request) -> None:
-    """Raise if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
+    """`ExportError` if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
     found = blocks_in(_quantizers(checkpoint, request))
-    mine = sorted((name, one) for name, one in found.items() if f"{name}.weight" in checkpoint.sources)[
-        here.rank :: here.world
-    ]
-    report(
-        _stale(
-            name
-            for name, (amax, size) in mine
-            if any(_differs(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
-        )
-    )
+    names = sorted(name for name in found if f"{name}.weight" in checkpoint.sources)[here.rank :: here.world]
+
+    def differs(name: str) -> bool:
+        amax, size = found[name]
+        return any(_differs(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
+
+    report(_stale(filter(differs, names)))
 
 
 def _inherited(config: dict, recipe: Recipe, request: Request) -> Request:
-    """What is asked for where a recipe says it."""
+    """The request with what a recipe says."""
+    options = replace(request.options, group_size=recipe.group_size)
+    if "awq_output" in FORMATS[recipe.format].OPTIONS:  # ModelOpt gives each query its own factors, which v cannot take
+        options = replace(options, awq_output="modelopt")
+    latent = shape_of(config).kv_lora and any(".self_attention." in module for module in recipe.quantized)
     return replace(
         request,
         format=recipe.format,
         kv_cache=recipe.kv_cache,
-        options=_options(recipe, request.options),
+        options=options,
         exclude=(*request.exclude, *_left_alone(config, recipe)),
-        quantize_mla=request.quantize_mla or (not recipe.form.latent and _quantizes_latent(config, recipe)),
+        quantize_mla=request.quantize_mla or (not recipe.form.latent and bool(latent)),
         smoothed=recipe.smoothed,
         inherited=True,
     )
@@ -145,12 +143,6 @@ def _contradictions(config: dict, recipe: Recipe, request: Request, given: Stati
     return problems
 
 
-def _options(recipe: Recipe, options: Options) -> Options:
-    """The options that the recipe settles. ModelOpt gives each query its own factors, which cannot be folded into v."""
-    more = {"awq_output": "modelopt"} if "awq_output" in FORMATS[recipe.format].OPTIONS else {}
-    return replace(options, group_size=recipe.group_size, **more)
-
-
 def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
     """Whether a weight's blocks have other amaxes than these: clipped ones, or of a model trained since.
 
@@ -165,11 +157,10 @@ def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
 
 def _stale(linears: Iterable[str]) -> list[str]:
     found = list(linears)
-    if not found:
-        return []
     return [
-        f"{found[0]} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
+        f"{first} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
         "exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
+        for first in found[:1]
     ]
 
 
@@ -193,15 +184,7 @@ def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) 
 
 def _left_alone(config: dict, recipe: Recipe) -> Iterable[str]:
     """The HF modules of linears that ModelOpt did not quantize; a layer's experts as one."""
-    sources = parameters_of(config).items()
-    left = [
-        s
-        for name, s in sources
-        if is_linear_weight(name) and pooled(name).removesuffix(".weight") not in recipe.quantized
-    ]
+    linears = {name: source for name, source in parameters_of(config).items() if is_linear_weight(name)}
+    left = [s for name, s in linears.items() if pooled(name).removesuffix(".weight") not in recipe.quantized]
     names = [hf.removesuffix(".weight") for source in left for hf in source.names().values()]
     return dict.fromkeys(re.sub(r"\.experts\..*", ".experts", name) for name in names)
-
-
-def _quantizes_latent(config: dict, recipe: Recipe) -> bool:
-    return bool(shape_of(config).kv_lora) and any(".self_attention." in module for module in recipe.quantized)

@@ -10,8 +10,6 @@ from ...planning.plan import Plan
 from ...writing.fingerprint import of_file
 from ...writing.manifest import said_of
 from ..emulation import bits_per_weight
-from ..judge import Judgement
-from ..perplexity import Score
 from ..snr import Likeness
 from ..thresholds import Inspection, worst_lines
 
@@ -38,10 +36,7 @@ class Account:
     name: str
     origin: str
     plan: Plan
-    judged: Judgement
-    score: Score | None
-    unscored: str
-    problems: list[str]
+    found: Inspection
     worst: list[list[str]]
     manifest: dict
     digest: str
@@ -51,7 +46,7 @@ class Account:
 
     @property
     def quantized(self) -> list[Likeness]:
-        return [one for one in self.judged.weights if one.quantized]
+        return [one for one in self.found.judged.weights if one.quantized]
 
     @property
     def made(self) -> dict:
@@ -80,10 +75,7 @@ def account_of(found: Inspection, origin: str, name: str | None = None) -> Accou
         name=name or folder.name,
         origin=Path(origin).name if Path(origin).exists() else origin,
         plan=found.judged.plan,
-        judged=found.judged,
-        score=found.score,
-        unscored=found.unscored,
-        problems=found.problems,
+        found=found,
         worst=worst_lines(found),
         manifest=said_of(folder),
         digest=of_file(manifest) if manifest.is_file() else "",

@@ -40,8 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Map:
-    """Cells by layer and head of a column; `calm` and `strong`: what the two ends of the colours stand for; `several`: whether
-    a cell is of the worst of several weights."""
+    """Cells by layer and column; `calm`, `strong`: what the ends of the colours mean; `several`: a cell is of the worst of some."""
 
     cells: dict[tuple[str, str], Cell]
     calm: str
@@ -67,7 +66,7 @@ def errors(run: Account) -> Map | None:
     linears = {
         name for i in run.plan.items if is_linear_weight(i.source.canonical) for name in i.source.names().values()
     }
-    for one in run.judged.weights:
+    for one in run.found.judged.weights:
         if (found := _LAYER.fullmatch(one.name)) and one.name in linears:
             weights.setdefault((found[1], _label(found[2])), []).append(one)
     worst = {place: min(found, key=lambda one: one.snr) for place, found in weights.items() if found[0].quantized}
@@ -101,19 +100,13 @@ def alphas(run: Account) -> Map | None:
     """The map of layers and smoothing vectors."""
     used = {alpha_of(i.smoothed.columns) for i in run.plan.items if i.smoothed.columns}
     alphas = {module_of(name): alpha for name, alpha in run.made.get("alphas", {}).items() if name in used}
-    cells = {}
-    for module, alpha in sorted(
-        alphas.items(), key=lambda one: (list(_ALPHAS).index(_leaf(one[0])), ".experts" in one[0])
-    ):
+    cells, order = {}, list(_ALPHAS)
+    modules = [(order.index(module.rpartition(".")[2]), ".experts" in module, module) for module in alphas]
+    for leaf, expert, module in sorted(modules, key=lambda one: one[:2]):
         if found := _LAYER.fullmatch(module):
-            label = ("experts " if ".experts" in module else "") + _ALPHAS[_leaf(module)]
+            label, alpha = "experts " * expert + _ALPHAS[order[leaf]], alphas[module]
             cells[found[1], label] = Cell(alpha, f"{alpha:.1f}", f"layer {found[1]}, {label}: alpha {alpha:.1f}")
     return Map(cells, "0", "1") if cells else None
-
-
-def _leaf(module: str) -> str:
-    """A module's own name, without where it is."""
-    return module.rpartition(".")[2]
 
 
 def tokens(run: Account) -> Map | None:

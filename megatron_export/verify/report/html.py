@@ -11,7 +11,8 @@ def page(run: Account) -> str:
     """The whole file."""
     ends = {"input scales": "input_scale", "KV cache scales": ("k_scale", "v_scale")}
     scalars = {
-        what: [value for name, value in run.judged.scalars.items() if name.endswith(end)] for what, end in ends.items()
+        what: [value for name, value in run.found.judged.scalars.items() if name.endswith(end)]
+        for what, end in ends.items()
     }
     return rendered(
         "report.html",

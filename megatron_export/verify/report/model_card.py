@@ -19,14 +19,13 @@ def _front(run: Account) -> str:
     form = run.plan.form
     tags = ["megatron-core", "modelopt", "quantized", f"{form.bits}-bit", form.name]
     tags = tags if form.quantization else ["megatron-core", "safetensors"]
+    library = "transformers" if form.native or not form.quantization else "Model Optimizer"  # which reads the layout
     base = run.origin if _HUB_ID.fullmatch(run.origin) else None
     keys = {
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
         "license": run.license or None,
-        "library_name": "transformers"
-        if form.native or not form.quantization
-        else "Model Optimizer",  # reads the layout
+        "library_name": library,
         "pipeline_tag": "image-text-to-text" if run.plan.copied else "text-generation",
         "tags": [*tags, *(["kv-cache-" + run.plan.kv.name] if run.plan.kv else [])],
     }
