@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and lists of names as people write them."""
 
 import re
 from collections.abc import Sequence

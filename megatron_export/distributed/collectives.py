@@ -53,21 +53,21 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
 
 
 def everyone(here: Topology, mine: object) -> list:
-    """One small object from every rank, in rank order."""
+    """A small object from every rank, in rank order, on every rank."""
     theirs = [None] * here.world
     dist.all_gather_object(theirs, mine, group=here.control)
     return theirs
 
 
 def from_first(here: Topology, mine: object) -> object:
-    """What rank 0 has, on every rank."""
+    """Rank 0's object, on every rank."""
     box = [mine]
     dist.broadcast_object_list(box, 0, group=here.control)
     return box[0]
 
 
 def at_first(here: Topology, mine: object) -> list | None:
-    """One object from every rank, in rank order, on rank 0; the others get None."""
+    """An object from every rank, in rank order, on rank 0; None on the others."""
     theirs = [None] * here.world if here.first else None
     dist.gather_object(mine, theirs, 0, group=here.control)
     return theirs
@@ -98,14 +98,14 @@ def spread(here: Topology, mine: dict[str, Tensor], experts: bool = False) -> di
 
 
 def maximum(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Element-wise maximum over a group."""
+    """Element-wise maximum over a group, of any shape and dtype; `values` is overwritten if it is contiguous."""
     values = values.contiguous()
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 
 def total(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Element-wise sum over a group."""
+    """Element-wise sum over a group, of any shape and dtype; `values` is overwritten if it is contiguous."""
     values = values.contiguous()  # gloo sums the storage of others wrongly, and says nothing
     dist.all_reduce(values, group=group)
     return values

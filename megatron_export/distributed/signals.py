@@ -74,6 +74,6 @@ def heeded(steps: Iterable) -> Iterator:
 
 
 def _leave() -> None:
-    """End the process, which hangs in a collective or a long step: files on disk are complete, or not under their names."""
+    """End the process, which hangs in a collective or a long step. Incomplete files never have their final names."""
     os.write(2, f"\nstopped by {_noticed[0]}: --resume goes on with what is complete\n".encode())
     os._exit(AGAIN)

@@ -83,7 +83,7 @@ class CheckpointView:
 
     @property
     def architecture(self) -> str:
-        """Its first name, '' for none."""
+        """The first of config.json's `architectures`, '' for none."""
         found = self.config.get("architectures")
         return str(found[0]) if isinstance(found, list) and found else ""
 
@@ -115,7 +115,7 @@ class CheckpointView:
         return next((found for key in keys if (found := self.number(key))), 0)
 
     def number(self, key: str) -> int:
-        """A whole number of the decoder's config, 0 where there is none."""
+        """A whole number of the decoder's config, 0 if it has none of this key."""
         found = self.text.get(key)
         return found if isinstance(found, int) else 0
 
@@ -127,18 +127,18 @@ class CheckpointView:
 
     @cached_property
     def nested(self) -> dict | None:
-        """What hf_quant_config.json says."""
+        """`quantization` of hf_quant_config.json."""
         found = (self.quant or {}).get("quantization")
         return found if isinstance(found, dict) else None
 
     @cached_property
     def whole(self) -> View:
-        """All files."""
+        """What an engine finds that opens all files."""
         return self._view(self.files)
 
     @cached_property
     def indexed(self) -> View:
-        """The files that the index names, or all."""
+        """What an engine finds that opens the files of the index; all files if there is none."""
         named = set((self.index or {}).values())
         return self.whole if self.index is None or named >= set(self.files) else self._view(named & set(self.files))
 

@@ -58,7 +58,7 @@ def vllm_exactly(names: Names, parent: str, parts: tuple[str, ...], joined: str)
 
 
 def vllm_modelopt(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """vLLM in ModelOpt's dialect: as exactly, or a listed name is a part of the module's, or a glob that matches it."""
+    """vLLM in ModelOpt's dialect: as `vllm_exactly`, or a listed name is a part of the module's, or a glob that matches it."""
     names, prefix = names.expanded, full(parent, joined)
     if vllm_exactly(names, parent, parts, joined):
         return True

@@ -42,7 +42,7 @@ def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> b
 
 
 def algorithm_in(reading: Reading, group: Group) -> str | None:
-    """The algorithm of a group that is not left out; `Partly` where a mixed model has several for what is joined."""
+    """The algorithm of a group that is not left out; `Partly` if a mixed model has several for its members."""
     if reading.algorithm:
         return reading.algorithm
     found = {reading.layers[name] for name in group.members if name in reading.layers}
@@ -64,7 +64,7 @@ def in_blocks(section: dict, names: tuple[str, ...], findings: Findings) -> Read
 
 
 def listed(section: dict, *keys: str) -> tuple[str, ...]:
-    """The strings that the first of these keys lists."""
+    """The strings in the list at the first of these keys that has one."""
     for key in keys:
         found = section.get(key)
         if isinstance(found, list):
@@ -89,6 +89,6 @@ def layers_of(section: dict) -> dict[str, str]:
 
 
 def size_in(section: dict, default: int) -> int:
-    """The group size that a config says."""
+    """The group size in a config, else `default`."""
     found = section.get("group_size")
     return found if isinstance(found, int) and found > 0 else default

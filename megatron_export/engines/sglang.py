@@ -88,7 +88,7 @@ FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
 def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
-    """All that SGLang would find."""
+    """What SGLang finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
     reading = read(checkpoint, findings)

@@ -76,7 +76,7 @@ _MACHINES = {  # algorithm -> on what, and the compute capabilities
 
 
 def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
-    """All that TensorRT-LLM would find."""
+    """What release `version` of TensorRT-LLM finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.whole
     findings = check_tensors(RULES, checkpoint, view)
     reading = read(checkpoint, version, findings)

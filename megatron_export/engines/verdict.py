@@ -45,7 +45,7 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """All of it in one line."""
+        """Names, reason and way out in one line."""
         more = f" and {len(self.names) - 1:,} more" if len(self.names) > 1 else ""
         of = f"{self.names[0]}{more}: " if self.names else ""
         return f"{of}{self.why}{f' ({self.way})' if self.way else ''}"
@@ -61,18 +61,18 @@ class Verdict:
 
     @property
     def effect(self) -> Effect:
-        """The worst that was found."""
+        """The worst effect among the findings."""
         found = {finding.effect for finding in self.findings}
         return next((effect for effect in Effect if effect in found), Effect.MINDS)
 
     @property
     def loads(self) -> bool | None:
-        """Whether it loads; None where nobody knows."""
+        """Whether it loads; None if that is not known."""
         return {Effect.REFUSES: False, Effect.UNKNOWN: None}.get(self.effect, True)
 
     @property
     def why(self) -> str:
-        """The findings that decide; of one that loads, all there is to know."""
+        """The findings that decide; if it loads, all findings."""
         decisive = [finding for finding in self.findings if self.loads or finding.effect is self.effect]
         return "; ".join(finding.text for finding in decisive)
 
@@ -105,5 +105,5 @@ class Findings:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
+    """A key that sorts layer 2 before layer 10."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]

@@ -136,7 +136,7 @@ def homes_of(config: dict) -> Homes:
 
 
 def on_disk(key: str, homes: Homes) -> list[str]:
-    """The names on disk of a statistic in memory."""
+    """The names on disk of a statistic, from its name in memory."""
     module, kind = _KEY.fullmatch(key).groups()
     parts = homes[module]
     if kind[:2] in ("k_", "v_"):

@@ -186,7 +186,7 @@ class Item:
 
     @cached_property
     def pieces(self) -> tuple[Output, ...]:
-        """What its parts are encoded to, whole."""
+        """The encoded tensors of the whole parts."""
         return self._encoded(self.parts)
 
     @cached_property
