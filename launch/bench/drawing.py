@@ -1,6 +1,6 @@
 """A plot as SVG, by hand: seconds and memory of exports against the size of the model, a line for each kind of run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
 
 from .measuring import Row
@@ -16,38 +16,26 @@ def drawn(rows: Iterable[Row]) -> str:
     """Two panels: seconds; GPU memory above the model, or host memory where there is no GPU."""
     rows = list(rows)
     on_gpu = all(row.device != "cpu" for row in rows)
-    panels = [
-        ("seconds", lambda row: row.seconds),
-        ("GB of GPU above the model", lambda row: row.gpu / GB)
-        if on_gpu
-        else ("GB of host", lambda row: row.host / GB),
-    ]
-    lines = dict.fromkeys(_label(row) for row in rows)
-    height = HEIGHT + 16 * len(lines) + 8
+    memory = ("GB of GPU above the model", lambda row: row.gpu / GB)
+    panels = [("seconds", lambda row: row.seconds), memory if on_gpu else ("GB of host", lambda row: row.host / GB)]
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        label = f"{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
+        runs.setdefault(label, []).append(row)
+    height = HEIGHT + 16 * len(runs) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {height}" font-family="sans-serif" '
         'font-size="11">',
         f'<rect width="{2 * WIDTH}" height="{height}" fill="white"/>',
     ]
     for number, (title, value) in enumerate(panels):
-        parts += _panel(number * WIDTH, title, _lines(rows, value))
-    for number, label in enumerate(lines):
+        lines = {label: sorted((row.model_bytes / GB, value(row)) for row in some) for label, some in runs.items()}
+        parts += _panel(number * WIDTH, title, lines)
+    for number, label in enumerate(runs):
         y = HEIGHT + 16 * number
         parts.append(f'<rect x="{MARGIN}" y="{y}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
         parts.append(f'<text x="{MARGIN + 16}" y="{y + 9}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>", ""])
-
-
-def _label(row: Row) -> str:
-    return f"{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
-
-
-def _lines(rows: list[Row], value: Callable[[Row], float]) -> dict[str, Line]:
-    """Label -> points by size."""
-    found: dict[str, Line] = {}
-    for row in rows:
-        found.setdefault(_label(row), []).append((row.model_bytes / GB, value(row)))
-    return {label: sorted(line) for label, line in found.items()}
 
 
 def _panel(left: int, title: str, lines: dict[str, Line]) -> list[str]:

@@ -19,7 +19,6 @@ from ..export.memory_forecast import Forecast, forecast
 from ..models import copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
-from ..planning.parameter import Item
 from ..planning.plan import Plan, assumed, make_plan, no_garbage_collection
 from ..planning.rank_placement import Grid, grid_of
 from ..planning.tensor_spec import Output
@@ -216,21 +215,18 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     if not plan.form.quantization:
         return {}
     user, modelopt, engines = [], [], []
-    for item in plan.items:
-        alone = is_linear_weight(item.source.canonical) and item.form is None
-        for name in modules(item.source) if alone else ():
+    latent = bool(shape_of(plan.config).kv_lora)
+    alone = [item for item in plan.items if is_linear_weight(item.source.canonical) and item.form is None]
+    for item in alone:
+        canonical = item.source.canonical
+        unread = makes_keys(canonical) or (latent and ".self_attention." in canonical)  # some plans leave these alone
+        for name in modules(item.source):
             excluded = any(fnmatchcase(name, glob) for glob in exclude)
-            (user if excluded else engines if _unread(plan, item) else modelopt).append(name)
+            (user if excluded else engines if unread else modelopt).append(name)
     known = {*engines, *user, *modelopt} | {name.partition(".experts.")[0] + ".experts" for name in user + modelopt}
     found = {"by --exclude": user, "by ModelOpt": modelopt, "not loaded by every engine": engines}
     never = tuple(name for name in plan.excluded if name not in known)
     return {why: tuple(names) for why, names in found.items() if names} | {"never quantized": never}
-
-
-def _unread(plan: Plan, item: Item) -> bool:
-    """Whether a linear is of a kind that some plans leave alone by themselves: latent attention, keys that are rotated."""
-    name = item.source.canonical
-    return makes_keys(name) or (bool(shape_of(plan.config).kv_lora) and ".self_attention." in name)
 
 
 def _patterns(names: Iterable[str]) -> dict[str, int]:

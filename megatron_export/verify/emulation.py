@@ -65,6 +65,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
 
     files = files_of(folder)
     linears, cache = _algorithms(folder)
+    scales = tuple(suffix for suffix in linears.stored if suffix != "weight") if linears else ()
     architecture = known(_table(folder, CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -76,9 +77,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     tensors = Respelled(files, architecture, device)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
-        take_apart(model, tensors, _scales(linears) if linears else ())
+        take_apart(model, tensors, scales)
     model.set_attn_implementation(_attention_of(model))
-    missing = _take_linears(model, tensors, linears) if linears else []
+    missing = _take_linears(model, tensors, linears, scales) if linears else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
     wanted = model.state_dict()
     try:
@@ -119,15 +120,11 @@ def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:
     return found[0], found[1]
 
 
-def _scales(form: Form) -> tuple[str, ...]:
-    return tuple(suffix for suffix in form.stored if suffix != "weight")
-
-
-def _take_linears(model: nn.Module, tensors: Respelled, form: Form) -> list[str]:
+def _take_linears(model: nn.Module, tensors: Respelled, form: Form, scales: tuple[str, ...]) -> list[str]:
     """Move the tensors of quantized linears out of `tensors` into emulated ones; returns the names of missing ones."""
     missing, suffixes = [], tuple(form.stored)
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, _scales(form)):
+        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, scales):
             continue
         missing += [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" not in tensors]
         wanted = [suffix for suffix in (*suffixes, PRE_QUANT_SCALE) if f"{name}.{suffix}" in tensors]

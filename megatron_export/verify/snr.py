@@ -117,7 +117,10 @@ def tolerance(sides: Sides, item: Item, part: str) -> float:
 
 def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], start: int, tolerance: float) -> None:
     mine, target, again = three
-    high, wide = _block(item, mine.shape[1])
+    high, wide = 1, mine.shape[1]  # of a block: what shares a scale, or a row
+    if item.form:
+        scale = item.form.stored[item.form.scale]
+        high, wide = scale.rows or high, scale.columns or wide
     noise, rest, signal = (
         _sums(values, high, wide) for values in ((mine - target).square(), (again - target).square(), target.square())
     )
@@ -141,14 +144,6 @@ def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], star
     if (low := decibels(worst, 1.0)) < found.worst:
         row, column = divmod(int(quotient.flatten().argmin()), quotient.shape[1])
         found.worst, found.at = low, (start + row * high, column * wide)
-
-
-def _block(item: Item, columns: int) -> tuple[int, int]:
-    """Rows and columns of the blocks that are looked at: those that share a scale, or rows."""
-    if item.form is None:
-        return 1, columns
-    scale = item.form.stored[item.form.scale]
-    return scale.rows or 1, scale.columns or columns
 
 
 def _sums(values: Tensor, high: int, wide: int) -> Tensor:

@@ -23,11 +23,8 @@ def supposed(
         if all("_num_bits" in attributes for attributes in parts.values()):
             continue
         cached = any("_bmm_" in name for name in parts)
-        fits, flag, asked = (
-            ([name for name, settings in CACHES.items() if settings], "kv-cache", kv_cache)
-            if cached
-            else (_fitting(parts), "format", format)
-        )
+        fits = [name for name, settings in CACHES.items() if settings] if cached else _fitting(parts)
+        flag, asked = ("kv-cache", kv_cache) if cached else ("format", format)
         kind = asked or (fits[0] if len(fits) == 1 else None)
         if kind not in fits:
             problems.append((f"they fit {' and '.join(fits)}: say --{flag}" if fits else "they fit no format", module))
