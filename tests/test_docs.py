@@ -123,6 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, pool: list) -> Iterator[Path
     return folder
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("text", [text for text, one in RUN.items() if one not in EXPORTS])
 def test_commands_that_a_cpu_can_run_do_run(
     text: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -29,6 +29,8 @@ from megatron_export.models.statistic_names import channels
 from ..support.models import GOLDEN, assert_same, same
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 HEADS = QKV(queries_per_group=2, head_dim=16)  # 4 groups: one for each of 4 ranks
 GATE_UP = Split(("gate", "up"))
 QKV_NAME, PROJ, FC1, FC2 = (

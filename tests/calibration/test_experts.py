@@ -21,6 +21,8 @@ from ..mcore.test_live_model import differences, traces
 from ..support.models import LENGTH, SAMPLES, assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 TOPOLOGIES: dict[str, tuple[int, dict]] = {
     "dp2": (2, {}),
     "pp2": (2, {"pp": 2}),

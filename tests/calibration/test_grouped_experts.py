@@ -14,6 +14,8 @@ from megatron_export.mcore.model import experts_of
 from ..support.models import assert_same
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 
 class GroupedLinear(nn.Module):
     """The linears of several experts: weights `weight0`, `weight1`, ..., called with (tokens, tokens of each)."""

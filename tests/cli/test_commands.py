@@ -19,6 +19,8 @@ from megatron_export.common.errors import ExportError
 from ..support.exported import exported
 from ..support.models import EXAMPLE, GOLDEN, read_json, tensors
 
+pytestmark = pytest.mark.whole
+
 REFERENCE = GOLDEN / "models" / "llama-bf16"
 
 

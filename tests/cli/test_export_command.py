@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from ..support.models import EXAMPLE, SAMPLES, assert_same, read_json, tensors
 from ..support.ranks import Ranks, command
+
+pytestmark = pytest.mark.whole
 
 SHORT = ("--device", "cpu", "--calib-samples", 2, "--calib-seq-len", 32)
 

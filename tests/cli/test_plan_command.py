@@ -31,6 +31,8 @@ from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, free_port
 from ..support.saving import saved_model
 
+pytestmark = pytest.mark.whole
+
 MTP = {"num_nextn_predict_layers": 1}
 PLACES = [  # model, changes of its config, ranks, sizes
     ("llama31", {}, 4, {"tp": 2, "pp": 2}),

@@ -14,6 +14,8 @@ import pytest
 from ..support.faults import export_with
 from ..support.models import LENGTH, contents
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[2]
 
 

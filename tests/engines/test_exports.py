@@ -14,6 +14,8 @@ from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, living
 from . import product
 
+pytestmark = pytest.mark.whole
+
 FORMS = ("bf16", "fp8_kv", "fp8_pb", "nvfp4_awq", "int4_awq")
 
 

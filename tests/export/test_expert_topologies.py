@@ -19,6 +19,8 @@ from megatron_export.mcore.parallel_state import current, started
 from ..support.models import LENGTH, assert_same, contents, make_model, read_json, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 # ranks, then the arguments of `started`, and Megatron's spelling of what the stages hold
 TOPOLOGIES: dict[str, tuple[int, dict, str | None]] = {
     "tp2": (2, {"tp": 2}, None),

@@ -22,6 +22,8 @@ from ..support.ranks import Ranks
 from ..support.refusals import DOWN, assert_says, fp8, occupy, refused
 from .test_topologies import export
 
+pytestmark = pytest.mark.whole
+
 # What can go wrong in the middle: each is open in every rank while the command runs.
 
 

@@ -15,6 +15,8 @@ import pytest
 from ..support.faults import AT_WRITER, POINTS, Fault, export_with, flags_of
 from ..support.models import contents
 
+pytestmark = pytest.mark.whole
+
 EVERYWHERE = [point for point in POINTS if point not in AT_WRITER]
 AT_A_TENSOR = ("last bucket", "send")  # where others have been said before
 BOTH = (0, 1)

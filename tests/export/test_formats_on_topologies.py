@@ -20,6 +20,8 @@ from ..support.models import LENGTH, assert_same, contents, make_model, read_jso
 from ..support.ranks import Ranks
 from .test_topologies import TOPOLOGIES, WORLD, export
 
+pytestmark = pytest.mark.whole
+
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
 VARIANTS = {
     "fp8_pb": ("--kv-cache", "nvfp4"),

@@ -19,6 +19,8 @@ from ..support.models import GOLDEN, assert_same, read_json, same, tensors
 from ..support.ranks import Ranks
 from .test_golden_models import modelopt_statistics, run
 
+pytestmark = pytest.mark.whole
+
 MODELS = GOLDEN / "models"
 SOURCES = {name: MODELS / f"{name}-bf16" for name in ("qwen3moe", "deepseekv3")}
 FLAGS = {"qwen3moe": (), "deepseekv3": ("--quantize-mla",)}

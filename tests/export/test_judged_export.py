@@ -10,6 +10,8 @@ import pytest
 from ..support.models import SAMPLES, read_json, tensors
 from ..support.ranks import Ranks, command
 
+pytestmark = pytest.mark.whole
+
 
 def flags(source: Path, output: Path, *others: object) -> tuple:
     ids = source.parent / "ids" / "calibration.safetensors"

@@ -23,6 +23,8 @@ from megatron_export.planning import shard_files
 from ..support.models import EXAMPLE, read_json
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 BUCKET = 4 << 20
 M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG = read_json(EXAMPLE / "config.json") | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}

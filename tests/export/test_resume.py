@@ -13,6 +13,8 @@ from megatron_export.writing.journal import journal_of, kept
 from ..support.faults import Fault, export_with
 from ..support.models import LENGTH, contents, read_json
 
+pytestmark = pytest.mark.whole
+
 HALF = Fault("raise", "last bucket", (1,))
 
 

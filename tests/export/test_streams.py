@@ -27,6 +27,8 @@ from ..mcore.test_live_model import loaded
 from ..support.models import assert_same, contents, read_json, same, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 SETTINGS = {"format": "fp8_pb", "exclude": ("lm_head",)}
 
 

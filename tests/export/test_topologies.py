@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from ..support.models import DENSE, LENGTH, SAMPLES, assert_same, contents, read_json, tensors
 from ..support.ranks import Ranks, command
 
+pytestmark = pytest.mark.whole
+
 TOPOLOGIES = {
     "tp2": ("--tp", 2),
     "pp2": ("--pp", 2),

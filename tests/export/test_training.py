@@ -19,6 +19,8 @@ from ..mcore.test_live_model import batches, loaded
 from ..support.models import EXAMPLE, LENGTH, contents, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 STEPS, EXPORTED_AFTER, MICRO_BATCHES = 20, 10, 2
 HOW: dict[str, Callable] = {
     "waited for": export_hf_checkpoint,

@@ -17,6 +17,8 @@ from ..support.faults import Fault, export_with, flags_of
 from ..support.models import assert_same, contents, read_json, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 CASES = [  # model, format, ranks, sizes, nodes
     ("llama31", "fp8_pb", 4, {"tp": 2, "pp": 2}, (0, 0, 1, 1)),
     ("llama31", "bf16", 4, {"tp": 4}, (0, 0, 1, 1)),

@@ -15,6 +15,8 @@ from ..support.models import LENGTH, SAMPLES, contents, make_model, read_json, s
 from ..support.pages import block, follow, read, using, without
 from ..support.ranks import Ranks, living
 
+pytestmark = pytest.mark.whole
+
 PAGE = read("add-a-format.md")
 FILE, LINE, GOLDEN, QUANTIZERS = "1. The file", "2. The line", "3. The golden", "4. ModelOpt's quantizers"
 LINEAR = "model.layers.0.mlp.down_proj"  # of 96 inputs, which two ranks cut within a block

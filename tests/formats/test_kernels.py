@@ -5,10 +5,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_export.common.piece import Amax
 from megatron_export.formats import FORMATS, chosen, cuda_kernels
+
+pytestmark = pytest.mark.whole
 
 
 def test_every_format_that_quantizes_has_a_kernel() -> None:

@@ -15,6 +15,8 @@ from torch.nn.functional import kl_div, nll_loss
 
 from ..support.models import EXAMPLE, read_json, tensors
 
+pytestmark = pytest.mark.whole
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
 QUICK = ("--device", "cpu", "--windows", "2")
 

@@ -20,6 +20,8 @@ from ..support.models import EXAMPLE, contents, read_json
 from ..support.plans import plan_for
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = ("--shape", "tiny", "--device", "cpu", "--repeat", "1")
 

@@ -15,6 +15,8 @@ from megatron_export.verify.perplexity import score
 from ..support.checkpoints import golden, written
 from ..support.models import EXAMPLE
 
+pytestmark = pytest.mark.whole
+
 TEXT = EXAMPLE / "heldout.txt"
 ANSWER = {
     "version": "1",

@@ -11,6 +11,8 @@ from ..support.models import contents
 from ..support.ranks import Ranks, command, living
 from .cluster import ROOT, Cluster, Job, until
 
+pytestmark = pytest.mark.whole
+
 SCRIPT = ROOT / "launch" / "slurm.sh"
 FLAGS = ("--device", "cpu", "--tp", 2, "--calib-samples", 2, "--calib-seq-len", 32, "--max-shard-size", "1MB")
 END = """

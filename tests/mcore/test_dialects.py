@@ -27,6 +27,8 @@ from megatron_export.mcore.parallel_state import current, started
 from ..support.models import LENGTH, assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks, living
 
+pytestmark = pytest.mark.whole
+
 FORMATS: dict[str, dict] = {
     "bf16": {},
     "fp8": {"quantize_mla": True},

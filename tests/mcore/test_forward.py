@@ -12,6 +12,8 @@ from megatron_export.mcore.cpu_compat import without_cuda
 from ..support.models import ARCHITECTURES, auto_model, make_model
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 
 def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
     """This rank's columns of the logits [batch, tokens, vocabulary / tp]."""

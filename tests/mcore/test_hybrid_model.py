@@ -26,6 +26,8 @@ from ..support.models import LENGTH, assert_same, read_json, tensors
 from ..support.ranks import Ranks
 from .test_live_model import batches, loaded
 
+pytestmark = pytest.mark.whole
+
 try:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.models.hybrid.hybrid_model import HybridModel

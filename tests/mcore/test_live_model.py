@@ -29,6 +29,8 @@ from megatron_export.mcore.model import linear_input, shards_of
 from ..support.models import EXAMPLE, LENGTH, assert_same, read_json, same, tensors
 from ..support.ranks import Ranks
 
+pytestmark = pytest.mark.whole
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "export_from_training.py"
 
 

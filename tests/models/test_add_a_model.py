@@ -26,6 +26,8 @@ from ..support.pages import block, blocks, read, without
 from ..support.plans import plan_for
 from ..support.ranks import Ranks, command
 
+pytestmark = pytest.mark.whole
+
 PAGE = read("add-a-model.md")
 TOY = "ToyForCausalLM"
 FORMATS = {"bf16": (), "fp8": ("--kv-cache", "fp8"), "nvfp4_awq": ()}

@@ -17,6 +17,8 @@ from megatron_export.mcore.parallel_state import current, started
 from ..support.models import LENGTH, assert_same, contents, read_json, same, tensors
 from ..support.ranks import Ranks, command, living
 
+pytestmark = pytest.mark.whole
+
 FORMS = ("bf16", "fp8", "nvfp4")
 TOPOLOGIES = {  # on two ranks
     "tp2": {"tp": 2, "etp": 1},

@@ -24,6 +24,8 @@ from ..support.models import LENGTH, assert_same, make_model, read_json, same, t
 from ..support.plans import plan_for
 from ..support.ranks import Ranks, command, living
 
+pytestmark = pytest.mark.whole
+
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
 PLAIN = PREFIX.removeprefix("language_model.")
 ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")

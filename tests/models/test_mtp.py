@@ -9,6 +9,8 @@ from ..support.models import add_mtp, assert_same, make_model, read_json, same, 
 from ..support.ranks import Ranks
 from ..support.refusals import assert_says, refused
 
+pytestmark = pytest.mark.whole
+
 LAYER = "model.layers.4."
 TOPOLOGIES = {"tp2": ("--tp", 2), "pp2": ("--pp", 2), "ep2": ("--ep", 2), "pp2vpp2": ("--pp", 2, "--vpp", 2)}
 

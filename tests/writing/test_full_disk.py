@@ -17,6 +17,8 @@ import pytest
 from ..support.faults import Fault, export_with
 from ..support.models import LENGTH, contents
 
+pytestmark = pytest.mark.whole
+
 ALONE = "unshare", "--user", "--map-root-user", "--mount"
 MIB = 1 << 20
 
