@@ -18,6 +18,8 @@ from ..support.models import EXAMPLE, LENGTH, read_json, tensors
 from ..support.ranks import Ranks
 from ..support.refusals import assert_says, fp8, refused, rewritten
 
+pytestmark = pytest.mark.whole
+
 ASKED = ("--calib-samples", 4, "--calib-seq-len", LENGTH)  # 96 tokens
 
 

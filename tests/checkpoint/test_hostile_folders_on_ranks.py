@@ -17,6 +17,8 @@ from ..support.ranks import Ranks, command
 from ..support.refusals import assert_says, configured, fp8, refused
 from .test_hostile_folders import cached, twice, with_own_tokenizer
 
+pytestmark = pytest.mark.whole
+
 
 def only_a_pickle(source: Path) -> None:
     (source / SHARD).unlink()

@@ -16,6 +16,8 @@ from ..support.models import add_mtp, assert_same, make_model, tensors
 from ..support.ranks import Ranks, command, living
 from ..support.saving import built, save, saved_model
 
+pytestmark = pytest.mark.whole
+
 FORMS = ("bf16", "fp8_pb", "nvfp4_awq")
 # How it was saved: model, ranks, sizes, what else; and the sizes that it is read at.
 SAVED: dict[str, tuple[str, int, dict, dict]] = {

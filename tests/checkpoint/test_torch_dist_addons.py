@@ -21,6 +21,8 @@ from ..support.ranks import Ranks, command, living
 from ..support.saving import built, renamed, save
 from .test_torch_dist import flags_of, without_weights
 
+pytestmark = pytest.mark.whole
+
 FORMS = ("bf16", "fp8_pb", "fp8")
 SAVED: dict[str, tuple[str, str, dict]] = {
     "bridge": ("llama31", "bridge", {"tp": 2}),

@@ -18,6 +18,8 @@ from ..support.models import add_mtp, assert_same, make_model, read_json
 from ..support.ranks import Ranks, living
 from ..support.saving import renamed, saved_model
 
+pytestmark = pytest.mark.whole
+
 NAMES = ("qwen3", "mixtral", "deepseek_v3")
 
 

@@ -17,6 +17,8 @@ from ..support.models import EXAMPLE
 from ..support.ranks import Ranks
 from ..support.saving import save
 
+pytestmark = pytest.mark.whole
+
 
 def save_random(folder: Path, layers: int) -> None:
     """In a rank: a model of so many layers, 3.5 million numbers each."""

@@ -17,6 +17,8 @@ from ..support.ranks import Ranks
 from ..support.refusals import DOWN, assert_says, configured, fp8, refused, rewritten
 from .test_topologies import export
 
+pytestmark = pytest.mark.whole
+
 # What can be wrong with a source: what to do to it, and what must be said.
 
 

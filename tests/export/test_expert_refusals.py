@@ -15,6 +15,8 @@ from ..support.ranks import Ranks
 from ..support.refusals import assert_says, refused
 from .test_topologies import calibration_flags, export
 
+pytestmark = pytest.mark.whole
+
 
 def ids(count: int) -> torch.Tensor:
     return torch.randint(0, 500, (count, 24), generator=torch.Generator().manual_seed(3))

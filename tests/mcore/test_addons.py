@@ -22,6 +22,8 @@ from ..support.models import LENGTH, assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
 from .test_live_model import batches, differences, loaded, traces
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from megatron_export.mcore.cpu_compat import without_cuda
 from ..support.models import EXAMPLE
 from ..support.ranks import Ranks, command
 
+pytestmark = pytest.mark.whole
+
 CONTRADICTIONS: dict[str, tuple[Any, str]] = {
     "rotary_interleaved": (True, "False"),
     "layernorm_zero_centered_gamma": (True, "False"),

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 
-from megatron_export.calibration import calibrate  # noqa: F401 - imported before the ranks are forked
 from megatron_export.cli import export_command, flags
-from megatron_export.cli.run import run_export as _run  # noqa: F401 - as above
 
+# A rank is a fork of a process that has imported this file, and so what an export imports on its way.
+for late in ("cli.run", "cli.plan_command", "calibration.calibrate", "mcore.build"):
+    import_module(f"megatron_export.{late}")
+for late in ("rich.console", "rich.progress", "numpy.ctypeslib", "safetensors.torch"):
+    import_module(late)
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])  # a rank is a fork of a process that has imported everything
+CONTEXT.set_forkserver_preload([__name__])
 _tried = count(os.getpid() * 61)  # two runs on one machine do not try the same ones
 
 
