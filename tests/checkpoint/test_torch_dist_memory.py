@@ -3,6 +3,7 @@
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from megatron_export import export_hf_checkpoint
