@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_export.calibration import hooks
 from megatron_export.calibration.amax import Maxima
 from megatron_export.calibration.awq_clip import Clips
 from megatron_export.calibration.awq_search import Alphas
 from megatron_export.calibration.hooks import watching
-from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax, Axis
 from megatron_export.distributed.topology import Topology
 from megatron_export.formats import int4, nvfp4
@@ -26,8 +26,9 @@ from megatron_export.models import cut_of
 from megatron_export.models.layouts import QKV, Identity, Layout, Split
 from megatron_export.models.statistic_names import channels
 
+from ..support.live import refusal
 from ..support.models import GOLDEN, assert_same, same
-from ..support.ranks import Ranks
+from ..support.ranks import Ranks, living
 
 pytestmark = pytest.mark.whole
 
@@ -128,19 +129,14 @@ def searched(tp: int, pp: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]
         return everything_of(here, mine, lambda name: LINEARS[name][2])
 
 
+# Name -> ranks, tensor and pipeline parallel sizes.
+TOPOLOGIES = {"alone": (1, 1), "tp2": (2, 2), "tp4": (4, 4), "dp2": (2, 1), "tp2dp2": (4, 2), "pp2": (2, 1, 2)}
+
+
 @pytest.fixture(scope="module")
 def found(pool: list[Ranks]) -> dict[str, list]:
     """What every rank of a topology found."""
-    if not pool:
-        pool.append(Ranks(4))
-    return {
-        "alone": pool[0].call(1, searched, 1),
-        "tp2": pool[0].call(2, searched, 2),
-        "tp4": pool[0].call(4, searched, 4),
-        "dp2": pool[0].call(2, searched, 1),
-        "tp2dp2": pool[0].call(4, searched, 2),
-        "pp2": pool[0].call(2, searched, 1, 2),
-    }
+    return {name: living(pool).call(world, searched, *sizes) for name, (world, *sizes) in TOPOLOGIES.items()}
 
 
 def split_off(statistics: dict[str, Tensor], kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -149,10 +145,10 @@ def split_off(statistics: dict[str, Tensor], kind: str) -> tuple[dict[str, Tenso
     return those, {key: value for key, value in statistics.items() if kind not in key}
 
 
-@pytest.mark.parametrize("topology", ["tp2", "tp4", "dp2", "tp2dp2", "pp2"])
+@pytest.mark.parametrize("topology", list(TOPOLOGIES)[1:])
 def test_every_rank_is_told_the_same(topology: str, found: dict) -> None:
     (statistics, factors), *others = found[topology]
-    assert len(others) == {"tp4": 3, "tp2dp2": 3}.get(topology, 1)
+    assert len(others) == TOPOLOGIES[topology][0] - 1
     for theirs, their_factors in others:
         assert_same(theirs, statistics)
         if topology != "pp2":
@@ -220,11 +216,7 @@ def measured_with(value: float) -> str:
         if here.tp_rank == 1:
             inputs[0, 0, -1] = value
         maxima.linear(FC2, torch.zeros(0), inputs)
-        try:
-            maxima.agreed()
-        except ExportError as error:
-            return str(error)
-        return ""
+        return refusal(maxima.agreed)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -365,10 +357,8 @@ def test_the_ratio_of_a_weight_has_the_smallest_error_of_all(name: str, found: d
 def clipped_part_by_part() -> dict[str, Tensor]:
     """In a rank: the codes of q, k, v, gate and up by themselves, as linears of one part."""
     with ready(1) as here:
-        statistics, codes = (
-            everything_of(here, {n: mine_of(here, n) for n in (QKV_NAME, FC1)}, lambda name: BOTH)[0],
-            {},
-        )
+        statistics, _ = everything_of(here, {n: mine_of(here, n) for n in (QKV_NAME, FC1)}, lambda name: BOTH)
+        codes: dict[str, Tensor] = {}
         for name in (QKV_NAME, FC1):
             weight, inputs = linear_of(name)
             for part, rows in LINEARS[name][1].split(weight, 0, 1).items():
@@ -392,7 +382,7 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
     """In a rank: what a search finds when a column-parallel linear is called with its whole input, or with its rank's part
     of the sequence, as under sequence parallelism.
     """
-    with parallel_state.started(2, 1, "cpu"), parallel_state.current() as here:
+    with ready(2) as here:
         generator = torch.Generator().manual_seed(4)
         inputs = torch.randn(24, 2, 128, generator=generator).to(torch.bfloat16)
         weight = torch.randn(64, 128, generator=generator).to(torch.bfloat16)
@@ -401,19 +391,14 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
         module.weight = weight.chunk(2)[here.tp_rank]
         called = inputs.chunk(2)[here.tp_rank] if sequence_parallel else inputs
         name = "decoder.layers.0.mlp.linear_fc1"
-        with (
-            mock.patch("megatron_export.calibration.hooks.linears_of", lambda model: {name: module}),
-            mock.patch("megatron_export.calibration.hooks.attentions_of", lambda model: {}),
-            mock.patch("megatron_export.calibration.hooks.experts_of", lambda model: {}),
-            mock.patch("megatron_export.calibration.hooks.local_experts_of", lambda model: []),
-        ):
+        none = dict.fromkeys(("attentions_of", "experts_of"), lambda model: {}) | {"local_experts_of": lambda model: []}
+        with mock.patch.multiple(hooks, linears_of=lambda model: {name: module}, **none):
             maxima = Maxima(here, by_channel=True)
             with watching(here, module, maxima, 1, all_experts=False):
                 module(called)
             found, means = maxima.agreed()
-            alphas = Alphas(
-                here, means, lambda name: ("nvfp4", "int4_g64"), lambda values: values, {name: module.weight}
-            )
+            weights = {name: module.weight}
+            alphas = Alphas(here, means, lambda name: ("nvfp4", "int4_g64"), lambda values: values, weights)
             with watching(here, module, alphas, 1, all_experts=False):
                 module(called)
             return found | alphas.agreed()
@@ -429,15 +414,11 @@ def test_parts_of_a_sequence_are_put_together_before_they_are_looked_at(ranks: R
 
 def overflowing() -> str:
     """In a rank: what is said of a linear whose bfloat16 output is infinite, on the second rank alone."""
-    with parallel_state.started(1, 1, "cpu"), parallel_state.current() as here:
+    with ready(1) as here:
         weight = torch.full((16, 128), 1e30 if here.rank else 1.0).to(torch.bfloat16)
         alphas = Alphas(here, {FC1: torch.ones(128)}, lambda name: ("nvfp4",), lambda values: values, {FC1: weight})
         alphas.linear(FC1, weight, torch.full((4, 128), 1e10).to(torch.bfloat16))
-        try:
-            alphas.agreed()
-        except ExportError as error:
-            return str(error)
-    return ""
+        return refusal(alphas.agreed)
 
 
 def test_outputs_that_overflow_are_told_on_every_rank_and_no_alpha_is_taken(ranks: Ranks) -> None:

@@ -89,7 +89,8 @@ def ids(*shape: int, value: int = 1) -> dict[str, torch.Tensor]:
 
 
 # Tensors in the file -> what must be said.
-IDS: dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]] = {
+IDS: dict[str, tuple[dict[str, torch.Tensor] | None, tuple[str, ...]]] = {
+    "broken": (None, ("ids.safetensors: not a readable safetensors file", "Write or fetch it again")),
     "beyond": (ids(4, 9, value=500), ("token ids 500 to 500", "vocabulary of 500", "Tokenize it")),  # padded to 512
     "negative": (ids(4, 9, value=-1), ("token ids -1 to -1", "vocabulary of 500", "Tokenize it")),
     "few": (ids(3, 9), ("3 samples, fewer than --calib-samples 4", "Ask for fewer")),
@@ -102,22 +103,16 @@ IDS: dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", IDS)
 def test_bad_token_ids_are_refused(case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
-    content, words = IDS[case]
-    save_file(content, tmp_path / "ids.safetensors")
-    said = refused(ranks, tmp_path, *fp8(source, output), "--calib-data", tmp_path / "ids.safetensors", *ASKED)
-    assert_says(said, tmp_path / "ids.safetensors", *words)
+    (content, words), file = IDS[case], tmp_path / "ids.safetensors"
+    save_file(content, file) if content else file.write_text("not safetensors")
+    said = refused(ranks, tmp_path, *fp8(source, output), "--calib-data", file, *ASKED)
+    assert_says(said, file, *words)
 
 
 def test_the_last_token_of_the_vocabulary_calibrates(source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
     save_file(ids(4, 9, value=499), tmp_path / "ids.safetensors")
     export(ranks, 2, *fp8(source, output), "--calib-data", tmp_path / "ids.safetensors", *ASKED)
     assert len(tensors(output)) > 28
-
-
-def test_token_ids_in_a_broken_file_are_refused(source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
-    (tmp_path / "ids.safetensors").write_text("not safetensors")
-    said = refused(ranks, tmp_path, *fp8(source, output), "--calib-data", tmp_path / "ids.safetensors", *ASKED)
-    assert_says(said, f"{tmp_path / 'ids.safetensors'}: not a readable safetensors file", "Write or fetch it again")
 
 
 def test_fewer_samples_than_replicas_are_refused(source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -195,8 +190,5 @@ def test_a_place_where_statistics_cannot_be_kept_is_refused(
     if "out" in file:
         output.mkdir()
     said = refused(ranks, tmp_path, *fp8(source, output), "--save-calibration", tmp_path / file)
-    assert_says(
-        said,
-        f"--save-calibration {tmp_path / file}",
-        "give a file elsewhere" if "out" in file else "in a folder that exists",
-    )
+    way_out = "give a file elsewhere" if "out" in file else "in a folder that exists"
+    assert_says(said, f"--save-calibration {tmp_path / file}", way_out)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_export import calibrate
-from megatron_export.checkpoint import hf_folder
-from megatron_export.mcore import build, load_hf, parallel_state
 from megatron_export.mcore.model import experts_of
 
+from ..support.live import loaded
 from ..support.models import assert_same
 from ..support.ranks import Ranks
 
@@ -48,11 +47,8 @@ class GroupedMLP(nn.Module):
 
 def both(source: Path, ep: int, all_experts: bool) -> list[dict[str, Tensor]]:
     """In a rank: the statistics of a model, and of the same one with its experts grouped."""
-    config, found = hf_folder.read_config(source), []
-    ids = torch.randint(0, 500, (4, 24), generator=torch.Generator().manual_seed(3))
-    with parallel_state.started(1, 1, "cpu", ep=ep), parallel_state.current() as here:
-        model = build.build_model(config, here, max_sequence_length=24)
-        load_hf.load_hf_weights(model, source, config, here)
+    found, ids = [], torch.randint(0, 500, (4, 24), generator=torch.Generator().manual_seed(3))
+    with loaded(source, ep=ep) as (model, here):
         for _ in range(2):
             batches = list(ids.split(2))[here.dp_rank :: here.dp_size]
             found.append(calibrate(model, batches, format=("nvfp4_awq", "fp8"), awq_clip=True, all_experts=all_experts))

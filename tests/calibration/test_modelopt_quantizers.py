@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from megatron_export import ExportError
-from megatron_export.calibration.modelopt.quantizers import (
-    Quantizers,
-    Recipe,
-    blocks_in,
-    kinds_of,
-    recipe_of,
-    scalars_in,
-    vectors_in,
-)
+from megatron_export.calibration.modelopt import quantizers as modelopt
+from megatron_export.calibration.modelopt.quantizers import Quantizers
 from megatron_export.calibration.modelopt.settings import CACHES, LINEARS
 from megatron_export.formats import FORMATS, KV_FORMATS, chosen
 
@@ -58,7 +51,7 @@ def chain(name: str) -> Quantizers:
 )
 def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, kv_cache: str) -> None:
     quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
-    assert recipe_of(kinds_of(quantizers)) == Recipe(format, kv_cache, 128, frozenset({QKV}))
+    assert modelopt.recipe_of(modelopt.kinds_of(quantizers)) == modelopt.Recipe(format, kv_cache, 128, frozenset({QKV}))
 
 
 def test_every_format_has_settings_of_its_own() -> None:
@@ -70,8 +63,8 @@ def test_every_format_has_settings_of_its_own() -> None:
 
 
 def test_without_quantizers_that_round_there_is_no_recipe() -> None:
-    assert recipe_of(kinds_of({})) is None
-    assert recipe_of(kinds_of(linear(QKV, OFF, OFF) | cache(OFF, OFF))) is None
+    assert modelopt.recipe_of(modelopt.kinds_of({})) is None
+    assert modelopt.recipe_of(modelopt.kinds_of(linear(QKV, OFF, OFF) | cache(OFF, OFF))) is None
 
 
 @pytest.mark.parametrize(
@@ -105,20 +98,20 @@ def test_without_quantizers_that_round_there_is_no_recipe() -> None:
 )  # fmt: skip
 def test_what_no_format_does_is_refused_by_name(quantizers: Quantizers, said: str) -> None:
     with pytest.raises(ExportError, match=said):
-        kinds_of(quantizers)
+        modelopt.kinds_of(quantizers)
 
 
 def test_several_formats_and_a_cache_alone_are_refused() -> None:
     with pytest.raises(ExportError, match=rf"differently.*fp8 \({QKV}, 1 in all\), nvfp4 \({FC1}, 1 in all\)"):
-        recipe_of(kinds_of(linear(QKV, FP8, FP8) | linear(FC1, NVFP4, NVFP4)))
+        modelopt.recipe_of(modelopt.kinds_of(linear(QKV, FP8, FP8) | linear(FC1, NVFP4, NVFP4)))
     with pytest.raises(ExportError, match=r"nothing of this model but its KV cache \(fp8\)"):
-        recipe_of(kinds_of(cache(FP8, FP8)))
+        modelopt.recipe_of(modelopt.kinds_of(cache(FP8, FP8)))
 
 
 def test_a_hundred_linears_that_are_refused_are_one_line() -> None:
     some = {k: v for n in range(100) for k, v in linear(f"decoder.layers.{n}.mlp.linear_fc1", FP8, OFF).items()}
     with pytest.raises(ExportError, match=r"^decoder.layers.0.mlp.linear_fc1 \(100 such\): [^\n]*$"):
-        kinds_of(some)
+        modelopt.kinds_of(some)
 
 
 def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
@@ -130,7 +123,7 @@ def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
     quantizers |= linear(f"{LAYER}.mlp.experts.1.linear_fc1", FP8 | amax(0.75), FP8 | amax(4))
     quantizers |= linear("output_layer", OFF | amax(9), OFF | amax(9))
     quantizers |= cache(FP8 | amax(7), FP8 | {"_use_constant_amax": True})
-    assert scalars_in(quantizers) == {
+    assert modelopt.scalars_in(quantizers) == {
         f"{QKV}.weight_amax": 0.5,
         f"{QKV}.input_amax": 3,
         f"{PROJ}.input_amax": 2,
@@ -141,8 +134,8 @@ def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
         f"{LAYER}.self_attention.v_amax": 448,
     }
     with pytest.raises(ExportError, match=rf"{QKV}.input_quantizer._amax is nan"):
-        scalars_in(linear(QKV, FP8, FP8 | amax(torch.nan)))
-    assert torch.equal(vectors_in(linear(QKV, INT4, OFF | VECTOR))[QKV], torch.ones(128))
-    blocks, shape = blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
+        modelopt.scalars_in(linear(QKV, FP8, FP8 | amax(torch.nan)))
+    assert torch.equal(modelopt.vectors_in(linear(QKV, INT4, OFF | VECTOR))[QKV], torch.ones(128))
+    blocks, shape = modelopt.blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
     assert (blocks.shape, shape) == ((2, 1, 3, 1), (128, 128))
-    assert blocks_in(linear(QKV, FP8 | amax(1), FP8)) == {}
+    assert modelopt.blocks_in(linear(QKV, FP8 | amax(1), FP8)) == {}

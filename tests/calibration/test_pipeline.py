@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from megatron_export import calibrate
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
 
+from ..support.live import blank
 from ..support.models import read_json
 from ..support.ranks import Ranks
 
@@ -20,10 +19,7 @@ def busy(config: dict) -> list[tuple[float, float]]:
     """In a rank: when its stage began and ended each micro-batch."""
     times: list[tuple[float, float]] = []
     begun: list[float] = []
-    with parallel_state.started(1, 2, "cpu"):
-        with parallel_state.current() as here:
-            torch.manual_seed(0)
-            model = build_model(config, here, max_sequence_length=8, initialize=True)
+    with blank(config, 8, pp=2) as (model, _):
 
         def ended(*called: object) -> None:
             time.sleep(WORK)

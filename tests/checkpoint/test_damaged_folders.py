@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,10 +26,9 @@ from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import INDEX
 from megatron_export.models import architecture_of, copied_prefixes, parameters_of, rope_of, settings_of, shape_of
 from megatron_export.models.sources import expected_shapes
-from megatron_export.planning.plan import assumed
 
 from ..support.models import ARCHITECTURES
-from ..support.plans import plan_for
+from ..support.plans import plan_of
 
 SMALL = {
     "vocab_size": 40,
@@ -85,7 +85,7 @@ def read(folder: Path) -> None:
     shape_of(config)
     sources = parameters_of(config).values()
     copied = copied_tensors(found, copied_prefixes(config))
-    plan_for(config, assumed(config, 1), format="fp8", copied=copied)
+    plan_of(config, format="fp8", copied=copied)
     with SourceWeights(found) as weights:
         weights.check(expected_shapes(sources), {name for source in sources for name in source.copies()})
         for source in list(sources)[:6]:
@@ -131,27 +131,11 @@ def structured(found: Any, chance: Random) -> Any:
     return made
 
 
-WORDS = (
-    *(
-        "text_config",
-        "quantization_config",
-        "layer_types",
-        "no_rope_layers",
-        "moe_layers",
-        "mlp_only_layers",
-        "head_dim",
-    ),
-    *(
-        "num_nextn_predict_layers",
-        "rope_scaling",
-        "rope_parameters",
-        "n_group",
-        "topk_group",
-        "kv_lora_rank",
-        "num_experts",
-    ),
-    *("tie_word_embeddings", "attention_bias", "__metadata__", "weight_map", "dtype", "shape", "data_offsets"),
-)
+WORDS = [
+    "text_config", "quantization_config", "layer_types", "no_rope_layers", "moe_layers", "mlp_only_layers", "head_dim",
+    "num_nextn_predict_layers", "rope_scaling", "rope_parameters", "n_group", "topk_group", "kv_lora_rank", "num_experts",
+    "tie_word_embeddings", "attention_bias", "__metadata__", "weight_map", "dtype", "shape", "data_offsets",
+]  # fmt: skip
 
 
 def bitten(text: bytes, chance: Random) -> bytes:
@@ -272,26 +256,9 @@ DAMAGES = {
 # What is watched.
 
 
-ACTING = (
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "os.truncate",
-    "os.chmod",
-    "shutil.*",
-)
-RUNNING = (
-    "pickle.find_class",
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "socket.connect",
-)
+ACTING = [f"os.{name}" for name in ("mkdir", "rename", "remove", "rmdir", "link", "symlink", "truncate", "chmod")]
+RUNNING = [f"os.{name}" for name in ("system", "exec", "fork", "posix_spawn")]
+RUNNING += ["pickle.find_class", "subprocess.Popen", "socket.connect"]
 _watched: list[list[str]] = []
 
 
@@ -303,20 +270,20 @@ def _hook(event: str, arguments: tuple) -> None:
         _watched[-1].append(f"{event} {arguments!r}")
 
 
+@cache
+def _install() -> None:
+    sys.addaudithook(_hook)
+
+
 @contextmanager
 def watched() -> Iterator[list[str]]:
     """What is written, run or unpickled meanwhile. Hooks cannot be taken away, so there is one, that sleeps in between."""
-    if _hook not in _installed:
-        sys.addaudithook(_hook)
-        _installed.append(_hook)
+    _install()
     _watched.append([])
     try:
         yield _watched[-1]
     finally:
         _watched.pop()
-
-
-_installed: list[Callable] = []
 
 
 def fresh_peak() -> int:
@@ -369,9 +336,12 @@ def fuzz(folder: Path, count: int, seed: int) -> tuple[dict[str, list[int]], flo
     return counts, slowest, peak() - before
 
 
-def run(folder: Path, count: int, seed: int, tell: Callable[[str], None]) -> None:
+@pytest.mark.parametrize(("count", "seed"), [(600, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)])
+def test_damaged_sources_are_read_or_refused_with_a_sentence(
+    count: int, seed: int, tmp_path: Path, tell: Callable[[str], None]
+) -> None:
     started = time.monotonic()
-    counts, slowest, grown = fuzz(folder, count, seed)
+    counts, slowest, grown = fuzz(tmp_path, count, seed)
     tried, refused = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     tell(
         f"fuzzed sources: {tried} inputs, {refused} refused ("
@@ -382,12 +352,3 @@ def run(folder: Path, count: int, seed: int, tell: Callable[[str], None]) -> Non
     assert all(0 < refused <= tried for tried, refused in counts.values())
     assert slowest < MOST_SECONDS
     assert grown < MOST_MEMORY
-
-
-def test_damaged_sources_are_read_or_refused_with_a_sentence(tmp_path: Path, tell: Callable[[str], None]) -> None:
-    run(tmp_path, 600, 1, tell)
-
-
-@pytest.mark.slow
-def test_ten_thousand_damaged_sources_are_read_or_refused(tmp_path: Path, tell: Callable[[str], None]) -> None:
-    run(tmp_path, 10_000, 2, tell)

@@ -7,7 +7,7 @@ import torch
 
 from ..export.test_topologies import export
 from ..support.models import assert_same, make_model, read_json, tensors
-from ..support.ranks import Ranks
+from ..support.ranks import Ranks, living
 
 TOPOLOGIES = {"one": (1,), "tp2": (2, "--tp", 2), "ep2": (2, "--ep", 2), "pp2": (2, "--pp", 2), "tp4": (4, "--tp", 4)}
 
@@ -15,11 +15,9 @@ TOPOLOGIES = {"one": (1,), "tp2": (2, "--tp", 2), "ep2": (2, "--ep", 2), "pp2": 
 @pytest.fixture(scope="module")
 def quantized(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sizes are not multiples of 128, written in blocks of FP8."""
-    if not pool:
-        pool.append(Ranks(4))
     folder = tmp_path_factory.mktemp("blocks")
     source = make_model(folder, "deepseek_v3", hidden_size=192, q_lora_rank=160, intermediate_size=320)
-    export(pool[0], 1, "--hf-model", source, "--format", "fp8_pb", "--output", folder / "fp8")
+    export(living(pool), 1, "--hf-model", source, "--format", "fp8_pb", "--output", folder / "fp8")
     assert read_json(folder / "fp8" / "config.json")["quantization_config"]["weight_block_size"] == [128, 128]
     return folder / "fp8"
 

@@ -1,20 +1,16 @@
 """Checkpoints that Megatron-Core saved, at one parallelism and exported at another: the bytes of the live model."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
-
-from megatron_export import calibrate, export_hf_checkpoint, save_calibration
 
 from ..export.test_topologies import calibration_flags, export
+from ..support.live import loaded
 from ..support.models import add_mtp, assert_same, make_model, tensors
-from ..support.ranks import Ranks, command, living
-from ..support.saving import built, save, saved_model
+from ..support.ranks import Ranks, living
+from ..support.refusals import assert_says, refused
+from ..support.saving import assert_keys, export_and_save, reading, saved_model, without_weights
 
 pytestmark = pytest.mark.whole
 
@@ -38,22 +34,8 @@ READ: dict[str, tuple[tuple, ...]] = {
 
 def save_and_export(source: Path, folder: Path, sizes: dict, alike: bool, how: dict) -> None:
     """In a rank: calibrate a model, export it in every form, and save it."""
-    with built(source, sizes) as (model, config):
-        ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
-        measured = calibrate(model, [ids[:4], ids[4:]], format="nvfp4_awq")
-        if torch.distributed.get_rank() == 0:
-            folder.mkdir(exist_ok=True)
-            save_calibration(measured, folder / "calibration.safetensors", config)
-        for form in FORMS:
-            export_hf_checkpoint(model, folder / form, hf_model=source, format=form, calibration=measured)
-        if alike:
-            model.config.moe_layer_freq = 1  # not a list: then layers share tensors
-        save(model, folder / "saved", config, **how)
-
-
-def without_weights(source: Path, folder: Path) -> Path:
-    """Config and tokenizer of a model, and nothing to take weights from."""
-    return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+    with loaded(source, **sizes) as (model, _):
+        export_and_save(model, source, folder, FORMS, alike, how=how)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +67,9 @@ KEYS = {
 
 def test_megatron_spells_keys_in_all_the_ways_that_are_read(saved: dict) -> None:
     """Also: what training needs beside the model is there where a case means it."""
-    for case, expected in KEYS.items():
-        found = FileSystemReader(saved[case] / "saved" / "iter_0000007").read_metadata().state_dict_metadata
-        assert {key: tuple(found[key].size) for key in expected} == expected
+    for case, found in assert_keys(KEYS, saved).items():
         moments = [key for key in found if key.startswith("optimizer.state.exp_avg.")]
         assert bool(moments) is SAVED[case][3].get("optimizer", False)
-
-
-def flags_of(folder: Path, form: str) -> tuple:
-    loaded = ("--load-calibration", folder / "calibration.safetensors") if form == "nvfp4_awq" else ()
-    return ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved", "--format", form, *loaded)
 
 
 @pytest.mark.parametrize(("case", "sizes"), [(case, sizes) for case, found in READ.items() for sizes in found], ids=str)
@@ -102,7 +77,7 @@ def test_a_checkpoint_exports_the_bytes_of_the_model_that_was_saved(
     case: str, sizes: tuple, saved: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
     for form in FORMS:
-        said = export(ranks, 2, *flags_of(saved[case], form), *sizes, "--output", tmp_path / form)
+        said = export(ranks, 2, *reading(saved[case], form), *sizes, "--output", tmp_path / form)
         assert_same(tensors(tmp_path / form), tensors(saved[case] / form))
         assert "load " not in said  # no model was built
     assert_same(tensors(tmp_path / "bf16"), tensors(saved[case].parent / SAVED[case][0]))
@@ -112,9 +87,8 @@ def test_a_checkpoint_exports_the_bytes_of_the_model_that_was_saved(
 def test_other_architectures_come_back_bit_for_bit(name: str, models: dict, ranks: Ranks, tmp_path: Path) -> None:
     sizes = {"tp": 2} if name == "qwen2" else {"ep": 2}
     ranks.call(2, saved_model, models[name], tmp_path / "saved", sizes)
-    hf = without_weights(models[name], tmp_path / "hf")
-    flags = ("--hf-model", hf, "--megatron-checkpoint", tmp_path / "saved", "--format", "bf16")
-    export(ranks, 2, *flags, "--pp", 2, "--output", tmp_path / "out")
+    without_weights(models[name], tmp_path / "hf")
+    export(ranks, 2, *reading(tmp_path, "bf16"), "--pp", 2, "--output", tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), tensors(models[name]))
 
 
@@ -127,13 +101,13 @@ def test_a_model_that_is_calibrated_is_filled_from_the_checkpoint(
     source = folder.parent / "llama32"
     common = ("--format", "fp8", *calibration_flags(source), *sizes)
     export(ranks, 2, "--hf-model", source, *common, "--output", tmp_path / "hf")
-    said = export(ranks, 2, *flags_of(folder, "fp8"), *common, "--output", tmp_path / "out")
+    said = export(ranks, 2, *reading(folder), *common, "--output", tmp_path / "out")
     assert "load " in said
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "hf"))
 
 
 def test_a_dry_run_reads_no_tensors_and_tells_what_is_then_written(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
-    flags = (*flags_of(saved["mla"], "fp8_pb"), "--tp", 2)
+    flags = (*reading(saved["mla"], "fp8_pb"), "--tp", 2)
     dry = export(ranks, 2, *flags, "--dry-run").splitlines()
     real = export(ranks, 2, *flags, "--output", tmp_path / "out").splitlines()
     assert {"format", "written"} <= {line.split("  ")[0] for line in real if line in dry}
@@ -142,13 +116,11 @@ def test_a_dry_run_reads_no_tensors_and_tells_what_is_then_written(saved: dict, 
 
 
 def test_layers_that_predict_can_be_dropped(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
-    export(ranks, 2, *flags_of(saved["mla"], "bf16"), "--tp", 2, "--mtp", "drop", "--output", tmp_path / "out")
+    export(ranks, 2, *reading(saved["mla"], "bf16"), "--tp", 2, "--mtp", "drop", "--output", tmp_path / "out")
     full = tensors(saved["mla"] / "bf16")
     assert_same(tensors(tmp_path / "out"), {n: t for n, t in full.items() if not n.startswith("model.layers.4.")})
 
 
 def test_an_iteration_that_is_not_there_is_refused_by_every_rank(saved: dict, ranks: Ranks, tmp_path: Path) -> None:
-    flags = (*flags_of(saved["dense"], "bf16"), "--output", tmp_path / "out", "--iteration", 3, "--device", "cpu")
-    (status, said), (second, silence) = ranks.call(2, command, *flags)
-    assert (status, second, silence) == (1, 1, "")
-    assert f"{saved['dense'] / 'saved'} has no iter_0000003. There are iter_0000007" in said
+    said = refused(ranks, tmp_path, *reading(saved["dense"], "bf16"), "--output", tmp_path / "out", "--iteration", 3)
+    assert_says(said, f"{saved['dense'] / 'saved'} has no iter_0000003. There are iter_0000007")

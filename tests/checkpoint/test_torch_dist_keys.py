@@ -16,7 +16,7 @@ from megatron_export.models import parameters_of
 
 from ..support.models import add_mtp, assert_same, make_model, read_json
 from ..support.ranks import Ranks, living
-from ..support.saving import renamed, saved_model
+from ..support.saving import PLACE, changing, renamed, saved_model
 
 pytestmark = pytest.mark.whole
 
@@ -42,17 +42,6 @@ def parameters(source: Path, folder: Path) -> dict[str, Tensor]:
     config = read_json(source / "config.json")
     checkpoint = MegatronCheckpoint(find_iteration(folder, None), config)
     return {n: checkpoint.shard(one, one.shape, 0, 1) for n, one in parameters_of(config).items()}
-
-
-def changing(*pairs: tuple[str, str]) -> Callable[[str], str]:
-    """Rename keys by patterns."""
-
-    def rename(key: str) -> str:
-        for pattern, new in pairs:
-            key = re.sub(pattern, new, key)
-        return key
-
-    return rename
 
 
 def hybrid(key: str) -> str:
@@ -89,8 +78,8 @@ def test_every_dialect_has_the_same_parameters(dialect: str, saved: dict, tmp_pa
     name, rename = DIALECTS[dialect]
     source, folder = saved[name]
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    renamed(other / "iter_0000007", rename)
-    old, new = ((place / "iter_0000007" / ".metadata").read_bytes() for place in (folder, other))
+    renamed(other / PLACE, rename)
+    old, new = ((place / PLACE / ".metadata").read_bytes() for place in (folder, other))
     assert old != new
     assert_same(parameters(source, other), parameters(source, folder))
 
@@ -99,7 +88,7 @@ def test_a_hybrid_model_says_how_many_halves_of_layers_it_has(saved: dict, ranks
     source, folder = saved["mixtral"]
     args = {"num_layers": 8, "moe_layer_freq": 1, "hybrid_override_pattern": "*E*E*E*E"}
     ranks.call(1, saved_model, source, tmp_path, {}, args=args)
-    renamed(tmp_path / "iter_0000007", hybrid)
+    renamed(tmp_path / PLACE, hybrid)
     assert_same(parameters(source, tmp_path), parameters(source, folder))
 
 

@@ -4,16 +4,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.checkpoint.torch_dist import MegatronCheckpoint
 from megatron_export.checkpoint.torch_dist_iteration import find_iteration
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
 from megatron_export.planning import shard_files
 
 from ..export.test_memory import BUCKET, CONFIG, measure, resident
+from ..support.live import blank, world
 from ..support.models import EXAMPLE
 from ..support.ranks import Ranks
 from ..support.saving import save
@@ -24,10 +22,7 @@ pytestmark = pytest.mark.whole
 def save_random(folder: Path, layers: int) -> None:
     """In a rank: a model of so many layers, 3.5 million numbers each."""
     config = CONFIG | {"num_hidden_layers": layers}
-    with parallel_state.started(1, 1, "cpu"):
-        with parallel_state.current() as here:
-            torch.manual_seed(0)
-            model = build_model(config, here, max_sequence_length=1, initialize=True)
+    with blank(config) as (model, _):
         save(model, folder, config)
 
 
@@ -35,7 +30,7 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
     """Bytes by which this rank's memory rose during an fp8_pb export of a checkpoint, opening it included."""
     config = CONFIG | {"num_hidden_layers": layers}
     with (
-        parallel_state.started(1, 1, "cpu"),
+        world(),
         mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
         mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
     ):

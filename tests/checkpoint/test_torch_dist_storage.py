@@ -10,14 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_export import ExportError
 from megatron_export.checkpoint import torch_dist_storage
@@ -37,10 +31,10 @@ def lay(folder: Path, whole: Tensor, sizes: tuple[int, ...], transposed: bool = 
         with path.open("ab") as file:
             start = file.tell()
             torch.save(part, file)
-            places[MetadataIndex(KEY, offsets)] = _StorageInfo(path.name, start, file.tell() - start)
-        chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
-    said = TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.shape, chunks)
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({KEY: said}, storage_data=places)))
+            places[metadata.MetadataIndex(KEY, offsets)] = _StorageInfo(path.name, start, file.tell() - start)
+        chunks.append(metadata.ChunkStorageMetadata(torch.Size(offsets), part.shape))
+    said = metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=whole.dtype), whole.shape, chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata.Metadata({KEY: said}, storage_data=places)))
 
 
 def opened(folder: Path) -> Storage:

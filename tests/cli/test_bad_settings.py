@@ -68,43 +68,23 @@ def test_settings_that_cannot_take_effect_are_refused(
     assert_says(said, *words)
 
 
-TARGETS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...], tuple[str, ...]]] = {
-    "not empty": (
-        lambda source, output: occupy(output),
-        (),
-        ("{output} is not empty", "Give another --output, or --overwrite"),
-    ),
-    "a file": (
-        lambda source, output: output.write_text("mine"),
-        ("--overwrite",),
-        ("{output} is a file; give a folder",),
-    ),
-    "below a file": (
-        lambda source, output: output.parent.rmdir() or output.parent.write_text("mine"),
-        ("--overwrite",),
-        ("{output}: {output.parent} is a file", "Give another --output"),
-    ),
-    "a link to the source": (
-        lambda source, output: output.symlink_to(source),
-        ("--overwrite", "--hf-model", "{output}"),
-        ("{output} holds", "Give another --output"),
-    ),
-    "the source": (
-        lambda source, output: shutil.copytree(source, output),
-        ("--overwrite", "--hf-model", "{output}"),
-        ("{output} holds", "Give another --output"),
-    ),
-    "around the calibration data": (
-        lambda source, output: shutil.copytree(source, output),
-        ("--overwrite", "--calib-data", "{output}/data.txt"),
-        ("{output} holds {output}/data.txt", "Give another --output"),
-    ),
-    "around the source": (
-        lambda source, output: shutil.copytree(source, output / "original"),
-        ("--overwrite", "--hf-model", "{output}/original"),
-        ("{output} holds", "Give another --output"),
-    ),
-}
+def around(name: str) -> Callable[[Path, Path], object]:
+    """The target holds a copy of the source, of that name."""
+    return lambda source, output: shutil.copytree(source, output / name)
+
+
+WAY_OUT = "Give another --output"
+TARGETS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...]]] = {
+    "not empty": (lambda source, output: occupy(output), "", ("{0} is not empty", f"{WAY_OUT}, or --overwrite")),
+    "a file": (lambda source, output: output.write_text("mine"), "--overwrite", ("{0} is a file; give a folder",)),
+    "below a file": (lambda source, output: output.parent.rmdir() or output.parent.write_text("mine"), "--overwrite",
+                     ("{0}: {0.parent} is a file", WAY_OUT)),
+    "a link to the source": (lambda source, output: output.symlink_to(source), "--overwrite --hf-model {0}",
+                             ("{0} holds", WAY_OUT)),
+    "the source": (around(""), "--overwrite --hf-model {0}", ("{0} holds", WAY_OUT)),
+    "around the calibration data": (around(""), "--overwrite --calib-data {0}/data.txt", ("{0} holds {0}/data.txt", WAY_OUT)),
+    "around the source": (around("original"), "--overwrite --hf-model {0}/original", ("{0} holds", WAY_OUT)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TARGETS)
@@ -113,5 +93,5 @@ def test_a_target_that_must_not_be_replaced_is_refused(
 ) -> None:
     prepare, flags, words = TARGETS[case]
     prepare(source, output)
-    said = refused(ranks, tmp_path, *fp8(source, output), *(flag.format(output=output) for flag in flags))
-    assert_says(said, *(word.format(output=output) for word in words))
+    said = refused(ranks, tmp_path, *fp8(source, output), *flags.format(output).split())
+    assert_says(said, *(word.format(output) for word in words))

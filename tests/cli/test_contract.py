@@ -226,20 +226,15 @@ def test_every_key_and_label_that_a_command_prints_is_as_it_was(
         assert started("megatron_export", *arguments) == status
         return capsys.readouterr().out
 
-    plan = ("plan", "--hf-model", SOURCE, "--format", "nvfp4", "--tp", 2, "--exclude", "*.layers.1.*")
-    check = ("check", base / "fp8")
-    verify = ("verify", base / "w4a8_awq", "--reference", SOURCE, "--device", "cpu")
-    text = ("verify", base / "example", "--device", "cpu", "--text", EXAMPLE / "heldout.txt", "--windows", 2)
-    other = ("diff", base / "nvfp4", base / "fp8")
-    worse = ("diff", base / "nvfp4", base / "nvfp4_awq")
-    for title, arguments, status in (
-        ("plan", plan, 0),
-        ("check", check, 0),
-        ("verify", verify, 0),
-        ("verify --text", text, 0),
-        ("diff of formats", other, 1),
-        ("diff of numbers", worse, 1),
-    ):
+    told: dict[str, tuple[tuple, int]] = {
+        "plan": (("plan", "--hf-model", SOURCE, "--format", "nvfp4", "--tp", 2, "--exclude", "*.layers.1.*"), 0),
+        "check": (("check", base / "fp8"), 0),
+        "verify": (("verify", base / "w4a8_awq", "--reference", SOURCE, "--device", "cpu"), 0),
+        "verify --text": (("verify", base / "example", "--device", "cpu", "--text", EXAMPLE / "heldout.txt", "--windows", 2), 0),
+        "diff of formats": (("diff", base / "nvfp4", base / "fp8"), 1),
+        "diff of numbers": (("diff", base / "nvfp4", base / "nvfp4_awq"), 1),
+    }  # fmt: skip
+    for title, (arguments, status) in told.items():
         if title != "check":  # which prints a list
             found.append(labels(title, printed(*arguments, status=status)))
         found += keys(f"{title} --json", printed(*arguments, "--json", status=status))

@@ -6,26 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..support.models import EXAMPLE, SAMPLES, assert_same, read_json, tensors
-from ..support.ranks import Ranks, command
+from ..export.test_topologies import calibration_flags, export
+from ..support.models import EXAMPLE, assert_same, read_json, tensors
+from ..support.ranks import Ranks
 
 pytestmark = pytest.mark.whole
 
-SHORT = ("--device", "cpu", "--calib-samples", 2, "--calib-seq-len", 32)
-
-
-def run(ranks: Ranks, world: int, *flags: object) -> str:
-    (status, said), *others = ranks.call(world, command, *flags)
-    assert status == 0, said
-    assert others == [(0, "")] * (world - 1)
-    return said
+SHORT = ("--calib-samples", 2, "--calib-seq-len", 32)
 
 
 def test_the_example_model_is_exported_with_its_tokenizer_and_a_table(ranks: Ranks, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     out = tmp_path / "out"
-    said = run(ranks, 2, *SHORT, "--tp", 2, "--format", "nvfp4", "--kv-cache", "fp8", "--output", out)
+    said = export(ranks, 2, *SHORT, "--tp", 2, "--format", "nvfp4", "--kv-cache", "fp8", "--output", out)
     total = sum(tensor.nbytes for tensor in tensors(out).values())
     for line in (
         "format            nvfp4, KV cache fp8",
@@ -35,10 +29,8 @@ def test_the_example_model_is_exported_with_its_tokenizer_and_a_table(ranks: Ran
     ):
         assert line in said.splitlines()
     assert {"seconds", "peak", "read", "compression"} <= {line.split()[0] for line in said.splitlines()}
-    assert (
-        AutoTokenizer.from_pretrained(out)("x = 1")["input_ids"]
-        == AutoTokenizer.from_pretrained(EXAMPLE)("x = 1")["input_ids"]
-    )
+    ours, theirs = (AutoTokenizer.from_pretrained(place)("x = 1")["input_ids"] for place in (out, EXAMPLE))
+    assert ours == theirs
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     made = {"model.safetensors", "config.json", "hf_quant_config.json", "export_manifest.json"}
     assert {path.name for path in out.iterdir()} == copied | made
@@ -50,29 +42,16 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(ranks: Ranks, tmp_path: P
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_bytes((EXAMPLE / "config.json").read_bytes())
-    said = run(
-        ranks,
-        4,
-        "--device",
-        "cpu",
-        "--tp",
-        4,
-        "--dry-run",
-        "--format",
-        "bf16",
-        "--hf-model",
-        source,
-        "--output",
-        tmp_path / "out",
-    )
+    flags = ("--dry-run", "--format", "bf16", "--hf-model", source, "--output", tmp_path / "out")
+    said = export(ranks, 4, "--tp", 4, *flags)
     assert "written           10,491,392 bytes in 1 file" in said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_dry_run_tells_what_the_export_then_writes(ranks: Ranks, tmp_path: Path) -> None:
     flags = (*SHORT, "--tp", 2, "--max-shard-size", "2MB", "--exclude", "*.mlp.*")
-    dry = run(ranks, 2, *flags, "--dry-run").splitlines()
-    real = run(ranks, 2, *flags, "--output", tmp_path / "out").splitlines()
+    dry = export(ranks, 2, *flags, "--dry-run").splitlines()
+    real = export(ranks, 2, *flags, "--output", tmp_path / "out").splitlines()
     assert [line.split("  ")[0] for line in real if line in dry] == [
         "format", "modules", "gathered first", "written", "compression", "vLLM", "SGLang", "TensorRT-LLM",
         "peak GPU memory"
@@ -84,8 +63,8 @@ def test_a_dry_run_tells_what_the_export_then_writes(ranks: Ranks, tmp_path: Pat
 def test_shards_have_an_index_and_hold_what_one_file_holds(ranks: Ranks, tmp_path: Path) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     saved = tmp_path / "c.safetensors"
-    run(ranks, 1, *SHORT, "--save-calibration", saved, "--output", one)
-    run(ranks, 1, "--device", "cpu", "--load-calibration", saved, "--max-shard-size", "1500KB", "--output", many)
+    export(ranks, 1, *SHORT, "--save-calibration", saved, "--output", one)
+    export(ranks, 1, "--load-calibration", saved, "--max-shard-size", "1500KB", "--output", many)
     assert_same(tensors(one), tensors(many))
     index = read_json(many / "model.safetensors.index.json")
     files = sorted(path.name for path in many.glob("*.safetensors"))
@@ -99,8 +78,7 @@ def test_shards_have_an_index_and_hold_what_one_file_holds(ranks: Ranks, tmp_pat
 
 def test_excluded_modules_stay_as_they_were(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     source = models["llama31"]
-    ids = ("--calib-data", source.parent / "ids" / "calibration.safetensors", "--calib-samples", SAMPLES)
-    run(ranks, 2, "--device", "cpu", "--tp", 2, "--hf-model", source, *ids, "--exclude", "model.layers.0.*", "*.o_proj",
+    export(ranks, 2, "--tp", 2, "--hf-model", source, *calibration_flags(source), "--exclude", "model.layers.0.*", "*.o_proj",
         "--output", tmp_path / "out")  # fmt: skip
     found, original = tensors(tmp_path / "out"), tensors(source)
     left = {name for name in original if name.startswith("model.layers.0.") or "o_proj" in name}
@@ -114,9 +92,9 @@ def test_excluded_modules_stay_as_they_were(ranks: Ranks, models: dict, tmp_path
 
 def test_overwrite_replaces_the_old_checkpoint_whole(ranks: Ranks, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(ranks, 1, "--device", "cpu", "--format", "bf16", "--max-shard-size", "3MB", "--output", out)
+    export(ranks, 1, "--format", "bf16", "--max-shard-size", "3MB", "--output", out)
     (out / "notes.txt").write_text("old")
-    run(ranks, 2, "--device", "cpu", "--format", "bf16", "--tp", 2, "--overwrite", "--output", out)
+    export(ranks, 2, "--format", "bf16", "--tp", 2, "--overwrite", "--output", out)
     assert_same(tensors(out), tensors(EXAMPLE))
     assert not (out / "notes.txt").exists()
     assert not (out / "model.safetensors.index.json").exists()
@@ -127,7 +105,7 @@ def test_an_output_behind_a_link_is_written_where_the_link_points(ranks: Ranks, 
     real = tmp_path / "disk" / "out"
     real.mkdir(parents=True)
     (tmp_path / "link").symlink_to(real)
-    run(ranks, 1, "--device", "cpu", "--format", "bf16", "--output", tmp_path / "link")
+    export(ranks, 1, "--format", "bf16", "--output", tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert_same(tensors(real), tensors(EXAMPLE))
 
@@ -140,6 +118,6 @@ def test_a_float32_source_is_written_as_bfloat16(ranks: Ranks, tmp_path: Path) -
     wide = {name: tensor.float() + 2**-14 * tensor.float() for name, tensor in tensors(EXAMPLE).items()}
     save_file(wide, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps(read_json(EXAMPLE / "config.json") | {"torch_dtype": "float32"}))
-    run(ranks, 2, "--device", "cpu", "--tp", 2, "--format", "bf16", "--hf-model", source, "--output", tmp_path / "out")
+    export(ranks, 2, "--tp", 2, "--format", "bf16", "--hf-model", source, "--output", tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), {name: tensor.to(torch.bfloat16) for name, tensor in wide.items()})
     assert read_json(tmp_path / "out" / "config.json")["torch_dtype"] == "bfloat16"

@@ -1,11 +1,7 @@
 """What the plan tells before is what happens: places, bytes of files, bytes between ranks, peaks of memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,20 +10,20 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.calibration import statistics
-from megatron_export.cli import commands
 from megatron_export.cli.config import configured
 from megatron_export.cli.plan_command import previewed
 from megatron_export.export import memory_forecast, transport
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
 from megatron_export.mcore.model import chunks_of, shards_of
 from megatron_export.models import parameters_of, shape_of
 from megatron_export.planning.plan import Held, assumed
 from megatron_export.planning.rank_placement import grid_of, stages_of
 from megatron_export.writing.safetensors_file import header_of
 
+from ..support.command_line import command_line, python
+from ..support.configs import LLAMA, MIXTRAL, QWEN
+from ..support.live import blank
 from ..support.models import EXAMPLE, read_json
-from ..support.plans import plan_for
+from ..support.plans import plan_for, plan_of
 from ..support.ranks import Ranks, command, free_port
 from ..support.saving import saved_model
 
@@ -50,16 +46,9 @@ PLACES = [  # model, changes of its config, ranks, sizes
 ]
 
 
-def started(sizes: dict) -> Any:
-    """Megatron's parallel state of these sizes."""
-    rest = {name: sizes[name] for name in ("ep", "etp", "vpp") if name in sizes}
-    return parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest)
-
-
 def places(config: dict, sizes: dict) -> tuple[dict[str, Held], int]:
     """In a rank: where the parameters of a real model live, and the bytes of this rank's."""
-    with started(sizes), parallel_state.current() as here:
-        model = build_model(config, here, max_sequence_length=None, pp_layout=sizes.get("pp_layout"))
+    with blank(config, None, **sizes) as (model, here):
         nbytes = sum(p.nbytes for chunk in chunks_of(model) for p in chunk.parameters())
         known = {shard.data_ptr() for chunk in chunks_of(model) for shard in chunk.parameters()}
         nbytes += sum(shard.nbytes for shard in shards_of(model).values() if shard.data_ptr() not in known)
@@ -84,9 +73,8 @@ def test_a_layout_means_what_megatron_means_by_it(layout: str) -> None:
     letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
     theirs = PipelineParallelLayerLayout.parse_str_to_list(layout)
     config = read_json(EXAMPLE / "config.json")
-    assert stages_of(shape_of(config), 1, layout) == tuple(
-        "".join(letters[kind.name] for kind in stage) for stage in theirs
-    )
+    expected = tuple("".join(letters[kind.name] for kind in stage) for stage in theirs)
+    assert stages_of(shape_of(config), 1, layout) == expected
 
 
 def wire(config: dict, source: Path, out: Path, sizes: dict, form: str) -> tuple[int, int]:
@@ -98,16 +86,12 @@ def wire(config: dict, source: Path, out: Path, sizes: dict, form: str) -> tuple
         sent[last] += parcel.mine.nbytes if parcel.mine is not None and parcel.to != rank else 0
         return parcel
 
-    with started(sizes):
-        with parallel_state.current() as here:
-            torch.manual_seed(0)
-            model = build_model(config, here, max_sequence_length=1, initialize=True)
-            rank = here.rank
-        with (
-            mock.patch.object(transport, "parcel_to_first", lambda *given: counted(False, make_first(*given), rank)),
-            mock.patch.object(transport, "parcel_to_writer", lambda *given: counted(True, make_last(*given), rank)),
-        ):
-            export_hf_checkpoint(model, out, hf_model=source, format=form, max_shard_size="100KB")
+    with (
+        blank(config, **sizes) as (model, here),
+        mock.patch.object(transport, "parcel_to_first", lambda *given: counted(False, make_first(*given), here.rank)),
+        mock.patch.object(transport, "parcel_to_writer", lambda *given: counted(True, make_last(*given), here.rank)),
+    ):
+        export_hf_checkpoint(model, out, hf_model=source, format=form, max_shard_size="100KB")
     return sent[True], sent[False]
 
 
@@ -149,45 +133,22 @@ def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> N
     ids = ("--calib-data", models["qwen3_moe"].parent / "ids" / "calibration.safetensors", "--calib-samples", 8)
     (status, dry), *others = ranks.call(4, command, *flags, *ids, "--dry-run")
     assert (status, others) == (0, [(0, "")] * 3), dry
-    said: list[str] = []
-    assert commands.main(lambda text, **kinds: said.append(text), ["plan", *map(str, flags)]) == 0
-    plan = said[0].splitlines()
+    status, said = command_line("plan", *flags)
+    assert status == 0, said
+    plan = said.splitlines()
     different = [line.split("  ")[0] for line in plan if line not in dry.splitlines()]
     assert set(different) <= {"on disk"}  # what is free there may change meanwhile
     assert len(dry.splitlines()) == len(plan) > 20
 
 
-DENSE = {"rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "num_attention_heads": 16, "num_key_value_heads": 4}
+WIDE = LLAMA | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
 MODELS = {  # of 0.36, 0.63 and 1.18 GB
-    "llama": DENSE
-    | {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 1024,
-        "num_hidden_layers": 12,
-        "intermediate_size": 3072,
-        "vocab_size": 16000,
-    },
-    "qwen3": DENSE
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 1024,
-        "num_hidden_layers": 14,
-        "intermediate_size": 4096,
-        "vocab_size": 64000,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
-    "mixtral": DENSE
-    | {
-        "architectures": ["MixtralForCausalLM"],
-        "hidden_size": 1024,
-        "num_hidden_layers": 8,
-        "intermediate_size": 2560,
-        "vocab_size": 32000,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-}
+    "llama": WIDE | {"num_hidden_layers": 12, "intermediate_size": 3072, "vocab_size": 16000},
+    "qwen3": WIDE | {"architectures": QWEN["architectures"], "num_hidden_layers": 14, "intermediate_size": 4096,
+                     "vocab_size": 64000, "head_dim": 128, "tie_word_embeddings": True},
+    "mixtral": MIXTRAL | WIDE | {"architectures": MIXTRAL["architectures"], "num_hidden_layers": 8,
+                                 "intermediate_size": 2560, "vocab_size": 32000},
+}  # fmt: skip
 EXPORT = """
 import sys
 from megatron_export import cli
@@ -202,7 +163,7 @@ def hollow(folder: Path, config: dict) -> int:
     """A checkpoint of zeros, which take no room on the disk; returns its bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    files = plan_for(config, assumed(config, 1), format="bf16").files
+    files = plan_of(config, format="bf16").files
     outputs = [output for file in files.values() for output in file]
     header, _ = header_of(outputs)
     nbytes = sum(output.nbytes for output in outputs)
@@ -230,9 +191,9 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
     config, source = MODELS[name], tmp_path / name
     assert abs(hollow(source, config) / nbytes - 1) < 0.02
     flags = ["--hf-model", str(source), "--format", form, "--device", "cpu"]
-    told: list[str] = []
-    assert commands.main(lambda text, **kinds: told.append(text), ["plan", *flags, "--json"]) == 0
-    [expected] = json.loads(told[0])["peak_host_memory"]
+    status, told = command_line("plan", *flags, "--json")
+    assert status == 0, told
+    [expected] = json.loads(told)["peak_host_memory"]
     if form == "nvfp4":
         ones(tmp_path / "ones.safetensors", config)
         flags += ["--load-calibration", str(tmp_path / "ones.safetensors")]
@@ -244,9 +205,7 @@ def test_peak_memory_is_told_within_15_percent(tmp_path: Path, name: str, nbytes
 def peak_of(*flags: str) -> int:
     """The most memory that the command takes as the only rank."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
-    more = alone | {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
-    line = [sys.executable, "-c", EXPORT, *flags]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {k: str(v) for k, v in more.items()})
+    done = python("-c", EXPORT, *flags, **alone, MASTER_PORT=free_port(), MALLOC_MMAP_THRESHOLD_=1 << 20)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1]) * 1024
 

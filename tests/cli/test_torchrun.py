@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ..support.faults import export_with
-from ..support.models import LENGTH, contents
+from ..support.faults import export_with, flags_of
+from ..support.models import contents
 
 pytestmark = pytest.mark.whole
 
@@ -20,12 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def flags(models: dict, target: Path) -> list[str]:
-    source = models["llama31"]
-    data = source.parent / "ids" / "calibration.safetensors"
-    given = ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
-             "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
-             "--timeout", 5, "--output", target)  # fmt: skip
-    return list(map(str, given))
+    return list(map(str, (*flags_of(models), "--output", target)))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..support.models import LENGTH, add_mtp, make_model, read_json
+from ..support.models import add_mtp, make_model
 
 _WIDE = {
     "vocab_size": 512,
@@ -67,35 +67,20 @@ def source(folder: Path, name: str) -> Path:
 
 def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str, str]:
     """In a rank: export a checkpoint in the formats of those names into folders of `out`; what was refused, and why."""
-    import torch
-    from safetensors.torch import load_file
-
     from megatron_export import ExportError, calibrate, export_hf_checkpoint
-    from megatron_export.mcore import load_hf, parallel_state
-    from megatron_export.mcore.build import build_model
 
-    config = read_json(model / "config.json")
-    refused = {}
-    with parallel_state.started(1, 1, "cpu"):
-        with parallel_state.current() as here:
-            built = build_model(config, here, max_sequence_length=LENGTH)
-            load_hf.load_hf_weights(built, model, config, here)
-        ids = load_file(model.parent / "ids" / "calibration.safetensors")["input_ids"]
-        measured = None
+    from ..support.live import batches, loaded
+
+    refused, measured = {}, None
+    with loaded(model) as (built, _):
         for name in names:
             settings = FORMATS[name.removesuffix("+mla")] | (ALSO["mla"] if name.endswith("+mla") else {})
             try:
                 if measured is None and settings["format"] != "bf16":
                     awq = [FORMATS[n.removesuffix("+mla")]["format"] for n in names]
-                    measured = calibrate(built, ids.to(torch.int64).split(4), format=sorted(set(awq) - {"bf16"}))
-                export_hf_checkpoint(
-                    built,
-                    out / name,
-                    hf_model=model,
-                    calibration=None if settings["format"] == "bf16" else measured,
-                    **settings,
-                    **more,
-                )
+                    measured = calibrate(built, batches(model), format=sorted(set(awq) - {"bf16"}))
+                given = None if settings["format"] == "bf16" else measured
+                export_hf_checkpoint(built, out / name, hf_model=model, calibration=given, **settings, **more)
             except ExportError as error:
                 refused[name] = str(error)
     return refused

@@ -7,10 +7,10 @@ import pytest
 from megatron_export.checkpoint.hf_weights import copied_tensors
 from megatron_export.models import copied_prefixes
 from megatron_export.planning.engine_check import of_folder, of_plan, verdicts
-from megatron_export.planning.plan import assumed
 
+from ..export.test_topologies import export
 from ..support.models import read_json
-from ..support.plans import plan_for
+from ..support.plans import plan_of
 from ..support.ranks import Ranks, command, living
 from . import product
 
@@ -28,7 +28,7 @@ def test_a_plan_has_the_verdict_of_the_folder_that_it_becomes(name: str, pool: l
     copied = copied_tensors(source, copied_prefixes(config))
     for form in [form for form in FORMS if form not in refused]:
         settings = product.FORMATS[form]
-        planned = of_plan(plan_for(config, assumed(config, 1), copied=copied, **settings))
+        planned = of_plan(plan_of(config, copied=copied, **settings))
         found = of_folder(tmp_path / "out" / form)
         assert found.whole.tensors == planned.whole.tensors
         assert verdicts(found) == verdicts(planned)
@@ -47,8 +47,7 @@ def test_a_target_that_refuses_ends_the_command_before_it_loads_anything(
 ) -> None:
     out = tmp_path / "out"
     flags = ("--device", "cpu", "--hf-model", models["qwen3"], "--format", "bf16", "--output", out)
-    for status, said in ranks.call(2, command, "--tp", 2, *flags, "--target", "vllm,sglang"):
-        assert status == 0, said
+    export(ranks, 2, "--tp", 2, *flags, "--target", "vllm,sglang")
     refusing = ("--format", "fp8_pb", "--fp8-pb-spelling", "modelopt")
     answers = ranks.call(2, command, "--tp", 2, *flags, *refusing, "--overwrite", "--target", "vllm,sglang")
     assert [status for status, _ in answers] == [1, 1]

@@ -8,17 +8,7 @@ import pytest
 from megatron_export.engines import Verdict, verdict_of
 from megatron_export.planning.engine_check import of_folder
 
-from ..support.checkpoints import (
-    DAMAGES,
-    HEADERS,
-    damaged,
-    described,
-    golden,
-    leave_out_what_is_quantized,
-    repeat_a_tensor,
-    store_in_integers,
-    written,
-)
+from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
 from ..support.ranks import Ranks, living
 from .asking import EVERY, exported, tried
 
@@ -35,7 +25,7 @@ SOME = {
     "gpt_oss": ["bf16", "fp8"],
 }
 WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
-UNNOTICED = (repeat_a_tensor, store_in_integers, leave_out_what_is_quantized)  # values are converted, or padded
+UNNOTICED = ("a tensor repeated", "stored in integers", "quantized, and left out")  # values are converted, or padded
 
 
 def agrees(verdict: Verdict, one: dict) -> bool:
@@ -60,13 +50,9 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     return found
 
 
-def test_sglang_loads_what_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
-    assert disagreements(exported(living(pool), SOME, tmp_path)) == {}
-
-
-@pytest.mark.slow
-def test_sglang_loads_every_architecture_in_every_format_as_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
-    assert disagreements(exported(living(pool), EVERY, tmp_path)) == {}
+@pytest.mark.parametrize("names", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_sglang_loads_what_the_rules_say(names: dict[str, list[str]], pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), names, tmp_path)) == {}
 
 
 def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
@@ -77,8 +63,8 @@ def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path
 
 
 def test_sglang_refuses_what_is_damaged_or_leaves_it_empty(tmp_path: Path) -> None:
-    damages = {written(damaged(*damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
+    damages = {written(damaged(damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
     for folder, one in tried("sglang_loading", *damages).items():
-        verdict = verdict_of(described(damaged(*damages[folder])), "sglang")
-        unnoticed = damages[folder][1] in UNNOTICED
+        verdict = verdict_of(described(damaged(damages[folder])), "sglang")
+        unnoticed = damages[folder] in UNNOTICED
         assert filled(one) if unnoticed else agrees(verdict, one), f"{damages[folder]}: {verdict.text} | {one}"

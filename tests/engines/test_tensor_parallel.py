@@ -4,18 +4,13 @@ import pytest
 
 from megatron_export.engines import ENGINES, Effect, Verdict, targets_in, verdict_of
 from megatron_export.planning.engine_check import of_plan, refusals, verdicts
-from megatron_export.planning.plan import assumed
 
-from ..export.test_memory_forecast import LLAMA, LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from ..support import configs
 from ..support.checkpoints import planned
-from ..support.plans import plan_for
+from ..support.configs import LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from ..support.plans import plan_of
 
-LLAMA_70B = LLAMA | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}
+LLAMA_70B = configs.LLAMA_70B | {"num_hidden_layers": 6, "vocab_size": 1000}
 QWEN_72B = LLAMA_70B | {"architectures": ["Qwen2ForCausalLM"], "intermediate_size": 29568}
 QWEN_30B_A3B = QWEN_MOE | {
     "hidden_size": 2048,
@@ -88,7 +83,7 @@ def test_a_target_may_have_a_size() -> None:
     for odd in ("vllm:", "vllm:0", "vllm:-1", "vllm:²"):
         with pytest.raises(ValueError, match="is no tensor-parallel size"):
             targets_in(odd)
-    wide = plan_for(QWEN_30B_A3B, assumed(QWEN_30B_A3B, 1), format="fp8_pb")
+    wide = plan_of(QWEN_30B_A3B, format="fp8_pb")
     assert refusals(wide, "vllm,sglang:2") == []
     [refusal] = refusals(wide, "vllm:4,sglang")
     assert refusal.startswith("--target: vLLM will not load this: ") and "a GPU has 192 of its 768 inputs" in refusal

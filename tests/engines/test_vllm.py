@@ -3,6 +3,7 @@
 import random
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,9 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     return found
 
 
-def test_vllm_loads_what_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
-    assert disagreements(exported(living(pool), SOME, tmp_path)) == {}
-
-
-@pytest.mark.slow
-def test_vllm_loads_every_architecture_in_every_format_as_the_rules_say(pool: list[Ranks], tmp_path: Path) -> None:
-    assert disagreements(exported(living(pool), EVERY, tmp_path)) == {}
+@pytest.mark.parametrize("names", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_vllm_loads_what_the_rules_say(names: dict[str, list[str]], pool: list[Ranks], tmp_path: Path) -> None:
+    assert disagreements(exported(living(pool), names, tmp_path)) == {}
 
 
 def test_vllm_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
@@ -64,28 +61,22 @@ def test_vllm_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: 
 
 
 def test_vllm_refuses_what_is_damaged(tmp_path: Path) -> None:
-    damages = {written(damaged(*damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
+    damages = {written(damaged(damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
     for folder, one in tried("vllm_loading", *damages).items():
-        rule, _, _, noticed = DAMAGES[damages[folder]]
+        _, _, rule, _, _, noticed = DAMAGES[damages[folder]]
         refuses = bool(rule) and vllm.RULES[rule].effect in (Effect.REFUSES, Effect.UNKNOWN)
         assert (one["error"] is not None) == (refuses and noticed), f"{damages[folder]}: {one['error']}"
 
 
 def test_vllm_generates(pool: list[Ranks], tmp_path: Path) -> None:
-    folders = exported(living(pool), {"qwen3": ["bf16", "nvfp4_kv"]}, tmp_path)
-    assert {folder.name: one["error"] for folder, one in _generated(folders).items()} == {
-        "bf16": None,
-        "nvfp4_kv": None,
-    }
+    forms = ["bf16", "nvfp4_kv"]
+    found = _generated(exported(living(pool), {"qwen3": forms}, tmp_path))
+    assert {folder.name: one["error"] for folder, one in found.items()} == dict.fromkeys(forms)
 
 
 @pytest.mark.parametrize(
     ("name", "tp"),
-    [
-        pytest.param(name, tp, marks=[] if (name, tp) in SHORTEST else pytest.mark.slow)
-        for name in MODELS
-        for tp in (1, 2)
-    ],
+    [pytest.param(*case, marks=[] if case in SHORTEST else pytest.mark.slow) for case in product(MODELS, (1, 2))],
 )
 def test_vllm_computes_what_transformers_does(name: str, tp: int, pool: list[Ranks], tmp_path: Path) -> None:
     """Window by window, as nearly as transformers in bfloat16 does what it does in float32; a mean over all would hide much.
@@ -117,10 +108,8 @@ def test_names_are_matched_as_vllm_does() -> None:
     from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
     from vllm.model_executor.models.utils import WeightsMapper
 
-    dice, packed = (
-        random.Random(5),
-        {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]},
-    )
+    dice = random.Random(5)
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     assert Fp8Config().ignored_layers_match_mode == "exact"
     groups = [("", ("lm_head",), "lm_head")]
     for layer in (f"{root}.layers.{n}" for root in ("model", "language_model.model") for n in (1, 11)):
@@ -142,9 +131,8 @@ def test_names_are_matched_as_vllm_does() -> None:
 
     for _ in range(5000):
         parent, parts, joined = dice.choice(groups)
-        listed = [named() for _ in range(dice.randint(1, 6))] + [
-            full(parent, part) for part in parts[: dice.randint(0, 3)]
-        ]
+        listed = [named() for _ in range(dice.randint(1, 6))]
+        listed += [full(parent, part) for part in parts[: dice.randint(0, 3)]]
         config = ModelOptFp8Config("FP8", True, None, list(listed))
         config.packed_modules_mapping = packed
         config.apply_vllm_mapper(WeightsMapper())

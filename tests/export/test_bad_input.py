@@ -60,6 +60,10 @@ SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "no layers": (configured(num_hidden_layers=None), ("config.json of a LlamaForCausalLM lacks num_hidden_layers",)),
     "a size in quotes": (configured(hidden_size="64"), ("hidden_size is '64', not a whole number",)),
+    "heads that no group shares": (
+        configured(num_key_value_heads=3),
+        ("config.json: num_attention_heads 8 is not a multiple of num_key_value_heads 3",),
+    ),
     "quantized": (configured(quantization_config=QUANTIZED), ("{} is quantized already", "give the original model")),
     "quantized unsaid": (
         rewritten(lambda held: held.update({Q: held[Q].to(torch.float8_e4m3fn)})),
@@ -124,12 +128,6 @@ def test_a_size_is_refused_only_where_tensor_parallelism_does_not_divide_it(
     else:
         export(ranks, 2, *flags)
         assert_same(tensors(output), tensors(source))
-
-
-def test_heads_that_no_group_can_share_are_refused(source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
-    configured(num_key_value_heads=3)(source)
-    said = refused(ranks, tmp_path, *fp8(source, output))
-    assert_says(said, "config.json: num_attention_heads 8 is not a multiple of num_key_value_heads 3")
 
 
 def test_inputs_that_no_block_divides_are_refused_and_the_way_out_works(

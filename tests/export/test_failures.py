@@ -37,61 +37,53 @@ def on_rank(rank: int, target: Any, name: str, replacement: Callable) -> Iterato
         yield
 
 
+def raising(error: Exception, where: Callable[..., bool] = lambda *args: True, after: int = 0) -> Callable:
+    """What replaces a function: it raises at the calls of which `where` holds, but for the first few of these."""
+
+    def replacement(real: Callable) -> Callable:
+        calls = iter(range(after))
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if where(*args) and next(calls, None) is None:
+                raise error
+            return real(*args, **kwargs)
+
+        return called
+
+    return replacement
+
+
+def failing(number: int, where: Callable[..., bool] = lambda *args: True, after: int = 0) -> Callable:
+    """The same with an error of the system."""
+    return raising(OSError(number, os.strerror(number)), where, after)
+
+
+def is_partial(path: Path, *args: object) -> bool:
+    return path.name.endswith(".partial")
+
+
 def small_disk() -> AbstractContextManager:
     return on_rank(0, shutil, "disk_usage", lambda real: lambda path: SimpleNamespace(free=123_456))
 
 
 def full_disk() -> AbstractContextManager:
     """Full after ten tensors."""
-
-    def replacement(real: Callable) -> Callable:
-        calls = iter(range(10))
-
-        def pwrite(*args: Any) -> int:
-            if next(calls, None) is None:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args)
-
-        return pwrite
-
-    return on_rank(0, os, "pwrite", replacement)
+    return on_rank(0, os, "pwrite", failing(errno.ENOSPC, after=10))
 
 
 def broken_disk() -> AbstractContextManager:
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    return on_rank(0, os, "fsync", lambda real: fsync)
+    return on_rank(0, os, "fsync", failing(errno.EIO))
 
 
 def no_folder() -> AbstractContextManager:
-    def replacement(real: Callable) -> Callable:
-        def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
-            if path.name.endswith(".partial"):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            real(path, *args, **kwargs)
-
-        return mkdir
-
-    return on_rank(0, Path, "mkdir", replacement)
+    return on_rank(0, Path, "mkdir", failing(errno.EACCES, is_partial))
 
 
 @contextmanager
 def no_rename() -> Iterator[None]:
     """The new folder cannot take its name, nor the place of the old one."""
-
-    def replacement(real: Callable) -> Callable:
-        def rename(path: Path, target: Path) -> Path:
-            if path.name.endswith(".partial"):
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
-            return real(path, target)
-
-        return rename
-
-    with (
-        on_rank(0, Path, "rename", replacement),
-        on_rank(0, file_systems, "_swapped", lambda real: lambda *paths: False),
-    ):
+    never = on_rank(0, file_systems, "_swapped", lambda real: lambda *paths: False)
+    with on_rank(0, Path, "rename", failing(errno.EBUSY, is_partial)), never:
         yield
 
 
@@ -99,17 +91,8 @@ def broken_encoder() -> AbstractContextManager:
     """Rank 1 fails when it has quantized half of its linears."""
     from megatron_export import formats
 
-    def replacement(real: Callable) -> Callable:
-        calls = iter(range(14))
-
-        def encode(form: Any, weight: torch.Tensor, amax: Any) -> dict:
-            if weight.device.type != "meta" and next(calls, None) is None:
-                raise RuntimeError("a broken encoder")
-            return real(form, weight, amax)
-
-        return encode
-
-    return on_rank(1, formats, "encode", replacement)
+    error = RuntimeError("a broken encoder")
+    return on_rank(1, formats, "encode", raising(error, lambda form, weight, amax: weight.device.type != "meta", 14))
 
 
 def late_nan() -> AbstractContextManager:
@@ -128,23 +111,11 @@ def late_nan() -> AbstractContextManager:
 
 
 def no_memory_to_send() -> AbstractContextManager:
-    def replacement(real: Callable) -> Callable:
-        def packed(message: Any, tensors: Any) -> Any:
-            raise MemoryError("no buffer to pack in")
-
-        return packed
-
-    return on_rank(1, transport, "_packed", replacement)
+    return on_rank(1, transport, "_packed", raising(MemoryError("no buffer to pack in")))
 
 
 def no_memory_to_receive() -> AbstractContextManager:
-    def replacement(real: Callable) -> Callable:
-        def unpack(packed: Any, offset: int, message: Any) -> Any:
-            raise MemoryError("no room for whole tensors")
-
-        return unpack
-
-    return on_rank(0, transport, "_unpack", replacement)
+    return on_rank(0, transport, "_unpack", raising(MemoryError("no room for whole tensors")))
 
 
 FAULTS: dict[Callable[[], AbstractContextManager], tuple[str, ...]] = {

@@ -46,14 +46,10 @@ OVER_AN_OLD_ONE = [
     Fault("no room", "rename", (0,)),
     Fault("SIGTERM", "verify", BOTH),
 ]
-FROZEN = [
-    Fault("freeze", point, (rank,))
-    for point, rank in (("load", 1), ("calibrate", 0), ("last bucket", 1), ("verify", 0))
-]
-SLOW = [
-    Fault("slow", point, (rank,))
-    for point, rank in (("load", 1), ("calibrate", 0), ("first bucket", 1), ("publish", 0))
-]
+FROZEN_AT = {"load": 1, "calibrate": 0, "last bucket": 1, "verify": 0}
+FROZEN = [Fault("freeze", point, (rank,)) for point, rank in FROZEN_AT.items()]
+SLOW_AT = {"load": 1, "calibrate": 0, "first bucket": 1, "publish": 0}
+SLOW = [Fault("slow", point, (rank,)) for point, rank in SLOW_AT.items()]
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +189,7 @@ def test_a_source_that_changes_under_way_is_noticed(
     flags = tuple(source if flag == models["llama31"] else flag for flag in flags)
     fault = Fault(how.__name__, point, (0,), (how, source))
     statuses, said, _ = export_with(fault, tmp_path, *flags, "--output", tmp_path / "out")
-    if (
-        how is shorten and statuses[0] == -signal.SIGBUS
-    ):  # the file was mapped: it was cut off between the check and the read
+    if how is shorten and statuses[0] == -signal.SIGBUS:  # it was mapped, and cut off between the check and the read
         assert statuses[1] == 1 and "rank 0 is gone" in said and not (tmp_path / "out").exists(), said
         return
     assert statuses == ([0, 0] if point == "publish" else [1, 1]), said

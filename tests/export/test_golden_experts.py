@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_export.calibration import statistics
 from megatron_export.models.statistic_names import hf_keys
 
 from ..support.models import GOLDEN, assert_same, read_json, same, tensors
-from ..support.ranks import Ranks
-from .test_golden_models import modelopt_statistics, run
+from ..support.ranks import Ranks, living
+from . import test_golden_models as golden_models
+from .test_golden_models import ids_of, modelopt_statistics
+from .test_topologies import export
 
 pytestmark = pytest.mark.whole
 
@@ -46,7 +47,7 @@ def save(theirs: dict[str, Tensor], name: str, file: Path) -> None:
     counts = {on_disk[0]: torch.ones(4, dtype=torch.int64) for key, on_disk in keys.items() if key.endswith("tokens")}
     known = over_experts(theirs) | counts
     assert sorted(known) == sorted(key for on_disk in keys.values() for key in on_disk)
-    statistics.save({key: known[on_disk[0]] for key, on_disk in keys.items()}, file, config)
+    golden_models.save(known, file, config)
 
 
 def golden(name: str, form: str) -> dict[str, Tensor]:
@@ -103,15 +104,12 @@ def descriptions(folder: Path) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def measured(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By model, what two expert parallel ranks measured on the token ids that ModelOpt calibrated on."""
-    pool[:] = pool or [Ranks(4)]
     files = {}
     for name, source in SOURCES.items():
         folder = tmp_path_factory.mktemp(name)
-        batches = load_file(source / "calib_input_ids.safetensors")
-        ordered = [batches[f"input_ids.{number}"] for number in range(len(batches))]
-        save_file({"input_ids": torch.cat(ordered)}, folder / "ids.safetensors")
+        ids = ids_of(source, folder / "ids.safetensors")
         files[name] = folder / "calibration.safetensors"
-        run(pool[0], 2, "--ep", 2, "--hf-model", source, "--calib-data", folder / "ids.safetensors", "--output",
+        export(living(pool), 2, "--ep", 2, "--hf-model", source, "--calib-data", ids, "--output",
             folder / "out", "--calib-samples", 8, "--calib-batch-size", 2, "--save-calibration", files[name])  # fmt: skip
     return files
 
@@ -125,7 +123,7 @@ def exported(
     for name, source in SOURCES.items():
         for form in ROUTES:
             folders[name, form] = tmp_path_factory.mktemp(f"{name}-{form}") / "out"
-            run(pool[0], 4, *TOPOLOGY, *FLAGS[name], "--hf-model", source, "--format", form, "--load-calibration",
+            export(living(pool), 4, *TOPOLOGY, *FLAGS[name], "--hf-model", source, "--format", form, "--load-calibration",
                 measured[name], "--output", folders[name, form])  # fmt: skip
     return folders
 
@@ -157,7 +155,7 @@ def test_with_modelopt_statistics_every_tensor_is_equal_but_for_shared_latents(
             key.replace("input_scale", "input_amax"): (scale * 448).bfloat16().float() for key, scale in scales.items()
         }
     save(seen, name, tmp_path / "c.safetensors")
-    run(ranks, 4, *TOPOLOGY, *FLAGS[name], "--hf-model", SOURCES[name], "--format", form, "--load-calibration",
+    export(ranks, 4, *TOPOLOGY, *FLAGS[name], "--hf-model", SOURCES[name], "--format", form, "--load-calibration",
         tmp_path / "c.safetensors", "--output", tmp_path / "out")  # fmt: skip
     ours = tensors(tmp_path / "out")
     assert sorted(ours) == sorted(theirs)
@@ -221,7 +219,7 @@ def test_both_descriptions_of_the_quantization_equal_those_of_modelopt(name: str
 def test_latent_attention_is_left_as_it_was_and_named_unless_it_is_asked_for(
     measured: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    run(ranks, 4, *TOPOLOGY, "--hf-model", SOURCES["deepseekv3"], "--format", "nvfp4", "--load-calibration",
+    export(ranks, 4, *TOPOLOGY, "--hf-model", SOURCES["deepseekv3"], "--format", "nvfp4", "--load-calibration",
         measured["deepseekv3"], "--output", tmp_path / "out")  # fmt: skip
     ours, source, theirs = tensors(tmp_path / "out"), tensors(SOURCES["deepseekv3"]), golden("deepseekv3", "nvfp4")
     attention = {key: tensor for key, tensor in source.items() if ".self_attn." in key}

@@ -12,20 +12,24 @@ from megatron_export.formats import packing
 from megatron_export.models.statistic_names import hf_keys
 
 from ..support.models import GOLDEN, assert_same, read_json, same, tensors
-from ..support.ranks import Ranks, command
+from ..support.ranks import Ranks
+from .test_topologies import export
 
 SOURCES = {name: GOLDEN / "models" / f"{name}-bf16" for name in ("llama", "qwen3")}
 
 
+def ids_of(source: Path, file: Path) -> Path:
+    """Write the token ids that ModelOpt calibrated on, as [samples, tokens]."""
+    batches = load_file(source / "calib_input_ids.safetensors")
+    ordered = [batches[f"input_ids.{number}"] for number in range(len(batches))]
+    save_file({"input_ids": torch.cat(ordered)}, file)
+    return file
+
+
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The token ids that ModelOpt calibrated on, as [samples, tokens]."""
     folder = tmp_path_factory.mktemp("ids")
-    for name, source in SOURCES.items():
-        batches = load_file(source / "calib_input_ids.safetensors")
-        ordered = [batches[f"input_ids.{number}"] for number in range(len(batches))]
-        save_file({"input_ids": torch.cat(ordered)}, folder / f"{name}.safetensors")
-    return {name: folder / f"{name}.safetensors" for name in SOURCES}
+    return {name: ids_of(source, folder / f"{name}.safetensors") for name, source in SOURCES.items()}
 
 
 def modelopt_statistics(name: str, formats: str = "FP8-KVFP8") -> dict[str, torch.Tensor]:
@@ -44,9 +48,9 @@ def modelopt_statistics(name: str, formats: str = "FP8-KVFP8") -> dict[str, torc
     }
 
 
-def run(ranks: Ranks, world: int, *flags: object) -> None:
-    for status, said in ranks.call(world, command, "--device", "cpu", *flags):
-        assert status == 0, said
+def save(theirs: dict[str, torch.Tensor], file: Path, config: dict) -> None:
+    """Statistics under the names of HF as a calibration file."""
+    statistics.save({key: theirs[on_disk[0]] for key, on_disk in hf_keys(config).items()}, file, config)
 
 
 @pytest.mark.parametrize(("form", "route"), [("fp8", "FP8-mcore"), ("nvfp4", "NVFP4")])
@@ -54,7 +58,7 @@ def run(ranks: Ranks, world: int, *flags: object) -> None:
 def test_every_weight_and_weight_scale_equals_modelopt(
     name: str, form: str, route: str, ids: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", form, "--calib-data", ids[name],
+    export(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", form, "--calib-data", ids[name],
         "--calib-samples", 8, "--output", tmp_path / "out")  # fmt: skip
     ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-{route}")
     assert sorted(ours) == sorted(golden)
@@ -68,11 +72,10 @@ def test_with_modelopt_statistics_every_tensor_of_the_fp8_kv_checkpoint_is_equal
 ) -> None:
     """Except weights that ModelOpt's HF route quantizes apart and engines fuse: q, k, v and gate, up."""
     config = read_json(SOURCES[name] / "config.json")
-    keys = hf_keys(config)
     theirs = modelopt_statistics(name)
-    assert sorted(theirs) == sorted(key for on_disk in keys.values() for key in on_disk)
-    statistics.save({key: theirs[on_disk[0]] for key, on_disk in keys.items()}, tmp_path / "c.safetensors", config)
-    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--kv-cache", "fp8", "--output", tmp_path / "out",
+    assert sorted(theirs) == sorted(key for on_disk in hf_keys(config).values() for key in on_disk)
+    save(theirs, tmp_path / "c.safetensors", config)
+    export(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--kv-cache", "fp8", "--output", tmp_path / "out",
         "--load-calibration", tmp_path / "c.safetensors")  # fmt: skip
     ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-FP8-KVFP8")
     fused = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
@@ -87,10 +90,8 @@ def test_with_modelopt_statistics_every_tensor_of_the_nvfp4_kv_checkpoint_is_equ
     name: str, ranks: Ranks, tmp_path: Path
 ) -> None:
     config = read_json(SOURCES[name] / "config.json")
-    theirs = modelopt_statistics(name, "NVFP4-KVNVFP4")
-    keys = hf_keys(config)
-    statistics.save({key: theirs[on_disk[0]] for key, on_disk in keys.items()}, tmp_path / "c.safetensors", config)
-    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", "nvfp4", "--kv-cache", "nvfp4", "--output",
+    save(modelopt_statistics(name, "NVFP4-KVNVFP4"), tmp_path / "c.safetensors", config)
+    export(ranks, 2, "--tp", 2, "--hf-model", SOURCES[name], "--format", "nvfp4", "--kv-cache", "nvfp4", "--output",
         tmp_path / "out", "--load-calibration", tmp_path / "c.safetensors")  # fmt: skip
     assert_same(tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-NVFP4-KVNVFP4"))
 
@@ -99,7 +100,7 @@ def test_fp8_pb_in_modelopt_spelling_is_equal_but_for_the_dims_of_single_blocks(
     """ModelOpt drops the dims of a scale that is one block, on which vLLM's loader fails, and then takes it for the scale of
     a tensor, which fused linears share: q, k and v, of one block each, get the largest of the three, and lose precision.
     """
-    run(ranks, 2, "--tp", 2, "--hf-model", SOURCES["llama"], "--format", "fp8_pb", "--fp8-pb-spelling", "modelopt",
+    export(ranks, 2, "--tp", 2, "--hf-model", SOURCES["llama"], "--format", "fp8_pb", "--fp8-pb-spelling", "modelopt",
         "--output", tmp_path / "out")  # fmt: skip
     ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / "llama-FP8_PB_WO")
     single = [key for key, tensor in golden.items() if tensor.dim() == 0]
@@ -122,13 +123,11 @@ def test_an_awq_search_of_a_whole_model_comes_out_as_modelopt_did(
     linear that they are. Inputs differ by roundings (see below): a factor is a mean in bfloat16, and moves by one of its
     steps, 2^-7 of its value at most; the alphas are the same, or factors would move by far more.
     """
-    run(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
+    export(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
         "--format", form, "--output", tmp_path / "out")  # fmt: skip
     ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-{form.upper()}")
     assert sorted(ours) == sorted(golden)
-    assert {key: (t.dtype, t.shape) for key, t in ours.items()} == {
-        key: (t.dtype, t.shape) for key, t in golden.items()
-    }
+    assert [key for key in golden if (ours[key].dtype, ours[key].shape) != (golden[key].dtype, golden[key].shape)] == []
     vectors = [key for key in golden if key.endswith("pre_quant_scale")]
     assert len(vectors) == 4
     for key in vectors:
@@ -142,7 +141,7 @@ def test_statistics_are_those_of_modelopt_up_to_rounding(name: str, ids: dict, r
     """ModelOpt measured transformers' model, we measure Megatron's: the same mathematics, with other kernels between
     the roundings to bfloat16. 8 ulp of 2^-8, as between topologies.
     """
-    run(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
+    export(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
         "--save-calibration", tmp_path / "c.safetensors", "--output", tmp_path / "out")  # fmt: skip
     ours, theirs = load_file(tmp_path / "c.safetensors"), modelopt_statistics(name)
     assert sorted(ours) == sorted(theirs)

@@ -7,23 +7,22 @@ from unittest import mock
 
 import pytest
 
-from ..support.models import SAMPLES, read_json, tensors
+from ..support.command_line import command_line
+from ..support.models import read_json, tensors
 from ..support.ranks import Ranks, command
+from .test_topologies import calibration_flags, export
 
 pytestmark = pytest.mark.whole
 
 
 def flags(source: Path, output: Path, *others: object) -> tuple:
-    ids = source.parent / "ids" / "calibration.safetensors"
-    calibration = ("--calib-data", ids, "--calib-samples", SAMPLES)
-    return ("--device", "cpu", "--hf-model", source, "--output", output, *calibration, *others)
+    return ("--hf-model", source, "--output", output, *calibration_flags(source), *others)
 
 
 def test_a_folded_export_is_judged_and_described(ranks: Ranks, models: dict[str, Path], output: Path) -> None:
     """At TP = 2, smoothed, with grouped queries, in several files."""
     shape = ("--tp", 2, "--format", "nvfp4_awq", "--kv-cache", "fp8", "--max-shard-size", "100KB", "--report")
-    (status, said), _ = ranks.call(2, command, *flags(models["llama31"], output, *shape))
-    assert status == 0, said
+    said = export(ranks, 2, *flags(models["llama31"], output, *shape))
     assert said.splitlines()[-1] == "sound             nothing wrong was found"
     names = {path.name for path in output.iterdir()}
     listed = read_json(output / "export_manifest.json")["files"].keys()
@@ -42,8 +41,7 @@ def test_a_folded_export_is_judged_and_described(ranks: Ranks, models: dict[str,
 
 def test_experts_and_their_tokens_are_in_the_report(ranks: Ranks, models: dict[str, Path], output: Path) -> None:
     shape = ("--ep", 2, "--format", "nvfp4_awq", "--report")
-    (status, said), _ = ranks.call(2, command, *flags(models["qwen3_moe"], output, *shape))
-    assert status == 0, said
+    export(ranks, 2, *flags(models["qwen3_moe"], output, *shape))
     page = (output / "report.html").read_text()
     assert "<h2>Tokens per expert</h2>" in page
     tokens = read_json(output / "export_manifest.json")["run"]["tokens"]
@@ -54,13 +52,13 @@ def test_what_is_not_good_enough_is_not_published_and_can_be_resumed(
     ranks: Ranks, models: dict[str, Path], output: Path
 ) -> None:
     shape = ("--tp", 2, "--format", "nvfp4")
-    found = ranks.call(2, command, *flags(models["llama31"], output, *shape, "--verify", "--min-snr", 99))
+    wanted = ("--device", "cpu", "--verify", "--min-snr", 99)
+    found = ranks.call(2, command, *flags(models["llama31"], output, *shape, *wanted))
     assert [status for status, _ in found] == [1, 1]
     assert "not published: model.layers.0.self_attn.q_proj.weight: " in found[0][1]
     assert "dB, below 99" in found[0][1]
     assert not output.exists()
-    (status, said), _ = ranks.call(2, command, *flags(models["llama31"], output, *shape, "--verify", "--resume"))
-    assert status == 0, said
+    said = export(ranks, 2, *flags(models["llama31"], output, *shape, "--verify", "--resume"))
     assert "resumed           1 of 1 files were complete already" in said
 
 
@@ -78,8 +76,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_architecture_is_judged_sound(name: str, ranks: Ranks, models: dict[str, Path], output: Path) -> None:
-    ((status, said),) = ranks.call(1, command, *flags(models[name], output, "--verify", "--format", *KINDS[name]))
-    assert status == 0, said
+    said = export(ranks, 1, *flags(models[name], output, "--verify", "--format", *KINDS[name]))
     assert "sound             nothing wrong was found" in said
 
 
@@ -92,10 +89,8 @@ def pushed(*words: object) -> tuple[int, str, list]:
 
 
 def test_rank_0_uploads_what_was_published(ranks: Ranks, models: dict[str, Path], output: Path) -> None:
-    shape = ("--tp", 2, "--format", "bf16", "--push-to-hub", "org/name")
-    (status, said, uploads), (_, _, others) = ranks.call(
-        2, pushed, *flags(models["llama31"], output, *shape)[:6], *shape
-    )
+    given = ("--device", "cpu", "--hf-model", models["llama31"], "--output", output, "--tp", 2, "--format", "bf16")
+    (status, said, uploads), (_, _, others) = ranks.call(2, pushed, *given, "--push-to-hub", "org/name")
     assert status == 0, said
     assert said.splitlines()[-1] == "pushed            https://hub/org/name"
     assert len(uploads) == 1
@@ -106,16 +101,11 @@ def test_rank_0_uploads_what_was_published(ranks: Ranks, models: dict[str, Path]
 def test_a_published_checkpoint_that_was_touched_is_found_by_its_manifest(
     ranks: Ranks, models: dict[str, Path], output: Path
 ) -> None:
-    from megatron_export.cli import commands
-
-    ((status, said),) = ranks.call(1, command, *flags(models["llama31"], output, "--format", "fp8"))
-    assert status == 0, said
-    told: list[str] = []
-    arguments = ["verify", str(output), "--json"]
-    assert commands.main(lambda text, **_: told.append(text), arguments) == 0  # its manifest names its original
+    export(ranks, 1, *flags(models["llama31"], output, "--format", "fp8"))
+    status, told = command_line("verify", output, "--json")
+    assert status == 0  # its manifest names its original
+    assert len(tensors(output)) == len(json.loads(told)["weights"]) + 2 * 28
     (output / "generation_config.json").write_text("{}")
-    assert commands.main(lambda text, **_: told.append(text), arguments) == 1
-    assert json.loads(told[-1])["problems"] == [
-        "generation_config.json is not the file that export_manifest.json lists"
-    ]
-    assert len(tensors(output)) == len(json.loads(told[0])["weights"]) + 2 * 28
+    status, told = command_line("verify", output, "--json")
+    assert status == 1
+    assert json.loads(told)["problems"] == ["generation_config.json is not the file that export_manifest.json lists"]

@@ -20,6 +20,7 @@ from megatron_export.mcore.model import chunks_of
 from megatron_export.models import parameters_of
 from megatron_export.planning import shard_files
 
+from ..support.live import blank
 from ..support.models import EXAMPLE, read_json
 from ..support.ranks import Ranks
 
@@ -45,25 +46,24 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def ones_of(config: dict) -> dict[str, torch.Tensor]:
+    """Statistics of which each is 1."""
+    linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
+    return {f"{name}input_amax": torch.tensor(1.0) for name in linears}
+
+
 def peak_of_export(folder: Path, layers: int) -> int:
     """Bytes by which this rank's memory rose above the loaded model's during an nvfp4 export at TP=2."""
     config = CONFIG | {"num_hidden_layers": layers}
-    statistics = {
-        name.removesuffix("weight") + "input_amax": torch.tensor(1.0)
-        for name in parameters_of(config)
-        if "linear" in name
-    }
-    with parallel_state.started(2, 1, "cpu"):
-        with parallel_state.current() as here:
-            torch.manual_seed(0)
-            model = build_model(config, here, max_sequence_length=1, initialize=True)
-        with (
-            mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
-            mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
-        ):
-            before = measure()
-            export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
-            return resident("VmHWM") - before
+    statistics = ones_of(config)
+    with (
+        blank(config, tp=2) as (model, _),
+        mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
+        mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
+    ):
+        before = measure()
+        export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
+        return resident("VmHWM") - before
 
 
 SHARD = 100_000_000
@@ -73,8 +73,7 @@ LARGE = CONFIG | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention
 def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
     """Bytes of this rank's weights, and of its peak beside them during an fp8 export at TP=2."""
     config = LARGE | {"num_hidden_layers": layers}
-    linears = [name.removesuffix("weight") for name in parameters_of(config) if "linear" in name]
-    statistics = {f"{name}input_amax": torch.tensor(1.0) for name in linears}
+    statistics = ones_of(config)
     with parallel_state.started(2, 1, "cpu"):
         with parallel_state.current() as here:
             model = build_model(config, here, max_sequence_length=1)

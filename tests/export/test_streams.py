@@ -10,21 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export import (
-    ExportError,
-    export_hf_checkpoint,
-    export_hf_checkpoint_async,
-    iter_hf_tensors,
-    plan_hf_tensors,
-)
+from megatron_export import export_hf_checkpoint, export_hf_checkpoint_async, iter_hf_tensors, plan_hf_tensors
 from megatron_export.export import async_export
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
-from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.model import shards_of
 
-from ..mcore.test_live_model import loaded
-from ..support.models import assert_same, contents, read_json, same, tensors
+from ..support.live import loaded, refusal
+from ..support.models import assert_same, contents, same, tensors
 from ..support.ranks import Ranks
 
 pytestmark = pytest.mark.whole
@@ -92,7 +83,8 @@ def told_of(source: Path, out: Path, how: str) -> str:
             out.mkdir(exist_ok=True)
             (out / "precious").touch()
         room = 1 << 30 if how == "no memory" else 1 << 40
-        try:
+
+        def wait() -> None:
             with mock.patch.object(async_export, "available", return_value=room):
                 handle = export_hf_checkpoint_async(model, out, hf_model=source, format="bf16")
             if handle.process and how == "killed":
@@ -102,9 +94,8 @@ def told_of(source: Path, out: Path, how: str) -> str:
                 (out / "precious").touch()
             while not handle.done():
                 time.sleep(0.1)
-        except ExportError as error:
-            return str(error)
-        return "nothing"
+
+        return refusal(wait)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +127,7 @@ STREAMS = [  # model, format, ranks, sizes, everywhere
 
 def streamed(source: Path, out: Path, form: str, sizes: dict, everywhere: bool) -> list[dict[str, Tensor]]:
     """In a rank: what a plan gives for a model, and for the same model after a step of training; both exported too."""
-    config = read_json(source / "config.json")
-    rest = {name: sizes[name] for name in ("ep", "etp") if name in sizes}
-    with parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with parallel_state.current() as here:
-            model = build_model(config, here, max_sequence_length=1)
-            load_hf_weights(model, source, config, here)
+    with loaded(source, length=1, **sizes) as (model, _):
         plan = plan_hf_tensors(model, hf_model=source, format=form, bucket_bytes=20_000)
         found = []
         for step in range(2):
@@ -170,15 +156,10 @@ def test_the_stream_has_the_tensors_of_an_export(
 
 def refused(source: Path) -> list[str]:
     """In a rank: what is said of calls that cannot be."""
-    said = []
     with loaded(source, 2) as (model, _):
         plan = plan_hf_tensors(model, hf_model=source, format="fp8")
-        for settings in ({"plan": plan, "format": "fp8"}, {"plan": plan}, {"hf_model": source, "format": "fp9"}):
-            try:
-                list(iter_hf_tensors(model, **settings))
-            except ExportError as error:
-                said.append(str(error))
-    return said
+        asked = ({"plan": plan, "format": "fp8"}, {"plan": plan}, {"hf_model": source, "format": "fp9"})
+        return [refusal(lambda settings: list(iter_hf_tensors(model, **settings)), settings) for settings in asked]
 
 
 def test_a_stream_that_cannot_be_is_refused(ranks: Ranks, models: dict) -> None:

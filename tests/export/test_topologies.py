@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..support.models import DENSE, LENGTH, SAMPLES, assert_same, contents, read_json, tensors
-from ..support.ranks import Ranks, command
+from ..support.ranks import Ranks, command, living
 
 pytestmark = pytest.mark.whole
 
@@ -37,17 +37,15 @@ def calibration_flags(source: Path) -> tuple:
 @pytest.fixture(scope="module")
 def references(models: dict[str, Path], pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Per architecture, a folder with the calibration file and the exports of one rank alone."""
-    if not pool:
-        pool.append(Ranks(4))
-    folders = {}
+    ranks, folders = living(pool), {}
     for name in DENSE:
         source = models[name]
         folder = folders[name] = tmp_path_factory.mktemp(name)
         saved = ("--save-calibration", folder / "calibration.safetensors")
-        export(pool[0], 1, "--hf-model", source, "--format", "fp8", "--kv-cache", "fp8", "--output", folder / "fp8",
+        export(ranks, 1, "--hf-model", source, "--format", "fp8", "--kv-cache", "fp8", "--output", folder / "fp8",
                *calibration_flags(source), *saved)  # fmt: skip
-        export(pool[0], 1, *loading(source, "nvfp4", folder), "--output", folder / "nvfp4")
-        export(pool[0], 1, "--hf-model", source, "--format", "bf16", "--output", folder / "bf16")
+        export(ranks, 1, *loading(source, "nvfp4", folder), "--output", folder / "nvfp4")
+        export(ranks, 1, "--hf-model", source, "--format", "bf16", "--output", folder / "bf16")
     return folders
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_export import calibrate, export_hf_checkpoint, export_hf_checkpoint_async, iter_hf_tensors
 from megatron_export.mcore.cpu_compat import without_cuda
 
-from ..mcore.test_live_model import batches, loaded
+from ..support.live import batches, loaded
 from ..support.models import EXAMPLE, LENGTH, contents, tensors
 from ..support.ranks import Ranks
 

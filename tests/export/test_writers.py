@@ -4,17 +4,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.distributed import collectives
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
-from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.writing.journal import kept
 
 from ..support.faults import Fault, export_with, flags_of
-from ..support.models import assert_same, contents, read_json, tensors
+from ..support.live import loaded
+from ..support.models import assert_same, contents, tensors
 from ..support.ranks import Ranks
 
 pytestmark = pytest.mark.whole
@@ -31,13 +28,8 @@ CASES = [  # model, format, ranks, sizes, nodes
 
 def written(source: Path, out: Path, form: str, sizes: dict, nodes: tuple[int, ...], mode: str) -> tuple:
     """In a rank: bytes sent, files by writer, and what of the checkpoint this rank holds and another writes, in bytes."""
-    config = read_json(source / "config.json")
-    rest = {name: sizes[name] for name in ("ep", "etp") if name in sizes}
-    with parallel_state.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with parallel_state.current() as here:
-            model = build_model(config, here, max_sequence_length=1)
-            load_hf_weights(model, source, config, here, dropped=("vision_model.", "multi_modal_projector."))
-            rank = here.rank
+    with loaded(source, length=1, **sizes) as (model, here):
+        rank = here.rank
         with mock.patch.object(collectives, "nodes", lambda here: nodes):
             report = export_hf_checkpoint(
                 model, out, hf_model=source, format=form, max_shard_size="60KB", writers=mode, sync=False
@@ -47,11 +39,8 @@ def written(source: Path, out: Path, form: str, sizes: dict, nodes: tuple[int, .
         for item in bucket.items:
             for index, holder in enumerate(item.ranks):
                 foreign += sum(o.nbytes for o in item.message(index)) if rank == holder != bucket.writer else 0
-                moved += (
-                    sum(o.nbytes for o in item.raw_message(index))
-                    if item.gather_first and index and rank == holder
-                    else 0
-                )
+                if item.gather_first and index and rank == holder:
+                    moved += sum(o.nbytes for o in item.raw_message(index))
     return report.wire, report.plan.writers, foreign, moved
 
 
@@ -99,12 +88,8 @@ def test_what_several_writers_have_completed_goes_on_with_one(fault: Fault, flag
 
 def elsewhere(source: Path, out: Path) -> None:
     """In a rank: rank 1 looks for the folder on a disk of its own."""
-    config = read_json(source / "config.json")
-    with parallel_state.started(2, 1, "cpu"):
-        with parallel_state.current() as here:
-            torch.manual_seed(0)
-            model = build_model(config, here, max_sequence_length=1, initialize=True)
-            target = out if here.first else out.parent / "other" / out.name
+    with loaded(source, 2) as (model, here):
+        target = out if here.first else out.parent / "other" / out.name
         export_hf_checkpoint(model, target, hf_model=source, format="bf16", max_shard_size="60KB", writers="all")
 
 

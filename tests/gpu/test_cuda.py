@@ -135,17 +135,26 @@ def measuring(source: Path) -> tuple:
     return ("--calib-data", ids, "--calib-samples", SAMPLES, "--calib-seq-len", LENGTH)
 
 
+def same_bytes(folder: Path, source: Path, common: tuple, first: tuple, *others: tuple) -> dict[str, torch.Tensor]:
+    """The tensors of an export that measures, which the same export has elsewhere; how: the number of ranks, and flags."""
+    file, common = folder / "calibration.safetensors", ("--hf-model", source, *common)
+    ranks, *flags = first
+    export(ranks, *common, *flags, *measuring(source), "--save-calibration", file, "--output", folder / "first")
+    found = tensors(folder / "first")
+    for number, (ranks, *flags) in enumerate(others):
+        export(ranks, *common, "--load-calibration", file, *flags, "--output", folder / f"{number}")
+        assert_same(tensors(folder / f"{number}"), found)
+    return found
+
+
+ON_CPU = ("--device", "cpu")
+
+
 @pytest.mark.parametrize("name", ["llama31", "qwen2"])
 def test_nccl_at_tp2_and_gloo_on_the_cpu_write_what_one_gpu_writes(name: str, models: dict, tmp_path: Path) -> None:
     assert name in ARCHITECTURES
-    file = tmp_path / "calibration.safetensors"
-    common = ("--hf-model", models[name], "--format", "nvfp4", "--kv-cache", "fp8")
-    export(1, *common, *measuring(models[name]), "--save-calibration", file, "--output", tmp_path / "gpu")
-    export(2, *common, "--load-calibration", file, "--tp", 2, "--output", tmp_path / "nccl")
-    export(2, *common, "--load-calibration", file, "--pp", 2, "--output", tmp_path / "nccl-pp")
-    export(2, *common, "--load-calibration", file, "--tp", 2, "--device", "cpu", "--output", tmp_path / "gloo")
-    for other in ("nccl", "nccl-pp", "gloo"):
-        assert_same(tensors(tmp_path / other), tensors(tmp_path / "gpu"))
+    common = ("--format", "nvfp4", "--kv-cache", "fp8")
+    same_bytes(tmp_path, models[name], common, (1,), (2, "--tp", 2), (2, "--pp", 2), (2, "--tp", 2, *ON_CPU))
 
 
 @pytest.mark.parametrize("form", ["nvfp4_awq", "int4_awq"])
@@ -154,27 +163,17 @@ def test_a_smoothed_and_clipped_model_has_the_same_bytes_over_nccl_at_tp2_and_on
 ) -> None:
     """Grouped queries; a half of o_proj's 128 inputs and of down_proj's 384 cuts a group of int4."""
     source = make_model(tmp_path, "llama31", hidden_size=128, head_dim=16, intermediate_size=384)
-    file = tmp_path / "calibration.safetensors"
-    common = ("--hf-model", source, "--format", form, "--kv-cache", "nvfp4", "--awq-clip")
-    export(1, *common, *measuring(source), "--save-calibration", file, "--output", tmp_path / "gpu")
-    export(2, *common, "--load-calibration", file, "--tp", 2, "--output", tmp_path / "nccl")
-    export(2, *common, "--load-calibration", file, "--tp", 2, "--device", "cpu", "--output", tmp_path / "gloo")
-    written = tensors(tmp_path / "gpu")
+    common = ("--format", form, "--kv-cache", "nvfp4", "--awq-clip")
+    written = same_bytes(tmp_path, source, common, (1,), (2, "--tp", 2), (2, "--tp", 2, *ON_CPU))
     assert any(name.endswith("pre_quant_scale") for name in written) == (form == "int4_awq")
-    for other in ("nccl", "gloo"):
-        assert_same(tensors(tmp_path / other), written)
 
 
 def test_experts_over_nccl_at_ep2_have_the_bytes_of_one_gpu_and_of_the_cpu(tmp_path: Path) -> None:
     """Latent attention, dense and sparse layers, shared experts; vectors that all experts share."""
     source = make_model(tmp_path, "deepseek_v3")
-    file = tmp_path / "calibration.safetensors"
-    common = ("--hf-model", source, "--format", "nvfp4_awq", "--quantize-mla")
-    export(2, *common, "--ep", 2, *measuring(source), "--save-calibration", file, "--output", tmp_path / "nccl")
-    export(1, *common, "--load-calibration", file, "--output", tmp_path / "gpu")
-    export(2, *common, "--load-calibration", file, "--ep", 2, "--device", "cpu", "--output", tmp_path / "gloo")
-    for other in ("nccl", "gloo"):
-        assert_same(tensors(tmp_path / other), tensors(tmp_path / "gpu"))
+    same_bytes(
+        tmp_path, source, ("--format", "nvfp4_awq", "--quantize-mla"), (2, "--ep", 2), (1,), (2, "--ep", 2, *ON_CPU)
+    )
 
 
 def test_two_gpu_ranks_search_together(tmp_path: Path) -> None:

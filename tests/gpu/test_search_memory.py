@@ -1,7 +1,6 @@
 """An AWQ search holds one linear at a time, whatever the number of layers: counted by CUDA's allocator."""
 
 import os
-import socket
 from unittest import mock
 
 import torch
@@ -11,6 +10,7 @@ from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
 
 from ..support.models import EXAMPLE, read_json
+from ..support.ranks import free_port
 
 CONFIG = read_json(EXAMPLE / "config.json") | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
 SEARCHES = 3  # of a linear at most: int4_g128, nvfp4, nvfp4_shared
@@ -19,9 +19,7 @@ CHANNELS = 512 + 512 + 512 + 2048  # inputs of a layer's linears
 
 def peak_of_search(layers: int) -> int:
     """Bytes of GPU memory above the model's during a search with clipping."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     with (
         mock.patch.dict(os.environ, ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}),

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import psutil
 
+from ..support.ranks import free_port
+
 ROOT = Path(__file__).parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("127.0.0.1", "127.0.0.2")  # names that are addresses, so that nothing needs to resolve them
@@ -76,9 +78,8 @@ class Cluster:
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
         host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-        self.config.write_text(
-            CONFIG.format(host=host, user=user, folder=self.folder, nodes=NODES, ports=free_ports(3))
-        )
+        ports = [free_port() for _ in range(3)]
+        self.config.write_text(CONFIG.format(host=host, user=user, folder=self.folder, nodes=NODES, ports=ports))
         (self.folder / "gres.conf").write_text(GPUS)
         files = {name: self.folder / f"munge.{name}" for name in ("key", "socket", "pid", "seed")}
         files["key"].touch(mode=0o600)
@@ -155,14 +156,3 @@ def until(done: Callable[[], object], what: str, seconds: float = 240) -> None:
     while not done():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
         time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

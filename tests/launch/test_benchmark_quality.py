@@ -2,8 +2,6 @@
 
 import importlib.util
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, nll_loss
 
+from ..support.command_line import python
 from ..support.models import EXAMPLE, read_json, tensors
+from . import test_benchmark_speed
 
 pytestmark = pytest.mark.whole
 
@@ -26,12 +26,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The exports of three formats, and what was printed; on one thread, so that tests beside it are not held up."""
     folder = tmp_path_factory.mktemp("quality") / "exports"
     flags = [*QUICK, "--formats", "bf16", "int4_awq", "nvfp4_awq", "--calib-samples", "4", "--calib-seq-len", "128"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "quality", *flags, "--output", folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = python(SCRIPT, "quality", *flags, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -62,8 +57,7 @@ def run(benchmark: ModuleType, *flags: object) -> int:
 
 def rows_of(said: str) -> dict[str, dict[str, str]]:
     """The table's rows by their first cell, each by column."""
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "|" in line]
-    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    return {next(iter(row.values())): row for row in test_benchmark_speed.rows_of(said)}
 
 
 def test_the_table_has_a_finite_row_for_every_format_and_for_what_the_search_is_worth(output: tuple[Path, str]) -> None:

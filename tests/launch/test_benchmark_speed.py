@@ -14,10 +14,10 @@ import pytest
 from megatron_export import export_hf_checkpoint
 from megatron_export.mcore import parallel_state
 from megatron_export.mcore.build import build_model
-from megatron_export.planning.plan import assumed
 
+from ..support.command_line import python
 from ..support.models import EXAMPLE, contents, read_json
-from ..support.plans import plan_for
+from ..support.plans import plan_of
 from ..support.ranks import Ranks
 
 pytestmark = pytest.mark.whole
@@ -37,9 +37,8 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def run(*flags: object, path: Path | None = None) -> subprocess.CompletedProcess:
     """The command; `path` is where Python looks for packages first."""
-    line = [sys.executable, LAUNCH / "benchmark.py", *map(str, flags)]
     where = os.pathsep.join(str(part) for part in (path, os.environ.get("PYTHONPATH")) if part)
-    return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": where})
+    return python(LAUNCH / "benchmark.py", *flags, PYTHONPATH=where)
 
 
 def rows_of(said: str) -> list[dict[str, str]]:
@@ -93,7 +92,7 @@ def test_known_shapes_have_the_parameters_that_their_publishers_count(shapes: Mo
     }
     for name, count in counts.items():
         config = shapes.config_of(name, None, None)
-        assert plan_for(config, assumed(config, 1), format="bf16").source_nbytes == 2 * count
+        assert plan_of(config, format="bf16").source_nbytes == 2 * count
 
 
 def made(launch: Path, config: dict, source: Path, out: Path, tp: int, ep: int) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ..export.test_topologies import export
 from ..support.models import contents
-from ..support.ranks import Ranks, command, living
+from ..support.ranks import Ranks, living
 from .cluster import ROOT, Cluster, Job, until
 
 pytestmark = pytest.mark.whole
@@ -39,8 +40,7 @@ def place(tmp_path: Path) -> Path:
 def whole(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What the command writes without SLURM."""
     output = tmp_path_factory.mktemp("local") / "out"
-    (status, said), _ = living(pool).call(2, command, *FLAGS, "--output", output)
-    assert status == 0, said
+    export(living(pool), 2, *FLAGS, "--output", output)
     return contents(output)
 
 

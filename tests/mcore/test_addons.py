@@ -9,18 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_export import ExportError, calibrate, export_hf_checkpoint
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
-from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.mcore.model import experts_of, linears_of
 from megatron_export.models import parameters_of
 
 from ..calibration.test_grouped_experts import GroupedMLP
 from ..support.additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, factors, quantize, vector_of
-from ..support.models import LENGTH, assert_same, make_model, read_json, tensors
+from ..support.live import batches, differences, loaded, refusal, traces
+from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
-from .test_live_model import batches, differences, loaded, traces
 
 pytestmark = pytest.mark.whole
 
@@ -32,13 +29,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models"), "llama31", **sizes, num_key_value_heads=2)
 
 
-def export_quantized(source: Path, out: Path, tp: int, how: tuple, changes: dict, asked: dict) -> list[str]:
-    """In a rank: put quantizers into a model and export it; returns what the export changed in the model."""
+def export_quantized(source: Path, out: Path, tp: int, how: tuple, changes: dict, asked: dict) -> tuple[list[str], str]:
+    """In a rank: put quantizers into a model and export it; returns what that changed in the model, and why it was not done."""
     with loaded(source, tp) as (model, _):
         quantize(model, *how, **changes)
         before = traces(model)
-        export_hf_checkpoint(model, out, hf_model=source, **asked)
-        return differences(before, traces(model))
+        said = refusal(export_hf_checkpoint, model, out, hf_model=source, **asked)
+        return differences(before, traces(model)), said
 
 
 def export_plain(source: Path, out: Path, statistics: dict[str, Tensor], asked: dict) -> None:
@@ -70,7 +67,7 @@ def inputs_of(source: Path) -> dict[str, Tensor]:
 def test_a_quantized_model_says_itself_what_it_is_exported_to(
     how: tuple, asked: dict, tp: int, wide: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    assert ranks.call(tp, export_quantized, wide, tmp_path / "quantized", tp, how, {}, {}) == [[]] * tp
+    assert ranks.call(tp, export_quantized, wide, tmp_path / "quantized", tp, how, {}, {}) == [([], "")] * tp
     ranks.call(1, export_plain, wide, tmp_path / "plain", inputs_of(wide), asked)
     assert_same(tensors(tmp_path / "quantized"), tensors(tmp_path / "plain"))
     configs = [read_json(tmp_path / made / "config.json") for made in ("quantized", "plain")]
@@ -81,7 +78,8 @@ def test_a_quantized_model_says_itself_what_it_is_exported_to(
 def test_weights_trained_since_keep_the_amaxes_of_their_quantizers(
     how: tuple, largest: int, models: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    ranks.call(2, export_quantized, models["qwen3"], tmp_path / "out", 2, how, {"factor": 0.5}, {})
+    found = ranks.call(2, export_quantized, models["qwen3"], tmp_path / "out", 2, how, {"factor": 0.5}, {})
+    assert found == [([], "")] * 2
     source, found = tensors(models["qwen3"]), tensors(tmp_path / "out")
     name = "weight_scale" if largest == 448 else "weight_scale_2"
     for number in range(4):
@@ -99,7 +97,8 @@ def test_weights_that_are_smoothed_already_are_not_smoothed_again(
     how: tuple, quant_algo: str, wide: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     for tp in (1, 2):
-        ranks.call(tp, export_quantized, wide, tmp_path / str(tp), tp, how, {"smoothed": True}, {})
+        made = ranks.call(tp, export_quantized, wide, tmp_path / str(tp), tp, how, {"smoothed": True}, {})
+        assert made == [([], "")] * tp
     found, source = tensors(tmp_path / "1"), tensors(wide)
     assert_same(found, tensors(tmp_path / "2"))
     assert read_json(tmp_path / "1" / "config.json")["quantization_config"]["quant_algo"] == quant_algo
@@ -127,10 +126,7 @@ def group(model: nn.Module) -> None:
 
 def export_experts(source: Path, out: Path, ep: int, grouped: bool) -> None:
     """In a rank: export experts with quantizers, and one layer's attention without."""
-    config = read_json(source / "config.json")
-    with parallel_state.started(1, 1, "cpu", ep=ep), parallel_state.current() as here:
-        model = build_model(config, here, max_sequence_length=LENGTH)
-        load_hf_weights(model, source, config, here)
+    with loaded(source, ep=ep) as (model, _):
         quantize(model, FP8, FP8)
         for name, module in linears_of(model).items():
             if name.startswith("decoder.layers.0.self_attention"):
@@ -156,17 +152,6 @@ def test_experts_have_amaxes_of_their_own_and_linears_without_quantizers_stay(
     assert {name.removesuffix(".weight") for name in alone} <= set(ignored)
 
 
-def refused(source: Path, out: Path, how: tuple, changes: dict, asked: dict) -> str:
-    """In a rank: why a quantized model is not exported."""
-    with loaded(source, 2) as (model, _):
-        quantize(model, *how, **changes)
-        try:
-            export_hf_checkpoint(model, out, hf_model=source, **asked)
-        except ExportError as error:
-            return str(error)
-    return ""
-
-
 @pytest.mark.parametrize(
     ("how", "changes", "asked", "said"),
     [
@@ -174,26 +159,17 @@ def refused(source: Path, out: Path, how: tuple, changes: dict, asked: dict) -> 
         ((FP8, FP8, FP8), {}, {"kv_cache": "none"}, "kv_cache is 'none', but ModelOpt quantized this model to 'fp8'"),
         ((FP8, FP8), {}, {"calibration": {}}, "leave calibration out"),
         ((INT4, OFF), {"smoothed": True}, {"exclude": ["*.o_proj"]}, "exclude cannot undo what ModelOpt has smoothed"),
-        (
-            (FP8_PB, OFF),
-            {"factor": 0.5},
-            {},
-            "(of 8 such): its quantizer's amaxes are not those of its weight's blocks",
-        ),
-        (
-            (FP8 | {"_axis": 0}, FP8),
-            {},
-            {},
-            "(8 such): ModelOpt's input_quantizer is e4m3; weight_quantizer is e4m3, one",
-        ),
+        ((FP8_PB, OFF), {"factor": 0.5}, {}, "(of 8 such): its quantizer's amaxes are not those of its weight's blocks"),
+        ((FP8 | {"_axis": 0}, FP8), {}, {}, "(8 such): ModelOpt's input_quantizer is e4m3; weight_quantizer is e4m3, one"),
     ],
-)
+)  # fmt: skip
 def test_contradictions_of_a_quantized_model_are_refused(
     how: tuple, changes: dict, asked: dict, said: str, wide: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    texts = ranks.call(2, refused, wide, tmp_path / "out", how, changes, asked)
-    assert said in texts[0]
-    assert texts[0] == texts[1]
+    first, second = ranks.call(2, export_quantized, wide, tmp_path / "out", 2, how, changes, asked)
+    assert first == second
+    assert first[0] == []
+    assert said in first[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,11 +177,7 @@ def calibrate_additions(source: Path, style: str, form: str) -> str:
     """In a rank: why a model with additions is not calibrated."""
     with loaded(source, 1) as (model, _):
         quantize(model, FP8, FP8) if style == "modelopt" else adapt(model, style)
-        try:
-            calibrate(model, batches(source), format=form)
-        except ExportError as error:
-            return str(error)
-    return ""
+        return refusal(calibrate, model, batches(source), format=form)
 
 
 def test_what_would_be_measured_wrongly_is_not_calibrated(models: dict, ranks: Ranks) -> None:
@@ -220,11 +192,8 @@ def export_adapted(source: Path, out: Path, tp: int, style: str, merge: bool) ->
     with loaded(source, tp) as (model, _):
         adapt(model, style)
         before = traces(model)
-        try:
-            export_hf_checkpoint(model, out, hf_model=source, format="bf16", merge_lora=merge)
-        except ExportError as error:
-            return differences(before, traces(model)), str(error)
-        return differences(before, traces(model)), ""
+        said = refusal(export_hf_checkpoint, model, out, hf_model=source, format="bf16", merge_lora=merge)
+        return differences(before, traces(model)), said
 
 
 @pytest.mark.parametrize("style", ["bridge", "modelopt"])
@@ -274,13 +243,8 @@ def refused_adapters(source: Path, out: Path, kind: str) -> str:
             first.adapter.linear_in.weight = nn.Parameter(torch.ones(8, 7))
         elif kind == "quantized":
             quantize(model, FP8, FP8)
-        try:
-            export_hf_checkpoint(
-                model, out, hf_model=source, format=None if kind == "quantized" else "bf16", merge_lora=True
-            )
-        except ExportError as error:
-            return str(error)
-    return ""
+        form = None if kind == "quantized" else "bf16"
+        return refusal(export_hf_checkpoint, model, out, hf_model=source, format=form, merge_lora=True)
 
 
 @pytest.mark.parametrize(

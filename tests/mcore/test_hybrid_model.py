@@ -15,16 +15,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from megatron_export import calibrate, export_hf_checkpoint
-from megatron_export.common.errors import ExportError
 from megatron_export.distributed.topology import Topology
-from megatron_export.mcore import parallel_state as topology
 from megatron_export.mcore.build import _settings
 from megatron_export.mcore.cpu_compat import without_cuda
 from megatron_export.mcore.load_hf import load_hf_weights
 
+from ..support.live import batches, loaded, refusal
 from ..support.models import LENGTH, assert_same, read_json, tensors
 from ..support.ranks import Ranks
-from .test_live_model import batches, loaded
 
 pytestmark = pytest.mark.whole
 
@@ -96,24 +94,19 @@ def test_pairs_of_layers_export_the_bytes_of_whole_ones(
     assert_same(tensors(tmp_path / "hybrid" / "bf16"), tensors(models["qwen3"]))
 
 
-def refusal(source: Path, out: Path, pattern: str) -> str:
+def export_with(source: Path, out: Path, pattern: str) -> str:
     """In a rank: what an export says of a model with this pattern."""
-    with topology.started(1, 1, "cpu"), topology.current() as here:
+    with loaded(source) as (_, here):
         model = build_hybrid(source, here, "*-" * 4)
-    setattr(model, PATTERN, pattern)
-    with topology.started(1, 1, "cpu"):
-        try:
-            export_hf_checkpoint(model, out, hf_model=source, format="bf16")
-        except ExportError as error:
-            return str(error)
-    return ""
+        setattr(model, PATTERN, pattern)
+        return refusal(export_hf_checkpoint, model, out, hf_model=source, format="bf16")
 
 
 def test_other_patterns_of_layers_and_another_number_of_them_are_refused(
     models: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    (said,) = ranks.call(1, refusal, models["qwen3"], tmp_path / "out", "M-*-*-*-")
+    (said,) = ranks.call(1, export_with, models["qwen3"], tmp_path / "out", "M-*-*-*-")
     assert "the layers 'M-*-*-*-': only pairs of attention and MLP" in said
-    (said,) = ranks.call(1, refusal, models["qwen3"], tmp_path / "out", "*-" * 3)
+    (said,) = ranks.call(1, export_with, models["qwen3"], tmp_path / "out", "*-" * 3)
     assert "the model has num_layers = 3, but config.json means 4" in said
     assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,6 @@
 """Live models: what calibration and export leave behind, wrapped models, virtual pipelines, float32, fused norms."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,18 +11,16 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_export import calibrate, export_hf_checkpoint
-from megatron_export.distributed.topology import Topology
-from megatron_export.mcore import parallel_state as topology
 from megatron_export.mcore.build import build_model
 from megatron_export.mcore.cpu_compat import without_cuda
-from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.model import linear_input, shards_of
 
-from ..support.models import EXAMPLE, LENGTH, assert_same, read_json, same, tensors
+from ..support.command_line import python
+from ..support.live import batches, differences, loaded, traces
+from ..support.models import EXAMPLE, LENGTH, assert_same, read_json, tensors
 from ..support.ranks import Ranks
 
 pytestmark = pytest.mark.whole
@@ -34,33 +28,10 @@ pytestmark = pytest.mark.whole
 SCRIPT = Path(__file__).parents[2] / "examples" / "export_from_training.py"
 
 
-def batches(source: Path, size: int = 4) -> list[Tensor]:
-    """The calibration token ids of `source`, `size` samples each; the last batch may be smaller."""
-    return list(load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"].split(size))
-
-
-@contextmanager
-def loaded(
-    source: Path, tp: int, pp: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[GPTModel, Topology]]:
-    """In a rank: this rank's part of a model with the weights of `source`."""
-    torch.manual_seed(5)
-    config = read_json(source / "config.json")
-    with topology.started(tp, pp, "cpu"), topology.current() as here:
-        model = build_model(config, here, max_sequence_length=LENGTH, dtype=dtype)
-        load_hf_weights(model, source, config, here)
-        yield model, here
-
-
-def formats_of(statistics: dict[str, Tensor]) -> tuple[str, ...]:
-    """Formats of every kind that these statistics serve."""
-    smoothed = any(".pre_quant_scale.nvfp4" in name for name in statistics)
-    return ("bf16", "fp8", "fp8_pb", "nvfp4", *(("nvfp4_awq",) if smoothed else ()))
-
-
 def export_all(model: nn.Module | list[nn.Module], source: Path, out: Path, statistics: dict[str, Tensor]) -> None:
     """In a rank: export in every format to folders of `out`."""
-    for form in formats_of(statistics):
+    smoothed = any(".pre_quant_scale.nvfp4" in name for name in statistics)
+    for form in ("bf16", "fp8", "fp8_pb", "nvfp4", *(["nvfp4_awq"] if smoothed else [])):
         kv_cache = "none" if form == "bf16" else "fp8"
         export_hf_checkpoint(model, out / form, hf_model=source, format=form, calibration=statistics, kv_cache=kv_cache)
 
@@ -79,33 +50,6 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     with without_cuda():
         return model(ids[:, :-1], positions, mask, labels=ids[:, 1:]).float().mean()
-
-
-def traces(model: nn.Module) -> dict[str, object]:
-    """All that a training script could notice: weights, gradients, every attribute of every module, random state."""
-    found: dict[str, object] = {"random state": torch.get_rng_state()}
-    found |= {f"config {key}": value for key, value in vars(model.config).items()}
-    for name, tensor in model.state_dict().items():
-        found[f"state {name}"] = tensor.clone() if isinstance(tensor, Tensor) else type(tensor)
-    for name, weight in model.named_parameters():
-        gradient = None if weight.grad is None else weight.grad.clone()
-        found |= {f"object {name}": weight, f"requires_grad {name}": weight.requires_grad}
-        found |= {f"gradient {name}": weight.grad, f"gradient's values {name}": gradient}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():  # hooks are in dicts: _forward_pre_hooks and the like
-            items = value.items() if isinstance(value, dict) else [("", value)]
-            found |= {f"attribute {name}.{key} {inner}": held for inner, held in items}
-    return found
-
-
-def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """Names of what was added, removed, replaced by another object, or (copied tensors) has other bytes."""
-    changed = before.keys() ^ after.keys()
-    for name in before.keys() & after.keys():
-        old, new = before[name], after[name]
-        equal = isinstance(old, Tensor) and isinstance(new, Tensor) and same(old, new)
-        changed |= set() if old is new or equal else {name}
-    return sorted(changed)
 
 
 def leave_alone(source: Path, out: Path, tp: int, pp: int) -> tuple[int, list[str]]:
@@ -193,17 +137,10 @@ def test_a_wrapped_model_exports_the_bytes_of_the_bare_one(
     assert_same_exports(tmp_path / "wrapped", tmp_path / "bare")
 
 
-def build_chunks(source: Path, here: Topology, group: int) -> list[GPTModel]:
-    """In a rank of PP=2: its two virtual stages, whose schedule takes micro-batches in groups of `group`."""
-    config = read_json(source / "config.json")
-    chunks = build_model(config, here, max_sequence_length=LENGTH)
-    chunks[0].config.microbatch_group_size_per_vp_stage = group
-    load_hf_weights(chunks, source, config, here)
-    return chunks
-
-
 def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """In a rank of PP=2, VPP=2: export the chunks; returns the statistics and each progress that was made."""
+    """In a rank of PP=2: export its two virtual stages, which take micro-batches in groups of `group`; returns the statistics and
+    each progress that was made.
+    """
     made: list[str] = []
 
     def progress(stage: str, steps: list[Tensor]) -> Iterator[Tensor]:
@@ -211,8 +148,8 @@ def export_virtual(source: Path, out: Path, group: int, wrapped: bool) -> tuple[
             made.append(stage)
             yield step
 
-    with topology.started(1, 2, "cpu", vpp=2), topology.current() as here:
-        model = build_chunks(source, here, group)
+    with loaded(source, pp=2, vpp=2) as (model, _):
+        model[0].config.microbatch_group_size_per_vp_stage = group
         if wrapped:
             model = [_megatron_ddp(Float16Module(chunk.config, chunk), chunk.config) for chunk in model]
         statistics = calibrate(model, batches(source, 3), format="nvfp4_awq", progress=progress)
@@ -331,10 +268,8 @@ def test_padded_vocabulary_rows_are_trimmed_even_when_nan(models: dict, ranks: R
 
 
 def test_the_training_example_runs_and_exports(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(SCRIPT)]
-    flags = ["--steps", "4", "--export-at", "2", "--output", str(tmp_path / "out")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command + flags, env=environment, capture_output=True, text=True, timeout=120)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", SCRIPT)
+    run = python(*torchrun, "--steps", 4, "--export-at", 2, "--output", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("step")] == ["1", "2", "3", "4"]
     found, config = tensors(tmp_path / "out"), read_json(tmp_path / "out" / "config.json")

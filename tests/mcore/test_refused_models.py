@@ -8,71 +8,63 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_export import ExportError, calibrate, export_hf_checkpoint
-from megatron_export.checkpoint import hf_folder
-from megatron_export.mcore import build, load_hf, parallel_state
+from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.mcore.cpu_compat import without_cuda
 
-from ..support.models import EXAMPLE
+from ..support.live import blank, loaded, refusal
+from ..support.models import EXAMPLE, read_json
 from ..support.ranks import Ranks, command
 
 pytestmark = pytest.mark.whole
 
-CONTRADICTIONS: dict[str, tuple[Any, str]] = {
-    "rotary_interleaved": (True, "False"),
-    "layernorm_zero_centered_gamma": (True, "False"),
-    "layernorm_epsilon": (1e-2, "1e-06"),
-    "num_query_groups": (2, "4"),
+# Model -> setting -> what the model has, what config.json means.
+CONTRADICTIONS: dict[str, dict[str, tuple[Any, str]]] = {
+    "example": {
+        "rotary_interleaved": (True, "False"),
+        "layernorm_zero_centered_gamma": (True, "False"),
+        "layernorm_epsilon": (1e-2, "1e-06"),
+        "num_query_groups": (2, "4"),
+    },
+    "deepseek_v3": {
+        "moe_router_topk": (1, "2"),
+        "moe_router_score_function": ("softmax", "'sigmoid'"),
+        "moe_router_topk_scaling_factor": (None, "2.5"),
+        "moe_expert_capacity_factor": (1.0, "None"),
+        "window_size": ((127, 0), "None"),
+        "v_head_dim": (8, "16"),
+    },
 }
 
 
-def refusal(folder: Path, name: str, value: object) -> str:
-    """What an export says of a model whose TransformerConfig is not what config.json means."""
-    config = hf_folder.read_config(EXAMPLE)
-    with parallel_state.started(2, 1, "cpu"):
-        with parallel_state.current() as here:
-            model = build.build_model(config, here, max_sequence_length=None)
-        setattr(model.config, name, value)
-        try:
-            export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="bf16")
-        except ExportError as error:
-            return str(error)
-    return ""
+def export_with(source: Path, folder: Path, settings: dict, **config: float) -> str:
+    """In a rank of TP=2: what an export says of a model whose TransformerConfig, or rotation, is not what config.json means."""
+    with blank(read_json(source / "config.json") | config, None if settings else 8, tp=2) as (model, _):
+        vars(model.config).update(settings)
+        return refusal(export_hf_checkpoint, model, folder, hf_model=source, format="bf16")
 
 
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_a_model_that_computes_something_else_is_refused(name: str, ranks: Ranks, tmp_path: Path) -> None:
-    has, means = CONTRADICTIONS[name]
-    said = ranks.call(2, refusal, tmp_path / "out", name, has)
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, name) for model, names in CONTRADICTIONS.items() for name in names]
+)
+def test_a_model_that_computes_something_else_is_refused(
+    model: str, name: str, models: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    has, means = CONTRADICTIONS[model][name]
+    latent = {"kv_channels": 128} if model == "deepseek_v3" else {}  # which latent attention does not read
+    source = models.get(model, EXAMPLE)
+    said = ranks.call(2, export_with, source, tmp_path / "out", {name: has} | latent)
     assert said == [f"the model has {name} = {has!r}, but config.json means {means}"] * 2
     assert list(tmp_path.iterdir()) == []
 
 
-def rotary_base_refusal(folder: Path) -> str:
-    config = hf_folder.read_config(EXAMPLE)
-    with parallel_state.started(1, 1, "cpu"):
-        with parallel_state.current() as here:
-            model = build.build_model(config | {"rope_theta": 5e5}, here, max_sequence_length=8)
-        try:
-            export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="bf16")
-        except ExportError as error:
-            return str(error)
-    return ""
-
-
 def test_another_rotary_base_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks.call(1, rotary_base_refusal, tmp_path / "out") == [
-        "the model has rotary_base = 500000.0, but config.json means 10000.0"
-    ]
+    said = ranks.call(2, export_with, EXAMPLE, tmp_path / "out", {}, rope_theta=5e5)
+    assert said == ["the model has rotary_base = 500000.0, but config.json means 10000.0"] * 2
 
 
 def syncs(folder: Path, overlap: bool) -> list[dict]:
     """With which arguments the exports of a model in Megatron's DDP made it gather its parameters."""
-    config = hf_folder.read_config(EXAMPLE)
-    with parallel_state.started(1, 1, "cpu"):
-        with parallel_state.current() as here:
-            model = build.build_model(config, here, max_sequence_length=16, initialize=True)
-            load_hf.load_hf_weights(model, EXAMPLE, config, here)
+    with loaded(EXAMPLE, length=16) as (model, _):
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
         with without_cuda():
             wrapped = DistributedDataParallel(model.config, settings, model)

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.calibration import statistics
 from megatron_export.common.piece import Amax
 from megatron_export.formats import chosen, encode
-from megatron_export.mcore.build import build_model
-from megatron_export.mcore.load_hf import load_hf_weights
-from megatron_export.mcore.parallel_state import current, started
 
-from ..support.models import LENGTH, assert_same, contents, read_json, same, tensors
-from ..support.ranks import Ranks, command, living
+from ..support.live import batches, loaded
+from ..support.models import assert_same, contents, read_json, same, tensors
+from ..support.ranks import Ranks, living
+from ..support.refusals import assert_says, refused
 
 pytestmark = pytest.mark.whole
 
@@ -32,14 +30,9 @@ TOPOLOGIES = {  # on two ranks
 def exports(source: Path, out: Path, sizes: dict) -> None:
     """In a rank: every format, from the calibration file beside `out`, which one rank alone writes."""
     config, file = read_json(source / "config.json"), out.parent / "calibration.safetensors"
-    rest = {key: size for key, size in sizes.items() if key not in ("tp", "pp")}
-    with started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with current() as here:
-            model = build_model(config, here, max_sequence_length=LENGTH)
-            load_hf_weights(model, source, config, here)
+    with loaded(source, **sizes) as (model, _):
         if not file.exists():
-            ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
-            statistics.save(calibrate(model, ids.split(4)), file, config)
+            statistics.save(calibrate(model, batches(source)), file, config)
         measured = statistics.load(file, config)
         for form in FORMS:
             options = {} if form == "bf16" else {"calibration": measured, "kv_cache": "fp8"}
@@ -92,6 +85,5 @@ def test_a_stack_holds_each_experts_codes_in_hfs_order(form: str, stack: str, al
     ],
 )
 def test_what_cannot_be_done_is_said(flags: tuple, message: str, ranks: Ranks, models: dict, tmp_path: Path) -> None:
-    status, said = ranks.call(2, command, "--hf-model", models["gpt_oss"], "--output", tmp_path / "out", *flags)[0]
-    assert status == 1
-    assert message in said
+    said = refused(ranks, tmp_path, "--hf-model", models["gpt_oss"], "--output", tmp_path / "out", *flags)
+    assert_says(said, message)

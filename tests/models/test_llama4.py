@@ -2,45 +2,42 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.checkpoint.hf_weights import copied_tensors
 from megatron_export.common.piece import Amax
 from megatron_export.formats import chosen, encode
-from megatron_export.mcore import load_hf, parallel_state
-from megatron_export.mcore.build import build_model
 from megatron_export.mcore.config_check import contradictions
 from megatron_export.models import settings_of, unscaled_rope_settings
 from megatron_export.planning.engine_check import of_plan, verdicts
-from megatron_export.planning.plan import assumed
 
+from ..export.test_topologies import calibration_flags, export
+from ..support.live import batches, blank, loaded
 from ..support.models import LENGTH, assert_same, make_model, read_json, same, tensors
-from ..support.plans import plan_for
-from ..support.ranks import Ranks, command, living
+from ..support.plans import plan_of
+from ..support.ranks import Ranks, living
+from ..support.refusals import assert_says, refused
 
 pytestmark = pytest.mark.whole
 
 PREFIX = "language_model.model.layers.1.feed_forward.experts."
 PLAIN = PREFIX.removeprefix("language_model.")
 ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")
+STACKED_ONLY = "reads experts of Llama 4 only where they are stacked in one tensor"
 SEEN = ("vision_model.", "multi_modal_projector.")
 
 
 def exports(source: Path, out: Path, ep: int) -> None:
     """In a rank: fp8, fp8_pb and nvfp4."""
-    config = read_json(source / "config.json")
-    with parallel_state.started(1, 1, "cpu", ep=ep):
-        with parallel_state.current() as here:
-            model = build_model(config, here, max_sequence_length=LENGTH)
-            load_hf.load_hf_weights(model, source, config, here)
-        ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
-        measured = calibrate(model, ids.split(2)[here.dp_rank :: here.dp_size])
+    with loaded(source, ep=ep) as (model, here):
+        measured = calibrate(model, batches(source, 2)[here.dp_rank :: here.dp_size])
         for form in ("fp8", "fp8_pb", "nvfp4"):
             export_hf_checkpoint(model, out / form, hf_model=source, format=form, calibration=measured)
 
@@ -103,15 +100,12 @@ def test_queries_and_keys_are_quantized_only_where_engines_can_turn_their_rows(
 
 
 def flags(source: Path, out: Path, *others: object) -> tuple:
-    data = source.parent / "ids" / "calibration.safetensors"
-    return ("--device", "cpu", "--hf-model", source, "--output", out, "--calib-data", data, "--calib-samples", 4,
-            "--calib-seq-len", LENGTH, *others)  # fmt: skip
+    return ("--hf-model", source, "--output", out, *calibration_flags(source), *others)
 
 
 def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, said = ranks.call(2, command, *flags(models["llama4_vision"], out, "--format", "nvfp4", "--tp", 2))[0]
-    assert status == 0, said
+    said = export(ranks, 2, *flags(models["llama4_vision"], out, "--format", "nvfp4", "--tp", 2))
     assert "q, k and v stay in bfloat16" in said
     assert re.search(r"SGLang +refused: .* does not load stacked experts in nvfp4", said)
     quantization = read_json(out / "hf_quant_config.json")["quantization"]
@@ -130,8 +124,7 @@ def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, m
 def test_excluded_stacks_are_named_as_engines_name_them(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     others = ("--format", "fp8", "--exclude", "*layers.1.feed_forward.experts.*")
-    status, said = ranks.call(1, command, *flags(models["llama4_vision"], out, *others))[0]
-    assert status == 0, said
+    export(ranks, 1, *flags(models["llama4_vision"], out, *others))
     left = read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
     assert "language_model.model.layers.1.feed_forward.experts" in left
     found, source = tensors(out), tensors(models["llama4_vision"])
@@ -146,8 +139,7 @@ def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf1
 ) -> None:
     stack = f"{PLAIN}gate_up_proj"
     original = tensors(models["llama4"])[stack]
-    status, said = ranks.call(2, command, *flags(models["llama4"], tmp_path / form, "--format", form, "--tp", 2))[0]
-    assert status == 0, said
+    said = export(ranks, 2, *flags(models["llama4"], tmp_path / form, "--format", form, "--tp", 2))
     assert [bool(re.search(rf"^{engine} +loads", said, re.M)) for engine in ENGINES] == [True, False, False]
     assert "it loads experts of Llama 4 only in Llama4ForConditionalGeneration" in said
     assert "it has Llama 4 only as Llama4ForConditionalGeneration" in said
@@ -158,54 +150,45 @@ def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf1
         for part, rows in zip(("gate", "up"), weight.T.chunk(2), strict=True):
             for suffix, piece in encode(chosen(form), rows.contiguous(), amax).items():
                 assert suffix == "input_scale" or same(found[f"{PLAIN}{expert}.{part}_proj.{suffix}"], piece.data)
-    bf16 = flags(models["llama4"], tmp_path / "bf16")[:6]
-    assert ranks.call(1, command, *bf16, "--format", "bf16")[0][0] == 0
+    export(ranks, 1, "--hf-model", models["llama4"], "--output", tmp_path / "bf16", "--format", "bf16")
     assert same(tensors(tmp_path / "bf16")[stack], original)
 
 
+def written(folder: Path, like: Path, held: dict[str, Tensor]) -> Path:
+    """A checkpoint with the config of another and these tensors."""
+    folder.mkdir()
+    save_file(held, folder / "model.safetensors")
+    shutil.copyfile(like / "config.json", folder / "config.json")
+    return folder
+
+
 def test_tensors_in_other_types_are_copied_in_theirs(ranks: Ranks, models: dict, tmp_path: Path) -> None:
-    source = tmp_path / "mixed"
-    source.mkdir()
     held = tensors(models["llama4_vision"])
     held["vision_model.layernorm_pre.weight"] = held["vision_model.layernorm_pre.weight"].float() / 3
     held["vision_model.layernorm_post.weight"] = held["vision_model.layernorm_post.weight"].half() / 3
-    save_file(held, source / "model.safetensors")
-    (source / "config.json").write_text((models["llama4_vision"] / "config.json").read_text())
-    status, said = ranks.call(1, command, "--hf-model", source, "--output", tmp_path / "out", "--format", "bf16")[0]
-    assert status == 0, said
+    source = written(tmp_path / "mixed", models["llama4_vision"], held)
+    export(ranks, 1, "--hf-model", source, "--output", tmp_path / "out", "--format", "bf16")
     assert_same(tensors(tmp_path / "out"), held)
 
 
 def test_an_original_without_the_parts_that_see_is_refused(ranks: Ranks, models: dict, tmp_path: Path) -> None:
-    source = tmp_path / "blind"
-    source.mkdir()
     held = {name: t for name, t in tensors(models["llama4_vision"]).items() if not name.startswith(SEEN)}
-    save_file(held, source / "model.safetensors")
-    (source / "config.json").write_text((models["llama4_vision"] / "config.json").read_text())
-    said = ranks.call(2, command, "--hf-model", source, "--output", tmp_path / "out", "--format", "bf16")
-    for status, text in said[:1]:
-        assert status == 1
-        assert "no tensor vision_model.*" in text and "no tensor multi_modal_projector.*" in text
-    assert not (tmp_path / "out").exists()
+    source = written(tmp_path / "blind", models["llama4_vision"], held)
+    said = refused(ranks, tmp_path, "--hf-model", source, "--output", tmp_path / "out", "--format", "bf16")
+    assert_says(said, "no tensor vision_model.*", "no tensor multi_modal_projector.*")
 
 
 def test_samples_longer_than_a_chunk_of_attention_are_refused(ranks: Ranks, tmp_path: Path) -> None:
     source = make_model(tmp_path, "llama4", attention_chunk_size=16)
-    status, said = ranks.call(1, command, *flags(source, tmp_path / "out"))[0]
-    assert status == 1
-    assert "beyond 16 this model attends in chunks" in said
+    said = refused(ranks, tmp_path, *flags(source, tmp_path / "out"))
+    assert_says(said, "beyond 16 this model attends in chunks")
 
 
 def all_experts(source: Path) -> tuple[dict[str, float], float]:
     """In a rank: input maxima of layer 1's linears when all experts see all tokens, and the largest product of a token and
     its score for any expert.
     """
-    config = read_json(source / "config.json")
-    with parallel_state.started(1, 1, "cpu"):
-        with parallel_state.current() as here:
-            model = build_model(config, here, max_sequence_length=LENGTH)
-            load_hf.load_hf_weights(model, source, config, here)
-        ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
+    with loaded(source) as (model, _):
         layer, products = model.decoder.layers[1].mlp, []
 
         def called(module: torch.nn.Module, args: tuple) -> None:
@@ -214,7 +197,7 @@ def all_experts(source: Path) -> tuple[dict[str, float], float]:
             products.append((tokens.abs().amax(1, keepdim=True) * scores).max().item())
 
         hook = layer.register_forward_pre_hook(called)
-        found = calibrate(model, ids.split(4), all_experts=True)
+        found = calibrate(model, batches(source), all_experts=True)
         hook.remove()
     prefix = "decoder.layers.1.mlp."
     keys = [key for key in found if key.startswith(prefix) and key.endswith(".input_amax")]
@@ -233,13 +216,8 @@ def test_experts_that_are_shown_all_tokens_are_given_their_product_with_the_scor
     [
         ("llama4", "fp8", {"vLLM"}, "it has Llama 4 only as Llama4ForConditionalGeneration"),
         ("llama4", "int4_awq", set(), "it does not know W4A16_AWQ"),
-        (
-            "llama4_vision",
-            "fp8_pb",
-            {"vLLM", "SGLang"},
-            "reads experts of Llama 4 only where they are stacked in one tensor",
-        ),
-        ("llama4_vision", "int4_awq", set(), "reads experts of Llama 4 only where they are stacked in one tensor"),
+        ("llama4_vision", "fp8_pb", {"vLLM", "SGLang"}, STACKED_ONLY),
+        ("llama4_vision", "int4_awq", set(), STACKED_ONLY),
         ("llama4_vision", "nvfp4", {"vLLM", "TensorRT-LLM"}, "does not load stacked experts in nvfp4"),
     ],
 )
@@ -249,7 +227,7 @@ def test_engines_say_what_they_do_with_the_experts_and_the_plan_does_not_repeat_
     config = read_json(models[name] / "config.json")
     sizes = {"intermediate_size": 128, "intermediate_size_mlp": 128, "hidden_size": 128}
     config |= {"text_config": config["text_config"] | sizes} if "text_config" in config else sizes
-    plan = plan_for(config, assumed(config, 1), format=form)
+    plan = plan_of(config, format=form)
     found = verdicts(of_plan(plan)).values()
     assert {verdict.engine for verdict in found if verdict.loads} == loading
     assert any(because in verdict.why for verdict in found)
@@ -263,7 +241,7 @@ def test_modules_are_excluded_by_the_names_that_files_have(glob: str, models: di
     source = models["llama4_vision"]
     config = read_json(source / "config.json")
     copied = copied_tensors(source, SEEN)
-    plan = plan_for(config, assumed(config, 1), format="fp8", exclude=tuple(glob.split()), copied=copied)
+    plan = plan_of(config, format="fp8", exclude=tuple(glob.split()), copied=copied)
     stacks = [name for name in plan.quantized if ".experts." in name]
     assert len(stacks) == (4 if glob == "vision_model*" else 0)
     assert not any(".experts." in entry for entry in plan.excluded)
@@ -273,8 +251,7 @@ def test_modules_are_excluded_by_the_names_that_files_have(glob: str, models: di
 def norms_everywhere(source: Path) -> list[str]:
     """In a rank: what is said of a model as Megatron's own spec makes it, with a norm in every layer."""
     config = read_json(source / "config.json")
-    with parallel_state.started(1, 1, "cpu"), parallel_state.current() as here:
-        model = build_model(config, here, max_sequence_length=LENGTH)
+    with blank(config, LENGTH) as (model, _):
         attentions = [layer.self_attention for layer in model.decoder.layers]
         attentions[3].q_layernorm = attentions[0].q_layernorm
         model.config.rotary_interleaved = False

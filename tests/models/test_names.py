@@ -8,6 +8,8 @@ from megatron_export.models.megatron_parameters import PARAMETERS
 
 from ..support.models import EXAMPLE, read_json
 
+FIRST, SECOND, MTP = "decoder.layers.0", "decoder.layers.1", "mtp.layers.0"
+
 
 def config(**changes: object) -> dict:
     return read_json(EXAMPLE / "config.json") | changes
@@ -26,35 +28,20 @@ def test_no_two_parameters_become_the_same_hf_tensor() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.7.input_layernorm.weight"),
-        ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.3.pre_mlp_layernorm.weight"),
-        ("decoder.layers.1.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
         ("decoder.final_norm.weight", "decoder.final_layernorm.weight"),
-        (
-            "decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight",
-            "decoder.layers.3.self_attention.q_layernorm.weight",
-        ),
-        (
-            "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight",
-            "decoder.layers.7.mlp.experts.5.linear_fc1.weight",
-        ),
-        ("decoder.layers.1.mlp.experts.linear_fc2.weight0", "decoder.layers.7.mlp.experts.4.linear_fc2.weight"),
-        (
-            "decoder.layers.1.mlp.shared_experts.linear_fc1.weight",
-            "decoder.layers.7.mlp.shared_experts.linear_fc1.weight",
-        ),
-        ("mtp.layers.0.eh_proj.weight", "decoder.layers.9.eh_proj.weight"),
-        (
-            "mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight1",
-            "decoder.layers.9.mlp.experts.5.linear_fc1.weight",
-        ),
-        (
-            "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight",
-            "decoder.layers.9.input_layernorm.weight",
-        ),
+        (f"{FIRST}.mlp.linear_fc1.layer_norm_weight", "decoder.layers.3.pre_mlp_layernorm.weight"),
+        (f"{FIRST}.self_attention.linear_q_up_proj.layer_norm_weight", "decoder.layers.3.self_attention.q_layernorm.weight"),
+        (f"{SECOND}.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.7.input_layernorm.weight"),
+        (f"{SECOND}.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),
+        (f"{SECOND}.mlp.experts.local_experts.1.linear_fc1.weight", "decoder.layers.7.mlp.experts.5.linear_fc1.weight"),
+        (f"{SECOND}.mlp.experts.linear_fc2.weight0", "decoder.layers.7.mlp.experts.4.linear_fc2.weight"),
+        (f"{SECOND}.mlp.shared_experts.linear_fc1.weight", "decoder.layers.7.mlp.shared_experts.linear_fc1.weight"),
+        (f"{MTP}.eh_proj.weight", "decoder.layers.9.eh_proj.weight"),
+        (f"{MTP}.transformer_layer.mlp.experts.linear_fc1.weight1", "decoder.layers.9.mlp.experts.5.linear_fc1.weight"),
+        (f"{MTP}.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.9.input_layernorm.weight"),
     ],
-)
+)  # fmt: skip
 def test_every_spec_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
     assert canonical(name, {"decoder": [3, 7], "mtp": [9]}, [4, 5]) == expected
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_export.calibration.lookup import measured
 from megatron_export.formats import Options
-from megatron_export.planning.plan import Plan, assumed
+from megatron_export.planning.plan import Plan
 
 from ..support.models import make_model, read_json
-from ..support.plans import plan_for
+from ..support.plans import plan_of
 
 SHAPE = {"hidden_size": 128, "head_dim": 16, "intermediate_size": 384, "num_hidden_layers": 2}
 MODELS = {  # queries per group: 2, 1, 4
@@ -75,24 +75,23 @@ def logits(source: Path, tensors: dict[str, Tensor], kept: dict[str, Tensor]) ->
     assert set(missing) <= {"lm_head.weight"}
     model.tie_weights()
 
-    def scale(module: nn.Module, args: tuple, vector: Tensor) -> tuple:
-        return (args[0] * vector,)
-
     for name, vector in kept.items():
         module = model.get_submodule(name)
-        module.register_forward_pre_hook(lambda module, args, vector=vector: scale(module, args, vector))
+        module.register_forward_pre_hook(lambda module, args, vector=vector: (args[0] * vector,))
     with torch.no_grad():
         return model(torch.arange(48).view(2, 24)).logits
+
+
+def planned(source: Path, variant: str, **settings: object) -> Plan:
+    form, options = VARIANTS[variant]
+    return plan_of(read_json(source / "config.json"), format=form, options=options, **settings)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_smoothed_model_computes_what_the_model_computes(name: str, variant: str, tmp_path: Path) -> None:
     source = make_model(tmp_path, name.split()[0], **MODELS[name])
-    config = read_json(source / "config.json")
-    form, options = VARIANTS[variant]
-    plan = plan_for(config, assumed(config, 1), format=form, options=options)
-    tensors, kept = smoothed_model(source, plan)
+    tensors, kept = smoothed_model(source, planned(source, variant))
     original = load_file(source / "model.safetensors")
     changed = {name for name in tensors if not torch.equal(tensors[name], original[name])}
     assert {"model.layers.0.input_layernorm.weight", "model.layers.1.mlp.gate_proj.weight"} <= changed
@@ -119,19 +118,17 @@ def test_a_smoothed_model_computes_what_the_model_computes(name: str, variant: s
     ],
 )
 def test_what_keeps_pre_quant_scale(name: str, variant: str, kept: set, tmp_path: Path) -> None:
-    config = read_json(make_model(tmp_path, name, **MODELS[name]) / "config.json")
-    form, options = VARIANTS[variant]
-    plan = plan_for(config, assumed(config, 1), format=form, options=options)
+    plan = planned(make_model(tmp_path, name, **MODELS[name]), variant)
     outputs = [output.name for outputs in plan.files.values() for output in outputs]
     assert {output.split(".")[-2] for output in outputs if output.endswith("pre_quant_scale")} == kept
 
 
 def test_a_linear_that_was_left_alone_takes_over_nothing(tmp_path: Path) -> None:
     """Its weight must stay what it is, so down_proj keeps its vector or, where there is no place for it, has none."""
-    config = read_json(make_model(tmp_path, "llama32", **SHAPE) / "config.json")
+    source = make_model(tmp_path, "llama32", **SHAPE)
     exclude = ("*.gate_proj", "*.up_proj", "*.q_proj", "*.k_proj", "*.v_proj")
-    for options, kept in ((Options(), False), (Options(awq_output="modelopt"), True)):
-        plan = plan_for(config, assumed(config, 1), format="nvfp4_awq", options=options, exclude=exclude)
+    for variant, kept in (("folded", False), ("modelopt", True)):
+        plan = planned(source, variant, exclude=exclude)
         items = {item.source.canonical: item for item in plan.items}
         alone = [item for item in plan.items if item.form is None]
         assert not any(item.smoothed.vectors for item in alone)

@@ -11,21 +11,12 @@ from megatron_export.planning.plan import Held, Plan, assumed
 from megatron_export.planning.quant_config import config_json, hf_quant_config
 from megatron_export.planning.shard_files import BUCKET_BYTES, LANES
 
-from ..export.test_memory_forecast import SMALL_V3
+from ..support.configs import LLAMA_70B, SMALL_V3
 from ..support.models import EXAMPLE, GOLDEN, read_json, tensors
-from ..support.plans import plan_for
+from ..support.plans import plan_for, plan_of
 
 CONFIG = read_json(EXAMPLE / "config.json")
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 80,
-    "hidden_size": 8192,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "intermediate_size": 28672,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-}
+ODD = CONFIG | {"intermediate_size": 1000}
 
 
 def plan(config: dict = CONFIG, tp: int = 1, **settings: object) -> Plan:
@@ -96,10 +87,7 @@ def test_excluded_modules_are_left_alone_and_listed() -> None:
         ({"exclude": ("*",)}, "leaves nothing to quantize.*--format bf16"),
         ({"kv_cache": "fp8", "format": "bf16"}, "vLLM refuses a checkpoint that quantizes the KV cache alone"),
         ({"exclude": ("*",), "format": "bf16"}, "no effect with --format bf16"),
-        (
-            {"config": CONFIG | {"intermediate_size": 1000}, "format": "nvfp4"},
-            "down_proj.weight has 1000 inputs.*--exclude",
-        ),
+        ({"config": ODD, "format": "nvfp4"}, "down_proj.weight has 1000 inputs.*--exclude"),
     ],
 )
 def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
@@ -124,22 +112,22 @@ def test_all_problems_of_a_model_are_told_at_once() -> None:
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("folder", "settings"),
-    [
-        ("llama-FP8-KVFP8", {"format": "fp8", "kv_cache": "fp8"}),
-        ("llama-FP8-mcore", {"format": "fp8"}),
-        ("llama-NVFP4", {"format": "nvfp4"}),
-        ("llama-NVFP4-KVNVFP4", {"format": "nvfp4", "kv_cache": "nvfp4"}),
-        ("llama-NVFP4_AWQ", {"format": "nvfp4_awq", "options": Options(awq_output="modelopt")}),
-        ("llama-INT4_AWQ", {"format": "int4_awq"}),
-        ("llama-W4A8_AWQ", {"format": "w4a8_awq"}),
-        ("llama-FP8_PB_WO", {"format": "fp8_pb", "options": Options(fp8_pb_spelling="modelopt")}),
-    ],
-)
-def test_both_configs_equal_modelopt(folder: str, settings: dict) -> None:
-    source = read_json(GOLDEN / "models" / "llama-bf16" / "config.json")
-    made = plan(source, **settings)
+MODELOPT: dict[str, dict] = {  # what ModelOpt calls it -> what we are asked for
+    "FP8-KVFP8": {"format": "fp8", "kv_cache": "fp8"},
+    "FP8-mcore": {"format": "fp8"},
+    "NVFP4": {"format": "nvfp4"},
+    "NVFP4-KVNVFP4": {"format": "nvfp4", "kv_cache": "nvfp4"},
+    "NVFP4_AWQ": {"format": "nvfp4_awq", "options": Options(awq_output="modelopt")},
+    "INT4_AWQ": {"format": "int4_awq"},
+    "W4A8_AWQ": {"format": "w4a8_awq"},
+    "FP8_PB_WO": {"format": "fp8_pb", "options": Options(fp8_pb_spelling="modelopt")},
+}
+
+
+@pytest.mark.parametrize("name", MODELOPT)
+def test_both_configs_equal_modelopt(name: str) -> None:
+    source, folder = read_json(GOLDEN / "models" / "llama-bf16" / "config.json"), f"llama-{name}"
+    made = plan(source, **MODELOPT[name])
     nested = read_json(GOLDEN / "models" / folder / "hf_quant_config.json")
     algorithm = {"quant_algo": nested["quantization"]["quant_algo"].upper()}  # engines compare exact strings
     assert hf_quant_config(made) == nested | {"quantization": nested["quantization"] | algorithm}
@@ -204,15 +192,9 @@ def test_every_engine_understands_the_exclude_list_as_meant(settings: dict) -> N
 
 
 def test_planned_tensors_are_those_of_modelopt() -> None:
-    modelopt = Options(awq_output="modelopt")
-    for folder, settings in (
-        ("qwen3-FP8-KVFP8", {"format": "fp8", "kv_cache": "fp8"}),
-        ("qwen3-NVFP4", {"format": "nvfp4"}),
-        ("qwen3-NVFP4_AWQ", {"format": "nvfp4_awq", "options": modelopt}),
-        ("qwen3-INT4_AWQ", {"format": "int4_awq"}),
-    ):
-        made = plan(read_json(GOLDEN / "models" / "qwen3-bf16" / "config.json"), **settings)
-        golden = tensors(GOLDEN / "models" / folder)
+    for name in ("FP8-KVFP8", "NVFP4", "NVFP4_AWQ", "INT4_AWQ"):
+        made = plan(read_json(GOLDEN / "models" / "qwen3-bf16" / "config.json"), **MODELOPT[name])
+        golden = tensors(GOLDEN / "models" / f"qwen3-{name}")
         planned = {output.name: output for outputs in made.files.values() for output in outputs}
         assert sorted(planned) == sorted(golden)
         for name, tensor in golden.items():
@@ -222,6 +204,6 @@ def test_planned_tensors_are_those_of_modelopt() -> None:
 def test_deepseek_says_how_it_routes_also_where_transformers_left_it_out() -> None:
     said = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
     config = {key: value for key, value in SMALL_V3.items() if key not in said}
-    made = plan_for(config, assumed(config, 1), format="bf16")
+    made = plan_of(config, format="bf16")
     assert config_json(made).items() >= said.items()
     assert config_json(plan()).keys().isdisjoint(said)

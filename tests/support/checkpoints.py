@@ -12,17 +12,17 @@ from typing import Any
 from megatron_export.common.file_names import INDEX
 from megatron_export.engines import CheckpointView, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
-from megatron_export.planning.plan import assumed
 
 from .models import GOLDEN, read_json
-from .plans import plan_for
+from .plans import plan_of
 
 Said = dict[str, Any]
+Change = Callable[[Said], object]
 HEADERS: dict[str, Said] = read_json(GOLDEN / "headers.json")
 FP8, FP8_KV, NVFP4, MOE = (
     f"models/{name}" for name in ("llama-FP8", "llama-FP8-KVFP8", "llama-NVFP4", "qwen3moe-NVFP4")
 )
-TWO_FILES = "models/llama-FP8-mcore"
+TWO_FILES, DOWN = "models/llama-FP8-mcore", "model.layers.0.mlp.down_proj"
 
 
 def golden(name: str) -> Said:
@@ -48,7 +48,7 @@ def described(said: Said) -> CheckpointView:
 
 def planned(config: dict, **settings: Any) -> CheckpointView:
     """What a plan would write."""
-    return of_plan(plan_for(config, assumed(config, 1), **settings))
+    return of_plan(plan_of(config, **settings))
 
 
 def written(said: Said, folder: Path) -> Path:
@@ -76,20 +76,47 @@ def _tensors(said: Said) -> dict[str, list]:
     return next(iter(said["files"].values()))
 
 
+def _sections(said: Said) -> tuple[Said, Said]:
+    return said["config"]["quantization_config"], said["quant"]["quantization"]
+
+
 def _listed(said: Said) -> tuple[list[str], list[str]]:
-    return said["config"]["quantization_config"]["ignore"], said["quant"]["quantization"]["exclude_modules"]
+    flat, nested = _sections(said)
+    return flat["ignore"], nested["exclude_modules"]
 
 
-def lose_a_file(said: Said) -> None:
-    said["files"].popitem()
+def losing(*names: str) -> Change:
+    """Tensors are gone."""
+    return lambda said: [_tensors(said).pop(name) for name in names]
 
 
-def add_a_stray_file(said: Said) -> None:
-    said["files"]["calibration.safetensors"] = {"input_ids.0": ["I64", [2, 24]]}
+def storing(name: str, dtype: str, *shape: int) -> Change:
+    """A tensor is there, of this type and shape."""
+    return lambda said: _tensors(said).update({name: [dtype, list(shape)]})
 
 
-def add_mistrals_file(said: Said) -> None:
-    said["files"]["consolidated.safetensors"] = {"output.weight": ["BF16", [8, 8]]}
+def adding(file: str, **tensors: list) -> Change:
+    """Another file is there."""
+    return lambda said: said["files"].update({file: tensors})
+
+
+def leaving_out(name: str) -> Change:
+    """Both configs list another module that is not quantized."""
+    return lambda said: [listed.append(name) for listed in _listed(said)]
+
+
+def not_leaving_out(name: str) -> Change:
+    return lambda said: [listed.remove(name) for listed in _listed(said)]
+
+
+def saying(**words: Any) -> Change:
+    """Other words in both configs."""
+    return lambda said: [section.update(words) for section in _sections(said)]
+
+
+def configured(**keys: Any) -> Change:
+    """Other keys of config.json."""
+    return lambda said: said["config"].update(keys)
 
 
 def repeat_a_tensor(said: Said) -> None:
@@ -98,68 +125,9 @@ def repeat_a_tensor(said: Said) -> None:
     second["model.embed_tokens.weight"] = first["model.embed_tokens.weight"]
 
 
-def lose_a_norm(said: Said) -> None:
-    del _tensors(said)["model.norm.weight"]
-
-
-def lose_a_scale(said: Said) -> None:
-    del _tensors(said)["model.layers.0.mlp.down_proj.weight_scale"]
-
-
-def lose_an_input_scale(said: Said) -> None:
-    del _tensors(said)["model.layers.0.mlp.down_proj.input_scale"]
-
-
-def lose_an_experts_scale(said: Said) -> None:
-    del _tensors(said)["model.layers.0.mlp.experts.1.down_proj.weight_scale_2"]
-
-
-def cut_a_weight(said: Said) -> None:
-    _tensors(said)["model.layers.0.self_attn.o_proj.weight"][1][0] //= 2
-
-
-def store_in_integers(said: Said) -> None:
-    _tensors(said)["model.layers.0.mlp.down_proj.weight"][0] = "I8"
-
-
 def store_in_bfloat16(said: Said) -> None:
-    tensors, down = _tensors(said), "model.layers.0.mlp.down_proj"
-    tensors[f"{down}.weight"] = ["BF16", [128, 256]]
-    for suffix in ("weight_scale", "weight_scale_2", "input_scale"):
-        del tensors[f"{down}.{suffix}"]
-
-
-def add_pre_quant_scale(said: Said) -> None:
-    _tensors(said)["model.layers.0.self_attn.o_proj.pre_quant_scale"] = ["BF16", [128]]
-
-
-def leave_out_what_is_quantized(said: Said) -> None:
-    for listed in _listed(said):
-        listed.append("model.layers.0.mlp.down_proj")
-
-
-def leave_out_a_part(said: Said) -> None:
-    for listed in _listed(said):
-        listed.append("model.layers.0.self_attn.q_proj")
-
-
-def forget_lm_head(said: Said) -> None:
-    for listed in _listed(said):
-        listed.remove("lm_head")
-
-
-def forget_a_router(said: Said) -> None:
-    for listed in _listed(said):
-        listed.remove("model.layers.0.mlp.gate")
-
-
-def list_experts_by_a_short_word(said: Said) -> None:
-    for listed in _listed(said):
-        listed.append("mlp")
-
-
-def forget_the_method(said: Said) -> None:
-    del said["config"]["quantization_config"]["quant_method"]
+    losing(*(f"{DOWN}.{suffix}" for suffix in ("weight_scale", "weight_scale_2", "input_scale")))(said)
+    storing(f"{DOWN}.weight", "BF16", 128, 256)(said)
 
 
 def say_another_method(said: Said) -> None:
@@ -167,36 +135,17 @@ def say_another_method(said: Said) -> None:
     said["quant"] = None
 
 
-def keep_the_file_alone(said: Said) -> None:
-    del said["config"]["quantization_config"]
-
-
 def keep_the_file_alone_without_its_size(said: Said) -> None:
-    keep_the_file_alone(said)
+    del said["config"]["quantization_config"]
     del said["quant"]["quantization"]["group_size"]
 
 
-def mix_nothing(said: Said) -> None:
-    said["config"]["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
-    said["quant"]["quantization"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
-
-
-def mix_every_layer(said: Said) -> None:
+def mix_every_layer(said: Said, **others: str) -> None:
+    """In NVFP4, but for some linears."""
     names = [name.removesuffix(".weight") for name in _tensors(said) if name.endswith("proj.weight")]
     layers = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in names}
-    said["config"]["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-    said["quant"]["quantization"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-
-
-def mix_within_a_joined_linear(said: Said) -> None:
-    mix_every_layer(said)
-    for section in (said["config"]["quantization_config"], said["quant"]["quantization"]):
-        section["quantized_layers"] |= {"model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"}}
-
-
-def say_w4a16(said: Said) -> None:
-    said["config"]["quantization_config"] |= {"quant_algo": "W4A16_NVFP4"}
-    said["quant"]["quantization"]["quant_algo"] = "W4A16_NVFP4"
+    layers |= {name: {"quant_algo": algorithm} for name, algorithm in others.items()}
+    saying(quant_algo="MIXED_PRECISION", quantized_layers=layers)(said)
 
 
 def store_in_blocks(said: Said) -> None:
@@ -220,19 +169,13 @@ def cut_a_block(said: Said) -> None:
     """FP8_PB_WO, and 200 inputs of down_proj."""
     tensors = _tensors(said)
     said["config"]["intermediate_size"] = 200
-    said["config"]["quantization_config"] |= {"quant_algo": "FP8_PB_WO"}
-    said["quant"]["quantization"]["quant_algo"] = "FP8_PB_WO"
+    saying(quant_algo="FP8_PB_WO")(said)
     for name in [name for name in tensors if name.endswith("input_scale")]:
         del tensors[name]
     for name, (dtype, shape) in list(tensors.items()):
         if dtype == "F8_E4M3":
             shape[:] = [200 if size == 256 else size for size in shape]
             tensors[f"{name}_scale"] = ["F32", [-(-shape[0] // 128), 1, -(-shape[1] // 128), 1]]
-
-
-def lose_a_layers_cache_scales(said: Said) -> None:
-    for part in "kv":
-        del _tensors(said)[f"model.layers.1.self_attn.{part}_proj.{part}_scale"]
 
 
 def spell_cache_scales_short(said: Said) -> None:
@@ -242,63 +185,65 @@ def spell_cache_scales_short(said: Said) -> None:
         tensors[f"{attention}.{scale}"] = tensors.pop(name)
 
 
-def disagree(said: Said) -> None:
-    said["quant"]["quantization"]["exclude_modules"].append("model.layers.9.nothing")
-
-
-def name_the_method_of_routers(said: Said) -> None:
-    said["config"] |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
-
-
-def rename_the_architecture(said: Said) -> None:
-    said["config"]["architectures"] = ["NobodysForCausalLM"]
-
-
-Change = Callable[[Said], None]
-# A checkpoint and its damage -> what vLLM, SGLang and TensorRT-LLM find (a rule; '' for nothing), and whether vLLM notices.
+ATTENTION = "model.layers.0.self_attn"
+CACHE = [f"model.layers.1.self_attn.{part}_proj.{part}_scale" for part in "kv"]
+ROUTING = configured(topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1)
+# Damage -> the checkpoint, what is done to it, what vLLM, SGLang and TensorRT-LLM find (a rule; '' for nothing), and whether
+# vLLM notices.
 # fmt: off
-DAMAGES: dict[tuple[str, Change], tuple[str, str, str, bool]] = {
-    (TWO_FILES, lose_a_file):                ("files", "files", "missing", True),
-    (FP8, add_a_stray_file):                 ("unknown", "unknown", "unknown", True),
-    (FP8, add_mistrals_file):                ("consolidated", "consolidated", "consolidated", True),
-    (TWO_FILES, repeat_a_tensor):            ("twice", "twice", "twice", False),
-    (NVFP4, lose_a_norm):                    ("missing", "missing", "missing", True),
-    (NVFP4, lose_a_scale):                   ("scale", "scale", "scale", True),
-    (FP8, lose_an_input_scale):              ("scale", "scale", "", True),
-    (MOE, lose_an_experts_scale):            ("scale", "scale", "scale", False),
-    (FP8, cut_a_weight):                     ("shape", "shape", "shape", True),
-    (FP8, store_in_integers):                ("dtype", "dtype", "dtype", False),
-    (NVFP4, add_pre_quant_scale):            ("extra", "awq", "extra", True),
-    (NVFP4, leave_out_what_is_quantized):    ("left out", "left out", "left out", True),
-    (NVFP4, store_in_bfloat16): ("not left out", "not left out", "not left out", True),
-    (NVFP4, leave_out_a_part):               ("partly", "partly", "left out", True),
-    (NVFP4, forget_lm_head):                 ("not left out", "not left out", "", True),
-    ("models/qwen3-NVFP4", forget_lm_head):  ("not left out", "", "", True),
-    (MOE, forget_a_router):                  ("not left out", "", "", True),
-    (MOE, list_experts_by_a_short_word):     ("left out", "left out", "", True),
-    (NVFP4, forget_the_method):              ("dialect", "", "", True),
-    (NVFP4, say_another_method):             ("another", "another", "another", True),
-    (NVFP4, keep_the_file_alone):            ("", "", "", False),
-    (NVFP4, keep_the_file_alone_without_its_size): ("config", "config", "", True),
-    (NVFP4, mix_nothing):                    ("mixed", "mixed", "left out", True),
-    (NVFP4, mix_every_layer):                ("", "mixed joined", "", False),
-    (NVFP4, mix_within_a_joined_linear):     ("partly", "partly", "partly", True),
-    (NVFP4, say_w4a16): ("", "extra", "extra", False),
-    (FP8, store_in_blocks):                  ("blocks", "llama blocks", "", True),
-    (FP8, cut_a_block):                      ("inputs", "algorithm", "case", True),
-    (FP8_KV, lose_a_layers_cache_scales):    ("kv scales", "", "", False),
-    (FP8_KV, spell_cache_scales_short):      ("", "", "kv spelling", False),
-    (FP8, disagree):                         ("", "", "two configs", False),
-    ("models/deepseekv3-FP8-KVFP8", name_the_method_of_routers): ("kv mla", "", "latent", False),
-    ("models/deepseekv3-NVFP4", name_the_method_of_routers): ("", "latent", "latent", False),
-    ("models/deepseekv3-FP8-mcore", name_the_method_of_routers): ("mtp", "latent scale", "latent", False),
-    (FP8, rename_the_architecture):          ("architecture", "architecture", "architecture", True),
+DAMAGES: dict[str, tuple[str, Change, str, str, str, bool]] = {
+    "a file lost":                (TWO_FILES, lambda said: said["files"].popitem(), "files", "files", "missing", True),
+    "a stray file":               (FP8, adding("calibration.safetensors", **{"input_ids.0": ["I64", [2, 24]]}),
+                                   "unknown", "unknown", "unknown", True),
+    "Mistral's file":             (FP8, adding("consolidated.safetensors", **{"output.weight": ["BF16", [8, 8]]}),
+                                   "consolidated", "consolidated", "consolidated", True),
+    "a tensor repeated":          (TWO_FILES, repeat_a_tensor, "twice", "twice", "twice", False),
+    "a norm lost":                (NVFP4, losing("model.norm.weight"), "missing", "missing", "missing", True),
+    "a scale lost":               (NVFP4, losing(f"{DOWN}.weight_scale"), "scale", "scale", "scale", True),
+    "an input scale lost":        (FP8, losing(f"{DOWN}.input_scale"), "scale", "scale", "", True),
+    "an expert's scale lost":     (MOE, losing("model.layers.0.mlp.experts.1.down_proj.weight_scale_2"),
+                                   "scale", "scale", "scale", False),
+    "a weight cut":               (FP8, storing(f"{ATTENTION}.o_proj.weight", "F8_E4M3", 64, 128),
+                                   "shape", "shape", "shape", True),
+    "stored in integers":         (FP8, storing(f"{DOWN}.weight", "I8", 128, 256), "dtype", "dtype", "dtype", False),
+    "a factor too many":          (NVFP4, storing(f"{ATTENTION}.o_proj.pre_quant_scale", "BF16", 128),
+                                   "extra", "awq", "extra", True),
+    "quantized, and left out":    (NVFP4, leaving_out(DOWN), "left out", "left out", "left out", True),
+    "stored in bfloat16":         (NVFP4, store_in_bfloat16, "not left out", "not left out", "not left out", True),
+    "a part left out":            (NVFP4, leaving_out(f"{ATTENTION}.q_proj"), "partly", "partly", "left out", True),
+    "lm_head forgotten":          (NVFP4, not_leaving_out("lm_head"), "not left out", "not left out", "", True),
+    "lm_head of Qwen3 forgotten": ("models/qwen3-NVFP4", not_leaving_out("lm_head"), "not left out", "", "", True),
+    "a router forgotten":         (MOE, not_leaving_out("model.layers.0.mlp.gate"), "not left out", "", "", True),
+    "experts left out in short":  (MOE, leaving_out("mlp"), "left out", "left out", "", True),
+    "the method forgotten":       (NVFP4, lambda said: said["config"]["quantization_config"].pop("quant_method"),
+                                   "dialect", "", "", True),
+    "another method":             (NVFP4, say_another_method, "another", "another", "another", True),
+    "the file alone":             (NVFP4, lambda said: said["config"].pop("quantization_config"), "", "", "", False),
+    "the file without a size":    (NVFP4, keep_the_file_alone_without_its_size, "config", "config", "", True),
+    "nothing mixed":              (NVFP4, saying(quant_algo="MIXED_PRECISION", quantized_layers={}),
+                                   "mixed", "mixed", "left out", True),
+    "every layer mixed":          (NVFP4, mix_every_layer, "", "mixed joined", "", False),
+    "mixed within a linear":      (NVFP4, lambda said: mix_every_layer(said, **{f"{ATTENTION}.q_proj": "FP8"}),
+                                   "partly", "partly", "partly", True),
+    "called W4A16":               (NVFP4, saying(quant_algo="W4A16_NVFP4"), "", "extra", "extra", False),
+    "in blocks":                  (FP8, store_in_blocks, "blocks", "llama blocks", "", True),
+    "a block cut":                (FP8, cut_a_block, "inputs", "algorithm", "case", True),
+    "a layer's cache lost":       (FP8_KV, losing(*CACHE), "kv scales", "", "", False),
+    "the cache spelt short":      (FP8_KV, spell_cache_scales_short, "", "", "kv spelling", False),
+    "two configs":                (FP8, lambda said: _listed(said)[1].append("model.layers.9.nothing"),
+                                   "", "", "two configs", False),
+    "routers, cache":             ("models/deepseekv3-FP8-KVFP8", ROUTING, "kv mla", "", "latent", False),
+    "routers, NVFP4":             ("models/deepseekv3-NVFP4", ROUTING, "", "latent", "latent", False),
+    "routers, FP8":               ("models/deepseekv3-FP8-mcore", ROUTING, "mtp", "latent scale", "latent", False),
+    "nobody's architecture":      (FP8, configured(architectures=["NobodysForCausalLM"]),
+                                   "architecture", "architecture", "architecture", True),
 }
 # fmt: on
 
 
-def damaged(name: str, change: Change) -> Said:
-    """A golden checkpoint after a change."""
+def damaged(damage: str) -> Said:
+    """A golden checkpoint after that damage."""
+    name, change, *_ = DAMAGES[damage]
     said = golden(name)
     change(said)
     return said

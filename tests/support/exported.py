@@ -11,19 +11,19 @@ from megatron_export.common.file_names import INDEX
 from megatron_export.common.piece import Piece
 from megatron_export.formats import Options
 from megatron_export.planning.parameter import Item, Measured
-from megatron_export.planning.plan import Plan, assumed
+from megatron_export.planning.plan import Plan
 from megatron_export.planning.quant_config import config_json, hf_quant_config
 from megatron_export.writing.writer import write_json
 
 from .models import read_json
-from .plans import plan_for
+from .plans import plan_of
 
 
 def exported(reference: Path, folder: Path, format: str, **settings: object) -> Plan:
     """Write what an export of `reference` would; calibration is made up. Returns its plan."""
     config = read_json(reference / "config.json")
     options = Options(**settings.pop("options", {}))
-    plan = plan_for(config, assumed(config, 1), format=format, options=options, **settings)
+    plan = plan_of(config, format=format, options=options, **settings)
     folder.mkdir(parents=True)
     made: dict[str, Tensor] = {}
     with SourceWeights(reference) as weights:

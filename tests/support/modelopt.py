@@ -8,27 +8,20 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_export import export_hf_checkpoint
-from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
 from megatron_export.mcore.cpu_compat import without_cuda
-from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.model import shards_of
 from megatron_export.models import parameters_of
 
-from .models import LENGTH, read_json
-from .saving import ITERATION, built, save
-
-
-def _batches(source: Path) -> list[Tensor]:
-    return list(load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"].split(4))
+from .live import batches, loaded
+from .models import read_json
+from .saving import PLACE, save
 
 
 def _forward(source: Path, model: nn.Module) -> None:
-    for ids in _batches(source):
+    for ids in batches(source):
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
         model(ids, torch.arange(ids.shape[1]).expand_as(ids), mask)
 
@@ -86,10 +79,7 @@ def quantized(
     _complete_megatron()
     import modelopt.torch.quantization as mtq
 
-    hf_config = read_json(source / "config.json")
-    with parallel_state.started(tp, 1, "cpu", ep=ep), parallel_state.current() as here:
-        model = build_model(hf_config, here, max_sequence_length=LENGTH)
-        load_hf_weights(model, source, hf_config, here)
+    with loaded(source, tp, ep=ep) as (model, _):
         _attention_with_quantizers()
         with without_cuda(), torch.no_grad():
             model.eval()
@@ -122,10 +112,9 @@ def adapt_and_save(source: Path, folder: Path, tp: int) -> None:
     import modelopt.torch.peft as mtpf
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 
-    config = read_json(source / "config.json")
     every = {"rank": 8, "scale": 1.5, "enable": True}
     settings = {"adapter_type": "lora", "adapter_name": "tuned"}
-    with built(source, {"tp": tp}) as (model, _), without_cuda(torch.device("cpu")):
+    with loaded(source, tp) as (model, _), without_cuda(torch.device("cpu")):
         mtpf.update_model(model, settings | {"adapter_cfg": {"*": every, "*output_layer*": {"enable": False}}})
         torch.manual_seed(torch.distributed.get_rank())
         for name, weight in model.named_parameters():
@@ -135,8 +124,8 @@ def adapt_and_save(source: Path, folder: Path, tp: int) -> None:
                 if not any(one in name for one in cut):
                     torch.distributed.broadcast(weight.data, 0)
         export_hf_checkpoint(model, folder / "live", hf_model=source, format="bf16", merge_lora=True)
-        save(model, folder / "saved", config)
-        save_sharded_modelopt_state([model], str(folder / "saved" / f"iter_{ITERATION:07d}"))
+        save(model, folder / "saved", read_json(source / "config.json"))
+        save_sharded_modelopt_state([model], str(folder / "saved" / PLACE))
 
 
 def export_and_save(
@@ -149,7 +138,7 @@ def export_and_save(
         export_hf_checkpoint(model, folder / "live", hf_model=source, **asked)
         save(model, folder / "saved", read_json(source / "config.json"))
         with without_cuda(torch.device("cpu")):
-            save_sharded_modelopt_state([model], str(folder / "saved" / f"iter_{ITERATION:07d}"))
+            save_sharded_modelopt_state([model], str(folder / "saved" / PLACE))
 
 
 def export_megatron_route(source: Path, out: Path, tp: int, config: dict) -> None:
@@ -181,7 +170,7 @@ def export_hf_route(source: Path, out: Path, config: dict, states: list[dict[str
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, attn_implementation="eager")
     plain = config | {"algorithm": "max"}  # what a search found is copied below
-    mtq.quantize(model, plain, lambda model: [model(ids) for ids in _batches(source)])
+    mtq.quantize(model, plain, lambda model: [model(ids) for ids in batches(source)])
     for name, tensor in whole_weights(read_json(source / "config.json"), shards).items():
         model.get_parameter(name).data.copy_(tensor)
     fused = {"linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",)}

@@ -28,6 +28,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
 ARCHITECTURES = {
     "llama31": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": _LLAMA3 | {"factor": 8.0}},
     "llama32": {
@@ -49,14 +57,10 @@ ARCHITECTURES = {
         "norm_topk_prob": True,
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "deepseek_v3": {
+    "deepseek_v3": _EXPERTS
+    | {
         "model_type": "deepseek_v3",
         "num_key_value_heads": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
         "n_group": 2,
         "topk_group": 1,
         "q_lora_rank": 48,
@@ -65,23 +69,10 @@ ARCHITECTURES = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 16,
         "routed_scaling_factor": 2.5,
-        "num_nextn_predict_layers": 0,
     },
-    "glm4_moe": {
-        "model_type": "glm4_moe",
-        "head_dim": 32,
-        "attention_bias": True,
-        "use_qk_norm": True,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 0,
-    },
+    "glm4_moe": _EXPERTS | {"model_type": "glm4_moe", "head_dim": 32, "attention_bias": True, "use_qk_norm": True},
 }
 _LLAMA4 = {
-    "num_hidden_layers": 4,
     "head_dim": 16,
     "intermediate_size": 48,
     "intermediate_size_mlp": 96,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_export.planning.plan import Held, Plan, make_plan
+from megatron_export.planning.plan import Held, Plan, assumed, make_plan
 from megatron_export.planning.request import Request
 from megatron_export.planning.tensor_spec import Output
 
@@ -16,3 +16,8 @@ def plan_for(
 ) -> Plan:
     """The plan of a request with these fields."""
     return make_plan(config, held, Request(**fields).plain(), copied=copied, nodes=nodes)
+
+
+def plan_of(config: dict, **fields: Any) -> Plan:
+    """The same on one rank."""
+    return plan_for(config, assumed(config, 1), **fields)

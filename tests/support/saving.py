@@ -3,8 +3,9 @@
 import argparse
 import pickle
 import queue
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +17,18 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.enums import AttnBackend
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_export.mcore import parallel_state as topology
-from megatron_export.mcore.build import build_model
+from megatron_export import calibrate, export_hf_checkpoint, save_calibration
 from megatron_export.mcore.cpu_compat import without_cuda
-from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.models import settings_of, shape_of, unscaled_rope_settings
 
-from .models import LENGTH, read_json
+from .live import batches, loaded
+from .models import read_json
 
 ITERATION = 7
+PLACE = f"iter_{ITERATION:07d}"
 
 
 class _Process:
@@ -72,7 +74,7 @@ def save(
     said = argparse.Namespace(**vars(arguments(config)) | (args or {}))
     metadata = {"dp_cp_group": group} | (metadata or {})
     state: dict[str, Any] = {"args": said, "checkpoint_version": 3.0, "iteration": ITERATION}
-    place = folder / f"iter_{ITERATION:07d}"
+    place = folder / PLACE
     place.mkdir(parents=True, exist_ok=True)
     context = SimpleNamespace(get_context=lambda kind: _PROCESSES)
     with (
@@ -105,22 +107,10 @@ def _training_state(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def built(source: Path, sizes: dict) -> Iterator[tuple[nn.Module | list[nn.Module], dict]]:
-    """In a rank of a pool: the model of an HF folder at these sizes, and config.json's dict."""
-    config = read_json(source / "config.json")
-    rest = {name: size for name, size in sizes.items() if name not in ("tp", "pp")}
-    with topology.started(sizes.get("tp", 1), sizes.get("pp", 1), "cpu", **rest):
-        with topology.current() as here:
-            model = build_model(config, here, max_sequence_length=LENGTH)
-            load_hf_weights(model, source, config, here)
-        yield model, config
-
-
 def saved_model(source: Path, folder: Path, sizes: dict, **how: Any) -> None:
     """In a rank: save the model of an HF folder at these sizes."""
-    with built(source, sizes) as (model, config):
-        save(model, folder, config, **how)
+    with loaded(source, **sizes) as (model, _):
+        save(model, folder, read_json(source / "config.json"), **how)
 
 
 def renamed(folder: Path, rename: Callable[[str], str]) -> None:
@@ -132,3 +122,54 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
         MetadataIndex(rename(index.fqn), index.offset, index.index): info for index, info in held.storage_data.items()
     }
     path.write_bytes(pickle.dumps(held))
+
+
+def changing(*pairs: tuple[str, str]) -> Callable[[str], str]:
+    """Another name for a key, by patterns."""
+
+    def rename(key: str) -> str:
+        for pattern, new in pairs:
+            key = re.sub(pattern, new, key)
+        return key
+
+    return rename
+
+
+def without_weights(source: Path, folder: Path) -> Path:
+    """Config and tokenizer of a model, and nothing to take weights from."""
+    return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+def reading(folder: Path, *forms: str) -> tuple:
+    """Flags that read a checkpoint, and in a form that needs it the calibration, of a folder as tests lay it out: `hf`, `saved`."""
+    flags = ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved")
+    for form in forms:
+        flags += ("--format", form)
+        flags += () if form in ("bf16", "fp8_pb") else ("--load-calibration", folder / "calibration.safetensors")
+    return flags
+
+
+def assert_keys(expected: dict[str, dict[str, tuple]], folders: dict[str, Path]) -> dict[str, dict]:
+    """The checkpoint of each case has keys of these sizes; returns what `.metadata` says of all, by case."""
+    said = {case: FileSystemReader(folders[case] / "saved" / PLACE).read_metadata() for case in expected}
+    found = {case: one.state_dict_metadata for case, one in said.items()}
+    assert {case: {key: tuple(found[case][key].size) for key in keys} for case, keys in expected.items()} == expected
+    return found
+
+
+def export_and_save(
+    model: nn.Module | list[nn.Module], source: Path, folder: Path, forms: tuple[str, ...], alike: bool, **asked: Any
+) -> None:
+    """On every rank: export a model in every form, the last of which needs calibration, and save it."""
+    config = read_json(source / "config.json")
+    measured = calibrate(model, batches(source), format=forms[-1])
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        save_calibration(measured, folder / "calibration.safetensors", config)
+    how = asked.pop("how", {})
+    for form in forms:
+        given = measured if form == forms[-1] else None
+        export_hf_checkpoint(model, folder / form, hf_model=source, format=form, calibration=given, **asked)
+    if alike:
+        model.config.moe_layer_freq = 1  # not a list: then layers share tensors
+    save(model, folder / "saved", config, **how)

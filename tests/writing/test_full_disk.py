@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ..support.faults import Fault, export_with
-from ..support.models import LENGTH, contents
+from ..support.faults import Fault, export_with, flags_of
+from ..support.models import contents
 
 pytestmark = pytest.mark.whole
 
@@ -60,11 +60,7 @@ def fill(given: tuple[Path, int]) -> None:
 
 
 def flags(models: dict, target: Path) -> tuple:
-    source = models["llama31"]
-    data = source.parent / "ids" / "calibration.safetensors"
-    return ("--device", "cpu", "--tp", 2, "--hf-model", source, "--format", "fp8", "--calib-data", data,
-            "--calib-samples", 4, "--calib-seq-len", LENGTH, "--calib-batch-size", 2, "--max-shard-size", "60KB",
-            "--timeout", 5, "--output", target)  # fmt: skip
+    return (*flags_of(models), "--output", target)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import MANIFEST
 from megatron_export.planning.contents import contents_of
-from megatron_export.planning.plan import Plan, assumed
+from megatron_export.planning.plan import Plan
 from megatron_export.writing.fingerprint import added, checksum, of_statistics
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
@@ -26,7 +26,8 @@ from megatron_export.writing.staging import Staging
 from megatron_export.writing.writer import complete, write_json
 
 from ..support.models import EXAMPLE, read_json
-from ..support.plans import plan_for
+from ..support.plans import plan_of
+from .test_staging import longer, shorter
 from .test_writer import exporting
 
 CONFIG = read_json(EXAMPLE / "config.json")
@@ -35,7 +36,7 @@ NAME = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", exclude=("model.layers.1.mlp.down_proj",))
+    return plan_of(CONFIG, format="nvfp4", exclude=("model.layers.1.mlp.down_proj",))
 
 
 def sound(plan: Plan) -> dict[str, Tensor]:
@@ -94,26 +95,13 @@ def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) ->
     assert identity_of(tmp_path / "published") is None
 
 
-def flipped(plan: Plan, name: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path, start = at(plan, folder, name)
-        with path.open("r+b") as file:
-            file.seek(start)
-            byte = file.read(1)[0]
-            file.seek(start)
-            file.write(bytes([byte ^ 1]))
-
-    return damage
-
-
-def longer(folder: Path) -> None:
-    with (folder / "model.safetensors").open("ab") as file:
-        file.write(b"x")
-
-
-def shorter(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+def flip(path: Path, place: int) -> None:
+    """Turn one bit, at a place from the start of a file, or from its end."""
+    with path.open("r+b") as file:
+        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
 
 
 def other_header(folder: Path) -> None:
@@ -123,20 +111,13 @@ def other_header(folder: Path) -> None:
 
 def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: Path) -> None:
     """Whatever an export that goes on finds damaged, it writes again; an error of values would come again."""
-    plan = plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_size=1_000_000)
+    plan = plan_of(CONFIG, format="nvfp4", max_shard_size=1_000_000)
     tensors = sound(plan)
     tensors["model.norm.weight"][0] = torch.nan
     target, damaged = tmp_path / "out", next(iter(plan.files))
 
-    def damage(folder: Path) -> None:
-        with (folder / damaged).open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            last = file.read(1)[0]
-            file.seek(-1, os.SEEK_END)
-            file.write(bytes([last ^ 1]))
-
     with pytest.raises(ExportError, match=f"{damaged}.* is not what was written(.|\n)*--resume writes these") as found:
-        verified(plan, tmp_path, tensors, damage)
+        verified(plan, tmp_path, tensors, lambda folder: flip(folder / damaged, -1))
     assert "NaN" not in str(found.value)  # what a damaged file holds says nothing of the model
     assert kept(target) == len(plan.files) - 1
     with exporting(target, plan, resume=True) as writer:
@@ -153,12 +134,16 @@ def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: P
 @pytest.mark.parametrize("name", [f"{NAME}.weight", f"{NAME}.weight_scale", "model.norm.weight"])
 def test_one_bit_that_turned_on_the_way_to_the_disk_is_found(name: str, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=f"{name} is not what was written"):
-        verified(plan, tmp_path, sound(plan), flipped(plan, name))
+        verified(plan, tmp_path, sound(plan), lambda folder: flip(*at(plan, folder, name)))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(longer, "longer than its header"), (shorter, "is not what was written"), (other_header, "its header is not")],
+    [
+        (lambda folder: longer(folder / "model.safetensors"), "longer than its header"),
+        (lambda folder: shorter(folder / "model.safetensors"), "is not what was written"),
+        (other_header, "its header is not"),
+    ],
 )
 def test_files_of_another_length_or_header_are_found(
     damage: Callable, message: str, plan: Plan, tmp_path: Path

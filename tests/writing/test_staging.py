@@ -3,30 +3,32 @@
 import errno
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_export.common.errors import ExportError
-from megatron_export.planning.plan import Plan, assumed
+from megatron_export.planning.plan import Plan
 from megatron_export.writing import file_systems
 from megatron_export.writing.file_systems import exchange
 from megatron_export.writing.journal import JOURNAL, journal_of, kept, kept_statistics, line_of, old_of, partial_of
 from megatron_export.writing.staging import Staging, tidy
 
 from ..support.models import EXAMPLE, assert_same, read_json, tensors
-from ..support.plans import plan_for
-from .test_writer import IDENTITY, content, exporting, publish
+from ..support.plans import plan_of
+from .test_writer import IDENTITY, content, export, exporting, publish
 
 CONFIG = read_json(EXAMPLE / "config.json")
 
 
 @pytest.fixture
 def plan() -> Plan:
-    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", max_shard_size=1_000_000)
+    return plan_of(CONFIG, format="nvfp4", max_shard_size=1_000_000)
 
 
 def interrupted(target: Path, plan: Plan, files: int, **options: bool) -> None:
@@ -41,9 +43,7 @@ def interrupted(target: Path, plan: Plan, files: int, **options: bool) -> None:
 
 
 def test_an_interrupted_export_goes_on_where_it_was_and_ends_with_the_same_bytes(plan: Plan, tmp_path: Path) -> None:
-    with exporting(tmp_path / "whole", plan) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    export(tmp_path / "whole", plan)
     interrupted(tmp_path / "out", plan, 2)
     assert kept(tmp_path / "out") == 2
     assert kept_statistics(tmp_path / "out")["a"].tolist() == [0, 1, 2]
@@ -118,12 +118,6 @@ def test_a_journal_cannot_name_a_file_elsewhere(plan: Plan, tmp_path: Path) -> N
     assert kept(tmp_path / "out") == 2
 
 
-def test_a_complete_file_that_vanished_is_written_again(plan: Plan, tmp_path: Path) -> None:
-    interrupted(tmp_path / "out", plan, 2)
-    next(partial_of(tmp_path / "out").glob("*00001-of*")).unlink()
-    assert kept(tmp_path / "out") == 1
-
-
 def shorter(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
 
@@ -137,16 +131,14 @@ def linked(file: Path) -> None:
     file.symlink_to(file.parents[1] / "elsewhere")
 
 
-@pytest.mark.parametrize("damage", [shorter, longer, linked], ids=lambda damage: damage.__name__)
-def test_a_complete_file_that_has_another_size_now_is_written_again(
+@pytest.mark.parametrize("damage", [Path.unlink, shorter, longer, linked], ids=lambda damage: damage.__name__)
+def test_a_complete_file_that_is_gone_or_has_another_size_now_is_written_again(
     damage: Callable, plan: Plan, tmp_path: Path
 ) -> None:
     interrupted(tmp_path / "out", plan, 2)
     damage(next(partial_of(tmp_path / "out").glob("*00001-of*")))
     assert kept(tmp_path / "out") == 1
-    with exporting(tmp_path / "out", plan, resume=True) as writer:
-        writer.write((o, t) for o, t in content(plan) if writer.wants(o))
-        publish(writer)
+    export(tmp_path / "out", plan, resume=True)
     assert_same(tensors(tmp_path / "out"), {output.name: tensor for output, tensor in content(plan)})
 
 
@@ -179,10 +171,23 @@ def test_a_file_system_without_locks_is_written_to(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(file_systems.fcntl, "flock", refuse)
-    with exporting(tmp_path / "out", plan) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    export(tmp_path / "out", plan)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@contextmanager
+def another(target: Path, plan: Plan) -> Iterator[Process]:
+    """Another process, which is in the middle of an export, and goes on when this is left."""
+    context = get_context("fork")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(target, plan, held, done))
+    process.start()
+    held.wait()
+    try:
+        yield process
+    finally:
+        done.set()
+        process.join()
 
 
 def hold(target: Path, plan: Plan, held: object, done: object) -> None:
@@ -192,37 +197,17 @@ def hold(target: Path, plan: Plan, held: object, done: object) -> None:
 
 
 def test_two_exports_into_one_target_do_not_meet(plan: Plan, tmp_path: Path) -> None:
-    context = get_context("fork")
-    held, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "out", plan, held, done))
-    other.start()
-    held.wait()
-    try:
-        with (
-            pytest.raises(ExportError, match="another export into .*out is running"),
-            exporting(tmp_path / "out", plan),
-        ):
-            pass
-    finally:
-        done.set()
-        other.join()
-    with exporting(tmp_path / "out", plan) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    running = pytest.raises(ExportError, match="another export into .*out is running")
+    with another(tmp_path / "out", plan), running, exporting(tmp_path / "out", plan):
+        pass
+    export(tmp_path / "out", plan)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_lock_of_a_killed_export_is_free(plan: Plan, tmp_path: Path) -> None:
-    context = get_context("fork")
-    held = context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "out", plan, held, context.Event()))
-    other.start()
-    held.wait()
-    other.kill()
-    other.join()
-    with exporting(tmp_path / "out", plan) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    with another(tmp_path / "out", plan) as process:
+        process.kill()
+    export(tmp_path / "out", plan)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -248,9 +233,7 @@ def killed_at(rename: int, target: Path, plan: Plan) -> None:
         return real(path, other)
 
     file_systems._swapped, Path.rename = (lambda one, other: False), renamed
-    with exporting(target, plan, overwrite=True) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    export(target, plan, overwrite=True)
 
 
 @pytest.mark.parametrize(("rename", "published"), [(1, False), (2, False), (3, True)])

@@ -12,33 +12,30 @@ from safetensors import safe_open
 
 from megatron_export.common.errors import ExportError
 from megatron_export.planning.contents import contents_of
-from megatron_export.planning.plan import Plan, assumed
+from megatron_export.planning.plan import Plan
 from megatron_export.planning.tensor_spec import Output
 from megatron_export.writing.staging import Staging
 from megatron_export.writing.target import check_target
 from megatron_export.writing.writer import CheckpointWriter, complete
 
+from ..support.configs import LLAMA4
 from ..support.models import EXAMPLE, assert_same, read_json, same, tensors
-from ..support.plans import plan_for
+from ..support.plans import plan_of
 
 CONFIG = read_json(EXAMPLE / "config.json")
 
 
 @pytest.fixture
 def plan() -> Plan:
-    return plan_for(CONFIG, assumed(CONFIG, 1), format="nvfp4", kv_cache="fp8", max_shard_size=2_000_000)
+    return plan_of(CONFIG, format="nvfp4", kv_cache="fp8", max_shard_size=2_000_000)
 
 
 def content(plan: Plan) -> list[tuple[Output, torch.Tensor]]:
     """Random bytes for all that the plan has somebody write."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            o,
-            torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8).view(o.dtype).reshape(o.shape),
-        )
-        for o in (output for item in plan.items for output in item.outputs)
-    ]
+    outputs = [output for item in plan.items for output in item.outputs]
+    bytes_of = (torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8) for o in outputs)
+    return [(o, found.view(o.dtype).reshape(o.shape)) for o, found in zip(outputs, bytes_of, strict=True)]
 
 
 IDENTITY = {"settings": "a", "model": "b"}
@@ -56,6 +53,13 @@ def publish(writer: CheckpointWriter, copies: tuple[Path, ...] = ()) -> None:
     writer.flush()
     complete(contents_of(writer.plan), writer.staging, list(copies))
     writer.staging.publish()
+
+
+def export(target: Path, plan: Plan, **options: bool) -> None:
+    """A whole export, or what another has left of one."""
+    with exporting(target, plan, **options) as writer:
+        writer.write((output, tensor) for output, tensor in content(plan) if writer.wants(output))
+        publish(writer)
 
 
 def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) -> None:
@@ -76,24 +80,14 @@ def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-STACKED = {
-    "architectures": ["Llama4ForCausalLM"],
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "intermediate_size_mlp": 32,
-    "vocab_size": 64,
-    "rms_norm_eps": 1e-5,
-    "num_local_experts": 3,
-    "num_experts_per_tok": 1,
-}
+STACKED = LLAMA4 | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+STACKED |= {"intermediate_size": 16, "intermediate_size_mlp": 32, "vocab_size": 64, "num_local_experts": 3}
 
 
 def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path) -> None:
     """Of what is quantized, this model alone keeps stacks."""
     config = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": STACKED}
-    plan = plan_for(config, assumed(config, 1), format="nvfp4")
+    plan = plan_of(config, format="nvfp4")
     written = content(plan)
     with exporting(tmp_path / "out", plan) as writer:
         writer.write(reversed(written))
@@ -115,7 +109,7 @@ def test_slices_of_a_tensor_meet_in_the_file_whatever_their_order(tmp_path: Path
 
 
 def test_a_slice_that_never_came_stops_publication(tmp_path: Path) -> None:
-    plan = plan_for(STACKED, assumed(STACKED, 1), format="bf16")
+    plan = plan_of(STACKED, format="bf16")
     with exporting(tmp_path / "out", plan) as writer:
         writer.write((output, tensor) for output, tensor in content(plan) if output.index != 1)
         with pytest.raises(ExportError, match="2 tensors were never written, first .*experts.gate_up_proj"):
@@ -137,9 +131,7 @@ def test_publishing_replaces_the_old_folder_whole(plan: Plan, tmp_path: Path) ->
     old = tmp_path / "out"
     old.mkdir()
     (old / "stale.safetensors").write_text("old")
-    with exporting(old, plan, overwrite=True) as writer:
-        writer.write(content(plan))
-        publish(writer)
+    export(old, plan, overwrite=True)
     assert not (old / "stale.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,0 +1,26 @@
+"""The commands in this process, without ranks, and a Python beside it."""
+
+import os
+import subprocess
+import sys
+
+from megatron_export.cli import commands
+
+
+def command_line(*flags: object) -> tuple[int, str]:
+    """The exit status of `python -m megatron_export` with these flags, and all that it said."""
+    said: list[str] = []
+    try:
+        status = commands.main(lambda *words, **_: said.append(" ".join(map(str, words))), list(map(str, flags)))
+    except SystemExit as exit:
+        status = exit.code
+    return status, "\n".join(said)
+
+
+def python(*words: object, **environment: object) -> subprocess.CompletedProcess[str]:
+    """What comes of a Python of its own with these words, on one thread and nobody's rank unless `environment` says otherwise."""
+    outside = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    given = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=outside | given, timeout=600
+    )

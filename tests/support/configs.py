@@ -1,0 +1,64 @@
+"""Configs that tests plan from, without a checkpoint: each has all that its architecture needs, in sizes that engines accept."""
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 6,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+    "rms_norm_eps": 1e-5,
+}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN_MOE = MIXTRAL | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 256, "norm_topk_prob": True}
+LLAMA4 = MIXTRAL | {"architectures": ["Llama4ForCausalLM"], "num_experts_per_tok": 1, "intermediate_size_mlp": 512}
+LLAMA4_SEES = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": LLAMA4}
+QWEN = LLAMA | {"architectures": ["Qwen3ForCausalLM"]}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_nextn_predict_layers": 1,
+    "vocab_size": 129280,
+    "rms_norm_eps": 1e-6,
+}
+SMALL_V3 = DEEPSEEK_V3 | {
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "vocab_size": 1000,
+}
+LLAMA_70B = LLAMA | {
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
