@@ -294,6 +294,7 @@ def test_the_example_model_stays_small() -> None:
     assert sum(path.stat().st_size for path in EXAMPLE.iterdir()) < 12_000_000
 
 
+@pytest.mark.whole
 def test_the_shard_walked_on_paper_ends_at_its_byte(place: Path) -> None:
     said = re.search(r"\*\*byte ([\d,]+)\*\*", PAGES["docs/architecture.md"])[1]
     file = place / "export" / "nvfp4" / "model.safetensors"

@@ -23,6 +23,7 @@ def shown(folder: Path, config: dict, **settings: object) -> Preview:
     return previewed(configured(hf_model=str(folder), dry_run=True, **settings), EXAMPLE, None)
 
 
+@pytest.mark.whole
 def test_a_671b_model_is_planned_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
     """On 256 ranks, each expert cut in 8. In seconds of a processor, as others may be using it too, and of one that adds
     fifteen million numbers in a second; a slower one has as much longer.
@@ -57,6 +58,7 @@ print(planned, peak, max(1, (time.process_time() - planned) / 0.4), file=sys.std
     assert 0 < sum(said["files"].values()) - said["bytes"] < 200 * said["tensors"]
 
 
+@pytest.mark.whole
 def test_a_plan_needs_no_ranks_no_megatron_and_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     script = """
@@ -97,6 +99,7 @@ def test_exit_statuses_are_0_1_refused_and_2_bad_usage(
     assert bool(said.err) == bool(status)
 
 
+@pytest.mark.whole
 def test_the_module_is_the_command() -> None:
     done = python("-m", "megatron_export", "plan", "--tp", "2", "--json")
     assert json.loads(done.stdout)["topology"]["world"] == 2
