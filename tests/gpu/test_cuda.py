@@ -122,7 +122,8 @@ def export(ranks: int, *flags: object) -> None:
     """Run the command as a user does. On one GPU the ranks share it: NCCL takes ranks with host ids for far apart."""
     script = ROOT / "launch" / "export.py"
     inner = f'NCCL_HOSTID=$RANK exec "{sys.executable}" "{script}" ' + " ".join(map(str, flags))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--no-python"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(ranks), "--no-python"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [*torchrun, "bash", "-c", inner], capture_output=True, text=True, env=environment, timeout=300
