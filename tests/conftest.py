@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that were chosen by path or by name run, `whole` or not."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
-    if (config.option.whole or named):
+    if config.option.whole or named:
         config.option.markexpr = config.option.markexpr.removeprefix(NOT_WHOLE)
 
 
