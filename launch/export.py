@@ -1,6 +1,14 @@
 """The command: torchrun --nproc-per-node N launch/export.py --tp N --hf-model PATH_OR_ID --format fp8 --output DIR."""
 
-from megatron_export.cli.export_command import main
+from megatron_export.distributed.signals import until_interrupted
+
+
+def run() -> int:
+    """The exit status."""
+    from megatron_export.cli.export_command import main  # takes seconds, in which Ctrl-C may come
+
+    return main(print)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(print))
+    raise SystemExit(until_interrupted(run))

@@ -57,7 +57,7 @@ status=0
 wait "$srun" || status=$?  # the highest of all tasks
 
 case $status in
-  0 | 1 | 2 | 75) ;;
+  0 | 1 | 2 | 75 | 130) ;;
   138 | 143) status=75 ;;  # SIGUSR1 or SIGTERM came before the ranks listened
   *) status=1 ;;
 esac

@@ -7,7 +7,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from megatron_export.distributed.signals import AGAIN, HEEDED
+from megatron_export.distributed.signals import HEEDED, status_of
 
 
 def run(flags: list[str]) -> int:
@@ -23,8 +23,8 @@ def run(flags: list[str]) -> int:
     options = [f"--{name}={value}" for name, value in places.items()]
     try:
         main([*options, "--no-python", "bash", "launch/slurm_rank.sh", *flags])
-    except SignalException:  # which torchrun has passed on, and waited until its ranks were gone
-        return AGAIN
+    except SignalException as stopped:  # which torchrun has passed on, and waited until its ranks were gone
+        return status_of(stopped.sigval.name)
     except ChildFailedError as error:
         _, first = error.get_first_failure()  # torchrun itself ended those that failed after it
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

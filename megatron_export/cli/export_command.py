@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..common.errors import ExportError, Interrupted, RankLost, StartError
 from ..common.progress import quiet
 from ..common.text import readable
-from ..distributed.signals import AGAIN, noticed
+from ..distributed import last_words
+from ..distributed.signals import heed, noticed, status_of
 from . import terminal
 from .config import ExportConfig
 from .flags import Parser, Say, add_options, config_of, first, let_rank_0_speak
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Export a Megatron-Core model as a quantized HuggingFace checkpoint."
 ON_ERROR = 1
+NOTHING_KEPT = "nothing is complete yet, and the same command starts from the beginning"
 EXAMPLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
 
 
@@ -43,29 +45,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> int:
-    """The exit status: 0 done, 1 refused or failed, 2 bad usage, 75 stopped by a signal, try again."""
+    """The exit status: 0 done, 1 refused or failed, 2 bad usage, 75 stopped by a signal, try again, 130 stopped by Ctrl-C."""
     return _export(say, config_of(parser, vars(flags)))
 
 
 def _export(say: Say, config: ExportConfig) -> int:
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss, once per rank
-    from .run import run_export
-
     try:
         with noticed():
+            from .run import run_export
+
+            heed()  # before this rank waits for others
             job = run_export(config, EXAMPLE_MODEL, bar if first() else quiet)
     except ExportError as error:
-        status = AGAIN if isinstance(error, Interrupted) else 1
-        alone = isinstance(error, StartError) and os.environ.get("LOCAL_RANK", "0") == "0"
-        if not (first() or alone or (isinstance(error, RankLost) and str(error).startswith("rank 0 is gone"))):
-            let_rank_0_speak()
-            return status
-        say(f"\nerror: {error}{_way_on(config)}", file=sys.stderr, flush=True)
-        return status
+        return _failed(say, config, error)
     if first():
         pairs, title = (table(job), "exported") if job.report else (_dry(config, job), "dry run")
         say(terminal.rows(pairs, title), flush=True)
     return 0
+
+
+def _failed(say: Say, config: ExportConfig, error: ExportError) -> int:
+    """Say why an export ended, and how to go on, on the one rank that is to speak; returns the exit status."""
+    stopped, lost = isinstance(error, Interrupted), isinstance(error, RankLost)
+    way_on = _way_on(config) or (NOTHING_KEPT if stopped else "")
+    said = f"error: {error}" + (f"{': ' if stopped else chr(10)}{way_on}" if way_on else "")
+    last_words.leave(said, blamed=lost)
+    alone = isinstance(error, StartError) and os.environ.get("LOCAL_RANK", "0") == "0"
+    if first() or alone or (lost and str(error).startswith("rank 0 is gone")):
+        say(f"\n{said}", file=sys.stderr, flush=True)
+    else:
+        let_rank_0_speak()
+    return status_of(error.signal) if stopped else 1
 
 
 def _way_on(config: ExportConfig) -> str:
@@ -73,7 +84,7 @@ def _way_on(config: ExportConfig) -> str:
     from ..writing.journal import kept
 
     complete = kept(config.output.resolve()) if config.output else 0
-    said = f"\n{complete} of its files are complete: the same command with --resume goes on with them"
+    said = f"{complete} of its files are complete: the same command with --resume goes on with them"
     return said if complete else ""
 
 

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 from ..common.options import Option, flag_of, options_of, told_by
+from ..distributed import last_words
 from .config import ExportConfig, configured
 
 Say = Callable[..., None]
@@ -21,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        last_words.leave(f"error: {message}")
         if not first():
             let_rank_0_speak()
             self.exit(2)

@@ -18,7 +18,12 @@ class StartError(ExportError):
 
 
 class Interrupted(ExportError):
-    """The machine asked the process to stop. What is complete is kept, for a run with --resume."""
+    """A signal asked the process to stop: "stopped by SIGTERM". What is complete is kept, for a run with --resume."""
+
+    @property
+    def signal(self) -> str:
+        """The signal's name."""
+        return str(self).rpartition(" ")[2]
 
 
 class RankLost(ExportError):

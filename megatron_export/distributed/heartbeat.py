@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ..common.errors import ExportError, RankLost
+from . import last_words
 
 BEAT = 1.0
 GRACE = 3.0  # seconds in which a rank may leave by an exception, before its process is ended
@@ -147,6 +148,7 @@ class Pulse:
         self.told.set()
         if self.stopped.wait(GRACE + (0 if self.rank == 0 else 1)):
             return
+        last_words.leave(f"error: {verdict}", blamed=True)
         if self.rank == 0 or verdict.startswith("rank 0 is gone"):  # one voice, where there is one
             os.write(2, f"\nerror: {verdict}\n".encode())
         os._exit(1)

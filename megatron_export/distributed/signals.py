@@ -1,18 +1,22 @@
-"""SIGTERM and SIGUSR1, which a cluster sends before it ends a job, are noticed at once and heeded where the work can stop."""
+"""SIGTERM and SIGUSR1, which a cluster sends before it ends a job, and SIGINT (Ctrl-C) are noticed at once and heeded where the
+work can stop.
+"""
 
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from ..common.errors import Interrupted
+from . import last_words
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: try again
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 GRACE = 8.0  # seconds until a process that could not stop where it is leaves all the same
-HEEDED = (signal.SIGTERM, signal.SIGUSR1)
+HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _noticed: list[str] = []
 
@@ -73,7 +77,28 @@ def heeded(steps: Iterable) -> Iterator:
         yield step
 
 
+def status_of(stopped_by: str) -> int:
+    """The exit status of a process that a signal of this name stopped."""
+    return INTERRUPTED if stopped_by == signal.SIGINT.name else AGAIN
+
+
+def until_interrupted(run: Callable[[], int]) -> int:
+    """What `run` returns. If Ctrl-C ends it where nothing heeds the signal, 130; rank 0 says so in one line."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        _say(f"stopped by {signal.SIGINT.name}")
+        return INTERRUPTED
+
+
 def _leave() -> None:
     """End the process, which hangs in a collective or a long step. Incomplete files never have their final names."""
-    os.write(2, f"\nstopped by {_noticed[0]}: --resume goes on with what is complete\n".encode())
-    os._exit(AGAIN)
+    _say(f"stopped by {_noticed[0]}: --resume goes on with what is complete")
+    os._exit(status_of(_noticed[0]))
+
+
+def _say(line: str) -> None:
+    """Of several ranks, rank 0 speaks."""
+    last_words.leave(line)
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{line}\n".encode())

@@ -1,6 +1,7 @@
-"""Under a real torchrun: signals reach the ranks, a rank that is killed is named, and --resume finishes."""
+"""Under a real torchrun: signals reach the ranks, a rank that is killed is named, --resume finishes, and our words come last."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,22 +45,39 @@ def waiting(models: dict, folder: Path, *more: str) -> Iterator[tuple[subprocess
             run.wait()
 
 
+def spoken(said: str) -> list[str]:
+    """The lines that ranks themselves said of an error."""
+    return [line for line in said.splitlines() if line.startswith(("error: ", "stopped by"))]
+
+
+def last_words(said: str) -> str:
+    """What torchrun shows last: the message of the rank that failed first, above a line of =."""
+    *_, last, border = said.rstrip().splitlines()
+    assert set(border) == {"="}, said
+    return last
+
+
 @pytest.mark.parametrize(
-    ("number", "more"),
+    ("number", "more", "status"),
     [
-        pytest.param(signal.SIGTERM, (), id="SIGTERM"),
-        pytest.param(signal.SIGUSR1, ("--signals-to-handle", "SIGTERM,SIGUSR1"), id="SIGUSR1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, (), "75", id="SIGTERM"),
+        pytest.param(signal.SIGINT, (), "130", id="SIGINT"),
+        pytest.param(
+            signal.SIGUSR1, ("--signals-to-handle", "SIGTERM,SIGUSR1"), "75", id="SIGUSR1", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_a_signal_to_torchrun_ends_all_ranks_with_75_and_resume_finishes(
-    number: int, more: tuple, models: dict, tmp_path: Path
+def test_a_signal_to_torchrun_ends_all_ranks_with_its_status_and_resume_finishes(
+    number: int, more: tuple, status: str, models: dict, tmp_path: Path
 ) -> None:
     with waiting(models, tmp_path, *more) as (run, pids):
-        run.send_signal(number)
+        run.send_signal(number)  # as Ctrl-C does too: its ranks have sessions of their own
         assert run.wait(timeout=30) == 1  # torchrun's own
     said = (tmp_path / "said.log").read_text()
-    assert [(tmp_path / f"{rank}.status").read_text() for rank in (0, 1)] == ["75", "75"], said
-    assert said.count("error: ") == 1 and f"error: stopped by {number.name}" in said and "with --resume" in said
+    assert [(tmp_path / f"{rank}.status").read_text() for rank in (0, 1)] == [status, status], said
+    [line] = spoken(said)
+    assert re.fullmatch(rf"error: stopped by {number.name}: \d of its files are complete: .* --resume goes on .*", line)
+    assert said.count("Traceback") == 1, said  # torchrun's own
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not (tmp_path / "out").exists()
     for name in ("out", "whole"):
@@ -75,6 +93,31 @@ def test_a_rank_that_is_killed_is_named(rank: int, models: dict, tmp_path: Path)
         os.kill(pids[rank], signal.SIGKILL)
         assert run.wait(timeout=40) == 1
     said = (tmp_path / "said.log").read_text()
-    assert said.count("error: ") == 1 and f"error: rank {rank} is gone" in said and ", at decoder." in said, said
+    [line] = spoken(said)
+    assert line.startswith(f"error: rank {rank} is gone") and ", at decoder." in line, said
+    assert line in last_words(said)
     assert (tmp_path / f"{1 - rank}.status").read_text() == "1"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--device", "cpu", "--tp", "3"), 1, "error: world size 2 is not tp * pp * dp"),
+        (("--formt", "fp8"), 2, "error: unrecognized arguments: --formt fp8"),
+    ],
+    ids=["refused", "bad usage"],
+)
+def test_the_last_that_torchrun_shows_is_our_message(flags: tuple, status: int, message: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch/export.py"]
+    done = subprocess.run(
+        [*line, *flags, "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1  # torchrun's own
+    assert message in last_words(done.stderr), done.stderr
+    assert f"exitcode  : {status} " in done.stderr and "To enable traceback" not in done.stderr

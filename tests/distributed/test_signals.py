@@ -22,6 +22,15 @@ with signals.noticed():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # minutes in which Python runs no handler, as in a collective
 """
 
+WAITING = """
+import time
+from megatron_export.distributed.signals import until_interrupted
+def run():
+    print("ready", flush=True)
+    time.sleep(60)
+raise SystemExit(until_interrupted(run))
+"""
+
 
 @pytest.mark.parametrize("number", signals.HEEDED)
 def test_a_signal_stops_what_goes_step_by_step_and_the_old_handler_is_back(number: int) -> None:
@@ -49,7 +58,8 @@ def test_work_that_ends_in_time_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) 
     assert threading.active_count() == threads
 
 
-def test_a_process_that_hangs_outside_of_python_leaves_too() -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_process_that_hangs_outside_of_python_leaves_too(number: int, status: int) -> None:
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-c", IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -57,10 +67,26 @@ def test_a_process_that_hangs_outside_of_python_leaves_too() -> None:
         try:
             assert one.stdout.readline() == "ready\n"
             time.sleep(0.2)
-            one.send_signal(signal.SIGTERM)
+            one.send_signal(number)
             _, said = one.communicate(timeout=20)
         finally:
             one.kill()
-    assert one.returncode == signals.AGAIN
-    assert "stopped by SIGTERM: --resume goes on with what is complete" in said
+    assert one.returncode == status
+    assert said == f"\nstopped by {number.name}: --resume goes on with what is complete\n"
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("rank", "line"), [("0", "\nstopped by SIGINT\n"), ("1", "")])
+def test_ctrl_c_where_nothing_heeds_it_is_one_line_of_rank_0_and_status_130(rank: str, line: str) -> None:
+    """While a command imports torch, and in the commands that only read."""
+    told = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(
+        told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"RANK": rank}
+    ) as one:
+        try:
+            assert one.stdout.readline() == "ready\n"
+            one.send_signal(signal.SIGINT)
+            _, said = one.communicate(timeout=20)
+        finally:
+            one.kill()
+    assert (one.returncode, said) == (130, line)

@@ -75,7 +75,7 @@ def test_a_job_that_is_warned_of_its_time_limit_goes_back_into_the_queue_and_res
     cluster.told("scancel", "--batch", "--signal=USR1", number)
     assert cluster.ended(number) == Job("COMPLETED", 0, 1), says(place)
     assert contents(place / "out") == whole
-    assert "error: stopped by SIGUSR1\n3 of its files are complete" in says(place)
+    assert "error: stopped by SIGUSR1: 3 of its files are complete" in says(place)
     assert "the job is queued again, restart 1 of at most 20" in says(place)
     assert "resumed           3 of" in says(place)
 
