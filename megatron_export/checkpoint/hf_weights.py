@@ -1,5 +1,6 @@
 """The safetensors files of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
 
+from itertools import islice
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
-from ..common.file_names import INDEX
+from ..common.file_names import CONFIG, INDEX
 from ..common.piece import Axis
 from ..common.safe_files import opened, read_index
-from ..models import Source, is_linear_weight
+from ..common.strips import strips_of
+from ..models import Source, head_of, is_linear_weight, shared_tensors
 from ..models.hf_config import text_of
 from ..models.layouts import Identity, stacked_rows
 from ..planning.tensor_spec import Output
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
 _SCALE, _FP8 = "_scale_inv", "F8_E4M3"
+_ROTARY = "rotary_emb.inv_freq"  # which old files have, and everybody computes
 MULTIPLIED = 6  # bytes that `_multiplied` takes for each byte of bfloat16: value, scale and product are in float32
 
 
@@ -52,7 +55,11 @@ class SourceWeights:
                     both = f"{seen[name].name} and in {path.name}"
                     raise ExportError(f"{folder}: tensor {name} is in {both}. Fetch both again")
         lost = ((name, path) for name, path in sorted(self.files.items()) if seen.get(name) != path)
-        report([f"{path}: the index says that {name} is here. Fetch file and index again" for name, path in lost])
+        said = [f"{path}: the index says that {name} is here. Fetch file and index again" for name, path in lost]
+        odd = ((name, seen[name]) for name in sorted(seen.keys() - files.keys()) if not name.endswith(_ROTARY))
+        report(
+            said + [f"{path}: {name} is here, and the index does not say so. Fetch both again" for name, path in odd]
+        )
 
     def __enter__(self) -> "SourceWeights":
         return self
@@ -72,9 +79,7 @@ class SourceWeights:
         It may also hold rotary buffers (as old files do), the tensor `spare` (the output layer of a tied model), and names that
         begin with one of `others`. Tensors in `copies`, which are copies of other tensors, may be missing.
         """
-        found = {
-            name for name in self.files if not name.endswith("rotary_emb.inv_freq") and not name.startswith(others)
-        }
+        found = {name for name in self.files if not name.endswith(_ROTARY) and not name.startswith(others)}
         in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
         expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
         missing = sorted(expected.keys() - found - copies)
@@ -97,6 +102,40 @@ class SourceWeights:
                     "already? Give the original model"
                 )
         report(problems)
+
+    def check_shared(self, config: dict, index: int, count: int) -> None:
+        """Raise `ExportError` if a tensor is not equal to the one that Megatron takes for it, as `differing` sees it."""
+        ways_out = {
+            head_of(config): "config.json ties the two; transformers 5 computes with the first all the same. Set "
+            f"tie_word_embeddings to false in {self.folder / CONFIG} to export it, or take it out of the files"
+        }
+        of_mtp = (
+            "Megatron-Core's layers that predict one more token share it with the model. Leave them out with --mtp drop"
+        )
+        pairs = shared_tensors(config)
+        report(
+            [
+                f"{self.folder}: tensor {name} is not equal to {pairs[name]}, which would take its place: "
+                f"{ways_out.get(name, of_mtp)}"
+                for name in self.differing(pairs, index, count)
+            ]
+        )
+
+    def differing(self, pairs: dict[str, str], index: int = 0, count: int = 1) -> list[str]:
+        """The first tensors of pairs that are there and not equal to the second, both rounded to bfloat16.
+
+        They are compared in strips of rows. Of `count` ranks, that of number `index` reads every `count`th strip.
+        """
+        return [
+            one
+            for one, other in pairs.items()
+            if one in self.files and (self.shape(one) != self.shape(other) or self._differ(one, other, index, count))
+        ]
+
+    def _differ(self, one: str, other: str, index: int, count: int) -> bool:
+        strips = islice(strips_of(self.shape(one)), index, None, count)
+        values = ([self.read(name, (rows,), torch.bfloat16) for name in (one, other)] for rows in strips)
+        return any(not torch.equal(*both) for both in values)
 
     def shape(self, name: str) -> list[int]:
         return self.open[self.files[name]].get_slice(name).get_shape()

@@ -37,7 +37,7 @@ def load_hf_weights(
     """Fill this rank's shards, and its copy of the embedding, from the safetensors files in `folder`; returns the bytes read.
 
     Tensors whose names begin with one of `dropped` are passed over. `ExportError` for tensors that are missing, of another shape or
-    too many, and for NaN and Inf.
+    too many, for those that would be replaced by another that is not equal, and for NaN and Inf.
     """
     sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
     with SourceWeights(folder) as weights:
@@ -47,6 +47,7 @@ def load_hf_weights(
             others=dropped + copied_prefixes(config),
             spare=head_of(config),
         )
+        weights.check_shared(config, topology.rank, topology.world)
         jobs = [
             (shard.nbytes, partial(_read, weights, sources[name], shard, topology.cut(is_expert(name))))
             for name, shard in shards.items()

@@ -6,5 +6,16 @@ from .canonical_names import canonical, without_additions
 from .hf_config import architecture_of, shape_of
 from .megatron_parameters import cut_of, is_expert, is_latent, is_linear_weight, makes_keys, pooled
 from .registry import ARCHITECTURES, known
-from .sources import Source, Stack, copied_prefixes, head_of, is_mtp, mtp_prefixes, parameters_of, without_mtp
+from .sources import (
+    Source,
+    Stack,
+    copied_prefixes,
+    head_of,
+    is_beyond,
+    is_mtp,
+    mtp_prefixes,
+    parameters_of,
+    shared_tensors,
+    without_mtp,
+)
 from .transformer_config import Rope, check_computed, rope_of, settings_of, unscaled_rope_settings

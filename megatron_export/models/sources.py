@@ -123,13 +123,34 @@ def is_mtp(canonical: str, config: dict) -> bool:
 
 def mtp_prefixes(config: dict) -> tuple[str, ...]:
     """Prefixes of the HF names in layers that predict one more token."""
-    before = architecture_of(config).rules["decoder.layers.{l}.input_layernorm.weight"].hf.partition("{l}")[0]
-    return tuple(f"{before}{layer}." for layer in shape_of(config).predicting)
+    return tuple(f"{_before_layers(config)}{layer}." for layer in shape_of(config).predicting)
+
+
+def is_beyond(name: str, config: dict) -> bool:
+    """Whether an HF name is in a layer after the decoder's, where layers that predict one more token are."""
+    found = re.match(rf"{re.escape(_before_layers(config))}(\d+)\.", name)
+    return bool(found) and int(found[1]) >= shape_of(config).layers
+
+
+def _before_layers(config: dict) -> str:
+    """What the HF names of all layers begin with."""
+    return architecture_of(config).rules["decoder.layers.{l}.input_layernorm.weight"].hf.partition("{l}")[0]
 
 
 def head_of(config: dict) -> str:
     """The HF name of the output layer, which a tied model does not have."""
     return architecture_of(config).rules["output_layer.weight"].hf
+
+
+def shared_tensors(config: dict) -> dict[str, str]:
+    """HF name of a tensor that Megatron takes another one for -> the HF name of that one.
+
+    They are the output layer of a tied model, and the copies of embedding and output layer that each layer of MTP has.
+    """
+    sources = parameters_of(config)
+    shared = {copy: source.rule.hf for source in sources.values() for copy in sorted(source.copies())}
+    tied = {head_of(config): sources["embedding.word_embeddings.weight"].rule.hf} if shape_of(config).tied else {}
+    return shared | tied
 
 
 def _too_large(shape: ModelShape, layers: dict[str, int]) -> list[str]:

@@ -25,7 +25,7 @@ from .detect_format import Described, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of
 from .snr import Likeness, likeness, tolerance
-from .structure import bad_numbers, faults, plan_of, unequal
+from .structure import bad_numbers, faults, plan_of, unequal, without_place
 from .weight_pairs import Sides
 
 CODES, CODES_SMOOTHED = 0.002, 0.1  # share of codes that may be others than the nearest
@@ -75,7 +75,7 @@ def judge(
             plan, mixed = _plan(found, said, reference, weights)
         except ExportError as error:
             return Judgement(folder, reference, said, None, [*problems, f"not compared further: {error}"])
-        problems += [*mixed, *faults(found, said, plan)]
+        problems += [*mixed, *faults(found, said, plan), *without_place(weights, plan)]
         judged = Judgement(folder, reference, said, plan, problems, nbytes=found.nbytes())
         for name in progress("numbers", list(found)):
             problems += bad_numbers(found, name)
@@ -148,10 +148,17 @@ def _compare_head(judged: Judgement, sides: Sides) -> None:
     """A tied model may have its head once more, if it is the embedding."""
     embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
     head, found = head_of(sides.plan.config), sides.found
-    if "output_layer.weight" not in sides.items and head in found and embedding in found:
+    if "output_layer.weight" in sides.items:
+        return
+    if head in found and embedding in found:
         pairs = zip(found.strips(head), found.strips(embedding), strict=False)
         if found.shape(head) != found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):
             judged.problems.append(f"{head} is not {embedding}, to which config.json ties it")
+    if sides.weights.differing({head: embedding}):
+        judged.problems.append(
+            f"{head} of the reference is not its {embedding}, though its config.json ties the two: set tie_word_embeddings to "
+            "false there, and export it again"
+        )
 
 
 def _verdict(found: Likeness, tolerance: float, min_snr: float | None) -> str:

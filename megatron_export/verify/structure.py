@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import hf_folder
-from ..checkpoint.hf_weights import copied_tensors
+from ..checkpoint.hf_weights import SourceWeights, copied_tensors
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..models import (
     copied_prefixes,
     head_of,
+    is_beyond,
     is_latent,
     is_linear_weight,
     parameters_of,
@@ -22,6 +23,7 @@ from ..models import (
     shape_of,
     without_mtp,
 )
+from ..models.sources import expected_shapes
 from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
 from ..planning.request import Request
@@ -72,6 +74,20 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
 def faults(found: Finished, said: Described, plan: Plan) -> list[str]:
     """Everything that headers and configs alone show to be wrong."""
     return [*_tensors(found, plan), *_settings(found.folder, plan), *_excludes(said, plan)]
+
+
+def without_place(weights: SourceWeights, plan: Plan) -> list[str]:
+    """Tensors of the reference that no checkpoint of this plan has, but for layers of MTP that were left out."""
+    known = expected_shapes(item.source for item in plan.items)
+    shared = (head_of(plan.config),) if shape_of(plan.config).tied else ()  # compared elsewhere
+    rest = (n for n in sorted(weights.files) if n.removesuffix("_scale_inv") not in known and n not in shared)
+    return [
+        f"{name} of the reference is not part of this model: nothing in the checkpoint is made of it"
+        for name in rest
+        if not name.endswith("rotary_emb.inv_freq")
+        and not name.startswith(copied_prefixes(plan.config))
+        and (shape_of(plan.config).mtp or not is_beyond(name, plan.config))
+    ]
 
 
 def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
