@@ -179,14 +179,17 @@ class Staging(Noting):
                 for path in self.folder.iterdir():
                     sync(path)
                 sync(self.folder)
-            if self.target.exists() and self.overwrite:
-                exchange(self.folder, self.target)
-            else:
-                if self.target.exists():
-                    self.target.rmdir()  # fails if somebody filled it since it was checked
-                self.folder.rename(self.target)
+            self._replace()
             if self.sync:
                 sync(self.target.parent)
+
+    def _replace(self) -> None:
+        if self.target.exists() and self.overwrite:
+            exchange(self.folder, self.target)
+            return
+        if self.target.exists():
+            self.target.rmdir()  # fails if somebody filled it since it was checked
+        self.folder.rename(self.target)
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         if kind is None or not (self.finished or kept(self.target)):
