@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
+
+from .text import near
 
 Made = TypeVar("Made")
 
@@ -81,8 +82,8 @@ def checked(kind: type, given: Iterable[str], without: Collection[str] = ()) -> 
         if name in without:
             raise TypeError(f"the keyword {name!r} has no effect here. Leave it out")
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
+            meant = near(name, known)
+            hint = f"Did you mean {meant!r}?" if meant else f"Known: {', '.join(known)}"
             raise TypeError(f"unexpected keyword {name!r}. {hint}")
 
 

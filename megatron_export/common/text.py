@@ -1,10 +1,11 @@
-"""Sizes and lists of names as people write them."""
+"""Sizes, lists of names and misspelt words, as people write them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST_APART = 2  # letters of a misspelt word
 
 
 def parse_size(size: str | int) -> int:
@@ -27,3 +28,24 @@ def readable(nbytes: float) -> str:
 def some(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def near(word: str, known: Iterable[str]) -> str | None:
+    """What a misspelt or shortened word was meant to be: the shortest of `known` that it is a part of, else the one that differs by
+    at most two letters, capitals apart; None if all are further from it.
+    """
+    word, known = word[:80].lower(), list(known)
+    if len(word) > MOST_APART and (longer := [one for one in known if word in one.lower()]):
+        return min(longer, key=len)
+    distance, meant = min((_apart(word, one.lower()), one) for one in known)
+    return meant if distance <= MOST_APART and 2 * distance < len(word) else None
+
+
+def _apart(one: str, other: str) -> int:
+    """How many letters are to be put in, left out or replaced to make one word of the other (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for count, letter in enumerate(one, 1):
+        above, row = row, [count]
+        for n, theirs in enumerate(other):
+            row.append(min(above[n] + (letter != theirs), above[n + 1] + 1, row[n] + 1))
+    return row[-1]

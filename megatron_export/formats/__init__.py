@@ -8,7 +8,6 @@ A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-f
 """
 
 from dataclasses import fields
-from difflib import get_close_matches
 from itertools import product
 from types import ModuleType
 from typing import TypeVar
@@ -19,6 +18,7 @@ from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece, join
 from ..common.strips import row_strips, strip_elements
+from ..common.text import near
 from . import (
     bf16,
     cuda_kernels,
@@ -140,7 +140,7 @@ def encode_bytes(weights: int, encoded: int, device: str) -> int:
 
 def _found(table: dict[str, T], name: str) -> T:
     if name not in table:
-        near = get_close_matches(name, table, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        meant = near(name, table)
+        hint = f" Did you mean {meant!r}?" if meant else ""
         raise ExportError(f"unknown format {name!r}.{hint} Known: {', '.join(table)}")
     return table[name]

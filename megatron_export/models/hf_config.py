@@ -3,10 +3,9 @@
 It is read as a raw dict: transformers 5 rewrites `rope_theta`, `rope_scaling` and `torch_dtype`, and both spellings must be read.
 """
 
-from difflib import get_close_matches
-
 from ..common.errors import ExportError, report
 from ..common.safe_files import shown
+from ..common.text import near
 from .architecture import Architecture
 from .hf_config_limits import wrong_values
 from .registry import ARCHITECTURES, architecture_name, known
@@ -20,6 +19,7 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
+_OTHERS = ("MistralForCausalLM",)  # of another model, and almost called like one here
 # How architectures spell the number of routed experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -39,9 +39,9 @@ def architecture_of(config: dict) -> Architecture:
     """The table of config.json's architecture; `ExportError` if it is unknown, or not right for some setting in config.json."""
     name, architecture = architecture_name(config), known(config)
     if architecture is None:
-        near = get_close_matches(name[:80], ARCHITECTURES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ExportError(f"unknown architecture {shown(name)} in config.json.{hint} Known: {', '.join(ARCHITECTURES)}")
+        raise ExportError(
+            f"unknown architecture {shown(name)} in config.json.{_meant(name)} Known: {', '.join(ARCHITECTURES)}"
+        )
     text = text_of(config)
     report(
         [
@@ -51,6 +51,19 @@ def architecture_of(config: dict) -> Architecture:
         ]
     )
     return architecture
+
+
+def _meant(name: str) -> str:
+    """What may have been meant by an architecture that is unknown. Another number is another model, and so are some other names."""
+    if name.endswith("Model"):
+        return " It ends before its output layer, as embedding models do, and only models that write text are exported."
+    alike = [one for one in ARCHITECTURES if _digits(name) in ("", _digits(one)) and name not in _OTHERS]
+    meant = near(name, alike) if alike else None
+    return f" Did you mean {meant!r}?" if meant else ""
+
+
+def _digits(name: str) -> str:
+    return "".join(filter(str.isdigit, name))
 
 
 def shape_of(config: dict) -> ModelShape:
