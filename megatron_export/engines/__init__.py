@@ -25,6 +25,8 @@ def verdict_of(
     module = ENGINES[engine]
     asked = version or module.VERSION
     found = module.judge(checkpoint, asked, gpu, tp).all()
+    if unknown := tuple(one for one in found if one.effect is Effect.UNKNOWN):
+        return Verdict(module.NAME, asked, unknown)  # what other rules find was looked for in something else
     if not f"{module.VERSION}.".startswith(f"{asked}."):
         found += (Finding("version", Effect.MINDS, f"these are the rules of {module.VERSION}", "", ()),)
     return Verdict(module.NAME, asked, found)

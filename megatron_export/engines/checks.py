@@ -4,6 +4,7 @@ that the engine takes it for. Rules have the same names in each engine's table; 
 
 from collections.abc import Iterator
 
+from ..common.folder_kinds import HEADLESS, is_headless
 from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
@@ -73,6 +74,14 @@ def check_codes(
     return True
 
 
+def check_chunks(checkpoint: CheckpointView, findings: Findings, architectures: tuple[str, ...]) -> None:
+    """Dual chunk attention (Qwen 2.5 with a million tokens) in architectures that the engine builds with it."""
+    chunks = checkpoint.text.get("dual_chunk_attention_config")
+    if chunks is not None and checkpoint.architecture in architectures:
+        findings.add("chunks", "config.json asks for dual chunk attention, which it cannot compute any more",
+                     way="take dual_chunk_attention_config out of config.json; up to its chunk_size nothing changes")  # fmt: skip
+
+
 def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], other: int, findings: Findings) -> None:
     """The GPU against the compute capability that each algorithm of the model needs: `least`, times ten, or else `other`."""
     needed = max((least.get(one, other) for one in {reading.algorithm, *reading.layers.values()} if one), default=other)
@@ -85,8 +94,6 @@ def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
     """The files against the index."""
     if lacking := sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files)):
         findings.add("files", "the index names it, and it is not there", *lacking, way="fetch it again")
-    if not checkpoint.files:
-        findings.add("files", "no .safetensors file", way="give the folder that has the weights")
     if consolidated := [name for name in checkpoint.files if name.startswith("consolidated")]:
         findings.add("consolidated", "a file of Mistral's own format", *consolidated, way="move it out of the folder")
     homes: dict[str, str] = {}
@@ -99,11 +106,13 @@ def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
 
 
 def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
-    """The tensors against those that config.json means, quantized codes apart; of an unknown architecture, its experts."""
+    """The tensors against those that config.json means, quantized codes apart."""
     expected, shown = checkpoint.expected, checkpoint.architecture or "none"
     if expected is None:
         findings.add("architecture", f"no rules about the architecture {shown}: its tensors were not checked")
-        _check_experts(checkpoint, view, findings)
+        return
+    if is_headless(view.tensors):
+        findings.add("architecture", f"no rules about {HEADLESS}: its tensors were not checked")
         return
     if checkpoint.architecture not in ARCHITECTURES:
         findings.add("architecture", f"no rules about the architecture {shown}: nobody has read how it is loaded")
@@ -148,16 +157,6 @@ def _known(checkpoint: CheckpointView, expected: dict[str, tuple[int, ...]], mod
     stacked = bool(inside) and f"{container}.experts.down_proj" in expected
     of_module = f"{module}.weight" in expected or module in expected or stacked
     return of_module and (suffix in _SCALES or suffix == "weight" or (stacked and suffix == "bias"))
-
-
-def _check_experts(checkpoint: CheckpointView, view: View, findings: Findings) -> None:
-    """Whether each layer has as many experts as config.json says."""
-    for group in view.groups:
-        parts = {name.rpartition(".")[2] for name in group.members}
-        lacking = len(parts) * checkpoint.experts - len(group.members)
-        if group.kind == "experts" and lacking > 0:
-            why = f"{lacking} linears of its {checkpoint.experts} experts are not there"
-            findings.add("experts", why, group.parent, way=AGAIN)
 
 
 def check_mtp(view: View, findings: Findings, algorithm_of: AlgorithmOf) -> None:

@@ -1,9 +1,10 @@
 """What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, but not its kernels."""
 
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_codes, check_mtp, check_tensors
+from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors
 from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL, GPUS
+from .kv_scales import check_kv_scales
 from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
@@ -19,6 +20,7 @@ _FILES = {
     "gpt_oss": "srt/models/gpt_oss.py",
     "joined": "srt/layers/quantization/utils.py",
     "kv": "srt/arg_groups/kv_cache_hook.py",
+    "kv scales": "srt/layers/quantization/kv_cache.py",
     "llama": "srt/models/llama.py",
     "llama4": "srt/models/llama4.py",
     "loader": "srt/model_loader/loader.py",
@@ -26,6 +28,7 @@ _FILES = {
     "modelopt": "srt/layers/quantization/modelopt_quant.py",
     "mtp": "srt/models/deepseek_nextn.py",
     "qwen": "srt/models/qwen3_moe.py",
+    "rope": "srt/layers/rotary_embedding/factory.py",
     "weights": "srt/model_loader/weight_utils.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
@@ -62,10 +65,14 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", SEEN),
     "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
     "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
+    "chunks":        (_R, "attention is not in dual chunks: get_rope makes five queries of one for no backend", "rope", READ),
     "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", SEEN),
     "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
     "bias":          (_R, "DeepSeek's config.json says topk_method, scoring_func and moe_layer_freq", "deepseek", SEEN),
+    "kv shape":      (_R, "a KV scale is one number", "weights", READ),
+    "kv pair":       (_R, "there is no v_scale without a k_scale", "kv scales", READ),
+    "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself with FP8 weights alone", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
     "kv ignored":    (_L, "KV scales are loaded in Llama and DeepSeek", "attention", SEEN),
@@ -80,6 +87,7 @@ _MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MX
           "W4A16_NVFP4": "W4A16_NVFP4"}  # fmt: skip
 _LATENT = "fused_qkv_a_proj_with_mqa"
 _LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
+_IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
 _KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
 _JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 # What DeepSeek's config.json says of routing.
@@ -91,6 +99,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     """What SGLang finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
+    check_chunks(checkpoint, findings, _IN_CHUNKS)
     reading = read(checkpoint, findings)
     if reading is None:
         return findings
@@ -231,6 +240,8 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, gpu: str | None, fin
     kv = checkpoint.indexed.kv
     if not (reading.kv or kv):
         return
+    if reading.algorithm is not None and checkpoint.architecture in _KEEPS_KV:
+        check_kv_scales(checkpoint.indexed, findings)
     if reading.kv == "NVFP4":
         findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
         if gpu is not None and GPUS[gpu] < BLACKWELL:

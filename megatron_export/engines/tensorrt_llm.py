@@ -4,6 +4,7 @@ from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors
 from .exclude_lists import Names, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
+from .kv_scales import check_kv_scales
 from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
@@ -28,7 +29,7 @@ READ = False
 
 # fmt: off
 RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
-    "files":         (_R, "there are weights", "loader", READ),
+    "files":         (_R, "every file of the index is there", "loader", READ),
     "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
     "twice":         (_R, "no tensor is in two files: all are read, and the index is not", "loader", READ),
     "architecture":  (_U, "an architecture with rules", "archs", READ),
@@ -54,7 +55,8 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
-    "latent":        (_R, "latent attention is in bfloat16 or blocks of FP8", "deepseek", READ),
+    "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),
+    "kv shape":      (_R, "a KV scale is one number", "linear", READ),
     "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", READ),
     "kv flat":       (_L, "config.json alone can say an FP8 KV cache, not one of NVFP4", "configs", READ),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "deepseek", READ),
@@ -102,6 +104,8 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         _check_gpu(reading, gpu, findings)
     if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
         findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
+    elif reading.algorithm is not None:
+        check_kv_scales(checkpoint.whole, findings, pairs=False)
     return findings
 
 
@@ -182,6 +186,18 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findi
         elif group.kind == "experts" and reading.algorithm == "blocks" and "weight_scale_inv" not in module:
             findings.add("block experts", "it reads scales of experts as weight_scale_inv alone", group.parent,
                          way="--fp8-pb-spelling native")  # fmt: skip
-        if checkpoint.latent and ".self_attn" in group.parent and "weight_scale_inv" not in module:
-            findings.add("latent", "it loads latent attention in bfloat16 or blocks of FP8 alone", group.parent,
+        if checkpoint.latent and ".self_attn" in group.parent:
+            _check_latent(group, findings)
+
+
+def _check_latent(group: Group, findings: Findings) -> None:
+    """The two projections that it takes apart or joins by itself; all others are loaded as any linear."""
+    for name, module in group.members.items():
+        if "weight_scale_inv" in module:
+            continue
+        if name.endswith(".kv_b_proj"):
+            findings.add("latent", "it loads kv_b_proj in bfloat16 or blocks of FP8 alone", group.parent,
+                         way="without --quantize-mla")  # fmt: skip
+        elif name.endswith(".kv_a_proj_with_mqa") and "weight_scale_2" not in module:
+            findings.add("latent", "it loads kv_a_proj_with_mqa in bfloat16, blocks of FP8 or NVFP4 alone", group.parent,
                          way="without --quantize-mla")  # fmt: skip

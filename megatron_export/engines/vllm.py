@@ -1,9 +1,10 @@
 """What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels."""
 
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_codes, check_mtp, check_tensors
+from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors
 from .exclude_lists import Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
+from .kv_scales import check_kv_scales
 from .quant_configs import AlgorithmOf, Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
 from .verdict import Effect, Findings, table
 
@@ -26,6 +27,7 @@ _FILES = {
     "modelopt": "model_executor/layers/quantization/modelopt.py",
     "moe": "model_executor/layers/fused_moe/prepare_finalize/no_dp_ep.py",
     "mtp": "model_executor/models/deepseek_mtp.py",
+    "qwen": "model_executor/models/qwen2.py",
     "weights": "model_executor/model_loader/weight_utils.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
@@ -60,12 +62,16 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
+    "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
     "kv latent":     (_R, "latent attention has no NVFP4 KV cache", "config", SEEN),
     "kv mla":        (_L, "latent attention has no KV scales: its cache has a scale of 1", "deepseek", SEEN),
     "kv dialect":    (_M, "with quant_method fp8 the KV cache is quantized on request", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache needs FlashInfer", "flashinfer", READ),
+    "kv shape":      (_R, "a KV scale is one number", "kv", READ),
+    "kv pair":       (_R, "there is no v_scale without a k_scale", "kv", READ),
+    "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv", READ),
     "kv scales":     (_L, "KV scales are there for every layer, or the cache has a scale of 1", "kv", READ),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
@@ -84,6 +90,7 @@ _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
 _LATENT = "fused_qkv_a_proj"
 _LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80, "blocks": 75}
 _FLASHINFER_CUTLASS = (90, 120)  # where experts go to its CUTLASS kernels, if they can compute them
+_IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
@@ -92,6 +99,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     """What vLLM finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
+    check_chunks(checkpoint, findings, _IN_CHUNKS)
     reading = read(checkpoint, findings)
     if reading is None:
         return findings
@@ -226,6 +234,8 @@ def _check_blocks(group: Group, reading: Reading, findings: Findings) -> None:
 
 def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     kv = checkpoint.indexed.kv
+    if reading.algorithm is not None and not checkpoint.latent:
+        check_kv_scales(checkpoint.indexed, findings, pairs=bool(reading.kv))
     if checkpoint.latent:
         if reading.kv == "NVFP4":
             findings.add("kv latent", "it has no NVFP4 cache for latent attention", way="--kv-cache none")
@@ -237,7 +247,7 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) 
     if (reading.kv or kv) and reading.dialect == "native":
         findings.add("kv dialect", "its FP8 KV cache with --kv-cache-dtype fp8")
     if reading.kv and reading.algorithm is not None:
-        found = {at for spelled, places in kv.items() for at in places if spelled.endswith("k_scale")}
+        found = {at for spelled, places in kv.items() for at in places if spelled.endswith(("k_scale", "v_scale"))}
         if len(found) < checkpoint.layers:
             findings.add("kv scales", f"KV scales are there for {len(found)} of {checkpoint.layers} layers; the cache of others "
                          "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
+from ..common.folder_kinds import refuse_adapters
 from ..common.safe_files import headers, inside, read_index, read_table
 from ..engines import ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
 from ..models import copied_prefixes, parameters_of
@@ -29,12 +30,15 @@ def of_folder(folder: Path) -> CheckpointView:
     """The checkpoint in a folder, from its configs and headers; `ExportError` if one of them cannot be read."""
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder. Give that of a checkpoint: config.json and .safetensors files")
+    refuse_adapters(folder)
     config = _json(folder, CONFIG)
     if config is None:
         raise ExportError(f"{folder} has no config.json. Give the folder of a checkpoint")
     names = sorted(path.name for path in folder.iterdir())
     files = [name for name in names if name.endswith(".safetensors")]
     index = {name: path.name for name, path in read_index(folder).items()} if INDEX in names else None
+    if not files:
+        raise ExportError(f"{folder}: no .safetensors file. Give the folder that has the weights")
     read = {file: {name: Header(*said) for name, said in headers(inside(folder, file)).items()} for file in files}
     return CheckpointView(config, _json(folder, QUANT_CONFIG), read, index, *expected_of(config))
 

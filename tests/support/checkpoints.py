@@ -185,6 +185,18 @@ def spell_cache_scales_short(said: Said) -> None:
         tensors[f"{attention}.{scale}"] = tensors.pop(name)
 
 
+def widen_cache_scales(said: Said) -> None:
+    """A scale for each of four heads."""
+    for name, header in _tensors(said).items():
+        if name.endswith(("k_scale", "v_scale")):
+            header[1] = [4]
+
+
+def losing_all(end: str) -> Change:
+    """All tensors whose names end so are gone."""
+    return lambda said: losing(*(name for name in _tensors(said) if name.endswith(end)))(said)
+
+
 ATTENTION = "model.layers.0.self_attn"
 CACHE = [f"model.layers.1.self_attn.{part}_proj.{part}_scale" for part in "kv"]
 ROUTING = configured(topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1)
@@ -230,6 +242,11 @@ DAMAGES: dict[str, tuple[str, Change, str, str, str, bool]] = {
     "a block cut":                (FP8, cut_a_block, "inputs", "algorithm", "case", True),
     "a layer's cache lost":       (FP8_KV, losing(*CACHE), "kv scales", "", "", False),
     "the cache spelt short":      (FP8_KV, spell_cache_scales_short, "", "", "kv spelling", False),
+    "a cache scale for each head": (FP8_KV, widen_cache_scales, "kv shape", "kv shape", "kv shape", True),
+    "no scales of keys":          (FP8_KV, losing_all("k_scale"), "kv pair", "kv pair", "kv spelling", True),
+    "no scales of values":        (FP8_KV, losing_all("v_scale"), "kv half", "kv half", "", False),
+    "dual chunks":                (MOE, configured(dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192}),
+                                   "chunks", "chunks", "", True),
     "two configs":                (FP8, lambda said: _listed(said)[1].append("model.layers.9.nothing"),
                                    "", "", "two configs", False),
     "routers, cache":             ("models/deepseekv3-FP8-KVFP8", ROUTING, "kv mla", "", "latent", False),
