@@ -65,7 +65,7 @@ def _export(
         if batches:
             calibration = calibrate(model, batches(), format=flags.export_format)
         elif flags.export_calibration:
-            config = read_config(find_model(flags.export_hf_model, weights=False))
+            config = read_config(find_model(flags.export_hf_model, weights=False), weights=False)
             calibration = load_calibration(flags.export_calibration, config)
     folder = (flags.export_dir or Path(flags.save) / "hf") / f"iter_{iteration:07d}"
     return export_hf_checkpoint_async(

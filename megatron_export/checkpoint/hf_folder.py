@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from ..common.errors import ExportError
-from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX
-from ..common.safe_files import inside, read_index, read_json, shown
+from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX, QUANT_CONFIG
+from ..common.folder_kinds import ADAPTERS, refuse_adapters
+from ..common.safe_files import inside, read_index, read_json, read_table, shown
+from ..models import architecture_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COPIED = (
@@ -31,17 +33,23 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     """
     folder = Path(hf_model)
     if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
-        patterns = [CONFIG, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
+        patterns = [CONFIG, QUANT_CONFIG, ADAPTERS, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
         folder = _fetch(str(hf_model), patterns)
     if not folder.is_dir():
         way_out = "Give the path of an HF checkpoint, or a hub id such as org/name"
         raise ExportError(f"no model folder {hf_model}. {way_out}")
+    refuse_adapters(folder)
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
     files_to_copy(folder)
     if weights:
         weights_in(folder)
     return folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors files of a whole model, by their names."""
+    return any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
 
 
 def weights_in(folder: Path) -> Path:
@@ -70,8 +78,10 @@ def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -
     return _fetch(str(hf_model), sorted({file.name for name, file in homes.items() if name.startswith(prefixes)}))
 
 
-def read_config(folder: Path) -> dict:
-    """config.json as a dict; `ExportError` for a model that is quantized already, unless in blocks of FP8 as DeepSeek's are."""
+def read_config(folder: Path, *, weights: bool = True) -> dict:
+    """config.json as a dict. `ExportError` for an unknown architecture, and then, if the `weights` beside it are to be read, for
+    quantized ones that are not in blocks of FP8 as DeepSeek's are.
+    """
     path = inside(folder, CONFIG)
     try:
         config = read_json(path)
@@ -82,10 +92,29 @@ def read_config(folder: Path) -> dict:
     quantized = config.get("quantization_config")
     if quantized is not None and not isinstance(quantized, dict):
         raise ExportError(f"{path}: quantization_config is {shown(quantized)}, not a table of settings. Fetch it again")
-    method = quantized.get("quant_method") if quantized else None
-    if quantized and (method != "fp8" or quantized.get("weight_block_size") != [128, 128]):
-        raise ExportError(f"{folder} is quantized already (quant_method {shown(method)}); give the original model")
+    architecture_of(config)  # first: of an unknown one, no key of config.json is known
+    if weights and (how := quantized_as(folder, config)):
+        raise ExportError(f"{folder} is quantized already ({how}); give the original model")
     return config
+
+
+def quantized_as(folder: Path, config: dict) -> str:
+    """What says that a folder's weights are quantized, so that they cannot be read; "" if nothing does.
+
+    Older releases of ModelOpt write hf_quant_config.json alone.
+    """
+    if said := config.get("quantization_config"):
+        native = said.get("quant_method") == "fp8" and said.get("weight_block_size") == [128, 128]
+        return "" if native else f"quant_method {shown(said.get('quant_method'))}"
+    path = inside(folder, QUANT_CONFIG)
+    if not path.is_file():
+        return ""
+    try:
+        quantization = read_table(path).get("quantization")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
+    algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else None
+    return f"{QUANT_CONFIG} says {shown(algorithm)}" if algorithm else ""
 
 
 def files_to_copy(folder: Path) -> list[Path]:

@@ -12,12 +12,14 @@ from torch import Tensor
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, INDEX
+from ..common.folder_kinds import HEADLESS, is_headless
 from ..common.piece import Axis
 from ..common.safe_files import opened, read_index
 from ..common.strips import strips_of
 from ..models import Source, head_of, is_linear_weight, shared_tensors
 from ..models.hf_config import text_of
 from ..models.layouts import Identity, stacked_rows
+from ..models.stacked_names import STACK, Slice, stacked_names
 from ..planning.tensor_spec import Output
 from .hf_folder import weights_in
 
@@ -34,13 +36,13 @@ class SourceWeights:
     """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for.
 
     A weight in float8 with a `weight_scale_inv` beside it, as DeepSeek publishes its models, is multiplied out: float32
-    value x scale of its block of 128 x 128, rounded to bfloat16. Several threads may read at a time.
+    value x scale of its block of 128 x 128, rounded to bfloat16. Experts that were saved in stacks are read one by one.
+    Several threads may read at a time.
     """
 
-    def __init__(self, folder: Path, only: tuple[str, ...] = ("",)) -> None:
-        """Open the files of `folder` that hold tensors whose names begin with one of `only`."""
-        self.folder, home = folder, weights_in(folder)
-        files = read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)
+    def __init__(self, folder: Path, only: tuple[str, ...] = ("",), config: dict | None = None) -> None:
+        """Open the files of `folder` that hold tensors whose names begin with one of `only`; stacks are those of `config`."""
+        self.folder, files = folder, files_of(folder)
         self.files = {name: path for name, path in files.items() if name.startswith(only)}
         self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
@@ -60,6 +62,18 @@ class SourceWeights:
         report(
             said + [f"{path}: {name} is here, and the index does not say so. Fetch both again" for name, path in odd]
         )
+        self.slices = self._stacked(config) if config else {}
+
+    def _stacked(self, config: dict) -> dict[str, Slice]:
+        """The tensors that files have under the names of transformers' memory alone; `files` has them under their own."""
+        if not any(name.endswith(f".mlp.experts.{STACK}") for name in self.files):
+            return {}
+        elsewhere = stacked_names(config).items()
+        found = {name: place for name, place in elsewhere if name not in self.files and place.name in self.files}
+        own = {name: self.files[place.name] for name, place in found.items()}
+        taken = {place.name for place in found.values()}
+        self.files = {name: path for name, path in self.files.items() if name not in taken} | own
+        return found
 
     def __enter__(self) -> "SourceWeights":
         return self
@@ -82,12 +96,18 @@ class SourceWeights:
         found = {name for name in self.files if not name.endswith(_ROTARY) and not name.startswith(others)}
         in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
         expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
+        if is_headless(found):
+            raise ExportError(f"{self.folder} is {HEADLESS}. Give a model that writes text")
         missing = sorted(expected.keys() - found - copies)
         extra = sorted(found - expected.keys() - {spare})
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
         if any(name.endswith("eh_proj.weight") for name in missing):
             lacks = "these files lack layers that predict one more token, which config.json means: --mtp drop"
             problems.insert(0, lacks)
+        if any(name.endswith("eh_proj.weight") for name in extra):
+            problems.insert(
+                0, "these files have layers that predict one more token, which config.json does not mean: --mtp drop"
+            )
         where = "is not part of this architecture. Give a model without it"
         problems += [f"{self.folder}: tensor {name} {where}" for name in extra]
         for name in sorted(expected.keys() & found):
@@ -138,15 +158,21 @@ class SourceWeights:
         return any(not torch.equal(*both) for both in values)
 
     def shape(self, name: str) -> list[int]:
-        return self.open[self.files[name]].get_slice(name).get_shape()
+        place = self.slices.get(name)
+        whole = self.open[self.files[name]].get_slice(place.name if place else name).get_shape()
+        return place.shape(whole) if place else whole
 
     def dtype(self, name: str) -> str:
         """As safetensors spells it."""
-        return self.open[self.files[name]].get_slice(name).get_dtype()
+        place = self.slices.get(name)
+        return self.open[self.files[name]].get_slice(place.name if place else name).get_dtype()
 
     def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of tensor `name` that `where` selects, in `dtype`."""
-        part = self._mapped(name).get_slice(name)[where]
+        place = self.slices.get(name)
+        whole = self._mapped(name).get_slice(place.name if place else name)
+        stacked = place is not None and place.experts > 0
+        part = whole[*place.where(whole.get_shape()[1], where[0]), *where[1:]][0] if stacked else whole[where]
         self._count(part)
         return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
 
@@ -175,7 +201,7 @@ class SourceWeights:
         return tuple(Output(name, UNQUANTIZED[dtypes[name]], tuple(self.shape(name))) for name in sorted(dtypes))
 
     def whole(self, name: str) -> Tensor:
-        """A tensor as it is."""
+        """A tensor as it is. Not one of a stack."""
         return self._mapped(name).get_tensor(name)
 
     def _mapped(self, name: str) -> "safe_open":
@@ -240,3 +266,9 @@ def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...
         why = "which is copied from the original model. Fetch the checkpoint again"
         report([f"{folder}: no tensor {prefix}*, {why}" for prefix in lacking])
         return weights.copied()
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> its file, by the index of a folder or its only safetensors file; `ExportError` if it has neither."""
+    home = weights_in(folder)
+    return read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)

@@ -19,8 +19,10 @@ def original_of(config: ExportConfig, example_model: Path) -> Original:
     if config.hf_model is None and not example_model.is_dir():
         said = "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         raise ExportError(said)
-    weights = not config.dry_run and config.megatron_checkpoint is None
-    return read_original(config.hf_model or example_model, config.request.mtp, weights=weights)
+    own = config.megatron_checkpoint is None
+    return read_original(
+        config.hf_model or example_model, config.request.mtp, weights=own and not config.dry_run, own=own
+    )
 
 
 def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint | None:

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..checkpoint.hf_weights import copied_tensors
-from ..checkpoint.original import config_of as config_of_model
+from ..checkpoint.original import config_alone
 from ..common.errors import ExportError, report
 from ..common.text import readable, some
 from ..engines import Verdict
 from ..export.memory_forecast import Forecast, forecast
-from ..models import copied_prefixes, is_linear_weight, makes_keys, shape_of
+from ..models import check_computed, copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
 from ..planning.plan import Plan, assumed, make_plan, no_garbage_collection
@@ -85,13 +85,17 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     are copied from the original. `ExportError` where the export would be refused.
     """
     request = config.request.plain()
-    folder, hf_config, _ = config_of_model(config.hf_model or example_model, request.mtp)
-    copied, remarks = _copied(folder, copied_prefixes(hf_config))
+    original = config_alone(config.hf_model or example_model, request.mtp, own=config.megatron_checkpoint is None)
+    hf_config = original.config
+    copied, remarks = _copied(original.folder, copied_prefixes(hf_config))
     held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
     plan = make_plan(hf_config, held, request, copied=copied, nodes=tuple(rank // GPUS for rank in range(most + 1)))
     report(refusals(plan, request.target))
-    return preview_of(config, plan, world, config.device or "cuda", bool(plan.form.calibrated or plan.kv), remarks)
+    calibrates = bool(plan.form.calibrated or plan.kv)
+    if calibrates:
+        check_computed(hf_config, config.calib_seq_len)
+    return preview_of(config, plan, world, config.device or "cuda", calibrates, original.remarks + remarks)
 
 
 def preview_of(

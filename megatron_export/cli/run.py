@@ -24,6 +24,7 @@ from ..export.origins import Model, Statistics, Stored, Unbuilt
 from ..export.pipeline import Clock, Report, exported
 from ..export.prepare import Opening, built, open_export
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
+from ..models import check_computed
 from ..models.statistic_names import is_alpha, is_tokens, module_of
 from ..planning.plan import Plan
 from ..verify import thresholds
@@ -148,6 +149,7 @@ def _calibration(
         samples, plan = None, opening.plan
         if not known and (plan.form.calibrated or plan.kv or config.save_calibration):
             samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
+            check_computed(original.config, samples.shape[1])
     return replace(opening, statistics=known), samples
 
 

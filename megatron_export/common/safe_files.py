@@ -14,7 +14,7 @@ from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
-from .file_names import INDEX
+from .file_names import CONFIG, INDEX
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -44,9 +44,12 @@ def reason_of(error: Exception) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. `ValueError` or `OSError` says why it is not read."""
+    """The value in a JSON file. `ValueError` or `OSError` says why it is not read.
+
+    In config.json a key that is not read here may be Infinity or NaN. The keys that are read are judged by their values.
+    """
     with path.open("rb") as file:
-        return parsed(file.read(MOST_BYTES + 1))
+        return parsed(file.read(MOST_BYTES + 1), finite=path.name != CONFIG)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -57,14 +60,15 @@ def read_table(path: Path) -> dict[str, Any]:
     return found
 
 
-def parsed(text: bytes) -> Any:
+def parsed(text: bytes, finite: bool = True) -> Any:
     """The value of a JSON text, read in bounded memory; `ValueError` says why it is refused."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values")
     try:
-        found = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        constant = _finite if finite else float
+        found = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite)
     except RecursionError:
         raise ValueError(f"more than {MOST_LEVELS} levels deep") from None
     level = [found]

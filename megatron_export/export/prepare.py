@@ -57,7 +57,7 @@ def open_model(
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
-        original = read_original(hf_model, request.mtp, weights=False)
+        original = read_original(hf_model, request.mtp, weights=False, own=False)
     origin = Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)
     return open_export(here, origin, original, request, statistics, export_dir, check=check)
 
@@ -84,6 +84,7 @@ def open_export(
     nodes = collectives.nodes(here)
     with together(here, "check the settings"):
         plan = make_plan(original.config, held, settled, copied=original.copied, nodes=nodes)
+        plan = replace(plan, remarks=(*original.remarks, *plan.remarks))
         if here.first:
             report(refusals(plan, request.target))
             if export_dir:

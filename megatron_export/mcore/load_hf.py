@@ -40,7 +40,7 @@ def load_hf_weights(
     too many, for those that would be replaced by another that is not equal, and for NaN and Inf.
     """
     sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
-    with SourceWeights(folder) as weights:
+    with SourceWeights(folder, config=config) as weights:
         weights.check(
             expected_shapes(sources.values()),
             copies={name for source in sources.values() for name in source.copies()},

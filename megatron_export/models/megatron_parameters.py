@@ -118,11 +118,6 @@ def makes_keys(canonical: str) -> bool:
     return canonical.endswith("self_attention.linear_qkv.weight")
 
 
-def is_latent(canonical: str) -> bool:
-    """Whether a parameter is a projection of latent attention, in a model that has it."""
-    return bool(re.search(r"\.self_attention\.linear_(q|kv)(_up|_down)?_proj\.", canonical))
-
-
 def is_linear_weight(canonical: str) -> bool:
     """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*."""
     module, _, leaf = canonical.rpartition(".")

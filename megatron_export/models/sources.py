@@ -121,9 +121,12 @@ def is_mtp(canonical: str, config: dict) -> bool:
     return bool(found) and int(found[1]) >= shape_of(config).layers
 
 
-def mtp_prefixes(config: dict) -> tuple[str, ...]:
-    """Prefixes of the HF names in layers that predict one more token."""
-    return tuple(f"{_before_layers(config)}{layer}." for layer in shape_of(config).predicting)
+def mtp_prefixes(config: dict, names: Iterable[str] = ()) -> tuple[str, ...]:
+    """Prefixes of the HF names in layers that predict one more token: those that config.json means, and those among `names`."""
+    before, shape = _before_layers(config), shape_of(config)
+    layers, joins = set(shape.predicting), re.compile(rf"{re.escape(before)}(\d{{1,4}})\.eh_proj\.weight")
+    layers |= {int(found[1]) for name in names if (found := joins.fullmatch(name))} - set(range(shape.layers))
+    return tuple(f"{before}{layer}." for layer in sorted(layers))
 
 
 def is_beyond(name: str, config: dict) -> bool:

@@ -40,6 +40,7 @@ def settings_of(config: dict) -> dict:
 
 def check_computed(config: dict, length: int) -> None:
     """Raise `ExportError` if Megatron-Core computes samples of `length` tokens otherwise than HF: they cannot calibrate."""
+    rope_of(config)
     config = text_of(config)
     groups, kept, topk = config.get("n_group") or 1, config.get("topk_group"), config.get("num_experts_per_tok")
     if groups > 1 and topk != 2 * kept:

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..common.errors import ExportError
 from ..common.file_names import CONFIG, QUANT_CONFIG
+from ..common.safe_files import shown
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen
 from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
@@ -42,13 +44,25 @@ class Described:
     problems: list[str] = field(default_factory=list)
 
 
+def check_dialect(found: Finished) -> None:
+    """Raise `ExportError` for a checkpoint that says that it is quantized in a dialect whose tensors are not known here."""
+    inner = _table(json_of(found.folder, CONFIG).get("quantization_config"))
+    method = inner.get("quant_method")
+    if isinstance(method, str) and method and not method.lower().startswith("modelopt") and not _native(inner):
+        raise ExportError(
+            f"{found.folder} is quantized in the dialect {shown(method)}, which is not known here, so it cannot be judged. Give a "
+            "checkpoint of this tool or of ModelOpt"
+        )
+
+
 def described(found: Finished) -> Described:
     """Read what a checkpoint is off its headers and its two configs."""
-    inner = _table(json_of(found.folder, CONFIG).get("quantization_config"))
-    outer = _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
+    config = json_of(found.folder, CONFIG).get("quantization_config")
+    inner, outer = _table(config), _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
     quantized = _quantized(found)
     claims = {CONFIG: _claimed(inner.get("quant_algo") or _native(inner))}
-    claims |= {QUANT_CONFIG: _claimed(outer.get("quant_algo"))} if outer else {}
+    if outer:  # older releases of ModelOpt write this file alone: config.json then claims nothing
+        claims = (claims if config is not None else {}) | {QUANT_CONFIG: _claimed(outer.get("quant_algo"))}
     algorithm = _algorithm(found, quantized, {_PLAIN.get(claim, claim) for claim in claims.values()})
     problems = [
         f"{file} says quant_algo {claim}, but the tensors are those of {algorithm or 'a model that is not quantized'}"

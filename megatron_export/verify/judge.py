@@ -14,6 +14,7 @@ from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import ExportError
 from ..common.file_names import MANIFEST
+from ..common.folder_kinds import refuse_adapters
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
 from ..formats import VARIANTS
@@ -21,7 +22,7 @@ from ..models import head_of, is_linear_weight, parameters_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import of_file
-from .detect_format import Described, described
+from .detect_format import Described, check_dialect, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of
 from .snr import Likeness, likeness, tolerance
@@ -64,13 +65,15 @@ def judge(
 ) -> Judgement:
     """Judge the checkpoint in `folder`; `listed`: also against the sums in its manifest, if it has one.
 
-    `ExportError` where it cannot be judged: no tensors, an unknown architecture, a reference that is not whole.
+    `ExportError` where it cannot be judged: no tensors, an unknown dialect or architecture, a reference that is not whole.
     """
+    refuse_adapters(folder)
     found = Finished(folder)
+    check_dialect(found)
     said = described(found)
     problems = [*found.problems, *said.problems, *(_against_manifest(folder) if listed else ())]
-    parameters_of(hf_folder.read_config(reference))  # what is wrong with the reference itself is raised
-    with SourceWeights(reference) as weights:
+    parameters_of(config := hf_folder.read_config(reference))  # what is wrong with the reference itself is raised
+    with SourceWeights(reference, config=config) as weights:
         try:
             plan, mixed = _plan(found, said, reference, weights)
         except ExportError as error:

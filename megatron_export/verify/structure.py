@@ -15,7 +15,6 @@ from ..models import (
     copied_prefixes,
     head_of,
     is_beyond,
-    is_latent,
     is_linear_weight,
     parameters_of,
     rope_of,
@@ -55,7 +54,8 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
             for module, quantized in group.items()
             if quantized is not most and said.algorithm
         ]
-    latent = [name for name in linears if is_latent(name) and not set(modules(linears[name])) <= set(plain)]
+    attention = [source for name, source in linears.items() if ".self_attention." in name]
+    latent = shape_of(config).kv_lora and not all(set(modules(source)) <= set(plain) for source in attention)
     plan = make_plan(
         config,
         assumed(config, 1),

@@ -32,7 +32,7 @@ def peak_of_export(saved: Path, folder: Path, layers: int) -> int:
     with (
         world(),
         mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
-        mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
+        mock.patch("megatron_export.checkpoint.original.read_config", lambda *_, **__: config),
     ):
         before = measure()
         checkpoint = MegatronCheckpoint(find_iteration(saved, None), config)

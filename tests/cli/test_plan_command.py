@@ -1,6 +1,7 @@
 """What the plan tells before is what happens: places, bytes of files, bytes between ranks, peaks of memory."""
 
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -125,6 +126,31 @@ def test_what_sees_is_counted_where_its_files_are(ranks: Ranks, models: dict, tm
     assert not any("not counted here (" in remark for remark in told.remarks)
     ranks.call(1, wire, read_json(source / "config.json"), source, out, {}, "bf16")
     assert told.forecast.tensors == len(read_json(out / "model.safetensors.index.json")["weight_map"])
+
+
+ROPE = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}
+GROUPS = {"n_group": 4, "topk_group": 3, "num_experts_per_tok": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama31", ROPE, "Megatron-Core cannot compute rope scaling {'factor': 2.0, 'type': 'dynamic'}"),
+        ("glm4_moe", GROUPS, "HF ranks groups by their best two experts"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_by_plan_in_the_words_of_the_export(
+    name: str, changes: dict, words: str, ranks: Ranks, models: dict, tmp_path: Path
+) -> None:
+    source = tmp_path / name
+    shutil.copytree(models[name], source)
+    (source / "config.json").write_text(json.dumps(read_json(source / "config.json") | changes))
+    flags = ("--hf-model", source, "--format", "fp8", "--device", "cpu")
+    data = ("--calib-data", models[name].parent / "ids" / "calibration.safetensors", "--calib-samples", 8)
+    [(status, said)] = ranks.call(1, command, *flags, *data, "--calib-seq-len", 24, "--output", tmp_path / "out")
+    assert status == 1 and words in said
+    assert command_line("plan", *flags) == (1, said.strip())
+    assert command_line("plan", *flags, "--format", "bf16")[0] == 0  # which is not calibrated
 
 
 def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> None:

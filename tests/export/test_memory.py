@@ -59,7 +59,7 @@ def peak_of_export(folder: Path, layers: int) -> int:
     with (
         blank(config, tp=2) as (model, _),
         mock.patch.object(shard_files, "BUCKET_BYTES", BUCKET),
-        mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config),
+        mock.patch("megatron_export.checkpoint.original.read_config", lambda *_, **__: config),
     ):
         before = measure()
         export_hf_checkpoint(model, folder, hf_model=EXAMPLE, format="nvfp4", calibration=statistics)
@@ -79,7 +79,7 @@ def peak_beside_weights(folder: Path, layers: int) -> tuple[int, int]:
             model = build_model(config, here, max_sequence_length=1)
         weights = [parameter.data.fill_(0.02) for chunk in chunks_of(model) for parameter in chunk.parameters()]
         nbytes = sum(weight.nbytes for weight in weights)
-        with mock.patch("megatron_export.checkpoint.original.read_config", lambda _: config):
+        with mock.patch("megatron_export.checkpoint.original.read_config", lambda *_, **__: config):
             measure()
             export_hf_checkpoint(
                 model, folder, hf_model=EXAMPLE, format="fp8", calibration=statistics, max_shard_size=SHARD

@@ -259,7 +259,8 @@ CONFIGS: dict[str, tuple[str, Callable[[dict], None], str]] = {
         "hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="FP8"),
         "hf_quant_config.json says quant_algo FP8, but the tensors are those of NVFP4"),
     "no algorithm": (
-        "config.json", lambda c: c.pop("quantization_config"), "config.json says quant_algo None, but the tensors are"),
+        "config.json", lambda c: c["quantization_config"].pop("quant_algo"),
+        "config.json says quant_algo None, but the tensors are"),
     "too much excluded": (
         "config.json", lambda c: c["quantization_config"]["ignore"].append("*.o_proj"),
         f"config.json excludes {OUT}, whose {OUT}.weight is quantized"),
@@ -291,10 +292,31 @@ def test_an_index_that_is_not_that_of_the_files_is_found(folder: Path, reference
     assert f"says that lm_head.weight is in {paths[0]}" in problems(folder, reference)
 
 
-@pytest.mark.parametrize("value", [None, [], "x", 3, {"ignore": 3, "quant_algo": []}, {"kv_cache_scheme": "?"}])
+@pytest.mark.parametrize("value", [[], "x", 3, {"ignore": 3, "quant_algo": []}, {"kv_cache_scheme": "?"}])
 def test_configs_of_no_sense_are_problems_and_not_crashes(value: object, folder: Path, reference: Path) -> None:
     edited(folder, "config.json", lambda c: c.update(quantization_config=value))
     assert "config.json says quant_algo None, but the tensors are those of NVFP4" in problems(folder, reference)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c.pop("quantization_config"), lambda c: c.update(quantization_config=None)]
+)
+def test_hf_quant_config_alone_is_claim_enough(change: Callable[[dict], object], folder: Path, reference: Path) -> None:
+    """As older releases of ModelOpt write it. With neither file, nothing says that the tensors are quantized."""
+    edited(folder, "config.json", change)
+    (folder / "export_manifest.json").unlink(missing_ok=True)
+    assert problems(folder, reference) == ""
+    edited(folder, "hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="FP8"))
+    assert "hf_quant_config.json says quant_algo FP8, but the tensors are those of NVFP4" in problems(folder, reference)
+    (folder / "hf_quant_config.json").unlink()
+    assert "config.json says quant_algo None, but the tensors are those of NVFP4" in problems(folder, reference)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "mxfp4", "gptq", "fp8"])
+def test_a_dialect_that_is_not_known_is_not_judged(method: str, folder: Path, reference: Path) -> None:
+    edited(folder, "config.json", lambda c: c.update(quantization_config={"quant_method": method}))
+    with pytest.raises(ExportError, match=f"is quantized in the dialect '{method}', which is not known here"):
+        judge(folder, reference)
 
 
 @pytest.mark.parametrize("files", [[], {"a": 1}, {"model-00001-of-00003.safetensors": {}}])

@@ -43,6 +43,16 @@ def test_layers_that_were_dropped_are_not_missed(deepseek: Path, tmp_path: Path)
     assert sound(tmp_path / "out", deepseek) == len(kept)
 
 
+def test_o_proj_alone_of_latent_attention_may_be_quantized(deepseek: Path, tmp_path: Path) -> None:
+    """As in published checkpoints in NVFP4, whose other projections stay in bfloat16."""
+    parts = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    exclude = tuple(f"model.layers.*.self_attn.{part}" for part in parts)
+    exported(deepseek, tmp_path / "out", "nvfp4", quantize_mla=True, exclude=exclude)
+    quantized = [name for name in tensors(tmp_path / "out") if "self_attn" in name and name.endswith(".weight_scale_2")]
+    assert len(quantized) == 5 and all(".o_proj." in name for name in quantized)
+    assert sound(tmp_path / "out", deepseek) == len(tensors(deepseek))
+
+
 def test_an_original_in_blocks_of_fp8_is_multiplied_out(deepseek: Path, tmp_path: Path) -> None:
     exported(deepseek, tmp_path / "blocks", "fp8_pb")
     exported(tmp_path / "blocks", tmp_path / "out", "nvfp4")
