@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError
-from ..common.safe_files import opened, panics, reason_of
+from ..common.safe_files import exists, not_read, opened, panics, reason_of
 
 LINES = 4096  # of a text that are read at a time
 LETTERS = 4 << 20  # that are tokenized at a time
@@ -27,11 +27,11 @@ def read_samples(
     The tokens of all texts, with an end-of-text token between texts, are cut into samples, so that none is padded.
     `trust_remote_code`: run code that the tokenizer's folder brings. `ExportError` if the file is missing, not text, or too short.
     """
-    if not file.is_file():
+    if not exists(file) or not file.is_file():
         raise ExportError(f"no calibration file {file}. Give --calib-data one that exists")
-    if file.suffix not in SUFFIXES:
+    if file.suffix.lower() not in SUFFIXES:
         raise ExportError(f"{file}: calibration data must be one of {', '.join(SUFFIXES)}")
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         return _ids(file, samples)
     tokens = _tokenize(file, tokenizer_folder, trust_remote_code, enough=samples * length)
     if not tokens:
@@ -66,15 +66,20 @@ def _ids(file: Path, samples: int) -> Tensor:
 def _texts(file: Path) -> Iterator[tuple[str, bool]]:
     """The texts of a file, read as they are asked for; a long one in blocks. True marks the end of a text."""
     try:
-        if file.suffix == ".txt":
+        if file.suffix.lower() == ".txt":
             yield from ((block, False) for block in _blocks(file) if block.strip())
             return
-        for text in _parquet(file) if file.suffix == ".parquet" else _jsonl(file):
+        for text in _parquet(file) if file.suffix.lower() == ".parquet" else _jsonl(file):
             starts = range(0, len(text) if text.strip() else 0, LETTERS)
             yield from ((text[start : start + LETTERS], start == starts[-1]) for start in starts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        reason = f"with a `text` in every row ({type(error).__name__}: {reason_of(error)})"
-        raise ExportError(f"{file}: not {file.suffix} {reason}. Give another file") from error
+        rows = "" if file.suffix.lower() == ".txt" else " with a `text` in every row"
+        if isinstance(error, UnicodeDecodeError):
+            raise not_read(file, f"not {file.suffix}{rows}", error, "Save it in UTF-8, or give another file") from error
+        reason = f"{rows} ({type(error).__name__}: {reason_of(error)})"
+        raise ExportError(f"{file}: not {file.suffix}{reason}. Give another file") from error
+    except OSError as error:
+        raise not_read(file, "not read", error, "Give another file") from error
 
 
 def _blocks(file: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import ExportError, report
-from ..common.safe_files import opened, parsed, shown
+from ..common.safe_files import exists, opened, parsed, shown
 from ..models import is_linear_weight, parameters_of, shape_of
 from ..models.statistic_names import hf_keys, homes_of, in_memory, is_amax, is_codes, on_disk, owners_of
 
@@ -52,7 +52,7 @@ def check_kind(file: Path) -> None:
 
 def load(file: Path, config: dict) -> dict[str, Tensor]:
     """Read statistics back. `ExportError` when the file is not one, or was measured on a model of other sizes."""
-    if not file.is_file():
+    if not exists(file) or not file.is_file():
         raise ExportError(f"no calibration file {file}. Write one with --save-calibration")
     held, theirs = _opened(file)
     ours = sizes_of(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import ADAPTERS, refuse_adapters
-from ..common.safe_files import inside, read_index, read_json, read_table, shown
+from ..common.safe_files import check_readable, exists, inside, not_read, read_index, read_json, read_table, shown
 from ..models import architecture_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,12 +32,13 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     With `weights`, its safetensors files are fetched too. `ExportError` if there is no such model, or it has no config or weights.
     """
     folder = Path(hf_model)
-    if not folder.exists() and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
+    if not exists(folder) and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
         patterns = [CONFIG, QUANT_CONFIG, ADAPTERS, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
         folder = _fetch(str(hf_model), patterns)
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         way_out = "Give the path of an HF checkpoint, or a hub id such as org/name"
         raise ExportError(f"no model folder {hf_model}. {way_out}")
+    check_readable(folder)
     refuse_adapters(folder)
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
@@ -86,7 +87,7 @@ def read_config(folder: Path, *, weights: bool = True) -> dict:
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
+        raise not_read(path, "not JSON", error, "Fetch it again") from error
     if not isinstance(config, dict):
         raise ExportError(f"{path}: not the settings of a model but a {type(config).__name__}. Fetch it again")
     quantized = config.get("quantization_config")

@@ -1,97 +1,56 @@
-"""Files of pickle and torch.save, read without running or importing anything that they name.
+"""Pickles, read without running, importing or calling anything that they name.
 
 A pickle is a program that calls what it names. Here a name of a short list is a value; a name in a package whose objects are in
-checkpoints is an `Inert`, which only keeps its arguments; any other name is an error. torch.save writes a zip archive without
-compression: `data.pkl` describes the object, the tensors' bytes lie beside it.
+checkpoints is a `Name`, and calling it makes an `Inert`, which only keeps the arguments; any other name is an error. In 280 bytes a
+pickle can hold a thing twice, that twice, and so on 45 times: what would walk through that, such as hashing it, is never done.
 """
 
 import io
-import os
 import pickle
-import struct
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..common.errors import ExportError
-from ..common.safe_files import MOST_ELEMENTS, reason_of, shown
+from ..common.safe_files import MOST_ELEMENTS, not_read, reason_of, shown
 
 WAY_OUT = "Copy or save the checkpoint again, or do not trust it"
 MOST_BYTES = 1 << 30  # of a pickle: the metadata of the largest model with its optimizer may have some hundred million
-_MOST_AT_ONCE = 1 << 20  # of what describes an archive
-_STORAGES = {  # what `data.pkl` calls the numbers of a tensor
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "ByteStorage": torch.uint8,
-}
+MOST_STEPS = 200_000_000  # of the program that it is; each takes up to 216 bytes of memory
+MOST_MARKS = 1_000  # that are open at a time: lists and tuples in one another
+MOST_VALUES, MOST_LEVELS = 10_000_000, 50  # of an object that is read as a whole
+_MOST_TUPLES, _MOST_IN_TUPLE = 10_000, 16  # that are keys: their hashes can be chosen so that all are the same
 _INERT = {  # packages whose objects are in checkpoints; nothing of them is needed
     *("argparse", "collections", "datetime", "enum", "functools", "lightning", "megatron", "modelopt", "nemo"),
     *("numpy", "omegaconf", "pathlib", "signal", "torch", "transformer_engine", "types", "_codecs", "copy_reg"),
 }
+_BUILTINS = ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")
+_TABLES = ("collections.OrderedDict", "collections.defaultdict")
+_SETS = ("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset")  # of pickle 3, and 2
+_DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names."""
+
+    name: str
 
 
 class Inert:
-    """Stands for an object whose class is not imported: its arguments, and the state that it was given."""
+    """Stands for an object: the name of its class or function, the arguments, and the state that it was given."""
 
-    name = ""
-    args: tuple = ()
-    state: Any = None
-
-    def __init__(self, *args: object) -> None:
-        self.args = args
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __setitem__(self, key: object, value: object) -> None:
-        """The items of a foreign container are not kept."""
-
-    def append(self, value: object) -> None:
-        """Nor are its values."""
+    def __init__(self, name: str, args: tuple) -> None:
+        self.name, self.args, self.state = name, args, None
 
     def get(self, name: str) -> Any:
         """An attribute that it was saved with; `ValueError` if it has none."""
         if not isinstance(self.state, dict) or name not in self.state:
-            raise ValueError(f"a {self.name} has no {name}")
+            raise ValueError(f"a {shown(self.name)[1:-1]} has no {name}")
         return self.state[name]
-
-
-class _Table(dict):
-    """Any kind of dict; its arguments and attributes are not kept."""
-
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-_DTYPES = {str(found).removeprefix("torch."): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
-_KINDS = (bool, dict, float, frozenset, int, list, set, str, tuple)
-_VALUES: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): _Table,
-    ("collections", "defaultdict"): _Table,
-    **{(home, kind.__name__): kind for home in ("builtins", "__builtin__") for kind in _KINDS},  # of pickle 3, and 2
-    **{("torch", name): found for name, found in _DTYPES.items()},
-}
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Where a file holds the numbers of a tensor that torch.save wrote: from byte `start` on, `strides` apart."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    start: int
 
 
 def unpickled(data: bytes) -> Any:
@@ -112,137 +71,188 @@ def read_pickle(path: Path) -> Any:
         return unpickled(file.read(MOST_BYTES + 1))
 
 
-def read_saved(path: Path, way_out: str) -> Any:
-    """The object of a file that torch.save wrote, its tensors as `Inert`."""
-    with clear_errors(path, way_out), path.open("rb") as file:
-        return saved(file, 0, os.fstat(file.fileno()).st_size)
-
-
-def saved(file: BinaryIO, start: int, length: int) -> Any:
-    """The object that torch.save wrote into a part of a file, its tensors as `Inert`; `ValueError` if it wrote none."""
-    with _archive(file, start, length) as archive:
-        return _described(archive)
-
-
-def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
-    """Where the numbers lie of the tensor that torch.save wrote into a part of a file; `ValueError` if it wrote none."""
-    with _archive(file, start, length) as archive:
-        found = _described(archive)
-        found = found[0] if isinstance(found, list) and len(found) == 1 else found
-        if not isinstance(found, Inert) or found.name != "torch._utils._rebuild_tensor_v2" or len(found.args) < 4:
-            raise ValueError(f"{shown(found)} is no tensor")
-        storage, offset, shape, strides, *_ = found.args
-        if not isinstance(storage, tuple) or len(storage) != 5 or storage[0] != "storage":
-            raise ValueError("a tensor without numbers")
-        kind = getattr(storage[1], "name", "").removeprefix("torch.")
-        if kind not in _STORAGES:
-            raise ValueError(f"a tensor of {shown(kind)}, not one of {', '.join(_STORAGES)}")
-        dtype = _STORAGES[kind]
-        if not all(is_sizes(sizes) for sizes in ((offset,), shape, strides)) or len(shape) != len(strides):
-            raise ValueError("a tensor without sizes")
-        reach = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-        member = archive.getinfo(_prefix(archive) + f"data/{storage[2]}")
-        if 0 in shape or reach * dtype.itemsize > member.file_size:
-            raise ValueError(f"a tensor {shape} in {member.file_size:,} bytes")
-        begin = _begin(file, start, member)
-        if begin + member.file_size > start + length:
-            raise ValueError("its numbers go beyond its end")
-        return Numbers(dtype, shape, strides, begin + offset * dtype.itemsize)
+def check_size(found: object) -> None:
+    """`ValueError` for an object that would be larger than any in a checkpoint if it were written out."""
+    level, count = [found], 0
+    for _ in range(MOST_LEVELS):
+        inner: list[object] = []
+        for value in level:
+            mine = _parts(value)
+            count += len(mine)
+            if count > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES:,} values")
+            inner += mine
+        level = inner
+    if level:
+        raise ValueError(f"more than {MOST_LEVELS} levels deep")
 
 
 @contextmanager
 def clear_errors(path: Path, way_out: str = WAY_OUT) -> Iterator[None]:
-    """Turn `OSError` and `ValueError` into an `ExportError` about the file."""
+    """Why a file is not read becomes an `ExportError` about it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not read ({reason_of(error)}). {way_out}") from error
-
-
-class _Reader(pickle._Unpickler):
-    """The unpickler in Python: a few bytes of a pickle can make the one in C, which is faster, take any amount of memory."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _VALUES:
-            return _VALUES[module, name]
-        if module.partition(".")[0] not in _INERT and name != "getattr":  # by which Python 3.11 named members of enums
-            raise ValueError(f"it names {shown(f'{module}.{name}')}, which no checkpoint needs; nothing of it was run")
-        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
-
-    def persistent_load(self, pid: Any) -> Any:
-        """What `data.pkl` says of a tensor: ("storage", its kind, its file in the archive, device, how many numbers)."""
-        return pid
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, as a file of its own, that reads at most `_MOST_AT_ONCE` bytes at a time."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self.file, self.start, self.length, self.at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
-        if self.at < 0:
-            raise zipfile.BadZipFile("it points before its start")
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        size = max(0, min(size if size >= 0 else self.length, self.length - self.at))
-        if size > _MOST_AT_ONCE:
-            raise ValueError(f"it describes itself in more than {_MOST_AT_ONCE:,} bytes")
-        self.file.seek(self.start + self.at)
-        found = self.file.read(size)
-        self.at += len(found)
-        return found
-
-
-@contextmanager
-def _archive(file: BinaryIO, start: int, length: int) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(_Window(file, start, length)) as archive:
-            yield archive
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, struct.error) as error:
-        raise ValueError(f"no archive of torch.save: {reason_of(error)}") from error
-
-
-def _prefix(archive: zipfile.ZipFile) -> str:
-    names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-    if len(names) != 1:
-        raise ValueError("no archive of torch.save: it has no data.pkl")
-    return names[0].removesuffix("data.pkl")
-
-
-def _described(archive: zipfile.ZipFile) -> Any:
-    prefix = _prefix(archive)
-    if "little" not in (_small(archive, f"{prefix}byteorder") or b"little").decode():
-        raise ValueError("its numbers are big-endian")
-    return unpickled(_small(archive, f"{prefix}data.pkl"))
-
-
-def _small(archive: zipfile.ZipFile, name: str) -> bytes:
-    if name not in archive.namelist():
-        return b""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size > MOST_BYTES:
-        raise ValueError(f"{shown(name)} is compressed, or too large")
-    return archive.read(member)
-
-
-def _begin(file: BinaryIO, start: int, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of an archive's member begin in the file around the archive, whose first byte is `start`."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{shown(member.filename)} is compressed")
-    file.seek(start + member.header_offset)
-    header = file.read(30)
-    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{shown(member.filename)} is not where it should be")
-    name, extra = struct.unpack("<HH", header[26:30])
-    return start + member.header_offset + 30 + name + extra
+        raise not_read(path, "not read", error, way_out) from error
 
 
 def is_sizes(found: object) -> bool:
     """Whether a value of a pickle can be sizes, offsets or strides."""
     return isinstance(found, tuple) and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in found)
+
+
+class _Reader(pickle._Unpickler):
+    """In Python: the one in C, which is faster, takes as much memory as a few bytes of a pickle ask for.
+
+    Each method that would call, hash or change what the pickle chooses is replaced.
+    """
+
+    tuples = 0  # that were keys
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load(self) -> Any:
+        """The same loop, with a bound."""
+        frames = pickle._Unframer(self._file_read, self._file_readline)
+        self._unframer, self.read, self.readinto, self.readline = frames, frames.read, frames.readinto, frames.readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        try:
+            for _ in range(MOST_STEPS):
+                self.dispatch[self.read(1)[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise ValueError(f"more than {MOST_STEPS:,} steps")
+
+    def find_class(self, module: str, name: str) -> Any:
+        named = f"{module}.{name}"
+        if named in _DTYPES:
+            return _DTYPES[named]
+        builtin = module in ("builtins", "__builtin__") and name in _BUILTINS
+        # `getattr`: by which Python 3.11 named members of enums
+        if not builtin and module.partition(".")[0] not in _INERT and name != "getattr":
+            raise ValueError(f"it names {shown(named)}, which no checkpoint needs; nothing of it was run")
+        return Name(named)
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Of a tensor: ("storage", its kind, its file in the archive, device, how many numbers)."""
+        return pid
+
+    def get_extension(self, code: int) -> None:
+        raise ValueError(f"it names extension {code}, which no checkpoint needs; nothing of it was run")
+
+    def _load_call(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._made(self.stack[-1], args)
+
+    def _load_call_with_keywords(self) -> None:
+        self.stack.pop()  # not kept
+        self._load_call()
+
+    def _instantiate(self, klass: object, args: Iterable) -> None:
+        self.append(self._made(klass, tuple(args)))
+
+    def _made(self, called: object, args: object) -> Any:
+        """What calling a name makes: a table, a set, a size, or what does nothing."""
+        if not isinstance(called, Name) or not isinstance(args, tuple):
+            raise ValueError(f"it calls {shown(called)}; nothing of it was run")
+        if called.name in _TABLES:  # whose arguments are not kept
+            return {}
+        if called.name in _SETS and len(args) == 1 and isinstance(args[0], list | tuple):
+            return set(map(self._key, args[0]))
+        if called.name == "torch.Size" and len(args) == 1 and isinstance(args[0], tuple):
+            return args[0]
+        return Inert(called.name, args)
+
+    def _load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):  # attributes of others, such as an OrderedDict's, are not kept
+            self.stack[-1].state = state
+
+    def _load_append(self) -> None:
+        value = self.stack.pop()
+        self._extend([value])
+
+    def _load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, values: list) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(values)
+        elif not isinstance(self.stack[-1], Inert):  # whose values are not kept
+            raise ValueError(f"it adds to {shown(self.stack[-1])}")
+
+    def _load_set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill([key, value])
+
+    def _load_set_items(self) -> None:
+        self._fill(self.pop_mark())
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._fill(items)
+
+    def _fill(self, items: list) -> None:
+        if isinstance(self.stack[-1], dict):
+            keys = map(self._key, items[::2])
+            self.stack[-1].update(zip(keys, items[1::2], strict=True))
+        elif not isinstance(self.stack[-1], Inert):
+            raise ValueError(f"it adds to {shown(self.stack[-1])}")
+
+    def _load_add_items(self) -> None:
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], set):
+            raise ValueError(f"it adds to {shown(self.stack[-1])}")
+        self.stack[-1].update(map(self._key, items))
+
+    def _load_frozen_set(self) -> None:
+        self.append(frozenset(map(self._key, self.pop_mark())))
+
+    def _load_mark(self) -> None:
+        if len(self.metastack) >= MOST_MARKS:
+            raise ValueError(f"more than {MOST_MARKS:,} levels deep")
+        self.load_mark()
+
+    def _key(self, found: Any) -> Any:
+        """A key of a table or set, if it is hashed at once: a text, a number, an object, or a tuple of a few of them."""
+        if isinstance(found, tuple):
+            self.tuples += 1
+            flat = len(found) <= _MOST_IN_TUPLE and all(map(_is_flat, found))
+        else:
+            flat = _is_flat(found)
+        if not flat or self.tuples > _MOST_TUPLES:
+            raise ValueError(f"a key is {shown(found)}")
+        return found
+
+    for _code, _load in (
+        (pickle.REDUCE, _load_call),
+        (pickle.NEWOBJ, _load_call),
+        (pickle.NEWOBJ_EX, _load_call_with_keywords),
+        (pickle.BUILD, _load_build),
+        (pickle.APPEND, _load_append),
+        (pickle.APPENDS, _load_appends),
+        (pickle.SETITEM, _load_set_item),
+        (pickle.SETITEMS, _load_set_items),
+        (pickle.DICT, _load_dict),
+        (pickle.ADDITEMS, _load_add_items),
+        (pickle.FROZENSET, _load_frozen_set),
+        (pickle.MARK, _load_mark),
+    ):
+        dispatch[_code[0]] = _load
+
+
+def _is_flat(found: object) -> bool:
+    """Whether a value is hashed at once; few of the numbers have the same hash."""
+    if isinstance(found, int):
+        return -(1 << 63) <= found < 1 << 64
+    return found is None or isinstance(found, str | bytes | float | torch.dtype | Name | Inert)
+
+
+def _parts(found: object) -> list | tuple:
+    """What a value holds."""
+    if isinstance(found, dict):
+        return (*found, *found.values())
+    if isinstance(found, Inert):
+        return (found.args, found.state)
+    return found if isinstance(found, list | tuple) else tuple(found) if isinstance(found, set | frozenset) else ()

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from ..common.errors import ExportError
-from ..common.safe_files import inside, read_json, shown
+from ..common.safe_files import exists, inside, not_read, read_json, shown
 from .torch_dist_metadata import METADATA
 
 _SETTINGS = "metadata.json"
@@ -18,7 +18,7 @@ _KINDS = {
 
 def find_iteration(folder: Path, iteration: int | None) -> Path:
     """The folder of one iteration: the given or the latest of a checkpoint, or `folder` itself; `ExportError` if it is not read."""
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
     if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
         if iteration is not None and folder.name != _name(iteration):
@@ -67,7 +67,7 @@ def _checked(folder: Path) -> Path:
         said = read_json(path)
         kind = said.get("sharded_backend") if isinstance(said, dict) else None
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not JSON ({error}). Copy the checkpoint again") from error
+        raise not_read(path, "not JSON", error, "Copy the checkpoint again") from error
     if kind in _KINDS:
         raise ExportError(f"{folder} is a {kind} checkpoint {_KINDS[kind]}")
     if kind != "torch_dist":

@@ -15,7 +15,6 @@ from .torch_dist_metadata import Stored
 
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(?=linear_fc[12]\.)")
-_PART = re.compile(r"(.*\.linear_fc1\..*)_([wv])")
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ def home(tensor: Stored, lead: tuple[int, ...]) -> Home:
 
 def part_of(key: str) -> tuple[str, str]:
     """The key of a whole, and which part of it a key is: w (gate), v (up), or "" for all of it."""
-    found = _PART.fullmatch(key)
-    return (found[1], found[2]) if found else (key, "")
+    whole, _, part = key.rpartition("_")
+    return (whole, part) if part in ("w", "v") and ".linear_fc1." in whole else (key, "")
 
 
 def in_order(parts: dict[str, Home]) -> tuple[Home, ...]:

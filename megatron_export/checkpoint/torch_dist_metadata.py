@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..common.safe_files import inside, shown
-from .safe_pickle import Inert, clear_errors, is_sizes, read_pickle
+from ..common.errors import ExportError
+from ..common.safe_files import check_name, inside, shown
+from .safe_pickle import WAY_OUT, Inert, clear_errors, is_sizes, read_pickle
 
 METADATA = ".metadata"
+MOST_SLOTS = 20_000_000  # of all parts of a tensor: the entries of its first axes that each lies in
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Stored:
         """The parts that hold something of entry `lead` of its first axes."""
         axes = len(lead)
         if axes not in self._slots:
+            if sum(prod(chunk.sizes[:axes]) for chunk in self.chunks) > MOST_SLOTS:
+                raise ExportError(f"{shown(self.key)} has parts in more than {MOST_SLOTS:,} entries. {WAY_OUT}")
             self._slots[axes] = found = {}
             for chunk in self.chunks:
                 spans = zip(chunk.offsets[:axes], chunk.sizes, strict=False)
@@ -65,8 +69,12 @@ def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str,
         if not isinstance(described, dict) or not all(isinstance(key, str) for key in described):
             raise ValueError("it is no list of tensors")
         kept = {key: said for key, said in described.items() if not key.startswith(passed_over)}
+        for key in kept:
+            check_name(key)
         tensors = {key: _stored(key, said, places) for key, said in kept.items() if _is(said, "Tensor")}
-        objects = {key: places[key, None] for key, said in kept.items() if _is(said, "Bytes") and (key, None) in places}
+        objects = {
+            key: places[key, "None"] for key, said in kept.items() if _is(said, "Bytes") and (key, "None") in places
+        }
         return tensors, objects
 
 
@@ -74,8 +82,8 @@ def _is(said: object, kind: str) -> bool:
     return isinstance(said, Inert) and said.name.endswith(f".{kind}StorageMetadata")
 
 
-def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
-    """(key, offsets) -> where it lies, from `storage_data`."""
+def _places(found: object) -> dict[tuple[str, str], Extent]:
+    """(key, offsets) -> where it lies, from `storage_data`. Offsets as text: hashes of tuples can be chosen to be all the same."""
     if not isinstance(found, dict):
         raise ValueError("it does not say where tensors lie")
     places = {}
@@ -89,7 +97,7 @@ def _places(found: object) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
         if info.state.get("transform_descriptors"):
             raise ValueError(f"{shown(key)} is compressed")
         if isinstance(key, str):
-            places[key, offsets] = Extent(name, start, length)
+            places[key, str(offsets)] = Extent(name, start, length)
     return places
 
 
@@ -106,9 +114,10 @@ def _stored(key: str, said: Inert, places: dict) -> Stored:
             raise ValueError(f"a part of {shown(key)} has no place in it")
         if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"a part of {shown(key)} is larger than it")
-        if (key, offsets) not in places:
+        if (key, str(offsets)) not in places:
             raise ValueError(f"a part of {shown(key)} lies nowhere")
-        chunks.append(Chunk(offsets, sizes, places[key, offsets]))
+        if 0 not in sizes:
+            chunks.append(Chunk(offsets, sizes, places[key, str(offsets)]))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
         raise ValueError(f"the parts of {shown(key)} do not make it whole")
     return Stored(key, shape, dtype, tuple(chunks))

@@ -10,8 +10,9 @@ from typing import Any
 from ..common.errors import ExportError
 from ..common.safe_files import inside, shown
 from ..models import settings_of, shape_of, unscaled_rope_settings
-from .safe_pickle import WAY_OUT, Inert, clear_errors, read_saved
+from .safe_pickle import WAY_OUT, Inert, check_size, clear_errors
 from .torch_dist_storage import Storage
+from .torch_save import read_saved
 
 COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
 COMMON_OBJECT = "common_state/"
@@ -149,7 +150,10 @@ def run_of(folder: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Merges of merges would double at each level; Megatron-Bridge writes none."""
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise ValueError("it merges tables")
 
     Loader.add_constructor(None, lambda loader, node: None)
     with clear_errors(path), path.open("rb") as file:
@@ -160,6 +164,7 @@ def run_of(folder: Path) -> dict[str, Any]:
             run = yaml.load(text, Loader)  # noqa: S506 - a safe one
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"not YAML: {type(error).__name__}") from error
+        check_size(run)
         if not isinstance(run, dict):
             raise ValueError("it has no settings of a model")
     return run

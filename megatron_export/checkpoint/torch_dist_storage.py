@@ -16,8 +16,9 @@ from torch import Tensor
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.safe_files import inside
-from .safe_pickle import Numbers, clear_errors, saved, saved_tensor
+from .safe_pickle import clear_errors
 from .torch_dist_metadata import METADATA, Chunk, Extent, Stored, read_metadata
+from .torch_save import Numbers, saved, saved_tensor
 
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it

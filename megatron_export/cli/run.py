@@ -68,6 +68,7 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     job = Outcome()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
     with (
+        parallel_state.enough_files(),
         parallel_state.started(config.tp, config.pp, config.device, **sizes),
         parallel_state.current(config.request.timeout) as here,
     ):

@@ -1,7 +1,10 @@
 """The exceptions that users see: they say what is wrong, where, and what to do."""
 
+import resource
 import traceback
 from pathlib import Path
+
+from .text import clean
 
 
 class ExportError(Exception):
@@ -11,6 +14,10 @@ class ExportError(Exception):
     """
 
     everywhere = False
+
+    def __str__(self) -> str:
+        """The message, which may quote a file, without what steers a terminal."""
+        return clean(super().__str__())
 
 
 class StartError(ExportError):
@@ -30,12 +37,22 @@ class RankLost(ExportError):
     """Another rank failed alone, or is gone. No collective may be called any more."""
 
 
+def no_more_files(failure: Exception) -> str:
+    """What to do where the system gave this process no more files, or sockets, to open; "" for another failure."""
+    if "Too many open files" not in str(failure):
+        return ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"this process may have {limit} files open, and needs more. Allow them: ulimit -n 4096"
+
+
 def message_of(failure: Exception) -> str:
     """The message of an exception; of one that is no `ExportError`, also its type, and the file and line that raised it."""
     if isinstance(failure, ExportError):
         return str(failure)
+    if told := no_more_files(failure):
+        return told
     last = traceback.extract_tb(failure.__traceback__)[-1]
-    return f"{type(failure).__name__}: {failure} ({Path(last.filename).name}, line {last.lineno})"
+    return clean(f"{type(failure).__name__}: {failure} ({Path(last.filename).name}, line {last.lineno})")
 
 
 def report(problems: list[str]) -> None:

@@ -3,6 +3,7 @@ headers. Nothing in them is run. The safetensors library refuses offsets that ov
 and unknown dtypes; its errors become `ExportError`s here.
 """
 
+import errno
 import json
 import os
 import re
@@ -13,8 +14,9 @@ from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError
+from .errors import ExportError, no_more_files
 from .file_names import CONFIG, INDEX
+from .text import clean
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -39,8 +41,45 @@ def shown(value: object) -> str:
 
 def reason_of(error: Exception) -> str:
     """The text of an error, printable and short: it may quote a file that is not trusted."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error)[:MOST_LETTERS])
+    text = clean(str(error)[:MOST_LETTERS], kept="")
     return text if len(str(error)) <= MOST_LETTERS else f"{text}..."
+
+
+def not_read(path: Path, what: str, error: Exception, way_out: str) -> ExportError:
+    """The error for a file that was not read: for what the system says, or because it is `what`."""
+    if told := no_more_files(error):
+        return ExportError(f"{path}: not opened: {told}")
+    if isinstance(error, PermissionError):
+        return ExportError(f"{path}: this user may not read it. Allow it: chmod u+rX, or run as its owner")
+    if isinstance(error, OSError) and error.strerror:
+        return ExportError(f"{path}: not read ({error.strerror}). {way_out}")
+    if isinstance(error, UnicodeDecodeError):
+        return ExportError(f"{path}: {what} (not in UTF-8 from byte {error.start:,} on). {way_out}")
+    return ExportError(f"{path}: {what} ({reason_of(error)}). {way_out}")
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a file or folder is there; under a name that is too long for any, none is."""
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+def check_readable(path: Path) -> None:
+    """Raise `ExportError` for a file or folder that this user may not read."""
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
+        raise ExportError(f"{path}: this user may not read it. Allow it: chmod u+rX, or run as its owner")
+
+
+def read_text(path: Path, way_out: str = "Give a text in UTF-8") -> str:
+    """The content of a text file; `ExportError` if it is not read, or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise not_read(path, "not a text", error, way_out) from error
 
 
 def read_json(path: Path) -> Any:
@@ -115,6 +154,8 @@ def inside(folder: Path, name: object) -> Path:
         )
     if path.exists() and not path.is_file():
         raise ExportError(f"{path} is not a file. Fetch the checkpoint again")
+    if path.exists():
+        check_readable(path)
     return path
 
 
@@ -139,13 +180,13 @@ def read_index(folder: Path) -> dict[str, Path]:
         if not isinstance(homes, dict):
             raise ValueError(f"its weight_map is {shown(homes)}, not a table of files")
         for name in homes:
-            _check_name(name)
+            check_name(name)
         if odd := [file for file in homes.values() if not isinstance(file, str) or not file.endswith(".safetensors")]:
             raise ValueError(f"{shown(odd[0])} is no safetensors file")
         if len(named := dict.fromkeys(homes.values())) > MOST_FILES:
             raise ValueError(f"it names {len(named):,} files, more than {MOST_FILES:,}")
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not the index of a checkpoint ({error}). Fetch it again") from error
+        raise not_read(path, "not the index of a checkpoint", error, "Fetch it again") from error
     files = {file: inside(folder, file) for file in named}
     return {name: files[file] for name, file in homes.items()}
 
@@ -158,11 +199,11 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
         header = read_header(path)
         file = safe_open(path, framework="pt")
         for name, said in header.items():
-            _check_name(name)
+            check_name(name)
             if name != "__metadata__" and max(said["shape"], default=0) > MOST_ELEMENTS:
                 raise ValueError(f"{name} is {shown(said['shape'])}")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last: of torch, which maps the file
-        raise ExportError(f"{path}: not a readable safetensors file ({reason_of(error)}). {way_out}") from error
+        raise not_read(path, "not a readable safetensors file", error, way_out) from error
     return file
 
 
@@ -187,7 +228,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not 0 < len(name) <= MOST_LETTERS or not name.isprintable():
         raise ValueError(f"{shown(name)} is no name of a tensor")
 

@@ -1,8 +1,9 @@
-"""Sizes, lists of names and misspelt words, as people write them."""
+"""Text for people: sizes, lists of names, misspelt words, and what files say, which must not steer a terminal."""
 
 import re
 from collections.abc import Iterable, Sequence
 
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s:'\"]+/)+")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 MOST_APART = 2  # letters of a misspelt word
@@ -23,6 +24,20 @@ def readable(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def clean(text: str, kept: str = "\n\t") -> str:
+    """A text as a screen may show it: letters that steer a terminal, turn the direction of writing or cannot be seen are spelled
+    as in Python, such as `\\x1b`, but for those that are `kept`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in kept else ascii(one)[1:-1] for one in text)
+
+
+def without_folders(text: str) -> str:
+    """A text with the names of files and folders, and not where they lie."""
+    return _FOLDERS.sub("", text)
 
 
 def some(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from ..common.errors import ExportError, RankLost, StartError, message_of
+from ..common.errors import ExportError, RankLost, StartError, message_of, no_more_files
 from ..distributed.heartbeat import Pulse
 from ..distributed.topology import Cut, Topology
 from ..planning.request import SILENCE
@@ -104,6 +104,17 @@ def _take_gpu() -> None:
     if ranks > gpus and "NCCL_HOSTID" not in os.environ:  # with a host id per rank, NCCL lets ranks share a GPU
         raise StartError(f"{ranks} ranks on a machine with {gpus} GPUs. Start torchrun with --nproc-per-node {gpus}")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+
+
+@contextmanager
+def enough_files() -> Iterator[None]:
+    """`StartError` where the system gives this process no more files or sockets to open: every group of ranks takes some."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if told := no_more_files(error):
+            raise StartError(told) from error
+        raise
 
 
 @contextmanager

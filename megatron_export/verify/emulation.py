@@ -19,7 +19,7 @@ from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
-from ..common.safe_files import headers, inside, read_table, reason_of, shown
+from ..common.safe_files import headers, inside, not_read, read_table, reason_of, shown
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
 from ..models import known
 from .detect_format import described, module_of
@@ -102,7 +102,7 @@ def _table(folder: Path, file: str) -> dict[str, Any]:
     try:
         return read_table(path)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not JSON ({error}). Fetch it again") from error
+        raise not_read(path, "not JSON", error, "Fetch it again") from error
 
 
 def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:

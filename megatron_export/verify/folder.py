@@ -12,16 +12,19 @@ from torch import Tensor
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
-from ..common.safe_files import opened, read_index, read_table
+from ..common.safe_files import check_readable, exists, inside, not_read, opened, read_index, read_table
 from ..common.strips import strips_of
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The files with tensors of a folder; `ExportError` where it has none."""
-    found = sorted(folder.glob("*.safetensors"))
+    found: list[Path] = []
+    if exists(folder):
+        check_readable(folder)
+        found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
-    return found
+    return [inside(folder, path.name) for path in found]
 
 
 class Finished:
@@ -99,10 +102,10 @@ class Finished:
 
 def json_of(folder: Path, name: str) -> dict:
     """A JSON file of a folder; empty if there is none. `ExportError` if it is no table."""
-    path = folder / name
+    path = inside(folder, name)
     if not path.is_file():
         return {}
     try:
         return read_table(path)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not a JSON table. Export it again") from error
+        raise not_read(path, "not a JSON table", error, "Export it again") from error

@@ -14,6 +14,7 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.host_memory import available
 from ..common.progress import Progress, quiet
+from ..common.safe_files import exists, read_text
 from ..common.text import readable
 from .emulation import load
 from .folder import json_of
@@ -48,13 +49,13 @@ def windows_of(text: Path, checkpoint: Path) -> Tensor:
     """The text's tokens in rows of `WINDOW`; what does not fill a row is left out."""
     from transformers import AutoTokenizer
 
-    if not text.is_file():
+    if not exists(text) or not text.is_file():
         raise ExportError(f"no text file {text}. Give --text one that exists")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise ExportError(f"{checkpoint}: no tokenizer that loads ({error}). The first checkpoint needs one") from error
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
 
 

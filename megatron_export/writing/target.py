@@ -13,7 +13,8 @@ SPARE_BYTES = 64 << 20
 
 
 def check_empty(export_dir: Path, *, overwrite: bool) -> None:
-    """`ExportError` for a target that is taken."""
+    """`ExportError` for a target that is taken, or whose name is too long for the folders beside it."""
+    _check_name(export_dir)
     if export_dir.is_file():
         raise ExportError(f"{export_dir} is a file; give a folder")
     if export_dir.is_dir() and any(export_dir.iterdir()) and not overwrite:
@@ -25,6 +26,7 @@ def check_target(export_dir: Path, plan: Plan, *, overwrite: bool, resume: bool 
 
     A complete export may be what `resume` is to go on with; that is seen later.
     """
+    _check_name(export_dir)
     if not (resume and (export_dir / MANIFEST).is_file()):
         check_empty(export_dir, overwrite=overwrite)
     if os.path.ismount(export_dir):
@@ -49,3 +51,14 @@ def check_apart(export_dir: Path, *inputs: Path) -> None:
     for path in inputs:
         if path.resolve().is_relative_to(export_dir.resolve()):
             raise ExportError(f"{export_dir} holds {path}, which this export needs. Give another --output")
+
+
+def _check_name(export_dir: Path) -> None:
+    """The folders in which an export grows, and its journal, are called like the target and lie beside it."""
+    most = os.pathconf("/", "PC_NAME_MAX")
+    longest = max(len(os.fsencode(part)) for part in (*export_dir.parent.parts, partial_of(export_dir).name))
+    if longest > most:
+        raise ExportError(
+            f"{export_dir}: this, or the folder beside it that ends in .partial, has a name of {longest} bytes, more than {most}. "
+            "Give a shorter --output"
+        )

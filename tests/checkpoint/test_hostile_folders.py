@@ -201,10 +201,15 @@ def test_pickles_and_other_weights_are_not_copied_whatever_they_are_called(name:
 
 def test_no_module_of_the_package_unpickles() -> None:
     """But `safe_pickle.py`, with a reader of its own that calls nothing, and a process that its own parent tells what to do."""
-    known = {"safe_pickle.py": ["_Unpickler"], "async_export.py": ["dump"], "async_writer.py": ["load"]}
+    known = {
+        "safe_pickle.py": ["_Stop", "_Unframer", "_Unpickler"],
+        "async_export.py": ["dump"],
+        "async_writer.py": ["load"],
+    }
     for path in Path(hf_folder.__file__).parents[1].rglob("*.py"):
         text, own = path.read_text(), path.name in known
-        assert re.findall(r"\bpickle\.(\w+)", text) == known.get(path.name, []), path
+        named = {name for name in re.findall(r"\bpickle\.(\w+)", text) if not name.isupper()}  # steps of the program
+        assert sorted(named) == known.get(path.name, []), path
         assert not re.search(r"torch\.load\(|joblib|np\.load" + ("" if own else "|import pickle"), text), path
 
 
@@ -255,7 +260,7 @@ HEADERS: dict[str, tuple[tuple, str]] = {  # what is written, and what is said o
     "a list": ((b"[1, 2]",), "no table of tensors"),
     "deep": ((b"[" * 100_000 + b"]" * 100_000,), "levels deep"),
     "of many values": ((b'{"a":[' + b"1," * MOST_VALUES + b"1]}",), "more than 1,000,000 values"),
-    "not UTF-8": ((b'{"\xff": 1}',), "can't decode byte 0xff"),
+    "not UTF-8": ((b'{"\xff": 1}',), "not in UTF-8 from byte 2 on"),
     "nothing": ((b"", b"", 0), "Expecting value"),
 }
 
@@ -355,8 +360,8 @@ def config_of(name: str, **changes: Any) -> dict:
 
 BYTES = {
     "a byte order mark": (b'\xef\xbb\xbf{"a": 1}', "BOM"),
-    "another encoding": ('{"a": "é"}'.encode("latin1"), "can't decode"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "can't decode"),
+    "another encoding": ('{"a": "é"}'.encode("latin1"), "not in UTF-8 from byte 7 on"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not in UTF-8 from byte 0 on"),
     "deep": (b'{"a":' * 100_000, "levels deep"),
     "deep, and complete": (b'{"a":' * 100 + b"1" + b"}" * 100, "more than 50 levels deep"),
     "a number beyond all": (b'{"rope_theta": 1e999}', "no finite number"),
@@ -517,7 +522,7 @@ ROWS = {
     "deep": ('{"text": ' + "[" * 100_000, "RecursionError"),
     "a number of very many digits": ('{"text": ' + "9" * 5000 + "}", "4300 digits"),
     "half a character": ('{"text": "\\ud800"}', "surrogates not allowed"),
-    "not UTF-8": (b'{"text": "\xff"}', "UnicodeDecodeError"),
+    "not UTF-8": (b'{"text": "\xff"}', "not in UTF-8 from byte 10 on"),
     "endless": ('{"text": "' + "x" * (17 << 20), "a row of more than 16,777,216 letters"),
     "endless, and nothing": ("\n" + " " * (17 << 20), "a row of more than 16,777,216 letters"),
 }

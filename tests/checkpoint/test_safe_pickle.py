@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import subprocess
+import sys
 import zipfile
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_export import ExportError
-from megatron_export.checkpoint.safe_pickle import Inert, read_pickle, read_saved, saved_tensor, unpickled
+from megatron_export.checkpoint import safe_pickle
+from megatron_export.checkpoint.safe_pickle import Inert, read_pickle, unpickled
+from megatron_export.checkpoint.torch_save import read_saved, saved_tensor
 
 
 class Calls:
@@ -97,6 +100,88 @@ def test_a_bomb_is_refused_in_little_memory(bomb: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"bomb: not read \(a damaged pickle"):
         read_pickle(tmp_path / "bomb")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (50 << 10)
+
+
+PAIRS = b"K\x01" + b"2\x86" * 45  # 1, then 45 times a pair of twice the last: 2^45 numbers in 90 bytes
+DOUBLED: dict[str, tuple[bytes, str]] = {  # what to do with it, and what is said
+    "a key": (b"}" + PAIRS + b"K\x01s.", "a key is ((("),
+    "one of the keys": (b"}(" + PAIRS + b"K\x01u.", "a key is ((("),
+    "a key at once": (b"(" + PAIRS + b"K\x01d.", "a key is ((("),
+    "a key of an OrderedDict": (b"ccollections\nOrderedDict\n)R" + PAIRS + b"K\x01s.", "a key is ((("),
+    "in a set": (b"\x8f(" + PAIRS + b"\x90.", "a key is ((("),
+    "in a frozenset": (b"(" + PAIRS + b"\x91.", "a key is ((("),
+    "in a called set": (b"cbuiltins\nset\n](" + PAIRS + b"e\x85R.", "a key is ((("),
+    "as a text": (b"cbuiltins\nstr\n" + PAIRS + b"\x85R.", ""),
+    "as numbers": (b"ctorch\nSize\n" + PAIRS + b"R.", ""),
+    "of a table": (b"cbuiltins\ndict\n](" + PAIRS + b"K\x01\x86e\x85R.", ""),
+    "in a call of it": (PAIRS + b")R.", "it calls ((("),
+    "in a mark of it": (b"(" + PAIRS + b"K\x01o.", "it calls ((("),
+    "added to": (PAIRS + b"K\x01a.", "it adds to ((("),
+}
+ALONE = """
+import sys, time
+from pathlib import Path
+from megatron_export.checkpoint.safe_pickle import unpickled
+from megatron_export.checkpoint.torch_save import read_saved
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    started = time.monotonic()
+    try:
+        found = unpickled(path.read_bytes()) if path.suffix == ".pickle" else read_saved(path, "")
+        said = ""
+    except Exception as error:
+        said = str(error)
+    assert time.monotonic() - started < 5, path
+    print(f"{path.stem}: {said}")
+"""
+
+
+def read_alone(folder: Path) -> dict[str, str]:
+    """What is said of each file, by another process: hashing what doubles would hold the whole interpreter."""
+    line = [sys.executable, "-c", ALONE, str(folder)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+def test_what_doubles_at_each_level_is_not_walked_through(tmp_path: Path) -> None:
+    for name, (code, _) in DOUBLED.items():
+        (tmp_path / f"{name}.pickle").write_bytes(b"\x80\x04" + code)
+    file = archive(b"\x80\x02}X\x04\x00\x00\x00args" + PAIRS + b"s.")
+    (tmp_path / "saved.pt").write_bytes(file.getvalue())
+    found = read_alone(tmp_path)
+    for name, (_, said) in DOUBLED.items():
+        assert found[name].startswith(said), name
+        assert bool(found[name]) == bool(said), name
+    assert "not read (more than 10,000,000 values)" in found["saved"]
+
+
+def test_keys_whose_hashes_are_chosen_to_be_the_same_are_few() -> None:
+    assert unpickled(pickle.dumps({(1, "a", torch.bfloat16): 2, 3.5: None, -1: b"x"}))[1, "a", torch.bfloat16] == 2
+    with pytest.raises(ValueError, match="a key is"):
+        unpickled(pickle.dumps({(n,): None for n in range(10_001)}))
+    for key in (1 << 64, -(1 << 63) - 1, tuple(range(17)), ((1,),)):
+        with pytest.raises(ValueError, match="a key is"):
+            unpickled(pickle.dumps({key: None}))
+
+
+def test_levels_and_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="more than 1,000 levels deep"):
+        unpickled(b"\x80\x02" + b"(" * 1001 + b"t" * 1001 + b".")
+    monkeypatch.setattr(safe_pickle, "MOST_STEPS", 1000)
+    with pytest.raises(ValueError, match="more than 1,000 steps"):
+        unpickled(b"\x80\x02" + b"]" * 1000 + b".")
+
+
+def test_nothing_that_a_pickle_names_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = unpickled(pickle.dumps([Calls(str, 3), Calls(dict, [(1, 2)]), Calls(int, "7"), Calls(getattr, "x", "y")]))
+    assert [(one.name, one.args) for one in found] == [
+        ("builtins.str", (3,)),
+        ("builtins.dict", ([(1, 2)],)),
+        ("builtins.int", ("7",)),
+        ("builtins.getattr", ("x", "y")),
+    ]
+    with pytest.raises(ValueError, match="it names extension 1, which no checkpoint needs"):
+        unpickled(b"\x80\x02\x82\x01.")
 
 
 TENSORS: dict[str, Tensor] = {
