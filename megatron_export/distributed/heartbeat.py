@@ -6,17 +6,15 @@ exception if they can, else by ending the process.
 
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 
-import torch.distributed as dist
-
-from ..common.errors import ExportError, RankLost
+from ..common.errors import RankLost
+from ..common.text import clean
 from . import last_words
+from .rank_store import RankStore
 
 BEAT = 1.0
 GRACE = 3.0  # seconds in which a rank may leave by an exception, before its process is ended
@@ -46,14 +44,7 @@ class Pulse:
         self.place_of_0, self.broken = "start", False
         if world == 1:
             return
-        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-        settings = {"timeout": timedelta(seconds=max(timeout, 30)), "wait_for_workers": False}
-        server = _served(host, settings) if rank == 0 else None
-        _kept[:] = [*_kept[-1:], server]  # others may still be talking to it when this rank has left
-        port = share(server if isinstance(server, str) else server and server.port)
-        if isinstance(port, str):
-            raise ExportError(f"rank 0 cannot listen on {host}, so that ranks could miss one another: {port}")
-        self.store = server or dist.TCPStore(host, port, is_master=False, **settings)
+        self.store = RankStore(rank, world, share, max(timeout, 30))
         self._say(0)
         share(None)  # now all have
         self.answered = time.monotonic()
@@ -108,16 +99,15 @@ class Pulse:
             number += 1
             try:
                 self._say(number)
-                if self.store.check([_VERDICT]):
-                    return self._leave(self.store.get(_VERDICT).decode())
-                self.place_of_0 = self._said("0")[1]
+                if (verdict := self.store.get(_VERDICT)) is not None:
+                    return self._leave(verdict)
+                self.place_of_0 = _place_in(self.store.get("0"))
                 self.answered = time.monotonic()
+                if heard and time.monotonic() - listened >= self.beat / 2:
+                    listened = time.monotonic()
+                    self._listen(heard)
             except Exception:  # noqa: BLE001 - whatever a connection that is gone raises
                 self.broken = True
-                continue
-            if heard and time.monotonic() - listened >= self.beat / 2:
-                listened = time.monotonic()
-                self._listen(heard)
         return None
 
     def _miss_0(self) -> None:
@@ -130,18 +120,15 @@ class Pulse:
 
     def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
         """On rank 0: judge a rank that has been silent for too long."""
-        limit = min(self.timeout, ALARMED * self.beat) if self.store.check([_ALARM]) else self.timeout
-        for rank, (said, when) in heard.items():
-            now, place = self._said(f"{rank}")
-            if now != said:
+        alarmed = self.store.get(_ALARM) is not None
+        limit = min(self.timeout, ALARMED * self.beat) if alarmed else self.timeout
+        for rank, now in zip(heard, self.store.all([f"{rank}" for rank in heard]), strict=True):
+            said, when = heard[rank]
+            if now is not None and now != said:
                 heard[rank] = (now, time.monotonic())
             elif (silent := time.monotonic() - when) > limit:
+                place = _place_in(said)
                 self.store.set(_VERDICT, f"rank {rank} is gone: silent for {silent:.0f} s. It was at: {place}")
-
-    def _said(self, rank: str) -> tuple[str, str]:
-        """The number of a rank's last beat, and its place."""
-        number, _, place = self.store.get(rank).decode().partition(" ")
-        return number, place
 
     def _leave(self, verdict: str) -> None:
         self.verdict = verdict
@@ -150,16 +137,10 @@ class Pulse:
             return
         last_words.leave(f"error: {verdict}", blamed=True)
         if self.rank == 0 or verdict.startswith("rank 0 is gone"):  # one voice, where there is one
-            os.write(2, f"\nerror: {verdict}\n".encode())
+            os.write(2, f"\nerror: {clean(verdict)}\n".encode())
         os._exit(1)
 
 
-def _served(host: str, settings: dict) -> dist.TCPStore | str:
-    """A store that all ranks can reach, or the reason why there is none."""
-    try:
-        return dist.TCPStore(host, 0, is_master=True, **settings)
-    except RuntimeError as error:
-        return str(error)
-
-
-_kept: list = []
+def _place_in(said: str | None) -> str:
+    """The place in what a rank says: the number of its beat, and where it is."""
+    return (said or "0 start").partition(" ")[2]

@@ -6,6 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ..common.text import clean
+
 FILE = "TORCHELASTIC_ERROR_FILE"  # of the environment; torchrun sets it for every rank
 _STARTED = time.time()
 
@@ -19,6 +21,7 @@ def leave(message: str, *, blamed: bool = False) -> None:
     file = os.environ.get(FILE)
     if not file:
         return
+    message = clean(message)
     told = {"py_callstack": message, "timestamp": f"{int(_STARTED if blamed else time.time())}"}
     with suppress(OSError):
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": told}}))
