@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..common.text import clean
 from ..engines import ENGINES, GPUS
 from .flags import Say
 
@@ -39,6 +40,8 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     checkpoint = engine_check.of_folder(flags.folder)
     engines = [flags.engine] if flags.engine else ()
     found = engine_check.verdicts(checkpoint, engines, flags.version, flags.gpu, flags.tp)
-    shown = [json.dumps(engine_check.as_json(found), indent=2)] if flags.json else engine_check.lines(found)
-    say("\n".join(shown), flush=True)
+    if flags.json:
+        say(json.dumps(engine_check.as_json(found), indent=2), flush=True)
+    else:
+        say("\n".join(clean(line, kept="") for line in engine_check.lines(found)), flush=True)
     return 0 if all(verdict.loads for verdict in found.values()) else 1

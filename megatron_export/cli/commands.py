@@ -10,7 +10,8 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-from ..common.errors import ExportError
+from ..common.errors import ExportError, message_of
+from . import terminal
 from .flags import Parser, Say
 
 COMMANDS = {
@@ -24,6 +25,8 @@ COMMANDS = {
 
 def main(say: Say, arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit status. `say` is `print`."""
+    say = terminal.cleaned(say)
+    terminal.clean_logs()
     given = sys.argv[1:] if arguments is None else arguments
     chosen = given[0] if given and given[0] in COMMANDS else None
     module = import_module(f".{chosen}_command", __package__) if chosen else None  # others may need torch, or seconds
@@ -39,6 +42,6 @@ def main(say: Say, arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # torch, transformers and Megatron name every optional package they miss
     try:
         return module.run(say, asked, flags)
-    except ExportError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
+    except (ExportError, OSError) as error:
+        say(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         return module.ON_ERROR

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import Field
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin
+from typing import IO, Any, NoReturn, get_args, get_origin
 
 from ..common.options import Option, flag_of, options_of, told_by
+from ..common.text import clean
 from ..distributed import last_words
 from .config import ExportConfig, configured
 
@@ -27,6 +28,9 @@ class Parser(argparse.ArgumentParser):
             let_rank_0_speak()
             self.exit(2)
         super().error(message)
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        super()._print_message(clean(message), file)
 
 
 def first() -> bool:

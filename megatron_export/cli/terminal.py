@@ -1,16 +1,20 @@
 """What is shown: with rich at a terminal; as plain lines in log files, pipes, with NO_COLOR and on dumb terminals.
 
-The plain form of rows is `name  value`, the name in 16 columns; other programs read it.
+The plain form of rows is `name  value`, the name in 16 columns; other programs read it. Names and values come from files of
+strangers: all that is shown passes `clean` once, on its way out, but for what rich draws of cells that passed it before.
 """
 
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, TextIO
+
+from ..common.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -18,6 +22,29 @@ if TYPE_CHECKING:
 
 EVERY = 30  # seconds between the lines of a stage in a log file
 PLACE = 16  # columns of a row's name
+
+
+class Drawn(str):
+    """What rich drew: the letters in it that steer a terminal are rich's."""
+
+
+def cleaned(say: Callable[..., None]) -> Callable[..., None]:
+    """`say`, of which nothing reaches a terminal that steers it."""
+
+    def said(*words: object, **settings: Any) -> None:
+        say(*(word if isinstance(word, Drawn) else clean(str(word)) for word in words), **settings)
+
+    return said
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return clean(super().getMessage())
+
+
+def clean_logs() -> None:
+    """The same for what libraries log, in this process."""
+    logging.setLogRecordFactory(_Record)
 
 
 def pretty(stream: TextIO | None = None) -> bool:
@@ -30,30 +57,34 @@ def pretty(stream: TextIO | None = None) -> bool:
 def rows(pairs: Iterable[tuple[str, str]], title: str = "") -> str:
     """Names and values, one a line."""
     if not pretty():
-        return "\n".join(f"{name:<{PLACE}}  {value}" for name, value in pairs)
+        margin = "\n" + " " * (PLACE + 2)  # a line that a file begins must not look like a row
+        return "\n".join(f"{name:<{PLACE}}  {value}".replace("\n", margin) for name, value in pairs)
     from rich.text import Text
 
     table = _table("ROUNDED", title, show_header=False, border_style="dim")
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, Text(value, style=_style(name, value)))
+        table.add_row(name, Text(clean(value), style=_style(name, value)))
     return _drawn(table)
 
 
 def grid(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> str:
     """A table with heads; all columns but the first to the right."""
+    lines = [[clean(cell, kept="") for cell in line] for line in lines]
     if not pretty():
         columns = []
         for n, column in enumerate(zip(heads, *lines, strict=True)):
             width = max(map(len, column))
             columns.append([cell.rjust(width) if n else cell.ljust(width) for cell in column])
         return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+    from rich.text import Text
+
     table = _table("SIMPLE_HEAD", title, header_style="bold")
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # brackets in a name are no markup
     return _drawn(table)
 
 
@@ -119,4 +150,4 @@ def _drawn(shown: "RenderableType") -> str:
     text = StringIO()
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)
     Console(file=text, force_terminal=True, width=width).print(shown)
-    return text.getvalue().rstrip("\n")
+    return Drawn(text.getvalue().rstrip("\n"))
