@@ -41,8 +41,6 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     from . import hub
 
     named = flags.reference or origin_of(flags.folder)
-    if named is None:
-        raise ExportError(f"{flags.folder} does not say what it was made from. Give --reference PATH_OR_ID")
     reference = hf_folder.find_model(named, weights=True)
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = thresholds.Wanted(flags.min_snr, flags.max_ppl_ratio, flags.text, flags.windows, device)

@@ -3,18 +3,22 @@
 files     name -> bytes and sha256, of every other file but report.html and README.md, which name the sha256 of this one
 tensors   name -> file, dtype, shape, crc32 of its bytes
 identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
-run       the rest, in words: options that are not defaults, versions, topology, where model and statistics came from
+run       the rest, in words: options that are not defaults, versions, topology, the names of what model and statistics came from
 """
 
 import json
+import os
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..common.dtypes import SPELLED
+from ..common.errors import ExportError
 from ..common.file_names import MANIFEST
+from ..common.safe_files import exists, shown
 from ..planning.contents import Contents
 from .read_back import Verified
 
@@ -58,14 +62,40 @@ def said_of(folder: Path) -> dict:
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return said if said["kind"] == KIND else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
-def origin_of(folder: Path) -> str | None:
-    """The folder, if it is there, or the hub id that a published folder was made from, as its manifest names it."""
-    named = said_of(folder).get("run", {}).get("hf_model")
-    return named if isinstance(named, str) and (not Path(named).is_absolute() or Path(named).is_dir()) else None
+def origin_of(folder: Path) -> str:
+    """What a published folder was made from, as its manifest names it: a hub id, or a folder of that name, beside it or in the
+    working directory. `ExportError` where that cannot be told.
+    """
+    run = said_of(folder).get("run")
+    name = run.get("hf_model") if isinstance(run, dict) else None
+    if not isinstance(name, str):
+        raise ExportError(f"{folder} does not say what it was made from. Give --reference PATH_OR_ID")
+    if "/" in name and not Path(name).is_absolute():
+        return name
+    places = (folder.resolve().parent / name, Path(name)) if name not in ("", ".", "..") else ()
+    found = next((place for place in places if exists(place) and place.is_dir()), None)
+    if found is None:
+        raise ExportError(f"{folder} was made from {shown(name)}, which is not beside it. Give --reference PATH_OR_ID")
+    return str(found)
+
+
+def names_in(said: Any) -> Any:
+    """The same without where files and folders lie, which is private: a path becomes its name, in the hub's cache the hub id."""
+    if isinstance(said, dict):
+        return {names_in(key): names_in(value) for key, value in said.items()}
+    if isinstance(said, list | tuple):
+        return [names_in(value) for value in said]
+    if not isinstance(said, str) or not said or not (Path(said).is_absolute() or exists(said)):
+        return said
+    path = Path(os.path.normpath(Path.cwd() / said))
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from ..distributed.signals import heed
 from ..planning.contents import Contents
 from .fingerprint import of_settings
 from .journal import naming
-from .manifest import manifest
+from .manifest import manifest, names_in
 from .read_back import Verified, check_read_back
 from .staging import Staging
 from .target import check_empty
@@ -52,7 +52,7 @@ def publish(
     complete(contents, staging, files_to_copy(place.original.folder))
     found = check_read_back(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
-    said = manifest(contents, found, place.identity, {"topology": sizes, **place.provenance, **place.notes})
+    said = manifest(contents, found, place.identity, {"topology": sizes, **names_in(place.provenance), **place.notes})
     with naming(place.folder):
         write_json(staging.folder / MANIFEST, said)
     finish(staging.folder)

@@ -226,11 +226,12 @@ def test_every_key_and_label_that_a_command_prints_is_as_it_was(
         assert started("megatron_export", *arguments) == status
         return capsys.readouterr().out
 
+    text = ("--text", EXAMPLE / "heldout.txt", "--windows", 2)
     told: dict[str, tuple[tuple, int]] = {
         "plan": (("plan", "--hf-model", SOURCE, "--format", "nvfp4", "--tp", 2, "--exclude", "*.layers.1.*"), 0),
         "check": (("check", base / "fp8"), 0),
         "verify": (("verify", base / "w4a8_awq", "--reference", SOURCE, "--device", "cpu"), 0),
-        "verify --text": (("verify", base / "example", "--device", "cpu", "--text", EXAMPLE / "heldout.txt", "--windows", 2), 0),
+        "verify --text": (("verify", base / "example", "--reference", EXAMPLE, "--device", "cpu", *text), 0),
         "diff of formats": (("diff", base / "nvfp4", base / "fp8"), 1),
         "diff of numbers": (("diff", base / "nvfp4", base / "nvfp4_awq"), 1),
     }  # fmt: skip
