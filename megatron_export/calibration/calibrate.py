@@ -23,6 +23,7 @@ from ..formats.int4 import CLIP_RATIOS
 from ..mcore import parallel_state
 from ..mcore.cpu_compat import without_cuda
 from ..mcore.model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of, whole_of
+from ..mcore.shards import Shards
 from ..models import cut_of, is_expert, reads_heads
 from .amax import Maxima
 from .awq_clip import Clips
@@ -73,7 +74,7 @@ def calibrate(
             batches = list(batches)
             check_parallelism(chunks_of(model)[0], batches, here)
             check_batches(batches, chunks_of(model)[0].vocab_size)
-            check_modules(model, bool(smoothings))
+            check_modules(here, model, bool(smoothings))
         check_replicas(here, model, batches)
         finish_gathering(model)
         run = partial(_observe, here, model, batches, progress, all_experts)
@@ -112,16 +113,16 @@ def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) ->
 
 
 def _clipped_together(
-    here: Topology, weights: dict[str, Tensor], searches: Callable[[str], tuple[str, ...]]
+    here: Topology, weights: Shards, searches: Callable[[str], tuple[str, ...]]
 ) -> list[dict[str, tuple[str, ...]]]:
     """This rank's linears and their searches in groups, each with at most `CLIP_BYTES` of losses; as many on every rank."""
     groups: list[dict[str, tuple[str, ...]]] = [{}]
     size = 0
-    for name, weight in weights.items():
+    for name, (rows, columns) in weights.shapes.items():
         nbytes = 0
         for search in map(search_of, searches(name)):
-            gathered = cut_of(f"{name}.weight") is Axis.IN and weight.shape[1] % search.group  # its shard cuts a group
-            elements = weight.numel() * (here.cut(is_expert(name)).size if gathered else 1)
+            gathered = cut_of(f"{name}.weight") is Axis.IN and columns % search.group  # its shard cuts a group
+            elements = rows * columns * (here.cut(is_expert(name)).size if gathered else 1)
             nbytes += 0 if search.per_tensor else 8 * len(CLIP_RATIOS) * elements // search.group
         if groups[-1] and size + nbytes > CLIP_BYTES:
             groups.append({})

@@ -7,7 +7,7 @@ from ..common.errors import ExportError
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
 from ..mcore.addons import adapters_of, is_quantized
-from ..mcore.model import Model, chunks_of, linears_of, weights_of
+from ..mcore.model import Model, chunks_of, linears_of, shards_of, weights_of
 from ..models import pooled
 
 
@@ -29,8 +29,12 @@ def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -
         )
 
 
-def check_modules(model: Model, searched: bool) -> None:
-    """`ExportError` for quantizers, for adapters if AWQ searches (`searched`), and for weights that cannot be observed."""
+def check_modules(here: Topology, model: Model, searched: bool) -> None:
+    """`ExportError` for weights that cannot be read or observed, for quantizers, and for adapters if AWQ searches (`searched`)."""
+    weights = weights_of(model)
+    shards_of(model).readable(here.device)
+    for _ in weights.values():  # each is read once where all ranks hear of a failure
+        pass
     if is_quantized(model):
         raise ExportError(
             "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
@@ -42,7 +46,7 @@ def check_modules(model: Model, searched: bool) -> None:
             "the adapters into the model first"
         )
     called = {pooled(name) for name in linears_of(model)}
-    if unseen := sorted({pooled(name) for name in weights_of(model)} - called):
+    if unseen := sorted({pooled(name) for name in weights} - called):
         raise ExportError(
             f"{unseen[0]} (of {len(unseen)} such) is in a module that multiplies the experts of a layer at once, without "
             "Transformer Engine: calibrate a model with SequentialMLP or TEGroupedMLP, save the statistics, and load them"

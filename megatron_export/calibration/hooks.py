@@ -26,6 +26,7 @@ from ..mcore.model import (
     linears_of,
     local_experts_of,
 )
+from ..mcore.shards import plain
 from ..models import cut_of, is_expert
 
 
@@ -95,7 +96,7 @@ class _Watch:
         inputs = linear_input(module, args[0])
         if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
             inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
-        self.observer.linear(name, module.weight, inputs)
+        self.observer.linear(name, plain(f"{name}.weight", module.weight), inputs)
 
     def grouped(
         self, name: str, weights: list[Tensor], inputs: Tensor, tokens: list[int] | Tensor, *others: Any
@@ -104,7 +105,8 @@ class _Watch:
         layer, _, linear = name.rpartition(".")
         parts = inputs.split(tokens.tolist() if isinstance(tokens, Tensor) else list(tokens))
         for number, weight, part in zip(self.numbers, weights, parts, strict=True):
-            self.observer.linear(f"{layer}.{number}.{linear}", weight, part)
+            expert = f"{layer}.{number}.{linear}"
+            self.observer.linear(expert, plain(f"{expert}.weight", weight), part)
 
     def attention(self, name: str, module: nn.Module, args: tuple) -> None:
         if self.counts(name):

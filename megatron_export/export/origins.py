@@ -15,6 +15,7 @@ from ..distributed.topology import Topology
 from ..mcore.config_check import contradictions
 from ..mcore.lora_merge import adapted
 from ..mcore.model import Model, finish_gathering, shards_of
+from ..mcore.shards import Shards
 from ..models import is_mtp, settings_of, unscaled_rope_settings
 from ..planning.plan import Held, assumed
 from ..planning.request import Request
@@ -26,8 +27,8 @@ Settled = tuple[Request, Statistics | None]
 class Origin(Protocol):
     """A model as an export sees it. Methods are collective, but for `check`."""
 
-    def check(self, config: dict, request: Request) -> None:
-        """Refuse what contradicts config.json; on this rank alone."""
+    def check(self, here: Topology, config: dict, request: Request) -> None:
+        """Refuse what contradicts config.json or cannot be read; on this rank alone."""
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         """The request and the statistics with what ModelOpt's quantizers say."""
@@ -45,24 +46,25 @@ class Live:
 
     model: Model
 
-    def check(self, config: dict, request: Request) -> None:
+    def check(self, here: Topology, config: dict, request: Request) -> None:
         report(contradictions(self.model, settings_of(config), unscaled_rope_settings(config)))
-        self.mine(config, request)
+        self.mine(here, config, request)
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         finish_gathering(self.model)
         return inherited_from_model(here, self.model, config, request, given)
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
-        return transport.locate(here, self.mine(config, request))
+        return transport.locate(here, self.mine(here, config, request))
 
     def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
-        return adapted(here, self.model, self.mine(config, request), request.merge_lora)
+        return adapted(here, self.model, self.mine(here, config, request), request.merge_lora)
 
-    def mine(self, config: dict, request: Request) -> dict[str, Tensor]:
-        """Canonical name -> this rank's shard, the live tensor itself; without MTP layers if they are dropped."""
+    def mine(self, here: Topology, config: dict, request: Request) -> Shards:
+        """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""
         dropped = request.mtp == "drop"
-        return {name: shard for name, shard in shards_of(self.model).items() if not (dropped and is_mtp(name, config))}
+        mine = shards_of(self.model).named(lambda name: None if dropped and is_mtp(name, config) else name)
+        return mine.readable(here.device)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Stored:
 
     checkpoint: MegatronCheckpoint
 
-    def check(self, config: dict, request: Request) -> None:
+    def check(self, here: Topology, config: dict, request: Request) -> None:
         if request.merge_lora:
             raise ExportError("merge_lora is a setting of the Checkpoint itself. Give it there, not to the export")
 
@@ -94,7 +96,7 @@ class Unbuilt:
 
     pp_layout: str | None
 
-    def check(self, config: dict, request: Request) -> None:
+    def check(self, here: Topology, config: dict, request: Request) -> None:
         """Nothing is there that could contradict."""
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:

@@ -78,7 +78,7 @@ def open_export(
     check       may refuse the plan on rank 0
     """
     with together(here, "read the model's shapes"):
-        origin.check(original.config, request)
+        origin.check(here, original.config, request)
     settled, statistics = origin.inherit(here, original.config, request, statistics)
     held = origin.held(here, original.config, request)
     nodes = collectives.nodes(here)
@@ -98,7 +98,7 @@ def renewed(here: Topology, opening: Opening, model: Model, statistics: Statisti
     """The same plan for the weights that a model has now. Collective. `ExportError` if it has other shapes than the opened one."""
     origin, config = Live(model), opening.original.config
     with together(here, "read the model's shapes"):
-        shapes = {name: tuple(shard.shape) for name, shard in origin.mine(config, opening.given).items()}
+        shapes = origin.mine(here, config, opening.given).shapes
         planned = {name: one.shape for name, one in opening.held.items() if name in shapes or here.rank in one.ranks}
         if shapes != planned:
             raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
@@ -110,7 +110,7 @@ def built(here: Topology, opening: Opening, model: Model) -> Opening:
     """The opening of a model that was not built yet, now that it is. Collective."""
     origin, config = Live(model), opening.original.config
     with together(here, "read the model's shapes"):
-        origin.check(config, opening.given)
+        origin.check(here, config, opening.given)
     assert origin.held(here, config, opening.given) == opening.held, "a model was built otherwise than it was planned"
     return replace(opening, origin=origin)
 

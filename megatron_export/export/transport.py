@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.piece import Piece
+from ..common.storage import kind_of
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
+from ..mcore.shards import Shards
 from ..models import is_expert
 from ..planning.parameter import Item
 from ..planning.plan import Held
@@ -23,26 +25,27 @@ from ..planning.tensor_spec import Output
 ALIGNMENT = 16
 
 
-def locate(here: Topology, shards: dict[str, Tensor]) -> dict[str, Held]:
+def locate(here: Topology, shards: Shards) -> dict[str, Held]:
     """Where every canonical parameter lives; of replicas, the first. Collective. `ExportError` if several stages have it."""
     mine = {}
-    for name, shard in shards.items():
+    for name, shape in shards.shapes.items():
         cut = here.cut(is_expert(name))
         if cut.replica == 0:
-            mine[name] = (cut.rank, tuple(shard.shape))
-    found: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+            mine[name] = (cut.rank, shape, kind_of(shards.live[name]))
+    found: dict[str, list[tuple[int, int, tuple[int, ...], str]]] = {}
     for rank, theirs in enumerate(everyone(here, mine)):
-        for name, (index, shape) in theirs.items():
-            found.setdefault(name, []).append((index, rank, shape))
+        for name, (index, shape, kind) in theirs.items():
+            found.setdefault(name, []).append((index, rank, shape, kind))
     held = {}
     for name, places in found.items():
         places.sort()
-        if len({index for index, _, _ in places}) < len(places):
-            raise ExportError(f"{name} lives on several pipeline stages: ranks {[rank for _, rank, _ in places]}")
+        indices, ranks, shapes, kinds = zip(*places, strict=True)
+        if len(set(indices)) < len(places):
+            raise ExportError(f"{name} lives on several pipeline stages: ranks {list(ranks)}")
         odd = ""
-        if len({shape for _, _, shape in places}) > 1:
-            odd = f"{name} has different shapes on its ranks: {[(rank, shape) for _, rank, shape in places]}"
-        held[name] = Held(tuple(rank for _, rank, _ in places), places[0][2], odd)
+        if len(set(shapes)) > 1:
+            odd = f"{name} has different shapes on its ranks: {list(zip(ranks, shapes, strict=True))}"
+        held[name] = Held(ranks, shapes[0], odd, max(kinds))
     return held
 
 

@@ -35,7 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.errors import ExportError
 from ..common.piece import Amax, Piece
+from ..common.storage import kind_of, shortage
 from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq
 from .form import Form
 
@@ -64,7 +66,9 @@ def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax]
 
 def readable(weight: Tensor) -> bool:
     """Whether it is a weight on CUDA that kernels could read, without a look at what there is to run them."""
-    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.numel() == 0:
+    if kind_of(weight) or weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
+        return False
+    if weight.dim() != 2 or weight.numel() == 0:
         return False
     return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
@@ -105,13 +109,37 @@ def _scalars(weight: Tensor, amax: Amax) -> tuple[tuple[Tensor, Tensor], tuple[T
     return amaxes, (torch.empty_like(amaxes[0]), torch.empty_like(amaxes[1]))
 
 
+def _check(*tensors: Tensor) -> None:
+    """`ExportError` unless the memory of every tensor holds what the tensor says, in order and on one device.
+
+    A kernel is given an address alone. Beyond the end of a tensor it reads what is not there, and CUDA ends the whole process.
+    """
+    for tensor in tensors:
+        why = f"it is a {kind}" if (kind := kind_of(tensor)) else shortage(tensor)
+        if not why and not tensor.is_contiguous():
+            why = "it is not contiguous"
+        if not why and tensor.device != tensors[0].device:
+            why = f"it is on {tensor.device}, and others on {tensors[0].device}"
+        if why:
+            raise ExportError(
+                f"no kernel can read a tensor: {why}. This is a mistake of megatron_export: please report it"
+            )
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+    """Run so many programs of a kernel: the one place where kernels start."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    _check(*tensors)
+    with torch.cuda.device_of(tensors[0]):
+        kernel[programs,](*arguments, **settings)
+
+
 def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """fp8.encode."""
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     amaxes, scales = _scalars(weight, amax)
-    size, grid = weight.numel(), (-(-weight.numel() // TILE),)
-    with torch.cuda.device_of(weight):
-        _kernels().fp8[grid](weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
+    size = weight.numel()
+    _launch(_kernels().fp8, -(-size // TILE), weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
     return fp8.pieces(codes, *scales)
 
 
@@ -121,22 +149,21 @@ def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True)
     down, across = (-(-size // block) for size in weight.shape)
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     scale = torch.empty(down, 1, across, 1, device=weight.device)
-    with torch.cuda.device_of(weight):
-        _kernels().fp8_pb[down * across,](
-            weight, codes, scale, *weight.shape, *LIMITS["fp8_pb"], BLOCK=block, num_warps=8
-        )
+    sizes = *weight.shape, *LIMITS["fp8_pb"]
+    _launch(_kernels().fp8_pb, down * across, weight, codes, scale, *sizes, BLOCK=block, num_warps=8)
     return fp8_pb.pieces(codes, scale, native)
 
 
 def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """nvfp4.encode."""
+    _check(weight)  # of which the kernel is given another view
     rows, columns = weight.shape
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // nvfp4.BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
     amaxes, scales = _scalars(weight, amax)
-    words, grid, blocks = weight.view(torch.int32), (-(-weight.numel() // TILE),), TILE // nvfp4.BLOCK
-    with torch.cuda.device_of(weight):
-        _kernels().nvfp4[grid](words, *amaxes, codes, scale, *scales, scale.numel(), *LIMITS["nvfp4"], BLOCKS=blocks)
+    words, programs, blocks = weight.view(torch.int32), -(-weight.numel() // TILE), TILE // nvfp4.BLOCK
+    made = codes, scale, *scales
+    _launch(_kernels().nvfp4, programs, words, *amaxes, *made, scale.numel(), *LIMITS["nvfp4"], BLOCKS=blocks)
     return nvfp4.pieces(codes, scale, *scales)
 
 
@@ -145,11 +172,8 @@ def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     rows, columns = weight.shape
     codes = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // group, device=weight.device)
-    grid = (-(-weight.numel() // TILE),)
-    with torch.cuda.device_of(weight):
-        _kernels().int4[grid](
-            weight, codes, scale, rows // 2, columns, *LIMITS["int4"], GROUP=group, GROUPS=TILE // 2 // group
-        )
+    programs, tile = -(-weight.numel() // TILE), {"GROUP": group, "GROUPS": TILE // 2 // group}
+    _launch(_kernels().int4, programs, weight, codes, scale, rows // 2, columns, *LIMITS["int4"], **tile)
     return int4.pieces(codes, scale)
 
 
@@ -173,10 +197,10 @@ def _smoothed(
 ) -> Tensor:
     rows, columns = weight.shape
     made = torch.empty_like(weight)
-    grid = (-(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS),)
+    programs = -(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS)
     tile = {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
-    with torch.cuda.device_of(weight):
-        kernel[grid](weight, factors, *amax, made, rows, columns, *limits, **tile, enable_fp_fusion=False)
+    tensors = weight, factors.expand(columns), *amax, made  # which raises unless there are as many
+    _launch(kernel, programs, *tensors, rows, columns, *limits, **tile, enable_fp_fusion=False)
     return made
 
 
@@ -184,8 +208,8 @@ def squares(product: Tensor, expected: Tensor) -> Tensor:
     """awq.squares."""
     size = product.numel()
     sums = torch.empty(-(-size // TILE), dtype=torch.float64, device=product.device)
-    with torch.cuda.device_of(product):
-        _kernels().squares[len(sums),](product, expected, sums, size, TILE=TILE, enable_fp_fusion=False)
+    tensors = product, expected.expand_as(product), sums  # which raises unless it is as large
+    _launch(_kernels().squares, len(sums), *tensors, size, TILE=TILE, enable_fp_fusion=False)
     return sums.sum()
 
 

@@ -22,6 +22,7 @@ from ..models import Source, copied_prefixes, head_of, is_expert, parameters_of
 from ..models.layouts import even_cut
 from ..models.sources import expected_shapes, part_shapes
 from .model import Model, copies_of, shards_of
+from .shards import fillable
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 
@@ -39,7 +40,7 @@ def load_hf_weights(
     Tensors whose names begin with one of `dropped` are passed over. `ExportError` for tensors that are missing, of another shape or
     too many, for those that would be replaced by another that is not equal, and for NaN and Inf.
     """
-    sources, shards = parameters_of(config), shards_of(model) | copies_of(model)
+    sources, shards = parameters_of(config), fillable(shards_of(model).live | copies_of(model), topology.device)
     with SourceWeights(folder, config=config) as weights:
         weights.check(
             expected_shapes(sources.values()),

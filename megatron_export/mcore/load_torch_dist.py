@@ -7,6 +7,7 @@ from ..common.errors import ExportError
 from ..distributed.topology import Topology
 from ..models import is_expert
 from .model import Model, copies_of, shards_of
+from .shards import fillable
 
 
 def load_checkpoint(
@@ -16,7 +17,7 @@ def load_checkpoint(
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:
     """Fill this rank's shards, and its copy of the embedding, from a checkpoint; returns the bytes read."""
-    shards = shards_of(model) | copies_of(model)
+    shards = fillable(shards_of(model).live | copies_of(model), topology.device)
     for name, shard in progress(shards.items()):
         cut = topology.cut(is_expert(name))
         loaded = checkpoint.shard(checkpoint.sources[name], tuple(shard.shape), cut.rank, cut.size)

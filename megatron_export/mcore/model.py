@@ -10,8 +10,10 @@ from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 
 from ..common.errors import ExportError
+from ..common.storage import kind_of
 from ..models import canonical, is_linear_weight, makes_keys, without_additions
 from ..models.layouts import QKV, Identity, Layout, Split
+from .shards import Shards
 
 Model = (
     nn.Module | list[nn.Module]
@@ -34,8 +36,8 @@ def finish_gathering(model: Model) -> None:
                 wrapper.start_param_sync(force_sync=True)
 
 
-def shards_of(model: Model) -> dict[str, Tensor]:
-    """Canonical name -> this rank's shard, the live tensor itself, for every parameter and persistent buffer.
+def shards_of(model: Model) -> Shards:
+    """Canonical name -> this rank's shard, the live tensor itself if it is plain, for every parameter and persistent buffer.
 
     Adapters, quantizers and the copies of the embedding (`copies_of`) are left out.
     """
@@ -48,8 +50,8 @@ def shards_of(model: Model) -> dict[str, Tensor]:
                 continue
             if full in shards:
                 raise ExportError(f"two parameters of this rank are both {full}")
-            shards[full] = tensor.detach()
-    return shards
+            shards[full] = tensor if kind_of(tensor) else tensor.detach()
+    return Shards(shards)
 
 
 def copies_of(model: Model) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def copies_of(model: Model) -> dict[str, Tensor]:
     if not (tied or last.mtp_process):
         return {}
     holder = last.output_layer if tied else last.embedding.word_embeddings
-    return {"embedding.word_embeddings.weight": holder.weight.detach()}
+    return {"embedding.word_embeddings.weight": holder.weight if kind_of(holder.weight) else holder.weight.detach()}
 
 
 def linears_of(model: Model) -> dict[str, nn.Module]:
@@ -85,9 +87,9 @@ def canonical_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield canonical(f"{plain}.weight", numbers, experts).removesuffix(".weight"), module
 
 
-def weights_of(model: Model) -> dict[str, Tensor]:
+def weights_of(model: Model) -> Shards:
     """Canonical module name -> this rank's shard of its weight, for every linear that a format may quantize."""
-    return {name.removesuffix(".weight"): shard for name, shard in shards_of(model).items() if is_linear_weight(name)}
+    return shards_of(model).named(lambda name: name.removesuffix(".weight") if is_linear_weight(name) else None)
 
 
 def whole_of(model: Model) -> set[str]:
@@ -99,7 +101,8 @@ def whole_of(model: Model) -> set[str]:
         "linear_q_down_proj": config.q_lora_rank,
         "linear_kv_down_proj": config.kv_lora_rank + config.qk_pos_emb_head_dim,
     }
-    return {name for name, weight in weights_of(model).items() if rows.get(name.rpartition(".")[2]) == weight.shape[0]}
+    shapes = weights_of(model).shapes
+    return {name for name, shape in shapes.items() if rows.get(name.rpartition(".")[2]) == shape[0]}
 
 
 def grouped_weights(module: nn.Module) -> list[Tensor]:
@@ -236,6 +239,8 @@ def _canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         prefix, _, leaf = name.rpartition(".")
         if prefix.endswith("mlp.experts") and leaf in _LEGACY:  # [hidden, experts * 2 ffn], [experts * ffn, hidden]
+            if kind := kind_of(tensor):
+                raise ExportError(f"{its_name} is a {kind}: the experts of one tensor are read from a plain one only")
             stacked = tensor.view(len(experts), tensor.shape[0], -1) if leaf == "weight1" else tensor
             stacked = stacked.reshape(len(experts), -1, stacked.shape[-1])
             for number, weight in enumerate(stacked):

@@ -3,6 +3,7 @@ rank makes the same plan, and takes the same branches and collectives in the sam
 """
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,12 +39,14 @@ def no_garbage_collection() -> Iterator[None]:
 class Held:
     """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and the shape of a shard.
 
-    `odd` says what is wrong if the shards differ; else it is "".
+    `odd` says what is wrong if the shards differ, `kind` the class of tensors that are read through their own `dequantize`; else
+    they are "".
     """
 
     ranks: tuple[int, ...]
     shape: tuple[int, ...]
     odd: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def make_plan(
         quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),
         excluded=policy.excluded,
         fused=policy.fused,
-        remarks=policy.remarks,
+        remarks=policy.remarks + _dequantized(held),
         copied=copied,
     )
 
@@ -171,6 +174,13 @@ def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict
             shape[0 if source.cut is Axis.OUT else 1] //= len(ranks)
         held[name] = Held(ranks, tuple(shape))
     return held
+
+
+def _dequantized(held: dict[str, Held]) -> tuple[str, ...]:
+    """What the user should know of parameters that are no plain tensors."""
+    kinds = Counter(one.kind for one in held.values() if one.kind)
+    said = "{} parameters are {}: the checkpoint is made of what their own dequantize() gives, which is rounded already"
+    return tuple(said.format(count, kind) for kind, count in sorted(kinds.items()))
 
 
 def _straddles(item: Item) -> bool:

@@ -1,0 +1,24 @@
+"""What a tensor has in memory, against what it says: an FP8 tensor of Transformer Engine says bfloat16 and has a byte a number."""
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)  # a tensor of another class may say what it likes of its dtype and device
+
+
+def kind_of(tensor: Tensor) -> str:
+    """The class of a tensor that is not plain, with its module; "" for a plain one."""
+    kind = type(tensor)
+    return "" if kind in PLAIN else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def shortage(tensor: Tensor) -> str:
+    """Why the memory of a plain tensor cannot hold what it says; "" if it can. Reads no number, and waits for no device."""
+    if tensor.layout is not torch.strided:
+        return f"it is {tensor.layout}, not dense"
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    needed, held = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if tensor.numel() == 0 or needed <= held:
+        return ""
+    return f"as {tensor.dtype} {tuple(tensor.shape)} it takes {needed:,} bytes of memory, and has {held:,}"
