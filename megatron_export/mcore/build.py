@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -13,7 +14,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
-    get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -90,24 +90,28 @@ def build_model(
     return chunks if topology.vpp_size > 1 else chunks[0]
 
 
-def _layer_spec(settings: TransformerConfig, stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    if settings.num_moe_experts is None:
-        return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
+def _layer_spec(settings: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of a stage. Their final norm is named here: of layers alone, Megatron takes Transformer Engine's or Apex's, and
+    Apex's refuses RMSNorm.
+    """
     spec = get_gpt_decoder_block_spec(
         settings, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=settings.qk_l2_norm, vp_stage=stage
     )
     for layer in spec.layer_specs:
         _with_attention(layer, settings)
-    return spec
+    return replace(spec, layer_norm=WrappedTorchNorm)
 
 
 def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredictionBlockSubmodules | None:
     if not settings.mtp_num_layers:
         return None
     last = get_gpt_decoder_layer_specs(settings, use_transformer_engine=False, normalization="RMSNorm")[-1]
-    return get_gpt_mtp_block_spec(
-        settings, _with_attention(last, settings), use_transformer_engine=False, vp_stage=stage
-    )
+    last = _with_attention(last, settings)
+    block = get_gpt_mtp_block_spec(settings, last, use_transformer_engine=False, vp_stage=stage)
+    for layer in block.layer_specs if block else ():
+        norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), WrappedTorchNorm)
+        layer.submodules = replace(layer.submodules, **norms)
+    return block
 
 
 def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:

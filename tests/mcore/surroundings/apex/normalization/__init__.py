@@ -1,0 +1,3 @@
+"""Apex's fused norms."""
+
+from .fused_layer_norm import FusedLayerNormAffineFunction
