@@ -84,6 +84,14 @@ def test_files_are_short_documented_and_never_print(path: Path) -> None:
 
 
 @every_file
+def test_an_assertion_says_what_is_wrong(path: Path) -> None:
+    """Its message reaches users, as a mistake of ours: a sentence, not a value."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Assert):
+            assert isinstance(node.msg, ast.Constant | ast.JoinedStr | ast.Name), f"line {node.lineno}"
+
+
+@every_file
 def test_functions_have_at_most_40_statements(path: Path) -> None:
     for function in ast.walk(tree_of(path)):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):

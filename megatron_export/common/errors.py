@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .text import clean
 
+_PACKAGE = Path(__file__).parents[1]
+
 
 class ExportError(Exception):
     """A model, checkpoint, setting or machine that cannot be exported as asked. Nothing was published.
@@ -46,13 +48,20 @@ def no_more_files(failure: Exception) -> str:
 
 
 def message_of(failure: Exception) -> str:
-    """The message of an exception; of one that is no `ExportError`, also its type, and the file and line that raised it."""
+    """The message of an exception; of one that is no `ExportError`, also its type, and the file and line that raised it. An
+    assertion of this package is called what it is.
+    """
     if isinstance(failure, ExportError):
         return str(failure)
     if told := no_more_files(failure):
         return told
     last = traceback.extract_tb(failure.__traceback__)[-1]
-    return clean(f"{type(failure).__name__}: {failure} ({Path(last.filename).name}, line {last.lineno})")
+    place = f"{Path(last.filename).name}, line {last.lineno}"
+    if isinstance(failure, AssertionError) and Path(last.filename).is_relative_to(_PACKAGE):
+        return clean(
+            f"{failure} ({place}). This is a mistake of megatron_export, and not of your model: please report it"
+        )
+    return clean(f"{type(failure).__name__}: {failure} ({place})")
 
 
 def report(problems: list[str]) -> None:

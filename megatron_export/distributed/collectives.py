@@ -49,7 +49,10 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
     else:
         common = ExportError(f"rank {first} failed to {stage}: {text}")
     common.everywhere = True
-    raise common from failure
+    try:
+        raise common from failure
+    finally:  # a traceback holds its frames: without these names, tensors of the stage are free when the caller has handled it
+        del failure, common
 
 
 def everyone(here: Topology, mine: object) -> list:

@@ -91,7 +91,7 @@ class Findings:
 
     def add(self, rule: str, why: str, *names: str, way: str = "") -> None:
         """Note that a rule is not met: why, by which tensors or modules, and the way out."""
-        assert rule in self.rules
+        assert rule in self.rules, f"{rule!r} is no rule of this engine"
         self.found.setdefault((rule, why, way), []).extend(names)
 
     def all(self) -> tuple[Finding, ...]:

@@ -111,7 +111,9 @@ def built(here: Topology, opening: Opening, model: Model) -> Opening:
     origin, config = Live(model), opening.original.config
     with together(here, "read the model's shapes"):
         origin.check(here, config, opening.given)
-    assert origin.held(here, config, opening.given) == opening.held, "a model was built otherwise than it was planned"
+    held = origin.held(here, config, opening.given)
+    with together(here, "read the model's shapes"):
+        assert held == opening.held, "the model was built otherwise than it was planned"
     return replace(opening, origin=origin)
 
 

@@ -62,14 +62,14 @@ class SafetensorsFile:
 
     def write(self, output: Output, start: int, data: memoryview) -> bool:
         """Write a chunk of a tensor, or of a slice of one, that starts at its byte `start`; returns whether that was the last."""
-        assert output.whole == self.outputs[output.name], output
+        assert output.whole == self.outputs[output.name], f"{output.name} is not the tensor that the header has"
         first = self.starts[output.name] + output.index * output.nbytes + start
         offset = first + len(data)
         self.sheet.write(data, first)
         crc = zlib.crc32(data) if self.checked else 0
         with self.changed:
             chunks = self.crcs[output.name, output.index]
-            assert start not in chunks, output
+            assert start not in chunks, f"byte {start} of {output.name} was written twice"
             chunks[start] = (crc, len(data))
             self.left -= len(data)
             self.ahead[first] = offset

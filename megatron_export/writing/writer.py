@@ -96,7 +96,9 @@ class CheckpointWriter:
         for output, tensor in tensors:
             if not self.wants(output):
                 continue
-            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (output, tensor.shape)
+            found = tensor.dtype, tuple(tensor.shape)
+            said = f"{output.name} is {found[0]} {found[1]}, and was planned as {output.dtype} {output.shape}"
+            assert found == (output.dtype, output.shape), said
             self._begin(self.homes[output.name])
             yield output, tensor
 
