@@ -3,23 +3,35 @@
     from megatron.training import training
     from export_in_megatron_lm import add_export_args, exporting
 
-    training.save_checkpoint_and_time = exporting(training.save_checkpoint_and_time)      # before pretrain(...)
+    training.save_checkpoint_and_time = exporting(training.save_checkpoint_and_time)
+
+before `pretrain`, and this folder on PYTHONPATH. The flags below are added by `pretrain` up to Megatron-Core 0.17,
+
     pretrain(..., extra_args_provider=add_export_args)
 
-and this folder on PYTHONPATH. With `--export-hf-model Qwen/Qwen3-8B --export-format fp8` every checkpoint of `--save DIR` has
-its export in DIR/hf/iter_N. Training stops until the encoded model is in memory; another process writes it. The flags that
-it adds are below. Only arguments that every version of `save_checkpoint_and_time` begins with are used.
+and from 0.18 on by the function that parses the arguments before it:
+
+    args = parse_and_validate_args(..., extra_args_provider=add_export_args)
+
+(`pretrain_gpt.py` gives that ModelOpt's provider; `lambda parser: add_export_args(add_modelopt_args(parser))` is both.)
+
+With `--export-hf-model Qwen/Qwen3-8B --export-format fp8` every checkpoint of `--save DIR` has its export in DIR/hf/iter_N.
+Training stops until the encoded model is in memory; another process writes it. An export that fails is told, and training goes on.
+Only arguments that every version of `save_checkpoint_and_time` begins with are used.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megatron_export import Handle, calibrate, export_hf_checkpoint_async, load_calibration
+from megatron_export import ExportError, Handle, calibrate, export_hf_checkpoint_async, load_calibration
 from megatron_export.checkpoint.hf_folder import find_model, read_config
+from megatron_export.common.errors import RankLost
 from megatron_export.formats import FORMATS, KV_FORMATS, chosen
 
 
@@ -43,18 +55,33 @@ def exporting(save: Callable[..., Any], batches: Callable[[], list[Tensor]] | No
 
     `batches` gives token ids [batch, tokens] to calibrate each export with; without it --export-calibration serves them all.
     """
-    running: list[Handle] = []
+    running: list[tuple[int, Handle]] = []
 
     def save_and_export(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
         saved = save(iteration, model, *args, **kwargs)
         flags = _flags()
         if flags.export_hf_model:
             while running:
-                running.pop().wait()  # the last one has ended long ago, or disks are slower than training
-            running.append(_export(iteration, model, flags, batches))
+                earlier, handle = running.pop()
+                with _survived(earlier):
+                    handle.wait()  # it has ended long ago, or disks are slower than training
+            with _survived(iteration):
+                running.append((iteration, _export(iteration, model, flags, batches)))
         return saved
 
     return save_and_export
+
+
+@contextmanager
+def _survived(iteration: int) -> Iterator[None]:
+    """Training goes on without an export that failed, unless a rank is gone; rank 0 says why."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except ExportError as error:
+        if torch.distributed.get_rank() == 0:
+            print(f"iteration {iteration} was not exported: {error}", flush=True)
 
 
 def _export(
@@ -65,8 +92,7 @@ def _export(
         if batches:
             calibration = calibrate(model, batches(), format=flags.export_format)
         elif flags.export_calibration:
-            config = read_config(find_model(flags.export_hf_model, weights=False), weights=False)
-            calibration = load_calibration(flags.export_calibration, config)
+            calibration = _loaded(flags.export_calibration, flags.export_hf_model)
     folder = (flags.export_dir or Path(flags.save) / "hf") / f"iter_{iteration:07d}"
     return export_hf_checkpoint_async(
         model,
@@ -77,6 +103,20 @@ def _export(
         calibration=calibration,
         keep_memory=True,
     )
+
+
+def _loaded(file: Path, hf_model: str) -> dict[str, Tensor]:
+    """The statistics of a file. If one rank cannot read it, no rank begins an export that would wait for that one."""
+    found, said = {}, ""
+    try:
+        found = load_calibration(file, read_config(find_model(hf_model, weights=False), weights=False))
+    except ExportError as error:
+        said = str(error)
+    everyone = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, said)
+    if any(everyone):
+        raise ExportError(next(filter(None, everyone)))
+    return found
 
 
 def _flags() -> argparse.Namespace:
