@@ -39,29 +39,7 @@ CHAT_TEMPLATE = (
 WINDOW = 512
 EXCERPT_BYTES, HELDOUT_BYTES, CALIBRATION_BYTES = 12_000, 250_000, 400_000
 WARMUP, REPORT_SECONDS = 0.02, 10
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 1024,
-    "model_type": "qwen3",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 2048,
-}
+CONFIG = json.loads((Path(__file__).parent / "model" / "config.json").read_text())
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from megatron_export.common.strips import row_strips
 from megatron_export.formats import FORMATS, Form, Options, chosen
 from megatron_export.formats.cuda_kernels import kernel_of
 
-from .measuring import markdown
+from .measuring import add_device, markdown
 
 IN_TURN = 4  # weights, so that none is in a cache when it is read again
 WARM_UP = 5
@@ -36,16 +36,14 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=encode)
     parser.add_argument("--shape", nargs=2, type=int, default=(14336, 4096), metavar=("OUT", "IN"), help="14336 4096")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS][1:], help="default: all but bf16")
-    parser.add_argument(
-        "--repeats", type=int, default=20, help="how often each is timed; the median counts; default: 20"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--repeats", type=int, default=20, help="of which the median counts; default: 20")
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="write the table there too")
 
 
 def encode(flags: argparse.Namespace) -> None:
     """Time a copy, then each format; print the table."""
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(flags.device)
     rows, columns = flags.shape
     generator = torch.Generator(device).manual_seed(0)
     drawn = (torch.randn(rows, columns, generator=generator, device=device) for _ in range(IN_TURN))

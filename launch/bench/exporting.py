@@ -25,6 +25,7 @@ from megatron_export.common.host_memory import available
 from megatron_export.common.text import readable
 from megatron_export.formats import FORMATS
 
+from . import measuring
 from .drawing import drawn
 from .measuring import Row, alone_or_torchrun, delete, held_from, peaks_of, read_rows, save, table, timed, write_rows
 from .shapes import SHAPES, config_of, fill, made_up, write_config
@@ -54,7 +55,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=scale)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"], help="default: nvfp4")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="numbers of layers; default: 2 4 8 16 32"
+        "--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="of layers; default: 2 4 8 16 32"
     )
     parser.add_argument("--with", dest="others", type=Path, nargs="+", default=[], help="files of --json to show too")
     parser.add_argument("--svg", type=Path, help="a plot of time and memory against the size of the model")
@@ -73,7 +74,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The flags of the model, of where it runs and where the rows go."""
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of a known model; default: 8b")
     parser.add_argument("--hf-model", help="or those in this folder's config.json; its weights are not read")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    measuring.add_device(parser)
     parser.add_argument("--json", type=Path, help="write the rows here too")
 
 
@@ -112,16 +113,15 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     from megatron_export.mcore import build, parallel_state
 
     alone_or_torchrun()
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if flags.repeat < 1:
         raise ExportError(f"--repeat must be at least 1, not {flags.repeat}")
     rows = []
     with TemporaryDirectory() as temporary:
         source = Path(temporary)
         configs = [config_of(flags.shape, flags.hf_model, size) for size in sizes]
-        models = [[case_of(flags, config, name, source, device) for name in flags.formats] for config in configs]
-        refuse(flags, [case for cases in models for case in cases], device)
-        with parallel_state.started(flags.tp, flags.pp, device, ep=flags.ep, etp=flags.etp):
+        models = [[case_of(flags, config, name, source) for name in flags.formats] for config in configs]
+        refuse(flags, [case for cases in models for case in cases])
+        with parallel_state.started(flags.tp, flags.pp, flags.device, ep=flags.ep, etp=flags.etp):
             for cases in models:
                 config = cases[0].config
                 write_config(source, config)
@@ -134,23 +134,21 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     return rows
 
 
-def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path, device: str) -> Case:
+def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path) -> Case:
     """What the plan tells of an export by these flags; `source` gets the model's config.json."""
-    world = int(os.environ["WORLD_SIZE"])
-    sizes = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp")}
-    settings = configured(
-        hf_model=str(write_config(source, config)), format=form, output=flags.output / "run", device=device, **sizes
-    )
+    asked = {name: getattr(flags, name) for name in ("tp", "pp", "ep", "etp", "device")}
+    model = str(write_config(source, config))
+    settings = configured(hf_model=model, format=form, output=flags.output / "run", **asked)
     name = Path(flags.hf_model).name if flags.hf_model else flags.shape
-    return Case(name, config, form, previewed(settings, EXAMPLE_MODEL, world))
+    return Case(name, config, form, previewed(settings, EXAMPLE_MODEL, int(os.environ["WORLD_SIZE"])))
 
 
-def refuse(flags: argparse.Namespace, cases: list[Case], device: str) -> None:
+def refuse(flags: argparse.Namespace, cases: list[Case]) -> None:
     """`ExportError` if there is too little room for one of them."""
-    report([problem for case in cases for problem in _problems(flags, case, device)])
+    report([problem for case in cases for problem in _problems(flags, case)])
 
 
-def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
+def _problems(flags: argparse.Namespace, case: Case) -> list[str]:
     told, what = case.told, f"{case.model} of {case.config['num_hidden_layers']} layers in {case.format}"
     problems = []
     if told.needed > told.free:
@@ -158,12 +156,10 @@ def _problems(flags: argparse.Namespace, case: Case, device: str) -> list[str]:
             f"{what} takes {readable(told.needed)} on the disk of {told.disk}, which has {readable(told.free)} free. "
             "Give fewer --layers, or an --output on another disk"
         )
-    if device == "cuda":
+    if flags.device == "cuda":
         room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if max(told.forecast.gpu) > room:
-            problems.append(
-                f"{what} takes {readable(max(told.forecast.gpu))} of a GPU that has {readable(room)}. Use more ranks"
-            )
+        if (peak := max(told.forecast.gpu)) > room:
+            problems.append(f"{what} takes {readable(peak)} of a GPU that has {readable(room)}. Use more ranks")
     beside = 0 if flags.alone else told.plan.nbytes
     host, room = sum(told.forecast.host) + beside, available()
     if host > room:
@@ -195,27 +191,25 @@ def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, devic
             if not flags.alone:
                 saved.append(timed(partial(save, held, beside, sync) if first else lambda: None))
                 delete(beside)
-        rows.append(
-            Row(
-                tool="megatron_export",
-                model=case.model,
-                layers=case.config["num_hidden_layers"],
-                format=case.format,
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                ranks=_ranks(flags),
-                writers=flags.writers,
-                fsync=sync,
-                model_bytes=reports[0].plan.source_nbytes,
-                written=reports[0].plan.nbytes,
-                times=tuple(times),
-                saved=tuple(saved),
-                wire=sum(reports[0].wire),
-                gpu=gpu,
-                host=host,
-            )
-        )
-        rows[-1].tell()
+        took = {"times": tuple(times), "saved": tuple(saved), "wire": sum(reports[0].wire), "gpu": gpu, "host": host}
+        how = {"ranks": _ranks(flags), "writers": flags.writers, "fsync": sync}
+        rows.append(row_of("megatron_export", case, device, written=reports[0].plan.nbytes, **took, **how))
     return rows
+
+
+def row_of(tool: str, case: Case, device: torch.device, **found: Any) -> Row:
+    """What was found of a case, which is said."""
+    row = Row(
+        tool=tool,
+        model=case.model,
+        layers=case.config["num_hidden_layers"],
+        format=case.format,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        model_bytes=case.told.plan.source_nbytes,
+        **found,
+    )
+    row.tell()
+    return row
 
 
 def _ranks(flags: argparse.Namespace) -> str:

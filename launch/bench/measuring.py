@@ -1,6 +1,8 @@
 """Seconds, peaks of memory and the same bytes through `save_file`; rows of a table, and JSON."""
 
+import argparse
 import json
+import math
 import os
 import shutil
 import socket
@@ -90,6 +92,12 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def compared(change: Tensor) -> list[str]:
+    """Of changes in nats per token by window, float64: the ratio of perplexities, and their mean with its standard error."""
+    error = change.std() / math.sqrt(len(change))
+    return [f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}"]
+
+
 def table(rows: Iterable[Row]) -> list[str]:
     """The lines of a markdown table, without columns that are empty."""
     cells = [row.cells() for row in rows]
@@ -113,6 +121,12 @@ def read_rows(file: Path) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{file}: not written by --json ({error}). Give a file that was") from error
     return rows
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag that says where all is done."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default, help="default: cuda where there is one")
 
 
 def alone_or_torchrun() -> None:

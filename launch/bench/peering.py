@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_export.common.errors import ExportError
 
-from .exporting import Case, add_common, case_of, refuse
+from .exporting import Case, add_common, case_of, refuse, row_of
 from .measuring import Row, alone, delete, peaks_of, table, timed, write_rows
 from .shapes import config_of, fill, made_up, write_config
 
@@ -45,13 +45,12 @@ def peer(flags: argparse.Namespace) -> None:
 
     quantization, peers = modelopt()
     alone()
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as temporary:
         config = config_of(flags.shape, flags.hf_model, flags.layers)
         source = write_config(Path(temporary), config)
-        cases = [case_of(flags, config, name, source, device) for name in flags.formats]
-        refuse(flags, cases, device)
-        with parallel_state.started(1, 1, device):
+        cases = [case_of(flags, config, name, source) for name in flags.formats]
+        refuse(flags, cases)
+        with parallel_state.started(1, 1, flags.device):
             rows = [row for case in cases for row in _rows(flags, case, source, quantization, peers)]
     print("\n".join(table(rows)), flush=True)
     if flags.json:
@@ -61,9 +60,8 @@ def peer(flags: argparse.Namespace) -> None:
 def modelopt() -> tuple[ModuleType, ModuleType]:
     """ModelOpt's modules that quantize and export."""
     if find_spec("modelopt") is None:
-        raise ExportError(
-            "ModelOpt is not installed here: pip install nvidia-modelopt omegaconf pulp pydantic requests"
-        )
+        needed = "nvidia-modelopt omegaconf pulp pydantic requests"
+        raise ExportError(f"ModelOpt is not installed here: pip install {needed}")
     if find_spec(HYBRID) is None:
         from megatron.core.models.mamba import MambaModel
 
@@ -129,22 +127,5 @@ def _row(
     for _ in range(flags.repeat - 1):
         times.append(timed(work))
         delete(out)
-    row = Row(
-        tool=tool,
-        model=case.model,
-        layers=case.config["num_hidden_layers"],
-        format=case.format,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        ranks="1",
-        writers="rank0",
-        fsync=False,
-        model_bytes=case.told.plan.source_nbytes,
-        written=written,
-        times=tuple(times),
-        saved=(),
-        wire=0,
-        gpu=gpu,
-        host=host,
-    )
-    row.tell()
-    return row
+    how = {"ranks": "1", "writers": "rank0", "fsync": False, "saved": (), "wire": 0}
+    return row_of(tool, case, device, written=written, times=tuple(times), gpu=gpu, host=host, **how)

@@ -8,7 +8,6 @@ verify/emulation.py says what is computed and how near it is to engines.
 """
 
 import argparse
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,16 +22,14 @@ from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.verify.emulation import bits_per_weight, load
 from megatron_export.verify.perplexity import WINDOW, of_window, windows_of
 
-from .measuring import alone, markdown
+from .measuring import add_device, alone, compared, markdown
 
 BATCH, MICRO_BATCH = 8, 4
 LAYER_WINDOWS = 16  # that the layers are compared on, one by one
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 MARKS = "<!-- quality -->", "<!-- /quality -->"
-COLUMNS = (
-    *("format", "bits per weight", "bytes", "perplexity", "ratio", "change, nats per token"),
-    *("mean KL", "worst KL", "worst layer"),
-)
+COLUMNS = ("format", "bits per weight", "bytes", "perplexity", "ratio", "change, nats per token")
+COLUMNS += ("mean KL", "worst KL", "worst layer")
 
 
 class Row(NamedTuple):
@@ -82,25 +79,22 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="where to keep the exports; default: a folder that is deleted")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     parser.add_argument("--kv-cache", choices=KV_FORMATS, default="none", help="of all but bf16; default: none")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument(
-        "--write-readme", action="store_true", help=f"put the table between the marks in docs/{PAGE.name}"
-    )
+    add_device(parser)
+    parser.add_argument("--write-readme", action="store_true", help=f"write the table into docs/{PAGE.name}")
 
 
 def quality(flags: argparse.Namespace) -> None:
     """Export unless told what to score; score; print the table."""
     if flags.write_readme:
         parts_of_page()
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as temporary:
         folders = {str(path): path for path in flags.checkpoints}
-        folders = folders or exported(flags, device, flags.output or Path(temporary))
+        folders = folders or exported(flags, flags.output or Path(temporary))
         windows = windows_of(flags.text, next(iter(folders.values())))[: flags.windows]
         if len(windows) < 2:
             raise ExportError(f"{flags.text}: {len(windows)} windows of {WINDOW} tokens; a standard error needs two")
         scores = [Score(label, folder) for label, folder in folders.items()]
-        measure(scores, windows, torch.device(device))
+        measure(scores, windows, torch.device(flags.device))
         lines = table(scores)
     print(f"{len(windows)} windows of {WINDOW} tokens\n\n" + "\n".join(lines), flush=True)
     if flags.write_readme:
@@ -126,7 +120,7 @@ def rows_of(formats: list[str]) -> list[Row]:
     return [row for name in dict.fromkeys(formats) for row in (Row(name, name), beside.get(name)) if row]
 
 
-def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, Path]:
+def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:
     """Calibrate the model once and export every row from it: label -> folder."""
     from megatron_export import calibrate, export_hf_checkpoint
     from megatron_export.calibration import data
@@ -141,7 +135,7 @@ def exported(flags: argparse.Namespace, device: str, output: Path) -> dict[str, 
     text = flags.calib_data or EXAMPLE_MODEL / "calibration.txt"
     samples = data.read_samples(text, source, samples=flags.calib_samples, length=flags.calib_seq_len)
     alone()
-    with parallel_state.started(1, 1, device):
+    with parallel_state.started(1, 1, flags.device):
         with parallel_state.current() as here:
             config = hf_folder.read_config(source)
             model = build.build_model(config, here, max_sequence_length=samples.shape[1])
@@ -219,11 +213,10 @@ def table(scores: list[Score]) -> list[str]:
     rows = []
     for score in scores:
         losses, divergence = torch.stack(score.losses), torch.cat(score.divergences)
-        change = losses - first
-        error = change.std() / math.sqrt(len(change))
+        ratio, change = compared(losses - first)
         size = sum(path.stat().st_size for path in score.folder.glob("*.safetensors"))
         cells = [score.label, f"{bits_per_weight(score.folder):.3f}", f"{size:,}", f"{losses.mean().exp():.4f}"]
-        cells += [f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}" if score is not scores[0] else ""]
+        cells += [ratio, change if score is not scores[0] else ""]
         cells += [f"{divergence.mean():.5f}", f"{divergence.max():.2f}", worst_layer(score)]
         rows.append(cells)
     return markdown(COLUMNS, rows)

@@ -46,8 +46,7 @@ def search(flags: argparse.Namespace) -> None:
 
     if min(flags.samples, flags.tokens, flags.batch) < 1:
         raise ExportError("--samples, --tokens and --batch must be at least 1")
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if flags.format == "nvfp4_awq" and device == "cpu" and not flags.alone:
+    if flags.format == "nvfp4_awq" and flags.device == "cpu" and not flags.alone:
         raise ExportError("ModelOpt quantizes to NVFP4 on a GPU only. Add --alone, or use --format int4_awq")
     quantization = None if flags.alone else modelopt()[0]
     alone()
@@ -55,7 +54,7 @@ def search(flags: argparse.Namespace) -> None:
     shape = flags.samples, flags.tokens
     tokens = torch.randint(config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
     batches = tokens.split(flags.batch)
-    with parallel_state.started(1, 1, device):
+    with parallel_state.started(1, 1, flags.device):
         with parallel_state.current() as here:
             model = built(config, here, flags.tokens)
         ours = partial(calibrate, model, batches, format=flags.format)

@@ -10,7 +10,6 @@ decode` does the same in transformers, with the quantized arithmetic emulated; `
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -32,22 +31,14 @@ from megatron_export.verify.emulation import EmulatedLinear, load
 from megatron_export.verify.perplexity import BATCH, WINDOW, of_window, windows_of
 
 from . import vllm_process
-from .measuring import markdown
+from .measuring import compared, markdown
 from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 
 TOKENIZING = Lock()  # transformers makes its names when they are first asked for, and not by several threads at a time
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 SAID = {True: "loads", False: "refused", None: "unknown"}
-COLUMNS = (
-    "folder",
-    "`check` of vLLM",
-    "here",
-    "first tokens",
-    "perplexity",
-    "through decode",
-    "ratio",
-    "change, nats per token",
-)
+COLUMNS = ("folder", "`check` of vLLM", "here", "first tokens")
+COLUMNS += ("perplexity", "through decode", "ratio", "change, nats per token")
 
 
 @dataclass(frozen=True)
@@ -102,9 +93,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode: norms multiply by their weights before they round, as vLLM's do, and not after it too",
     )
-    parser.add_argument(
-        "--text", type=Path, help="measure perplexity on it; without a tokenizer, its bytes are the tokens"
-    )
+    parser.add_argument("--text", type=Path, help="for perplexity; without a tokenizer, its bytes are the tokens")
     parser.add_argument("--windows", type=int, help=f"how many windows of {WINDOW} tokens; default: all there are")
     parser.add_argument("--jobs", type=int, default=1, help="folders at a time, on one GPU; default: 1")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that vLLM has for a folder; default: 300")
@@ -161,11 +150,9 @@ def ids_of(text: Path, folder: Path) -> torch.Tensor:
 def through_vllm(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
     """What vLLM's process answers, or how it ended without an answer."""
     request = {"folder": str(folder), "windows": windows, "attention": flags.attention, "tp": flags.tp}
-    command = [sys.executable, vllm_process.__file__]
+    run = partial(subprocess.run, [sys.executable, vllm_process.__file__], capture_output=True, timeout=flags.timeout)
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=flags.timeout
-        )
+        done = run(input=json.dumps(request), text=True, errors="replace")
     except subprocess.TimeoutExpired as late:
         said = late.stderr or b""  # bytes, whatever `text` says
         return {"error": f"no answer in {flags.timeout:g} s; its last words: {said.decode(errors='replace')[-1500:]}"}
@@ -249,9 +236,7 @@ def figures(row: Row, beside: Row | None) -> list[str]:
     cells = [f"{losses.mean().exp():.4f}" if len(losses) else "" for losses in (mine, theirs)]
     if len(mine) < 2 or len(mine) != len(theirs):
         return [*cells, "", ""]
-    change = mine - theirs
-    error = change.std() / math.sqrt(len(change))
-    return [*cells, f"{change.mean().exp():.4f}", f"{change.mean():+.5f} ± {error:.5f}"]
+    return [*cells, *compared(mine - theirs)]
 
 
 def notes(rows: list[Row]) -> list[str]:

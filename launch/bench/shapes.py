@@ -26,29 +26,26 @@ NUMBERS = 1 << 20  # of the vector; rows begin at different places of it
 STRIDE = 40503  # from one row's place to the next one's, odd
 
 
-def _dense(hidden: int, layers: int, ffn: int, heads: int, groups: int, vocab: int) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": ffn,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocab,
-    }
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+)
+QWEN = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 
 
-def _experts(hidden: int, layers: int, ffn: int, heads: int, expert_ffn: int) -> dict:
-    return _dense(hidden, layers, ffn, heads, 4, 151936) | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": expert_ffn,
-        "norm_topk_prob": True,
-    }
+def _dense(*sizes: int) -> dict:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | dict(zip(SIZES, sizes, strict=True))
+
+
+def _experts(expert_ffn: int, *sizes: int) -> dict:
+    return _dense(*sizes, 4, 151936) | QWEN | {"moe_intermediate_size": expert_ffn}
 
 
 _ALL = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "torch_dtype": "bfloat16"}
@@ -60,8 +57,8 @@ SHAPES = {
         "8b": _dense(4096, 32, 14336, 32, 8, 128256),
         "70b": _dense(8192, 80, 28672, 64, 8, 128256),
         "405b": _dense(16384, 126, 53248, 128, 8, 128256),
-        "30b-a3b": _experts(2048, 48, 6144, 32, 768),
-        "235b-a22b": _experts(4096, 94, 12288, 64, 1536),
+        "30b-a3b": _experts(768, 2048, 48, 6144, 32),
+        "235b-a22b": _experts(1536, 4096, 94, 12288, 64),
     }.items()
 }
 

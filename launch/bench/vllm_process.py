@@ -179,10 +179,8 @@ def asked(folder: str, windows: list[list[int]], how: dict[str, Any]) -> dict[st
         raise ArithmeticError(f"the tokens {tokens} have probabilities that are no numbers")
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
     answers = llm.generate([{"prompt_token_ids": row} for row in windows], scored, use_tqdm=False)
-    return {
-        "tokens": tokens,
-        "losses": [_loss(row, one.prompt_logprobs) for row, one in zip(windows, answers, strict=True)],
-    }
+    losses = [_loss(row, one.prompt_logprobs) for row, one in zip(windows, answers, strict=True)]
+    return {"tokens": tokens, "losses": losses}
 
 
 def _loss(row: list[int], steps: list) -> float:
@@ -191,17 +189,15 @@ def _loss(row: list[int], steps: list) -> float:
     return -sum(found) / len(found)
 
 
-def main() -> int:
+def main() -> None:
     """Answer one request."""
     os.environ |= SETTINGS
-    request = json.loads(sys.stdin.read())
-    answer = served(**request)
-    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
-    sys.stdout.flush()
+    answer = served(**json.loads(sys.stdin.read()))
+    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
     os._exit(0)  # what an engine leaves running is not waited for
 
 
 if __name__ == "__mp_main__":  # a process that vLLM has started, for one of several ranks
     emulate_on_cpu()
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

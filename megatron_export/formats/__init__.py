@@ -33,25 +33,6 @@ from . import (
 )
 from .form import PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing
 
-__all__ = [
-    "ALGORITHMS",
-    "FORMATS",
-    "KV_FORMATS",
-    "PRE_QUANT_SCALE",
-    "SCALES",
-    "SUFFIXES",
-    "VARIANTS",
-    "Form",
-    "KvForm",
-    "Options",
-    "Smoothing",
-    "chosen",
-    "chosen_kv",
-    "encode",
-    "encode_bytes",
-    "groups_of",
-]
-
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module
     for module in (

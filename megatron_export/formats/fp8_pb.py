@@ -27,15 +27,8 @@ from .fp8 import E4M3_MAX, rounded, scale_of
 NAME = "fp8_pb"
 BLOCK = 128
 OPTIONS = ("fp8_pb_spelling",)
-NATIVE = Native(
-    {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [BLOCK, BLOCK],
-    },
-    sign="weight_block_size",
-)
+DIALECT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+NATIVE = Native(DIALECT, sign="weight_block_size")
 
 
 def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
@@ -50,13 +43,10 @@ def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dic
 
 def pieces(codes: Tensor, scale: Tensor, native: bool) -> dict[str, Piece]:
     """The tensors above, by suffix; `scale` as in ModelOpt's spelling."""
-    suffix, axes = (
-        ("weight_scale_inv", (Axis.OUT, Axis.IN)) if native else ("weight_scale", (Axis.OUT, None, Axis.IN, None))
-    )
-    return {
-        "weight": Piece(codes, (Axis.OUT, Axis.IN)),
-        suffix: Piece(scale[:, 0, :, 0] if native else scale, axes),
-    }
+    made = {"weight": Piece(codes, (Axis.OUT, Axis.IN))}
+    if native:
+        return made | {"weight_scale_inv": Piece(scale[:, 0, :, 0], (Axis.OUT, Axis.IN))}
+    return made | {"weight_scale": Piece(scale, (Axis.OUT, None, Axis.IN, None))}
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:

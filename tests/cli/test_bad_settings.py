@@ -32,9 +32,7 @@ USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", USAGES)
-def test_bad_usage_is_refused_with_status_2(
-    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_bad_usage_ends_with_status_2(case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
     flags, words = USAGES[case]
     assert_says(refused(ranks, tmp_path, *fp8(source, output), *flags, status=2), *words)
 
@@ -59,9 +57,7 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", WITHOUT_EFFECT)
-def test_settings_that_cannot_take_effect_are_refused(
-    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_what_has_no_effect_is_refused(case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
     flags, words = WITHOUT_EFFECT[case]
     data = calibration_flags(source) if "bf16" not in flags else ()
     said = refused(ranks, tmp_path, "--tp", 2, "--hf-model", source, "--output", output, *data, *flags)
@@ -88,9 +84,7 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...]]] 
 
 
 @pytest.mark.parametrize("case", TARGETS)
-def test_a_target_that_must_not_be_replaced_is_refused(
-    case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_target_to_keep_is_refused(case: str, source: Path, output: Path, ranks: Ranks, tmp_path: Path) -> None:
     prepare, flags, words = TARGETS[case]
     prepare(source, output)
     said = refused(ranks, tmp_path, *fp8(source, output), *flags.format(output).split())

@@ -106,9 +106,8 @@ def test_signal_to_noise_cosine_and_worst_block_are_those_of_a_slow_account(refe
     found, original = tensors(checkpoint), tensors(reference)[f"{name}.weight"].double()
     pieces = {s: Piece(found[f"{name}.{s}"], ()) for s in ("weight", "weight_scale", "weight_scale_2")}
     mine = nvfp4.decode(pieces).double()
-    said = json.loads(command_line("verify", checkpoint, "--reference", reference, "--json")[1])["weights"][
-        f"{name}.weight"
-    ]
+    told = json.loads(command_line("verify", checkpoint, "--reference", reference, "--json")[1])
+    said = told["weights"][f"{name}.weight"]
     noise = (mine - original).square()
     assert said["snr_db"] == pytest.approx(float(10 * (original.square().sum() / noise.sum()).log10()), abs=0.002)
     assert said["cosine"] == pytest.approx(float((mine * original).sum() / mine.norm() / original.norm()), abs=1e-6)
@@ -138,9 +137,7 @@ def test_a_text_gives_perplexity_and_divergence_and_their_threshold_fails(scored
     assert 0 < score["divergence"] < score["worst"]
 
 
-def test_a_score_that_cannot_be_had_is_said_and_fails_where_it_was_wanted(
-    reference: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_score_not_to_be_had_is_said_and_fails_if_wanted(reference: Path, checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x = 1\n")
     flags = ("verify", checkpoint, "--reference", reference, "--text", text)
@@ -221,9 +218,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     return Hub.calls
 
 
-def test_a_sound_checkpoint_is_uploaded_whole_to_a_private_repository(
-    uploads: list, reference: Path, checkpoint: Path
-) -> None:
+def test_a_sound_checkpoint_is_uploaded_whole_and_private(uploads: list, reference: Path, checkpoint: Path) -> None:
     status, said = command_line("verify", checkpoint, "--reference", reference, "--push-to-hub", "org/name")
     assert (status, said.splitlines()[-1]) == (0, "pushed            https://hub/org/name/commit/1")
     assert uploads[0] == ("org/name", {"private": True, "exist_ok": True})
@@ -231,10 +226,8 @@ def test_a_sound_checkpoint_is_uploaded_whole_to_a_private_repository(
 
 
 def test_what_is_not_good_enough_is_not_uploaded(uploads: list, reference: Path, checkpoint: Path) -> None:
-    assert (
-        command_line("verify", checkpoint, "--reference", reference, "--min-snr", 30, "--push-to-hub", "org/name")[0]
-        == 1
-    )
+    flags = ("--reference", reference, "--min-snr", 30, "--push-to-hub", "org/name")
+    assert command_line("verify", checkpoint, *flags)[0] == 1
     assert uploads == []
 
 
@@ -243,9 +236,7 @@ def test_an_upload_that_fails_says_how_to_try_again(uploads: list, checkpoint: P
     assert "was not uploaded to nobody/may (PermissionError: 403). Try again with python" in said
 
 
-def test_a_report_needs_nothing_from_elsewhere_and_escapes_what_it_shows(
-    reference: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_report_stands_alone_and_escapes_what_it_shows(reference: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "<b>odd & name"))
     assert command_line("verify", folder, "--reference", reference, "--report")[0] == 0
     page = (folder / "report.html").read_text()

@@ -216,9 +216,7 @@ def test_every_key_of_a_journal_and_of_statistics_is_as_it_was(made: tuple, tmp_
     held("statistics", found, tmp_path)
 
 
-def test_every_key_and_label_that_a_command_prints_is_as_it_was(
-    made: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_printed_key_and_label_is_as_it_was(made: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, shown = made
     found = [shown[name] for name in ("nvfp4_awq", "example", "nothing")]
 

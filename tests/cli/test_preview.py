@@ -86,9 +86,7 @@ print(sorted({"megatron.core", "transformers"} & set(sys.modules)))
         ((), 2, "COMMAND"),
     ],
 )
-def test_exit_statuses_are_0_1_refused_and_2_bad_usage(
-    flags: tuple, status: int, says: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_exit_statuses_are_0_1_and_2(flags: tuple, status: int, says: str, capsys: pytest.CaptureFixture) -> None:
     try:
         found = commands.main(print, list(map(str, flags)))
     except SystemExit as exit:

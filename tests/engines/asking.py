@@ -10,7 +10,7 @@ from . import product
 
 ROOT = Path(__file__).parents[2]
 EVERY = {
-    name: [*product.FORMATS, *((f"{form}+mla" for form in product.FORMATS) if name == "deepseek_v3" else ())]
+    name: [*product.FORMATS, *(product.WITH_MLA if name == "deepseek_v3" else ())]
     for name in (*product.MODELS, "deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_moe-sparse")
 }
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megatron_export import formats
+
 from ..support.models import add_mtp, make_model
 
 _WIDE = {
@@ -38,21 +40,14 @@ MODELS = {
     "llama4": _LLAMA4,
     "llama4_vision": _LLAMA4,
 }
-FORMATS = {
-    "bf16": {"format": "bf16"},
-    "fp8": {"format": "fp8"},
+FORMATS = {name: {"format": name} for name in formats.FORMATS} | {
     "fp8_kv": {"format": "fp8", "kv_cache": "fp8"},
-    "fp8_pb": {"format": "fp8_pb"},
     "fp8_pb_modelopt": {"format": "fp8_pb", "fp8_pb_spelling": "modelopt"},
-    "nvfp4": {"format": "nvfp4"},
     "nvfp4_kv": {"format": "nvfp4", "kv_cache": "fp8"},
     "nvfp4_kvnvfp4": {"format": "nvfp4", "kv_cache": "nvfp4"},
-    "nvfp4_awq": {"format": "nvfp4_awq"},
     "nvfp4_awq_modelopt": {"format": "nvfp4_awq", "awq_output": "modelopt"},
-    "int4_awq": {"format": "int4_awq"},
-    "w4a8_awq": {"format": "w4a8_awq"},
 }
-ALSO = {"mla": {"quantize_mla": True}}
+WITH_MLA = {f"{name}+mla": settings | {"quantize_mla": True} for name, settings in FORMATS.items()}
 
 
 def source(folder: Path, name: str) -> Path:
@@ -72,13 +67,14 @@ def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str
     from ..support.live import batches, loaded
 
     refused, measured = {}, None
+    asked = {name: (FORMATS | WITH_MLA)[name] for name in names}
     with loaded(model) as (built, _):
         for name in names:
-            settings = FORMATS[name.removesuffix("+mla")] | (ALSO["mla"] if name.endswith("+mla") else {})
+            settings = asked[name]
             try:
                 if measured is None and settings["format"] != "bf16":
-                    awq = [FORMATS[n.removesuffix("+mla")]["format"] for n in names]
-                    measured = calibrate(built, batches(model), format=sorted(set(awq) - {"bf16"}))
+                    forms = {one["format"] for one in asked.values()}
+                    measured = calibrate(built, batches(model), format=sorted(forms - {"bf16"}))
                 given = None if settings["format"] == "bf16" else measured
                 export_hf_checkpoint(built, out / name, hf_model=model, calibration=given, **settings, **more)
             except ExportError as error:

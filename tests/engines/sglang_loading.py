@@ -7,7 +7,6 @@ loading and the split of latent projections are SGLang's own, and are those of a
 Nothing is computed: its kernels are not installed, packages that only they need are empty, and weights are not made ready for them.
 """
 
-import argparse
 import importlib
 import json
 import logging
@@ -134,19 +133,14 @@ def tried(folder: Path) -> dict:
     return {"folder": str(folder), "error": None, "lacking": lacking, "kv": kv}
 
 
-def main() -> int:
-    """Try every checkpoint that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    arguments = parser.parse_args()
+def main(folders: list[str]) -> None:
+    """Try every checkpoint."""
     imported()
-    for folder in arguments.folders:
-        sys.stdout.write(json.dumps(tried(folder)) + "\n")
-        sys.stdout.flush()
-    return 0
+    for folder in folders:
+        print(json.dumps(tried(Path(folder))), flush=True)
 
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
     os.environ |= SETTINGS
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -42,9 +42,7 @@ def test_a_target_that_refuses_is_an_error_of_the_library(pool: list[Ranks], mod
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_refuses_ends_the_command_before_it_loads_anything(
-    models: dict[str, Path], ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_target_that_refuses_ends_the_command_at_once(models: dict[str, Path], ranks: Ranks, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--device", "cpu", "--hf-model", models["qwen3"], "--format", "bf16", "--output", out)
     export(ranks, 2, "--tp", 2, *flags, "--target", "vllm,sglang")

@@ -51,20 +51,16 @@ def test_sizes_at_which_each_gpu_has_whole_blocks_and_groups(config: dict, form:
 
 
 def test_every_engine_says_what_a_gpu_would_have_and_what_would_do() -> None:
-    why = (
-        "at a tensor-parallel size of 8 a GPU has 96 of its 768 rows, no multiple of 128 (a size of 2 would do, "
-        "or expert parallelism, or --format fp8)"
-    )
+    why = "at a tensor-parallel size of 8 a GPU has 96 of its 768 rows, no multiple of 128"
+    way = "(a size of 2 would do, or expert parallelism, or --format fp8)"
     for engine in ENGINES:
         verdict = found(QWEN_30B_A3B, "fp8_pb", 8, engine)
         assert verdict.effect is Effect.REFUSES
-        assert f"model.layers.0.mlp.experts.0.gate_proj and 95 more: {why}" in verdict.why, verdict.why
-    assert found(QWEN_SMALL, "bf16", 4).why == (
-        "at a tensor-parallel size of 4 it cannot deal out 14 heads, of keys 2 (a size of 2 would do)"
-    )
-    assert "a GPU has 3696 of its 29568 inputs, no multiple of 128 (no smaller size would do, or --format fp8)" in (
-        found(QWEN_72B, "fp8_pb", 8).why
-    )
+        assert f"model.layers.0.mlp.experts.0.gate_proj and 95 more: {why} {way}" in verdict.why, verdict.why
+    heads = "it cannot deal out 14 heads, of keys 2 (a size of 2 would do)"
+    assert found(QWEN_SMALL, "bf16", 4).why == f"at a tensor-parallel size of 4 {heads}"
+    inputs = "a GPU has 3696 of its 29568 inputs, no multiple of 128 (no smaller size would do, or --format fp8)"
+    assert inputs in found(QWEN_72B, "fp8_pb", 8).why
 
 
 def test_what_is_left_in_bfloat16_has_no_blocks() -> None:

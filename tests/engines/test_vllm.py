@@ -145,9 +145,7 @@ def test_names_are_matched_as_vllm_does() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_awq"])
 @pytest.mark.parametrize("name", ["llama31", "qwen3"])
-def test_vllm_computes_with_two_ranks_what_it_does_with_one(
-    name: str, form: str, pool: list[Ranks], tmp_path: Path
-) -> None:
+def test_vllm_on_two_ranks_computes_what_one_does(name: str, form: str, pool: list[Ranks], tmp_path: Path) -> None:
     """As nearly as bfloat16 has it, or it refuses, where the rules say so. Of inputs that are rounded to four bits some fall to the
     other side of a step: 0.06 nats seen, where these models in nvfp4 are 0.19 from those in bfloat16.
     """

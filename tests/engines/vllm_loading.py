@@ -10,10 +10,8 @@ those are loaded and not run.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from tempfile import mkdtemp
-from types import ModuleType
 
 from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, heard
 
@@ -25,14 +23,8 @@ def without_kernels() -> None:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization import fp8, modelopt
 
-    backends = {"fp8": Fp8MoeBackend.TRITON, "nvfp4": NvFp4MoeBackend.MARLIN}
-
-    def stub(module: ModuleType, kind: str) -> None:
-        setattr(module, f"select_{kind}_moe_backend", lambda **named: (backends[kind], None))
-
-    stub(fp8, "fp8")
-    stub(modelopt, "fp8")
-    stub(modelopt, "nvfp4")
+    fp8.select_fp8_moe_backend = modelopt.select_fp8_moe_backend = lambda **named: (Fp8MoeBackend.TRITON, None)
+    modelopt.select_nvfp4_moe_backend = lambda **named: (NvFp4MoeBackend.MARLIN, None)
     MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))
     MarlinNvFp4LinearKernel.process_weights_after_loading = lambda self, layer: None
     for method in (fp8.Fp8MoEMethod, modelopt.ModelOptFp8MoEMethod, modelopt.ModelOptNvFp4FusedMoE):
@@ -72,7 +64,7 @@ def tried(folder: Path, generate: bool) -> dict:
     return {"folder": str(folder), "tokens": tokens, "error": None, "warned": said.warned}
 
 
-def main() -> int:
+def main() -> None:
     """Try every checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generate", action="store_true", help="also generate: experts must not be quantized")
@@ -82,11 +74,9 @@ def main() -> int:
     if not arguments.generate:
         without_kernels()
     for folder in arguments.folders:
-        sys.stdout.write(json.dumps(tried(folder, arguments.generate)) + "\n")
-        sys.stdout.flush()
-    return 0
+        print(json.dumps(tried(folder, arguments.generate)), flush=True)
 
 
 if __name__ == "__main__":
     os.environ |= SETTINGS
-    sys.exit(main())
+    main()

@@ -11,6 +11,7 @@ import torch
 
 from megatron_export.formats import Form
 
+from ..support.command_line import said_by
 from ..support.models import LENGTH, SAMPLES, contents, make_model, read_json, same, tensors
 from ..support.pages import block, follow, read, using, without
 from ..support.ranks import Ranks, living
@@ -57,22 +58,19 @@ def exports(package: Path, model: Path, pool: list[Ranks], tmp_path_factory: pyt
 def started(package: Path, *flags: object) -> tuple[int, str]:
     """In a rank: the command of the page's package."""
     with using(package):
-        return said_by("export", *flags)
+        return command("export", *flags)
 
 
-def said_by(*words: object) -> tuple[int, str]:
+def command(*words: object) -> tuple[int, str]:
     """Status and output of a subcommand."""
     from megatron_export.cli.commands import main
 
-    said: list[str] = []
-    return main(lambda *some, **_: said.append(" ".join(map(str, some))), [str(word) for word in words]), "\n".join(
-        said
-    )
+    return said_by(main, *words)
 
 
 def planned(model: Path) -> dict:
     """What `plan` says of an export in it."""
-    status, said = said_by("plan", "--hf-model", model, "--format", "toy4", "--tp", 2, "--json")
+    status, said = command("plan", "--hf-model", model, "--format", "toy4", "--tp", 2, "--json")
     assert status == 0, said
     return json.loads(said)
 
@@ -150,19 +148,18 @@ def test_what_was_written_decodes_to_the_weights(exports: dict[int, Path], model
     pieces = {suffix: Piece(written[f"{LINEAR}.{suffix}"], ()) for suffix in form.stored}
     weight = tensors(model)[f"{LINEAR}.weight"].float()
     assert torch.equal(form.decode(pieces), form.requantize(weight, pieces))
-    assert (
-        (form.decode(pieces) - weight).unflatten(1, (-1, 32)).abs().amax(2) <= pieces["weight_scale"].data * 0.5001
-    ).all()
+    error = (form.decode(pieces) - weight).unflatten(1, (-1, 32)).abs().amax(2)
+    assert (error <= pieces["weight_scale"].data * 0.5001).all()
 
 
 def test_verify_finds_its_name_and_no_fault(exports: dict[int, Path], model: Path, toy4: None) -> None:
-    status, said = said_by("verify", exports[2], "--reference", model, "--json")
+    status, said = command("verify", exports[2], "--reference", model, "--json")
     found = json.loads(said)
     assert (status, found["format"], found["problems"]) == (0, "toy4", [])
 
 
 def test_engines_do_not_know_it_and_say_so(exports: dict[int, Path], toy4: None) -> None:
-    status, said = said_by("check", exports[2])
+    status, said = command("check", exports[2])
     table = (exports[2].parent / "tp2.txt").read_text()
     assert status == 1
     assert [text.count("it does not know TOY4") for text in (said, table)] == [3, 3]

@@ -51,10 +51,8 @@ def test_encoding_shards_gives_the_shards_of_the_encoded_whole(name: str, cut: A
     dim, amax = list(Axis).index(cut), amax_of(weight, clips_of(name, weight))
     clips = [None] * 4 if amax.clip is None else amax.clip.chunk(4, dim)
     whole = formats.encode(ALL[name], weight, amax)
-    shards = [
-        formats.encode(ALL[name], shard, Amax(amax.weight, amax.input, clip))
-        for shard, clip in zip(weight.chunk(4, dim), clips, strict=True)
-    ]
+    parts = zip(weight.chunk(4, dim), clips, strict=True)
+    shards = [formats.encode(ALL[name], shard, Amax(amax.weight, amax.input, clip)) for shard, clip in parts]
     for suffix, piece in whole.items():
         again = join([shard[suffix] for shard in shards], cut)
         assert again.axes == piece.axes
@@ -139,9 +137,8 @@ def assert_scales_fit(form: Form, weight: Tensor, amax: Amax, pieces: dict[str, 
     if form.name in ("nvfp4", "nvfp4_awq"):
         # e4m3 rounds by up to 2^-4, its subnormals by half of 2^-9 of weight_scale_2; blocks below get that 2^-9
         allowed = rounding(largest, 2688) + torch.maximum(largest * 2**-4, 6 * 2**-9 * second)
-        largest = torch.where(
-            (largest / (6 * second)).float() == 0, 0, largest
-        )  # a block 2^150 below the largest is zeros
+        vanishes = (largest / (6 * second)).float() == 0  # of a block 2^150 below the largest
+        largest = torch.where(vanishes, 0, largest)
         assert (pieces["weight_scale"].data.float()[largest == 0] == 1).all()
     else:
         assert (scale[largest == 0] == 1).all()
@@ -237,9 +234,8 @@ def int4_codes(weight: Tensor, clip: Tensor | None = None) -> list[list[int]]:
 
 
 def test_every_int4_tie_goes_to_the_even_code_and_negative_codes_are_twos_complement() -> None:
-    weight = torch.tensor(
-        [[7, 0.5, 1.5, 2.5, 6.5, 5.5, 0.0, 1], [-7, -0.5, -1.5, -2.5, -6.5, -5.5, -0.0, -1]]
-    ).bfloat16()
+    row = torch.tensor([7, 0.5, 1.5, 2.5, 6.5, 5.5, 0.0, 1]).bfloat16()
+    weight = torch.stack([row, -row])
     assert int4_codes(weight) == [[7, 0, 2, 2, 6, 6, 0, 1], [-7, 0, -2, -2, -6, -6, 0, -1]]
     packed = int4.encode(weight, amax_of(weight), 8)["weight"].data
     assert packed.tolist() == [[0x97, 0x00, 0xE2, 0xE2, 0xA6, 0xA6, 0x00, 0xF1]]  # row 1 in the high nibbles

@@ -30,6 +30,7 @@ FORMS = {  # by ModelOpt's name
 }
 NAN_FOR_ZEROS = ("FP8", "NVFP4", "NVFP4_AWQ")
 PATHS = [path for path in sorted(VECTORS.glob("*/*.safetensors")) if path.parent.name in FORMS]
+SOUND = [path for path in PATHS if path.stem != "zero" or path.parent.name not in NAN_FOR_ZEROS]
 SEARCHED = [path for path in PATHS if "AWQ" in path.parent.name]
 REAL = sorted(VECTORS.glob("FP8_PB_REAL/*.safetensors"))
 
@@ -47,11 +48,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], Tensor, Amax]:
         weight, tokens = (weight.float() / p).to(torch.bfloat16), tokens * p
     amax = Amax(weight.abs().amax().float(), tokens.amax().to(torch.bfloat16).float())
     assert "calib.weight" not in vector or same(weight, vector["calib.weight"])
-    for name, ours in (
-        ("weight_quantizer", amax.weight),
-        ("weight_quantizer.1", amax.weight),
-        ("input_quantizer", amax.input),
-    ):
+    weights = dict.fromkeys(("weight_quantizer", "weight_quantizer.1"), amax.weight)
+    for name, ours in (weights | {"input_quantizer": amax.input}).items():
         theirs = vector.get(f"calib.{name}._amax")
         assert theirs is None or theirs.dim() > 0 or torch.equal(theirs.float(), ours), name  # dims: one of every group
     return vector, weight, amax
@@ -68,9 +66,7 @@ def pieces_of(form: Form, weight: Tensor, amax: Amax, vector: dict[str, Tensor])
     return made
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in PATHS if not (p.stem == "zero" and p.parent.name in NAN_FOR_ZEROS)], ids=name_of
-)
+@pytest.mark.parametrize("path", SOUND, ids=name_of)
 def test_every_byte_equals_modelopt(path: Path) -> None:
     vector, weight, amax = read(path)
     made = pieces_of(FORMS[path.parent.name], weight, amax, vector)
@@ -84,7 +80,7 @@ def test_every_byte_equals_modelopt(path: Path) -> None:
             assert same(made[suffix].contiguous(), value.reshape(made[suffix].shape)), (route, suffix)
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "FP8_PB_WO"], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in PATHS if path.parent.name == "FP8_PB_WO"], ids=name_of)
 def test_both_spellings_of_fp8_pb_have_the_same_bytes(path: Path) -> None:
     _, weight, amax = read(path)
     native = formats.encode(chosen("fp8_pb"), weight, amax)
@@ -113,7 +109,7 @@ def test_a_weight_of_zeros_gets_scales_of_one_and_decodes_to_zeros(name: str) ->
     assert not decoded.any()
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "FP8_PB_WO"], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in PATHS if path.parent.name == "FP8_PB_WO"], ids=name_of)
 def test_the_scale_of_a_single_block_keeps_its_four_dims(path: Path) -> None:
     """ModelOpt writes [] for a weight of one block; vLLM's loader narrows the dims of the scale of a linear."""
     vector, weight, amax = read(path)
@@ -132,16 +128,13 @@ def test_fp8_pb_is_not_rounded_to_bfloat16_as_compressed_weights_of_modelopt_are
     pieces = formats.encode(FORMS["FP8_PB_WO"], weight, amax)
     scale, theirs = pieces["weight_scale"].data, vector["out.weight_scale"]
     assert same(scale[:, 0, :, 0].to(torch.bfloat16).float(), theirs)
-    assert same(
-        vector["meg.weight_scale"].reshape(scale.shape), scale
-    )  # its Megatron route: another scale than its codes'
+    of_megatron_route = vector["meg.weight_scale"].reshape(scale.shape)  # another scale than its codes'
+    assert same(of_megatron_route, scale)
     blocks = theirs.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
     rounded_twice = (weight.float() / blocks).to(torch.bfloat16).to(torch.float8_e4m3fn)
     assert same(rounded_twice, vector["out.weight"])
-    decoded = FORMS["FP8_PB_WO"].decode(pieces)
-    ours, other = (
-        (w - weight.float()).double().square().sum() for w in (decoded, vector["out.weight"].float() * blocks)
-    )
+    both = FORMS["FP8_PB_WO"].decode(pieces), vector["out.weight"].float() * blocks
+    ours, other = ((decoded - weight.float()).double().square().sum() for decoded in both)
     assert ours <= other
 
 
@@ -171,11 +164,9 @@ def alone() -> Topology:
     """The place of the only rank, which speaks to no other."""
     groups = {"tp_group": None, "dp_group": None, "stage_group": None, "control": None}
     sizes = dict.fromkeys(("world", "tp_size", "dp_size", "pp_size", "vpp_size", "cp_size", "ep_size"), 1)
-    cut = Cut(0, 1, None, 0, None)
-    pulse, device = Pulse(0, 1, lambda mine: mine, 1), torch.device("cpu")
-    return Topology(
-        rank=0, tp_rank=0, dp_rank=0, **sizes, **groups, experts=cut, dispatch=cut, device=device, pulse=pulse
-    )
+    cuts = dict.fromkeys(("experts", "dispatch"), Cut(0, 1, None, 0, None))
+    sizes |= dict.fromkeys(("rank", "tp_rank", "dp_rank"), 0)
+    return Topology(**sizes, **groups, **cuts, device=torch.device("cpu"), pulse=Pulse(0, 1, lambda mine: mine, 1))
 
 
 def search_of(path: Path) -> str:

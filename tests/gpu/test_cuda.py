@@ -14,12 +14,13 @@ from megatron_export.calibration.amax import Maxima
 from megatron_export.calibration.awq_search import Alphas
 from megatron_export.checkpoint.hf_weights import SourceWeights
 from megatron_export.common.piece import Amax
-from megatron_export.formats import FORMATS, KV_FORMATS, Options, chosen
+from megatron_export.formats import KV_FORMATS
 from megatron_export.formats.awq import ALPHAS, SEARCHES, importance, largest, rounded
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.mcore import load_hf
 from megatron_export.models import parameters_of
 
+from ..formats.test_formats import ALL
 from ..formats.test_golden_vectors import alone
 from ..support.models import (
     ARCHITECTURES,
@@ -35,12 +36,7 @@ from ..support.models import (
 )
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = {
-    **{name: chosen(name) for name in FORMATS},
-    "fp8_pb modelopt": chosen("fp8_pb", Options(fp8_pb_spelling="modelopt")),
-    "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
-    "w4a8_awq 64": chosen("w4a8_awq", Options(group_size=64)),
-}
+VARIANTS = {name: form for name, form in ALL.items() if name != "nvfp4_awq modelopt"}  # of the numbers of nvfp4_awq
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -159,9 +155,7 @@ def test_nccl_at_tp2_and_gloo_on_the_cpu_write_what_one_gpu_writes(name: str, mo
 
 
 @pytest.mark.parametrize("form", ["nvfp4_awq", "int4_awq"])
-def test_a_smoothed_and_clipped_model_has_the_same_bytes_over_nccl_at_tp2_and_on_the_cpu(
-    form: str, tmp_path: Path
-) -> None:
+def test_a_smoothed_and_clipped_model_has_the_same_bytes_at_tp2_and_on_the_cpu(form: str, tmp_path: Path) -> None:
     """Grouped queries; a half of o_proj's 128 inputs and of down_proj's 384 cuts a group of int4."""
     source = make_model(tmp_path, "llama31", hidden_size=128, head_dim=16, intermediate_size=384)
     common = ("--format", form, "--kv-cache", "nvfp4", "--awq-clip")

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,8 +17,9 @@ from . import test_benchmark_speed
 
 pytestmark = pytest.mark.whole
 
+Run = Callable[..., tuple[int, str, str]]
 SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
-QUICK = ("--device", "cpu", "--windows", "2")
+QUICK = ("quality", "--device", "cpu", "--windows", "2")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The exports of three formats, and what was printed; on one thread, so that tests beside it are not held up."""
     folder = tmp_path_factory.mktemp("quality") / "exports"
     flags = [*QUICK, "--formats", "bf16", "int4_awq", "nvfp4_awq", "--calib-samples", "4", "--calib-seq-len", "128"]
-    done = python(SCRIPT, "quality", *flags, "--output", folder)
+    done = python(SCRIPT, *flags, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -51,8 +52,15 @@ def quality(benchmark: ModuleType) -> ModuleType:
     return sys.modules["bench.quality"]
 
 
-def run(benchmark: ModuleType, *flags: object) -> int:
-    return benchmark.main(["quality", *QUICK, *map(str, flags)])
+@pytest.fixture
+def run(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> Run:
+    """Runs a subcommand in this process: its exit status, and what it says on either stream."""
+
+    def started(*flags: object) -> tuple[int, str, str]:
+        status = benchmark.main(list(map(str, flags)))
+        return status, *capsys.readouterr()
+
+    return started
 
 
 def rows_of(said: str) -> dict[str, dict[str, str]]:
@@ -116,41 +124,37 @@ def test_the_search_changes_the_weights_and_only_its_absence_leaves_vectors_of_o
     assert len(vectors) == 8  # o_proj and down_proj of four layers
     assert all((unsearched[name] == 1).all() for name in vectors)
     assert any((searched[name] != 1).any() for name in vectors)
-    algorithms = [
-        read_json(output[0] / name / "hf_quant_config.json")["quantization"]["quant_algo"]
-        for name in ("nvfp4_awq", "nvfp4_awq_modelopt", "int4_without_search")
-    ]
-    assert algorithms == ["NVFP4", "NVFP4_AWQ", "W4A16_AWQ"]
+    for name, said in {
+        "nvfp4_awq": "NVFP4",
+        "nvfp4_awq_modelopt": "NVFP4_AWQ",
+        "int4_without_search": "W4A16_AWQ",
+    }.items():
+        assert read_json(output[0] / name / "hf_quant_config.json")["quantization"]["quant_algo"] == said
 
 
-def test_given_checkpoints_are_scored_against_the_first_with_the_same_numbers(
-    output: tuple[Path, str], benchmark: ModuleType, capsys: pytest.CaptureFixture
-) -> None:
+def test_given_checkpoints_are_scored_against_the_first_with_the_same_numbers(output: tuple, run: Run) -> None:
     folder, said = output
-    assert run(benchmark, folder / "bf16", folder / "int4_awq") == 0
-    exported, given = rows_of(said), rows_of(capsys.readouterr().out)
+    status, shown, _ = run(*QUICK, folder / "bf16", folder / "int4_awq")
+    assert status == 0
+    exported, given = rows_of(said), rows_of(shown)
     assert list(given) == [str(folder / "bf16"), str(folder / "int4_awq")]
     for name in ("bf16", "int4_awq"):
         assert given[str(folder / name)] | {"format": name} == exported[name]
 
 
 def test_the_table_is_written_between_the_marks_of_its_page(
-    output: tuple[Path, str],
-    benchmark: ModuleType,
-    quality: ModuleType,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    output: tuple, run: Run, quality: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     page = tmp_path / "quality.md"
     monkeypatch.setattr(quality, "PAGE", page)
     page.write_text("no marks")
-    flags = (output[0] / "int4_awq", "--write-readme")
-    assert run(benchmark, *flags) == 1
-    assert "Put the marks where the table is to be" in capsys.readouterr().err
+    flags = (*QUICK, output[0] / "int4_awq", "--write-readme")
+    status, _, said = run(*flags)
+    assert (status, "Put the marks where the table is to be" in said) == (1, True)
     page.write_text("before\n\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
-    assert run(benchmark, *flags) == 0
-    shown = "\n".join(line for line in capsys.readouterr().out.splitlines() if "|" in line)
+    status, said, _ = run(*flags)
+    assert status == 0
+    shown = "\n".join(line for line in said.splitlines() if "|" in line)
     assert page.read_text() == f"before\n\n<!-- quality -->\n{shown}\n<!-- /quality -->\nafter\n"
 
 
@@ -163,29 +167,24 @@ def test_the_table_is_written_between_the_marks_of_its_page(
         (("--output", EXAMPLE.parent, "--formats", "bf16", "--calib-samples", 10**6), "too short for --calib-samples"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_with_a_reason(
-    benchmark: ModuleType, capsys: pytest.CaptureFixture, flags: tuple, reason: str
-) -> None:
-    assert run(benchmark, *flags) == 1
-    said = capsys.readouterr().err
+def test_what_cannot_be_scored_is_refused_with_a_reason(flags: tuple, reason: str, run: Run) -> None:
+    status, _, said = run(*QUICK, *flags)
+    assert status == 1
     assert said.lstrip().startswith("error: ")
     assert reason in said
 
 
-def test_a_folder_that_holds_exports_already_is_refused_before_anything_is_run(
-    output: tuple[Path, str], benchmark: ModuleType, capsys: pytest.CaptureFixture
-) -> None:
-    assert run(benchmark, "--output", output[0]) == 1
-    assert f"{output[0] / 'bf16'}, " in (said := capsys.readouterr().err)
+def test_a_folder_that_holds_exports_already_is_refused_before_anything_is_run(output: tuple, run: Run) -> None:
+    status, _, said = run(*QUICK, "--output", output[0])
+    assert status == 1
+    assert f"{output[0] / 'bf16'}, " in said
     assert "exists already. Give another --output" in said
 
 
-def test_encode_times_every_format_against_a_copy(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    flags = ["--shape", "128", "256", "--repeats", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")]
-    assert benchmark.main(["encode", *flags]) == 0
-    said = capsys.readouterr().out
+def test_encode_times_every_format_against_a_copy(run: Run, tmp_path: Path) -> None:
+    flags = ("--shape", 128, 256, "--repeats", 3, "--device", "cpu", "--json", tmp_path / "found.json")
+    status, said, _ = run("encode", *flags)
+    assert status == 0
     found = read_json(tmp_path / "found.json")
     names = [row["format"] for row in found["rows"]]
     assert names == [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
@@ -198,6 +197,6 @@ def test_encode_times_every_format_against_a_copy(
     assert all(row["of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"]) for row in found["rows"])
 
 
-def test_encode_refuses_a_shape_that_a_format_cannot_hold(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    assert benchmark.main(["encode", "--shape", "130", "200", "--device", "cpu", "--repeats", "1"]) == 1
-    assert "--shape 130 200: nvfp4 needs multiples of 1 and 16" in capsys.readouterr().err
+def test_encode_refuses_a_shape_that_a_format_cannot_hold(run: Run) -> None:
+    status, _, said = run("encode", "--shape", 130, 200, "--device", "cpu", "--repeats", 1)
+    assert (status, "--shape 130 200: nvfp4 needs multiples of 1 and 16" in said) == (1, True)

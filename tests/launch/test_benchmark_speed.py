@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
@@ -30,9 +31,7 @@ SMALL = ("--shape", "tiny", "--device", "cpu", "--repeat", "1")
 def shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """bench.shapes, imported as the script does."""
     monkeypatch.syspath_prepend(LAUNCH)
-    from bench import shapes
-
-    return shapes
+    return import_module("bench.shapes")
 
 
 def run(*flags: object, path: Path | None = None) -> subprocess.CompletedProcess:
@@ -179,18 +178,13 @@ def test_search_times_both_on_the_same_tokens(tmp_path: Path) -> None:
 def test_search_refuses_what_cannot_be_measured(
     shapes: ModuleType, capsys: pytest.CaptureFixture, flags: tuple, reason: str
 ) -> None:
-    import benchmark
-
-    assert benchmark.main(["search", *map(str, flags)]) == 1
+    assert import_module("benchmark").main(["search", *map(str, flags)]) == 1
     assert reason in capsys.readouterr().err
 
 
 def test_peer_says_what_to_install(
     shapes: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import benchmark
-    from bench import peering
-
-    monkeypatch.setattr(peering, "find_spec", lambda name: None)
-    assert benchmark.main(["peer"]) == 1
+    monkeypatch.setattr(import_module("bench.peering"), "find_spec", lambda name: None)
+    assert import_module("benchmark").main(["peer"]) == 1
     assert "pip install nvidia-modelopt" in capsys.readouterr().err

@@ -18,15 +18,8 @@ from ..support.models import EXAMPLE
 pytestmark = pytest.mark.whole
 
 TEXT = EXAMPLE / "heldout.txt"
-ANSWER = {
-    "version": "1",
-    "device": "GPU",
-    "error": None,
-    "tokens": [1, 2],
-    "losses": [1.0, 2.0],
-    "warned": [],
-    "chose": [],
-}
+ANSWER = {"version": "1", "device": "GPU", "error": None, "warned": [], "chose": []}
+ANSWER |= {"tokens": [1, 2], "losses": [1.0, 2.0]}
 
 
 @pytest.fixture
@@ -50,9 +43,8 @@ def rows(file: Path) -> dict[str, dict]:
 
 
 def answer_with(process: Path, **changes: object) -> None:
-    process.write_text(
-        f"import sys; sys.stdin.read(); print('noise'); print({vllm_process.MARK + json.dumps(ANSWER | changes)!r})"
-    )
+    answer = vllm_process.MARK + json.dumps(ANSWER | changes)
+    process.write_text(f"import sys; sys.stdin.read(); print('noise'); print({answer!r})")
 
 
 def test_a_process_that_dies_ends_no_other(process: Path, tmp_path: Path) -> None:
@@ -85,21 +77,17 @@ def test_warnings_of_scales_are_held_against_a_checkpoint(process: Path, capsys:
     answer_with(process, warned=[said, "with a q scaling factor"])
     with pytest.raises(ExportError, match="1 of 1"):
         run(EXAMPLE)
-    assert [line for line in capsys.readouterr().out.splitlines() if "warned" in line] == [
-        f"examples/model: warned: {said}"
-    ]
+    warned = [line for line in capsys.readouterr().out.splitlines() if "warned" in line]
+    assert warned == [f"examples/model: warned: {said}"]
 
 
-def test_the_decoded_half_is_that_of_quality_and_stands_beside(
-    process: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_decoded_half_is_that_of_quality(process: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "decoded"
     run("--through", "decode", "--text", TEXT, "--windows", 2, "--json", file, EXAMPLE)
     decoded = rows(file)["examples/model"]
     assert math.isclose(math.exp(sum(decoded["losses"]) / 2), score(EXAMPLE, EXAMPLE, TEXT, windows=2).perplexity)
-    answer_with(
-        process, tokens=[*decoded["tokens"][:3], -1, *decoded["tokens"][4:]], losses=[x + 1 for x in decoded["losses"]]
-    )
+    decoded["tokens"][3] = -1
+    answer_with(process, tokens=decoded["tokens"], losses=[loss + 1 for loss in decoded["losses"]])
     capsys.readouterr()
     run("--text", TEXT, "--windows", 2, "--with", file, EXAMPLE)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| examples/model")]

@@ -66,10 +66,9 @@ def made(folder: Path) -> Path:
     for line in block(PAGE, "3. The golden", "text").splitlines():
         name, _, *shape = line.split()
         size = [int(size) for size in shape]
-        numbers = (
-            torch.rand(size, generator=generator) + 0.5 if len(size) == 1 else torch.randn(size, generator=generator)
-        )
-        held[name] = (numbers if len(size) == 1 else numbers * 0.08).bfloat16()
+        matrix = len(size) == 2
+        numbers = (torch.randn if matrix else torch.rand)(size, generator=generator)
+        held[name] = (numbers * 0.08 if matrix else numbers + 0.5).bfloat16()
     save_file(held, source / "model.safetensors")
     (source / "config.json").write_text(block(PAGE, "3. The golden", "json"))
     save_file({"input_ids": torch.randint(0, 500, (SAMPLES, LENGTH), generator=generator)}, folder / "ids.safetensors")
@@ -80,9 +79,8 @@ def as_qwen2(source: Path) -> Path:
     """The same model under the names of a Qwen 2."""
     folder = source.parent / "qwen2"
     folder.mkdir()
-    save_file(
-        {spelled(name, back=True): tensor for name, tensor in tensors(source).items()}, folder / "model.safetensors"
-    )
+    held = {spelled(name, back=True): tensor for name, tensor in tensors(source).items()}
+    save_file(held, folder / "model.safetensors")
     config = read_json(source / "config.json")
     config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": config["norm_eps"]}
     (folder / "config.json").write_text(json.dumps(config))
@@ -131,9 +129,7 @@ def table() -> Iterator[None]:
         yield
 
 
-def test_it_is_exported_with_the_same_bytes_on_one_rank_and_on_two_read_back_and_judged(
-    toy: Path, ranks: Ranks, table: None, tmp_path: Path
-) -> None:
+def test_one_rank_and_two_export_the_same_sound_bytes(toy: Path, ranks: Ranks, table: None, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     said = exported(ranks, toy, one, 1) + exported(ranks, toy, two, 2, measured=one)
     assert len(re.findall(rf"not known: no rules about the architecture {TOY}", said)) == 2 * 3 * len(FORMATS)
@@ -179,9 +175,7 @@ def test_biases_are_there_where_its_config_says_so(toy: Path, table: None) -> No
         ({"hidden_act": "gelu"}, f"{TOY} with hidden_act = 'gelu' is not supported; only 'silu' is"),
     ],
 )
-def test_what_is_wrong_with_its_config_is_said_in_its_own_words(
-    changes: dict, message: str, toy: Path, table: None
-) -> None:
+def test_a_wrong_config_is_told_in_its_own_words(changes: dict, message: str, toy: Path, table: None) -> None:
     with pytest.raises(ExportError, match=re.escape(message)):
         parameters_of(read_json(toy / "config.json") | changes)
 
@@ -195,9 +189,8 @@ def test_the_scripts_of_the_page_print_the_names_of_both_sides(toy: Path, table:
     first, second = blocks(PAGE.split("## 1.")[0], "python")
     assert printed(first, folder=toy) == block(PAGE, "3. The golden", "text")
     said = printed(second, config=read_json(toy / "config.json"))
-    assert re.search(
-        r"^decoder\.layers\.0\.self_attention\.linear_qkv\.weight 128 64 -> \S+wq\S+ \S+wk\S+ \S+wv\S+$", said, re.M
-    )
+    qkv = r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight 128 64 -> \S+wq\S+ \S+wk\S+ \S+wv\S+"
+    assert re.search(rf"^{qkv}$", said, re.MULTILINE)
     names = {name for line in said.splitlines() for name in line.partition(" -> ")[2].split()}
     assert names == {line.split()[0] for line in block(PAGE, "3. The golden", "text").splitlines()}
 
@@ -215,9 +208,7 @@ def test_every_field_of_an_architecture_is_explained_on_the_page_once() -> None:
 
 
 @pytest.mark.parametrize("step", ["1. The file", "2. The line", "3. The golden"])
-def test_a_page_without_one_of_its_steps_adds_nothing(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_without_a_step_adds_nothing(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "PAGE", without(PAGE, step))
     with pytest.raises(AssertionError, match=step), added():
         made(tmp_path)

@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.calibration import statistics
-from megatron_export.common.piece import Amax
-from megatron_export.formats import chosen, encode
 
+from ..support.experts import assert_stacked
 from ..support.live import batches, loaded
-from ..support.models import assert_same, contents, read_json, same, tensors
+from ..support.models import assert_same, behind, contents, read_json, same, tensors
 from ..support.ranks import Ranks, living
 from ..support.refusals import assert_says, refused
 
@@ -48,9 +46,7 @@ def alone(pool: list[Ranks], models: dict, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_every_topology_writes_the_same_files(
-    topology: str, alone: Path, ranks: Ranks, models: dict, tmp_path: Path
-) -> None:
+def test_topologies_write_equal_files(topology: str, alone: Path, ranks: Ranks, models: dict, tmp_path: Path) -> None:
     (tmp_path / "calibration.safetensors").write_bytes((alone.parent / "calibration.safetensors").read_bytes())
     ranks.call(2, exports, models["gpt_oss"], tmp_path / "out", TOPOLOGIES[topology])
     for form in FORMS:
@@ -66,14 +62,9 @@ def test_bf16_gives_back_every_tensor_of_the_source_bit_for_bit(alone: Path, mod
 def test_a_stack_holds_each_experts_codes_in_hfs_order(form: str, stack: str, alone: Path, models: dict) -> None:
     prefix = f"model.layers.0.mlp.experts.{stack}"
     original = tensors(models["gpt_oss"])
-    found = {name.removeprefix(prefix): t for name, t in tensors(alone / form).items() if name.startswith(prefix)}
+    found = behind(prefix, tensors(alone / form))
     assert same(found["_bias"], original[f"{prefix}_bias"])
-    amax = Amax(original[prefix].abs().max().float(), torch.ones(()))
-    for expert, weight in enumerate(original[prefix]):
-        pieces = encode(chosen(form), weight.T.contiguous(), amax)
-        assert same(found[""][expert].T.contiguous(), pieces["weight"].data)
-        scale = found["_weight_scale"]
-        assert same(scale[expert].T.contiguous() if scale.dim() else scale, pieces["weight_scale"].data)
+    assert_stacked(found, original[prefix], form)
 
 
 @pytest.mark.parametrize(

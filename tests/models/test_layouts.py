@@ -35,11 +35,8 @@ def test_shards_split_into_the_rows_that_source_names_and_join_again(name: str, 
 def test_qkv_rows_are_queries_key_value_of_one_group_after_another() -> None:
     rows = torch.tensor([10, 11, 20, 30, 12, 13, 21, 31])  # two groups of two queries, one row a head
     parts = QKV(2, 1).split(rows, 0, 1)
-    assert {part: tensor.tolist() for part, tensor in parts.items()} == {
-        "q": [10, 11, 12, 13],
-        "k": [20, 21],
-        "v": [30, 31],
-    }
+    found = {part: tensor.tolist() for part, tensor in parts.items()}
+    assert found == {"q": [10, 11, 12, 13], "k": [20, 21], "v": [30, 31]}
 
 
 @pytest.mark.parametrize(("vocab", "held"), [(10, [4, 4, 2, 0]), (16, [4, 4, 4, 4]), (3, [3, 0, 0, 0])])

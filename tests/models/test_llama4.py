@@ -12,15 +12,14 @@ from torch import Tensor
 
 from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.checkpoint.hf_weights import copied_tensors
-from megatron_export.common.piece import Amax
-from megatron_export.formats import chosen, encode
 from megatron_export.mcore.config_check import contradictions
 from megatron_export.models import settings_of, unscaled_rope_settings
 from megatron_export.planning.engine_check import of_plan, verdicts
 
 from ..export.test_topologies import calibration_flags, export
+from ..support.experts import assert_single, assert_stacked
 from ..support.live import batches, blank, loaded
-from ..support.models import LENGTH, assert_same, make_model, read_json, same, tensors
+from ..support.models import LENGTH, assert_same, behind, make_model, read_json, same, tensors
 from ..support.plans import plan_of
 from ..support.ranks import Ranks, living
 from ..support.refusals import assert_says, refused
@@ -54,30 +53,17 @@ def exported(pool: list[Ranks], models: dict, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 def test_a_stack_holds_each_experts_codes_transposed_under_one_scale(form: str, stack: str, exported: dict) -> None:
     original = exported["source"][PREFIX + stack]  # [experts, in, out]
-    found = {
-        name.removeprefix(PREFIX + stack): t for name, t in exported[form].items() if name.startswith(PREFIX + stack)
-    }
+    found = behind(PREFIX + stack, exported[form])
     suffixes = {"", "_weight_scale", "_input_scale"} | ({"_weight_scale_2"} if form == "nvfp4" else set())
     assert found.keys() == suffixes
     assert found["_input_scale"].shape == () and found["_input_scale"] > 0
-    amax = Amax(original.abs().max().float(), torch.ones(()))
-    for expert, weight in enumerate(original):
-        pieces = encode(chosen(form), weight.T.contiguous(), amax)
-        for suffix, piece in pieces.items():
-            if suffix == "input_scale":
-                continue
-            stacked = found["" if suffix == "weight" else f"_{suffix}"]
-            assert same(stacked[expert].T.contiguous() if stacked.dim() else stacked, piece.data), suffix
+    assert_stacked(found, original, form)
 
 
 def test_formats_that_no_engine_reads_stacked_are_written_expert_by_expert(exported: dict) -> None:
     original, found = exported["source"][PREFIX + "gate_up_proj"], exported["fp8_pb"]
     assert PREFIX + "gate_up_proj" not in found
-    for expert in range(4):
-        for part, weight in zip(("gate", "up"), original[expert].T.chunk(2), strict=True):
-            pieces = encode(chosen("fp8_pb"), weight.contiguous(), Amax(torch.ones(()), torch.ones(())))
-            for suffix, piece in pieces.items():
-                assert same(found[f"{PREFIX}{expert}.{part}_proj.{suffix}"], piece.data)
+    assert_single(found, PREFIX, original, "fp8_pb")
 
 
 @pytest.mark.parametrize("form", ["fp8", "fp8_pb", "nvfp4"])
@@ -90,9 +76,7 @@ def test_what_megatron_does_not_have_is_copied_as_it_is(form: str, exported: dic
 
 
 @pytest.mark.parametrize(("form", "quantized"), [("fp8", True), ("fp8_pb", False), ("nvfp4", False)])
-def test_queries_and_keys_are_quantized_only_where_engines_can_turn_their_rows(
-    form: str, quantized: bool, exported: dict
-) -> None:
+def test_q_and_k_are_quantized_only_where_engines_can_turn_rows(form: str, quantized: bool, exported: dict) -> None:
     for layer in range(4):
         for part in "qkv":
             weight = exported[form][f"language_model.model.layers.{layer}.self_attn.{part}_proj.weight"]
@@ -116,9 +100,8 @@ def test_the_command_exports_it_and_says_what_engines_do_with_it(ranks: Ranks, m
     assert not any(".experts" in module for module in left)
     config = read_json(out / "config.json")
     assert config["quantization_config"]["ignore"] == left
-    assert {key: value for key, value in config.items() if key != "quantization_config"} == read_json(
-        models["llama4_vision"] / "config.json"
-    )
+    del config["quantization_config"]
+    assert config == read_json(models["llama4_vision"] / "config.json")
 
 
 def test_excluded_stacks_are_named_as_engines_name_them(ranks: Ranks, models: dict, tmp_path: Path) -> None:
@@ -145,11 +128,7 @@ def test_experts_of_a_model_that_does_not_see_are_written_one_by_one_but_for_bf1
     assert "it has Llama 4 only as Llama4ForConditionalGeneration" in said
     found = tensors(tmp_path / form)
     assert not any(name.startswith(stack) for name in found)
-    for expert, weight in enumerate(original):
-        amax = Amax(weight.abs().max().float(), torch.ones(()))
-        for part, rows in zip(("gate", "up"), weight.T.chunk(2), strict=True):
-            for suffix, piece in encode(chosen(form), rows.contiguous(), amax).items():
-                assert suffix == "input_scale" or same(found[f"{PLAIN}{expert}.{part}_proj.{suffix}"], piece.data)
+    assert_single(found, PLAIN, original, form)
     export(ranks, 1, "--hf-model", models["llama4"], "--output", tmp_path / "bf16", "--format", "bf16")
     assert same(tensors(tmp_path / "bf16")[stack], original)
 

@@ -23,17 +23,13 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_bf16_gives_back_the_predicting_layer_and_its_copies_bit_for_bit(
-    source: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_bf16_gives_back_the_predicting_layer_and_its_copies(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     export(ranks, 2, "--ep", 2, "--hf-model", source, "--format", "bf16", "--output", tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), tensors(source))
     assert read_json(tmp_path / "out" / "config.json")["num_nextn_predict_layers"] == 1
 
 
-def test_the_predicting_layer_is_quantized_like_the_others_with_the_same_bytes_on_every_topology(
-    source: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_every_topology_writes_one_quantized_predicting_layer(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     file = tmp_path / "calibration.safetensors"
     common = ("--hf-model", source, "--format", "nvfp4_awq")
     measured = (*common, *calibration_flags(source), "--save-calibration", file)
@@ -49,9 +45,7 @@ def test_the_predicting_layer_is_quantized_like_the_others_with_the_same_bytes_o
         assert_same(tensors(tmp_path / name), one)
 
 
-def test_a_dropped_layer_leaves_neither_tensors_nor_a_trace_in_the_config(
-    source: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_dropped_layer_leaves_no_trace(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     flags = ("--hf-model", source, "--format", "fp8", *calibration_flags(source), "--mtp", "drop")
     export(ranks, 2, *flags, "--tp", 2, "--output", tmp_path / "out")
     assert not any(name.startswith(LAYER) for name in tensors(tmp_path / "out"))
@@ -60,9 +54,7 @@ def test_a_dropped_layer_leaves_neither_tensors_nor_a_trace_in_the_config(
     assert not any(name.startswith(LAYER) for name in excluded)
 
 
-def test_an_excluded_layer_stays_in_bfloat16_and_is_named_to_the_engines(
-    source: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_an_excluded_layer_stays_in_bfloat16_and_engines_are_told(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     flags = ("--hf-model", source, "--format", "fp8", *calibration_flags(source), "--exclude", f"{LAYER}*")
     export(ranks, 1, *flags, "--output", tmp_path / "out")
     written, given = tensors(tmp_path / "out"), tensors(source)
@@ -72,9 +64,7 @@ def test_an_excluded_layer_stays_in_bfloat16_and_is_named_to_the_engines(
     assert f"{LAYER}mlp.experts.3.down_proj" in excluded
 
 
-def test_a_layer_that_the_config_means_and_the_files_lack_is_refused_with_the_way_out(
-    ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_layer_that_the_config_means_and_the_files_lack_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     source = make_model(tmp_path / "models", "deepseek_v3", num_nextn_predict_layers=1)
     said = refused(ranks, tmp_path, "--hf-model", source, "--format", "bf16", "--output", tmp_path / "place" / "out")
     assert_says(said, f"tensor {LAYER}eh_proj.weight is missing", "--mtp drop")

@@ -18,8 +18,8 @@ PART = re.compile(
     r"\.(input|weight|k|v)(_channel)?_amax|\.(pre_quant_scale|alpha|losses)\.|\.clip(_ratio)?\b|\.tokens$|_channel_amax|^amax$"
 )
 MOE = QWEN_MOE | {"num_hidden_layers": 1, "num_experts": 2}
-LAYER = "decoder.layers.0"
-QKV, FC1 = f"{LAYER}.self_attention.linear_qkv", f"{LAYER}.mlp.experts.linear_fc1"
+LAYER, ATTENTION = "decoder.layers.0", "decoder.layers.0.self_attention"
+QKV, FC1 = f"{ATTENTION}.linear_qkv", f"{LAYER}.mlp.experts.linear_fc1"
 
 
 def texts(path: Path) -> set[str]:
@@ -39,18 +39,12 @@ def test_names_of_statistics_are_made_and_taken_apart_in_one_file_alone() -> Non
 @pytest.mark.parametrize(
     ("key", "hf"),
     [
-        (names.input_key(QKV), ["q_proj.input_amax", "k_proj.input_amax", "v_proj.input_amax"]),
-        (names.kv_keys(f"{LAYER}.self_attention")[0], ["k_proj.k_amax"]),
-        (names.kv_keys(f"{LAYER}.self_attention")[1], ["v_proj.v_amax"]),
+        (names.input_key(QKV), [f"{part}_proj.input_amax" for part in "qkv"]),
+        (names.kv_keys(ATTENTION)[0], ["k_proj.k_amax"]),
+        (names.kv_keys(ATTENTION)[1], ["v_proj.v_amax"]),
         (names.codes_key(QKV, "int4_g64", "k"), ["k_proj.clip.int4_g64"]),
-        (
-            names.ratio_key(QKV, "nvfp4"),
-            ["q_proj.clip_ratio.nvfp4", "k_proj.clip_ratio.nvfp4", "v_proj.clip_ratio.nvfp4"],
-        ),
-        (
-            names.vector_key(f"{LAYER}.self_attention.linear_proj", "nvfp4_shared"),
-            ["o_proj.pre_quant_scale.nvfp4_shared"],
-        ),
+        (names.ratio_key(QKV, "nvfp4"), [f"{part}_proj.clip_ratio.nvfp4" for part in "qkv"]),
+        (names.vector_key(f"{ATTENTION}.linear_proj", "nvfp4_shared"), ["o_proj.pre_quant_scale.nvfp4_shared"]),
         (names.alpha_key(FC1, "int4_g128"), ["experts.gate_proj.alpha.int4_g128", "experts.up_proj.alpha.int4_g128"]),
         (names.losses_key(FC1, "nvfp4"), ["experts.gate_proj.losses.nvfp4", "experts.up_proj.losses.nvfp4"]),
         (names.codes_key(f"{LAYER}.mlp.experts.1.linear_fc2", "int4_g64", ""), ["experts.1.down_proj.clip.int4_g64"]),

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from megatron_export.mcore.model import linears_of
 from megatron_export.models import pooled
 
+USUALLY_OFF = ("_disabled", "_dynamic", "_unsigned", "_narrow_range", "_rotate", "_use_constant_amax")
+DEFAULT = dict.fromkeys(USUALLY_OFF, False) | {"_num_bits": 8, "_block_sizes": None, "_axis": None, "_bias": None}
+DEFAULT |= {"_fake_quant": True, "_enable_pre_quant_scale": True}
 NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FP8 = {"_num_bits": (4, 3)}
 OFF = {"_disabled": True, "_num_bits": 8}
@@ -28,21 +31,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, said: dict[str, Any], amax: Tensor | None = None, vector: Tensor | None = None) -> None:
         super().__init__()
-        default = {
-            "_disabled": False,
-            "_num_bits": 8,
-            "_block_sizes": None,
-            "_axis": None,
-            "_dynamic": False,
-            "_unsigned": False,
-            "_narrow_range": False,
-            "_rotate": False,
-            "_bias": None,
-            "_fake_quant": True,
-            "_use_constant_amax": False,
-            "_enable_pre_quant_scale": True,
-        }
-        self.said = default | said
+        self.said = DEFAULT | said
         for name, value in self.said.items():
             setattr(self, name, value)
         for name, buffer in (("_amax", amax), ("_pre_quant_scale", vector)):
@@ -92,9 +81,8 @@ def prepare_to_save(model: nn.Module, grouped: bool = False) -> None:
     """
     model.config.hetereogenous_dist_checkpoint = True
     group = parallel_state.get_tensor_model_parallel_group()
-    modules = linears_of(model) | {
-        f"attention.{number}": layer.self_attention.core_attention for number, layer in enumerate(model.decoder.layers)
-    }
+    attentions = (layer.self_attention.core_attention for layer in model.decoder.layers)
+    modules = linears_of(model) | {f"attention.{number}": module for number, module in enumerate(attentions)}
     for name, module in modules.items():
         module.sharded_state_dict = partial(_with_quantizers, name, module)
         module.get_extra_state = partial(_settings, module, grouped and ".experts." in name)
@@ -181,9 +169,9 @@ class BridgeAdapter(nn.Module):
         """Gate and up are told apart, as in the weight."""
         found = self.linear_in.sharded_state_dict(f"{prefix}linear_in.", sharded_offsets, metadata)
         out = self.linear_out.sharded_state_dict(f"{prefix}linear_out.", sharded_offsets, metadata)
-        return found | {
-            key: apply_swiglu_sharded_factory(one, sharded_offsets) if self.gated else one for key, one in out.items()
-        }
+        if self.gated:
+            out = {key: apply_swiglu_sharded_factory(half, sharded_offsets) for key, half in out.items()}
+        return found | out
 
 
 class BridgeLoRA(nn.Module):

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from megatron_export.common.dtypes import DTYPES
 from megatron_export.common.file_names import INDEX
 from megatron_export.engines import CheckpointView, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
@@ -19,9 +23,7 @@ from .plans import plan_of
 Said = dict[str, Any]
 Change = Callable[[Said], object]
 HEADERS: dict[str, Said] = read_json(GOLDEN / "headers.json")
-FP8, FP8_KV, NVFP4, MOE = (
-    f"models/{name}" for name in ("llama-FP8", "llama-FP8-KVFP8", "llama-NVFP4", "qwen3moe-NVFP4")
-)
+FP8, FP8_KV, NVFP4, MOE = "models/llama-FP8", "models/llama-FP8-KVFP8", "models/llama-NVFP4", "models/qwen3moe-NVFP4"
 TWO_FILES, DOWN = "models/llama-FP8-mcore", "model.layers.0.mlp.down_proj"
 
 
@@ -52,18 +54,11 @@ def planned(config: dict, **settings: Any) -> CheckpointView:
 
 
 def written(said: Said, folder: Path) -> Path:
-    """A folder with these headers and configs; weights are ones, or random codes."""
-    import torch
-    from safetensors.torch import save_file
-
-    kinds = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8,
-             "I8": torch.int8, "I64": torch.int64, "F16": torch.float16}  # fmt: skip
+    """A folder with these headers and configs, and ones in every tensor."""
+    kinds = DTYPES | {"I8": torch.int8}
     folder.mkdir(parents=True)
     for file, tensors in said["files"].items():
-        made = {
-            name: torch.ones(shape, dtype=torch.float32).to(kinds[dtype]) for name, (dtype, shape) in tensors.items()
-        }
-        save_file(made, folder / file)
+        save_file({name: torch.ones(shape).to(kinds[dtype]) for name, (dtype, shape) in tensors.items()}, folder / file)
     (folder / "config.json").write_text(json.dumps(said["config"]))
     if said["quant"] is not None:
         (folder / "hf_quant_config.json").write_text(json.dumps(said["quant"]))

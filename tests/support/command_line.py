@@ -3,18 +3,24 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 from megatron_export.cli import commands
 
 
-def command_line(*flags: object) -> tuple[int, str]:
-    """The exit status of `python -m megatron_export` with these flags, and all that it said."""
+def said_by(main: Callable[..., int], *flags: object) -> tuple[int, str]:
+    """The exit status of a command with these flags, and all that it said."""
     said: list[str] = []
     try:
-        status = commands.main(lambda *words, **_: said.append(" ".join(map(str, words))), list(map(str, flags)))
+        status = main(lambda *words, **_: said.append(" ".join(map(str, words))), list(map(str, flags)))
     except SystemExit as exit:
         status = exit.code
     return status, "\n".join(said)
+
+
+def command_line(*flags: object) -> tuple[int, str]:
+    """The same of `python -m megatron_export`."""
+    return said_by(commands.main, *flags)
 
 
 def python(*words: object, **environment: object) -> subprocess.CompletedProcess[str]:

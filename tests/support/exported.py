@@ -25,7 +25,6 @@ def exported(reference: Path, folder: Path, format: str, **settings: object) -> 
     options = Options(**settings.pop("options", {}))
     plan = plan_of(config, format=format, options=options, **settings)
     folder.mkdir(parents=True)
-    made: dict[str, Tensor] = {}
     with SourceWeights(reference) as weights:
         parts = {item.source.canonical: _parts(item, weights, plan) for item in plan.items}
     slices: dict[str, dict[int, Tensor]] = {}
@@ -34,10 +33,8 @@ def exported(reference: Path, folder: Path, format: str, **settings: object) -> 
         encoded = item.encode(parts[name], 0, _amax(plan, name, parts), _measured(item, plan))
         for output, tensor in item.assembled(encoded):
             slices.setdefault(output.name, {})[output.index] = tensor
-            made[output.name] = tensor
-    for output in (output for outputs in plan.files.values() for output in outputs):
-        found = slices[output.name]
-        made[output.name] = torch.stack(list(found.values())) if len(found) > 1 else made[output.name]
+    held = {name: list(found.values()) for name, found in slices.items()}
+    made = {name: torch.stack(found) if len(found) > 1 else found[0] for name, found in held.items()}
     for file, outputs in plan.files.items():
         save_file({o.name: made[o.name].contiguous().clone() for o in outputs}, folder / file)
     if len(plan.files) > 1:
@@ -64,9 +61,8 @@ def _measured(item: Item, plan: Plan) -> Measured:
         values = 4.0 ** (torch.rand(readers[0].source.shape[1], generator=generator) - 0.5)
         feeding = next((i.source.layout for i in plan.items if ("v", name) in i.smoothed.rows), None)
         vectors[name] = feeding.same_in_group(values) if feeding else values
-    return Measured(
-        input=torch.tensor(3.0), kv=(torch.tensor(5.0), torch.tensor(2.0)) if item.kv else (), vectors=vectors
-    )
+    kv = (torch.tensor(5.0), torch.tensor(2.0)) if item.kv else ()
+    return Measured(input=torch.tensor(3.0), kv=kv, vectors=vectors)
 
 
 def _amax(plan: Plan, name: str, parts: dict[str, dict[str, Piece]]) -> Tensor:

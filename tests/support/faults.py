@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .models import LENGTH
 from .ranks import CONTEXT, as_rank, free_port
 
 SECONDS = 60.0
+SMALL = (20_000, 20_000)  # bytes of a file, beyond which the system itself refuses
 
 # name -> where, and at which call of it, counted from 1
 POINTS: dict[str, tuple[Any, str, int]] = {
@@ -58,50 +60,20 @@ class Fault:
         return f"{self.action} at {self.point} on rank {' and '.join(map(str, self.ranks))}".replace(" ", "_")
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _fail() -> None:
-    raise RuntimeError("injected")
-
-
-def _sleep() -> None:
-    time.sleep(3)
-
-
-def _freeze() -> None:
-    """No connection breaks, and nothing is said any more."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _no_room() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _small_files() -> None:
-    """From now on the system itself refuses what is beyond 20,000 bytes of a file."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+def _raise(error: Exception) -> None:
+    raise error
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
-    "kill": _kill,
-    "freeze": _freeze,
-    "raise": _fail,
-    "slow": _sleep,
-    "no room": _no_room,
-    "small files": _small_files,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),  # no connection breaks, and nothing is said any more
+    "raise": lambda: _raise(RuntimeError("injected")),
+    "slow": lambda: time.sleep(3),
+    "no room": lambda: _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "small files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, SMALL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
 }
-
-
-def _act(fault: Fault) -> None:
-    if fault.other is None:
-        ACTIONS[fault.action]()
-    else:
-        call, argument = fault.other
-        call(argument)
 
 
 def in_small_steps() -> None:
@@ -121,7 +93,8 @@ def armed(fault: Fault | None, rank: int) -> Iterator[None]:
     def called(*args: Any, **kwargs: Any) -> Any:
         on_meta = name == "encode" and args[1].device.type == "meta"
         if not on_meta and next(calls) == number:
-            _act(fault)
+            call, *given = fault.other or (ACTIONS[fault.action],)
+            call(*given)
         return real(*args, **kwargs)
 
     with mock.patch.object(home, name, called):
@@ -133,9 +106,7 @@ def _rank(rank: int, world: int, port: int, fault: Fault | None, flags: tuple[st
     as_rank(rank, world, port)
     in_small_steps()
     with armed(fault, rank):
-        status = export_command.main(
-            lambda *words, **_: os.write(2, (" ".join(map(str, words)) + "\n").encode()), list(flags)
-        )
+        status = export_command.main(lambda *words, **_: print(*words, file=sys.stderr, flush=True), list(flags))
     os._exit(status)
 
 

@@ -55,21 +55,13 @@ def main() -> None:
     InterpreterBuilder.create_fma = fma
     for name in ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, cast)
-    ran = 0
     with np.errstate(all="ignore"):
-        for case in cases(seed=0, count=3):
-            if said := wrong(case, cuda_kernels.made_for(case[1]), "cpu"):
-                print(said)
-            ran += 1
-        for smoothed in smoothings(seed=0):
-            if said := wrongly_rounded(smoothed, "cpu"):
-                print(said)
-            ran += 1
-        for product, expected in outputs(seed=0):
-            if not same(cuda_kernels.squares(product, expected), awq.squares(product, expected)):
-                print(f"squares of {tuple(product.shape)}")
-            ran += 1
-    print(f"{ran} cases")
+        said = [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in cases(seed=0, count=3)]
+        said += [wrongly_rounded(smoothed, "cpu") for smoothed in smoothings(seed=0)]
+        for pair in outputs(seed=0):
+            equal = same(cuda_kernels.squares(*pair), awq.squares(*pair))
+            said.append("" if equal else f"squares of {tuple(pair[0].shape)}")
+    print(*filter(None, said), f"{len(said)} cases", sep="\n")
 
 
 if __name__ == "__main__":

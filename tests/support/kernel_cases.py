@@ -24,16 +24,19 @@ Case = tuple[str, Form, Tensor, Amax]
 Smoothed = tuple[str, str, Tensor, Tensor]
 
 
-def every_number() -> Tensor:
-    """All finite bfloat16, zeros and subnormals too, in rising order of their bytes: [510, 128]."""
-    return (
-        torch.arange(0x7F80)
-        .repeat(2)
-        .add(torch.tensor([0, 0x8000]).repeat_interleave(0x7F80))
-        .to(torch.uint16)
-        .view(torch.bfloat16)
-        .view(510, 128)
-    )
+def every_number(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """All finite bfloat16, zeros and subnormals too, in rising order of their bytes, and mixed: [510, 128] each."""
+    numbers = torch.stack([torch.arange(0x7F80), torch.arange(0x8000, 0xFF80)]).to(torch.uint16).view(torch.bfloat16)
+    mixed = numbers.flatten()[torch.randperm(numbers.numel(), generator=generator)]
+    return numbers.view(510, 128), mixed.view(510, 128)
+
+
+def drawn(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Rows of several sizes, one of zeros, and a negative zero; float32."""
+    weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+    weight[rows // 2] = 0
+    weight[0, 0] = -0.0
+    return weight
 
 
 def amaxes(generator: torch.Generator, count: int) -> Iterator[Tensor]:
@@ -47,8 +50,7 @@ def amaxes(generator: torch.Generator, count: int) -> Iterator[Tensor]:
 def cases(seed: int, count: int) -> Iterator[Case]:
     """Every format on every number, in order and mixed, at 8 + 2 * `count` amaxes; on ties; on small and ragged shapes."""
     generator = torch.Generator().manual_seed(seed)
-    ordered = every_number()
-    mixed = ordered.flatten()[torch.randperm(ordered.numel(), generator=generator)].view(510, 128)
+    ordered, mixed = every_number(generator)
     small = ordered[(ordered.abs().amax(dim=1) < 16) & (ordered.abs().amax(dim=1) > 2**-16)]
     ties = torch.randint(-56, 57, (64, 256), generator=generator).to(torch.bfloat16) / 8
     for name, form in FORMS.items():
@@ -58,9 +60,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         for scale in (1.0, 2.0**-10, 2.0**-110, 2.0**100):
             yield f"{name}, ties times {scale}", form, ties * scale, Amax(torch.tensor(7.0 * scale), torch.tensor(0.0))
         for rows, columns in ((2, 128), (34, 384), (130, 256), *(((1, 16), (3, 48)) if form.tile[0] == 1 else ())):
-            weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
-            weight[rows // 2] = 0
-            weight[0, 0] = -0.0
+            weight = drawn(rows, columns, generator)
             yield f"{name}, {rows} x {columns}", form, weight.to(torch.bfloat16), of(weight)
         yield f"{name}, rows of like size", form, small[: len(small) // 2 * 2], of(small)
     for rows, columns in ((130, 200), (1, 1), (257, 7), (127, 129)):
@@ -92,8 +92,7 @@ def wrong(case: Case, kernel: Callable[[Tensor, Amax], dict[str, Piece]], device
 def smoothings(seed: int) -> Iterator[Smoothed]:
     """Every search on every number, in order, mixed, and one a row; on ties and on weights that overflow; on awkward shapes."""
     generator = torch.Generator().manual_seed(seed)
-    ordered = every_number()
-    mixed = ordered.flatten()[torch.randperm(ordered.numel(), generator=generator)].view(510, 128)
+    ordered, mixed = every_number(generator)
     signs = torch.randint(0, 2, (255 * 128, 64), generator=generator).mul(2).sub(1).to(torch.bfloat16)
     alike = (ordered[:255].reshape(-1, 1) * signs).repeat(1, 2)
     ties = torch.randint(-56, 57, (64, 128), generator=generator).to(torch.bfloat16) / 8
@@ -108,9 +107,7 @@ def smoothings(seed: int) -> Iterator[Smoothed]:
                 yield f"{name}, ties times 2^{power}", name, ties * 2.0**power, factors
                 yield f"{name}, ties times 2^{power}, twice", name, ties * 2.0**power, factors * 2.0**power
         for rows, columns in ((1, 128), (33, 384), (130, 256), (31, 1152), *(((3, 48),) if name == "nvfp4" else ())):
-            weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
-            weight[rows // 2] = 0
-            weight[0, 0] = -0.0
+            weight = drawn(rows, columns, generator)
             factors = torch.rand(columns, generator=generator).mul(8).sub(4).exp2()
             yield f"{name}, {rows} x {columns}", name, weight.to(torch.bfloat16), factors.to(torch.bfloat16)
 

@@ -90,9 +90,8 @@ def quantized(
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """The amaxes and vectors of this rank's quantizers."""
-    return {
-        name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(("._amax", "._pre_quant_scale"))
-    }
+    kept = ("._amax", "._pre_quant_scale")
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(kept)}
 
 
 def export_ours(

@@ -193,6 +193,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def behind(prefix: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by what follows in them."""
+    return {name.removeprefix(prefix): tensor for name, tensor in held.items() if name.startswith(prefix)}
+
+
 def same(left: Tensor, right: Tensor) -> bool:
     """Equal dtype, shape and bytes; NaN equals itself."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):

@@ -59,9 +59,8 @@ def _changed(text: str, change: str) -> str:
     """A file with the lines of a diff, which has no line numbers: what it leaves must stand in the file once."""
     lines = change.splitlines(keepends=True)
     before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-    assert text.count(f"\n{before}") == 1, (
-        f"the page changes these lines, which are there {text.count(before)} times:\n{before}"
-    )
+    count = text.count(f"\n{before}")
+    assert count == 1, f"the page changes these lines, which are there {count} times:\n{before}"
     return text.replace(f"\n{before}", f"\n{after}")
 
 

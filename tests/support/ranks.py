@@ -17,6 +17,8 @@ import torch
 
 from megatron_export.cli import export_command, flags
 
+from .command_line import said_by
+
 # A rank is a fork of a process that has imported this file, and so what an export imports on its way.
 for late in ("cli.run", "cli.plan_command", "calibration.calibrate", "mcore.build"):
     import_module(f"megatron_export.{late}")
@@ -116,11 +118,4 @@ def _serve(pipe: Connection, rank: int) -> None:
 
 def command(*flags: object) -> tuple[int, str]:
     """Run the command in this rank with `flags`; returns its exit status and all it said."""
-    said: list[str] = []
-    try:
-        status = export_command.main(
-            lambda *words, **_: said.append(" ".join(map(str, words))), [str(flag) for flag in flags]
-        )
-    except SystemExit as exit:
-        status = exit.code
-    return status, "\n".join(said)
+    return said_by(export_command.main, *flags)

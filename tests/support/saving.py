@@ -118,9 +118,8 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
     path = folder / ".metadata"
     held = pickle.loads(path.read_bytes())  # noqa: S301 - made by this test
     held.state_dict_metadata = {rename(key): said for key, said in held.state_dict_metadata.items()}
-    held.storage_data = {
-        MetadataIndex(rename(index.fqn), index.offset, index.index): info for index, info in held.storage_data.items()
-    }
+    stored = held.storage_data.items()
+    held.storage_data = {MetadataIndex(rename(one.fqn), one.offset, one.index): info for one, info in stored}
     path.write_bytes(pickle.dumps(held))
 
 
