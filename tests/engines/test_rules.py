@@ -23,7 +23,7 @@ from ..support.plans import plan_of
 
 LLAMA4_NAME = {"architectures": ["Llama4ForCausalLM"]}
 GPT_OSS = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "sliding_window": 8, "head_dim": 32}
-MODELOPT = Options(fp8_pb_spelling="modelopt", awq_output="modelopt")
+MODELOPT = Options(fp8_pb_spelling="modelopt")
 # What ModelOpt wrote -> the first rule that vLLM, SGLang and TensorRT-LLM find broken, or mind; '' for none.
 # fmt: off
 USUAL = {
