@@ -36,6 +36,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
+KEPT = ("batch_size", "learning_rate", "dropout", "gain_spread", "seed")  # flags that training.json has
 WINDOW = 512
 EXCERPT_BYTES, HELDOUT_BYTES, CALIBRATION_BYTES = 12_000, 250_000, 400_000
 WARMUP, REPORT_SECONDS = 0.02, 10
@@ -77,9 +78,7 @@ def main() -> None:
             "heldout_tokens": len(heldout_tokens),
             "corpus_tokens": len(train_tokens),
             **trained,
-            **{
-                name: getattr(flags, name) for name in ("batch_size", "learning_rate", "dropout", "gain_spread", "seed")
-            },
+            **{name: getattr(flags, name) for name in KEPT},
             "device": here.device.type,
             "python": platform.python_version(),
             **{name.replace("-", "_"): version(name) for name in ("torch", "megatron-core")},
@@ -93,17 +92,13 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     library = Path(sysconfig.get_paths()["stdlib"])
-    parser.add_argument(
-        "--library", type=Path, default=library, help="folder to learn from; default: this Python's own"
-    )
+    parser.add_argument("--library", type=Path, default=library, help="to learn from; default: this Python's own")
     parser.add_argument("--minutes", type=float, default=7.0, help="time to train for, without set-up and export")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--batch-size", type=int, default=128, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest one, after warm-up")
     parser.add_argument("--dropout", type=float, default=0.1, help="of what each layer adds, and of the embeddings")
-    parser.add_argument(
-        "--gain-spread", type=float, default=1.0, help="of the norms' first gains: sigma of their logarithm"
-    )
+    parser.add_argument("--gain-spread", type=float, default=1.0, help="sigma of the log of the norms' first gains")
     parser.add_argument("--seed", type=int, default=1234, help="of the data's order; on the CPU, of the weights too")
     return parser.parse_args()
 

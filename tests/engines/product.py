@@ -51,8 +51,7 @@ WITH_MLA = {f"{name}+mla": settings | {"quantize_mla": True} for name, settings 
 
 
 def source(folder: Path, name: str) -> Path:
-    """A bfloat16 checkpoint in those sizes; of NAME-mtp, with a layer that predicts one more token, of NAME-sparse, with
-    experts in every layer."""
+    """A bfloat16 checkpoint in those sizes; NAME-mtp has a layer that predicts a token, NAME-sparse experts in every layer."""
     name, _, kind = name.partition("-")
     made = make_model(folder, name, **MODELS[name] | ({"mlp_only_layers": []} if kind == "sparse" else {}))
     if kind == "mtp":

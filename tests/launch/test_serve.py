@@ -18,8 +18,15 @@ from ..support.models import EXAMPLE
 pytestmark = pytest.mark.whole
 
 TEXT = EXAMPLE / "heldout.txt"
-ANSWER = {"version": "1", "device": "GPU", "error": None, "warned": [], "chose": []}
-ANSWER |= {"tokens": [1, 2], "losses": [1.0, 2.0]}
+ANSWER = {
+    "version": "1",
+    "device": "GPU",
+    "error": None,
+    "tokens": [1, 2],
+    "losses": [1.0, 2.0],
+    "warned": [],
+    "chose": [],
+}
 
 
 @pytest.fixture

@@ -96,9 +96,7 @@ def spelled(name: str, back: bool = False) -> str:
 
 
 def exported(ranks: Ranks, source: Path, out: Path, tp: int, measured: Path | None = None) -> str:
-    """What the command says while it exports a model on `tp` ranks in every format, each into a folder of `out`, with the
-    statistics that an export into `measured` kept, or its own.
-    """
+    """What the command says while `tp` ranks export every format into `out`, with the statistics of `measured`, or their own."""
     ids = ("--calib-data", source.parent / "ids.safetensors", "--calib-samples", SAMPLES, "--calib-seq-len", LENGTH)
     flags, all_said = ("--device", "cpu", "--hf-model", source, "--tp", tp), []
     out.mkdir()

@@ -164,9 +164,7 @@ def test_samples_longer_than_a_chunk_of_attention_are_refused(ranks: Ranks, tmp_
 
 
 def all_experts(source: Path) -> tuple[dict[str, float], float]:
-    """In a rank: input maxima of layer 1's linears when all experts see all tokens, and the largest product of a token and
-    its score for any expert.
-    """
+    """In a rank: input maxima of layer 1's linears when all experts see all tokens; the largest product of a token and a score."""
     with loaded(source) as (model, _):
         layer, products = model.decoder.layers[1].mlp, []
 

@@ -27,6 +27,5 @@ def python(*words: object, **environment: object) -> subprocess.CompletedProcess
     """What comes of a Python of its own with these words, on one thread and nobody's rank unless `environment` says otherwise."""
     outside = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     given = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=outside | given, timeout=600
-    )
+    line = [sys.executable, *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, env=outside | given, timeout=600)

@@ -126,9 +126,7 @@ SAMPLES, LENGTH = 8, 24
 
 
 def make_model(folder: Path, name: str, **changes: object) -> Path:
-    """A checkpoint as its publisher would have it, in bfloat16, with norms and biases that are not trivial; and
-    `ids/calibration.safetensors` beside it, for calibration.
-    """
+    """A bfloat16 checkpoint, its norms and biases not trivial; beside it `ids/calibration.safetensors`, to calibrate with."""
     from transformers import AutoConfig
 
     torch.manual_seed(7)
