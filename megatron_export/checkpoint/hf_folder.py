@@ -6,7 +6,7 @@ from pathlib import Path
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import ADAPTERS, refuse_adapters
-from ..common.safe_files import check_readable, exists, inside, not_read, read_index, read_json, read_table, shown
+from ..common.safe_files import exists, inside, not_read, read_index, read_json, read_table, shown
 from ..models import architecture_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +38,6 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     if not exists(folder) or not folder.is_dir():
         way_out = "Give the path of an HF checkpoint, or a hub id such as org/name"
         raise ExportError(f"no model folder {hf_model}. {way_out}")
-    check_readable(folder)
     refuse_adapters(folder)
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")

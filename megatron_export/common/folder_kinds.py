@@ -5,14 +5,17 @@ from pathlib import Path
 
 from .errors import ExportError
 from .file_names import CONFIG, INDEX
-from .safe_files import inside, read_table, shown
+from .safe_files import check_readable, exists, inside, read_table, shown
 
 ADAPTERS = "adapter_config.json"
 HEADLESS = "an embedding model: its tensors have no 'model.' before their names, and it has no output layer"
 
 
 def refuse_adapters(folder: Path) -> None:
-    """Raise for a folder of PEFT adapters that has no model beside them."""
+    """Raise for a folder of PEFT adapters that has no model beside them, and for one that this user may not read."""
+    if not exists(folder):
+        return
+    check_readable(folder)
     weights = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
     if not (folder / ADAPTERS).is_file() or ((folder / CONFIG).is_file() and weights):
         return

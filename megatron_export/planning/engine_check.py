@@ -8,7 +8,7 @@ from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import refuse_adapters
-from ..common.safe_files import check_readable, exists, headers, inside, not_read, read_index, read_table
+from ..common.safe_files import exists, headers, inside, not_read, read_index, read_table
 from ..engines import ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
 from ..models import copied_prefixes, parameters_of
 from ..models.sources import expected_shapes
@@ -30,7 +30,6 @@ def of_folder(folder: Path) -> CheckpointView:
     """The checkpoint in a folder, from its configs and headers; `ExportError` if one of them cannot be read."""
     if not exists(folder) or not folder.is_dir():
         raise ExportError(f"{folder} is not a folder. Give that of a checkpoint: config.json and .safetensors files")
-    check_readable(folder)
     refuse_adapters(folder)
     config = _json(folder, CONFIG)
     if config is None:

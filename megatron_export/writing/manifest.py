@@ -72,7 +72,7 @@ def origin_of(folder: Path) -> str:
     """
     run = said_of(folder).get("run")
     name = run.get("hf_model") if isinstance(run, dict) else None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable():
         raise ExportError(f"{folder} does not say what it was made from. Give --reference PATH_OR_ID")
     if "/" in name and not Path(name).is_absolute():
         return name

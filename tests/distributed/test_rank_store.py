@@ -28,14 +28,14 @@ def listening_at(port: int) -> list[str]:
 
 def attacked() -> tuple[str, list[str]]:
     """In a rank: the verdict after a stranger has said that a rank failed, under every key there is; where the store listens."""
-    with parallel_state.started(1, 1, "cpu"), parallel_state.current(5) as here:
+    with parallel_state.started(1, 1, "cpu"), parallel_state.current(2) as here:
         store = getattr(here.pulse.store, "store", here.pulse.store)
         if here.first:
             stranger = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
             for key in ("verdict", "alarm", *stranger.list_keys()):
                 stranger.set(key.removeprefix("/"), "rank 1 failed to export: bye")
         with together(here, "listen"):
-            time.sleep(3)
+            time.sleep(1.2)  # three beats
         return here.pulse.verdict, listening_at(store.port)
 
 
