@@ -16,6 +16,7 @@ import pytest
 from megatron_export import ExportError
 from megatron_export.cli import commands, terminal
 from megatron_export.common.errors import message_of
+from megatron_export.distributed import last_words
 
 from ..support.models import GOLDEN, read_json
 from ..support.ranks import Ranks, command
@@ -177,6 +178,15 @@ def test_an_error_is_clean_wherever_it_is_shown() -> None:
         raise ValueError(EVIL)
     except ValueError as error:
         assert_harmless(message_of(error).replace("\nFORGED", ""), "message_of")
+
+
+def test_what_torchrun_is_left_to_show_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(last_words.FILE, str(tmp_path / "error.json"))
+    last_words.leave(EVIL)
+    left = json.loads((tmp_path / "error.json").read_text())["message"]
+    for said in (left["message"], left["extraInfo"]["py_callstack"]):
+        assert "\\x1b[31m" in said
+        assert_harmless(said.replace("\nFORGED", ""), "torchrun")
 
 
 def test_a_persons_table_has_no_escapes_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
