@@ -347,7 +347,7 @@ def test_the_same_options_give_the_same_format_and_others_another() -> None:
         ("nvfp", {}, "unknown format 'nvfp'. Did you mean 'nvfp4'? Known: bf16, fp8, fp8_pb, nvfp4"),
         ("int4", {}, "unknown format 'int4'. Did you mean 'int4_awq'?"),
         ("fp8_bp", {}, "unknown format 'fp8_bp'. Did you mean 'fp8_pb'?"),
-        ("FP8", {}, "unknown format 'FP8'. Known: "),
+        ("FP8", {}, "unknown format 'FP8'. Did you mean 'fp8'? Known: "),
         ("fp8", {"group_size": 64}, "--group-size has no effect with --format fp8; it is for int4_awq, w4a8_awq"),
         ("nvfp4_awq", {"group_size": 64}, "--group-size has no effect with --format nvfp4_awq"),
         ("int4_awq", {"group_size": 96}, "--group-size must be one of 128, 64, not 96"),
