@@ -186,7 +186,8 @@ def another(target: Path, plan: Plan) -> Iterator[Process]:
     try:
         yield process
     finally:
-        done.set()
+        if process.is_alive():  # else nobody answers, and `set` would wait for ever
+            done.set()
         process.join()
 
 
@@ -207,6 +208,7 @@ def test_two_exports_into_one_target_do_not_meet(plan: Plan, tmp_path: Path) -> 
 def test_the_lock_of_a_killed_export_is_free(plan: Plan, tmp_path: Path) -> None:
     with another(tmp_path / "out", plan) as process:
         process.kill()
+        process.join()
     export(tmp_path / "out", plan)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
