@@ -20,7 +20,7 @@ from megatron_export.cli.export_command import EXAMPLE_MODEL, bar
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.verify.emulation import bits_per_weight, load
-from megatron_export.verify.perplexity import WINDOW, of_window, windows_of
+from megatron_export.verify.perplexity import WINDOW, letters_of, of_window, windows_of
 
 from .measuring import add_device, alone, compared, markdown
 
@@ -87,6 +87,7 @@ def quality(flags: argparse.Namespace) -> None:
     """Export unless told what to score; score; print the table."""
     if flags.write_readme:
         parts_of_page()
+    letters_of(flags.text)
     with TemporaryDirectory() as temporary:
         folders = {str(path): path for path in flags.checkpoints}
         folders = folders or exported(flags, flags.output or Path(temporary))

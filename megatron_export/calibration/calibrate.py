@@ -31,8 +31,7 @@ from .awq_search import Alphas
 from .checks import check_batches, check_modules, check_parallelism, check_replicas
 from .hooks import Observer, watching
 from .lookup import Statistics
-
-CLIP_BYTES = 1 << 30
+from .memory import CLIP_BYTES
 
 
 def calibrate(

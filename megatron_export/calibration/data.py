@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.hf_folder import lacks_tokenizer
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError
 from ..common.safe_files import exists, not_read, opened, panics, reason_of
@@ -20,22 +21,35 @@ _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
 def read_samples(
-    file: Path, tokenizer_folder: Path, *, samples: int, length: int, trust_remote_code: bool = False
+    file: Path,
+    tokenizer_folder: Path,
+    *,
+    samples: int,
+    length: int,
+    trust_remote_code: bool = False,
+    fewer: bool = False,
 ) -> Tensor:
     """int64 token ids [samples, length] from `file`; from a .safetensors file, its first `samples` rows, whole.
 
     The tokens of all texts, with an end-of-text token between texts, are cut into samples, so that none is padded.
-    `trust_remote_code`: run code that the tokenizer's folder brings. `ExportError` if the file is missing, not text, or too short.
+    `trust_remote_code`: run code that the tokenizer's folder brings. `fewer`: take what is there, if that is at least one sample.
+    `ExportError` if the file is missing, not text, or too short, and if there is no tokenizer.
     """
     if not exists(file) or not file.is_file():
         raise ExportError(f"no calibration file {file}. Give --calib-data one that exists")
     if file.suffix.lower() not in SUFFIXES:
         raise ExportError(f"{file}: calibration data must be one of {', '.join(SUFFIXES)}")
     if file.suffix.lower() == ".safetensors":
-        return _ids(file, samples)
+        return _ids(file, samples, fewer)
+    if lacking := lacks_tokenizer(tokenizer_folder):
+        raise ExportError(
+            f"{lacking}, and calibration text needs one. Add these files, or give --calib-data token ids in a .safetensors file"
+        )
     tokens = _tokenize(file, tokenizer_folder, trust_remote_code, enough=samples * length)
     if not tokens:
         raise ExportError(f"{file}: no text in it. Give --calib-data a file with text")
+    if fewer:
+        samples = min(samples, max(len(tokens) // length, 1))
     if len(tokens) < samples * length:
         raise ExportError(
             f"{file}: {len(tokens)} tokens, too short for --calib-samples {samples} of --calib-seq-len {length} "
@@ -44,15 +58,16 @@ def read_samples(
     return torch.tensor(tokens[: samples * length]).view(samples, length)
 
 
-def _ids(file: Path, samples: int) -> Tensor:
+def _ids(file: Path, samples: int, fewer: bool) -> Tensor:
     held = opened(file, "Write or fetch it again")
     found = {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118 - not a dict
     ids = found.get("input_ids")
     shape = ids.get_shape() if ids else []
-    if len(shape) != 2 or shape[1] == 0 or ids.get_dtype() not in _INTEGERS:
+    if len(shape) != 2 or shape[1] == 0 or (fewer and shape[0] == 0) or ids.get_dtype() not in _INTEGERS:
         dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in found.items()}
         said = ", ".join(f"{name} {dtypes[name]} {found[name].get_shape()[:8]}" for name in sorted(found)[:5])
         raise ExportError(f"{file}: needs an integer tensor `input_ids` [samples, tokens]; it holds {said or 'none'}")
+    samples = min(samples, shape[0]) if fewer else samples
     if shape[0] < samples:
         raise ExportError(f"{file}: {shape[0]} samples, fewer than --calib-samples {samples}. Ask for fewer")
     if samples * shape[1] > MOST_IDS:

@@ -30,19 +30,27 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
     report([f"the statistics have no {key}: they are of another model" for key in missing])
     homes = homes_of(config)
     tensors = {hf: tensor.clone() for key, tensor in statistics.items() for hf in on_disk(key, homes)}
-    partial = file.with_name(f".{file.name}.{token_hex(4)}.partial")
-    # one entry: safetensors writes several in any order, and the same statistics shall be the same file
-    save_file(tensors, partial, metadata={KIND: json.dumps(sizes_of(config))})
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-    partial.replace(file)
+    partial = partial_of(file)
+    try:
+        # one entry: safetensors writes several in any order, and the same statistics shall be the same file
+        save_file(tensors, partial, metadata={KIND: json.dumps(sizes_of(config))})
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sizes_of(config: dict) -> dict:
     """The sizes of a model as JSON has them: those of experts and of latent attention only where it has them."""
     sizes = {key: size for key, size in asdict(shape_of(config)).items() if size or key == "tied"}
     return {key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items()}
+
+
+def partial_of(file: Path) -> Path:
+    """A file that `save` writes before it is `file`."""
+    return file.with_name(f".{file.name}.{token_hex(4)}.partial")
 
 
 def check_kind(file: Path) -> None:

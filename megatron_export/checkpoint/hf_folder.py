@@ -22,6 +22,12 @@ _COPIED = (
         "*.tiktoken",
     ),
 )
+_VOCABULARIES = (
+    "tokenizer.json",
+    "*.model",
+    "vocab.*",
+    "*.tiktoken",
+)  # what a tokenizer cannot be without: one of these
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # may run code when they are read
 _NEVER_COPIED = (*_PICKLES, ".safetensors")  # whatever they are called
 
@@ -123,6 +129,20 @@ def files_to_copy(folder: Path) -> list[Path]:
     named = [path for path in found if any(path.match(pattern) for pattern in _COPIED)]
     files = [inside(folder, path.name) for path in named if path.suffix.lower() not in _NEVER_COPIED]
     return [path for path in files if path.is_file()]
+
+
+def lacks_tokenizer(folder: Path) -> str:
+    """Which files of a tokenizer are not in a model's folder, as the beginning of a sentence; "" if it has one."""
+    if not folder.is_dir() or any(path.match(pattern) for pattern in _VOCABULARIES for path in folder.iterdir()):
+        return ""
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).exists()]
+    return f"{folder} has no tokenizer: {' and '.join(missing)} (or {', '.join(_VOCABULARIES[1:])}) missing"
+
+
+def tokenizer_remarks(folder: Path) -> tuple[str, ...]:
+    """What to say of an export of a model without a tokenizer. A folder of config.json alone is one to plan with."""
+    lacking = lacks_tokenizer(folder) if len(list(folder.iterdir())) > 1 else ""
+    return (f"{lacking}: the checkpoint has none either, and engines want one",) if lacking else ()
 
 
 def _fetch(hub_id: str, patterns: list[str]) -> Path:

@@ -52,9 +52,11 @@ class ExportConfig:
         ".txt, .jsonl or .parquet with a column `text`, or .safetensors with `input_ids` [samples, tokens], used as they are "
         "(default: text in this repository)",
     )
-    calib_samples: int = beside(128, "calibration samples")
-    calib_seq_len: int = beside(512, "tokens of a sample")
-    calib_batch_size: int = beside(4, "samples of a micro-batch")
+    calib_samples: int | None = beside(
+        None, "calibration samples (default: 128, or what the data has if that is fewer)"
+    )
+    calib_seq_len: int = option(512, "tokens of a sample")
+    calib_batch_size: int = option(4, "samples of a micro-batch")
     calib_all_experts: bool = beside(False, "measure every expert on all tokens, not on those routed to it")
     save_calibration: Path | None = beside(None, "write the statistics to this .safetensors file")
     load_calibration: Path | None = beside(

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,10 +84,18 @@ def _failed(say: Say, config: ExportConfig, error: ExportError) -> int:
 def _way_on(config: ExportConfig) -> str:
     """What is left of a failed export, and how to use it."""
     from ..writing.journal import kept
+    from .outputs import kept_file
 
-    complete = kept(config.output.resolve()) if config.output else 0
-    said = f"{complete} of its files are complete: the same command with --resume goes on with them"
-    return said if complete else ""
+    if config.output is None:
+        return ""
+    if complete := kept(config.output.resolve()):
+        return f"{complete} of its files are complete: the same command with --resume goes on with them"
+    file = kept_file(config)
+    with suppress(OSError):  # its name is too long
+        if file.is_file():
+            until = f"until an export into {config.output} is complete"
+            return f"the calibration is kept in {file} {until}: give it to --load-calibration"
+    return ""
 
 
 def table(job: "Outcome") -> list[tuple[str, str]]:
@@ -95,7 +104,7 @@ def table(job: "Outcome") -> list[tuple[str, str]]:
     from .plan_command import plan_rows
 
     report, rows = job.report, plan_rows(job.plan)
-    rows += [("note", remark) for remark in job.plan.remarks]
+    rows += [("note", remark) for remark in job.plan.remarks + job.remarks]
     rows += [(engine, verdict.text) for engine, verdict in verdicts(of_plan(job.plan)).items()]
     if job.tokens:
         rows.append(("experts", _experts(job.tokens)))
@@ -119,7 +128,7 @@ def _dry(config: ExportConfig, job: "Outcome") -> list[tuple[str, str]]:
     from .plan_command import preview_of, rows
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return rows(preview_of(config, job.plan, job.world, device, job.calibrates))
+    return rows(preview_of(config, job.plan, job.world, device, job.batch, job.remarks))
 
 
 def _experts(tokens: dict[str, "Tensor"]) -> str:

@@ -3,6 +3,22 @@
 from pathlib import Path
 
 from ..common.errors import ExportError
+from ..common.safe_files import reason_of
+
+
+def check(repository: str) -> None:
+    """`ExportError` for what is no name of a repository, and where nobody is logged in who could upload: before any work."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        HfApi().whoami()
+    except Exception as error:  # the hub's client and its HTTP client each raise their own
+        raise ExportError(
+            f"--push-to-hub {repository}: nothing could be uploaded there ({type(error).__name__}: {reason_of(error)}). Log in "
+            "with `hf auth login`, or leave the flag out and upload later"
+        ) from error
 
 
 def push(folder: Path, repository: str) -> str:

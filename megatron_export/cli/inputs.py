@@ -4,14 +4,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calibration import data, statistics
+from ..calibration import data
+from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.original import Original, read_original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..checkpoint.torch_dist_iteration import find_iteration
 from ..common.errors import ExportError
 from ..distributed.topology import Topology
 from ..models import shape_of
+from ..models.hf_config import text_of
+from ..verify import perplexity
 from .config import ExportConfig
+
+SAMPLES = 128  # without --calib-samples
 
 
 def original_of(config: ExportConfig, example_model: Path) -> Original:
@@ -19,10 +24,9 @@ def original_of(config: ExportConfig, example_model: Path) -> Original:
     if config.hf_model is None and not example_model.is_dir():
         said = "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         raise ExportError(said)
-    own = config.megatron_checkpoint is None
-    return read_original(
-        config.hf_model or example_model, config.request.mtp, weights=own and not config.dry_run, own=own
-    )
+    own, judged = config.megatron_checkpoint is None, config.verify or config.report
+    weights = not config.dry_run and (own or judged)
+    return read_original(config.hf_model or example_model, config.request.mtp, weights=weights, own=own)
 
 
 def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint | None:
@@ -41,40 +45,34 @@ def apart(config: ExportConfig) -> list[Path]:
     return [Path.cwd(), *(path for path in given if path)]
 
 
-def check_saving(config: ExportConfig) -> None:
-    """Refuse a --save-calibration that cannot be written, before any work."""
-    if not config.save_calibration:
-        return
-    file = config.save_calibration.resolve()
-    if file.is_dir() or not file.parent.is_dir():
-        raise ExportError(f"--save-calibration {file}: give a file in a folder that exists")
-    if file.exists():
-        statistics.check_kind(file)
-    if config.output and file.is_relative_to(config.output.resolve()):
-        raise ExportError(
-            f"--save-calibration {file} is inside --output, which is replaced whole: give a file elsewhere"
-        )
+def check_text(config: ExportConfig, reference: Path) -> None:
+    """Refuse a --verify-text that cannot be scored, before any work."""
+    if config.verify_text and not config.dry_run:
+        perplexity.check_text(config.verify_text, reference, "--verify-text")
 
 
 def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_model: Path, here: Topology) -> Tensor:
-    """The calibration data, int64 [samples, tokens]. `ExportError` where it does not fit the ranks or the vocabulary."""
-    batches = -(-config.calib_samples // config.calib_batch_size)
-    if batches < here.dp_size:
-        raise ExportError(
-            f"--calib-samples {config.calib_samples} of --calib-batch-size {config.calib_batch_size} make {batches} "
-            f"micro-batch{'es' * (batches > 1)}, fewer than the {here.dp_size} data-parallel ranks. Ask for more samples "
-            "or smaller batches"
-        )
-    exchanged = shape_of(hf_config).experts and config.ep * (config.etp or config.tp) > config.tp
-    if exchanged and (batches % here.dp_size or config.calib_samples % config.calib_batch_size):
-        raise ExportError(
-            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {here.dp_size} needs as many "
-            f"micro-batches, all whole: --calib-samples {config.calib_samples} is no multiple of --calib-batch-size "
-            f"{config.calib_batch_size} x {here.dp_size}"
-        )
-    file = config.calib_data or example_model / "calibration.txt"
-    shape = {"samples": config.calib_samples, "length": config.calib_seq_len}
-    samples = data.read_samples(file, folder, **shape, trust_remote_code=config.trust_remote_code)
+    """The calibration data, int64 [samples, tokens]. `ExportError` where it does not fit the model or the ranks.
+
+    Without --calib-samples there are 128, or as many as the data has and the ranks can share.
+    """
+    file, most = (
+        config.calib_data or example_model / "calibration.txt",
+        text_of(hf_config).get("max_position_embeddings"),
+    )
+    beyond = f"more than max_position_embeddings {most} in config.json, for which the model was made"
+    if most and config.calib_seq_len > most and file.suffix != ".safetensors":
+        raise ExportError(f"--calib-seq-len {config.calib_seq_len} is {beyond}. Give {most} or less")
+    shape = {"samples": config.calib_samples or SAMPLES, "length": config.calib_seq_len}
+    fewer = config.calib_samples is None
+    samples = data.read_samples(file, folder, **shape, trust_remote_code=config.trust_remote_code, fewer=fewer)
+    if most and samples.shape[1] > most:
+        raise ExportError(f"{file}: samples of {samples.shape[1]} tokens, {beyond}. Give shorter ones")
+    exchanged = bool(shape_of(hf_config).experts) and config.ep * (config.etp or config.tp) > config.tp
+    step = config.calib_batch_size * here.dp_size
+    if fewer and exchanged and len(samples) >= step:
+        samples = samples[: len(samples) // step * step]
+    _check_shared(config, len(samples), exchanged, here.dp_size)
     vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
     if samples.min() < 0 or samples.max() >= vocab:
         raise ExportError(
@@ -82,6 +80,31 @@ def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_mo
             "Tokenize it for this model"
         )
     return samples
+
+
+def remarks(config: ExportConfig, folder: Path, samples: Tensor | None) -> tuple[str, ...]:
+    """What the user should know of what was given: no tokenizer, fewer samples than usual."""
+    said = tokenizer_remarks(folder)
+    if samples is not None and config.calib_samples is None and len(samples) < SAMPLES:
+        said += (f"calibrated on {len(samples)} samples of {samples.shape[1]} tokens, as the data has no more",)
+    return said
+
+
+def _check_shared(config: ExportConfig, samples: int, exchanged: bool, replicas: int) -> None:
+    """`ExportError` unless data-parallel ranks can share the samples; `exchanged`: they exchange tokens of experts."""
+    batches = -(-samples // config.calib_batch_size)
+    if batches < replicas:
+        raise ExportError(
+            f"--calib-samples {samples} of --calib-batch-size {config.calib_batch_size} make {batches} "
+            f"micro-batch{'es' * (batches > 1)}, fewer than the {replicas} data-parallel ranks. Ask for more samples or smaller "
+            "batches"
+        )
+    if exchanged and (batches % replicas or samples % config.calib_batch_size):
+        raise ExportError(
+            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {replicas} needs as many "
+            f"micro-batches, all whole: --calib-samples {samples} is no multiple of --calib-batch-size "
+            f"{config.calib_batch_size} x {replicas}"
+        )
 
 
 def provenance(config: ExportConfig, folder: Path) -> dict:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..calibration.memory import MicroBatch, calibration_bytes
+from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.hf_weights import copied_tensors
 from ..checkpoint.original import config_alone
 from ..common.errors import ExportError, report
@@ -88,27 +90,38 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     original = config_alone(config.hf_model or example_model, request.mtp, own=config.megatron_checkpoint is None)
     hf_config = original.config
     copied, remarks = _copied(original.folder, copied_prefixes(hf_config))
+    remarks += tokenizer_remarks(original.folder)
     held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
     plan = make_plan(hf_config, held, request, copied=copied, nodes=tuple(rank // GPUS for rank in range(most + 1)))
     report(refusals(plan, request.target))
-    calibrates = bool(plan.form.calibrated or plan.kv)
-    if calibrates:
-        check_computed(hf_config, config.calib_seq_len)
-    return preview_of(config, plan, world, config.device or "cuda", calibrates, original.remarks + remarks)
+    calibrates = bool(plan.form.calibrated or plan.kv) and not config.load_calibration
+    batch = MicroBatch(config.calib_batch_size, config.calib_seq_len) if calibrates else None
+    if batch:
+        check_computed(hf_config, batch.length)
+    return preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks)
 
 
 def preview_of(
-    config: ExportConfig, plan: Plan, world: int | None, device: str, calibrates: bool, remarks: tuple[str, ...] = ()
+    config: ExportConfig,
+    plan: Plan,
+    world: int | None,
+    device: str,
+    batch: MicroBatch | None,
+    remarks: tuple[str, ...] = (),
 ) -> Preview:
-    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run or not."""
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run in such batches or not."""
     sizes = _sizes(config, world)
     held = assumed(plan.config, config.tp, config.etp, **sizes)
     grid = grid_of(plan.config, config.tp, config.etp, **sizes)
     output = (config.output or Path.cwd()).resolve()
     disk = next(folder for folder in (output, *output.parents) if folder.is_dir())
-    if calibrates:
-        remarks += ("a calibration run takes memory of its own, which is not counted here",)
+    calibration = calibration_bytes(plan, grid, batch, device) if batch else 0
+    if batch:
+        shape = f"{batch.samples} x {batch.length} tokens"
+        remarks += (
+            f"counted with a calibration run of {shape} at a time: at most {readable(calibration)} beside the weights",
+        )
     if device == "cpu":
         remarks += (
             "glibc may keep up to 0.6 GB of what is freed, not counted here; with MALLOC_MMAP_THRESHOLD_=1048576 in the "
@@ -117,7 +130,7 @@ def preview_of(
     return Preview(
         plan=plan,
         grid=grid,
-        forecast=forecast(plan, held, grid, device, streamed=bool(config.megatron_checkpoint) and not calibrates),
+        forecast=forecast(plan, held, grid, device, bool(config.megatron_checkpoint) and not batch, calibration),
         left=_left(plan, config.request.exclude),
         engines=verdicts(of_plan(plan)),
         remarks=plan.remarks + remarks,

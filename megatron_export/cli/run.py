@@ -12,7 +12,9 @@ from torch import Tensor
 from ..calibration import statistics
 from ..calibration.calibrate import calibrate
 from ..calibration.lookup import check_calibration
+from ..calibration.memory import MicroBatch
 from ..checkpoint.hf_folder import check_unchanged
+from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..common.progress import Progress
@@ -30,7 +32,7 @@ from ..planning.plan import Plan
 from ..verify import thresholds
 from ..verify.report import write
 from ..writing.journal import kept_statistics
-from . import hub, inputs
+from . import hub, inputs, outputs
 from .config import ExportConfig
 
 
@@ -38,22 +40,26 @@ from .config import ExportConfig
 class Outcome:
     """What has been settled and done so far.
 
-    calibrates  whether calibration data is run
+    batch       of calibration data, where that is run
+    samples     of it, in all
     report      None after a dry run
     bytes_read  of weights, by all ranks
     tokens      experts of a layer -> how many calibration tokens each was given, int64 [experts]
     seconds     of each stage
     verdict     rows of the judgement, where one was asked for, and of what followed
+    remarks     on what was given, a sentence each
     """
 
     world: int = 1
     plan: Plan | None = None
-    calibrates: bool = False
+    batch: MicroBatch | None = None
+    samples: int = 0
     report: Report | None = None
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     verdict: list[tuple[str, str]] = field(default_factory=list)
+    remarks: tuple[str, ...] = ()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -75,7 +81,9 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         opening, checkpoint = _opened(config, example_model, here)
         job.world, job.plan = here.world, opening.plan
         opening, samples = _calibration(config, opening, example_model, here)
-        job.calibrates = samples is not None
+        if samples is not None:
+            job.batch, job.samples = MicroBatch(config.calib_batch_size, samples.shape[1]), len(samples)
+        job.remarks = inputs.remarks(config, opening.original.folder, samples)
         if config.dry_run:
             return job
         if checkpoint is None or samples is not None:
@@ -93,8 +101,8 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         job.tokens = {name: counts for name, counts in known.items() if is_tokens(name)}
         with together(here, "save the calibration"):
             check_unchanged(original.folder, original.files)
-            if config.save_calibration and here.first:
-                statistics.save(known, config.save_calibration, original.config)
+            if here.first:
+                outputs.save_calibration(config, known, original.config, measured=samples is not None)
         with job.stage("export"):
             said = inputs.provenance(config, original.folder), _notes(job, known)
             finish = partial(_finish, job, config, original.folder, here, progress)
@@ -114,6 +122,11 @@ def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[
         original = inputs.original_of(config, example_model)
         build.check_divides(original.config, here, config.pp_layout)
         checkpoint = inputs.open_checkpoint(config, original.config)
+
+    def check(plan: Plan, original: Original) -> None:
+        outputs.check(config)
+        inputs.check_text(config, original.folder)
+
     opening = open_export(
         here,
         Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
@@ -122,7 +135,7 @@ def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[
         {} if config.load_calibration else None,
         config.output,
         apart=inputs.apart(config),
-        check=lambda plan, original: inputs.check_saving(config),
+        check=check,
     )
     return opening, checkpoint
 
@@ -170,11 +183,12 @@ def _calibrated(
 
 
 def _notes(job: Outcome, known: Statistics) -> dict:
-    """What a report shows of this run: seconds of its stages so far, tokens of experts, alphas of AWQ."""
+    """What a report shows of this run: seconds of its stages so far, calibration samples, tokens of experts, alphas of AWQ."""
     alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
     tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
     seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
-    return {"seconds": seconds} | ({"alphas": alphas} if alphas else {}) | ({"tokens": tokens} if tokens else {})
+    others = {"samples": job.samples, "alphas": alphas, "tokens": tokens}
+    return {"seconds": seconds} | {name: said for name, said in others.items() if said}
 
 
 def _finish(job: Outcome, config: ExportConfig, folder: Path, here: Topology, progress: Progress, staged: Path) -> None:
@@ -182,7 +196,7 @@ def _finish(job: Outcome, config: ExportConfig, folder: Path, here: Topology, pr
     if not (config.verify or config.report):
         return
     asked = config.min_snr, config.max_ppl_ratio, config.verify_text
-    wanted = thresholds.Wanted(*asked, device=here.device.type, listed=False)
+    wanted = thresholds.Wanted(*asked, device=here.device.type, listed=False, flag="--verify-text")
     found = thresholds.inspected(staged, folder, wanted, progress)
     report([f"not published: {problem}" for problem in found.problems])
     job.verdict = [pair for pair in thresholds.rows(found) if pair[0] not in ("checkpoint", "format")]

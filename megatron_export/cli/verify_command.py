@@ -32,6 +32,8 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     """The exit status: 0 fine, 1 failed, 2 bad usage, or it could not be judged."""
     if flags.max_ppl_ratio is not None and flags.text is None:
         parser.error("--max-ppl-ratio needs --text")
+    if flags.windows is not None and flags.windows < 2:
+        parser.error(f"--windows must be at least 2, for a standard error, not {flags.windows}")
     import torch
 
     from ..checkpoint import hf_folder
@@ -40,6 +42,8 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     from ..writing.manifest import origin_of
     from . import hub
 
+    if flags.push_to_hub:
+        hub.check(flags.push_to_hub)
     named = flags.reference or origin_of(flags.folder)
     reference = hf_folder.find_model(named, weights=True)
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")

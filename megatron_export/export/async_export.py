@@ -32,6 +32,7 @@ from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
 from ..writing.publish import Destination
+from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
 from .async_writer import Handover
@@ -159,8 +160,11 @@ def export_hf_checkpoint_async(
         if plan.copied:
             copied = f"{len(plan.copied)} tensors are copied from the original model"
             raise ExportError(f"{copied}. Use export_hf_checkpoint")
+        claims.append(claimed(target))
+        stack.push(claims[0].leave)  # the process that writes has it then
 
-    with parallel_state.current(request.timeout) as here:
+    claims: list[Claim] = []  # of rank 0
+    with parallel_state.current(request.timeout) as here, ExitStack() as stack:
         opening = open_model(here, model, hf_model, request, calibration, target, check)
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said()}
@@ -171,7 +175,7 @@ def export_hf_checkpoint_async(
         try:
             _keep(here, work, memory)
             with together(here, "start the process that writes"):
-                process = _started(work.plan, place, here.sizes, memory) if memory else None
+                process = _started(work.plan, place, here.sizes, memory, claims[0]) if memory else None
         except BaseException:
             if memory:
                 memory.release()
@@ -196,18 +200,18 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
                 writer.flush()
 
 
-def _started(plan: Plan, place: Destination, sizes: dict[str, int], memory: _Memory) -> subprocess.Popen:
+def _started(plan: Plan, place: Destination, sizes: dict[str, int], memory: _Memory, claim: Claim) -> subprocess.Popen:
     """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
     job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
     with os.fdopen(job, "wb", closefd=False) as file:
-        pickle.dump(Handover(contents_of(plan), place, sizes, memory.descriptors), file)
+        pickle.dump(Handover(contents_of(plan), place, sizes, memory.descriptors, claim), file)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_export.export.async_writer", f"{job}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=(job, *memory.descriptors.values()),
+            pass_fds=(job, claim.lock, *memory.descriptors.values()),
             start_new_session=True,
         )
     finally:

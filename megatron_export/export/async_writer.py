@@ -15,23 +15,33 @@ from ..planning.contents import Contents
 from ..writing.journal import Checks, sync
 from ..writing.publish import Destination, open_staging, publish
 from ..writing.read_back import ReadBack, checks_of
+from ..writing.staging import Claim, Staging
 
 CHUNK = 64 << 20
 
 
 @dataclass(frozen=True)
 class Handover:
-    """What this process is told: what to publish and where, the topology's sizes, and file -> descriptor of its memory."""
+    """What this process is told: what to publish and where, the topology's sizes, file -> descriptor of its memory, the claim."""
 
     contents: Contents
     place: Destination
     sizes: dict[str, int]
     files: dict[str, int]
+    claim: Claim
+
+
+def _opened(job: Handover) -> Staging:
+    try:
+        return open_staging(job.place, job.claim)
+    except BaseException as error:
+        job.claim.leave(type(error))
+        raise
 
 
 def _write(job: Handover) -> None:
     contents = job.contents
-    with open_staging(job.place) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
+    with _opened(job) as staging, ReadBack(contents) as back, ThreadPoolExecutor(len(job.files)) as pool:
         writing = {
             file: pool.submit(_copy, staging.path(file), descriptor, contents, job.place.sync)
             for file, descriptor in job.files.items()

@@ -8,8 +8,9 @@ Bytes are exact. Memory is what is alive at once, as each stage tells it beside 
     loading   of a host: pages and copies (checkpoint/hf_weights.py), and what is read ahead for a GPU, which stays
     writing   of a host that writes: the buffers of read_back.py, with a GPU also those of device_to_disk.py
 
-The first two are of the GPU, as `torch.cuda.max_memory_allocated` counts it, or on the CPU of the host too. Not counted: a
-calibration run, and what an allocator keeps of what was freed (glibc's keeps up to some hundred MB).
+The first two are of the GPU, as `torch.cuda.max_memory_allocated` counts it, or on the CPU of the host too, and so is a calibration
+run, of which a bound is told (calibration/memory.py). Not counted: what an allocator keeps of what was freed (glibc's keeps up to
+some hundred MB).
 """
 
 from collections import Counter, defaultdict
@@ -74,9 +75,11 @@ class Holding:
         return max(resident + self.mapped + copied, self.first) + ahead
 
 
-def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str, streamed: bool = False) -> Forecast:
+def forecast(
+    plan: Plan, held: dict[str, Held], grid: Grid, device: str, streamed: bool = False, calibration: int = 0
+) -> Forecast:
     """What the export of a plan takes on the ranks that `held` and `grid` name; `device` is cuda or cpu. If it is `streamed`, no
-    model is built, and shards are read as they are encoded.
+    model is built, and shards are read as they are encoded. `calibration` are the bytes that a calibration run takes on any rank.
     """
     loads, holdings = _loads(plan, held, device, streamed), _holdings(plan, held, grid)
     working = _working(loads)
@@ -90,8 +93,9 @@ def forecast(plan: Plan, held: dict[str, Held], grid: Grid, device: str, streame
         resident = weights if device == "cpu" else 0
         loading = holding.largest if streamed else holding.reading(resident, locked=device == "cuda")
         writing = FILE_BYTES * min(THREADS, files[rank]) + leaving * (rank in files)
-        gpu.append(max(weights + working[rank], holding.largest) if device == "cuda" else 0)
-        host.append(own + max(loading, resident + writing + (working[rank] if device == "cpu" else 0)))
+        gpu.append(max(weights + max(working[rank], calibration), holding.largest) if device == "cuda" else 0)
+        here = max(writing + working[rank], calibration) if device == "cpu" else writing
+        host.append(own + max(loading, resident + here))
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,

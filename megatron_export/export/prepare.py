@@ -1,6 +1,7 @@
 """What every export begins with: the opening, where all that can be refused is refused, and the numbers that it encodes with."""
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..planning.engine_check import refusals
 from ..planning.plan import Held, Plan, make_plan
 from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
-from ..writing.target import check_apart, check_target
+from ..writing.target import check_apart, check_target, trial, try_in_trial
 from .encode_stream import Work
 from .origins import Live, Model, Origin, Statistics, Stored
 from .weight_amax import survey
@@ -91,7 +92,20 @@ def open_export(
                 check_target(export_dir.resolve(), plan, overwrite=request.overwrite, resume=request.resume)
                 check_apart(export_dir, original.folder, *apart)
             check(plan, original)
+    if export_dir and set(plan.writers.values()) != {0}:
+        _try_writers(here, plan, export_dir.resolve())
     return Opening(plan, held, origin, original, request, settled, statistics)
+
+
+def _try_writers(here: Topology, plan: Plan, target: Path) -> None:
+    """Let every rank that is to write files do so where they will be. Collective. `ExportError` where one cannot."""
+    with ExitStack() as stack:
+        with together(here, "try to write"):
+            place = stack.enter_context(trial(target)) if here.first else ""
+        place = collectives.from_first(here, place)
+        with together(here, "try to write"):
+            if here.rank in plan.writers.values():
+                try_in_trial(target, place, here.rank)
 
 
 def renewed(here: Topology, opening: Opening, model: Model, statistics: Statistics | None) -> Opening:

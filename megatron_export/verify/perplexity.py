@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.hf_folder import lacks_tokenizer
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.host_memory import available
@@ -20,6 +21,8 @@ from .emulation import load
 from .folder import json_of
 
 WINDOW, BATCH = 512, 2
+LEAST_WINDOWS = 2
+LETTERS = 1 << 16  # of a text, which usually have as many windows
 SPARE = 1.25  # of the bytes on disk, what a model takes
 
 
@@ -45,18 +48,43 @@ class Score:
         return math.exp(self.change)
 
 
+def check_text(text: Path, checkpoint: Path, flag: str = "--text") -> None:
+    """`ExportError` for a text, given with `flag`, that cannot be scored with the tokenizer of `checkpoint`; reads no weights."""
+    letters = letters_of(text, flag)
+    found = _windows(letters[:LETTERS], checkpoint)
+    if len(found) < LEAST_WINDOWS and len(letters) > LETTERS:
+        found = _windows(letters, checkpoint)
+    if len(found) < LEAST_WINDOWS:
+        raise ExportError(f"{text}: {_too_few(found)}. Give {flag} a longer text")
+
+
+def letters_of(text: Path, flag: str = "--text") -> str:
+    """What is in a file that was given with `flag`. `ExportError` if there is none, or it is not UTF-8."""
+    if not exists(text) or not text.is_file():
+        raise ExportError(f"no text file {text}. Give {flag} one that exists")
+    return read_text(text, f"Give {flag} a text in UTF-8")
+
+
 def windows_of(text: Path, checkpoint: Path) -> Tensor:
     """The text's tokens in rows of `WINDOW`; what does not fill a row is left out."""
+    return _windows(letters_of(text), checkpoint)
+
+
+def _windows(letters: str, checkpoint: Path) -> Tensor:
     from transformers import AutoTokenizer
 
-    if not exists(text) or not text.is_file():
-        raise ExportError(f"no text file {text}. Give --text one that exists")
+    if lacking := lacks_tokenizer(checkpoint):
+        raise ExportError(f"{lacking}, and a text to score needs one. Add these files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         raise ExportError(f"{checkpoint}: no tokenizer that loads ({error}). The first checkpoint needs one") from error
-    ids = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+    ids = tokenizer(letters, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int64).view(-1, WINDOW)
+
+
+def _too_few(windows: Tensor) -> str:
+    return f"{len(windows)} windows of {WINDOW} tokens; a standard error needs two"
 
 
 def of_window(logits: Tensor, reference: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +107,8 @@ def score(
 ) -> Score:
     """Score the checkpoint in `folder` on a text. `ExportError` where that cannot be done here."""
     rows = windows_of(text, reference)[:windows]
-    if len(rows) < 2:
-        said = f"{len(rows)} windows of {WINDOW} tokens; a standard error needs two"
+    if len(rows) < LEAST_WINDOWS:
+        said = _too_few(rows)
         raise ExportError(f"{text}: {said}. Give a longer text")
     _check_fits(folder, reference, torch.device(device))
     models = [load(path, device) for path in (reference, folder)]

@@ -7,7 +7,7 @@ from ..common.errors import ExportError
 from ..common.progress import Progress, quiet
 from ..common.safe_files import MOST_LETTERS
 from .judge import Judgement, judge
-from .perplexity import Score, score
+from .perplexity import Score, check_text, score
 from .snr import Likeness, finite
 
 WORST = 10  # weights that are shown
@@ -21,6 +21,7 @@ class Wanted:
     max_ppl_ratio  largest perplexity over the reference's; None: any
     text, windows  for perplexity: a text, None for none; how many windows of 512 tokens, None for all
     listed         whether files are compared with the sums in the manifest
+    flag           that `text` was given with
     """
 
     min_snr: float | None = None
@@ -29,6 +30,7 @@ class Wanted:
     windows: int | None = None
     device: str = "cpu"
     listed: bool = True
+    flag: str = "--text"
 
 
 @dataclass
@@ -42,7 +44,9 @@ class Inspection:
 
 
 def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress = quiet) -> Inspection:
-    """Judge a checkpoint against its original and, on a text, score both."""
+    """Judge a checkpoint against its original and, on a text, score both. `ExportError` where that cannot begin."""
+    if wanted.text:
+        check_text(wanted.text, reference, wanted.flag)
     how = {"device": wanted.device, "min_snr": wanted.min_snr, "listed": wanted.listed}
     judged = judge(folder, reference, **how, progress=progress)
     problems, scored, unscored = list(judged.problems), None, ""

@@ -10,6 +10,8 @@ from pathlib import Path
 from ..common.errors import ExportError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+LOCK = "lock"  # in the folder of a journal
+_RUNNING = "another export into {} is running. Wait for it, or give another --output"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of Lustre without -o flock, of NFS without lockd
 
 
@@ -37,14 +39,24 @@ def locked(target: Path, journal: Path) -> int:
     while True:
         journal.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # its last owner removed the folder in this moment
-            descriptor = os.open(journal / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(journal / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if _locks(descriptor, journal / "lock"):
+                if _locks(descriptor, journal / LOCK):
                     return descriptor
             except BlockingIOError:
-                said = f"another export into {target} is running. Wait for it, or give another --output"
-                raise ExportError(said) from None
+                raise ExportError(_RUNNING.format(target)) from None
             os.close(descriptor)
+
+
+def check_unlocked(target: Path, journal: Path) -> None:
+    """`ExportError` while an export into `target` holds its lock."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        descriptor = os.open(journal / LOCK, os.O_RDWR)
+        try:
+            _locks(descriptor, journal / LOCK)
+        except BlockingIOError:
+            raise ExportError(_RUNNING.format(target)) from None
+        os.close(descriptor)
 
 
 def _locks(descriptor: int, path: Path) -> bool:

@@ -2,7 +2,8 @@
 
 `journal.jsonl` has a first line that says which export it is, then a line for every file that is complete and synced, with its size
 and the checksums of its tensors; each line begins with a checksum of itself. Rank R, if it is not 0, notes its files in
-`journal-R.jsonl`. `statistics.safetensors` is what the export quantized with.
+`journal-R.jsonl`. `statistics.safetensors` is what the export quantized with. `calibration.safetensors` is a calibration file that
+the command measured and has not used yet.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 
 JOURNAL, STATISTICS = "journal.jsonl", "statistics.safetensors"
+CALIBRATION = "calibration.safetensors"
 OF_GUESTS = "journal-*.jsonl"
 KIND = "megatron_export journal 2"
 

@@ -13,7 +13,7 @@ from .fingerprint import of_settings
 from .journal import naming
 from .manifest import manifest, names_in
 from .read_back import Verified, check_read_back
-from .staging import Staging
+from .staging import Claim, Staging
 from .target import check_empty
 from .writer import complete, write_json
 
@@ -32,11 +32,11 @@ class Destination:
     notes: dict = field(default_factory=dict)
 
 
-def open_staging(place: Destination) -> Staging:
-    """The staging folder of a target that nobody has taken."""
+def open_staging(place: Destination, claim: Claim | None = None) -> Staging:
+    """The staging folder of a target that nobody has taken, or that is claimed already."""
     check_empty(place.folder, overwrite=place.overwrite)
     which = place.identity | {"source of model or calibration data": of_settings(place.provenance)}
-    return Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume, sync=place.sync)
+    return Staging(place.folder, which, overwrite=place.overwrite, resume=place.resume, sync=place.sync, claim=claim)
 
 
 def publish(

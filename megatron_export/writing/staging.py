@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from .byte_sink import OnDisk
-from .file_systems import exchange, locked
+from .file_systems import LOCK, exchange, locked
 from .journal import (
+    CALIBRATION,
     JOURNAL,
     KIND,
     OF_GUESTS,
@@ -35,6 +37,7 @@ from .journal import (
     read_journal,
     sync,
 )
+from .target import check_seen
 
 
 class Noting(Protocol):
@@ -62,15 +65,56 @@ class Noting(Protocol):
             self.finished[file] = checks
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A target that no other export can claim until all processes that have the descriptor `lock` have closed it, or are gone.
+
+    `made` are the folders that were made around it.
+    """
+
+    target: Path
+    made: tuple[Path, ...]
+    lock: int
+
+    def leave(self, failure: type | None = None, *error: object) -> None:
+        """Close the lock in this process; after a failure, where nobody else has it, remove it too."""
+        if failure:
+            with suppress(OSError):  # something is kept there
+                (journal_of(self.target) / LOCK).unlink()
+                journal_of(self.target).rmdir()
+        os.close(self.lock)
+        for folder in self.made:
+            with suppress(OSError):  # not empty: there is a checkpoint in it, or what is kept beside one
+                folder.rmdir()
+
+
+def claimed(target: Path) -> Claim:
+    """Claim a target. `ExportError` if another export has it, or if it cannot be written."""
+    for folder in (partial_of(target), journal_of(target), old_of(target)):
+        if folder.is_symlink():
+            raise ExportError(f"{folder} is a symbolic link, through which no export writes. Remove it")
+    with naming(target):
+        made = tuple(folder for folder in target.parents if not folder.exists())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Claim(target, made, locked(target, journal_of(target)))
+
+
 class Staging(Noting):
     """Use as a context. Leaving it by an exception keeps what a later run can go on with, if any file is complete.
 
     `finished` begins with the files that an interrupted run completed, where `resume` goes on with it. `fingerprint` says which
-    export it is.
+    export it is. `claim`: the target is claimed already.
     """
 
     def __init__(
-        self, target: Path, fingerprint: dict[str, str], *, overwrite: bool, resume: bool, sync: bool = True
+        self,
+        target: Path,
+        fingerprint: dict[str, str],
+        *,
+        overwrite: bool,
+        resume: bool,
+        sync: bool = True,
+        claim: Claim | None = None,
     ) -> None:
         self.target = target
         self.folder = partial_of(target)
@@ -80,17 +124,12 @@ class Staging(Noting):
         self.overwrite = overwrite
         self.resume = resume
         self.sync = sync
+        self.claim = claim
         self.finished: dict[str, Checks] = {}
         self.noting = threading.Lock()
 
     def __enter__(self) -> "Staging":
-        for folder in (self.folder, self.journal, old_of(self.target)):
-            if folder.is_symlink():
-                raise ExportError(f"{folder} is a symbolic link, through which no export writes. Remove it")
-        with naming(self.target):
-            self.made = [folder for folder in self.target.parents if not folder.exists()]
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(self.target, self.journal)
+        self.claim = self.claim or claimed(self.target)
         leave = self._leave
         try:
             with naming(self.target):
@@ -196,14 +235,12 @@ class Staging(Noting):
             with suppress(OSError):
                 self.notes.unlink()  # first: the next folder is an old checkpoint, if it was replaced
             shutil.rmtree(self.folder, ignore_errors=True)
-            shutil.rmtree(self.journal, ignore_errors=True)
+            if kind is None or not (self.journal / CALIBRATION).is_file():
+                shutil.rmtree(self.journal, ignore_errors=True)
         self._leave()
 
     def _leave(self) -> None:
-        os.close(self.lock)
-        for folder in self.made:
-            with suppress(OSError):  # not empty: the checkpoint was published into it
-                folder.rmdir()
+        self.claim.leave()
 
 
 class Guest(Noting):
@@ -216,11 +253,7 @@ class Guest(Noting):
         self.finished = dict(finished)
         self.sync = sync
         self.noting = threading.Lock()
-        if not self.folder.is_dir():
-            raise ExportError(
-                f"{self.folder}, which rank 0 has made, is not there on rank {rank}. Give an --output on a disk that all writers "
-                "share, or --writers rank0"
-            )
+        check_seen(self.folder, rank)
 
 
 def tidy(target: Path) -> None:

@@ -23,6 +23,8 @@ from ..support.models import add_mtp, assert_same, make_model, read_json, tensor
 from ..support.ranks import Ranks
 from ..support.refusals import assert_says, refused, rewritten
 
+pytestmark = pytest.mark.whole
+
 HEAD, EMBEDDING, LAYER = "lm_head.weight", "model.embed_tokens.weight", "model.layers.4."
 
 

@@ -304,7 +304,7 @@ def test_a_dry_run_tells_what_the_quantizers_mean(quantized: dict, ranks: Ranks,
     dry = export(ranks, 1, *reading(quantized["nvfp4"]), "--dry-run").splitlines()
     real = export(ranks, 1, *reading(quantized["nvfp4"]), "--output", tmp_path / "out").splitlines()
     assert any("nvfp4, KV cache nvfp4" in line for line in dry)
-    assert not any("a calibration run takes memory" in line for line in dry)
+    assert not any("a calibration run" in line for line in dry)
     assert {"format", "written"} <= {line.split("  ")[0] for line in real if line in dry}
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export import export_hf_checkpoint, export_hf_checkpoint_async, iter_hf_tensors, plan_hf_tensors
+from megatron_export import (
+    ExportError,
+    export_hf_checkpoint,
+    export_hf_checkpoint_async,
+    iter_hf_tensors,
+    plan_hf_tensors,
+)
 from megatron_export.export import async_export
 from megatron_export.mcore.model import shards_of
 
@@ -74,6 +80,42 @@ def test_an_export_in_the_background_writes_what_the_model_was(
     assert contents(tmp_path / "kept") == contents(tmp_path / "waited")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "waited"]
     assert found[0][0] == sum(tensor.nbytes for tensor in tensors(tmp_path / "kept").values())
+
+
+def second(source: Path, out: Path) -> tuple[str, str, str]:
+    """In a rank: what is said of a second export into a folder while the first one is written, and of one after it."""
+    said = []
+
+    def export(**more: object) -> object:
+        try:
+            return export_hf_checkpoint_async(model, out, hf_model=source, format="bf16", **more)
+        except ExportError as error:
+            said.append(str(error))
+
+    with loaded(source, 2) as (model, _):
+        handle = export()
+        if handle.process:
+            os.kill(handle.process.pid, signal.SIGSTOP)
+        export()
+        export(overwrite=True)
+        if handle.process:
+            os.kill(handle.process.pid, signal.SIGCONT)
+        handle.wait()
+        export()
+        export(overwrite=True).wait()
+    return tuple(said)
+
+
+def test_a_second_export_into_one_folder_is_refused_at_its_call_on_all_ranks(
+    ranks: Ranks, models: dict, tmp_path: Path
+) -> None:
+    first, other = ranks.call(2, second, models["llama31"], tmp_path / "deep" / "out")
+    assert first == other
+    running = f"another export into {tmp_path / 'deep' / 'out'} is running"
+    assert [running in said for said in first] == [True, True, False]
+    assert "is not empty" in first[2]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert_same(tensors(tmp_path / "deep" / "out"), tensors(models["llama31"]))
 
 
 def told_of(source: Path, out: Path, how: str) -> str:

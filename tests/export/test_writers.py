@@ -95,7 +95,7 @@ def elsewhere(source: Path, out: Path) -> None:
 
 def test_a_writer_that_does_not_see_the_folder_is_told_on_all_ranks(ranks: Ranks, models: dict, tmp_path: Path) -> None:
     with pytest.raises(
-        AssertionError, match="rank 1 failed to open files: .*which rank 0 has made, is not there on rank 1"
+        AssertionError, match="rank 1 failed to try to write: .*which rank 0 has made, is not there on rank 1"
     ):
         ranks.call(2, elsewhere, models["llama31"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -73,6 +73,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "small files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, SMALL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
 }
 
 

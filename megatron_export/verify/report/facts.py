@@ -60,7 +60,9 @@ class Account:
 
     @property
     def calibration(self) -> dict:
-        return {key: names_in(value) for key, value in self.made.get("calibration", {}).items() if value is not None}
+        taken = {"calib_samples": self.made["samples"]} if "samples" in self.made else {}
+        said = self.made.get("calibration", {}) | taken
+        return {key: names_in(value) for key, value in said.items() if value is not None}
 
     @property
     def commands(self) -> list[str]:
