@@ -8,6 +8,7 @@ from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import ADAPTERS, refuse_adapters
 from ..common.safe_files import exists, inside, not_read, read_index, read_json, read_table, shown
 from ..models import architecture_of
+from .torch_dist_iteration import TRACKER
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COPIED = (
@@ -41,12 +42,17 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     if not exists(folder) and _HUB_ID.fullmatch(str(hf_model)) and not str(hf_model).startswith("."):
         patterns = [CONFIG, QUANT_CONFIG, ADAPTERS, *_COPIED, *(["*.safetensors", INDEX] if weights else [])]
         folder = _fetch(str(hf_model), patterns)
+    if exists(folder) and folder.is_file():
+        raise ExportError(f"{folder} is a file. Give the folder that it is in, with config.json")
     if not exists(folder) or not folder.is_dir():
         way_out = "Give the path of an HF checkpoint, or a hub id such as org/name"
         raise ExportError(f"no model folder {hf_model}. {way_out}")
     refuse_adapters(folder)
     if not (folder / CONFIG).is_file():
-        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. Give a folder that has one")
+        way_out = "Give a folder that has one"
+        if (folder / TRACKER).exists() or any(folder.glob("iter_*")):
+            way_out = f"Give the HF model that was trained further, and --megatron-checkpoint {folder}"
+        raise ExportError(f"{folder} has no config.json: it is not an HF checkpoint. {way_out}")
     files_to_copy(folder)
     if weights:
         weights_in(folder)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ..common.errors import ExportError
+from ..common.file_names import CONFIG
 from ..common.safe_files import exists, inside, not_read, read_json, shown
 from .torch_dist_metadata import METADATA
 
@@ -35,6 +36,10 @@ def find_iteration(folder: Path, iteration: int | None) -> Path:
             no_number = f"{folder / TRACKER} says {shown(said)}, no iteration"
             raise ExportError(f"{no_number}. Choose one with --iteration. {choice}")
         found = said if said == "release" else _name(int(said))
+    elif (folder / CONFIG).is_file() and not there:
+        raise ExportError(
+            f"{folder} is an HF model, not a checkpoint of Megatron. Give the folder that --save of Megatron-LM named"
+        )
     else:
         way_out = "Choose an iteration with --iteration, if one is complete"
         raise ExportError(f"{folder} has no {TRACKER}. {way_out}. {choice}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from ..common.text import parse_size
 from ..engines import targets_in
 from ..formats import chosen
 from ..planning.request import Request
+from . import hub
 
+LEAST_SHARD = 1000  # bytes: who writes a smaller number forgot its unit
 beside = partial(option, planned=False)  # of the command alone: `plan` has no use for it
 
 
@@ -91,14 +94,16 @@ class ExportConfig:
     )
 
     def __post_init__(self) -> None:
-        parse_size(self.request.max_shard_size)
+        if parse_size(self.request.max_shard_size) < LEAST_SHARD:
+            said = self.request.max_shard_size
+            raise ValueError(f"--max-shard-size {said} is less than a kilobyte. Write it with a unit, like 5GB")
         targets_in(self.request.target)
         sizes = ("tp", "pp", "vpp", "ep", "etp", "calib_samples", "calib_seq_len", "calib_batch_size")
         for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.request.timeout < 1:
-            raise ValueError(f"--timeout must be at least 1 second, not {self.request.timeout:g}")
+        if not 1 <= self.request.timeout < inf:  # NaN is neither
+            raise ValueError(f"--timeout must be at least 1 second, and finite, not {self.request.timeout:g}")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"--vpp {self.vpp} needs --pp of at least 2")
         if self.output is None and not self.dry_run:
@@ -141,6 +146,17 @@ class ExportConfig:
                 raise ValueError(f"--{name.replace('_', '-')} has no effect without --verify or --report")
         if self.max_ppl_ratio is not None and self.verify_text is None:
             raise ValueError("--max-ppl-ratio needs --verify-text FILE")
+        check_thresholds(self.min_snr, self.max_ppl_ratio)
+        if self.push_to_hub is not None:
+            hub.check_name(self.push_to_hub)
+
+
+def check_thresholds(min_snr: float | None, max_ppl_ratio: float | None) -> None:
+    """`ValueError` for thresholds that every checkpoint would pass, or none."""
+    if min_snr is not None and not isfinite(min_snr):
+        raise ValueError(f"--min-snr must be a number, not {min_snr:g}")
+    if max_ppl_ratio is not None and not 0 < max_ppl_ratio < inf:
+        raise ValueError(f"--max-ppl-ratio must be above 0, and finite, not {max_ppl_ratio:g}")
 
 
 def configured(**values: Any) -> ExportConfig:

@@ -3,8 +3,9 @@
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field
+from difflib import get_close_matches
 from types import NoneType
 from typing import IO, Any, NoReturn, get_args, get_origin
 
@@ -21,6 +22,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"allow_abbrev": False})
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but that it tolerates no unknown flag, and says which one was meant."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = (word.partition("=")[0].replace("_", "-") for word in unknown if word.startswith("--"))
+            near = [meant for flag in flags for meant in get_close_matches(flag, self._option_string_actions, 1, 0.8)]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f'. Did you mean {near[0]}?' if near else ''}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         last_words.leave(f"error: {message}")

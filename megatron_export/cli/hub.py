@@ -1,9 +1,12 @@
 """The Hub: a finished checkpoint is uploaded, whole, as one commit."""
 
+import re
 from pathlib import Path
 
 from ..common.errors import ExportError
 from ..common.safe_files import reason_of
+
+_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 
 
 def check(repository: str) -> None:
@@ -19,6 +22,12 @@ def check(repository: str) -> None:
             f"--push-to-hub {repository}: nothing could be uploaded there ({type(error).__name__}: {reason_of(error)}). Log in "
             "with `hf auth login`, or leave the flag out and upload later"
         ) from error
+
+
+def check_name(repository: str) -> None:
+    """`ValueError` unless it can be the name of a repository."""
+    if not _NAME.fullmatch(repository):
+        raise ValueError(f"--push-to-hub {repository!r}: give the name of a repository of the hub, like org/name")
 
 
 def push(folder: Path, repository: str) -> str:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from ..common.errors import ExportError
-from . import terminal
+from . import hub, terminal
+from .config import check_thresholds
 from .flags import Say
 
 DESCRIPTION = "judge a checkpoint against the model that it was made from"
@@ -30,18 +31,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) -> int:
     """The exit status: 0 fine, 1 failed, 2 bad usage, or it could not be judged."""
-    if flags.max_ppl_ratio is not None and flags.text is None:
-        parser.error("--max-ppl-ratio needs --text")
-    if flags.windows is not None and flags.windows < 2:
-        parser.error(f"--windows must be at least 2, for a standard error, not {flags.windows}")
+    _check(parser, flags)
     import torch
 
     from ..checkpoint import hf_folder
     from ..verify import thresholds
+    from ..verify.folder import tensor_files
     from ..verify.report import write
     from ..writing.manifest import origin_of
-    from . import hub
 
+    tensor_files(flags.folder)
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise ExportError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
     if flags.push_to_hub:
         hub.check(flags.push_to_hub)
     named = flags.reference or origin_of(flags.folder)
@@ -64,3 +65,18 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
         say(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _check(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Bad usage where flags have no effect, or mean nothing."""
+    for flag, given in (("--max-ppl-ratio", flags.max_ppl_ratio), ("--windows", flags.windows)):
+        if given is not None and flags.text is None:
+            parser.error(f"{flag} needs --text")
+    if flags.windows is not None and flags.windows < 2:
+        parser.error(f"--windows must be at least 2, for a standard error, not {flags.windows}")
+    try:
+        check_thresholds(flags.min_snr, flags.max_ppl_ratio)
+        if flags.push_to_hub is not None:
+            hub.check_name(flags.push_to_hub)
+    except ValueError as error:
+        parser.error(str(error))

@@ -18,10 +18,10 @@ from ..common.strips import strips_of
 
 def tensor_files(folder: Path) -> list[Path]:
     """The files with tensors of a folder; `ExportError` where it has none."""
-    found: list[Path] = []
-    if exists(folder):
-        check_readable(folder)
-        found = sorted(folder.glob("*.safetensors"))
+    if not exists(folder) or not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder. Give the folder of a checkpoint")
+    check_readable(folder)
+    found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise ExportError(f"{folder}: no .safetensors file. Give the folder of a checkpoint")
     return [inside(folder, path.name) for path in found]

@@ -32,6 +32,7 @@ from ..support.ranks import Ranks, living
 
 pytestmark = pytest.mark.whole
 
+TINY = torch.finfo(torch.float32).tiny
 HEADS = QKV(queries_per_group=2, head_dim=16)  # 4 groups: one for each of 4 ranks
 GATE_UP = Split(("gate", "up"))
 QKV_NAME, PROJ, FC1, FC2 = (
@@ -298,6 +299,30 @@ def test_only_a_shared_search_gives_the_queries_of_a_group_one_factor(found: dic
             heads = every.view(4, HEADS.queries_per_group, HEADS.head_dim)
             assert (heads == heads[:, :1]).all() == equal
             assert (heads[:1] != heads).any()  # the groups differ
+
+
+def test_a_shared_factor_is_that_of_the_mean_input_and_the_mean_weight_of_its_queries(found: dict) -> None:
+    """Of the query group, channel by channel, to the bit; the numbers are added up here."""
+    weight, batches = linear_of(PROJ)
+    means = [batch.flatten(0, 1).abs().double().mean(dim=0).bfloat16().double() for batch in batches]
+    inputs = (sum(means) / len(means)).float().tolist()
+    blocks = weight.abs().unflatten(1, (-1, 16))
+    relative = (blocks / (blocks.amax(dim=2, keepdim=True) + TINY)).flatten(1)
+    weights = relative.double().mean(dim=0).bfloat16().tolist()
+    queries, size = HEADS.queries_per_group, HEADS.head_dim
+
+    def shared(values: list[float]) -> torch.Tensor:
+        made = list(values)
+        for channel in range(len(values)):
+            group, within = channel // (queries * size), channel % size
+            made[channel] = sum(values[(group * queries + q) * size + within] for q in range(queries)) / queries
+        return torch.tensor(made)
+
+    a, w = shared(inputs), shared(weights)
+    every = found["alone"][0][1][f"{PROJ}.pre_quant_scale.nvfp4{SHARED}"]
+    for alpha, factors in zip(ALPHAS, every, strict=True):
+        expected = (a**alpha / (w ** (1 - alpha) + TINY)).clamp(1e-4, 1e4)
+        assert same(factors, expected / (expected.max() * expected.min()).sqrt())
 
 
 # Clipping.

@@ -85,15 +85,17 @@ def test_vectors_are_read(tmp_path: Path) -> None:
     assert torch.equal(read(storage, (4,), slice(2, 9), None), WHOLE[0, 0, 4, 2:9])
 
 
-def test_chunks_that_overlap_are_refused(tmp_path: Path) -> None:
-    """Two at one place, and none at another: together as many numbers as the tensor has."""
+@pytest.mark.parametrize("at", [0, 2])
+def test_chunks_that_overlap_are_refused(at: int, tmp_path: Path) -> None:
+    """Two at one place, or partly so, and none at another: together as many numbers as the tensor has."""
     lay(tmp_path, WHOLE[0, 0], (4, 12))
     held = pickle.loads((tmp_path / ".metadata").read_bytes())
-    held.state_dict_metadata[KEY].chunks[1] = held.state_dict_metadata[KEY].chunks[0]
+    held.state_dict_metadata[KEY].chunks[1] = metadata.ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((4, 12)))
+    held.storage_data[metadata.MetadataIndex(KEY, (at, 0))] = held.storage_data.pop(metadata.MetadataIndex(KEY, (4, 0)))
     (tmp_path / ".metadata").write_bytes(pickle.dumps(held))
     storage = opened(tmp_path)
     with pytest.raises(ExportError, match="do not make it whole, or overlap"):
-        read(storage, (), slice(2, 6), slice(0, 12))
+        read(storage, (), slice(0, 8), slice(0, 12))
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_thresholds_end_with_1(reference: Path, checkpoint: Path) -> None:
         (("verify", "{folder}"), "does not say what it was made from. Give --reference"),
         (("verify", "{folder}", "--reference", "{folder}/nothing"), "no model folder"),
         (("verify", "{folder}", "--reference", "{folder}"), "is quantized already"),
-        (("diff", "{folder}", "{folder}/nothing"), "no .safetensors file"),
+        (("diff", "{folder}", "{folder}/nothing"), "nothing is not a folder"),
     ],
 )
 def test_what_cannot_be_judged_ends_with_2(flags: tuple[str, ...], message: str, checkpoint: Path) -> None:

@@ -39,6 +39,14 @@ def test_qkv_rows_are_queries_key_value_of_one_group_after_another() -> None:
     assert found == {"q": [10, 11, 12, 13], "k": [20, 21], "v": [30, 31]}
 
 
+def test_queries_of_a_group_share_their_mean_and_v_has_the_rows_of_the_first() -> None:
+    """Two groups of three queries, two rows a head: the mean of 1, 3 and 8 is 4, and not 8."""
+    rows = torch.tensor([1.0, 10.0, 3.0, 20.0, 8.0, 60.0, 0.0, -1.0, 0.0, -2.0, 6.0, -3.0])
+    layout = QKV(3, 2)
+    assert layout.same_in_group(rows).tolist() == [4.0, 30.0] * 3 + [2.0, -2.0] * 3
+    assert layout.first_queries(rows).tolist() == [1.0, 10.0, 0.0, -1.0]
+
+
 @pytest.mark.parametrize(("vocab", "held"), [(10, [4, 4, 2, 0]), (16, [4, 4, 4, 4]), (3, [3, 0, 0, 0])])
 def test_padded_vocabulary_rows_belong_to_no_shard(vocab: int, held: list[int]) -> None:
     layout, padded = Vocab(vocab), torch.arange(32).reshape(16, 2)

@@ -1,6 +1,7 @@
 """Smoothing changes no result: where every vector goes, checked by the logits of the smoothed, unquantized model.
 
-The vectors are powers of two, so that no product rounds and float32 logits must come back.
+The vectors are powers of two, so that no product rounds and float32 logits must come back. Of models with experts, what routers and
+experts make of a token is computed here, from the names that HF's files have.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_export.calibration.lookup import measured
 from megatron_export.formats import Options
+from megatron_export.models.statistic_names import channels, input_key
 from megatron_export.planning.plan import Plan
 
 from ..support.models import make_model, read_json
@@ -45,7 +47,7 @@ def vectors_of(plan: Plan) -> dict[str, Tensor]:
             heads = vector.view(-1, layout.queries_per_group, layout.head_dim)
             vector = heads[:, :1].expand_as(heads).reshape(-1)
         found[item.smoothed.columns] = vector
-        found[item.source.canonical.removesuffix("weight") + "input_channel_amax"] = torch.ones(width)
+        found[channels(input_key(item.source.canonical.removesuffix(".weight")))] = torch.ones(width)
     return found
 
 
@@ -104,6 +106,49 @@ def test_a_smoothed_model_computes_what_the_model_computes(name: str, variant: s
     torch.testing.assert_close(
         logits(source, tensors, kept), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
     )
+
+
+SPARSE = {"qwen3_moe": 0, "mixtral": 0, "deepseek_v3": 1, "glm4_moe": 1}  # and a layer with experts
+WIDE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+UP_OF = {"down_proj": "up_proj", "w2": "w3"}
+
+
+def answers(tensors: dict[str, Tensor], kept: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """What router and experts of a layer make of five tokens behind its second norm, by HF module, in float64: scores, gates,
+    and down_proj of each up.
+    """
+    prefix = f"model.layers.{layer}."
+    norm = tensors[f"{prefix}post_attention_layernorm.weight"].double()
+    tokens = torch.randn(5, len(norm), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    normed = tokens / tokens.square().mean(dim=1, keepdim=True).sqrt() * norm
+    read, made = {}, {}
+    for name, weight in tensors.items():
+        module, last = name.removesuffix(".weight"), name.split(".")[-2]
+        if name.startswith(prefix) and ".self_attn." not in name and weight.dim() == 2:
+            (read if last in UP_OF else made)[module] = weight.double()
+    made = {module: normed @ weight.T for module, weight in made.items()}
+    for module, weight in read.items():
+        parent, _, last = module.rpartition(".")
+        made[module] = (made.pop(f"{parent}.{UP_OF[last]}") * kept.get(module, 1)) @ weight.T
+    return made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_token_is_routed_and_answered_as_before_its_norm_was_smoothed(
+    name: str, variant: str, tmp_path: Path
+) -> None:
+    """To the bit. A router that is not divided by what its norm was multiplied with would give tokens to other experts."""
+    narrow = {} if name == "mixtral" else {"moe_intermediate_size": 128}
+    source = make_model(tmp_path, name, **WIDE, **narrow)
+    tensors, kept = smoothed_model(source, planned(source, variant))
+    original = load_file(source / "model.safetensors")
+    before, after = answers(original, {}, SPARSE[name]), answers(tensors, kept, SPARSE[name])
+    [router] = [module for module in before if module.endswith(".gate")]
+    assert before.keys() == after.keys() and len(before) >= 1 + 2 * 4
+    assert [module for module in before if not torch.equal(before[module], after[module])] == []
+    for changed in (f"{router}.weight", f"model.layers.{SPARSE[name]}.post_attention_layernorm.weight"):
+        assert not torch.equal(tensors[changed], original[changed])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ LAST = "decoder.layers.5.mlp.linear_fc2.weight"
         (LLAMA, {"pp": 3}, "decoder.final_layernorm.weight", (2,)),
         (LLAMA, {"tp": 2, "pp": 3}, "output_layer.weight", (4, 5)),
         (MIXTRAL, {"ep": 4}, "decoder.layers.0.mlp.experts.7.linear_fc1.weight", (3,)),
+        (MIXTRAL, {"ep": 4}, "decoder.layers.0.mlp.experts.1.linear_fc1.weight", (0,)),  # two neighbours on each
+        (MIXTRAL, {"ep": 4}, "decoder.layers.0.mlp.experts.2.linear_fc1.weight", (1,)),
         (MIXTRAL, {"tp": 2, "ep": 2}, "decoder.layers.0.mlp.experts.7.linear_fc1.weight", (2, 3)),
         (MIXTRAL, {"tp": 4, "etp": 1, "ep": 4}, "decoder.layers.0.mlp.experts.7.linear_fc1.weight", (3,)),
         (MIXTRAL, {"pp": 2, "ep": 2, "world": 8}, "decoder.layers.5.mlp.experts.7.linear_fc1.weight", (5,)),

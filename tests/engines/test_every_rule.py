@@ -1,0 +1,238 @@
+"""Every rule of every engine, asserted of two checkpoints at least: of these, of ModelOpt's own, and of damaged ones."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from megatron_export.engines import ENGINES, CheckpointView, verdict_of
+from megatron_export.formats import Options
+
+from ..support.checkpoints import DAMAGES, described, golden, planned
+from ..support.configs import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from .test_rules import GOLDEN, GPT_OSS, alter, reconfigured, store_the_last_layer_plain
+
+SPELLED = Options(fp8_pb_spelling="modelopt")
+KEPT = Options(awq_output="modelopt")
+TWO_HOMES = {"model.norm.weight": "model.safetensors", "lm_head.weight": "other.safetensors"}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+CACHE_OF_2 = tuple(f"layers.2.self_attn.{part}_proj.{part}_scale" for part in "kv")
+NVFP4_CACHE = {"kv_cache_scheme": "NVFP4", "kv_cache_quant_algo": "NVFP4"}
+FP8_CACHE = {"kv_cache_scheme": "FP8", "kv_cache_quant_algo": "FP8"}
+NOBODYS = {"architectures": ["NobodysForCausalLM"]}
+DOWN_TO_LATENTS = ("q_a_proj.weight_scale", "kv_a_proj_with_mqa.weight_scale")
+MIX = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers.0.self_attn.o_proj": {"quant_algo": "FP8"}}}
+
+
+def hurt(name: str, how: str) -> Callable[[], CheckpointView]:
+    """A checkpoint of ModelOpt after a damage of `DAMAGES`, there done to another one."""
+
+    def make() -> CheckpointView:
+        said = golden(f"models/{name}")
+        DAMAGES[how][1](said)
+        return described(said)
+
+    return make
+
+
+def without_words(said: CheckpointView, *keys: str) -> CheckpointView:
+    """The same tensors, without these keys in config.json."""
+    return replace(said, config={key: value for key, value in said.config.items() if key not in keys})
+
+
+def without_tensors(said: CheckpointView, *ends: str) -> CheckpointView:
+    """Without the tensors whose names end so."""
+    files = {f: {n: one for n, one in held.items() if not n.endswith(ends)} for f, held in said.files.items()}
+    return replace(said, files=files)
+
+
+def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointView:
+    """With [size] where numbers whose names end so have no dims."""
+    files = {
+        f: {n: one._replace(shape=(size,)) if n.endswith(ends) else one for n, one in held.items()}
+        for f, held in said.files.items()
+    }
+    return replace(said, files=files)
+
+
+def without_predicting(form: str) -> CheckpointView:
+    """DeepSeek's config.json with a layer that predicts one more token, and files without it."""
+    whole = planned(SMALL_V3, format=form)
+    without = planned(SMALL_V3 | {"num_nextn_predict_layers": 0}, format=form)
+    return replace(without, config=whole.config, expected=whole.expected)
+
+
+# Case -> the checkpoint, what else the engines are asked (a GPU, GPUs that share layers, a release), and all that vLLM, SGLang and
+# TensorRT-LLM find.
+# fmt: off
+CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
+    "a file of two lost": (hurt("qwen3-FP8-mcore", "a file lost"), {},
+        "files, missing, not left out", "files, missing", "files, missing"),
+    "a file that is named alone": (lambda: replace(planned(QWEN, format="bf16"), index=TWO_HOMES), {}, "files", "files", "files"),
+    "a stray file": (hurt("qwen3-NVFP4", "a stray file"), {}, "unknown", "unknown", "unknown, machine"),
+    "Mistral's file": (hurt("qwen3-FP8", "Mistral's file"), {},
+        "consolidated, unknown", "consolidated, unknown", "consolidated, unknown"),
+    "a tensor twice": (hurt("qwen3-FP8-mcore", "a tensor repeated"), {}, "twice, not left out", "twice", "twice"),
+    "a norm lost": (hurt("qwen3moe-NVFP4", "a norm lost"), {}, "missing", "missing", "missing, machine"),
+    "an expert lost": (
+        lambda: without_tensors(planned(MIXTRAL, format="fp8"), "layers.1.block_sparse_moe.experts.3.w1.weight"), {},
+        "experts", "experts", "experts"),
+    "integers": (hurt("qwen3-FP8", "stored in integers"), {}, "dtype", "dtype", "dtype"),
+    "a factor too many": (hurt("qwen3-NVFP4", "a factor too many"), {}, "extra", "awq", "extra, machine"),
+    "partly": (hurt("qwen3-NVFP4", "a part left out"), {}, "partly", "partly", "left out, machine"),
+    "no method": (hurt("qwen3-NVFP4", "the method forgotten"), {}, "dialect", "", "machine"),
+    "the file alone": (hurt("qwen3-NVFP4", "the file without a size"), {}, "config", "config", "machine"),
+    "another method": (hurt("qwen3-NVFP4", "another method"), {}, "another", "another", "another"),
+    "a mix of nothing": (hurt("qwen3-NVFP4", "nothing mixed"), {}, "mixed", "mixed", "left out"),
+    "a mix of every layer": (hurt("qwen3-NVFP4", "every layer mixed"), {}, "", "mixed joined", "machine"),
+    "a mix of FP8": (
+        lambda: alter(planned(QWEN_MOE, format="fp8"), **MIX), {},
+        "left out", "mixed", "left out"),
+    "codes unsaid": (lambda: replace(reconfigured(planned(QWEN, format="fp8"), quantization_config=None), quant=None), {},
+        "unquantized", "unquantized", "unquantized"),
+    "blocks cut off": (hurt("qwen3-FP8", "a block cut"), {}, "inputs", "algorithm", "case"),
+    "blocks in Llama": (lambda: planned(LLAMA, format="fp8_pb"), {}, "", "llama blocks", ""),
+    "few rows": (lambda: planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb"), {}, "blocks", "blocks", ""),
+    "few inputs": (
+        lambda: planned(LLAMA | {"intermediate_size": 576}, format="fp8_pb", options=SPELLED), {},
+        "inputs", "algorithm", "case"),
+    "blocks of experts": (lambda: alter(planned(QWEN_MOE, format="fp8"), quant_algo="FP8_PER_CHANNEL_PER_TOKEN"), {},
+        "shape, extra, block experts", "algorithm", "shape, extra"),
+    "heads": (lambda: planned(LLAMA, format="bf16"), {"tp": 3}, "heads", "heads", "heads"),
+    "heads of keys": (
+        lambda: planned(QWEN | {"num_key_value_heads": 8, "num_attention_heads": 24, "head_dim": 32}, format="bf16"), {"tp": 3},
+        "heads", "heads", "heads"),
+    "shared groups": (lambda: planned(LLAMA | {"intermediate_size": 528}, format="nvfp4"), {"tp": 2},
+        "shared", "shared", "shared, machine"),
+    "shared blocks": (lambda: planned(QWEN, format="fp8_pb"), {"tp": 8}, "shared", "shared", "shared"),
+    "stacks": (lambda: replace(planned(LLAMA4_SEES, format="fp8"), config=planned(LLAMA4, format="fp8").config), {},
+        "stack, router kernel", "llama4 text", "llama4 text, two configs"),
+    "stacks in four bits": (lambda: planned(LLAMA4_SEES, format="nvfp4"), {}, "router kernel", "stack", "machine"),
+    "stacks on Hopper": (lambda: planned(LLAMA4_SEES, format="nvfp4"), {"gpu": "h200"}, "router", "stack", "gpu"),
+    "one by one on Hopper": (lambda: planned(LLAMA4, format="nvfp4"), {"gpu": "h100"},
+        "router", "llama4 text", "llama4 text, llama4, gpu"),
+    "one by one in fp8": (lambda: planned(LLAMA4, format="fp8"), {}, "router kernel", "llama4 text", "llama4 text, llama4"),
+    "one by one in blocks": (lambda: planned(LLAMA4, format="fp8_pb"), {}, "", "llama4 text", "llama4 text, llama4"),
+    "rotated": (lambda: reconfigured(planned(LLAMA, format="nvfp4"), architectures=["Llama4ForCausalLM"]), {},
+        "", "rotated", "llama4 text, machine"),
+    "gpt-oss": (lambda: planned(GPT_OSS, format="fp8"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
+    "gpt-oss in four bits": (lambda: planned(GPT_OSS, format="nvfp4"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
+    "no words for routers": (
+        lambda: reconfigured(planned(SMALL_V3, format="fp8"), topk_method=None, scoring_func="sigmoid"), {},
+        "bias", "", ""),
+    "latent": (lambda: planned(SMALL_V3, format="nvfp4", quantize_mla=True), {}, "", "latent", "latent, machine"),
+    "latent in fp8": (lambda: planned(SMALL_V3, format="fp8", quantize_mla=True), {}, "", "", "latent"),
+    "latent cache": (lambda: alter(planned(SMALL_V3, format="nvfp4"), **NVFP4_CACHE), {},
+        "kv latent", "kv nvfp4", "machine"),
+    "latent cache in fp8": (
+        lambda: alter(planned(SMALL_V3, format="fp8"), **FP8_CACHE), {},
+        "kv mla", "", ""),
+    "predicts, plain": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="nvfp4")), {},
+        "mtp left out", "mtp left out", "machine"),
+    "predicts twice": (lambda: planned(SMALL_V3 | {"num_nextn_predict_layers": 2}, format="fp8"), {}, "", "mtp count", ""),
+    "predicts nothing": (
+        lambda: reconfigured(planned(SMALL_V3 | {"num_nextn_predict_layers": 0}, format="fp8"), num_nextn_predict_layers=1), {},
+        "", "", ""),
+    "dense among experts": (lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, format="bf16"), {}, "", "dense", ""),
+    "experts in every other": (lambda: planned(QWEN_MOE | {"decoder_sparse_step": 2}, format="fp8"), {}, "", "dense", ""),
+    "cache in blocks": (lambda: planned(QWEN_MOE, format="fp8_pb", kv_cache="fp8"), {},
+        "kv dialect", "kv ignored, kv flag", ""),
+    "cache in blocks, dense": (lambda: planned(QWEN, format="fp8_pb", kv_cache="fp8"), {},
+        "kv dialect", "kv ignored, kv flag", ""),
+    "cache in four bits": (lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {}, "kv nvfp4", "kv nvfp4", "machine"),
+    "cache in four bits, alone": (lambda: replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None), {},
+        "kv nvfp4", "kv nvfp4", "kv flat, machine"),
+    "cache in four bits of Qwen, alone": (lambda: replace(planned(QWEN, format="fp8", kv_cache="nvfp4"), quant=None), {},
+        "kv nvfp4", "kv ignored, kv nvfp4", "kv flat"),
+    "cache scales of a layer lost": (
+        lambda: without_tensors(planned(QWEN, format="fp8", kv_cache="fp8"), *CACHE_OF_2), {},
+        "kv scales", "kv ignored", ""),
+    "cache scales spelled short": (hurt("qwen3-FP8-KVFP8", "the cache spelt short"), {}, "", "kv ignored", "kv spelling"),
+    "cache scales of heads": (
+        lambda: with_a_dim(planned(LLAMA, format="nvfp4", kv_cache="fp8"), "k_scale", "v_scale", size=4), {},
+        "kv shape", "kv shape, kv flag", "kv shape, machine"),
+    "cache scales of keys alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "v_scale"), {},
+        "kv half", "kv half", ""),
+    "cache scales of values alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "k_scale"), {},
+        "kv pair", "kv pair", "kv spelling"),
+    "dual chunks": (lambda: reconfigured(planned(QWEN2, format="fp8"), dual_chunk_attention_config={"chunk_size": 32768}), {},
+        "chunks", "chunks", ""),
+    "two configs": (hurt("qwen3-FP8", "two configs"), {}, "", "", "two configs"),
+    "two algorithms": (lambda: replace(planned(LLAMA, format="fp8"), quant=planned(LLAMA, format="nvfp4").quant), {},
+        "", "", "dtype, scale, two configs, machine"),
+    "another architecture": (lambda: replace(reconfigured(planned(LLAMA, format="fp8"), **NOBODYS), expected=None), {},
+        "architecture", "architecture", "architecture"),
+    "an algorithm of nobody": (lambda: alter(planned(LLAMA, format="fp8"), quant_algo="INT3"), {},
+        "algorithm", "algorithm", "algorithm"),
+    "an old release": (lambda: planned(LLAMA, format="nvfp4_awq", options=KEPT), {"version": "1.2"},
+        "algorithm, version", "awq, version", "old, version"),
+    "an old release, in blocks": (
+        lambda: planned(LLAMA, format="fp8_pb", options=SPELLED), {"version": "1.2.1"},
+        "version", "algorithm, version", "old, version"),
+    "experts of ModelOpt in blocks": (lambda: alter(planned(MIXTRAL, format="fp8"), quant_algo="FP8_PB_WO"), {},
+        "shape, extra, block experts", "algorithm", "shape, block experts, extra, case"),
+    "on a T4": (lambda: planned(LLAMA, format="fp8"), {"gpu": "t4"}, "gpu", "gpu", "gpu"),
+    "on an A100": (lambda: planned(MIXTRAL, format="nvfp4", kv_cache="nvfp4"), {"gpu": "a100"},
+        "kv nvfp4", "gpu, kv ignored, kv nvfp4", "gpu"),
+    "smoothed, kept": (lambda: planned(LLAMA, format="nvfp4_awq", options=KEPT), {},
+        "algorithm", "awq", "machine"),
+    "smoothed in int4": (lambda: planned(QWEN, format="int4_awq"), {}, "algorithm", "algorithm", ""),
+    "no words for scores": (lambda: without_words(planned(SMALL_V3, format="fp8"), "scoring_func"), {}, "softmax", "bias", ""),
+    "no words for scores, bf16": (lambda: without_words(planned(SMALL_V3, format="bf16"), "scoring_func", "topk_method"), {},
+        "bias, softmax", "bias", ""),
+    "predicts not": (lambda: without_predicting("fp8"), {}, "mtp", "mtp", "mtp, two configs"),
+    "predicts not, bf16": (lambda: without_predicting("bf16"), {}, "mtp", "mtp", "mtp"),
+    "predicts thrice": (lambda: planned(SMALL_V3 | {"num_nextn_predict_layers": 3}, format="nvfp4"), {},
+        "", "mtp count", "machine"),
+    "rotated, smoothed": (
+        lambda: reconfigured(planned(LLAMA, format="nvfp4_awq"), architectures=["Llama4ForConditionalGeneration"]), {},
+        "", "rotated", "machine"),
+    "scales with a dim": (
+        lambda: with_a_dim(planned(SMALL_V3, format="fp8", quantize_mla=True), *DOWN_TO_LATENTS), {},
+        "", "latent scale", "latent"),
+    "plain, predicts in fp8": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="fp8")), {},
+        "mtp left out", "mtp left out", ""),
+    "kv in w4": (lambda: planned(LLAMA, format="w4a8_awq", kv_cache="fp8"), {"gpu": "b200"}, "algorithm", "algorithm", "gpu"),
+    "stacks in four bits, not seen": (
+        lambda: replace(planned(LLAMA4_SEES, format="nvfp4"), config=planned(LLAMA4, format="nvfp4").config), {},
+        "not left out, stack, router kernel", "llama4 text, stack", "llama4 text, two configs, machine"),
+    "latent cache of fp8 weights": (
+        lambda: alter(planned(SMALL_V3, format="fp8"), **NVFP4_CACHE), {},
+        "kv latent", "kv nvfp4", ""),
+    "experts on a T4": (lambda: planned(MIXTRAL, format="fp8"), {"gpu": "t4"}, "gpu", "gpu", "gpu"),
+    "called W4A16": (hurt("qwen3-NVFP4", "called W4A16"), {}, "", "extra", "extra, machine"),
+    "few rows, dense": (lambda: planned(QWEN | {"num_key_value_heads": 2}, format="fp8_pb"), {}, "blocks", "blocks", ""),
+    "no files": (lambda: replace(planned(LLAMA, format="bf16"), files={}), {},
+        "missing", "missing", "missing"),
+    "stored in bfloat16": (hurt("qwen3-NVFP4", "stored in bfloat16"), {},
+        "not left out", "not left out", "not left out, machine"),
+    "mixed within a linear": (hurt("qwen3-NVFP4", "mixed within a linear"), {},
+        "partly", "partly, mixed joined", "partly, machine"),
+    "another algorithm of nobody": (lambda: alter(planned(QWEN, format="nvfp4"), quant_algo="INT8_SQ"), {},
+        "algorithm", "algorithm", "algorithm"),
+    "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
+}
+# fmt: on
+
+
+def found(checkpoint: CheckpointView, asked: dict) -> list[str]:
+    """The names of all rules that each engine finds, in its own order."""
+    verdicts = [verdict_of(checkpoint, engine, **asked) for engine in ENGINES]
+    return [", ".join(dict.fromkeys(one.rule for one in verdict.findings)) for verdict in verdicts]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_has_these_findings_and_no_others(case: str) -> None:
+    make, asked, *expected = CASES[case]
+    assert found(make(), asked) == expected
+
+
+def test_every_rule_is_asserted_of_two_checkpoints() -> None:
+    asserted = {engine: Counter() for engine in ENGINES}
+    rows = [*GOLDEN.values(), *(row[2:5] for row in DAMAGES.values()), *(row[2:] for row in CASES.values())]
+    for row in rows:
+        for engine, rules in zip(ENGINES, row, strict=True):
+            asserted[engine].update(filter(None, rules.split(", ")))
+    few = [(engine, rule) for engine, module in ENGINES.items() for rule in module.RULES if asserted[engine][rule] < 2]
+    assert few == []
