@@ -37,7 +37,11 @@ TEXTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "empty.txt": (lambda file: file.touch(), "no text in it", "a file with text"),
     "blank.txt": (lambda file: file.write_text(" \n\n"), "no text in it", "a file with text"),
     "short.txt": (lambda file: file.write_text("short"), "(96 tokens)", "Give more text, or ask for fewer or shorter"),
-    "binary.txt": (lambda file: file.write_bytes(bytes(range(256))), "UnicodeDecodeError", "Give another file"),
+    "binary.txt": (
+        lambda file: file.write_bytes(bytes(range(256))),
+        "not in UTF-8 from byte 128 on",
+        "or give another file",
+    ),
     "table.csv": (lambda file: file.write_text("text"), "must be one of", ".txt, .jsonl, .parquet, .safetensors"),
     "empty.jsonl": (lambda file: file.touch(), "no text in it", "a file with text"),
     "broken.jsonl": (lambda file: file.write_text("{"), "JSONDecodeError", "Give another file"),

@@ -23,7 +23,7 @@ from megatron_export.writing.safetensors_file import header_of
 from ..support.command_line import command_line, python
 from ..support.configs import LLAMA, MIXTRAL, QWEN
 from ..support.live import blank
-from ..support.models import EXAMPLE, read_json
+from ..support.models import EXAMPLE, LENGTH, read_json
 from ..support.plans import plan_for, plan_of
 from ..support.ranks import Ranks, command, free_port
 from ..support.saving import saved_model
@@ -157,9 +157,10 @@ def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> N
     flags = ("--hf-model", models["qwen3_moe"], "--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1, "--format", "nvfp4",
              "--kv-cache", "fp8", "--exclude", "model.layers.0.*", "--device", "cpu")  # fmt: skip
     ids = ("--calib-data", models["qwen3_moe"].parent / "ids" / "calibration.safetensors", "--calib-samples", 8)
+    ids += ("--calib-seq-len", LENGTH)
     (status, dry), *others = ranks.call(4, command, *flags, *ids, "--dry-run")
     assert (status, others) == (0, [(0, "")] * 3), dry
-    status, said = command_line("plan", *flags)
+    status, said = command_line("plan", *flags, *ids[-2:])
     assert status == 0, said
     plan = said.splitlines()
     different = [line.split("  ")[0] for line in plan if line not in dry.splitlines()]

@@ -72,7 +72,10 @@ SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no weights": (lambda source: (source / SHARD).unlink(), ("{}: no weights", "Give a checkpoint in safetensors")),
     "index not JSON": (replaced(INDEX, "{"), (f"{{}}/{INDEX}: not the index", "Fetch it again")),
     "index empty": (replaced(INDEX, "{}"), (f"{{}}/{INDEX}: not the index", "weight_map", "Fetch it again")),
-    "file missing": (indexed(Q, "b.safetensors"), ("{}/b.safetensors: not a readable", "Fetch this file again")),
+    "file missing": (
+        indexed(Q, "b.safetensors"),
+        ("{}/b.safetensors: not read (No such file", "Fetch this file again"),
+    ),
     "not in its file": (indexed("model.x", SHARD), (f"{{}}/{SHARD}: the index says that model.x", "Fetch file and")),
     "tensor missing": (rewritten(lambda held: held.pop(Q)), (f"{{}}: tensor {Q} is missing", "Fetch the checkpoint")),
     "tensor too many": (
