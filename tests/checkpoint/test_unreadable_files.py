@@ -85,8 +85,8 @@ def test_a_file_that_this_user_may_not_read_is_named(name: str, folder: Path) ->
 def test_a_folder_whose_name_no_file_system_takes_is_not_there(letters: int) -> None:
     long = "x" * letters
     assert "is not a folder" in refused("check", long, status=1)
-    assert "no .safetensors file" in refused("diff", QUANTIZED, long, status=2)
-    assert "no .safetensors file" in refused("verify", long, "--reference", ORIGINAL, status=2)
+    assert "is not a folder" in refused("diff", QUANTIZED, long, status=2)
+    assert "is not a folder" in refused("verify", long, "--reference", ORIGINAL, status=2)
     assert "no model folder" in refused("verify", QUANTIZED, "--reference", long, status=2)
     assert "no model folder" in refused("plan", "--hf-model", long, status=1)
 

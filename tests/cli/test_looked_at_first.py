@@ -91,8 +91,8 @@ def test_a_hub_that_nobody_is_logged_in_to_is_refused_before_any_work(
 ) -> None:
     said = refused(ranks, tmp_path, *fp8(source, output), "--push-to-hub", "org/name", fault=logged_out)
     assert_says(said, "--push-to-hub org/name: nothing could be uploaded there", "no token", "Log in")
-    said = refused(ranks, tmp_path, *fp8(source, output), "--push-to-hub", "a/b/c", fault=no_work)
-    assert_says(said, "--push-to-hub a/b/c: nothing could be uploaded there")
+    said = refused(ranks, tmp_path, *fp8(source, output), "--push-to-hub", "a/b/c", status=2, fault=no_work)
+    assert_says(said, "--push-to-hub 'a/b/c': give the name of a repository")
 
 
 # What a run reads.

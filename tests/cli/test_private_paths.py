@@ -92,6 +92,7 @@ def test_a_path_becomes_its_name_and_a_hub_id_stays(tmp_path: Path, monkeypatch:
 def test_an_original_that_is_not_there_is_asked_for(named: object, tmp_path: Path) -> None:
     said = {"kind": "megatron_export manifest 1", "run": {"hf_model": named}}
     (tmp_path / "export_manifest.json").write_text(json.dumps(said))
+    (tmp_path / "model.safetensors").touch()
     status, shown = run("verify", tmp_path)
     assert (status, "Give --reference PATH_OR_ID" in shown) == (2, True)
 
