@@ -83,5 +83,5 @@ def test_of_every_two_layers_the_second_has_experts() -> None:
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     }
-    names = parameters_of(config(**moe, num_hidden_layers=4, decoder_sparse_step=2))
+    names = parameters_of(config(**moe, moe_intermediate_size=64, num_hidden_layers=4, decoder_sparse_step=2))
     assert {name.split(".")[2] for name in names if ".experts." in name} == {"1", "3"}
