@@ -77,11 +77,6 @@ def test_head_dim_need_not_be_hidden_over_heads() -> None:
 
 def test_of_every_two_layers_the_second_has_experts() -> None:
     """As transformers does it: layer i has experts if (i + 1) % decoder_sparse_step is 0."""
-    moe = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-    }
+    moe = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     names = parameters_of(config(**moe, moe_intermediate_size=64, num_hidden_layers=4, decoder_sparse_step=2))
     assert {name.split(".")[2] for name in names if ".experts." in name} == {"1", "3"}
