@@ -18,9 +18,8 @@ from ..planning.rank_placement import Grid
 
 CLIP_BYTES = 1 << 30  # of losses, when the clipping of AWQ is searched
 # Bytes for each number of these kinds that a token, or a pair of tokens, has.
-RESIDUAL = (
-    18  # in bfloat16 what comes in, what is normed and what goes out; in float32 the norm's input, square and product
-)
+# In bfloat16 what comes in, what is normed and what goes out; in float32 the norm's input, square and product.
+RESIDUAL = 18
 HEADS = 10  # of queries, keys and values: as computed, as rotated, repeated for each head
 SCORES = 14  # a buffer and its product in bfloat16, in float32 what the softmax is given and gives, in bfloat16 its rounded result
 GATED = {"cpu": 12, "cuda": 8}  # gate and up, silu(gate), their product; a CPU has gate and up in float32 too

@@ -59,11 +59,6 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     return folder
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors files of a whole model, by their names."""
-    return any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
-
-
 def weights_in(folder: Path) -> Path:
     """The index of a folder's safetensors files, or the only such file; `ExportError` if it has neither."""
     for name in (INDEX, "model.safetensors"):

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.file_names import CONFIG
+from ..common.folder_kinds import has_weights
 from ..models import copied_prefixes, mtp_prefixes, settings_of, without_mtp
 from ..planning.tensor_spec import Output
-from .hf_folder import find_model, has_weights, of_folder, quantized_as, read_config, with_copied
+from .hf_folder import find_model, of_folder, quantized_as, read_config, with_copied
 from .hf_weights import copied_tensors, files_of
 
 

@@ -31,6 +31,7 @@ EXAMPLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
 
 def main(say: Say, arguments: list[str] | None = None) -> int:
     """Run the command as launch/export.py does; returns its exit status. `say` is `print`."""
+    terminal.clean_logs()
     return _export(terminal.cleaned(say), parse(arguments))
 
 
@@ -52,7 +53,6 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
 
 def _export(say: Say, config: ExportConfig) -> int:
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss, once per rank
-    terminal.clean_logs()
     try:
         with noticed():
             from .run import run_export

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..common.errors import ExportError
+from ..common.errors import NO_CUDA, ExportError
 from . import hub, terminal
 from .config import check_thresholds
 from .flags import Say
@@ -42,7 +42,7 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
 
     tensor_files(flags.folder)
     if flags.device == "cuda" and not torch.cuda.is_available():
-        raise ExportError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
+        raise ExportError(NO_CUDA)
     if flags.push_to_hub:
         hub.check(flags.push_to_hub)
     named = flags.reference or origin_of(flags.folder)

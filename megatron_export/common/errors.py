@@ -7,6 +7,7 @@ from pathlib import Path
 from .text import clean
 
 _PACKAGE = Path(__file__).parents[1]
+NO_CUDA = "--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver"
 
 
 class ExportError(Exception):

@@ -16,8 +16,7 @@ def refuse_adapters(folder: Path) -> None:
     if not exists(folder):
         return
     check_readable(folder)
-    weights = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
-    if not (folder / ADAPTERS).is_file() or ((folder / CONFIG).is_file() and weights):
+    if not (folder / ADAPTERS).is_file() or ((folder / CONFIG).is_file() and has_weights(folder)):
         return
     try:
         base = read_table(inside(folder, ADAPTERS)).get("base_model_name_or_path")
@@ -28,6 +27,11 @@ def refuse_adapters(folder: Path) -> None:
         f"{folder} has PEFT adapters{of} ({ADAPTERS}), and no model. Merge them into their model, as merge_and_unload of peft "
         "does, save that, and give its folder"
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors files of a whole model, by their names."""
+    return any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
 
 
 def is_headless(names: Iterable[str]) -> bool:

@@ -50,7 +50,7 @@ def not_read(path: Path, what: str, error: Exception, way_out: str) -> ExportErr
     if told := no_more_files(error):
         return ExportError(f"{path}: not opened: {told}")
     if isinstance(error, PermissionError):
-        return ExportError(f"{path}: this user may not read it. Allow it: chmod u+rX, or run as its owner")
+        return _not_allowed(path)
     if isinstance(error, OSError) and error.strerror:
         return ExportError(f"{path}: not read ({error.strerror}). {way_out}")
     if isinstance(error, UnicodeDecodeError):
@@ -71,7 +71,11 @@ def exists(path: str | Path) -> bool:
 def check_readable(path: Path) -> None:
     """Raise `ExportError` for a file or folder that this user may not read."""
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
-        raise ExportError(f"{path}: this user may not read it. Allow it: chmod u+rX, or run as its owner")
+        raise _not_allowed(path)
+
+
+def _not_allowed(path: Path) -> ExportError:
+    return ExportError(f"{path}: this user may not read it. Allow it: chmod u+rX, or run as its owner")
 
 
 def read_text(path: Path, way_out: str = "Give a text in UTF-8") -> str:

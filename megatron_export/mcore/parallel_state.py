@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from ..common.errors import ExportError, RankLost, StartError, message_of, no_more_files
+from ..common.errors import NO_CUDA, ExportError, RankLost, StartError, message_of, no_more_files
 from ..distributed.heartbeat import Pulse
 from ..distributed.topology import Cut, Topology
 from ..planning.request import SILENCE
@@ -128,7 +128,7 @@ def started(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise StartError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver")
+        raise StartError(NO_CUDA)
     world = {} if "RANK" in os.environ else _one_rank(math.lcm(tp * pp, ep * (etp or tp) * pp))
     if device == "cuda":
         _take_gpu()
