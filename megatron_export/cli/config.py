@@ -6,13 +6,16 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import ExportError
 from ..common.options import made, option
 from ..common.text import parse_size
 from ..engines import targets_in
 from ..formats import chosen
+from ..models.hf_config import text_of
 from ..planning.request import Request
 from . import hub
 
+LENGTH = 512  # tokens of a sample, without --calib-seq-len
 LEAST_SHARD = 1000  # bytes: who writes a smaller number forgot its unit
 beside = partial(option, planned=False)  # of the command alone: `plan` has no use for it
 
@@ -58,7 +61,9 @@ class ExportConfig:
     calib_samples: int | None = beside(
         None, "calibration samples (default: 128, or what the data has if that is fewer)"
     )
-    calib_seq_len: int = option(512, "tokens of a sample")
+    calib_seq_len: int | None = option(
+        None, "tokens of a sample (default: 512, or max_position_embeddings of config.json if that is fewer)"
+    )
     calib_batch_size: int = option(4, "samples of a micro-batch")
     calib_all_experts: bool = beside(False, "measure every expert on all tokens, not on those routed to it")
     save_calibration: Path | None = beside(None, "write the statistics to this .safetensors file")
@@ -157,6 +162,19 @@ def check_thresholds(min_snr: float | None, max_ppl_ratio: float | None) -> None
         raise ValueError(f"--min-snr must be a number, not {min_snr:g}")
     if max_ppl_ratio is not None and not 0 < max_ppl_ratio < inf:
         raise ValueError(f"--max-ppl-ratio must be above 0, and finite, not {max_ppl_ratio:g}")
+
+
+def sample_length(config: ExportConfig, hf_config: dict) -> int:
+    """Tokens of a sample of calibration text; `ExportError` if more are asked for than the model was made for."""
+    most, asked = text_of(hf_config).get("max_position_embeddings"), config.calib_seq_len
+    if most and asked and asked > most:
+        raise ExportError(f"--calib-seq-len {asked} is {beyond(most)}. Give {most} or less")
+    return asked or min(LENGTH, most or LENGTH)
+
+
+def beyond(most: int) -> str:
+    """What a sample of more tokens is."""
+    return f"more than max_position_embeddings {most} in config.json, for which the model was made"
 
 
 def configured(**values: Any) -> ExportConfig:

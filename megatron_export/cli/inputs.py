@@ -14,7 +14,7 @@ from ..distributed.topology import Topology
 from ..models import shape_of
 from ..models.hf_config import text_of
 from ..verify import perplexity
-from .config import ExportConfig
+from .config import ExportConfig, beyond, sample_length
 
 SAMPLES = 128  # without --calib-samples
 
@@ -56,18 +56,13 @@ def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_mo
 
     Without --calib-samples there are 128, or as many as the data has and the ranks can share.
     """
-    file, most = (
-        config.calib_data or example_model / "calibration.txt",
-        text_of(hf_config).get("max_position_embeddings"),
-    )
-    beyond = f"more than max_position_embeddings {most} in config.json, for which the model was made"
-    if most and config.calib_seq_len > most and file.suffix != ".safetensors":
-        raise ExportError(f"--calib-seq-len {config.calib_seq_len} is {beyond}. Give {most} or less")
-    shape = {"samples": config.calib_samples or SAMPLES, "length": config.calib_seq_len}
+    file = config.calib_data or example_model / "calibration.txt"
+    shape = {"samples": config.calib_samples or SAMPLES, "length": sample_length(config, hf_config)}
     fewer = config.calib_samples is None
     samples = data.read_samples(file, folder, **shape, trust_remote_code=config.trust_remote_code, fewer=fewer)
+    most = text_of(hf_config).get("max_position_embeddings")
     if most and samples.shape[1] > most:
-        raise ExportError(f"{file}: samples of {samples.shape[1]} tokens, {beyond}. Give shorter ones")
+        raise ExportError(f"{file}: samples of {samples.shape[1]} tokens, {beyond(most)}. Give shorter ones")
     exchanged = bool(shape_of(hf_config).experts) and config.ep * (config.etp or config.tp) > config.tp
     step = config.calib_batch_size * here.dp_size
     if fewer and exchanged and len(samples) >= step:
@@ -107,7 +102,7 @@ def _check_shared(config: ExportConfig, samples: int, exchanged: bool, replicas:
         )
 
 
-def provenance(config: ExportConfig, folder: Path) -> dict:
+def provenance(config: ExportConfig, original: Original) -> dict:
     """Where the model came from, and what it was calibrated with."""
     names = (
         "calib_data",
@@ -121,6 +116,7 @@ def provenance(config: ExportConfig, folder: Path) -> dict:
     trained |= {"merge_lora": config.request.merge_lora or None, "lora_checkpoint": config.lora_checkpoint}
     trained = {name: value for name, value in trained.items() if value is not None}
     calibration = {name: getattr(config, name) for name in names}
+    calibration["calib_seq_len"] = sample_length(config, original.config)
     for said in (trained, calibration):
         said |= {name: str(value) for name, value in said.items() if isinstance(value, Path)}
-    return {"hf_model": config.hf_model or str(folder), **trained, "calibration": calibration}
+    return {"hf_model": config.hf_model or str(original.folder), **trained, "calibration": calibration}

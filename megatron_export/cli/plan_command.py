@@ -26,7 +26,7 @@ from ..planning.rank_placement import Grid, grid_of
 from ..planning.tensor_spec import Output
 from ..writing.target import SPARE_BYTES
 from . import terminal
-from .config import ExportConfig
+from .config import ExportConfig, sample_length
 from .export_command import EXAMPLE_MODEL
 from .flags import Say, add_options, config_of
 
@@ -96,7 +96,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     plan = make_plan(hf_config, held, request, copied=copied, nodes=tuple(rank // GPUS for rank in range(most + 1)))
     report(refusals(plan, request.target))
     calibrates = bool(plan.form.calibrated or plan.kv) and not config.load_calibration
-    batch = MicroBatch(config.calib_batch_size, config.calib_seq_len) if calibrates else None
+    batch = MicroBatch(config.calib_batch_size, sample_length(config, hf_config)) if calibrates else None
     if batch:
         check_computed(hf_config, batch.length)
     return preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks)

@@ -104,7 +104,7 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
             if here.first:
                 outputs.save_calibration(config, known, original.config, measured=samples is not None)
         with job.stage("export"):
-            said = inputs.provenance(config, original.folder), _notes(job, known)
+            said = inputs.provenance(config, original), _notes(job, known)
             finish = partial(_finish, job, config, original.folder, here, progress)
             job.report = exported(here, opening, config.output.resolve(), Clock(), *said, finish, progress)
         if isinstance(opening.origin, Stored):

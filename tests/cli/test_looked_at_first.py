@@ -154,6 +154,15 @@ def test_a_model_without_a_tokenizer_is_named_in_every_format(
     (source / "tokenizer_config.json").unlink()
     words = ("--calib-data", EXAMPLE / "calibration.txt", "--calib-samples", 2, "--calib-seq-len", LENGTH)
     assert_says(refused(ranks, tmp_path, *fp8(source, output), *words, fault=no_work), missing, "Add these files")
+    usual = (
+        "--hf-model",
+        source,
+        "--format",
+        "fp8",
+        "--output",
+        output,
+    )  # whose 512 tokens are more than the model's 128
+    assert_says(refused(ranks, tmp_path, *usual, fault=no_work), missing)
     text = ("--verify", "--verify-text", EXAMPLE / "heldout.txt")
     assert_says(refused(ranks, tmp_path, *fp8(source, output), *text, fault=no_work), missing, "Add these files")
     for format in ("fp8", "fp8_pb", "bf16"):

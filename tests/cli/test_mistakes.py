@@ -131,7 +131,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     (f"{EXPORT} --output new --save-calibration new/s.safetensors", 1, "in a folder that exists"),
     (f"{EXPORT} --output new --save-calibration ids.safetensors", 1, "not a calibration file"),
     # Calibration data.
-    (f"{EXPORT} --output new --calib-data words.txt", 1, "--calib-seq-len 512 is more than max_position_embeddings 256"),
+    (f"{EXPORT} --output new --calib-seq-len 512", 1, "--calib-seq-len 512 is more than max_position_embeddings 256"),
     (f"{TEXT} word.txt", 1, "no calibration file word.txt"),
     (f"{TEXT} empty", 1, "no calibration file empty"),
     (f"{TEXT} table.csv", 1, "must be one of .txt, .jsonl, .parquet, .safetensors"),

@@ -1,6 +1,6 @@
 """A SLURM cluster of two nodes on this machine: its own munge, key, ports and folder, nothing of the system's.
 
-Jobs are numbered from a port that is this cluster's alone, because launch/slurm.sh makes the ports of jobs from their numbers.
+launch/slurm.sh makes a job's port from its number. So jobs are numbered from 9000 on: none of their ports is one of `free_port`'s.
 """
 
 import getpass
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ..support.ranks import free_port
+from ..support.ranks import WORKER, free_port
 
 ROOT = Path(__file__).parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -25,7 +25,7 @@ CONFIG = """
 ClusterName=export
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-FirstJobId={ports[0]}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -79,7 +79,11 @@ class Cluster:
             (self.folder / name).mkdir()
         host, user = socket.gethostname().partition(".")[0], getpass.getuser()
         ports = [free_port() for _ in range(3)]
-        self.config.write_text(CONFIG.format(host=host, user=user, folder=self.folder, nodes=NODES, ports=ports))
+        self.config.write_text(
+            CONFIG.format(
+                host=host, user=user, folder=self.folder, nodes=NODES, ports=ports, first_job=9_000 + 300 * WORKER
+            )
+        )
         (self.folder / "gres.conf").write_text(GPUS)
         files = {name: self.folder / f"munge.{name}" for name in ("key", "socket", "pid", "seed")}
         files["key"].touch(mode=0o600)

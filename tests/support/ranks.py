@@ -26,14 +26,17 @@ for late in ("rich.console", "rich.progress", "numpy.ctypeslib", "safetensors.to
     import_module(late)
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 3  # which of pytest's processes
 _tried = count(os.getpid() * 61)  # two runs on one machine do not try the same ones
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to clients, and in a range of this test process's own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    """A port that nobody listens on, from 20000 to 28999, and in a range of this test process's own.
+
+    It lies below the ports that the system gives to clients. Those from 29000 on are the SLURM jobs' of tests/launch/cluster.py.
+    """
     while True:
-        port = 20_000 + 3_000 * worker + next(_tried) % 3_000
+        port = 20_000 + 3_000 * WORKER + next(_tried) % 3_000
         with socket.socket() as one, suppress(OSError):
             one.bind(("localhost", port))
             return port
