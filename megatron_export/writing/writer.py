@@ -1,7 +1,6 @@
 """The files of a checkpoint: each grows as its tensors arrive, in any order; the index and the JSON files come last."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
+from ..common.safe_files import not_read
 from ..planning.contents import Contents, contents_of
 from ..planning.plan import Plan
 from ..planning.tensor_spec import Output
@@ -143,12 +143,19 @@ def complete(contents: Contents, staging: Staging, copies: list[Path]) -> None:
     """Add the JSON files, copies of `copies`, and the index to a folder in which all shards are."""
     with naming(staging.target):
         for path in copies:
-            shutil.copyfile(path, staging.folder / path.name)
+            (staging.folder / path.name).write_bytes(_content(path))
         for name, content in contents.jsons.items():
             write_json(staging.folder / name, content)
         if len(contents.files) > 1:
             said = {"metadata": {"total_size": contents.nbytes}, "weight_map": contents.homes}
             write_json(staging.folder / INDEX, said)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # of what is read, and not of what is written
+        raise not_read(path, "not a file to copy", error, "Fetch it again") from error
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -81,6 +81,13 @@ def test_a_file_that_this_user_may_not_read_is_named(name: str, folder: Path) ->
             assert f"{folder / name}: this user may not read it. Allow it: chmod u+rX" in said
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "LICENSE"])
+def test_a_file_to_copy_that_this_user_may_not_read_is_told_before_any_work(name: str, folder: Path) -> None:
+    (folder / name).touch(mode=0)
+    with as_nobody():
+        assert f"{folder / name}: this user may not read it" in refused("plan", "--hf-model", folder, status=1)
+
+
 @pytest.mark.parametrize("letters", [300, 5000])
 def test_a_folder_whose_name_no_file_system_takes_is_not_there(letters: int) -> None:
     long = "x" * letters

@@ -62,6 +62,13 @@ def export(target: Path, plan: Plan, **options: bool) -> None:
         publish(writer)
 
 
+def test_a_file_to_copy_that_cannot_be_read_is_blamed_and_not_the_target(plan: Plan, tmp_path: Path) -> None:
+    """The system gives an input/output error for the first byte of /proc/self/mem, as a disk that is broken does."""
+    said = r"^/proc/self/mem: not read \(Input/output error\). Fetch it again$"
+    with exporting(tmp_path / "out", plan) as writer, pytest.raises(ExportError, match=said):
+        complete(contents_of(plan), writer.staging, [Path("/proc/self/mem")])
+
+
 def test_tensors_written_in_any_order_are_read_back(plan: Plan, tmp_path: Path) -> None:
     written = content(plan)
     with exporting(tmp_path / "out", plan) as writer:
