@@ -30,6 +30,7 @@ from . import (
     nvfp4,
     nvfp4_awq,
     w4a8_awq,
+    w4a16_nvfp4,
 )
 from .form import PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing
 
@@ -41,6 +42,7 @@ FORMATS: dict[str, ModuleType] = {
         fp8_pb,
         nvfp4,
         nvfp4_awq,
+        w4a16_nvfp4,
         int4_awq,
         w4a8_awq,
     )

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Amax, Piece
 from ..common.storage import kind_of, shortage
-from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq
+from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq, w4a16_nvfp4
 from .form import Form
 
 CAPABILITY = (8, 9)
@@ -167,6 +167,11 @@ def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     return nvfp4.pieces(codes, scale, *scales)
 
 
+def encode_w4a16_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """w4a16_nvfp4.encode."""
+    return w4a16_nvfp4.weights_of(encode_nvfp4(weight, amax))
+
+
 def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """int4.encode."""
     rows, columns = weight.shape
@@ -217,6 +222,7 @@ KERNELS = {
     fp8.encode: encode_fp8,
     fp8_pb.encode: encode_fp8_pb,
     nvfp4.encode: encode_nvfp4,
+    w4a16_nvfp4.encode: encode_w4a16_nvfp4,
     int4.encode: encode_int4,
     w4a8_awq.encode: encode_w4a8,
 }

@@ -101,7 +101,8 @@ class Form:
     requantize    (float32 [out, in] weight, pieces on disk) -> the float32 weight that `decode` would give, had these scales been
                   given codes of that weight. For the scales of `encode`, the result is that of `encode` and `decode` to the bit
     quantization  `quant_algo` and what stands beside it in both quantization configs; empty for none
-    numbers       how config.json describes its numbers in a config group; None for no such group
+    numbers       how config.json describes its numbers in a config group, of weights, and of inputs if these are measured; None for
+                  no such group
     native        config.json's `quantization_config`, where that is not in ModelOpt's dialect; None where it is
     arithmetic    how an engine multiplies with it
     least_snr     signal to noise in dB below which a weight is broken rather than rounded, whatever the model

@@ -30,7 +30,8 @@ def quantization_config(plan: Plan) -> dict | None:
     kv = {"kv_cache_scheme": plan.kv.scheme} if plan.kv else {}
     if form.native is not None:
         return form.native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
-    group = {"input_activations": form.numbers, "weights": form.numbers, "targets": ["Linear"]}
+    inputs = {"input_activations": form.numbers} if form.activations else {}
+    group = inputs | {"weights": form.numbers, "targets": ["Linear"]}
     return {
         **({"config_groups": {"group_0": group}} if form.numbers else {}),
         "ignore": list(plan.excluded),

@@ -45,6 +45,7 @@ def chain(name: str) -> Quantizers:
         (linear(QKV, FP8_PB, OFF), "fp8_pb", "none"),
         (linear(QKV, NVFP4, NVFP4) | cache(NVFP4, NVFP4), "nvfp4", "nvfp4"),
         (linear(QKV, NVFP4, NVFP4 | VECTOR), "nvfp4_awq", "none"),
+        (linear(QKV, NVFP4, OFF), "w4a16_nvfp4", "none"),
         (linear(QKV, INT4, OFF | VECTOR), "int4_awq", "none"),
         (chain(QKV), "w4a8_awq", "none"),
     ],

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict] = {
     "fp8": {},
     "fp8_pb": {},
     "nvfp4": {},
+    "w4a16_nvfp4": {},
     "nvfp4_awq": {"awq_clip": True},
     "nvfp4_awq modelopt": {"awq_output": "modelopt"},
     "int4_awq": {"awq_clip": True},
@@ -64,7 +65,7 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "tp1 etp2": ("int4_awq",),
     "tp2 ep2": AWQ,
     "pp2 vpp2": ("nvfp4", "fp8 mla"),
-    "pp3": ("fp8_pb",),
+    "pp3": ("fp8_pb", "w4a16_nvfp4"),
     "an empty stage": ("bf16",),
     "tp2 pp2 ep2": ("fp8", "nvfp4_awq"),
 }

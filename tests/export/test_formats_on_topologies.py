@@ -28,6 +28,7 @@ VARIANTS = {
     "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8"),
     "nvfp4_awq": ("--kv-cache", "nvfp4", "--awq-clip"),
     "nvfp4_awq modelopt": ("--awq-output", "modelopt"),
+    "w4a16_nvfp4": ("--kv-cache", "fp8"),
     "int4_awq": ("--awq-clip",),
     "int4_awq 64": ("--group-size", 64),
     "w4a8_awq": ("--kv-cache", "fp8"),
@@ -36,6 +37,7 @@ VARIANTS = {
 GATHERED = {
     "fp8_pb": {"tp2": 8, "tp4": 8},
     "nvfp4_awq": {},
+    "w4a16_nvfp4": {},
     "int4_awq": {"tp2": 4, "tp4": 4},
     "int4_awq 64": {"tp4": 4},
     "w4a8_awq": {"tp2": 4, "tp4": 4},

@@ -16,6 +16,11 @@ from ..support.ranks import Ranks
 from .test_topologies import export
 
 SOURCES = {name: GOLDEN / "models" / f"{name}-bf16" for name in ("llama", "qwen3")}
+UNMEASURED = [
+    ("llama", "w4a16_nvfp4", "W4A16_NVFP4"),
+    ("qwen3", "w4a16_nvfp4", "NVFP4"),
+    ("qwen3moe", "w4a16_nvfp4", "NVFP4"),
+]
 
 
 def ids_of(source: Path, file: Path) -> Path:
@@ -64,6 +69,29 @@ def test_every_weight_and_weight_scale_equals_modelopt(
     assert sorted(ours) == sorted(golden)
     weights = [key for key in golden if not key.endswith("input_scale")]
     assert [key for key in weights if not same(ours[key], golden[key])] == []
+
+
+@pytest.mark.parametrize(("name", "form", "route"), UNMEASURED)
+def test_where_nothing_is_measured_every_tensor_equals_modelopt(
+    name: str, form: str, route: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """ModelOpt's W4A16_NVFP4 of the other sources has the bytes of its NVFP4, but for the scales of inputs."""
+    source, flags = GOLDEN / "models" / f"{name}-bf16", ("--ep", 2) if "moe" in name else ()
+    export(
+        ranks,
+        4 if flags else 2,
+        "--tp",
+        2,
+        *flags,
+        "--hf-model",
+        source,
+        "--format",
+        form,
+        "--output",
+        tmp_path / "out",
+    )
+    golden = tensors(GOLDEN / "models" / f"{name}-{route}")
+    assert_same(tensors(tmp_path / "out"), {key: golden[key] for key in golden if not key.endswith("input_scale")})
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -24,6 +24,7 @@ ALL = {
     "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
     "w4a8_awq 64": chosen("w4a8_awq", Options(group_size=64)),
 }
+NVFP4 = ("nvfp4", "nvfp4_awq", "w4a16_nvfp4")
 GROUPS = {name: form.tile[1] for name, form in ALL.items() if form.tile[0] == 2}  # those with clip codes
 LARGEST, SMALLEST = torch.finfo(torch.bfloat16).max, 2.0**-133  # of bfloat16; below 2^-126 it has fewer bits
 every_format = pytest.mark.parametrize("name", ALL)
@@ -99,7 +100,7 @@ def tiles_of(form: Form, weight: Tensor, pieces: dict[str, Piece]) -> tuple[tupl
     if form.name == "fp8_pb":
         scale = double(pieces, "weight_scale_inv" if "weight_scale_inv" in pieces else "weight_scale")
         return form.tile, 448.0, scale.reshape(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
-    if form.name in ("nvfp4", "nvfp4_awq"):
+    if form.name in NVFP4:
         # an engine multiplies both scales in float32, and so do we before rounding: in its subnormals that matters
         return form.tile, 6.0, (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).double()
     return (1, form.tile[1]), 7.0, double(pieces, "weight_scale")
@@ -132,9 +133,9 @@ def assert_scales_fit(form: Form, weight: Tensor, amax: Amax, pieces: dict[str, 
     largest = amax.weight.double().view(1, 1) if form.name == "fp8" else largest_of(weight, size)
     allowed = rounding(largest, largest_code)
     if "weight_scale_2" in pieces:
-        second, codes = double(pieces, "weight_scale_2"), 448 * (6 if form.name.startswith("nvfp4") else 1)
+        second, codes = double(pieces, "weight_scale_2"), 448 * (6 if form.name in NVFP4 else 1)
         assert second == 1 if amax.weight == 0 else (second * codes - amax.weight).abs() <= rounding(amax.weight, codes)
-    if form.name in ("nvfp4", "nvfp4_awq"):
+    if form.name in NVFP4:
         # e4m3 rounds by up to 2^-4, its subnormals by half of 2^-9 of weight_scale_2; blocks below get that 2^-9
         allowed = rounding(largest, 2688) + torch.maximum(largest * 2**-4, 6 * 2**-9 * second)
         vanishes = (largest / (6 * second)).float() == 0  # of a block 2^150 below the largest
@@ -159,7 +160,7 @@ def half_step(form: Form, weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
         return torch.maximum(size * (1 + 2**-8) * 2**-4, scale * 2**-10) + size * 2**-8
     if form.name == "fp8_pb":
         return torch.maximum(size * 2**-4, scale * 2**-10)
-    if form.name in ("nvfp4", "nvfp4_awq"):
+    if form.name in NVFP4:
         half = torch.where(size <= 2 * scale, 0.25, torch.where(size <= 4 * scale, 0.5, 1.0))
         return torch.maximum(half * scale, size - largest_code * scale)
     if form.name == "int4_awq":

@@ -16,6 +16,7 @@ FORMS = {
     "fp8_pb": chosen("fp8_pb"),
     "fp8_pb modelopt": chosen("fp8_pb", Options(fp8_pb_spelling="modelopt")),
     "nvfp4": chosen("nvfp4"),
+    "w4a16_nvfp4": chosen("w4a16_nvfp4"),
     "int4_awq": chosen("int4_awq"),
     "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
     "w4a8_awq": chosen("w4a8_awq"),

@@ -72,6 +72,7 @@ CASES = {
     "FP8": ("fp8", NATIVE, static_fp8),
     "NVFP4": ("nvfp4", NATIVE, blocks_of_16),
     "NVFP4_AWQ": ("nvfp4_awq", Options(awq_output="modelopt"), blocks_of_16),
+    "W4A16_NVFP4": ("w4a16_nvfp4", NATIVE, as_it_is),
     "W4A16_AWQ": ("int4_awq", NATIVE, as_it_is),
     "W4A8_AWQ": ("w4a8_awq", NATIVE, static_fp8),
     "FP8_BLOCK_SCALES": ("fp8_pb", NATIVE, groups_of_128),
@@ -137,7 +138,7 @@ def test_a_linear_multiplies_its_rounded_input_with_its_decoded_weight(
     for name, linear in emulated.items():
         pieces = {key.rpartition(".")[2]: t for key, t in found.items() if key.rpartition(".")[0] == name}
         weight = form.decode({suffix: formats.Piece(tensor, ()) for suffix, tensor in pieces.items()})
-        if algorithm == "W4A16_AWQ":
+        if algorithm.startswith("W4A16"):
             weight = weight.to(torch.bfloat16).float()
         inputs = torch.randn(2, 5, weight.shape[1]).to(torch.bfloat16)
         inputs[0, 0] = 0
@@ -323,6 +324,7 @@ def test_a_folder_is_not_trusted(message: str, plain: Path, tmp_path: Path) -> N
     [
         ("FP8", 8, 2 * 32 * len(LINEARS)),
         ("NVFP4", 4.5, 2 * 32 * len(LINEARS)),
+        ("W4A16_NVFP4", 4.5, 32 * len(LINEARS)),
         ("NVFP4_AWQ", 4.5, 2 * 32 * len(LINEARS) + 16 * (256 + FFN)),
         ("W4A16_AWQ", 4 + 32 / 128, 16 * (256 + FFN)),
         ("W4A8_AWQ", 4 + 32 / 128, 16 * (256 + FFN) + 2 * 32 * len(LINEARS)),

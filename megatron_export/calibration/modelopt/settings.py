@@ -29,13 +29,14 @@ NVFP4: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dyna
 INT4: Attributes = {"_num_bits": 4, "_block_sizes": {-1: GROUP}}
 # fmt: off
 LINEARS: dict[str, Settings] = {
-    "bf16":      Settings((),                None,  smoothed=False),
-    "fp8":       Settings((E4M3,),           E4M3,  smoothed=False),
-    "fp8_pb":    Settings((E4M3_IN_BLOCKS,), None,  smoothed=False),
-    "nvfp4":     Settings((NVFP4,),          NVFP4, smoothed=False),
-    "nvfp4_awq": Settings((NVFP4,),          NVFP4, smoothed=True),
-    "int4_awq":  Settings((INT4,),           None,  smoothed=True),
-    "w4a8_awq":  Settings((INT4, E4M3),      E4M3,  smoothed=True),
+    "bf16":        Settings((),                None,  smoothed=False),
+    "fp8":         Settings((E4M3,),           E4M3,  smoothed=False),
+    "fp8_pb":      Settings((E4M3_IN_BLOCKS,), None,  smoothed=False),
+    "nvfp4":       Settings((NVFP4,),          NVFP4, smoothed=False),
+    "nvfp4_awq":   Settings((NVFP4,),          NVFP4, smoothed=True),
+    "w4a16_nvfp4": Settings((NVFP4,),          None,  smoothed=False),
+    "int4_awq":    Settings((INT4,),           None,  smoothed=True),
+    "w4a8_awq":    Settings((INT4, E4M3),      E4M3,  smoothed=True),
 }
 CACHES: dict[str, Attributes] = {"none": {}, "fp8": E4M3, "nvfp4": NVFP4}  # of keys, and of values
 # fmt: on
