@@ -13,6 +13,11 @@ from ..planning.plan import Plan
 Statistics = dict[str, Tensor]
 
 
+def is_needed(plan: Plan) -> bool:
+    """Whether the plan needs any statistics."""
+    return any(needed_by(item) for item in plan.items)
+
+
 def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     """Raise unless the statistics hold every number that the plan needs, of the right size, finite and in its range."""
     needed = {name for item in plan.items for name in needed_by(item)}
@@ -95,7 +100,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
         needed[smoothed.ratio] = ()
     for (_, codes), part in zip(smoothed.codes, item.parts, strict=bool(smoothed.codes)):
         needed[codes] = (part.shape[0], part.shape[1] // item.form.tile[1])
-    if item.kv:
+    if item.kv and item.kv.calibrated:
         k_amax, v_amax = kv_keys(name.rsplit(".", 2)[0])
         by_channel = "v" in dict(smoothed.rows)
         needed |= {k_amax: ()} | ({channels(v_amax): item.parts[2].shape[:1]} if by_channel else {v_amax: ()})
@@ -106,6 +111,8 @@ def _kv_amax(item: Item, needed: Statistics) -> tuple[Tensor, ...]:
     """The amax of the keys and of the values, these after the smoothing of o_proj was folded into v_proj."""
     if item.kv is None:
         return ()
+    if not item.kv.calibrated:
+        return torch.tensor(torch.nan), torch.tensor(torch.nan)  # as of inputs
     k_amax, v_amax = kv_keys(item.source.canonical.rsplit(".", 2)[0])
     if (vector := dict(item.smoothed.rows).get("v")) is None:
         return needed[k_amax], needed[v_amax]

@@ -135,11 +135,14 @@ class ExportConfig:
             )
         if self.request.format is None:
             return
-        form, cache = chosen(self.request.format), self.request.kv_cache not in ("none", None)
-        needs_none = not form.calibrated and not (form.quantization and cache)
+        form, asked = chosen(self.request.format), self.request
+        cache = asked.kv_cache not in ("none", None) and asked.kv_scale is None
+        measured = form.smoothing or (form.activations and asked.input_scale is None)
+        needs_none = not measured and not (form.quantization and cache)
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
             raise ValueError(
-                f"--format {form.name} needs no calibration: --calib-data and --load-calibration have no effect"
+                f"--format {form.name}{' with --input-scale' if form.activations else ''} needs no calibration: --calib-data and "
+                "--load-calibration have no effect"
             )
         if not form.quantization and self.save_calibration:
             raise ValueError(f"--format {form.name} needs no calibration: --save-calibration has no effect")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..calibration.lookup import is_needed
 from ..calibration.memory import MicroBatch, calibration_bytes
 from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.hf_weights import copied_tensors
@@ -95,7 +96,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     most = max(rank for one in held.values() for rank in one.ranks)
     plan = make_plan(hf_config, held, request, copied=copied, nodes=tuple(rank // GPUS for rank in range(most + 1)))
     report(refusals(plan, request.target))
-    calibrates = bool(plan.form.calibrated or plan.kv) and not config.load_calibration
+    calibrates = is_needed(plan) and not config.load_calibration
     batch = MicroBatch(config.calib_batch_size, sample_length(config, hf_config)) if calibrates else None
     if batch:
         check_computed(hf_config, batch.length)

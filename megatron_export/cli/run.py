@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration import statistics
 from ..calibration.calibrate import calibrate
-from ..calibration.lookup import check_calibration
+from ..calibration.lookup import check_calibration, is_needed
 from ..calibration.memory import MicroBatch
 from ..checkpoint.hf_folder import check_unchanged
 from ..checkpoint.original import Original
@@ -161,7 +161,7 @@ def _calibration(
         if known:
             check_calibration(opening.plan, known)
         samples, plan = None, opening.plan
-        if not known and (plan.form.calibrated or plan.kv or config.save_calibration):
+        if not known and (is_needed(plan) or config.save_calibration):
             samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
             check_computed(original.config, samples.shape[1])
     return replace(opening, statistics=known), samples

@@ -66,13 +66,13 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
     "kv latent":     (_R, "latent attention has no NVFP4 KV cache", "config", SEEN),
-    "kv mla":        (_L, "latent attention has no KV scales: its cache has a scale of 1", "deepseek", SEEN),
+    "kv mla":        (_L, "KV scales of latent attention are not read: its cache has a scale of 1", "deepseek", SEEN),
     "kv dialect":    (_M, "with quant_method fp8 the KV cache is quantized on request", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache needs FlashInfer", "flashinfer", READ),
     "kv shape":      (_R, "a KV scale is one number", "kv", READ),
     "kv pair":       (_R, "there is no v_scale without a k_scale", "kv", READ),
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv", READ),
-    "kv scales":     (_L, "KV scales are there for every layer, or the cache has a scale of 1", "kv", READ),
+    "kv scales":     (_L, "KV scales are there for every layer, or for none: a cache without has a scale of 1", "kv", READ),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
     "router":        (_L, "Llama 4's experts in FP4 do not go to Marlin, which multiplies by router weights again", "moe", SEEN),
@@ -239,7 +239,7 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) 
     if checkpoint.latent:
         if reading.kv == "NVFP4":
             findings.add("kv latent", "it has no NVFP4 cache for latent attention", way="--kv-cache none")
-        elif reading.kv or kv:
+        elif kv:
             findings.add("kv mla", "its FP8 cache of latent attention has a scale of 1", way="--kv-cache none")
         return
     if reading.kv == "NVFP4":
@@ -248,7 +248,7 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) 
         findings.add("kv dialect", "its FP8 KV cache with --kv-cache-dtype fp8")
     if reading.kv and reading.algorithm is not None:
         found = {at for spelled, places in kv.items() for at in places if spelled.endswith(("k_scale", "v_scale"))}
-        if len(found) < checkpoint.layers:
+        if len(found) < checkpoint.layers and (found or reading.kv != "FP8"):
             findings.add("kv scales", f"KV scales are there for {len(found)} of {checkpoint.layers} layers; the cache of others "
                          "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip
 

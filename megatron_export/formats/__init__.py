@@ -7,11 +7,13 @@ form     settled options -> Form
 A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md shows how to add a format.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..common.errors import ExportError
@@ -98,20 +100,37 @@ def groups_of(name: str) -> tuple[int, ...]:
     return told_by(options_of(Options)["group_size"]).choices if "group_size" in FORMATS[name].OPTIONS else ()
 
 
-def chosen_kv(name: str) -> KvForm | None:
-    """The KV cache format of that name, None for "none"; `ExportError` with the known ones when there is none."""
-    return _found(KV_FORMATS, name)
+def chosen_kv(name: str, scale: float | None = None, least: float = 0.0) -> KvForm | None:
+    """The KV cache format of that name, None for "none"; `ExportError` with the known ones when there is none.
+
+    With `scale`, that is the scale of all keys and values, whatever they are; otherwise none is below `least`.
+    """
+    form = _found(KV_FORMATS, name)
+    if form is None or (scale is None and not least):
+        return form
+    return replace(form, encode=partial(_given, form, scale, least), calibrated=scale is None)
+
+
+def _given(form: KvForm, scale: float | None, least: float, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
+    scales = form.encode(k_amax, v_amax)
+    if scale is None:
+        return {name: one.clamp(min=least) for name, one in scales.items()}
+    return {} if scale == form.implied else {name: torch.full_like(one, scale) for name, one in scales.items()}
 
 
 def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """`form.encode` in strips of whole tiles; on CUDA by a kernel with the same result, where there is one."""
     if kernel := cuda_kernels.kernel_of(form, weight, amax):
-        return kernel(weight, amax)
-    strips = [
-        form.encode(weight[rows], amax if amax.clip is None else amax.strip(rows))
-        for rows in row_strips(weight, form.tile[0])
-    ]
-    return {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
+        made = kernel(weight, amax)
+    else:
+        strips = [
+            form.encode(weight[rows], amax if amax.clip is None else amax.strip(rows))
+            for rows in row_strips(weight, form.tile[0])
+        ]
+        made = {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
+    if form.input_scale is not None:
+        made["input_scale"] = Piece(torch.full_like(made["input_scale"].data, form.input_scale), ())
+    return made
 
 
 def encode_bytes(weights: int, encoded: int, device: str) -> int:

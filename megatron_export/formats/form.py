@@ -89,8 +89,8 @@ class Stored:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Form:
-    """One format with its options settled. No field has a default, so that what a format does not say of itself is an error;
-    docs/add-a-format.md has an example for each.
+    """One format with its options settled. No field of a format's own has a default, so that what it does not say of itself
+    is an error; docs/add-a-format.md has an example for each.
 
     name          what the user types
     tile          (out, in): the block of the weight that must not be cut before it is quantized
@@ -110,6 +110,7 @@ class Form:
     stackable     whether the experts of a layer may be written as one tensor, of models that have them so
     no_experts    why no model with experts is written in it, and what to do instead, as sentences; "" where one is
     smoothing     how AWQ prepares its weights; None for not at all
+    input_scale   what every `input_scale` is, where the request says so; None for that of the measured inputs
     """
 
     name: str
@@ -127,6 +128,7 @@ class Form:
     stackable: bool
     no_experts: str
     smoothing: Smoothing | None
+    input_scale: float | None = None
 
     @property
     def algorithm(self) -> str | None:
@@ -160,7 +162,7 @@ class Form:
     @property
     def activations(self) -> bool:
         """Whether it needs the amax of the linear's input."""
-        return "input_scale" in self.stored
+        return "input_scale" in self.stored and self.input_scale is None
 
     @property
     def calibrated(self) -> bool:
@@ -190,16 +192,20 @@ class KvForm:
     algorithm  `kv_cache_quant_algo` of hf_quant_config.json
     scheme     `kv_cache_scheme` of config.json
     bits       of one number, by which a scheme that is a table is told from others
+    implied    the scale that all engines take where the checkpoint has none; None where one of them needs it
     encode     amax of the keys and of the values, float32 [] each -> their scales by name under `self_attn`
     rounded    (keys or values [..., channels], their scale float32 []) -> what the cache holds of them, float32
+    calibrated whether `encode` looks at the maxima
     """
 
     name: str
     algorithm: str
     scheme: dict | str
     bits: int
+    implied: float | None
     encode: Callable[[Tensor, Tensor], dict[str, Tensor]]
     rounded: Callable[[Tensor, Tensor], Tensor]
+    calibrated: bool = True
 
 
 def not_rounded(values: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -4,7 +4,9 @@
     self_attn.v_proj.v_scale  float32 []  amax of the values / 448
 
 An amax of zero gives scale 1. Scales below 1 are written as they are: ModelOpt's HF route does the same, its Megatron
-route raises them to 1. Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant_algo FP8.
+route raises them to 1. A scale of 1 that is asked for is not written, as with ModelOpt's `use_constant_amax` ("fp8_cast"): engines
+take 1 where there is none. Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant_algo FP8; vLLM 0.33 and SGLang 0.5.23,
+layers/quantization/kv_cache.py.
 """
 
 from torch import Tensor
@@ -23,6 +25,7 @@ FORM = KvForm(
     algorithm="FP8",
     scheme={"dynamic": False, "num_bits": 8, "type": "float"},
     bits=8,
+    implied=1.0,
     encode=encode,
     rounded=rounded,
 )

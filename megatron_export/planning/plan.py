@@ -12,7 +12,7 @@ from typing import Any
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.text import parse_size
-from ..formats import Form, KvForm, chosen_kv, groups_of
+from ..formats import Form, KvForm, groups_of
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
@@ -104,7 +104,7 @@ def make_plan(
     nodes    the node of each rank; needed unless rank 0 writes all
     Raises one `ExportError` with every reason why the model cannot be exported so.
     """
-    form, kv = request.form(), chosen_kv(request.kv_cache)
+    form, kv = request.form(), request.kv()
     plain = not form.quantization
     sources = {name: _as_held(source, held.get(name)) for name, source in parameters_of(config).items()}
     report(_held_problems(sources, held))
@@ -113,10 +113,10 @@ def make_plan(
             f"--kv-cache {request.kv_cache} with --format {form.name}: vLLM refuses a checkpoint that quantizes the KV cache "
             "alone. Export without it, and serve with the engine's own FP8 KV cache"
         )
-    if kv and not any(makes_keys(name) for name in sources):
+    if kv and not any(makes_keys(name) for name in sources) and (kv.implied is None or request.kv_scale != kv.implied):
         raise ExportError(
             f"--kv-cache {request.kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
-            "scale to export. Start the engine with its own FP8 KV cache"
+            "scale to export. Give --kv-cache fp8 --kv-scale 1, or start the engine with its own FP8 KV cache"
         )
     policy = settle(config, sources, form, request, copied)
     problems = list(policy.problems)

@@ -4,8 +4,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from ..common.errors import ExportError
 from ..common.options import checked, made, option, options_of, told_by, values_of
-from ..formats import FORMATS, KV_FORMATS, Form, Options, chosen
+from ..formats import FORMATS, KV_FORMATS, Form, KvForm, Options, chosen, chosen_kv
 
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
@@ -36,6 +39,17 @@ class Request:
         None,
         "format of the KV cache (default: that of ModelOpt's quantizers in a Megatron checkpoint, else none)",
         choices=tuple(KV_FORMATS),
+    )
+    kv_scale: float | None = option(
+        None,
+        "scale of all keys and values in the cache, in place of measured ones; 1 is not written for an fp8 cache, since engines "
+        "take it where there is none (ModelOpt: fp8_cast)",
+    )
+    kv_scale_at_least: float | None = option(
+        None, "raise the scales of an fp8 cache to this number, as ModelOpt's Megatron export does with 1"
+    )
+    input_scale: float | None = option(
+        None, "`input_scale` of all linears, in formats that have it, in place of measured ones"
     )
     options: Options = Options()  # noqa: RUF009 - frozen
     overwrite: bool = _undigested(
@@ -87,7 +101,31 @@ class Request:
     def form(self) -> Form:
         """The format that is asked for; `ExportError` for an unknown one, and for an option without effect."""
         form = chosen(self.format, self.options)
-        return replace(form, smoothing=replace(form.smoothing, done=True)) if self.smoothed else form
+        if self.smoothed:
+            form = replace(form, smoothing=replace(form.smoothing, done=True))
+        if self.input_scale is None:
+            return form
+        if "input_scale" not in form.stored:
+            raise ExportError(f"--input-scale has no effect with --format {form.name}, which writes no input_scale")
+        return replace(form, input_scale=_scale("--input-scale", self.input_scale))
+
+    def kv(self) -> KvForm | None:
+        """The format of the cache, None for none; `ExportError` as of `form`."""
+        cache = chosen_kv(self.kv_cache)
+        for flag, value in (("--kv-scale", self.kv_scale), ("--kv-scale-at-least", self.kv_scale_at_least)):
+            if value is not None and cache is None:
+                raise ExportError(f"{flag} has no effect without --kv-cache")
+        if self.kv_scale is not None:
+            if self.kv_scale_at_least is not None:
+                raise ExportError("--kv-scale-at-least has no effect with --kv-scale, which is the scale of all")
+            return chosen_kv(self.kv_cache, scale=_scale("--kv-scale", self.kv_scale))
+        if self.kv_scale_at_least is None:
+            return cache
+        if cache.implied is None:
+            raise ExportError(
+                f"--kv-scale-at-least is for --kv-cache fp8: blocks of {cache.name} have scales of their own below it"
+            )
+        return chosen_kv(self.kv_cache, least=_scale("--kv-scale-at-least", self.kv_scale_at_least))
 
     def digested(self) -> dict[str, Any]:
         """Option -> value, of the options in the fingerprint of settings."""
@@ -98,6 +136,13 @@ class Request:
         """Option -> value, of the options that differ from their defaults, for the manifest."""
         known = options_of(type(self))
         return {name: value for name, value in values_of(self).items() if value != known[name].default}
+
+
+def _scale(flag: str, value: float) -> float:
+    """A scale, if float32 has it."""
+    if not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:  # NaN is neither
+        raise ExportError(f"{flag} must be a number above 0 that float32 holds, not {value:g}")
+    return value
 
 
 def requested(options: dict[str, Any], without: Collection[str] = (), **more: Any) -> Request:

@@ -30,6 +30,7 @@ class Described:
     algorithm   as the tensors show it, None for a checkpoint that is not quantized
     form        its format here, and the options of that
     kv          name of the KV cache's format
+    kv_scale    the scale that engines take for it, if the checkpoint has none and they can; else None
     quantized   HF modules, or stacks of experts, that have codes or scales
     excludes    by file, the modules that it names as not quantized
     problems    where configs and tensors contradict one another
@@ -39,6 +40,7 @@ class Described:
     form: Form
     options: Options
     kv: str
+    kv_scale: float | None
     quantized: frozenset[str]
     excludes: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ def described(found: Finished) -> Described:
         form=form,
         options=options,
         kv=kv or (next(cache.name for cache in KV_FORMATS.values() if cache) if scaled else "none"),
+        kv_scale=None if scaled or not (cache := KV_FORMATS.get(kv or "none")) else cache.implied,
         quantized=frozenset(quantized),
         excludes=_excludes(inner, outer),
         problems=problems,

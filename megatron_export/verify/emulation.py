@@ -134,18 +134,24 @@ def _take_linears(model: nn.Module, tensors: Respelled, form: Form, scales: tupl
 
 
 def _take_kv_scales(model: nn.Module, tensors: Respelled, cache: KvForm) -> list[str]:
-    """Move the scales of keys and values to the attention modules they are for; returns the names of missing ones."""
-    missing = []
+    """Move the scales of keys and values to the attention modules they are for; returns the names of missing ones.
+
+    Where the cache's format implies a scale, all of them may be missing.
+    """
+    missing, found = [], False
     for name, module in model.named_modules():
         if not hasattr(module, "k_proj"):
             continue
         for buffer, local in KV_SCALES.items():
             there = f"{name}.{local}" in tensors
+            found |= there
             missing += [] if there else [f"{name}.{local}"]
-            scale = tensors.take(f"{name}.{local}") if there else torch.ones(())
+            scale = (
+                tensors.take(f"{name}.{local}") if there else torch.tensor(cache.implied or 1.0, device=model.device)
+            )
             module.register_buffer(buffer, scale.reshape(()), persistent=False)
         module.kv_rounded = cache.rounded
-    return missing
+    return missing if found or cache.implied is None else []
 
 
 def _attention_of(model: "PreTrainedModel") -> str:

@@ -61,8 +61,9 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
         assumed(config, 1),
         Request(
             said.form.name,
-            "none" if shape_of(config).kv_lora else said.kv,
-            said.options,
+            said.kv if said.kv_scale or not shape_of(config).kv_lora else "none",
+            kv_scale=said.kv_scale,
+            options=said.options,
             exclude=tuple(plain) if said.algorithm else (),
             quantize_mla=bool(latent and said.algorithm),
         ),

@@ -150,7 +150,8 @@ def test_what_cannot_be_calibrated_is_refused_by_plan_in_the_words_of_the_export
     [(status, said)] = ranks.call(1, command, *flags, *data, "--calib-seq-len", 24, "--output", tmp_path / "out")
     assert status == 1 and words in said
     assert command_line("plan", *flags) == (1, said.strip())
-    assert command_line("plan", *flags, "--format", "bf16")[0] == 0  # which is not calibrated
+    for given in (("--format", "bf16"), ("--input-scale", 1, "--kv-cache", "fp8", "--kv-scale", 2)):  # not calibrated
+        assert command_line("plan", *flags, *given)[0] == 0
 
 
 def test_a_dry_run_prints_the_table_of_the_plan(ranks: Ranks, models: dict) -> None:

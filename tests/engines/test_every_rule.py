@@ -126,8 +126,10 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "latent cache": (lambda: alter(planned(SMALL_V3, format="nvfp4"), **NVFP4_CACHE), {},
         "kv latent", "kv nvfp4", "machine"),
     "latent cache in fp8": (
-        lambda: alter(planned(SMALL_V3, format="fp8"), **FP8_CACHE), {},
-        "kv mla", "", ""),
+        lambda: planned(SMALL_V3, format="fp8", kv_cache="fp8", kv_scale=1.0), {}, "", "", ""),
+    "latent cache with scales": (
+        lambda: alter(hurt("deepseekv3-NVFP4-KVNVFP4", "routers, cache")(), **FP8_CACHE), {},
+        "kv mla", "latent, kv flag", "latent, machine"),
     "predicts, plain": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="nvfp4")), {},
         "mtp left out", "mtp left out", "machine"),
     "predicts twice": (lambda: planned(SMALL_V3 | {"num_nextn_predict_layers": 2}, format="fp8"), {}, "", "mtp count", ""),
@@ -148,6 +150,10 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "cache scales of a layer lost": (
         lambda: without_tensors(planned(QWEN, format="fp8", kv_cache="fp8"), *CACHE_OF_2), {},
         "kv scales", "kv ignored", ""),
+    "no scales of a cache": (lambda: planned(QWEN, format="fp8", kv_cache="fp8", kv_scale=1.0), {}, "", "", ""),
+    "no scales of a cache in four bits": (
+        lambda: without_tensors(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), "k_scale", "v_scale"), {},
+        "kv scales, kv nvfp4", "kv nvfp4", "machine"),
     "cache scales spelled short": (hurt("qwen3-FP8-KVFP8", "the cache spelt short"), {}, "", "kv ignored", "kv spelling"),
     "cache scales of heads": (
         lambda: with_a_dim(planned(LLAMA, format="nvfp4", kv_cache="fp8"), "k_scale", "v_scale", size=4), {},

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.whole
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
 VARIANTS = {
     "fp8_pb": ("--kv-cache", "nvfp4"),
-    "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8"),
+    "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8", "--kv-scale-at-least", 0.02),
     "nvfp4_awq": ("--kv-cache", "nvfp4", "--awq-clip"),
-    "nvfp4_awq modelopt": ("--awq-output", "modelopt"),
     "w4a16_nvfp4": ("--kv-cache", "fp8"),
+    "nvfp4_awq modelopt": ("--awq-output", "modelopt", "--kv-cache", "fp8", "--kv-scale", 1, "--input-scale", 0.5),
     "int4_awq": ("--awq-clip",),
     "int4_awq 64": ("--group-size", 64),
-    "w4a8_awq": ("--kv-cache", "fp8"),
+    "w4a8_awq": ("--kv-cache", "nvfp4", "--kv-scale", 0.25),
 }
 # how many of the 2 x 4 linears travel before they are encoded
 GATHERED = {

@@ -32,6 +32,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SETTINGS = {"nvfp4": {"kv_cache": "fp8"}, "nvfp4_awq": {}, "int4_awq": {"options": {"group_size": 64}}}
+SETTINGS["fp8"] = {"kv_cache": "fp8", "kv_scale": 1.0, "input_scale": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,7 @@ def test_a_sound_checkpoint_has_no_defect(format: str, sound: dict[str, Path], r
     judged = judge(sound[format], reference)
     assert judged.problems == []
     assert judged.plan.form.name == format
+    assert (judged.plan.kv and judged.plan.kv.name) == SETTINGS[format].get("kv_cache")
     assert len(judged.weights) == len(tensors(reference))
 
 

@@ -210,9 +210,17 @@ def test_the_scale_of_a_single_block_may_have_no_dims() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("algorithm", "rounded"), [("FP8", static_fp8), ("NVFP4", blocks_of_16)])
-def test_keys_and_values_go_through_the_cache(plain: Path, tmp_path: Path, algorithm: str, rounded: Callable) -> None:
-    quantized(plain, tmp_path, "W4A16_AWQ", algorithm)
+@pytest.mark.parametrize(
+    ("algorithm", "rounded", "amaxes"),
+    [("FP8", static_fp8, (3.0, 1.7)), ("FP8", static_fp8, (448.0, 448.0)), ("NVFP4", blocks_of_16, (3.0, 1.7))],
+    ids=["FP8", "FP8 without scales", "NVFP4"],
+)
+def test_keys_and_values_go_through_the_cache(
+    plain: Path, tmp_path: Path, algorithm: str, rounded: Callable, amaxes: tuple[float, float]
+) -> None:
+    found = quantized(plain, tmp_path, "W4A16_AWQ", algorithm)
+    if amaxes == (448.0, 448.0):  # whose scales are 1
+        without_kv_scales(found, plain, tmp_path, algorithm)
     module = load(tmp_path).get_submodule(f"{PREFIX}.self_attn")
     query = torch.randn(2, 4, 9, 64).to(torch.bfloat16)
     key, value = torch.randn(2, 2, 2, 9, 64).to(torch.bfloat16)
@@ -222,9 +230,23 @@ def test_keys_and_values_go_through_the_cache(plain: Path, tmp_path: Path, algor
         each = (part.repeat_interleave(2, dim=1) for part in (key, value))
         return nn.functional.scaled_dot_product_attention(query, *each, is_causal=True).transpose(1, 2)
 
-    cached = (rounded(part, torch.tensor(amax / 448)).to(torch.bfloat16) for part, amax in ((key, 3.0), (value, 1.7)))
+    cached = (
+        rounded(part, torch.tensor(amax / 448)).to(torch.bfloat16)
+        for part, amax in zip((key, value), amaxes, strict=True)
+    )
     assert torch.equal(output, attended(*cached))
     assert not torch.equal(output, attended(key, value))
+
+
+def without_kv_scales(found: dict[str, Tensor], plain: Path, folder: Path, algorithm: str) -> None:
+    rest = {name: tensor for name, tensor in found.items() if not name.endswith(("k_scale", "v_scale"))}
+    write(folder, plain, rest, {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": algorithm})
+
+
+def test_no_engine_takes_a_scale_for_granted_in_four_bits(plain: Path, tmp_path: Path) -> None:
+    without_kv_scales(quantized(plain, tmp_path, "W4A16_AWQ", "NVFP4"), plain, tmp_path, "NVFP4")
+    with pytest.raises(ExportError, match="k_scale is missing"):
+        load(tmp_path)
 
 
 def test_a_model_attends_to_rounded_keys(plain: Path, tmp_path: Path) -> None:
