@@ -6,8 +6,9 @@ from pathlib import Path
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, GENERATION_CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import ADAPTERS, refuse_adapters
-from ..common.safe_files import exists, inside, not_read, read_index, read_json, read_table, shown
+from ..common.safe_files import exists, inside, not_read, opened, read_index, read_json, read_table, shown
 from ..models import architecture_of
+from .dialects import dialect_of
 from .torch_dist_iteration import TRACKER
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -74,6 +75,12 @@ def weights_in(folder: Path) -> Path:
     )
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> its file, by the index of a folder or its only safetensors file; `ExportError` if it has neither."""
+    home = weights_in(folder)
+    return read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)
+
+
 def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:
     """The folder of a model found before; of a hub id, with the files of tensors whose names begin with one of `prefixes`."""
     if not prefixes or Path(hf_model).exists():
@@ -87,7 +94,7 @@ def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -
 
 def read_config(folder: Path, *, weights: bool = True) -> dict:
     """config.json as a dict. `ExportError` for an unknown architecture, and then, if the `weights` beside it are to be read, for
-    quantized ones that are not in blocks of FP8 as DeepSeek's are.
+    ones that are quantized in a dialect that is not read (dialects.py).
     """
     path = inside(folder, CONFIG)
     try:
@@ -106,13 +113,15 @@ def read_config(folder: Path, *, weights: bool = True) -> dict:
 
 
 def quantized_as(folder: Path, config: dict) -> str:
-    """What says that a folder's weights are quantized, so that they cannot be read; "" if nothing does.
+    """What says that a folder's weights are quantized in a way that is not read; "" if nothing does.
 
     Older releases of ModelOpt write hf_quant_config.json alone.
     """
-    if said := config.get("quantization_config"):
-        native = said.get("quant_method") == "fp8" and said.get("weight_block_size") == [128, 128]
-        return "" if native else f"quant_method {shown(said.get('quant_method'))}"
+    try:
+        if dialect_of(config):
+            return ""
+    except ValueError as error:
+        return str(error)
     path = inside(folder, QUANT_CONFIG)
     if not path.is_file():
         return ""

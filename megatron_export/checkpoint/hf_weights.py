@@ -1,7 +1,7 @@
 """The safetensors files of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
 
+from functools import partial
 from itertools import islice
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -11,43 +11,46 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
-from ..common.file_names import CONFIG, INDEX
+from ..common.file_names import CONFIG
 from ..common.folder_kinds import HEADLESS, is_headless
-from ..common.piece import Axis
-from ..common.safe_files import opened, read_index
+from ..common.safe_files import opened
 from ..common.strips import strips_of
-from ..models import Source, head_of, is_linear_weight, shared_tensors
-from ..models.hf_config import text_of
-from ..models.layouts import Identity, stacked_rows
+from ..models import Source, copied_prefixes, head_of, parameters_of, shared_tensors
+from ..models.layouts import stacked_rows
+from ..models.sources import expected_shapes
 from ..models.stacked_names import STACK, Slice, stacked_names
 from ..planning.tensor_spec import Output
-from .hf_folder import weights_in
+from .dialects import BLOCKS, dialect_of
+from .hf_folder import files_of
 
 if TYPE_CHECKING:
-    from safetensors import safe_open
+    from safetensors import PySafeSlice, safe_open
 
-_BLOCK = 128  # inputs and outputs that share a scale, in checkpoints that DeepSeek publishes
-_SCALE, _FP8 = "_scale_inv", "F8_E4M3"
 _ROTARY = "rotary_emb.inv_freq"  # which old files have, and everybody computes
-MULTIPLIED = 6  # bytes that `_multiplied` takes for each byte of bfloat16: value, scale and product are in float32
+OTHER_CONFIG = "Give the config.json that belongs to these weights"
 
 
 class SourceWeights:
     """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for.
 
-    A weight in float8 with a `weight_scale_inv` beside it, as DeepSeek publishes its models, is multiplied out: float32
-    value x scale of its block of 128 x 128, rounded to bfloat16. Experts that were saved in stacks are read one by one.
-    Several threads may read at a time.
+    Quantized weights have the names that they would have without, and are multiplied out as their dialect says (dialects.py);
+    where config.json says none, that is blocks of FP8. Experts that were saved in stacks are read one by one. Several threads may
+    read at a time.
+
+    homes      name of a tensor on disk -> its file
+    files      name of a tensor -> the file that it, or the codes of it, are in
+    quantized  the names of the quantized ones
     """
 
     def __init__(self, folder: Path, only: tuple[str, ...] = ("",), config: dict | None = None) -> None:
         """Open the files of `folder` that hold tensors whose names begin with one of `only`; stacks are those of `config`."""
         self.folder, files = folder, files_of(folder)
-        self.files = {name: path for name, path in files.items() if name.startswith(only)}
+        self.homes = {name: path for name, path in files.items() if name.startswith(only)}
+        self.files = dict(self.homes)
         self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
         self.counting = Lock()
-        for path in sorted(set(self.files.values())):
+        for path in sorted(set(self.homes.values())):
             self.open[path] = opened(path)
             self.sizes[path] = path.stat().st_size
         seen: dict[str, Path] = {}
@@ -63,6 +66,22 @@ class SourceWeights:
             said + [f"{path}: {name} is here, and the index does not say so. Fetch both again" for name, path in odd]
         )
         self.slices = self._stacked(config) if config else {}
+        self.dialect = dialect_of(config or {}) or BLOCKS
+        self.quantized = self._quantized()
+
+    def _quantized(self) -> frozenset[str]:
+        """The names of quantized weights; `files` has these, and none of what they are kept in."""
+        sign, codes = self.dialect.sign, self.dialect.codes
+        named = (name.removesuffix(sign) for name in self.homes if name.endswith(sign))
+        found = frozenset(
+            name
+            for name in named
+            if name + codes in self.homes and (codes or self._header(name).get_dtype() == "F8_E4M3")
+        )
+        own = {name: self.homes[name + codes] for name in found}
+        kept = {name + suffix for name in found for suffix in self.dialect.tensors}
+        self.files = {name: path for name, path in self.files.items() if name not in kept} | own
+        return found
 
     def _stacked(self, config: dict) -> dict[str, Slice]:
         """The tensors that files have under the names of transformers' memory alone; `files` has them under their own."""
@@ -81,6 +100,16 @@ class SourceWeights:
     def __exit__(self, *error: object) -> None:
         self.open.clear()
 
+    def check_model(self, config: dict, dropped: tuple[str, ...] = ()) -> None:
+        """`check` of the model that config.json means; names that begin with one of `dropped` are passed over."""
+        sources = parameters_of(config)
+        self.check(
+            expected_shapes(sources.values()),
+            copies={name for source in sources.values() for name in source.copies()},
+            others=dropped + copied_prefixes(config),
+            spare=head_of(config),
+        )
+
     def check(
         self,
         expected: dict[str, tuple[int, ...]],
@@ -88,40 +117,59 @@ class SourceWeights:
         others: tuple[str, ...] = (),
         spare: str = "",
     ) -> None:
-        """Raise `ExportError` unless the checkpoint holds the `expected` names and shapes, not quantized or in float8 blocks.
+        """Raise `ExportError` unless the checkpoint holds the `expected` names and shapes, not quantized or in its dialect.
 
         It may also hold rotary buffers (as old files do), the tensor `spare` (the output layer of a tied model), and names that
         begin with one of `others`. Tensors in `copies`, which are copies of other tensors, may be missing.
         """
         found = {name for name in self.files if not name.endswith(_ROTARY) and not name.startswith(others)}
-        in_blocks = [name for name in expected.keys() & found if name + _SCALE in found and self.dtype(name) == _FP8]
-        expected = expected | {name + _SCALE: tuple(-(-n // _BLOCK) for n in expected[name]) for name in in_blocks}
         if is_headless(found):
             raise ExportError(f"{self.folder} is {HEADLESS}. Give a model that writes text")
         missing = sorted(expected.keys() - found - copies)
         extra = sorted(found - expected.keys() - {spare})
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
-        if any(name.endswith("eh_proj.weight") for name in missing):
-            lacks = "these files lack layers that predict one more token, which config.json means: --mtp drop"
-            problems.insert(0, lacks)
-        if any(name.endswith("eh_proj.weight") for name in extra):
-            problems.insert(
-                0, "these files have layers that predict one more token, which config.json does not mean: --mtp drop"
+        more = "layers that predict one more token, which config.json"
+        for names, said in ((missing, f"lack {more} means"), (extra, f"have {more} does not mean")):
+            if any(name.endswith("eh_proj.weight") for name in names):
+                problems.insert(0, f"these files {said}: --mtp drop")
+        for name in extra:
+            why = next(
+                (f"says that its weight {why}" for s, why in self.dialect.unread.items() if name.endswith(s)), ""
             )
-        where = "is not part of this architecture. Give a model without it"
-        problems += [f"{self.folder}: tensor {name} {where}" for name in extra]
+            where = why or "is not part of this architecture"
+            problems.append(f"{self.folder}: tensor {name} {where}. Give a model without it")
         for name in sorted(expected.keys() & found):
-            if tuple(self.shape(name)) != expected[name]:
-                problems.append(
-                    f"{self.folder}: tensor {name} is {tuple(self.shape(name))}, but config.json means {expected[name]}. "
-                    "Give the config.json that belongs to these weights"
-                )
-            if self.dtype(name) not in UNQUANTIZED and not (self.dtype(name) == _FP8 and name + _SCALE in found):
+            if name in self.quantized:
+                problems += self._misfits(name, expected[name])
+                continue
+            problems += self._misshapen(name, self.shape(name), expected[name])
+            if self.dtype(name) not in UNQUANTIZED:
                 problems.append(
                     f"{self.folder}: tensor {name} is {self.dtype(name)}, not one of {', '.join(UNQUANTIZED)}: quantized "
                     "already? Give the original model"
                 )
         report(problems)
+
+    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Why a quantized weight of a model cannot be read."""
+        try:
+            shapes = self.dialect.shapes(shape)
+        except ValueError as error:
+            return [f"{self.folder}: tensor {name} {error}. {OTHER_CONFIG}"]
+        problems = []
+        for (suffix, dtypes), size in zip(self.dialect.tensors.items(), shapes, strict=True):
+            if name + suffix not in self.homes:
+                problems.append(f"{self.folder}: tensor {name}{suffix} is missing. Fetch the checkpoint again")
+                continue
+            problems += self._misshapen(name + suffix, self._header(name + suffix).get_shape(), size)
+            if (dtype := self._header(name + suffix).get_dtype()) not in dtypes:
+                said = f"{self.folder}: tensor {name}{suffix} is {dtype}, not {' or '.join(dtypes)}"
+                problems.append(f"{said}. Fetch the checkpoint again")
+        return problems
+
+    def _misshapen(self, name: str, has: list[int], means: tuple[int, ...]) -> list[str]:
+        said = f"{self.folder}: tensor {name} is {tuple(has)}, but config.json means {means}. {OTHER_CONFIG}"
+        return [] if tuple(has) == means else [said]
 
     def check_shared(self, config: dict, index: int, count: int) -> None:
         """Raise `ExportError` if a tensor is not equal to the one that Megatron takes for it, as `differing` sees it."""
@@ -158,23 +206,46 @@ class SourceWeights:
         return any(not torch.equal(*both) for both in values)
 
     def shape(self, name: str) -> list[int]:
-        place = self.slices.get(name)
-        whole = self.open[self.files[name]].get_slice(place.name if place else name).get_shape()
-        return place.shape(whole) if place else whole
+        if name in self.quantized:
+            return [*self.dialect.whole(tuple(self._header(name + self.dialect.codes).get_shape()))]
+        whole = self._header(name).get_shape()
+        return self.slices[name].shape(whole) if name in self.slices else whole
 
     def dtype(self, name: str) -> str:
-        """As safetensors spells it."""
-        place = self.slices.get(name)
-        return self.open[self.files[name]].get_slice(place.name if place else name).get_dtype()
+        """As safetensors spells it; of a quantized weight, of its codes."""
+        return self._header(name + self.dialect.codes if name in self.quantized else name).get_dtype()
 
     def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
-        """The part of tensor `name` that `where` selects, in `dtype`."""
+        """The part of tensor `name` that `where` selects, in `dtype`; `ExportError` for codes that contradict their shape."""
+        if name in self.quantized:
+            try:
+                return self.dialect.read(partial(self._take, name), tuple(self.shape(name)), where).to(dtype)
+            except ValueError as error:
+                raise ExportError(f"{self.folder}: tensor {name} {error}. Fetch the checkpoint again") from error
         place = self.slices.get(name)
-        whole = self._mapped(name).get_slice(place.name if place else name)
-        stacked = place is not None and place.experts > 0
-        part = whole[*place.where(whole.get_shape()[1], where[0]), *where[1:]][0] if stacked else whole[where]
-        self._count(part)
-        return (self._multiplied(name, part, where) if part.dtype is torch.float8_e4m3fn else part).to(dtype)
+        if place is None or not place.experts:
+            return self._take(name, "", where).to(dtype)
+        rows = self._header(name).get_shape()[1]
+        return self._take(name, "", (*place.where(rows, where[0]), *where[1:]))[0].to(dtype)
+
+    def _take(self, name: str, suffix: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor as it is on disk."""
+        stored = self._stored(name + suffix)
+        whole = self._mapped(stored).get_slice(stored)
+        part = whole[tuple(slice(cut.start, cut.stop) for cut in where)]
+        part = part[tuple(slice(None, None, cut.step) for cut in where)]
+        with self.counting:
+            self.nbytes += part.nbytes
+        return part
+
+    def _header(self, name: str) -> "PySafeSlice":
+        """What the header says of a tensor."""
+        stored = self._stored(name)
+        return self.open[self.homes[stored]].get_slice(stored)
+
+    def _stored(self, name: str) -> str:
+        """The name on disk of a tensor that is not quantized, or of what a quantized one is kept in."""
+        return self.slices[name].name if name in self.slices else name
 
     def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
         """What `where` selects of a layout part of a parameter, [out, in] or [out], from its own tensor or from a stack."""
@@ -184,11 +255,11 @@ class SourceWeights:
         parts = list(source.names())
         size = self.shape(stack.name)[-1] // len(parts)
         rows = slice(*where[0].indices(size)[:2])
-        columns, taken = stacked_rows(rows, size, parts.index(part), len(parts), stack.woven)
+        columns = stacked_rows(rows, size, parts.index(part), len(parts), stack.woven)
         place = (slice(stack.index, stack.index + 1), *where[1:], columns)
         if len(place) < len(self.shape(stack.name)):
             place = (place[0], slice(None), columns)
-        found = self.read(stack.name, place, source.dtype)[0][..., taken]
+        found = self.read(stack.name, place, source.dtype)[0]
         return found.T if found.dim() == 2 else found
 
     def copied(self) -> tuple[Output, ...]:
@@ -204,9 +275,9 @@ class SourceWeights:
         """A tensor as it is. Not one of a stack."""
         return self._mapped(name).get_tensor(name)
 
-    def _mapped(self, name: str) -> "safe_open":
+    def _mapped(self, stored: str) -> "safe_open":
         """The open file that holds a tensor. Files are mapped: if one got shorter, a read behind its end would kill the process."""
-        path = self.files[name]
+        path = self.homes[stored]
         size = path.stat().st_size if path.exists() else 0
         if size != self.sizes[path]:
             raise ExportError(
@@ -214,47 +285,6 @@ class SourceWeights:
                 "nobody writes there"
             )
         return self.open[path]
-
-    def _count(self, part: Tensor) -> None:
-        with self.counting:
-            self.nbytes += part.nbytes
-
-    def _multiplied(self, name: str, part: Tensor, where: tuple[slice, ...]) -> Tensor:
-        """A part of a weight in float8, each value times the scale of its block; float32."""
-        cuts = [cut.indices(size) for cut, size in zip((*where, slice(None)), self.shape(name), strict=False)]
-        blocks = tuple(slice(start // _BLOCK, -(-stop // _BLOCK)) for start, stop, _ in cuts)
-        scales = self._mapped(name + _SCALE).get_slice(name + _SCALE)[blocks].float()
-        self._count(scales)
-        for dim, (start, stop, _) in enumerate(cuts):
-            index = torch.arange(start, stop) // _BLOCK - start // _BLOCK
-            scales = scales.index_select(dim, index)
-        return part.float() * scales
-
-
-def mapped_bytes(config: dict, source: Source, shard: int) -> int:
-    """Bytes of a file's pages that a rank touches when it reads a shard of `shard` bytes."""
-    across = Axis.OUT if source.stack else Axis.IN  # a cut along it takes a part of every row, so it touches all pages
-    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
-    if _in_float8(config, source):
-        return nbytes // 2
-    return nbytes * 2 if _in_float32(config) else nbytes
-
-
-def reading_bytes(config: dict, source: Source, shard: int) -> int:
-    """Bytes that a rank copies while it reads a shard of `shard` bytes: it casts or multiplies parts, and joins them."""
-    joined = 0 if isinstance(source.layout, Identity) and not source.stack else shard
-    if _in_float8(config, source):
-        return MULTIPLIED * shard + joined
-    return joined + (shard if _in_float32(config) else 0)
-
-
-def _in_float8(config: dict, source: Source) -> bool:
-    return bool(config.get("quantization_config")) and is_linear_weight(source.canonical)
-
-
-def _in_float32(config: dict) -> bool:
-    text = text_of(config)
-    return (text.get("dtype") or text.get("torch_dtype")) == "float32"
 
 
 def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
@@ -266,9 +296,3 @@ def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...
         why = "which is copied from the original model. Fetch the checkpoint again"
         report([f"{folder}: no tensor {prefix}*, {why}" for prefix in lacking])
         return weights.copied()
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file, by the index of a folder or its only safetensors file; `ExportError` if it has neither."""
-    home = weights_in(folder)
-    return read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from ..common.file_names import CONFIG
 from ..common.folder_kinds import has_weights
-from ..models import copied_prefixes, mtp_prefixes, settings_of, without_mtp
+from ..common.safe_files import shown
+from ..models import copied_prefixes, mtp_prefixes, parameters_of, settings_of, without_mtp
 from ..planning.tensor_spec import Output
-from .hf_folder import find_model, of_folder, quantized_as, read_config, with_copied
-from .hf_weights import copied_tensors, files_of
+from .dialects import dialect_of
+from .hf_folder import files_of, find_model, of_folder, quantized_as, read_config, with_copied
+from .hf_weights import SourceWeights, copied_tensors
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Original:
     config   config.json's dict, without the layers that `mtp` drops
     files    name -> bytes, and time of the last change, of every file in the folder
     copied   the tensors that Megatron's model does not have, which are copied as they are
+    powers   names of weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
     dropped  prefixes of the names of tensors that are left out
     remarks  what the user should know of it, a sentence each
     """
@@ -25,6 +28,7 @@ class Original:
     config: dict
     files: dict[str, tuple[int, int]]
     copied: tuple[Output, ...]
+    powers: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -44,17 +48,34 @@ def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: 
     """The same from config.json and the names of tensors alone, without what is copied.
 
     All that an export refuses by config.json alone is refused here, for every command: `ExportError` for a folder that is no HF
-    model, an unknown architecture, wrong settings, and weights that are quantized already. Where no weights are beside config.json,
-    or none of them are read, what it says of their quantization is left out.
+    model, an unknown architecture, wrong settings, and weights that are quantized in a way that is not read. Of quantized weights
+    that are, headers are read too, and what does not fit is refused. What config.json says of quantization is left out where no
+    weights are read, and where none are beside it that could be.
     """
     folder = find_model(hf_model, weights=weights)
     read = own and has_weights(folder)
     config, remarks, dropped = read_config(folder, weights=read), (), ()
-    if not read and (how := quantized_as(folder, config)):
+    how = "" if read else quantized_as(folder, config)
+    if not own and not how and config.get("quantization_config"):
+        how = f"quant_method {shown(config['quantization_config'].get('quant_method'))}"
+    if how:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         remarks = (f"{CONFIG} says {how}: that is left out, as it speaks of weights that are not read",)
     if mtp == "drop":
         dropped = mtp_prefixes(config, files_of(folder) if read else ())
         config = without_mtp(config)
     settings_of(config)
-    return Original(folder, config, {}, (), dropped, remarks)
+    return Original(folder, config, {}, (), _powers(folder, config, dropped, read), dropped, remarks)
+
+
+def _powers(folder: Path, config: dict, dropped: tuple[str, ...], read: bool) -> frozenset[str]:
+    """`Original.powers`; of files that are `read`, by their headers, which are checked if config.json speaks of quantization."""
+    dialect = dialect_of(config)
+    if dialect is None:
+        return frozenset()
+    if not read:
+        sources = (source for source in parameters_of(config).values() if dialect.powers and dialect.holds(source))
+        return frozenset(source.stack.name for source in sources if source.stack)
+    with SourceWeights(folder, config=config) as weights:
+        weights.check_model(config, dropped)
+        return weights.quantized if dialect.powers else frozenset()

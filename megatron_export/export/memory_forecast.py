@@ -5,7 +5,7 @@ Bytes are exact. Memory is what is alive at once, as each stage tells it beside 
     weights   the shards of the model, of replicas too, with copies of the embedding; without a model, only those of a bucket
     buckets   one that is taken while the next one is encoded and sent (encode_stream.peak)
     base      of a host: the interpreter with torch and Megatron, as measured; `PLAN_BYTES` for each parameter; the statistics
-    loading   of a host: pages and copies (checkpoint/hf_weights.py), and what is read ahead for a GPU, which stays
+    loading   of a host: pages and copies (checkpoint/reading_cost.py), and what is read ahead for a GPU, which stays
     writing   of a host that writes: the buffers of read_back.py, with a GPU also those of device_to_disk.py
 
 The first two are of the GPU, as `torch.cuda.max_memory_allocated` counts it, or on the CPU of the host too, and so is a calibration
@@ -19,7 +19,7 @@ from math import prod
 
 import torch
 
-from ..checkpoint.hf_weights import mapped_bytes, reading_bytes
+from ..checkpoint.reading_cost import mapped_bytes, reading_bytes
 from ..common import prefetch
 from ..models import is_expert
 from ..planning.parameter import Item

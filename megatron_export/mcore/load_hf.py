@@ -18,9 +18,9 @@ from ..common.errors import report
 from ..common.piece import Axis
 from ..common.prefetch import in_order
 from ..distributed.topology import Cut, Topology
-from ..models import Source, copied_prefixes, head_of, is_expert, parameters_of
+from ..models import Source, is_expert, parameters_of
 from ..models.layouts import even_cut
-from ..models.sources import expected_shapes, part_shapes
+from ..models.sources import part_shapes
 from .model import Model, copies_of, shards_of
 from .shards import fillable
 
@@ -42,12 +42,7 @@ def load_hf_weights(
     """
     sources, shards = parameters_of(config), fillable(shards_of(model).live | copies_of(model), topology.device)
     with SourceWeights(folder, config=config) as weights:
-        weights.check(
-            expected_shapes(sources.values()),
-            copies={name for source in sources.values() for name in source.copies()},
-            others=dropped + copied_prefixes(config),
-            spare=head_of(config),
-        )
+        weights.check_model(config, dropped)
         weights.check_shared(config, topology.rank, topology.world)
         jobs = [
             (shard.nbytes, partial(_read, weights, sources[name], shard, topology.cut(is_expert(name))))

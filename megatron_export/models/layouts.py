@@ -47,13 +47,11 @@ def stacked(parts: list[Tensor], woven: bool) -> Tensor:
     return rows.T.contiguous() if rows.dim() == 2 else rows
 
 
-def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> tuple[slice, slice]:
-    """Where an expert's slice of such a tensor holds `rows` of part number `part` of `parts`, each of `size` rows: a range of the
-    last dim, and which of that range to take.
-    """
+def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> slice:
+    """Where the last dim of an expert's slice of such a tensor has `rows` of part number `part` of `parts`, of `size` rows each."""
     if woven:
-        return slice(rows.start * parts, rows.stop * parts), slice(part, None, parts)
-    return slice(part * size + rows.start, part * size + rows.stop), slice(None)
+        return slice(rows.start * parts + part, rows.stop * parts, parts)
+    return slice(part * size + rows.start, part * size + rows.stop)
 
 
 @dataclass(frozen=True)

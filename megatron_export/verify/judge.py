@@ -18,7 +18,7 @@ from ..common.folder_kinds import refuse_adapters
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
 from ..formats import VARIANTS
-from ..models import head_of, is_linear_weight, parameters_of
+from ..models import head_of, is_linear_weight, mtp_prefixes, parameters_of, shape_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import of_file
@@ -78,6 +78,10 @@ def judge(
             plan, mixed = _plan(found, said, reference, weights)
         except ExportError as error:
             return Judgement(folder, reference, said, None, [*problems, f"not compared further: {error}"])
+        if weights.quantized:  # whose parts must fit together before one is read
+            weights.check_model(
+                plan.config, () if shape_of(plan.config).mtp else mtp_prefixes(plan.config, weights.files)
+            )
         problems += [*mixed, *faults(found, said, plan), *without_place(weights, plan)]
         judged = Judgement(folder, reference, said, plan, problems, nbytes=found.nbytes())
         for name in progress("numbers", list(found)):

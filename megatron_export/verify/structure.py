@@ -81,7 +81,7 @@ def without_place(weights: SourceWeights, plan: Plan) -> list[str]:
     """Tensors of the reference that no checkpoint of this plan has, but for layers of MTP that were left out."""
     known = expected_shapes(item.source for item in plan.items)
     shared = (head_of(plan.config),) if shape_of(plan.config).tied else ()  # compared elsewhere
-    rest = (n for n in sorted(weights.files) if n.removesuffix("_scale_inv") not in known and n not in shared)
+    rest = (n for n in sorted(weights.files) if n not in known and n not in shared)
     return [
         f"{name} of the reference is not part of this model: nothing in the checkpoint is made of it"
         for name in rest

@@ -21,6 +21,7 @@ from ..support.refusals import configured, rewritten
 from ..support.saving import saved_model
 
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+AWQ = {"quant_method": "awq", "bits": 4}
 
 
 def refusal(call: Callable, *given: object, **settings: object) -> str:
@@ -39,13 +40,15 @@ def openai(models: dict[str, Path], tmp_path: Path) -> Path:
     return folder
 
 
-NOTE = "config.json says quant_method 'mxfp4': that is left out, as it speaks of weights that are not read"
+NOTE = "config.json says quant_method '{}': that is left out, as it speaks of weights that are not read"
 
 
 def test_a_plan_without_weights_leaves_out_what_config_json_says_of_their_quantization(openai: Path) -> None:
+    assert config_alone(openai, "keep", own=True).config["quantization_config"] == MXFP4  # which an export would read
+    configured(quantization_config=AWQ)(openai)
     status, said = command_line("plan", "--hf-model", openai, "--format", "bf16")
     assert status == 0, said
-    assert NOTE in said
+    assert NOTE.format("awq") in said
     assert "quantization_config" not in config_alone(openai, "keep", own=True).config
 
 
@@ -57,7 +60,7 @@ def test_so_does_an_export_whose_weights_come_from_megatron(
     (openai / "model.safetensors").write_bytes(b"never opened")
     flags = ("--megatron-checkpoint", tmp_path / "megatron", "--hf-model", openai, "--format", "bf16")
     said = export(ranks, 1, *flags, "--output", tmp_path / "out")
-    assert NOTE in said
+    assert NOTE.format("mxfp4") in said
     assert_same(tensors(tmp_path / "out"), tensors(models["gpt_oss"]))
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
 
@@ -66,7 +69,8 @@ def test_quantized_weights_that_would_be_read_are_refused_by_plan_in_the_words_o
     openai: Path, models: dict
 ) -> None:
     shutil.copy(models["gpt_oss"] / "model.safetensors", openai)
-    said = f"{openai} is quantized already (quant_method 'mxfp4'); give the original model"
+    configured(quantization_config=AWQ)(openai)
+    said = f"{openai} is quantized already (quant_method 'awq'); give the original model"
     assert command_line("plan", "--hf-model", openai, "--format", "bf16") == (1, f"error: {said}")
     assert refusal(config_alone, openai, "keep", weights=True, own=True) == said
 

@@ -57,8 +57,8 @@ def decoded(source: Path, folder: Path, plan: Plan, made: Path) -> Path:
                     held[name] = weight
                 elif item.form:
                     count = len(item.source.names())
-                    columns, taken = stacked_rows(slice(0, size), size, number, count, stack.woven)
-                    held[stack.name][stack.index][..., columns][..., taken] = weight.T
+                    columns = stacked_rows(slice(0, size), size, number, count, stack.woven)
+                    held[stack.name][stack.index][..., columns] = weight.T
     made.mkdir()
     shutil.copyfile(source / "config.json", made / "config.json")
     save_file({name: tensor.contiguous() for name, tensor in held.items()}, made / "model.safetensors")
