@@ -22,17 +22,17 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     """Raise unless the statistics hold every number that the plan needs, of the right size, finite and in its range."""
     needed = {name for item in plan.items for name in needed_by(item)}
     if needed and calibration is None:
-        raise ExportError(f"format {plan.form.name} needs calibration: pass what calibrate() returned, or load a file")
+        raise ExportError(f"format {plan.format} needs calibration: pass what calibrate() returned, or load a file")
     calibration = calibration or {}
     missing = sorted(needed - calibration.keys())
-    how = plan.form.smoothing
-    if how and missing:
-        group = plan.form.tile[1]
-        again = f"Calibrate with --format {plan.form.name}"
-        again += f" --group-size {group}" if group in groups_of(plan.form.name)[1:] else ""
+    form = plan.awq
+    if form and missing:
+        how, group = form.smoothing, form.tile[1]
+        again = f"Calibrate with --format {form.name}"
+        again += f" --group-size {group}" if group in groups_of(form.name)[1:] else ""
         if not any(is_vector(name, how.search) for name in calibration):
             raise ExportError(
-                f"the calibration holds no smoothing {how.search}, which {plan.form.name} needs: it was measured for "
+                f"the calibration holds no smoothing {how.search}, which {form.name} needs: it was measured for "
                 f"another format. {again}"
             )
         if how.clip and not any(is_clipping(name) for name in needed & calibration.keys()):
@@ -52,7 +52,7 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16
         amax = (
             needed[name]
-            if smoothed.columns is None or item.form.smoothing.done
+            if smoothed.columns is None or item.smoothing_done
             else (needed[channels(name)] * vectors[smoothed.columns]).amax().to(torch.bfloat16).float()
         )
     return Measured(
@@ -94,7 +94,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
         needed[smoothed.columns] = item.source.shape[1:]
     if item.form and item.form.activations:
         key = input_key(name.removesuffix(".weight"))
-        by_channel = smoothed.columns and not item.form.smoothing.done
+        by_channel = smoothed.columns and not item.smoothing_done
         needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}
     if smoothed.ratio:
         needed[smoothed.ratio] = ()

@@ -72,14 +72,14 @@ def _experts(plan: Plan, grid: Grid, batch: MicroBatch, device: str) -> int:
 
 def _searched(plan: Plan, grid: Grid, batch: MicroBatch, device: str) -> Iterator[int]:
     """What an AWQ search holds of each linear, where the format has one."""
-    if plan.form.smoothing is None:
+    if plan.awq is None:
         return
-    for item in {_size_of(item): item for item in plan.items if item.form}.values():
+    for item in {_size_of(item): item for item in plan.items if item.form is plan.awq}.values():
         tokens = _exchanged(grid, batch) if is_expert(item.source.canonical) else batch.tokens
         out, inputs = item.shard_shape
         held = tokens * (SEARCHED["input"] * inputs + SEARCHED["output"] * out)
         strip = STRIP_COPIES * min(strip_elements(device), out * inputs)
-        yield held + strip + COPIES[device] * prod(item.shard_shape) + CLIP_BYTES * plan.form.smoothing.clip
+        yield held + strip + COPIES[device] * prod(item.shard_shape) + CLIP_BYTES * plan.awq.smoothing.clip
 
 
 def _size_of(item: Item) -> tuple:

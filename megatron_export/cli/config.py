@@ -10,7 +10,6 @@ from ..common.errors import ExportError
 from ..common.options import made, option
 from ..common.text import parse_size
 from ..engines import targets_in
-from ..formats import chosen
 from ..models.hf_config import text_of
 from ..planning.request import Request
 from . import hub
@@ -133,19 +132,23 @@ class ExportConfig:
             raise ValueError(
                 "--load-calibration replaces calibration: --save-calibration and --calib-data have no effect"
             )
-        if self.request.format is None:
+        if self.request.format is None and self.request.recipe is None:
             return
-        form, asked = chosen(self.request.format), self.request
-        cache = asked.kv_cache not in ("none", None) and asked.kv_scale is None
-        measured = form.smoothing or (form.activations and asked.input_scale is None)
-        needs_none = not measured and not (form.quantization and cache)
+        try:
+            settled = self.request.plain()
+            forms = settled.forms().values()
+        except ExportError:  # which the plan raises again
+            return
+        quantizes, given = any(form.quantization for form in forms), settled.input_scale is not None
+        cache = settled.kv_cache != "none" and settled.kv_scale is None
+        measured = any(form.smoothing or (form.activations and not given) for form in forms)
+        name = f"--recipe {self.request.recipe}" if self.request.recipe else f"--format {self.request.format}"
+        name += " with --input-scale" if given else ""
+        needs_none = not measured and not (quantizes and cache)
         if needs_none and (self.load_calibration or (self.calib_data and not self.save_calibration)):
-            raise ValueError(
-                f"--format {form.name}{' with --input-scale' if form.activations else ''} needs no calibration: --calib-data and "
-                "--load-calibration have no effect"
-            )
-        if not form.quantization and self.save_calibration:
-            raise ValueError(f"--format {form.name} needs no calibration: --save-calibration has no effect")
+            raise ValueError(f"{name} needs no calibration: --calib-data and --load-calibration have no effect")
+        if not quantizes and self.save_calibration:
+            raise ValueError(f"{name} needs no calibration: --save-calibration has no effect")
 
     def _check_judging(self) -> None:
         judged = self.verify or self.report

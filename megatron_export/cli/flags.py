@@ -65,8 +65,7 @@ def add_options(parser: argparse.ArgumentParser, wanted: Callable[[Option], bool
 
 def config_of(parser: argparse.ArgumentParser, values: dict[str, Any]) -> ExportConfig:
     """The settings that flags say. Contradictions end in bad usage."""
-    if "exclude" in values:
-        values = values | {"exclude": tuple(values["exclude"])}
+    values = values | {name: tuple(values[name]) for name in ("exclude", "set") if name in values}
     try:
         return configured(**values)
     except ValueError as error:
@@ -78,7 +77,7 @@ def _argument(one: Field) -> dict[str, Any]:
         return {"action": "store_false" if one.default else "store_true"}
     kinds = [kind for kind in get_args(one.type) or (one.type,) if kind is not NoneType]
     if get_origin(one.type) is tuple:
-        return {"nargs": "+", "default": one.default, "metavar": "GLOB"}
+        return {"nargs": "+", "default": one.default, "metavar": "GLOB=FORMAT" if one.name == "set" else "GLOB"}
     if choices := told_by(one).choices:
         return {"choices": choices, "default": one.default, "type": type(choices[0])}
     return {"type": kinds[0], "default": one.default}

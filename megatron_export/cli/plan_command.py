@@ -145,7 +145,7 @@ def plan_rows(plan: Plan) -> Rows:
     """What any export of a plan writes."""
     first = _first(plan)
     return [
-        ("format", plan.form.name + (f", KV cache {plan.kv.name}" if plan.kv else "")),
+        ("format", plan.format + (f", KV cache {plan.kv.name}" if plan.kv else "")),
         ("modules", f"{len(plan.quantized)} quantized, {len(plan.excluded)} left in bfloat16: {some(plan.excluded)}"),
         ("gathered first", f"{len(first)} of {len(plan.items)} parameters" + (f": {some(first)}" if first else "")),
         ("written", f"{plan.nbytes:,} bytes in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"),
@@ -190,7 +190,7 @@ def as_json(preview: Preview) -> dict:
         "kind": "megatron_export plan 1",
         "architecture": grid.shape.architecture,
         "topology": sizes | {"stages": list(grid.stages)},
-        "format": plan.form.name,
+        "format": plan.format,
         "kv_cache": plan.kv.name if plan.kv else "none",
         "tensors": found.tensors,
         "bytes": found.nbytes,
@@ -230,7 +230,7 @@ def _copied(folder: Path, prefixes: tuple[str, ...]) -> tuple[tuple[Output, ...]
 
 def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Why modules stay in bfloat16 -> those modules."""
-    if not plan.form.quantization:
+    if not plan.forms:
         return {}
     user, modelopt, engines = [], [], []
     latent = bool(shape_of(plan.config).kv_lora)

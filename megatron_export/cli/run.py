@@ -174,7 +174,9 @@ def _calibrated(
     return calibrate(
         model,
         samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size],
-        format=opening.request.format,
+        format=opening.plan.awq.name
+        if opening.plan.awq
+        else "fp8",  # whose search is needed; maxima serve every format
         group_size=opening.request.options.group_size,
         awq_clip=opening.request.options.awq_clip,
         all_experts=config.calib_all_experts,

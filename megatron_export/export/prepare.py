@@ -142,7 +142,8 @@ def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:
         check_calibration(plan, opening.statistics)
     amaxes, digest = survey(here, plan, shards, statistics)
     files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
-    planned = {"config": plan.config, "form": plan.form.name, "files": files, "quantized": plan.quantized}
+    layers = {module: form.name for module, form in plan.layers.items()}
+    planned = {"config": plan.config, "files": files, "layers": layers}
     identity = {
         "version": __version__,
         "settings": of_settings([opening.request.digested(), planned]),

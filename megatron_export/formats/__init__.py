@@ -7,6 +7,7 @@ form     settled options -> Form
 A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md shows how to add a format.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
@@ -49,6 +50,7 @@ FORMATS: dict[str, ModuleType] = {
         w4a8_awq,
     )
 }
+PLAIN = bf16.NAME  # what is not quantized
 KV_FORMATS: dict[str, KvForm | None] = {"none": None} | {form.name: form for form in (kv_fp8.FORM, kv_nvfp4.FORM)}
 
 
@@ -84,15 +86,21 @@ SUFFIXES = (  # of all tensors that a quantized linear may have beside its weigh
 
 def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - frozen
     """The format of that name with these options; `ExportError` for unknown ones, and for one without effect."""
-    module = _found(FORMATS, name)
+    return chosen_all((name,), options)[name]
+
+
+def chosen_all(names: Iterable[str], options: Options) -> dict[str, Form]:
+    """The formats of these names, each with those of the options that it reads; `ExportError` for one that none of them reads."""
+    modules = {name: _found(FORMATS, name) for name in names}
     for field in fields(Options):
         value, choices, flag = getattr(options, field.name), told_by(field).choices, flag_of(field)
         if choices and value not in choices:
             raise ExportError(f"{flag} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        if value != field.default and field.name not in module.OPTIONS:
+        if value != field.default and not any(field.name in module.OPTIONS for module in modules.values()):
             users = ", ".join(other.NAME for other in FORMATS.values() if field.name in other.OPTIONS)
-            raise ExportError(f"{flag} has no effect with --format {name}; it is for {users}")
-    return module.form(options)
+            raise ExportError(f"{flag} has no effect with --format {', '.join(modules)}; it is for {users}")
+    own = {name: {option: getattr(options, option) for option in module.OPTIONS} for name, module in modules.items()}
+    return {name: module.form(Options(**own[name])) for name, module in modules.items()}
 
 
 def groups_of(name: str) -> tuple[int, ...]:

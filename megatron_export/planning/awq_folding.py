@@ -9,16 +9,17 @@ from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .parameter import Smoothed
 
 
-def smoothing(sources: dict[str, Source], left_alone: set[str], form: Form) -> dict[str, Smoothed]:
-    """Canonical name -> what AWQ does to it.
+def smoothing(sources: dict[str, Source], forms: dict[str, Form]) -> dict[str, Smoothed]:
+    """Canonical name -> what AWQ does to it, in a model whose linears have these formats, at most one of them AWQ's.
 
     Linears that read the same input share one vector. What feeds them takes it over, if that is exact: no linear that the user left
     alone does, and everything that reads a norm is divided by the vector, quantized or not. A vector that nothing takes over is
     written as `pre_quant_scale`; if the format has none, its linears are not smoothed.
     """
-    how, smoothed = form.smoothing, {}
+    how, smoothed = next((form.smoothing for form in forms.values() if form.smoothing), None), {}
     if how is None:
         return smoothed
+    left_alone = {name for name in sources if name not in forms or not forms[name].smoothing}
     readers: dict[str, list[str]] = {}
     for name in sources:
         if is_linear_weight(name):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..common.text import some
-from ..formats import VARIANTS, Form
+from ..formats import PLAIN, VARIANTS, Form
 from ..models import (
     Architecture,
     Source,
@@ -19,6 +19,7 @@ from ..models import (
     shape_of,
 )
 from ..models.statistic_names import experts_module
+from .recipe import Line
 from .request import Request
 from .tensor_spec import Output
 
@@ -29,15 +30,16 @@ _DOWN = ("linear_q_down_proj.weight", "linear_kv_down_proj.weight")
 class Policy:
     """What is decided about every linear.
 
-    quantized, left_alone  canonical weights
-    excluded  HF modules that the configs must name, as engines would take them for quantized; sorted
-    fused     canonical weights that engines join into one, so that they share their scales
-    stacked   whether experts that HF stacks are written so, and not one by one
-    remarks   what the user did not ask for, with the reason
-    problems  why the request cannot be met
+    forms       canonical weight -> the format that it is quantized to
+    left_alone  canonical weights that are not quantized
+    excluded    HF modules that the configs must name, as engines would take them for quantized; sorted
+    fused       canonical weights that engines join into one, so that they share their scales
+    stacked     whether experts that HF stacks are written so, and not one by one
+    remarks     what the user did not ask for, with the reason
+    problems    why the request cannot be met
     """
 
-    quantized: frozenset[str]
+    forms: dict[str, Form]
     left_alone: frozenset[str]
     excluded: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...]
@@ -54,57 +56,66 @@ def modules(source: Source, stacked: bool = False) -> list[str]:
 
 
 def settle(
-    config: dict, sources: dict[str, Source], form: Form, request: Request, copied: tuple[Output, ...]
+    config: dict, sources: dict[str, Source], request: Request, forms: dict[str, Form], copied: tuple[Output, ...]
 ) -> Policy:
-    """Decide about every linear: `request` says what is excluded, and whether latent attention is quantized; `copied` are tensors
-    that stay as they are. What each engine does with the result is said in engines/.
+    """Decide about every linear: `request` says which format it has, and whether latent attention is quantized; `forms` are these
+    formats by name; `copied` are tensors that stay as they are. What each engine does with the result is said in engines/.
     """
-    exclude, quantize_mla = request.exclude, request.quantize_mla
+    quantizing = {name: form for name, form in forms.items() if form.quantization}
     architecture = architecture_of(config)
-    stackable = form.stackable and (not form.quantization or architecture.stacked)
-    stacked = stackable and any(source.stack for source in sources.values())
+    stackable = architecture.stacked if quantizing else True
+    stacked = stackable and all(f.stackable for f in forms.values()) and any(s.stack for s in sources.values())
     linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
     plain = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
     never = tuple(dict.fromkeys(plain))
-    if not form.quantization:
-        flags = [flag for flag, given in (("--exclude", exclude), ("--quantize-mla", quantize_mla)) if given]
-        problems = tuple(f"{flag} has no effect with --format {form.name}" for flag in flags)
-        return Policy(frozenset(), frozenset(linears), (), (), stacked, (), problems)
-    out, problems = _excluded(linears, never, exclude)
-    problems += _refused(config, architecture, form)
-    latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
+    if not quantizing:
+        flags = [
+            flag for flag, given in (("--exclude", request.exclude), ("--quantize-mla", request.quantize_mla)) if given
+        ]
+        problems = tuple(f"{flag} has no effect with --format {request.format}" for flag in flags)
+        return Policy({}, frozenset(linears), (), (), stacked, (), problems)
+    named, problems = named_formats(linears, never, request.recipe_lines)
+    found = {name: quantizing[format] for name, format in named.items() if format in quantizing}
+    for form in dict.fromkeys(found.values()):
+        problems += _refused(config, architecture, form)
     remarks = []
-    if quantize_mla and not latent:
+    latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
+    if request.quantize_mla and not latent:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
-    if latent - out and not quantize_mla and not form.latent:
+    risky = {name for name in latent & found.keys() if not found[name].latent}
+    if risky and not request.quantize_mla:
         others = dict.fromkeys(other.name for _, other in VARIANTS if other.latent and other.quantization)
         remarks.append(
-            f"attention stays in bfloat16: not every engine loads latent attention in {form.name} "
+            f"attention stays in bfloat16: not every engine loads latent attention in {_names(found, risky)} "
             f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
         )
-        out |= latent
-    stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
-    keys = {name for name in linears if makes_keys(name)} - out if architecture.turned else set()
-    if keys and form.by_row:
+        found = {name: form for name, form in found.items() if name not in risky}
+    keys = {name for name in found if makes_keys(name) and found[name].by_row} if architecture.turned else set()
+    if keys:
         remarks.append(
-            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {form.name}'s scales not"
+            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
         )
-        out |= keys
-    left_out = {module for name in out for module in linears[name]}
+        found = {name: form for name, form in found.items() if name not in keys}
+    stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
+    left_out = {module for name in linears.keys() - found.keys() for module in linears[name]}
     experts = {module for module in left_out if ".experts." in module}
     left_out |= {experts_module(module) for module in experts}
     left_out -= experts if stacked else set()
     return Policy(
-        quantized=frozenset(linears.keys() - out),
-        left_alone=frozenset(out),
+        forms=found,
+        left_alone=frozenset(linears.keys() - found.keys()),
         excluded=tuple(sorted({*never, *left_out})),
-        fused=tuple(together for together in [*_pairs(linears), *_stacks(stacks)] if not out & set(together)),
+        fused=tuple(together for together in [*_pairs(linears), *_stacks(stacks)] if found.keys() >= set(together)),
         stacked=stacked,
         remarks=tuple(remarks),
         problems=tuple(problems),
     )
+
+
+def _names(found: dict[str, Form], linears: Iterable[str]) -> str:
+    return " and ".join(sorted({found[name].name for name in linears}))
 
 
 def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:
@@ -135,28 +146,62 @@ def fused_with(name: str) -> str:
     return name.rpartition(".self_attention.")[0] if name.endswith(_DOWN) else name
 
 
-def _excluded(
-    linears: dict[str, list[str]], never: tuple[str, ...], exclude: tuple[str, ...]
-) -> tuple[set[str], list[str]]:
-    """The canonical linears that `exclude` takes out, and what is wrong with its globs."""
+def named_formats(
+    linears: dict[str, list[str]], never: tuple[str, ...], lines: tuple[Line, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """Canonical linear -> the name of its format, by the last of `lines` that matches its HF modules; what is wrong with the lines.
+
+    `never` are modules that are not quantized. Linears that engines join have one format.
+    """
     joined: dict[str, list[str]] = {}
     for name, found in linears.items():
         joined.setdefault(fused_with(name), []).extend(found)
-    known = [*(module for found in joined.values() for module in found), *never]
+    known = [module for found in joined.values() for module in found]
+    own: dict[str, list[str]] = {}  # a name -> the modules that it names: itself, or the experts of a layer
+    for module in known:
+        own.setdefault(module, []).append(module)
+        if ".experts." in module:
+            own.setdefault(experts_module(module), []).append(module)
+
+    def matched(glob: str) -> set[str]:
+        if not any(letter in glob for letter in "*?["):
+            return set(own.get(glob, ()))
+        return {module for module in known if _is_named(module, glob)}
+
+    hits = [matched(line.glob) for line in lines]
     problems = [
-        f"--exclude {glob!r} matches no module; they are named like {known[0]}"
-        for glob in exclude
-        if not any(_is_named(module, glob) for module in known)
+        f"{line.said} matches no module; they are named like {known[0]}"
+        for line, hit in zip(lines, hits, strict=True)
+        if line.needed and not hit and not (line.format == PLAIN and any(_is_named(m, line.glob) for m in never))
     ]
-    touched = set()
+    tried = {line.format for line, hit in zip(lines, hits, strict=True) if hit} | {PLAIN}
+    lost = {line.format: line for line in lines if not line.needed and line.format not in tried}
+    problems += [
+        f"{line.said}: neither it nor another line of {format} matches a module" for format, line in lost.items()
+    ]
+    counts: dict[str, Line] = {}
+    for line, hit in zip(lines, hits, strict=True):
+        counts |= dict.fromkeys(hit, line)
+    formats, apart = {}, []
     for key, fused in joined.items():
-        kept = [module for module in fused if not any(_is_named(module, glob) for glob in exclude)]
-        if len(kept) == len(fused):
-            continue
-        touched.add(key)
-        if kept:
-            problems.append(f"--exclude must name all of {some(fused)}, which engines fuse: {some(kept)} left out")
-    return {name for name in linears if fused_with(name) in touched}, problems
+        mine = {module: counts[module].format if module in counts else PLAIN for module in fused}
+        formats[key] = mine[fused[0]]
+        if len(set(mine.values())) > 1:
+            apart.append(_apart(mine, counts))
+    problems += [f"{first}, and {len(apart) - 1} more such" if len(apart) > 1 else first for first in apart[:1]]
+    return {name: formats[fused_with(name)] for name in linears}, problems
+
+
+def _apart(formats: dict[str, str], counts: dict[str, Line]) -> str:
+    """Linears that engines join with several formats: which have which, and by which line."""
+    some_of: dict[str, list[str]] = {}
+    for module, format in formats.items():
+        some_of.setdefault(format, []).append(module)
+    said = "; ".join(
+        f"{some(found)} {format}" + (f" ({counts[found[0]].said})" if found[0] in counts else "")
+        for format, found in some_of.items()
+    )
+    return f"engines fuse these linears, so they must have one format: {said}"
 
 
 def _is_named(module: str, glob: str) -> bool:

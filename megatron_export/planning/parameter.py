@@ -81,6 +81,11 @@ class Item:
     stacked: bool = False
 
     @property
+    def smoothing_done(self) -> bool:
+        """Whether its columns are divided by the vector already, as those of a model that ModelOpt calibrated are."""
+        return bool(self.form and self.form.smoothing and self.form.smoothing.done)
+
+    @property
     def splits(self) -> bool:
         """Whether a shard can be split into parts by itself; else it travels unsplit, and the whole is split."""
         return self.source.layout.splits(self.shard_shape[0])
@@ -108,8 +113,9 @@ class Item:
         return {names[part]: _plain(tensor, fused.dtype) for part, tensor in parts.items()}
 
     def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
-        done = self.smoothed.columns is None or (self.form is not None and self.form.smoothing.done)
-        return tensor if done else tensor.float() / self._mine(vectors[self.smoothed.columns], index, Axis.IN)
+        if self.smoothed.columns is None or self.smoothing_done:
+            return tensor
+        return tensor.float() / self._mine(vectors[self.smoothed.columns], index, Axis.IN)
 
     def _smooth_rows(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         """The rows of a shard that cannot be split into parts."""

@@ -4,9 +4,10 @@ rank makes the same plan, and takes the same branches and collectives in the sam
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ..common.errors import ExportError, report
@@ -53,7 +54,9 @@ class Held:
 class Plan:
     """The whole export.
 
-    quantized, excluded  HF module names
+    format   the name of the format or of the recipe
+    layers   HF module -> the format that it is quantized to
+    excluded HF modules that the configs must name as not quantized
     files    file name -> its tensors, in the order in which they are made
     writers  file name -> the rank that writes it
     buckets  what is encoded and sent at a time, each to one writer
@@ -63,17 +66,37 @@ class Plan:
     """
 
     config: dict
-    form: Form
+    format: str
     kv: KvForm | None
     items: tuple[Item, ...]
     buckets: tuple[Bucket, ...]
     files: dict[str, tuple[Output, ...]]
     writers: dict[str, int]
-    quantized: tuple[str, ...]
+    layers: dict[str, Form]
     excluded: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...] = ()
     remarks: tuple[str, ...] = ()
     copied: tuple[Output, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """HF modules."""
+        return tuple(self.layers)
+
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """The formats that something is quantized to; none for a plain model."""
+        return tuple(dict.fromkeys(self.layers.values()))
+
+    @property
+    def awq(self) -> Form | None:
+        """The one format whose weights AWQ prepares, if there is one."""
+        return next((form for form in self.forms if form.smoothing), None)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data is needed for the weights or the activations."""
+        return any(form.calibrated for form in self.forms)
 
     @property
     def nbytes(self) -> int:
@@ -104,13 +127,14 @@ def make_plan(
     nodes    the node of each rank; needed unless rank 0 writes all
     Raises one `ExportError` with every reason why the model cannot be exported so.
     """
-    form, kv = request.form(), request.kv()
-    plain = not form.quantization
+    request = request if request.recipe_lines else request.plain()
+    forms, kv = request.forms(), request.kv()
+    plain = not any(form.quantization for form in forms.values())
     sources = {name: _as_held(source, held.get(name)) for name, source in parameters_of(config).items()}
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
-            f"--kv-cache {request.kv_cache} with --format {form.name}: vLLM refuses a checkpoint that quantizes the KV cache "
+            f"--kv-cache {request.kv_cache} with --format {request.format}: vLLM refuses a checkpoint that quantizes the KV cache "
             "alone. Export without it, and serve with the engine's own FP8 KV cache"
         )
     if kv and not any(makes_keys(name) for name in sources) and (kv.implied is None or request.kv_scale != kv.implied):
@@ -118,21 +142,21 @@ def make_plan(
             f"--kv-cache {request.kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Give --kv-cache fp8 --kv-scale 1, or start the engine with its own FP8 KV cache"
         )
-    policy = settle(config, sources, form, request, copied)
-    problems = list(policy.problems)
+    policy = settle(config, sources, request, forms, copied)
+    problems = list(policy.problems) + _awq_problems(policy.forms.values())
     problems += [
         f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"
         for fused in policy.fused
         if len({sources[name].cut for name in fused}) > 1
     ]
-    smoothed = smoothing(sources, set(policy.left_alone), form)
+    smoothed = smoothing(sources, policy.forms)
     items = []
     for name, source in sources.items():
         item = Item(
             source,
             held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
             held[name].shape,
-            form if name in policy.quantized else None,
+            policy.forms.get(name),
             kv if makes_keys(name) else None,
             gather_first=False,
             smoothed=smoothed.get(name, Smoothed()),
@@ -140,20 +164,20 @@ def make_plan(
         )
         items.append(replace(item, gather_first=_straddles(item)))
         problems += _tile_problems(items[-1])
-    if not plain and not policy.quantized and not problems:
+    if not plain and not policy.forms and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
     files = files_of(items, copied, parse_size(request.max_shard_size))
     writing = writers_of(files, items, request.writers, nodes)
     return Plan(
         config=config,
-        form=form,
+        format=request.format,
         kv=kv,
         items=tuple(items),
         buckets=buckets_of(items, files, writing, request.bucket_bytes),
         files=files,
         writers=writing,
-        quantized=tuple(dict.fromkeys(m for item in items if item.form for m in modules(item.source, item.stacked))),
+        layers={module: item.form for item in items if item.form for module in modules(item.source, item.stacked)},
         excluded=policy.excluded,
         fused=policy.fused,
         remarks=policy.remarks + _dequantized(held),
@@ -174,6 +198,16 @@ def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict
             shape[0 if source.cut is Axis.OUT else 1] //= len(ranks)
         held[name] = Held(ranks, tuple(shape))
     return held
+
+
+def _awq_problems(forms: Iterable[Form]) -> list[str]:
+    """What is wrong with several formats whose weights AWQ prepares."""
+    found = list(dict.fromkeys(form.name for form in forms if form.smoothing))
+    if len(found) < 2:
+        return []
+    return [
+        f"{' and '.join(found)} in one recipe: each needs a search by AWQ of its own, and there is one. Choose one of them"
+    ]
 
 
 def _dequantized(held: dict[str, Held]) -> tuple[str, ...]:

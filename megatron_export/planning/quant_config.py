@@ -4,19 +4,23 @@ spelling is described in config.json as DeepSeek's own checkpoints are.
 """
 
 from ..models import architecture_of
+from ..models.statistic_names import experts_module
 from .plan import Plan
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
+MIXED = "MIXED_PRECISION"  # the quant_algo of a checkpoint whose modules have several
+
+
 def hf_quant_config(plan: Plan) -> dict | None:
     """The content of hf_quant_config.json; None if nothing is quantized."""
-    if not plan.form.quantization:
+    if not plan.forms:
         return None
     quantization = {
-        "quant_algo": plan.form.quantization["quant_algo"],
+        "quant_algo": _quantization(plan)["quant_algo"],
         "kv_cache_quant_algo": plan.kv.algorithm if plan.kv else None,
-        **plan.form.quantization,
+        **_quantization(plan),
         "exclude_modules": list(plan.excluded),
     }
     return {"producer": PRODUCER, "quantization": quantization}
@@ -24,22 +28,48 @@ def hf_quant_config(plan: Plan) -> dict | None:
 
 def quantization_config(plan: Plan) -> dict | None:
     """The value of `quantization_config` in config.json; None if nothing is quantized."""
-    form = plan.form
-    if not form.quantization:
+    if not plan.forms:
         return None
     kv = {"kv_cache_scheme": plan.kv.scheme} if plan.kv else {}
-    if form.native is not None:
-        return form.native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
-    inputs = {"input_activations": form.numbers} if form.activations else {}
-    group = inputs | {"weights": form.numbers, "targets": ["Linear"]}
+    native = plan.forms[0].native if len(plan.forms) == 1 else None
+    if native is not None:
+        return native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
+    groups = _groups(plan)
     return {
-        **({"config_groups": {"group_0": group}} if form.numbers else {}),
+        **({"config_groups": groups} if groups else {}),
         "ignore": list(plan.excluded),
-        **form.quantization,
+        **_quantization(plan),
         **kv,
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
+
+
+def _quantization(plan: Plan) -> dict:
+    """`quant_algo` and what stands beside it: that of the one format, or that of every module. Experts that are written one by one
+    have the name of the module that holds those of a layer, as engines ask for it.
+    """
+    if len(plan.forms) == 1:
+        return plan.forms[0].quantization
+    layers: dict[str, dict] = {}
+    for module, form in plan.layers.items():
+        layers[experts_module(module) if ".experts." in module else module] = form.quantization
+    return {"quant_algo": MIXED, "quantized_layers": layers}
+
+
+def _groups(plan: Plan) -> dict[str, dict]:
+    """How config.json describes the numbers of each format, for the modules that have it."""
+    found = {}
+    for form in plan.forms:
+        if form.numbers:
+            mine = [
+                module
+                for module, one in _quantization(plan).get("quantized_layers", {}).items()
+                if one is form.quantization
+            ]
+            inputs = {"input_activations": form.numbers} if form.activations else {}
+            found[f"group_{len(found)}"] = inputs | {"weights": form.numbers, "targets": sorted(mine) or ["Linear"]}
+    return found
 
 
 def config_json(plan: Plan) -> dict:

@@ -8,8 +8,11 @@ import torch
 
 from ..common.errors import ExportError
 from ..common.options import checked, made, option, options_of, told_by, values_of
-from ..formats import FORMATS, KV_FORMATS, Form, KvForm, Options, chosen, chosen_kv
+from ..common.safe_files import shown
+from ..formats import FORMATS, KV_FORMATS, PLAIN, Form, KvForm, Options, chosen_all, chosen_kv
+from .recipe import Line, Recipe, recipe_of, set_line, uniform
 
+RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
 
@@ -22,8 +25,9 @@ def _undigested(default: Any, help: str, **more: Any) -> Any:
 class Request:
     """Everything that decides what an export writes and how, but for the model, the statistics and the folder.
 
-    `format` and `kv_cache` are None until `plain` or the model's quantizers settle them.
+    `format` and `kv_cache` are None, and there is no line of a recipe, until `plain` or the model's quantizers settle them.
 
+    recipe_lines  which format each module gets, settled: those of `format` or `recipe`, of `set`, of `exclude`
     smoothed      the weights have the factors of their AWQ format already
     inherited     ModelOpt's quantizers settled the request, and the statistics are theirs
     bucket_bytes  bytes of encoded tensors that are made at a time; None for the usual number
@@ -34,6 +38,13 @@ class Request:
         "format of the linears' weights and activations (default: that of ModelOpt's quantizers in a Megatron checkpoint, "
         "else fp8)",
         choices=tuple(FORMATS),
+    )
+    recipe: str | None = _undigested(
+        None, "a format for each module: the name of a recipe in docs/recipes.md, or a file FILE.yaml"
+    )
+    set: tuple[str, ...] = _undigested(
+        (),
+        "GLOB=FORMAT: a line of the recipe for HF modules, added to those of --format or --recipe; the last that matches counts",
     )
     kv_cache: str | None = _undigested(
         None,
@@ -73,7 +84,9 @@ class Request:
         SILENCE, "seconds after which a rank that is not heard of counts as gone", planned=False
     )
     max_shard_size: str | int = _undigested("5GB", "largest safetensors file")
-    exclude: tuple[str, ...] = _undigested((), "globs over HF module names to leave in bfloat16")
+    exclude: tuple[str, ...] = _undigested(
+        (), "globs over HF module names to leave in bfloat16, as --set GLOB=bf16 does"
+    )
     mtp: str = _undigested(
         "keep",
         "layers that predict one more token (DeepSeek): export them like the others, or leave them out",
@@ -90,24 +103,38 @@ class Request:
     merge_lora: bool = _undigested(
         False, "merge LoRA adapters that the Megatron checkpoint has into the weights", planned=False
     )
+    recipe_lines: tuple[Line, ...] = ()
     smoothed: bool = False
     inherited: bool = False
     bucket_bytes: int | None = None
 
     def plain(self) -> "Request":
-        """The request for a model without quantizers of ModelOpt."""
-        return replace(self, format=self.format or "fp8", kv_cache=self.kv_cache or "none")
+        """The request for a model without quantizers of ModelOpt; `ExportError` for a recipe that cannot be read."""
+        if self.recipe and self.format:
+            raise ExportError(f"--format has no effect with --recipe. Add a line to it with --set '*={self.format}'")
+        recipe = recipe_of(self.recipe) if self.recipe else uniform(self.format or "fp8")
+        found = _with_defaults(self, recipe)
+        return replace(found, kv_cache=found.kv_cache or "none").settled(recipe)
 
-    def form(self) -> Form:
-        """The format that is asked for; `ExportError` for an unknown one, and for an option without effect."""
-        form = chosen(self.format, self.options)
+    def settled(self, recipe: Recipe) -> "Request":
+        """The request with the lines of a recipe, and those of its own."""
+        own = [set_line(text) for text in self.set]
+        own += [Line(glob, PLAIN, f"--exclude {glob!r}") for glob in self.exclude]
+        return replace(self, format=recipe.name, recipe_lines=(*recipe.lines, *own))
+
+    def forms(self) -> dict[str, Form]:
+        """The formats of a settled request by name; `ExportError` for an option without effect."""
+        forms = chosen_all(dict.fromkeys(line.format for line in self.recipe_lines), self.options)
         if self.smoothed:
-            form = replace(form, smoothing=replace(form.smoothing, done=True))
+            done = {n: replace(form.smoothing, done=True) for n, form in forms.items() if form.smoothing}
+            forms = {name: replace(form, smoothing=done.get(name)) for name, form in forms.items()}
         if self.input_scale is None:
-            return form
-        if "input_scale" not in form.stored:
-            raise ExportError(f"--input-scale has no effect with --format {form.name}, which writes no input_scale")
-        return replace(form, input_scale=_scale("--input-scale", self.input_scale))
+            return forms
+        scaled = {name: form for name, form in forms.items() if "input_scale" in form.stored}
+        if not scaled:
+            raise ExportError(f"--input-scale has no effect with --format {self.format}, which writes no input_scale")
+        given = _scale("--input-scale", self.input_scale)
+        return forms | {name: replace(form, input_scale=given) for name, form in scaled.items()}
 
     def kv(self) -> KvForm | None:
         """The format of the cache, None for none; `ExportError` as of `form`."""
@@ -145,8 +172,24 @@ def _scale(flag: str, value: float) -> float:
     return value
 
 
+def _with_defaults(request: Request, recipe: Recipe) -> Request:
+    """The request with a recipe's options where it has none of its own; `ExportError` for unknown ones and wrong values."""
+    known, own = options_of(Request), values_of(request)
+    said = f"recipe {recipe.name}: option"
+    for name, value in recipe.options.items():
+        if name not in RECIPE_OPTIONS or name not in known:
+            raise ExportError(f"{said} {shown(name)} is not known. Known: {', '.join(RECIPE_OPTIONS)}")
+        choices = told_by(known[name]).choices
+        if choices and value not in choices:
+            raise ExportError(f"{said} {name} must be one of {', '.join(map(str, choices))}, not {shown(value)}")
+    wanted = {name: value for name, value in recipe.options.items() if own[name] == known[name].default}
+    inner = {name: value for name, value in wanted.items() if name in options_of(Options)}
+    outer = {name: value for name, value in wanted.items() if name not in inner}
+    return replace(request, options=replace(request.options, **inner), **outer)
+
+
 def requested(options: dict[str, Any], without: Collection[str] = (), **more: Any) -> Request:
     """The request that the keywords of a library function make; `TypeError` for unknown ones and those in `without`."""
     checked(Request, options, without)
-    given = options | ({"exclude": tuple(options["exclude"])} if "exclude" in options else {})
-    return replace(made(Request, given), **more)
+    lists = {name: tuple(options[name]) for name in ("exclude", "set") if name in options}
+    return replace(made(Request, options | lists), **more)

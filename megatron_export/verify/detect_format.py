@@ -5,11 +5,14 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.safe_files import shown
-from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen
+from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options
+from ..models.statistic_names import experts_module
+from ..planning.quant_config import MIXED
 from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
 
@@ -24,26 +27,42 @@ _SECOND = {*SUFFIXES} - {*SCALES, PRE_QUANT_SCALE}  # what a format may have bes
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A format with its options, and the HF modules, or stacks of experts, whose codes or scales are its."""
+
+    options: Options
+    form: Form
+    modules: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Described:
     """What a checkpoint is.
 
-    algorithm   as the tensors show it, None for a checkpoint that is not quantized
-    form        its format here, and the options of that
+    algorithm   as the tensors show it, None for a checkpoint that is not quantized, MIXED for one with several
+    variants    its formats; none for a checkpoint that is not quantized
     kv          name of the KV cache's format
     kv_scale    the scale that engines take for it, if the checkpoint has none and they can; else None
-    quantized   HF modules, or stacks of experts, that have codes or scales
     excludes    by file, the modules that it names as not quantized
     problems    where configs and tensors contradict one another
     """
 
     algorithm: str | None
-    form: Form
-    options: Options
+    variants: tuple[Variant, ...]
     kv: str
     kv_scale: float | None
-    quantized: frozenset[str]
     excludes: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """Quantized HF module, or stack of experts -> its format."""
+        return {module: one.form for one in self.variants for module in one.modules}
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """HF modules, or stacks of experts, that have codes or scales."""
+        return frozenset(self.forms)
 
 
 def check_dialect(found: Finished) -> None:
@@ -65,8 +84,12 @@ def described(found: Finished) -> Described:
     claims = {CONFIG: _claimed(inner.get("quant_algo") or _native(inner))}
     if outer:  # older releases of ModelOpt write this file alone: config.json then claims nothing
         claims = (claims if config is not None else {}) | {QUANT_CONFIG: _claimed(outer.get("quant_algo"))}
-    algorithm = _algorithm(found, quantized, {_PLAIN.get(claim, claim) for claim in claims.values()})
-    problems = [
+    if MIXED in claims.values():
+        algorithm, variants, problems = MIXED, *_mixed(found, quantized, {CONFIG: inner, QUANT_CONFIG: outer})
+    else:
+        algorithm = _algorithm(found, quantized, {_PLAIN.get(claim, claim) for claim in claims.values()})
+        variants, problems = _one(found, quantized, algorithm, {*claims.values()}), []
+    problems += [
         f"{file} says quant_algo {claim}, but the tensors are those of {algorithm or 'a model that is not quantized'}"
         for file, claim in claims.items()
         if _PLAIN.get(claim, claim) != algorithm
@@ -79,18 +102,61 @@ def described(found: Finished) -> Described:
     scaled = sorted(name for name in found if name.endswith((".k_scale", ".v_scale")))
     if scaled and kv is None:
         problems.append(f"{scaled[0]} is there, but no config says that the KV cache is quantized")
-    plain = Options(), chosen("bf16")
-    options, form = _variant(found, quantized, algorithm, {*claims.values()}) if algorithm else plain
     return Described(
         algorithm=algorithm,
-        form=form,
-        options=options,
+        variants=variants,
         kv=kv or (next(cache.name for cache in KV_FORMATS.values() if cache) if scaled else "none"),
         kv_scale=None if scaled or not (cache := KV_FORMATS.get(kv or "none")) else cache.implied,
-        quantized=frozenset(quantized),
         excludes=_excludes(inner, outer),
         problems=problems,
     )
+
+
+def layers_in(section: dict) -> dict[str, str]:
+    """HF module -> algorithm, of the config of a checkpoint whose modules have several."""
+    layers = _table(section.get("quantized_layers")).items()
+    return {module: _claimed(_table(said).get("quant_algo")) or "" for module, said in layers}
+
+
+def claim_of(layers: dict[str, str], module: str) -> str | None:
+    """The algorithm that `layers_in` names for a module, or for the experts of its layer."""
+    return layers.get(module) or layers.get(experts_module(module))
+
+
+def _one(
+    found: Finished, quantized: dict[str, dict[str, str]], algorithm: str | None, claims: set[str | None]
+) -> tuple[Variant, ...]:
+    if algorithm is None:
+        return ()
+    return (Variant(*_variant(found, quantized, algorithm, claims), frozenset(quantized)),)
+
+
+def _mixed(
+    found: Finished, quantized: dict[str, dict[str, str]], sections: dict[str, dict]
+) -> tuple[tuple[Variant, ...], list[str]]:
+    """The formats of a checkpoint that lists an algorithm for each module, and where the lists and the tensors differ."""
+    lists = {file: layers for file, section in sections.items() if (layers := layers_in(section))}
+    layers = next(iter(lists.values()), {})
+    problems = [] if len({*map(str, map(sorted, map(dict.items, lists.values())))}) < 2 else [
+        f"{CONFIG} and {QUANT_CONFIG} list other quantized_layers"
+    ]  # fmt: skip
+    groups: dict[str | None, dict[str, dict[str, str]]] = {}
+    for module, tensors in quantized.items():
+        groups.setdefault(claim_of(layers, module), {})[module] = tensors
+    there = {*quantized, *map(experts_module, quantized), *(module.rpartition(".")[0] for module in quantized)}
+    problems += [
+        f"{module} is in quantized_layers, and it is not quantized" for module in layers if module not in there
+    ]
+    variants = []
+    for claim, group in groups.items():
+        algorithm = _algorithm(found, group, {_PLAIN.get(claim, claim)})
+        if _PLAIN.get(claim, claim) != algorithm:
+            said = f"is {claim} in quantized_layers" if claim else "is not in quantized_layers"
+            problems.append(
+                f"{next(iter(group))} (of {len(group)} such) {said}, but its tensors are those of {algorithm}"
+            )
+        variants += _one(found, group, algorithm, {claim})
+    return tuple(variants), problems
 
 
 def module_of(name: str) -> tuple[str, str]:

@@ -130,8 +130,7 @@ def _tensors(side: Finished, name: str) -> dict[str, str]:
 def _form(side: Finished, said: Described, name: str) -> Form | None:
     """The format that decodes a weight; None for one that is not quantized, or stacked."""
     module, local = module_of(name)
-    coded = local == "weight" and module in said.quantized and len(side.shape(name)) == 2
-    return said.form if coded and said.algorithm else None
+    return said.forms.get(module) if local == "weight" and len(side.shape(name)) == 2 else None
 
 
 def _shape(side: Finished, said: Described, name: str) -> tuple[int, ...]:

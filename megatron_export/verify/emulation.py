@@ -8,6 +8,8 @@ close to these and not equal.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,8 @@ from ..common.piece import Piece
 from ..common.safe_files import headers, inside, not_read, read_table, reason_of, shown
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
 from ..models import known
-from .detect_format import described, module_of
+from ..planning.quant_config import MIXED
+from .detect_format import claim_of, described, layers_in, module_of
 from .emulated_experts import take_apart
 from .folder import Finished
 from .transformers_names import Respelled, files_of
@@ -64,8 +67,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files = files_of(folder)
-    linears, cache = _algorithms(folder)
-    scales = tuple(suffix for suffix in linears.stored if suffix != "weight") if linears else ()
+    form_of, cache = _algorithms(folder)
+    scales = SUFFIXES if form_of else ()
     architecture = known(_table(folder, CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -79,7 +82,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
         take_apart(model, tensors, scales)
     model.set_attn_implementation(_attention_of(model))
-    missing = _take_linears(model, tensors, linears, scales) if linears else []
+    missing = _take_linears(model, tensors, form_of) if form_of else []
     missing += _take_kv_scales(model, tensors, cache) if cache else []
     wanted = model.state_dict()
     try:
@@ -105,27 +108,38 @@ def _table(folder: Path, file: str) -> dict[str, Any]:
         raise not_read(path, "not JSON", error, "Fetch it again") from error
 
 
-def _algorithms(folder: Path) -> tuple[Form | None, KvForm | None]:
-    """How hf_quant_config.json says that linears, and keys and values, are quantized; None for not at all."""
+def _algorithms(folder: Path) -> tuple[Callable[[str], Form | None] | None, KvForm | None]:
+    """How hf_quant_config.json says that linears are quantized, by HF module, and keys and values; None for not at all."""
     path = folder / QUANT_CONFIG
     said = _table(folder, path.name).get("quantization") if path.exists() else {}
     if not isinstance(said, dict):
         raise ExportError(f"{path}: quantization is {shown(said)}, not a table of settings. Fetch it again")
-    found, caches = [], {cache.algorithm: cache for cache in KV_FORMATS.values() if cache}
-    for key, table in (("quant_algo", ALGORITHMS), ("kv_cache_quant_algo", caches)):
-        name = said.get(key)
+    caches = {cache.algorithm: cache for cache in KV_FORMATS.values() if cache}
+
+    def known_as(key: str, name: object, table: dict) -> Any:
         if name is not None and (not isinstance(name, str) or name.upper() not in table):
             raise ExportError(f"{path}: {key} {shown(name)} is not known here; known are {', '.join(table)}")
-        found.append(None if name is None else table[name.upper()])
-    return found[0], found[1]
+        return None if name is None else table[name.upper()]
+
+    cache, algorithm = known_as("kv_cache_quant_algo", said.get("kv_cache_quant_algo"), caches), said.get("quant_algo")
+    if algorithm == MIXED:
+        claims = layers_in(said)
+        layers = {module: known_as(f"quant_algo of {module}", name, ALGORITHMS) for module, name in claims.items()}
+        return partial(claim_of, layers), cache
+    form = known_as("quant_algo", algorithm, ALGORITHMS)
+    return (lambda module: form) if form else None, cache
 
 
-def _take_linears(model: nn.Module, tensors: Respelled, form: Form, scales: tuple[str, ...]) -> list[str]:
+def _take_linears(model: nn.Module, tensors: Respelled, form_of: Callable[[str], Form | None]) -> list[str]:
     """Move the tensors of quantized linears out of `tensors` into emulated ones; returns the names of missing ones."""
-    missing, suffixes = [], tuple(form.stored)
+    missing = []
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, scales):
+        if not isinstance(linear, nn.Linear) or not tensors.quantized(name, SUFFIXES):
             continue
+        form = form_of(module_of(tensors.on_disk(f"{name}.weight"))[0])
+        if form is None:
+            continue
+        suffixes = tuple(form.stored)
         missing += [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" not in tensors]
         wanted = [suffix for suffix in (*suffixes, PRE_QUANT_SCALE) if f"{name}.{suffix}" in tensors]
         taken = {suffix: tensors.take(f"{name}.{suffix}") for suffix in wanted}
@@ -200,10 +214,10 @@ def bits_per_weight(folder: Path) -> float:
             module, local = module_of(name)
             dtype = DTYPES.get(spelled)
             modules.setdefault(module, {})[local] = dtype, prod(shape) * (dtype.itemsize if dtype else 0)
-    bits, weights, form = 0, 0, described(Finished(folder)).form
-    for tensors in modules.values():
+    bits, weights, forms = 0, 0, described(Finished(folder)).forms
+    for module, tensors in modules.items():
         dtype, nbytes = tensors.get("weight", (None, 0))
-        if form.quantization and dtype is form.stored["weight"].dtype:
+        if (form := forms.get(module)) and dtype is form.stored["weight"].dtype:
             bits += 8 * sum(tensors[suffix][1] for suffix in ("weight", *SUFFIXES) if suffix in tensors)
             weights += 8 * nbytes // form.bits
     return bits / weights if weights else 16.0

@@ -22,7 +22,7 @@ from ..models import head_of, is_linear_weight, mtp_prefixes, parameters_of, sha
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import of_file
-from .detect_format import Described, check_dialect, described
+from .detect_format import Described, Variant, check_dialect, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of
 from .snr import Likeness, likeness, tolerance
@@ -115,12 +115,14 @@ def _against_manifest(folder: Path) -> list[str]:
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:
     """The plan of such a checkpoint. Where AWQ leaves a trace in norms alone (NVFP4), it is of AWQ if most of them are changed."""
     plan, mixed = plan_of(found, said, reference)
-    folded = [(o, form) for o, form in VARIANTS if form.algorithm == said.form.algorithm and form.smoothing]
-    if said.form.smoothing or not folded:
+    folded = {form.algorithm: (o, form) for o, form in reversed(VARIANTS) if form.smoothing}
+    plain = [one for one in said.variants if one.form.algorithm in folded]
+    if any(one.form.smoothing for one in said.variants) or not plain:
         return plan, mixed
     try:
-        options, form = folded[0]
-        smoothed, again = plan_of(found, replace(said, form=form, options=options), reference)
+        others = [one for one in said.variants if one not in plain]
+        smoothing = [Variant(*folded[one.form.algorithm], one.modules) for one in plain]
+        smoothed, again = plan_of(found, replace(said, variants=(*others, *smoothing)), reference)
     except ExportError:  # an architecture that cannot be smoothed
         return plan, mixed
     sides = Sides(smoothed, found, weights, torch.device("cpu"))

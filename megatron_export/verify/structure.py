@@ -1,5 +1,6 @@
 """A finished checkpoint against the plan of such an export: names, dtypes, shapes, settings, exclude lists, shared scales."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..checkpoint.hf_weights import SourceWeights, copied_tensors
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
+from ..common.options import options_of, values_of
+from ..formats import PLAIN, Options
 from ..models import (
     copied_prefixes,
     head_of,
@@ -25,6 +28,7 @@ from ..models import (
 from ..models.sources import expected_shapes
 from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
+from ..planning.recipe import Line
 from ..planning.request import Request
 from ..writing.quantized_modules import covers, is_scale
 from .detect_format import Described
@@ -40,36 +44,47 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     sources = parameters_of(config)
     linears = {name: source for name, source in sources.items() if is_linear_weight(name)}
     stacked = any(source.stack and source.stack.name in said.quantized for source in linears.values())
-    groups: dict[str, dict[str, bool]] = {}
+    groups: dict[
+        str, dict[str, str]
+    ] = {}  # of linears that engines fuse: HF module -> its format, "" where it cannot be read
     for name, source in linears.items():
         for module in modules(source, stacked):
-            if not {module, f"{module}.weight"} & found.lost:
-                groups.setdefault(fused_with(name), {})[module] = module in said.quantized
-    plain, problems = [], []
+            form = said.forms.get(module)
+            lost = bool({module, f"{module}.weight"} & found.lost)
+            groups.setdefault(fused_with(name), {})[module] = "" if lost else form.name if form else PLAIN
+    lines, problems = [], []
+    usual = said.variants[0].form.name if said.variants else PLAIN
     for group in groups.values():
-        most = 2 * sum(group.values()) >= len(group)
-        plain += [] if most else group
+        votes = Counter(sorted(filter(None, group.values()), key=PLAIN.__eq__)).most_common(1)
+        most = votes[0][0] if votes else usual
+        lines += [Line(module, most, "", needed=False) for module in group]
         problems += [
-            f"{module}.weight is {'not ' * most}quantized, unlike {len(group) - 1} that engines fuse with it"
-            for module, quantized in group.items()
-            if quantized is not most and said.algorithm
+            f"{module}.weight is {_as(format)}, unlike {len(group) - 1} that engines fuse with it"
+            for module, format in group.items()
+            if format not in ("", most) and said.algorithm
         ]
-    attention = [source for name, source in linears.items() if ".self_attention." in name]
-    latent = shape_of(config).kv_lora and not all(set(modules(source)) <= set(plain) for source in attention)
+    attention = {module for name, source in linears.items() if ".self_attention." in name for module in modules(source)}
+    latent = shape_of(config).kv_lora and any(line.glob in attention and line.format != PLAIN for line in lines)
+    options = {name: value for one in said.variants for name, value in values_of(one.options).items()
+               if value != options_of(Options)[name].default}  # fmt: skip
     plan = make_plan(
         config,
         assumed(config, 1),
         Request(
-            said.form.name,
-            said.kv if said.kv_scale or not shape_of(config).kv_lora else "none",
+            " and ".join(dict.fromkeys(one.form.name for one in said.variants)) or PLAIN,
+            kv_cache=said.kv if said.kv_scale or not shape_of(config).kv_lora else "none",
             kv_scale=said.kv_scale,
-            options=said.options,
-            exclude=tuple(plain) if said.algorithm else (),
+            options=Options(**options),
             quantize_mla=bool(latent and said.algorithm),
+            recipe_lines=tuple(lines),
         ),
         copied=copied_tensors(reference, copied_prefixes(config)),
     )
     return plan, problems
+
+
+def _as(format: str) -> str:
+    return "not quantized" if format == PLAIN else f"quantized to {format}"
 
 
 def faults(found: Finished, said: Described, plan: Plan) -> list[str]:
@@ -98,7 +113,7 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
     allowed = ("rotary_emb.inv_freq", *((head_of(plan.config),) if shape_of(plan.config).tied else ()))
     for name in sorted(set(found) - expected.keys()):
         if not name.endswith(allowed):
-            yield f"{name} is not part of this model in {plan.form.name}"
+            yield f"{name} is not part of this model in {plan.format}"
     for name in sorted(expected.keys() & set(found)):
         output, dtype, shape = expected[name], found.spelled(name), found.shape(name)
         if dtype != SPELLED[output.dtype]:
@@ -131,7 +146,7 @@ def _meaning(config: dict) -> dict:
 def _excludes(said: Described, plan: Plan) -> Iterator[str]:
     """Where an exclude list names what is quantized, or does not name a linear that is not."""
     items = [item for item in plan.items if _is_multiplied(item.source.canonical) and not item.form]
-    left = {module for item in items for module in modules(item.source, item.stacked) if plan.form.quantization}
+    left = {module for item in items for module in modules(item.source, item.stacked) if plan.forms}
     for file, entries in said.excludes.items():
         named = {module for module in said.quantized | left if any(covers(entry, module) for entry in entries)}
         for module in sorted(named & said.quantized):
@@ -151,7 +166,7 @@ def unequal(found: Finished, plan: Plan) -> Iterator[str]:
     groups = [[item] for item in plan.items] + [[items[name] for name in fused] for fused in plan.fused]
     for group in groups:
         parts = [name.removesuffix("weight") for item in group if item.form for name in item.source.names().values()]
-        for suffix in plan.form.shared:
+        for suffix in group[0].form.shared if group[0].form else ():
             names = [prefix + suffix for prefix in parts if prefix + suffix in found]
             values = {n: float(found.read(n)) for n in names if torch.Size(found.shape(n)).numel() == 1}
             first = next(iter(values), "")

@@ -74,7 +74,7 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
     pairs = [("checkpoint", str(judged.folder)), ("reference", str(judged.reference))]
     if judged.plan:
         cache = f", KV cache {judged.plan.kv.name}" if judged.plan.kv else ""
-        pairs.append(("format", judged.plan.form.name + cache))
+        pairs.append(("format", judged.plan.format + cache))
     others = len(judged.weights) - len(quantized)
     pairs.append(("compared", f"{len(quantized)} quantized weights, {others} others, {exact} equal"))
     if quantized:
@@ -112,7 +112,7 @@ def as_json(found: Inspection) -> dict:
         "kind": "megatron_export verify 1",
         "checkpoint": str(judged.folder),
         "reference": str(judged.reference),
-        "format": judged.plan.form.name if judged.plan else None,
+        "format": judged.plan.format if judged.plan else None,
         "kv_cache": judged.plan.kv.name if judged.plan and judged.plan.kv else "none",
         "sound": not found.problems,
         "problems": found.problems,

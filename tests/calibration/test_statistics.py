@@ -215,9 +215,9 @@ def test_a_file_serves_every_format_that_needs_no_more_than_it_holds(searches: t
         if name in PLAIN | awq:
             check_calibration(wanted, found)
             continue
-        said, search = refusal(check_calibration, wanted, found), wanted.form.smoothing.search
-        assert f"the calibration holds no smoothing {search}, which {wanted.form.name} needs" in said
-        assert f"Calibrate with --format {wanted.form.name}" in said
+        said, search = refusal(check_calibration, wanted, found), wanted.awq.smoothing.search
+        assert f"the calibration holds no smoothing {search}, which {wanted.format} needs" in said
+        assert f"Calibrate with --format {wanted.format}" in said
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_file_serves_every_format_that_needs_no_more_than_it_holds(searches: t
 )
 def test_clipping_needs_a_file_that_was_measured_with_it_and_no_other_export_minds(form: str, options: dict) -> None:
     clipping = plan(form, awq_clip=True, **options)
-    said = f"no clipping for {clipping.form.smoothing.search}. Calibrate with --format {form}.* --awq-clip"
+    said = f"no clipping for {clipping.awq.smoothing.search}. Calibrate with --format {form}.* --awq-clip"
     with pytest.raises(ExportError, match=said):
         check_calibration(clipping, statistics_of(*ALL))
     check_calibration(clipping, statistics_of(*ALL, clip=True))
@@ -239,7 +239,7 @@ def test_formats_say_that_they_need_calibration() -> None:
         if name == "bf16":
             check_calibration(wanted, None)
             continue
-        with pytest.raises(ExportError, match=f"format {wanted.form.name} needs calibration"):
+        with pytest.raises(ExportError, match=f"format {wanted.format} needs calibration"):
             check_calibration(wanted, None)
     check_calibration(plan("fp8_pb"), None)
 

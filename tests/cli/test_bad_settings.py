@@ -51,7 +51,7 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "no module": (("--format", "fp8", "--exclude", "*.w9"), ("--exclude '*.w9' matches no module", f"like {FUSED[0]}")),
     "q alone": (
         ("--format", "fp8", "--exclude", FUSED[0]),
-        (f"--exclude must name all of {', '.join(FUSED)}", "engines fuse", f"{FUSED[1]}, {FUSED[2]} left out"),
+        ("engines fuse", f"must have one format: {FUSED[0]} bf16 (--exclude {FUSED[0]!r}); {FUSED[1]}, {FUSED[2]} fp8"),
     ),
 }
 

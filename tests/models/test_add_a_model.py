@@ -134,7 +134,7 @@ def test_one_rank_and_two_export_the_same_sound_bytes(toy: Path, ranks: Ranks, t
     for form in FORMATS:
         assert contents(one / form) == contents(two / form)
         found = inspected(two / form, toy, Wanted())
-        assert (found.problems, found.judged.plan.form.name) == ([], form)
+        assert (found.problems, found.judged.plan.format) == ([], form)
         assert {verdict.loads for verdict in verdicts(of_folder(two / form)).values()} == {None}
     assert_same(tensors(two / "bf16"), tensors(toy))
 

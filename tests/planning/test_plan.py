@@ -82,7 +82,10 @@ def test_excluded_modules_are_left_alone_and_listed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exclude": ("*.q_proj",)}, "must name all of .*q_proj, .*k_proj, .*v_proj, which engines fuse"),
+        (
+            {"exclude": ("*.q_proj",)},
+            "must have one format: .*q_proj bf16 .*exclude .*; .*k_proj, .*v_proj fp8 .*and 3 more such",
+        ),
         ({"exclude": ("*.w1",)}, "'\\*.w1' matches no module"),
         ({"exclude": ("*",)}, "leaves nothing to quantize.*--format bf16"),
         ({"kv_cache": "fp8", "format": "bf16"}, "vLLM refuses a checkpoint that quantizes the KV cache alone"),

@@ -202,7 +202,7 @@ def problems(folder: Path, reference: Path) -> str:
 def test_a_sound_checkpoint_has_no_defect(format: str, sound: dict[str, Path], reference: Path) -> None:
     judged = judge(sound[format], reference)
     assert judged.problems == []
-    assert judged.plan.form.name == format
+    assert judged.plan.format == format
     assert (judged.plan.kv and judged.plan.kv.name) == SETTINGS[format].get("kv_cache")
     assert len(judged.weights) == len(tensors(reference))
 

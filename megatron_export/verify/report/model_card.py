@@ -16,10 +16,11 @@ def text(run: Account) -> str:
 
 
 def _front(run: Account) -> str:
-    form = run.plan.form
-    tags = ["megatron-core", "modelopt", "quantized", f"{form.bits}-bit", form.name]
-    tags = tags if form.quantization else ["megatron-core", "safetensors"]
-    library = "transformers" if form.native or not form.quantization else "Model Optimizer"  # which reads the layout
+    forms = run.plan.forms
+    kinds = [*dict.fromkeys(f"{form.bits}-bit" for form in forms), *dict.fromkeys(form.name for form in forms)]
+    tags = ["megatron-core", "modelopt", "quantized", *kinds] if forms else ["megatron-core", "safetensors"]
+    own = len(forms) == 1 and forms[0].native  # a layout that transformers reads
+    library = "transformers" if own or not forms else "Model Optimizer"
     base = run.origin if _HUB_ID.fullmatch(run.origin) else None
     keys = {
         "base_model": base,
