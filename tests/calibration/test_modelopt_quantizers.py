@@ -16,7 +16,7 @@ FP8, OFF, INT4 = {"_num_bits": (4, 3)}, {"_disabled": True, "_num_bits": 8}, {"_
 INT4 |= {"_block_sizes": {-1: 128, "type": "static"}}
 FP8_PB = {"_num_bits": (4, 3), "_axis": (0, 2), "_block_sizes": {-1: 128, -2: 128}}
 MXFP8 = {"_num_bits": (4, 3), "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
-VECTOR = {"_pre_quant_scale": torch.ones(128)}
+VECTOR, CONSTANT = {"_pre_quant_scale": torch.ones(128)}, {"_use_constant_amax": True}
 
 
 def linear(name: str, weights: dict, inputs: dict, **others: dict) -> Quantizers:
@@ -38,10 +38,13 @@ def chain(name: str) -> Quantizers:
 
 
 @pytest.mark.parametrize(
-    ("quantizers", "format", "kv_cache"),
+    ("quantizers", "format", "cached"),
     [
         (linear(QKV, FP8, FP8), "fp8", "none"),
         (linear(QKV, FP8, FP8) | cache(FP8, FP8), "fp8", "fp8"),
+        (linear(QKV, FP8, FP8) | cache(FP8 | CONSTANT, FP8 | CONSTANT), "fp8", "fp8 of 1"),
+        (linear(QKV, FP8, FP8) | cache(FP8, FP8 | CONSTANT), "fp8", "fp8"),
+        (linear(QKV, FP8, FP8) | cache(OFF | CONSTANT, OFF | CONSTANT), "fp8", "none"),
         (linear(QKV, FP8_PB, OFF), "fp8_pb", "none"),
         (linear(QKV, NVFP4, NVFP4) | cache(NVFP4, NVFP4), "nvfp4", "nvfp4"),
         (linear(QKV, NVFP4, NVFP4 | VECTOR), "nvfp4_awq", "none"),
@@ -50,9 +53,11 @@ def chain(name: str) -> Quantizers:
         (chain(QKV), "w4a8_awq", "none"),
     ],
 )
-def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, kv_cache: str) -> None:
+def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, cached: str) -> None:
     quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
-    assert modelopt.recipe_of(modelopt.kinds_of(quantizers)) == modelopt.Recipe(format, kv_cache, 128, frozenset({QKV}))
+    kv_cache, _, scale = cached.partition(" of ")
+    expected = modelopt.Recipe(format, kv_cache, 128, frozenset({QKV}), float(scale) if scale else None)
+    assert modelopt.recipe_of(modelopt.kinds_of(quantizers)) == expected
 
 
 def test_every_format_has_settings_of_its_own() -> None:
@@ -123,7 +128,7 @@ def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
     quantizers |= linear(f"{LAYER}.mlp.experts.0.linear_fc1", FP8 | amax(0.25), FP8 | amax(6))
     quantizers |= linear(f"{LAYER}.mlp.experts.1.linear_fc1", FP8 | amax(0.75), FP8 | amax(4))
     quantizers |= linear("output_layer", OFF | amax(9), OFF | amax(9))
-    quantizers |= cache(FP8 | amax(7), FP8 | {"_use_constant_amax": True})
+    quantizers |= cache(FP8 | amax(7), FP8 | CONSTANT)
     assert modelopt.scalars_in(quantizers) == {
         f"{QKV}.weight_amax": 0.5,
         f"{QKV}.input_amax": 3,

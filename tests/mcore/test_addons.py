@@ -60,6 +60,7 @@ def inputs_of(source: Path) -> dict[str, Tensor]:
     ("how", "asked"),
     [
         ((FP8, FP8, FP8), {"format": "fp8", "kv_cache": "fp8"}),
+        ((FP8, FP8, FP8 | {"_use_constant_amax": True}), {"format": "fp8", "kv_cache": "fp8", "kv_scale": 1.0}),
         ((NVFP4, NVFP4, NVFP4), {"format": "nvfp4", "kv_cache": "nvfp4"}),
         ((FP8_PB, OFF), {"format": "fp8_pb"}),
     ],

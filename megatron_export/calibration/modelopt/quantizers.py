@@ -24,6 +24,7 @@ Quantizers = dict[str, Attributes]
 
 _CACHE = "KV cache "  # begins the kind of an attention
 _CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale is 1
+_CONSTANT = " with a scale of 1"  # ends the kind of such an attention
 
 
 # How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size
@@ -40,12 +41,15 @@ _KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, a layer's experts as one."""
+    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, a layer's experts as one;
+    `kv_scale` is that of a cache of which ModelOpt measured nothing.
+    """
 
     format: str
     kv_cache: str
     group_size: int
     quantized: frozenset[str]
+    kv_scale: float | None = None
 
     @property
     def smoothed(self) -> bool:
@@ -83,6 +87,13 @@ def kinds_of(quantizers: Quantizers) -> dict[str, str]:
         rounding = {name: text for name, attributes in parts.items() if (text := words(attributes))}
         smoothed = _vector(parts.get("input_quantizer", {})) is not None
         kind, problem = _kind(module, rounding, smoothed)
+        if (
+            kind
+            and kind.startswith(_CACHE)
+            and rounding
+            and all(parts[name].get("_use_constant_amax") for name in rounding)
+        ):
+            kind += _CONSTANT
         if kind and found.setdefault(pooled(module), kind) != kind:
             problem = f"it is quantized to {kind}, and another expert of its layer to {found[pooled(module)]}"
         if problem:
@@ -106,7 +117,7 @@ def recipe_of(kinds: dict[str, str]) -> Recipe | None:
     caches: dict[str, list[str]] = {}
     for module, kind in kinds.items():
         some = caches if kind.startswith(_CACHE) else formats
-        some.setdefault(kind.removeprefix(_CACHE), []).append(module)
+        some.setdefault(kind.removeprefix(_CACHE).removesuffix(_CONSTANT), []).append(module)
     formats.pop(_PLAIN, None)
     for some in (formats, caches):
         if len(some) > 1:
@@ -124,7 +135,8 @@ def recipe_of(kinds: dict[str, str]) -> Recipe | None:
         )
     ((kind, modules),) = formats.items()
     name, _, group = kind.partition(" ")
-    return Recipe(name, cache, int(group or 128), frozenset(modules))
+    constant = {kind.endswith(_CONSTANT) for kind in kinds.values() if kind.startswith(_CACHE)} == {True}
+    return Recipe(name, cache, int(group or 128), frozenset(modules), 1.0 if constant else None)
 
 
 def scalars_in(quantizers: Quantizers) -> dict[str, float]:

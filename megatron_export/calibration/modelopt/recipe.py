@@ -106,11 +106,13 @@ def _inherited(config: dict, recipe: Recipe, request: Request) -> Request:
     options = replace(request.options, group_size=recipe.group_size)
     if "awq_output" in FORMATS[recipe.format].OPTIONS:  # ModelOpt gives each query its own factors, which v cannot take
         options = replace(options, awq_output="modelopt")
+    asked = request.kv_scale, request.kv_scale_at_least
     latent = shape_of(config).kv_lora and any(".self_attention." in module for module in recipe.quantized)
     return replace(
         request,
         format=recipe.format,
         kv_cache=recipe.kv_cache,
+        kv_scale=recipe.kv_scale if asked == (None, None) else request.kv_scale,
         options=options,
         exclude=(*request.exclude, *_left_alone(config, recipe)),
         quantize_mla=request.quantize_mla or (not recipe.form.latent and bool(latent)),
