@@ -138,8 +138,7 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     method = str(section.get("quant_method", "modelopt"))
     if method == "fp8":
         names = listed(section, "ignored_layers", "modules_to_not_convert")
-        both = tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
-        return in_blocks(section, both, findings)
+        return in_blocks(section, _either_way(names), findings)
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
@@ -167,7 +166,14 @@ def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | N
     if where == "exclude_modules" and "NVFP4" in algorithm and not isinstance(section.get("group_size"), int):
         findings.add("config", "hf_quant_config.json has no group_size", way="put it there")
         return None
+    if algorithm == "MXFP8":  # which it reads as its native dialect, and the names so
+        return Reading(algorithm, where, Names(_either_way(names.listed)), {}, 32, kv, "native")
     return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
+
+
+def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with "model." before them, and without."""
+    return tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
 
 
 def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
@@ -203,7 +209,7 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None
         if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
             findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
                          group.parent, way="quantize all of it in one algorithm")  # fmt: skip
-        if "weight_scale_inv" in module:
+        if "weight_scale_inv" in module or reading.algorithm == "MXFP8":
             _check_blocks(checkpoint, group, findings)
         of_experts = group.kind == "experts"
         if four and any("pre_quant_scale" in one for one in group.members.values()) and (of_experts or not blackwell):
@@ -214,6 +220,7 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None
 
 
 def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
+    """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
     if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
                      way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
@@ -221,7 +228,7 @@ def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) 
         rows = module["weight"].shape[0]
         latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
         joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
-        if joined and not latent and rows % 128:
+        if "weight_scale_inv" in module and joined and not latent and rows % 128:
             findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
                          way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
 

@@ -6,7 +6,7 @@ from .checkpoint_view import Module
 
 SCALAR = ((), (1,))
 _FLOATS = ("F32", "BF16", "F16")
-_TWO_INPUTS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ")  # in a byte
+_TWO_INPUTS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")  # in a byte
 _TWO_ROWS = ("W4A16_AWQ", "W4A8_AWQ")
 _BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
 Wanted = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
@@ -40,6 +40,8 @@ def wanted(algorithm: str, out: int, inputs: int, group: int) -> Wanted:
         "NVFP4": fp4 | {"input_scale": scalar},
         "W4A16_NVFP4": fp4,
         "NVFP4_AWQ": fp4 | {"input_scale": scalar} | smoothed,
+        "W4A8_NVFP4_FP8": fp4 | {"input_scale": scalar},
+        "W4A8_MXFP4_FP8": {"weight": fp4["weight"], "weight_scale": (("U8",), ((out, inputs // 32),))},
         "MXFP8": fp8 | {"weight_scale": (("U8",), ((out, inputs // 32),))},
         "W4A16_AWQ": int4 | smoothed,
         "W4A8_AWQ": int4 | {"weight_scale_2": scalar, "input_scale": scalar} | smoothed,

@@ -64,7 +64,10 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "gpu":           (_R, "the GPU computes it", "linear", READ),
 })
 # fmt: on
-_SAME = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A16_AWQ", "W4A8_AWQ", "MXFP8")
+_SAME = (
+    *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A16_AWQ", "W4A8_AWQ", "MXFP8"),
+    *("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8"),
+)
 # As configs spell them -> as tensor_specs does.
 _ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
@@ -72,6 +75,7 @@ _OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_qu
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
     **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
     "W4A8_AWQ": ("on Ada and Hopper", range(89, 91)),
+    **dict.fromkeys(("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8"), ("on B200 and B300", (100, 103))),
     "W4A16_NVFP4": ("on Ada, Hopper and GeForce Blackwell", (*range(89, 100), 120, 121)),
     **dict.fromkeys(("FP8", "blocks"), ("", range(89, 1000))),
 }
@@ -146,7 +150,8 @@ def _named(section: dict, where: str, kv: object, version: str, findings: Findin
         return None
     if algorithm == "FP8_PB_WO":
         findings.add("case", "releases up to 1.2 know it as fp8_pb_wo alone", way="--fp8-pb-spelling native")
-    group_size = size_in(section, 16 if "NVFP4" in algorithm else 128)
+    size = 32 if algorithm.endswith("FP4_FP8") else 16 if "NVFP4" in algorithm else 128
+    group_size = size_in(section, size)
     return Reading(_ALGORITHMS[algorithm], where, Names(listed(section, where)), {}, group_size, kv_of(kv), "modelopt")
 
 

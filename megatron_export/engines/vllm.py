@@ -215,8 +215,8 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findi
             findings.add("stack", f"it does not load stacked experts of {checkpoint.architecture} with scales",
                          *group.members, way="export it again: experts of this architecture are written one by one")  # fmt: skip
         elif group.kind == "experts" and reading.algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
-            findings.add("block experts", f"it does not load experts in {reading.algorithm}", group.parent,
-                         way="--fp8-pb-spelling native")  # fmt: skip
+            way = "--fp8-pb-spelling native" if reading.algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
+            findings.add("block experts", f"it does not load experts in {reading.algorithm}", group.parent, way=way)
         if reading.algorithm in ("blocks", "FP8_PB_WO"):
             _check_blocks(group, reading, findings)
 

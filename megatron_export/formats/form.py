@@ -12,6 +12,7 @@ from ..common.piece import Amax, Axis, Piece
 
 # A vector of AWQ that the input is multiplied by: no format's own, written beside any.
 PRE_QUANT_SCALE = "pre_quant_scale"
+WHOLE_ROW = 1 << 31  # inputs of a tile: more than any row has, so that none is cut
 
 
 @dataclass(frozen=True)

@@ -84,13 +84,13 @@ def pieces(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scal
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    return _values(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), _scales(pieces))
+    return values_of(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), _scales(pieces))
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scales on disk."""
     scales = _scales(pieces)
-    return _values(e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), scales)
+    return values_of(e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), scales)
 
 
 def _scales(pieces: dict[str, Piece]) -> Tensor:
@@ -98,8 +98,8 @@ def _scales(pieces: dict[str, Piece]) -> Tensor:
     return (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).unsqueeze(2)
 
 
-def _values(codes: Tensor, scales: Tensor) -> Tensor:
-    """uint8 codes [out, in/16, 16] -> what they stand for, float32 [out, in]."""
+def values_of(codes: Tensor, scales: Tensor) -> Tensor:
+    """uint8 codes [out, blocks, block] -> what they stand for under scales [out, blocks, 1], float32 [out, in]."""
     codes = codes.int()
     values = torch.tensor(E2M1, device=codes.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
     return (values * scales).flatten(1)

@@ -192,6 +192,7 @@ def _algorithm(found: Finished, quantized: dict[str, dict[str, str]], claims: se
                 + (form.scale in tensors and found.dtype(tensors[form.scale]) == scale.dtype)
                 + (form.scale in tensors and len(found.shape(tensors[form.scale])) == scale.dims)
                 + (_SECOND & tensors.keys() == _SECOND & form.stored.keys())
+                + (_group_of(found, tensors, form) == scale.columns)
             )
     return max(votes, key=lambda algorithm: (votes[algorithm], algorithm in claims)) if votes else None
 
@@ -215,13 +216,14 @@ def _variant(
 
 def _group_size(found: Finished, quantized: dict[str, dict[str, str]], form: Form) -> int | None:
     """How many inputs share a scale in most linears; None where nothing shows it."""
-    shapes = (
-        (found.shape(tensors["weight"]), found.shape(tensors[form.scale]))
-        for tensors in quantized.values()
-        if {"weight", form.scale} <= tensors.keys()
-    )
-    sizes = Counter(form.stored["weight"].columns * codes[-1] // scales[-1] for codes, scales in shapes if scales)
+    sizes = Counter(size for tensors in quantized.values() if (size := _group_of(found, tensors, form)))
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _group_of(found: Finished, tensors: dict[str, str], form: Form) -> int | None:
+    """How many inputs share a scale in a linear; None where it has no codes and scales of blocks."""
+    scales = found.shape(tensors[form.scale]) if {"weight", form.scale} <= tensors.keys() else ()
+    return form.stored["weight"].columns * found.shape(tensors["weight"])[-1] // scales[-1] if len(scales) > 1 else None
 
 
 def _table(said: object) -> dict:

@@ -29,6 +29,8 @@ CHAIN = {f"{QKV}.{name}": one for name, one in (("weight_quantizer.0", BLOCKS), 
         (linear(ONE, ONE), "nvfp4", "nvfp4"),
         (linear(ONE, ONE | VECTOR), None, "nvfp4_awq"),
         (linear({"_amax": torch.ones(4, 2)}, {}), None, "fp8_pb"),
+        (linear({"_amax": torch.ones(512, 1)}, {}), None, "fp8_pc_pt"),
+        (linear(ONE, {}), None, "w4a16_nvfp4"),
         (linear(BLOCKS, VECTOR), None, "int4_awq"),
         (CHAIN | linear({}, ONE | VECTOR), None, "w4a8_awq"),
         (CHAIN | linear({}, ONE | VECTOR), "w4a8_awq", "w4a8_awq"),
@@ -43,10 +45,11 @@ def test_buffers_say_the_format_where_they_fit_one(quantizers: Quantizers, forma
 @pytest.mark.parametrize(
     ("quantizers", "format", "cache", "said"),
     [
-        (linear(ONE, ONE), None, None, "by their buffers they fit fp8 and nvfp4: say --format"),
-        (linear(ONE, ONE), "fp8_pb", None, "they fit fp8 and nvfp4: say --format"),
+        (linear(ONE, ONE), None, None, "by their buffers they fit fp8 and nvfp4 and w4a8_nvfp4_fp8: say --format"),
+        (linear(ONE, ONE), "fp8_pb", None, "they fit fp8 and nvfp4 and w4a8_nvfp4_fp8: say --format"),
         (linear(BLOCKS, VECTOR), "nvfp4", None, "they fit int4_awq: say --format"),
-        (linear(ONE, {}), "fp8", None, "they fit no format"),
+        (linear(ONE, {}), "fp8", None, "they fit w4a16_nvfp4: say --format"),
+        (linear(ONE, VECTOR), "fp8", None, "they fit no format"),
         ({f"{CACHE}.k_bmm_quantizer": ONE, f"{CACHE}.v_bmm_quantizer": ONE}, "fp8", None, "say --kv-cache"),
     ],
 )

@@ -16,6 +16,8 @@ FP8, OFF, INT4 = {"_num_bits": (4, 3)}, {"_disabled": True, "_num_bits": 8}, {"_
 INT4 |= {"_block_sizes": {-1: 128, "type": "static"}}
 FP8_PB = {"_num_bits": (4, 3), "_axis": (0, 2), "_block_sizes": {-1: 128, -2: 128}}
 MXFP8 = {"_num_bits": (4, 3), "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+MXFP4 = MXFP8 | {"_num_bits": (2, 1)}
+BY_TOKEN = FP8 | {"_dynamic": True}
 VECTOR, CONSTANT = {"_pre_quant_scale": torch.ones(128)}, {"_use_constant_amax": True}
 
 
@@ -49,6 +51,12 @@ def chain(name: str) -> Quantizers:
         (linear(QKV, NVFP4, NVFP4) | cache(NVFP4, NVFP4), "nvfp4", "nvfp4"),
         (linear(QKV, NVFP4, NVFP4 | VECTOR), "nvfp4_awq", "none"),
         (linear(QKV, NVFP4, OFF), "w4a16_nvfp4", "none"),
+        (linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {-1: 32}}, FP8), "w4a8_nvfp4_fp8", "none"),
+        (linear(QKV, MXFP8, MXFP8), "mxfp8", "none"),
+        (linear(QKV, MXFP4, OFF), "mxfp4", "none"),
+        (linear(QKV, MXFP4, FP8), "w4a8_mxfp4_fp8", "none"),
+        (linear(QKV, FP8 | {"_axis": 0}, BY_TOKEN | {"_axis": (0, 1)}), "fp8_pc_pt", "none"),
+        (linear(QKV, FP8 | {"_axis": 0}, BY_TOKEN | {"_axis": None, "_block_sizes": {-1: None}}), "fp8_pc_pt", "none"),
         (linear(QKV, INT4, OFF | VECTOR), "int4_awq", "none"),
         (chain(QKV), "w4a8_awq", "none"),
     ],
@@ -77,8 +85,8 @@ def test_without_quantizers_that_round_there_is_no_recipe() -> None:
     ("quantizers", "said"),
     [
         (linear(QKV, {"_num_bits": 8, "_axis": 0}, {"_num_bits": 8}), "weight_quantizer is int8, one scale by axis 0"),
-        (linear(QKV, MXFP8, MXFP8), "weight_quantizer is e4m3 in blocks of 32, dynamic, with scales of e8m0"),
-        (linear(QKV, FP8 | {"_axis": 0}, FP8 | {"_axis": (0, 1), "_dynamic": True}), "by axis .*, as they come"),
+        (linear(QKV, MXFP4, MXFP4), "weight_quantizer is e2m1 in blocks of 32, dynamic, with scales of e8m0"),
+        (linear(QKV, FP8, BY_TOKEN | {"_axis": (0, 1)}), "input_quantizer is e4m3, one scale by token, as they come"),
         (linear(QKV, FP8, OFF), "weight_quantizer is e4m3: no format"),
         (linear(QKV, FP8, FP8 | VECTOR), "inputs are multiplied by a pre_quant_scale: no format"),
         (linear(QKV, OFF, OFF | VECTOR), "inputs are multiplied by a pre_quant_scale: no format"),

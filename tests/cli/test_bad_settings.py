@@ -11,7 +11,15 @@ from ..support.ranks import Ranks
 from ..support.refusals import assert_says, fp8, occupy, refused
 
 USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
-    "format": (("--format", "int4"), ("--format", "'int4'", "'nvfp4_awq', 'w4a16_nvfp4', 'int4_awq', 'w4a8_awq'")),
+    "format": (
+        ("--format", "int4"),
+        (
+            "--format",
+            "'int4'",
+            "'nvfp4_awq', 'w4a16_nvfp4', ",
+            "'int4_awq', 'w4a8_awq'",
+        ),
+    ),
     "KV cache": (("--kv-cache", "int8"), ("--kv-cache", "'int8'", "'none', 'fp8', 'nvfp4'")),
     "group": (("--group-size", 32), ("--group-size", "32", "128, 64")),
     "spelling": (("--fp8-pb-spelling", "deepseek"), ("--fp8-pb-spelling", "'deepseek'", "'native', 'modelopt'")),

@@ -49,7 +49,8 @@ def test_a_sound_checkpoint_ends_with_0_and_says_so(reference: Path, checkpoint:
 
 
 @pytest.mark.parametrize(
-    "name", ["FP8-KVFP8", "FP8_PB_WO", "NVFP4", "NVFP4_AWQ", "NVFP4-KVNVFP4", "W4A16_NVFP4", "INT4_AWQ", "W4A8_AWQ"]
+    "name",
+    ["FP8-KVFP8", "FP8_PB_WO", "NVFP4", "NVFP4_AWQ", "NVFP4-KVNVFP4", "W4A16_NVFP4", "MXFP8", "INT4_AWQ", "W4A8_AWQ"],
 )
 def test_what_modelopt_wrote_is_sound(name: str, reference: Path) -> None:
     status, said = command_line("verify", GOLDEN / "models" / f"llama-{name}", "--reference", reference)

@@ -18,6 +18,7 @@ from .test_topologies import export
 
 SOURCES = {name: GOLDEN / "models" / f"{name}-bf16" for name in ("llama", "qwen3")}
 UNMEASURED = [
+    ("llama", "mxfp8", "MXFP8"),
     ("llama", "w4a16_nvfp4", "W4A16_NVFP4"),
     ("qwen3", "w4a16_nvfp4", "NVFP4"),
     ("qwen3moe", "w4a16_nvfp4", "NVFP4"),

@@ -12,6 +12,7 @@ from megatron_export.common.errors import ExportError
 from megatron_export.common.piece import Amax, Axis, Piece, join
 from megatron_export.formats import FORMATS, KV_FORMATS, Form, Options, chosen, chosen_kv, int4, nvfp4
 from megatron_export.formats.awq import SEARCHES, importance, rounded
+from megatron_export.formats.form import WHOLE_ROW
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.formats.packing import pack, unpack
 
@@ -25,6 +26,8 @@ ALL = {
     "w4a8_awq 64": chosen("w4a8_awq", Options(group_size=64)),
 }
 NVFP4 = ("nvfp4", "nvfp4_awq", "w4a16_nvfp4")
+IN_E4M3 = (*NVFP4, "w4a8_nvfp4_fp8")  # the scales of blocks
+IN_E8M0 = ("mxfp8", "mxfp4", "w4a8_mxfp4_fp8")
 GROUPS = {name: form.tile[1] for name, form in ALL.items() if form.tile[0] == 2}  # those with clip codes
 LARGEST, SMALLEST = torch.finfo(torch.bfloat16).max, 2.0**-133  # of bfloat16; below 2^-126 it has fewer bits
 every_format = pytest.mark.parametrize("name", ALL)
@@ -45,8 +48,10 @@ def amax_of(weight: Tensor, clip: Tensor | None = None) -> Amax:
     return Amax(weight.abs().amax().float(), torch.tensor(3.0), clip)
 
 
-@pytest.mark.parametrize("cut", list(Axis))
-@every_format
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [(n, cut) for n, form in ALL.items() for cut, size in zip(Axis, form.tile, strict=True) if size != WHOLE_ROW],
+)
 def test_encoding_shards_gives_the_shards_of_the_encoded_whole(name: str, cut: Axis) -> None:
     weight = weight_of(512, 512)
     dim, amax = list(Axis).index(cut), amax_of(weight, clips_of(name, weight))
@@ -100,7 +105,11 @@ def tiles_of(form: Form, weight: Tensor, pieces: dict[str, Piece]) -> tuple[tupl
     if form.name == "fp8_pb":
         scale = double(pieces, "weight_scale_inv" if "weight_scale_inv" in pieces else "weight_scale")
         return form.tile, 448.0, scale.reshape(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
-    if form.name in NVFP4:
+    if form.name == "fp8_pc_pt":
+        return (1, weight.shape[1]), 448.0, double(pieces, "weight_scale").unsqueeze(1)
+    if form.name in IN_E8M0:
+        return form.tile, 448.0 if form.name == "mxfp8" else 6.0, 2 ** (double(pieces, "weight_scale") - 127)
+    if form.name in IN_E4M3:
         # an engine multiplies both scales in float32, and so do we before rounding: in its subnormals that matters
         return form.tile, 6.0, (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).double()
     return (1, form.tile[1]), 7.0, double(pieces, "weight_scale")
@@ -126,7 +135,7 @@ def rounding(amax: Tensor, codes: float) -> Tensor:
 def assert_scales_fit(form: Form, weight: Tensor, amax: Amax, pieces: dict[str, Piece]) -> None:
     """Scales are finite and not zero, and times the largest code they are the largest magnitudes; 1 for zeros."""
     for suffix, piece in pieces.items():
-        if "scale" in suffix:
+        if "scale" in suffix and piece.data.dtype != torch.uint8:
             assert (piece.data.float() > 0).all(), suffix
             assert piece.data.float().isfinite().all(), suffix
     size, largest_code, scale = tiles_of(form, weight, pieces)
@@ -135,7 +144,11 @@ def assert_scales_fit(form: Form, weight: Tensor, amax: Amax, pieces: dict[str, 
     if "weight_scale_2" in pieces:
         second, codes = double(pieces, "weight_scale_2"), 448 * (6 if form.name in NVFP4 else 1)
         assert second == 1 if amax.weight == 0 else (second * codes - amax.weight).abs() <= rounding(amax.weight, codes)
-    if form.name in NVFP4:
+    if form.name in IN_E8M0:
+        assert (largest <= scale * largest_code).all()
+        assert ((scale * largest_code < 2 * largest) | (scale == 2.0**-127)).all()
+        return
+    if form.name in IN_E4M3:
         # e4m3 rounds by up to 2^-4, its subnormals by half of 2^-9 of weight_scale_2; blocks below get that 2^-9
         allowed = rounding(largest, 2688) + torch.maximum(largest * 2**-4, 6 * 2**-9 * second)
         vanishes = (largest / (6 * second)).float() == 0  # of a block 2^150 below the largest
@@ -151,24 +164,29 @@ def half_step(form: Form, weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
 
     e4m3 has 3 bits of mantissa: half a step is at most 2^-4 of the value, and 2^-10 of the scale for its subnormals.
     fp8 rounds the quotient to bfloat16 before, which adds 2^-8 of it. e2m1 has steps of 0.5 up to 2, of 1 up to 4, of
-    2 up to 6; a block's largest exceeds 6 where e4m3 rounded its scale down. int4 has steps of 1; w4a8 rounds the result
-    to e4m3 of its second scale.
+    2 up to 6; a block's largest exceeds 6 where e4m3 rounded its scale down. int4 has steps of 1; w4a8_awq and
+    w4a8_nvfp4_fp8 round the result to e4m3 of their second scale.
     """
     tile, largest_code, scales = tiles_of(form, weight, pieces)
     size, scale = weight.double().abs(), spread(scales, tile, weight.shape)
     if form.name == "fp8":
         return torch.maximum(size * (1 + 2**-8) * 2**-4, scale * 2**-10) + size * 2**-8
-    if form.name == "fp8_pb":
+    if form.name in ("fp8_pb", "fp8_pc_pt", "mxfp8"):
         return torch.maximum(size * 2**-4, scale * 2**-10)
-    if form.name in NVFP4:
+    if largest_code == 6:
         half = torch.where(size <= 2 * scale, 0.25, torch.where(size <= 4 * scale, 0.5, 1.0))
-        return torch.maximum(half * scale, size - largest_code * scale)
+        half = torch.maximum(half * scale, size - largest_code * scale)
+        if form.name == "w4a8_nvfp4_fp8":
+            return half + torch.maximum((size + half) * 2**-4, double(pieces, "weight_scale_2") * 2**-10)
+        return half
     if form.name == "int4_awq":
         return scale / 2
     return scale / 2 + torch.maximum((size + scale / 2) * 2**-4, double(pieces, "weight_scale_2") * 2**-10)
 
 
 def assert_within_half_a_step(form: Form, weight: Tensor, amax: Amax) -> None:
+    if form.name in IN_E8M0:  # 2^128, which larger ones are rounded up to, is none of float32
+        weight = weight.clamp(-(2.0**127), 2.0**127)
     pieces = formats.encode(form, weight, amax)
     decoded = form.decode(pieces)
     assert decoded.dtype == torch.float32
@@ -345,7 +363,7 @@ def test_the_same_options_give_the_same_format_and_others_another() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nvfp", {}, "unknown format 'nvfp'. Did you mean 'nvfp4'? Known: bf16, fp8, fp8_pb, nvfp4"),
+        ("nvfp", {}, "unknown format 'nvfp'. Did you mean 'nvfp4'? Known: bf16, fp8, fp8_pb, fp8_pc_pt, mxfp8, nvfp4"),
         ("int4", {}, "unknown format 'int4'. Did you mean 'int4_awq'?"),
         ("fp8_bp", {}, "unknown format 'fp8_bp'. Did you mean 'fp8_pb'?"),
         ("FP8", {}, "unknown format 'FP8'. Did you mean 'fp8'? Known: "),

@@ -131,6 +131,7 @@ MODELOPT: dict[str, dict] = {  # what ModelOpt calls it -> what we are asked for
     "NVFP4": {"format": "nvfp4"},
     "NVFP4-KVNVFP4": {"format": "nvfp4", "kv_cache": "nvfp4"},
     "W4A16_NVFP4": {"format": "w4a16_nvfp4"},
+    "MXFP8": {"format": "mxfp8"},
     "NVFP4_AWQ": {"format": "nvfp4_awq", "options": Options(awq_output="modelopt")},
     "INT4_AWQ": {"format": "int4_awq"},
     "W4A8_AWQ": {"format": "w4a8_awq"},

@@ -63,6 +63,22 @@ def groups_of_128(values: Tensor, scale: Tensor | None = None) -> Tensor:
     return torch.cat([static_fp8(group, scale) for group, scale in zip(groups, scales, strict=True)], dim=-1)
 
 
+def blocks_of_32(values: Tensor, scale: None = None) -> Tensor:
+    blocks = values.double().unflatten(-1, (-1, 32))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    power = torch.where(amax == 0, -127, (amax / 448).log2().ceil()).clamp(min=-127)
+    return (nearest((blocks / 2**power).float(), E4M3) * 2**power).flatten(-2).float()
+
+
+def by_token(values: Tensor, scale: None = None) -> Tensor:
+    return torch.stack([all_at_once(token) for token in values.flatten(0, -2)]).view(values.shape)
+
+
+def all_at_once(values: Tensor, scale: None = None) -> Tensor:
+    amax = values.float().abs().max()
+    return static_fp8(values, amax / 448 if amax > 0 else torch.ones(()))
+
+
 def as_it_is(values: Tensor, scale: Tensor | None = None) -> Tensor:
     return values.float()
 
@@ -73,6 +89,11 @@ CASES = {
     "NVFP4": ("nvfp4", NATIVE, blocks_of_16),
     "NVFP4_AWQ": ("nvfp4_awq", Options(awq_output="modelopt"), blocks_of_16),
     "W4A16_NVFP4": ("w4a16_nvfp4", NATIVE, as_it_is),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_pc_pt", NATIVE, by_token),
+    "MXFP8": ("mxfp8", NATIVE, blocks_of_32),
+    "MXFP4": ("mxfp4", NATIVE, as_it_is),
+    "W4A8_NVFP4_FP8": ("w4a8_nvfp4_fp8", NATIVE, static_fp8),
+    "W4A8_MXFP4_FP8": ("w4a8_mxfp4_fp8", NATIVE, all_at_once),
     "W4A16_AWQ": ("int4_awq", NATIVE, as_it_is),
     "W4A8_AWQ": ("w4a8_awq", NATIVE, static_fp8),
     "FP8_BLOCK_SCALES": ("fp8_pb", NATIVE, groups_of_128),
@@ -138,7 +159,7 @@ def test_a_linear_multiplies_its_rounded_input_with_its_decoded_weight(
     for name, linear in emulated.items():
         pieces = {key.rpartition(".")[2]: t for key, t in found.items() if key.rpartition(".")[0] == name}
         weight = form.decode({suffix: formats.Piece(tensor, ()) for suffix, tensor in pieces.items()})
-        if algorithm.startswith("W4A16"):
+        if form.arithmetic.weight is torch.bfloat16:
             weight = weight.to(torch.bfloat16).float()
         inputs = torch.randn(2, 5, weight.shape[1]).to(torch.bfloat16)
         inputs[0, 0] = 0
@@ -347,6 +368,8 @@ def test_a_folder_is_not_trusted(message: str, plain: Path, tmp_path: Path) -> N
         ("FP8", 8, 2 * 32 * len(LINEARS)),
         ("NVFP4", 4.5, 2 * 32 * len(LINEARS)),
         ("W4A16_NVFP4", 4.5, 32 * len(LINEARS)),
+        ("MXFP8", 8.25, 0),
+        ("W4A8_MXFP4_FP8", 4.25, 0),
         ("NVFP4_AWQ", 4.5, 2 * 32 * len(LINEARS) + 16 * (256 + FFN)),
         ("W4A16_AWQ", 4 + 32 / 128, 16 * (256 + FFN)),
         ("W4A8_AWQ", 4 + 32 / 128, 16 * (256 + FFN) + 2 * 32 * len(LINEARS)),

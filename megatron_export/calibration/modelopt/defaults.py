@@ -29,7 +29,7 @@ def supposed(
         if kind not in fits:
             problems.append((f"they fit {' and '.join(fits)}: say --{flag}" if fits else "they fit no format", module))
             continue
-        for name, attributes in parts.items():
+        for name, attributes in (parts if cached else {"input_quantizer": {}} | parts).items():  # one without buffers
             owner = f"{module}.core_attention" if cached else module
             found[f"{owner}.{name}"] = _settings(kind, name, attributes, columns.get(module, 0)) | attributes
     first = {problem: module for problem, module in reversed(problems)}
@@ -49,22 +49,36 @@ def _fitting(parts: dict[str, Attributes]) -> list[str]:
     inputs = parts.get("input_quantizer", {})
     if "_amax" not in weights:
         return []
+    several, smoothed = prod(weights["_amax"].shape) > 1, "_pre_quant_scale" in inputs
+    by_row = several and not smoothed and weights["_amax"].shape[1:] == (1,)
     seen = (
-        prod(weights["_amax"].shape) > 1,
+        several and not by_row,
+        by_row,
         "weight_quantizer.1" in parts,
         "_amax" in inputs,
-        "_pre_quant_scale" in inputs,
+        smoothed,
     )
     return [
         name
         for name, its in LINEARS.items()
         if its.weights
-        and (has_blocks(its.weights[0]), len(its.weights) > 1, its.inputs is not None, its.smoothed) == seen
+        and (8, 0) not in its.weights[0].get("_block_sizes", {}).values()  # which need no amax
+        and seen
+        == (
+            has_blocks(its.weights[0]),
+            "_axis" in its.weights[0],
+            len(its.weights) > 1,
+            its.inputs is not None and "_dynamic" not in its.inputs,
+            its.smoothed,
+        )
     ]
 
 
 def _settings(kind: str, name: str, attributes: Attributes, columns: int) -> Attributes:
     """The settings of one quantizer of a format."""
+    inputs = LINEARS[kind].inputs if name == "input_quantizer" else None
+    if inputs and "_dynamic" in inputs:
+        return inputs
     if "_amax" not in attributes:
         return {"_num_bits": 8, "_disabled": True}
     if "_bmm_" in name:

@@ -24,19 +24,29 @@ class Settings:
 
 
 E4M3: Attributes = {"_num_bits": (4, 3)}
+E4M3_BY_ROW: Attributes = {"_num_bits": (4, 3), "_axis": 0}
+E4M3_BY_TOKEN: Attributes = {"_num_bits": (4, 3), "_dynamic": True, "_block_sizes": {-1: None}}
 E4M3_IN_BLOCKS: Attributes = {"_num_bits": (4, 3), "_block_sizes": {-1: 128, -2: 128}}
 NVFP4: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+NVFP4_BY_32: Attributes = NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {-1: 32}}
+MXFP8: Attributes = {"_num_bits": (4, 3), "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+MXFP4: Attributes = MXFP8 | {"_num_bits": (2, 1)}
 INT4: Attributes = {"_num_bits": 4, "_block_sizes": {-1: GROUP}}
 # fmt: off
 LINEARS: dict[str, Settings] = {
-    "bf16":        Settings((),                None,  smoothed=False),
-    "fp8":         Settings((E4M3,),           E4M3,  smoothed=False),
-    "fp8_pb":      Settings((E4M3_IN_BLOCKS,), None,  smoothed=False),
-    "nvfp4":       Settings((NVFP4,),          NVFP4, smoothed=False),
-    "nvfp4_awq":   Settings((NVFP4,),          NVFP4, smoothed=True),
-    "w4a16_nvfp4": Settings((NVFP4,),          None,  smoothed=False),
-    "int4_awq":    Settings((INT4,),           None,  smoothed=True),
-    "w4a8_awq":    Settings((INT4, E4M3),      E4M3,  smoothed=True),
+    "bf16":           Settings((),                None,          smoothed=False),
+    "fp8":            Settings((E4M3,),           E4M3,          smoothed=False),
+    "fp8_pb":         Settings((E4M3_IN_BLOCKS,), None,          smoothed=False),
+    "fp8_pc_pt":      Settings((E4M3_BY_ROW,),    E4M3_BY_TOKEN, smoothed=False),
+    "mxfp8":          Settings((MXFP8,),          MXFP8,         smoothed=False),
+    "nvfp4":          Settings((NVFP4,),          NVFP4,         smoothed=False),
+    "nvfp4_awq":      Settings((NVFP4,),          NVFP4,         smoothed=True),
+    "w4a16_nvfp4":    Settings((NVFP4,),          None,          smoothed=False),
+    "w4a8_nvfp4_fp8": Settings((NVFP4_BY_32,),    E4M3,          smoothed=False),
+    "mxfp4":          Settings((MXFP4,),          None,          smoothed=False),
+    "w4a8_mxfp4_fp8": Settings((MXFP4,),          E4M3,          smoothed=False),
+    "int4_awq":       Settings((INT4,),           None,          smoothed=True),
+    "w4a8_awq":       Settings((INT4, E4M3),      E4M3,          smoothed=True),
 }
 CACHES: dict[str, Attributes] = {"none": {}, "fp8": E4M3, "nvfp4": NVFP4}  # of keys, and of values
 # fmt: on
@@ -67,12 +77,16 @@ def words(attributes: Attributes) -> str:
     sizes = [str(blocks.pop(dim)) for dim in (-2, -1) if dim in blocks]
     dynamic, scales = blocks.pop("type", "static") == "dynamic", blocks.pop("scale_bits", None)
     axis = None if sizes else attributes.get("_axis")  # with blocks, ModelOpt sets it to what they come to
+    token = attributes.get("_block_sizes") == {-1: None} or isinstance(
+        axis, tuple
+    )  # as it is set, and as a call leaves it
+    by_token = token and bool(attributes.get("_dynamic"))
     found = [
         _number(attributes["_num_bits"]) + (f" in blocks of {'x'.join(sizes)}" if sizes else ""),
         "dynamic" if dynamic else "",
         f"with scales of {_number(scales)}" if scales else "",
         f"and {blocks}" if blocks else "",
-        f"one scale by axis {axis}" if axis is not None else "",
+        "one scale by token" if by_token else f"one scale by axis {axis}" if axis is not None else "",
         *(text for name, text in _ODD.items() if _is_on(attributes.get(name))),
     ]
     return ", ".join(word for word in found if word)

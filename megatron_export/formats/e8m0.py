@@ -1,0 +1,28 @@
+"""E8M0: scales of blocks that are powers of two, a byte each, 2^(byte - 127). Byte 255 is NaN, and never written.
+
+Source: OCP Microscaling specification 1.0, with the rounding of ModelOpt 0.47: up, so that no value of a block is beyond the
+largest code. The specification's own conversion rounds down.
+"""
+
+import struct
+
+import torch
+from torch import Tensor
+
+MX_BLOCK = 32
+_DOUBLING = 1 << 23  # from the bits of a positive float32 to those of twice as much
+
+
+def scales_of(amax: Tensor, largest: float) -> Tensor:
+    """The least powers of two times which `largest` is no less than float32 amaxes, uint8 of their shape; byte 0 for zeros.
+
+    Read off the bits, which rise with the number: a logarithm is rounded, and on CUDA otherwise than on a CPU.
+    """
+    limit = struct.unpack("<i", struct.pack("<f", largest))[0]
+    doublings = (amax.view(torch.int32) - limit + (_DOUBLING - 1)) >> 23
+    return (doublings + 127).clamp_(min=0).to(torch.uint8)
+
+
+def values_of(scales: Tensor) -> Tensor:
+    """What bytes stand for, float32 of their shape; Inf for byte 255."""
+    return torch.where(scales == 0, _DOUBLING >> 1, scales.int() << 23).view(torch.float32)  # 2^-127 is subnormal

@@ -1,0 +1,79 @@
+"""MXFP8: e4m3 weights in blocks of 32 along the input, whose scales are powers of two; activations likewise, as they come.
+
+On disk, for a linear `[out, in]`, `in` a multiple of 32:
+
+    weight        float8_e4m3fn [out, in]
+    weight_scale  uint8 [out, in/32]      e8m0: the block's scale is 2^(byte - 127), not swizzled
+
+A block's scale is the least power of two, from 2^-127, times which 448 is no less than the block's amax; byte 0 for zeros.
+The byte of an element is e4m3(float32(w) / scale), one rounding to nearest even. Value: weight * scale.
+Source: ModelOpt 0.47 unified checkpoint, quant_algo MXFP8; OCP Microscaling specification 1.0.
+"""
+
+import torch
+from torch import Tensor
+
+from ..common.piece import Amax, Axis, Piece
+from .e8m0 import MX_BLOCK, scales_of, values_of
+from .form import Arithmetic, Form, Options
+from .fp8 import E4M3_MAX, rounded
+
+NAME = "mxfp8"
+OPTIONS = ()
+
+
+def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. `amax` is not needed."""
+    blocks = weight.float().unflatten(1, (-1, MX_BLOCK))  # [out, in/32, 32]
+    scale = scales_of(blocks.abs().amax(2), E4M3_MAX)
+    return pieces((blocks / _spread(scale)).to(torch.float8_e4m3fn).flatten(1), scale)
+
+
+def pieces(codes: Tensor, scale: Tensor) -> dict[str, Piece]:
+    """The tensors above, by suffix."""
+    return {"weight": Piece(codes, (Axis.OUT, Axis.IN)), "weight_scale": Piece(scale, (Axis.OUT, Axis.IN))}
+
+
+def decode(pieces: dict[str, Piece]) -> Tensor:
+    """The float32 [out, in] weight that an engine multiplies with."""
+    blocks = pieces["weight"].data.float().unflatten(1, (-1, MX_BLOCK))
+    return (blocks * _spread(pieces["weight_scale"].data)).flatten(1)
+
+
+def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
+    """A float32 [out, in] weight rounded once more with the scales on disk."""
+    return rounded(weight.unflatten(1, (-1, MX_BLOCK)), _spread(pieces["weight_scale"].data)).flatten(1)
+
+
+def round_inputs(values: Tensor, scale: None = None) -> Tensor:
+    """Values as MXFP8 holds them in blocks of 32 of the last dim, in float32."""
+    return decode(encode(values.flatten(0, -2))).view(values.shape)
+
+
+def _spread(scale: Tensor) -> Tensor:
+    """The scale of each block, float32 [out, in/32, 1]."""
+    return values_of(scale).unsqueeze(2)
+
+
+FORM = Form(
+    name=NAME,
+    tile=(1, MX_BLOCK),
+    ragged=False,
+    encode=encode,
+    decode=decode,
+    requantize=requantize,
+    quantization={"quant_algo": "MXFP8", "group_size": MX_BLOCK},
+    numbers=None,
+    native=None,
+    arithmetic=Arithmetic(round_inputs, torch.float32),
+    least_snr=20.0,
+    latent=False,
+    stackable=False,
+    no_experts="",
+    smoothing=None,
+)
+
+
+def form(options: Options) -> Form:
+    """The format; it has no options."""
+    return FORM
