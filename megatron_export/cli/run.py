@@ -1,6 +1,7 @@
 """The command's story: an HF or Megatron checkpoint becomes a model on this topology, is calibrated if need be, and exported."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -185,11 +186,14 @@ def _calibrated(
 
 
 def _notes(job: Outcome, known: Statistics) -> dict:
-    """What a report shows of this run: seconds of its stages so far, calibration samples, tokens of experts, alphas of AWQ."""
+    """What a report shows of this run: seconds of its stages so far, calibration samples, tokens of experts, alphas of AWQ; and how
+    many weights kept the values of another format.
+    """
     alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
     tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
     seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
-    others = {"samples": job.samples, "alphas": alphas, "tokens": tokens}
+    cast = Counter(f"mxfp4 to {item.form.name}" for item in job.plan.items if item.cast)
+    others = {"samples": job.samples, "alphas": alphas, "tokens": tokens, "cast": dict(cast)}
     return {"seconds": seconds} | {name: said for name, said in others.items() if said}
 
 

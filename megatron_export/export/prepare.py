@@ -84,7 +84,7 @@ def open_export(
     held = origin.held(here, original.config, request)
     nodes = collectives.nodes(here)
     with together(here, "check the settings"):
-        plan = make_plan(original.config, held, settled, copied=original.copied, nodes=nodes)
+        plan = make_plan(original.config, held, settled, copied=original.copied, powers=original.powers, nodes=nodes)
         plan = replace(plan, remarks=(*original.remarks, *plan.remarks))
         if here.first:
             report(refusals(plan, request.target))
@@ -144,6 +144,8 @@ def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:
     files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
     layers = {module: form.name for module, form in plan.layers.items()}
     planned = {"config": plan.config, "files": files, "layers": layers}
+    if cast := [item.source.canonical for item in plan.items if item.cast]:
+        planned["cast"] = cast
     identity = {
         "version": __version__,
         "settings": of_settings([opening.request.digested(), planned]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import formats
 from ..common.piece import Amax, Axis, Piece, join
 from ..formats import PRE_QUANT_SCALE, Form, KvForm
+from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
 from ..models.layouts import Layout, even_cut, stacked
 from .tensor_spec import Output
@@ -69,6 +70,7 @@ class Item:
     kv            the format of the cache, if the cache's scales stand beside this parameter
     gather_first  a tile of the format lies on two shards: they travel to the first rank in bfloat16 and are encoded there
     stacked       it becomes slices of the tensors of all experts
+    cast          it comes from MXFP4, and its format keeps the values to the bit
     """
 
     source: Source
@@ -79,6 +81,7 @@ class Item:
     gather_first: bool
     smoothed: Smoothed = Smoothed()
     stacked: bool = False
+    cast: bool = False
 
     @property
     def smoothing_done(self) -> bool:
@@ -145,7 +148,8 @@ class Item:
                 continue
             prefix, weight = name.removesuffix("weight"), parts[name].data
             amax = Amax(weight_amax, measured.input, self._codes(part, index, measured))
-            for suffix, piece in formats.encode(self.form, weight, amax).items():
+            form = cast_of(self.form) if self.cast else self.form
+            for suffix, piece in formats.encode(form, weight, amax).items():
                 encoded[prefix + suffix] = piece
             if self.smoothed.kept:
                 vector = measured.vectors[self.smoothed.columns].to(torch.bfloat16)

@@ -17,6 +17,7 @@ from ..formats import Form, KvForm, groups_of
 from ..models import Source, makes_keys, parameters_of
 from .awq_folding import smoothing
 from .exclusions import modules, settle
+from .mxfp4_casts import cast_remarks, casts
 from .parameter import Item, Smoothed
 from .rank_placement import PAD_VOCAB_TO, grid_of
 from .request import Request
@@ -116,6 +117,7 @@ def make_plan(
     request: Request,
     *,
     copied: tuple[Output, ...] = (),
+    powers: frozenset[str] = frozenset(),
     nodes: tuple[int, ...] = (),
 ) -> Plan:
     """Plan the export of a model.
@@ -124,6 +126,7 @@ def make_plan(
     held     canonical name -> where the parameter lives
     request  what is asked for; its format and KV cache are settled
     copied   tensors of the original that are copied
+    powers   names of HF weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
     nodes    the node of each rank; needed unless rank 0 writes all
     Raises one `ExportError` with every reason why the model cannot be exported so.
     """
@@ -150,6 +153,7 @@ def make_plan(
         if len({sources[name].cut for name in fused}) > 1
     ]
     smoothed = smoothing(sources, policy.forms)
+    cast = casts(sources, policy.forms, policy.fused, powers)
     items = []
     for name, source in sources.items():
         item = Item(
@@ -161,6 +165,7 @@ def make_plan(
             gather_first=False,
             smoothed=smoothed.get(name, Smoothed()),
             stacked=policy.stacked and source.stack is not None,
+            cast=name in cast,
         )
         items.append(replace(item, gather_first=_straddles(item)))
         problems += _tile_problems(items[-1])
@@ -180,7 +185,7 @@ def make_plan(
         layers={module: item.form for item in items if item.form for module in modules(item.source, item.stacked)},
         excluded=policy.excluded,
         fused=policy.fused,
-        remarks=policy.remarks + _dequantized(held),
+        remarks=policy.remarks + _dequantized(held) + cast_remarks(items),
         copied=copied,
     )
 

@@ -75,8 +75,9 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
     if judged.plan:
         cache = f", KV cache {judged.plan.kv.name}" if judged.plan.kv else ""
         pairs.append(("format", judged.plan.format + cache))
-    others = len(judged.weights) - len(quantized)
-    pairs.append(("compared", f"{len(quantized)} quantized weights, {others} others, {exact} equal"))
+    others, kept = len(judged.weights) - len(quantized), sum(one.noise == 0 for one in quantized)
+    alike = f" ({kept} equal)" if kept else ""
+    pairs.append(("compared", f"{len(quantized)} quantized weights{alike}, {others} others, {exact} equal"))
     if quantized:
         low, middle = min(one.snr for one in quantized), sorted(one.snr for one in quantized)[len(quantized) // 2]
         pairs.append(("signal to noise", f"{low:.1f} dB at least, {middle:.1f} dB in the middle"))

@@ -15,10 +15,10 @@ from megatron_export.checkpoint.original import config_alone
 from megatron_export.common.errors import ExportError
 from megatron_export.models import parameters_of
 
-from ..export.test_topologies import export
+from ..export.test_topologies import calibration_flags, export
 from ..support.command_line import command_line
 from ..support.models import assert_same, read_json, tensors
-from ..support.quantized_sources import INT4, KIMI, int4_deepseek, mxfp4_gpt_oss
+from ..support.quantized_sources import E2M1, INT4, KIMI, int4_deepseek, mxfp4_gpt_oss
 from ..support.ranks import Ranks
 from ..support.refusals import rewritten
 
@@ -158,3 +158,33 @@ def test_a_shape_that_contradicts_its_codes_is_refused_when_it_is_read(quantized
     ):
         weights.read(DOWN, (slice(None),), torch.bfloat16)
     assert f"tensor {DOWN} is (64, 64), but its weight_shape says (32, 32)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"), [(1, ()), (2, ("--ep", 2)), (2, ("--tp", 2, "--etp", 1))], ids=["one", "ep2", "tp2"]
+)
+def test_mxfp4_keeps_its_values_in_nvfp4_to_the_bit_and_says_so(
+    world: int, sizes: tuple, quantized: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    folder, expected = quantized["mxfp4"]
+    flags = ("--hf-model", folder, "--format", "nvfp4", *calibration_flags(folder), "--verify")
+    said = export(ranks, world, *flags, *sizes, "--output", tmp_path / "out")
+    weights = 4 * 4 * 2  # of layers, experts, and two parameters each
+    note = f"{weights} weights come from MXFP4, and nvfp4 keeps their values to the bit"
+    assert note in " ".join(said.split())
+    assert note in " ".join(command_line("plan", "--hf-model", folder, "--format", "nvfp4")[1].split())
+    assert read_json(tmp_path / "out" / "export_manifest.json")["run"]["cast"] == {"mxfp4 to nvfp4": weights}
+    held, checked = tensors(tmp_path / "out"), 0
+    for stack, values in expected.items():
+        if not stack.endswith(("gate_up_proj", "down_proj")):
+            continue
+        codes = held[stack].transpose(1, 2)  # [experts, out, in/2]
+        blocks = torch.stack((codes % 16, codes // 16), dim=3).flatten(2).unflatten(2, (-1, 16)).int()
+        found = torch.tensor(E2M1)[blocks % 8] * (1 - 2 * (blocks // 8)) * held[f"{stack}_weight_scale_2"]
+        found *= held[f"{stack}_weight_scale"].transpose(1, 2).float().unsqueeze(3)
+        assert torch.equal(found.flatten(2).transpose(1, 2), values.float()), stack
+        checked += 1
+    assert checked == 8
+    assert f"({4 * 4 * 3} equal)" in said  # gates and ups apart; the projections of attention are rounded
+    status, judged = command_line("verify", tmp_path / "out", "--reference", folder)
+    assert status == 0, judged
