@@ -28,6 +28,7 @@ Squares are added up in float64 as in plain torch, in another order.
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,8 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Amax, Piece
 from ..common.storage import kind_of, shortage
-from . import fp8, fp8_pb, int4, nvfp4, w4a8_awq, w4a16_nvfp4
+from . import fp8, fp8_pb, fp8_pc_pt, int4, mxfp4, mxfp8, nvfp4, w4a8_awq, w4a8_nvfp4_fp8, w4a16_nvfp4
+from .e8m0 import MX_BLOCK
 from .form import Form
 
 CAPABILITY = (8, 9)
@@ -47,6 +49,7 @@ OWN = (2.0**-100, 2.0**60)  # bounds of scales that are made of their own elemen
 LIMITS = {
     "fp8": (2.0**-22, 2.0**15),  # of weight_scale, whatever the elements
     "fp8_pb": OWN,
+    "fp8_pc_pt": OWN,
     "nvfp4": (2.0**-30, 2.0**6),  # of weight_scale_2, whatever the elements
     "int4": OWN,
     "int4_rounded": OWN,  # of 7 / amax
@@ -97,10 +100,8 @@ def works(device: torch.device) -> bool:
     return True
 
 
-def _kernels() -> ModuleType:
-    from . import triton_kernels
-
-    return triton_kernels
+def _kernels(file: str = "triton_kernels") -> ModuleType:
+    return import_module(f".{file}", __package__)
 
 
 def _scalars(weight: Tensor, amax: Amax) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -167,6 +168,59 @@ def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     return nvfp4.pieces(codes, scale, *scales)
 
 
+def encode_w4a8_nvfp4_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    """w4a8_nvfp4_fp8.encode."""
+    words, made, programs, blocks = _in_blocks(weight, torch.float8_e4m3fn)
+    amaxes, scales = _scalars(weight, amax)
+    limits = LIMITS["nvfp4"]  # which hold of any weight_scale_2
+    _launch(
+        _kernels("triton_blocks").w4a8_nvfp4,
+        programs,
+        words,
+        *amaxes,
+        *made,
+        *scales,
+        made[1].numel(),
+        *limits,
+        BLOCKS=blocks,
+    )
+    return nvfp4.pieces(*made, *scales)
+
+
+def encode_mxfp4(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
+    """mxfp4.encode."""
+    words, made, programs, blocks = _in_blocks(weight, torch.uint8)
+    _launch(_kernels("triton_blocks").mxfp4, programs, words, *made, made[1].numel(), BLOCKS=blocks)
+    return mxfp4.pieces(*made)
+
+
+def _in_blocks(weight: Tensor, scale: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor], int, int]:
+    """A weight in words of two elements, room for its codes of four bits and its scales of 32; programs, and blocks of each."""
+    _check(weight)  # of which the kernel is given another view
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // MX_BLOCK, dtype=scale, device=weight.device)
+    return weight.view(torch.int32), (codes, scales), -(-weight.numel() // TILE), TILE // MX_BLOCK
+
+
+def encode_mxfp8(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
+    """mxfp8.encode."""
+    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(weight.shape[0], weight.shape[1] // MX_BLOCK, dtype=torch.uint8, device=weight.device)
+    programs, blocks = -(-weight.numel() // TILE), TILE // MX_BLOCK
+    _launch(_kernels("triton_blocks").mxfp8, programs, weight, codes, scale, scale.numel(), BLOCKS=blocks)
+    return mxfp8.pieces(codes, scale)
+
+
+def encode_fp8_pc_pt(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
+    """fp8_pc_pt.encode."""
+    rows, columns = weight.shape
+    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(rows, device=weight.device)
+    _launch(_kernels("triton_blocks").fp8_pc_pt, rows, weight, codes, scale, columns, *LIMITS["fp8_pc_pt"], TILE=TILE)
+    return fp8_pc_pt.pieces(codes, scale)
+
+
 def encode_w4a16_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """w4a16_nvfp4.encode."""
     return w4a16_nvfp4.weights_of(encode_nvfp4(weight, amax))
@@ -223,6 +277,10 @@ KERNELS = {
     fp8_pb.encode: encode_fp8_pb,
     nvfp4.encode: encode_nvfp4,
     w4a16_nvfp4.encode: encode_w4a16_nvfp4,
+    w4a8_nvfp4_fp8.encode: encode_w4a8_nvfp4_fp8,
+    mxfp4.encode: encode_mxfp4,
+    mxfp8.encode: encode_mxfp8,
+    fp8_pc_pt.encode: encode_fp8_pc_pt,
     int4.encode: encode_int4,
     w4a8_awq.encode: encode_w4a8,
 }

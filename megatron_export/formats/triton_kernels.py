@@ -1,4 +1,4 @@
-"""The kernels of cuda_kernels.py, which tells how they divide. This file alone needs Triton, and is imported where it is used."""
+"""The kernels of cuda_kernels.py, which tells how they divide. Files named triton_* need Triton, and are imported where used."""
 
 import triton
 import triton.language as tl

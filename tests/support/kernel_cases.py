@@ -17,6 +17,7 @@ FORMS = {
     "fp8_pb modelopt": chosen("fp8_pb", Options(fp8_pb_spelling="modelopt")),
     "nvfp4": chosen("nvfp4"),
     "w4a16_nvfp4": chosen("w4a16_nvfp4"),
+    **{name: chosen(name) for name in ("fp8_pc_pt", "mxfp8", "mxfp4", "w4a8_nvfp4_fp8")},
     "int4_awq": chosen("int4_awq"),
     "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
     "w4a8_awq": chosen("w4a8_awq"),
@@ -55,12 +56,17 @@ def cases(seed: int, count: int) -> Iterator[Case]:
     small = ordered[(ordered.abs().amax(dim=1) < 16) & (ordered.abs().amax(dim=1) > 2**-16)]
     ties = torch.randint(-56, 57, (64, 256), generator=generator).to(torch.bfloat16) / 8
     for name, form in FORMS.items():
-        for amax in amaxes(generator, count) if name in ("fp8", "nvfp4") else [torch.tensor(1.0)]:
+        for amax in amaxes(generator, count) if name in ("fp8", "nvfp4", "w4a8_nvfp4_fp8") else [torch.tensor(1.0)]:
             yield f"{name}, all numbers, amax {amax}", form, ordered, Amax(amax, amax)
             yield f"{name}, all numbers mixed, amax {amax}", form, mixed, Amax(amax, amax)
         for scale in (1.0, 2.0**-10, 2.0**-110, 2.0**100):
             yield f"{name}, ties times {scale}", form, ties * scale, Amax(torch.tensor(7.0 * scale), torch.tensor(0.0))
-        for rows, columns in ((2, 128), (34, 384), (130, 256), *(((1, 16), (3, 48)) if form.tile[0] == 1 else ())):
+        for rows, columns in (
+            (2, 128),
+            (34, 384),
+            (130, 256),
+            *(((1, 16), (3, 48)) if form.tile[1] == 16 else ((1, 32), (3, 96)) if form.tile[1] == 32 else ()),
+        ):
             weight = drawn(rows, columns, generator)
             yield f"{name}, {rows} x {columns}", form, weight.to(torch.bfloat16), of(weight)
         yield f"{name}, rows of like size", form, small[: len(small) // 2 * 2], of(small)
@@ -68,6 +74,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         weight = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
         yield f"fp8_pb, {rows} x {columns}", FORMS["fp8_pb"], weight, of(weight)
         yield f"fp8, {rows} x {columns}", FORMS["fp8"], weight, of(weight)
+        yield f"fp8_pc_pt, {rows} x {columns}", FORMS["fp8_pc_pt"], weight, of(weight)
 
 
 def of(weight: Tensor) -> Amax:
