@@ -30,6 +30,8 @@ from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.safe_files import shown
+from ..formats import e8m0
+from ..formats.e8m0 import MX_BLOCK
 from ..formats.nvfp4 import E2M1
 from ..models import Source, is_expert, is_linear_weight
 
@@ -37,9 +39,7 @@ Shape = tuple[int, ...]
 Take = Callable[[str, tuple[slice, ...]], Tensor]  # (suffix, where) -> what is there of that tensor
 
 BLOCK = 128  # outputs, and inputs, that share a scale in blocks of FP8
-MICROBLOCK = 32  # inputs that share a scale in MXFP4
 CODES = {"fp4": (*E2M1, *(-value for value in E2M1)), "int4": tuple(range(-8, 8))}
-POWERS = (*(2.0**power for power in range(-127, 128)), float("nan"))  # of an e8m0 byte
 PLAIN = tuple(UNQUANTIZED)
 NIBBLES = 3  # `copied` of codes of four bits: an int32 for each byte, and the values, which may be in float32
 
@@ -123,7 +123,7 @@ def _group_size(weights: object, number: str) -> int:
     asked = {"num_bits": 4, "type": number, "strategy": "group", "symmetric": True}
     odd = [f"{key} {shown(weights.get(key))}" for key, value in asked.items() if weights.get(key) != value]
     size, order = weights.get("group_size"), weights.get("actorder")
-    if type(size) is not int or size < 8 or size % 8 or (number == "float" and size != MICROBLOCK):
+    if type(size) is not int or size < 8 or size % 8 or (number == "float" and size != MX_BLOCK):
         odd.append(f"group_size {shown(size)}")
     if order not in (None, False, "weight", "static"):  # "group" has groups of inputs in another order
         odd.append(f"actorder {shown(order)}")
@@ -165,13 +165,13 @@ def _int4(group: int) -> Dialect:
 
 def _microscaled() -> Dialect:
     def shapes(shape: Shape) -> tuple[Shape, ...]:
-        return (shape[0], shape[1] // 2), (shape[0], _groups_in(shape[1], MICROBLOCK))
+        return (shape[0], shape[1] // 2), (shape[0], _groups_in(shape[1], MX_BLOCK))
 
     def read(take: Take, shape: Shape, where: tuple[slice, ...]) -> Tensor:
         rows, columns = _all(where, shape)
-        packed = take("_packed", (rows, _spanned(columns, MICROBLOCK, MICROBLOCK // 2)))
-        scales = _powers(take("_scale", (rows, _spanned(columns, MICROBLOCK))))
-        return _decoded(packed, scales, CODES["fp4"])[:, _within(columns, MICROBLOCK)]
+        packed = take("_packed", (rows, _spanned(columns, MX_BLOCK, MX_BLOCK // 2)))
+        scales = _powers(take("_scale", (rows, _spanned(columns, MX_BLOCK))))
+        return _decoded(packed, scales, CODES["fp4"])[:, _within(columns, MX_BLOCK)]
 
     tensors, whole = {"_packed": ("U8",), "_scale": ("U8",)}, lambda codes: (codes[0], codes[1] * 2)
     return replace(MXFP4, tensors=tensors, sign="_packed", shapes=shapes, whole=whole, read=read)
@@ -179,15 +179,15 @@ def _microscaled() -> Dialect:
 
 def _mxfp4_shapes(shape: Shape) -> tuple[Shape, ...]:
     experts, inputs, outputs = shape
-    scales = (experts, outputs, _groups_in(inputs, MICROBLOCK))
-    return (*scales, MICROBLOCK // 2), scales
+    scales = (experts, outputs, _groups_in(inputs, MX_BLOCK))
+    return (*scales, MX_BLOCK // 2), scales
 
 
 def _mxfp4_read(take: Take, shape: Shape, where: tuple[slice, ...]) -> Tensor:
     experts, inputs, outputs = _all(where, shape)
-    place = (experts, outputs, _spanned(inputs, MICROBLOCK))
+    place = (experts, outputs, _spanned(inputs, MX_BLOCK))
     values = _decoded(take("_blocks", place).flatten(2), _powers(take("_scales", place)), CODES["fp4"])
-    return values[..., _within(inputs, MICROBLOCK)].transpose(1, 2)
+    return values[..., _within(inputs, MX_BLOCK)].transpose(1, 2)
 
 
 def _fp8_shapes(shape: Shape) -> tuple[Shape, ...]:
@@ -230,8 +230,8 @@ def _within(cut: slice, group: int) -> slice:
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """What e8m0 bytes stand for, bfloat16 of the same shape."""
-    return torch.tensor(POWERS, dtype=torch.bfloat16)[scales.int()]
+    """What e8m0 bytes stand for, bfloat16 of the same shape: exact, as the products with codes are."""
+    return e8m0.values_of(scales).to(torch.bfloat16)
 
 
 def _decoded(packed: Tensor, scales: Tensor, codes: tuple[float, ...]) -> Tensor:
@@ -258,7 +258,7 @@ MXFP4 = Dialect(
     tensors={"_blocks": ("U8",), "_scales": ("U8",)},
     sign="_blocks",
     shapes=_mxfp4_shapes,
-    whole=lambda codes: (codes[0], MICROBLOCK * codes[2], codes[1]),
+    whole=lambda codes: (codes[0], MX_BLOCK * codes[2], codes[1]),
     read=_mxfp4_read,
     unread={},
     powers=True,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.hf_folder import quantized_as
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
@@ -63,13 +64,16 @@ class EmulatedLinear(nn.Module):
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
-    """The (language) model of an exported folder, in evaluation mode. `ExportError` names tensors that are missing or extra."""
+    """The (language) model of an exported folder, or of an original, whose weights are multiplied out if they are quantized; in
+    evaluation mode. `ExportError` names tensors that are missing or extra.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files = files_of(folder)
     form_of, cache = _algorithms(folder)
     scales = SUFFIXES if form_of else ()
-    architecture = known(_table(folder, CONFIG))
+    settings = _table(folder, CONFIG)
+    architecture = known(settings)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
@@ -78,6 +82,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for a quantizer of its own
     tensors = Respelled(files, architecture, device)
+    if settings.get("quantization_config") and not form_of and not quantized_as(folder, settings):
+        tensors.multiply_out(settings)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
         take_apart(model, tensors, scales)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import ExportError
 from ..common.safe_files import inside, opened
 from ..models import Architecture
@@ -45,6 +46,14 @@ class Respelled:
             if twice := self.tensors.keys() & names:
                 raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
             self.tensors |= {name: file.get_tensor(name).to(device) for name in names}
+        self.left = set(self.tensors)
+
+    def multiply_out(self, config: dict) -> None:
+        """Put the weights of an original, which are quantized as its config.json says, in the place of what they are kept in."""
+        with SourceWeights(self.folder, config=config) as weights:
+            for name in weights.quantized:
+                kept = [self.tensors.pop(name + suffix, None) for suffix in weights.dialect.tensors]
+                self.tensors[name] = weights.read(name, (), torch.bfloat16).to(kept[0].device)
         self.left = set(self.tensors)
 
     def on_disk(self, name: str) -> str:

@@ -1,31 +1,35 @@
 """Originals that their publishers quantized, in MXFP4 or packed INT4, are read as they are; others are refused by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_export.checkpoint.hf_weights import SourceWeights
 from megatron_export.checkpoint.original import config_alone
+from megatron_export.checkpoint.reading_cost import mapped_bytes
 from megatron_export.common.errors import ExportError
 from megatron_export.models import parameters_of
+from megatron_export.verify.emulation import load
 
 from ..export.test_topologies import calibration_flags, export
 from ..support.command_line import command_line
 from ..support.models import assert_same, read_json, tensors
-from ..support.quantized_sources import E2M1, INT4, KIMI, int4_deepseek, mxfp4_gpt_oss
+from ..support.quantized_sources import E2M1, INT4, KIMI, int4_deepseek, mxfp4_deepseek, mxfp4_gpt_oss
 from ..support.ranks import Ranks
-from ..support.refusals import rewritten
+from ..support.refusals import configured, rewritten
 
-MADE = {"mxfp4": mxfp4_gpt_oss, "int4": int4_deepseek}
+MADE = {"mxfp4": mxfp4_gpt_oss, "int4": int4_deepseek, "packed": mxfp4_deepseek}
 TOPOLOGIES = [  # experts with biases are not cut
     ("mxfp4", 1), ("mxfp4", 2, "--tp", 2, "--etp", 1), ("mxfp4", 2, "--ep", 2), ("mxfp4", 2, "--pp", 2),
-    ("int4", 1), ("int4", 2, "--tp", 2), ("int4", 4, "--tp", 4), ("int4", 2, "--ep", 2),
+    ("packed", 4, "--tp", 4), ("int4", 1), ("int4", 2, "--tp", 2), ("int4", 4, "--tp", 4), ("int4", 2, "--ep", 2),
 ]  # fmt: skip
 EXPERTS = "model.layers.1.mlp.experts"
 DOWN = f"{EXPERTS}.0.down_proj.weight"
@@ -77,6 +81,28 @@ def test_a_part_of_a_weight_takes_the_bytes_of_that_part(
         found = weights.read_part(source, part, where)
         assert weights.nbytes == nbytes
         assert torch.equal(found, weights.read_part(source, part, (slice(None), slice(None)))[where])
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_forecast_of_what_is_read_is_what_the_files_have(name: str, quantized: dict) -> None:
+    folder, _ = quantized[name]
+    config = read_json(folder / "config.json")
+    sources = [
+        s for canonical, s in parameters_of(config).items() if re.search(r"experts\.\d+\.\w+\.weight", canonical)
+    ]
+    on_disk = sum(held.nbytes for key, held in tensors(folder).items() if re.search(r"_(blocks|scales?|packed)$", key))
+    assert sum(mapped_bytes(config, source, 2 * source.shape[0] * source.shape[1]) for source in sources) == on_disk
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_original_is_scored_as_the_model_that_its_weights_are(name: str, quantized: dict, tmp_path: Path) -> None:
+    folder, expected = quantized[name]
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    save_file({key: tensor.contiguous() for key, tensor in expected.items()}, plain / "model.safetensors")
+    configured(quantization_config=None)(plain)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(load(folder)(ids).logits, load(plain)(ids).logits)
 
 
 def said(change: Callable[[dict], object], quantization: dict = KIMI) -> Callable[[Path], None]:
@@ -160,31 +186,46 @@ def test_a_shape_that_contradicts_its_codes_is_refused_when_it_is_read(quantized
     assert f"tensor {DOWN} is (64, 64), but its weight_shape says (32, 32)" in str(caught.value)
 
 
+def decoded(codes: Tensor, scales: Tensor, second: Tensor) -> Tensor:
+    """NVFP4 uint8 [..., out, in/2] -> [..., out, in]."""
+    blocks = torch.stack((codes % 16, codes // 16), dim=-1).flatten(-2).unflatten(-1, (-1, 16)).int()
+    return (torch.tensor(E2M1)[blocks % 8] * (1 - 2 * (blocks // 8)) * second * scales.float().unsqueeze(-1)).flatten(
+        -2
+    )
+
+
 @pytest.mark.parametrize(
-    ("world", "sizes"), [(1, ()), (2, ("--ep", 2)), (2, ("--tp", 2, "--etp", 1))], ids=["one", "ep2", "tp2"]
+    ("name", "world", "sizes", "items"),
+    [  # of layers and experts, two parameters each; the first layer of DeepSeek has no experts
+        ("mxfp4", 1, (), 4 * 4 * 2),
+        ("mxfp4", 2, ("--ep", 2), 4 * 4 * 2),
+        ("mxfp4", 2, ("--tp", 2, "--etp", 1), 4 * 4 * 2),
+        ("packed", 2, ("--tp", 2), 3 * 4 * 2),
+    ],
 )
 def test_mxfp4_keeps_its_values_in_nvfp4_to_the_bit_and_says_so(
-    world: int, sizes: tuple, quantized: dict, ranks: Ranks, tmp_path: Path
+    name: str, world: int, sizes: tuple, items: int, quantized: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    folder, expected = quantized["mxfp4"]
+    folder, expected = quantized[name]
     flags = ("--hf-model", folder, "--format", "nvfp4", *calibration_flags(folder), "--verify")
     said = export(ranks, world, *flags, *sizes, "--output", tmp_path / "out")
-    weights = 4 * 4 * 2  # of layers, experts, and two parameters each
-    note = f"{weights} weights come from MXFP4, and nvfp4 keeps their values to the bit"
+    note = f"{items} weights come from MXFP4, and nvfp4 keeps their values to the bit"
     assert note in " ".join(said.split())
     assert note in " ".join(command_line("plan", "--hf-model", folder, "--format", "nvfp4")[1].split())
-    assert read_json(tmp_path / "out" / "export_manifest.json")["run"]["cast"] == {"mxfp4 to nvfp4": weights}
+    assert read_json(tmp_path / "out" / "export_manifest.json")["run"]["cast"] == {"mxfp4 to nvfp4": items}
     held, checked = tensors(tmp_path / "out"), 0
-    for stack, values in expected.items():
-        if not stack.endswith(("gate_up_proj", "down_proj")):
+    for key, values in expected.items():
+        if values.dim() == 3:  # a stack [experts, in, out]
+            codes, scales = (held[f"{key}{suffix}"].transpose(1, 2) for suffix in ("", "_weight_scale"))
+            assert torch.equal(decoded(codes, scales, held[f"{key}_weight_scale_2"]).transpose(1, 2), values.float()), (
+                key
+            )
+        elif ".mlp.experts." in key and values.dim() == 2 and key.endswith(".weight"):
+            assert torch.equal(decoded(held[key], held[f"{key}_scale"], held[f"{key}_scale_2"]), values.float()), key
+        else:
             continue
-        codes = held[stack].transpose(1, 2)  # [experts, out, in/2]
-        blocks = torch.stack((codes % 16, codes // 16), dim=3).flatten(2).unflatten(2, (-1, 16)).int()
-        found = torch.tensor(E2M1)[blocks % 8] * (1 - 2 * (blocks // 8)) * held[f"{stack}_weight_scale_2"]
-        found *= held[f"{stack}_weight_scale"].transpose(1, 2).float().unsqueeze(3)
-        assert torch.equal(found.flatten(2).transpose(1, 2), values.float()), stack
         checked += 1
-    assert checked == 8
-    assert f"({4 * 4 * 3} equal)" in said  # gates and ups apart; the projections of attention are rounded
+    assert checked == {"mxfp4": 4 * 2, "packed": 3 * 4 * 3}[name]
+    assert f"({items * 3 // 2} equal)" in said  # gates and ups apart
     status, judged = command_line("verify", tmp_path / "out", "--reference", folder)
     assert status == 0, judged

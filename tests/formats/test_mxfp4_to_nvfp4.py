@@ -90,5 +90,12 @@ def test_shards_become_shards_of_the_whole_under_the_amax_of_all() -> None:
             assert same(join([shard[suffix] for shard in shards], axis).data, piece.data)
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "w4a8_mxfp4_fp8"])
+def test_the_scales_of_mxfp4_itself_are_such_already(name: str) -> None:
+    form, (_, _, values) = chosen(name), random_blocks(64, 128, (-40, 20))
+    pieces = encode(form, values.bfloat16(), Amax(values.abs().max(), ONE))
+    assert torch.equal(form.decode(pieces), values)
+
+
 def test_other_formats_have_no_such_scales() -> None:
     assert [cast_of(chosen(name)) for name in ("fp8", "nvfp4_awq", "int4_awq", "bf16")] == [None] * 4

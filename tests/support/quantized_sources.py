@@ -1,6 +1,7 @@
 """Small originals as their publishers quantize them, and the bfloat16 tensors that they mean, worked out one number at a time."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,27 +72,41 @@ def mxfp4_gpt_oss(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def int4_deepseek(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """DeepSeek V3 with routed experts in packed integers, as Kimi K2 Thinking."""
+    return _experts_of_deepseek(folder, _int4, KIMI)
+
+
+def mxfp4_deepseek(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The same in MXFP4, as compressed-tensors packs it."""
+    weights = INT4 | {"type": "float"}
+    groups = {"group_0": {"input_activations": None, "targets": ["Linear"], "weights": weights}}
+    return _experts_of_deepseek(
+        folder, _packed_mxfp4, KIMI | {"format": "mxfp4-pack-quantized", "config_groups": groups}
+    )
+
+
+def _experts_of_deepseek(folder: Path, kept: Callable, quantization: dict) -> tuple[Path, dict[str, Tensor]]:
     source = make_model(folder, "deepseek_v3", **SIZES, moe_intermediate_size=64)
     held, expected = {}, {}
     for name, tensor in tensors(source).items():
-        expected[name] = tensor
-        if ".mlp.experts." not in name:
-            held[name] = tensor
-            continue
-        rows, inputs = tensor.shape
-        words = torch.randint(-(2**31), 2**31, (rows, inputs // 8), dtype=torch.int32)
-        scales = (torch.rand(rows, inputs // 32) / 50 + 1e-3).to(torch.bfloat16)
-        held |= {f"{name}_packed": words, f"{name}_scale": scales, f"{name}_shape": torch.tensor([rows, inputs])}
-        values = [
-            [
-                ((word >> 4 * place & 15) - 8) * scale[column // 4]
-                for column, word in enumerate(row)
-                for place in range(8)
-            ]
-            for row, scale in zip(words.tolist(), scales.tolist(), strict=True)
-        ]
-        expected[name] = torch.tensor(values, dtype=torch.float64).to(torch.bfloat16)
-    return rewritten(source, held, KIMI), expected
+        made, expected[name] = kept(*tensor.shape) if ".mlp.experts." in name else ({"": tensor}, tensor)
+        held |= {name + suffix: data for suffix, data in made.items()}
+    return rewritten(source, held, quantization), expected
+
+
+def _int4(rows: int, inputs: int) -> tuple[dict[str, Tensor], Tensor]:
+    words = torch.randint(-(2**31), 2**31, (rows, inputs // 8), dtype=torch.int32)
+    scales = (torch.rand(rows, inputs // 32) / 50 + 1e-3).to(torch.bfloat16)
+    values = [
+        [((word >> 4 * place & 15) - 8) * scale[column // 4] for column, word in enumerate(row) for place in range(8)]
+        for row, scale in zip(words.tolist(), scales.tolist(), strict=True)
+    ]
+    made = {"_packed": words, "_scale": scales, "_shape": torch.tensor([rows, inputs])}
+    return made, torch.tensor(values, dtype=torch.float64).to(torch.bfloat16)
+
+
+def _packed_mxfp4(rows: int, inputs: int) -> tuple[dict[str, Tensor], Tensor]:
+    packed, scales, values = random_blocks(rows, inputs)
+    return {"_packed": packed, "_scale": scales}, values.to(torch.bfloat16)
 
 
 def rewritten(source: Path, held: dict[str, Tensor], quantization: dict) -> Path:
