@@ -207,7 +207,8 @@ def _problems(
 
 def _of_stack(module: Module, algorithm: str, size: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
     """Experts in one tensor [experts, inputs, outputs]: their scales have its name with _weight_scale and so on."""
-    needs = {"FP8": {"weight_scale", "input_scale"}, "NVFP4": {"weight_scale", "weight_scale_2", "input_scale"}}
+    fp4 = {"weight_scale", "weight_scale_2"}
+    needs = {"FP8": {"weight_scale", "input_scale"}, "NVFP4": fp4 | {"input_scale"}, "W4A16_NVFP4": fp4}
     for suffix in sorted(needs.get(algorithm, {"weight_scale"}) - module.keys()):
         yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
     packed = 2 if module["weight"].dtype == "U8" else 1

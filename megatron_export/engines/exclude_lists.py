@@ -72,9 +72,9 @@ def _within(name: str, prefix: str) -> bool:
 
 
 def sglang_skipped(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
-    """SGLang's comparison by whole words; every member of a joined module."""
+    """SGLang's comparison by whole words; every member of a joined module, of both projections to latents if `joined` is named."""
     prefix = full(parent, joined)
-    if parts in JOINED:
+    if parts in JOINED or (joined and len(parts) > 1):
         return _all_or_none([any(_within(name, f"{parent}.{part}") for name in names.listed) for part in parts])
     experts = names.of_experts if "experts" in prefix else ()
     return any(_within(name, prefix) for name in names.listed) or any(prefix in name for name in experts)

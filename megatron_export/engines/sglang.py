@@ -111,7 +111,8 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
             return None
         inside = group if group.parent.startswith(prefix) else Group(group.kind, prefix + group.parent, group.parts)
         of_experts = group.kind in ("experts", "stack")
-        skipped = not (modelopt and of_experts) and left_out(reading, inside, sglang_skipped, _LATENT)
+        latent = "" if group.mtp else _LATENT  # models/deepseek_nextn.py does not tell the config what it joins
+        skipped = not (modelopt and of_experts) and left_out(reading, inside, sglang_skipped, latent)
         if skipped or (modelopt and left_out(reading, inside, sglang_excluded, _LATENT)):
             return None
         return algorithm_in(reading, group)

@@ -217,6 +217,19 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "partly", "partly, mixed joined", "partly, machine"),
     "another algorithm of nobody": (lambda: alter(planned(QWEN, format="nvfp4"), quant_algo="INT8_SQ"), {},
         "algorithm", "algorithm", "algorithm"),
+    "latent in mxfp8": (lambda: planned(SMALL_V3, format="mxfp8"), {}, "", "mtp left out", "machine"),
+    "mxfp8 in Llama": (lambda: planned(LLAMA, format="mxfp8"), {}, "", "llama blocks", "machine"),
+    "mxfp8 on Blackwell": (lambda: planned(QWEN_MOE, format="mxfp8"), {"gpu": "b200"}, "", "", ""),
+    "mxfp8 on Hopper": (lambda: planned(QWEN_MOE, format="mxfp8"), {"gpu": "h200"}, "", "gpu", "gpu"),
+    "weights of NVFP4": (lambda: planned(QWEN_MOE, format="w4a16_nvfp4"), {"gpu": "h200"}, "", "", ""),
+    "rows of experts": (lambda: planned(MIXTRAL, format="fp8_pc_pt"), {}, "block experts", "algorithm", ""),
+    "rows": (lambda: planned(QWEN, format="fp8_pc_pt"), {}, "", "algorithm", ""),
+    "mxfp4": (lambda: planned(QWEN, format="mxfp4"), {}, "algorithm", "algorithm", "algorithm"),
+    "w4a8, e8m0": (lambda: planned(QWEN, format="w4a8_mxfp4_fp8"), {"gpu": "b200"}, "algorithm", "algorithm", ""),
+    "w4a8, e4m3": (lambda: planned(MIXTRAL, format="w4a8_nvfp4_fp8"), {"gpu": "h200"}, "algorithm", "algorithm", "gpu"),
+    "stacked weights of NVFP4, a scale lost": (
+        lambda: without_tensors(planned(LLAMA4_SEES, format="w4a16_nvfp4"), "experts.down_proj_weight_scale_2"), {"gpu": "b200"},
+        "scale", "scale, stack", "scale, gpu"),
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
 }
 # fmt: on

@@ -172,7 +172,7 @@ ATTENTION, MLP, EXPERTS = "model.layers.1.self_attn", "model.layers.1.mlp", "mod
         ([EXPERTS], EXPERTS, (), "", (True, True, True, True, True)),
         ([f"{EXPERTS}.3.down_proj"], EXPERTS, (), "", (True, True, False, True, False)),
         (["kv_a_proj_with_mqa"], ATTENTION, ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj_with_mqa",
-         (True, False, True, False, False)),
+         (True, False, None, None, False)),
     ],
 )  # fmt: skip
 def test_names_are_matched_as_each_engine_does(
