@@ -14,7 +14,7 @@ from ..common.piece import Axis
 from ..distributed.collectives import everyone, maximum, spread, total, whole
 from ..distributed.topology import Topology
 from ..mcore.parallel_state import ProcessGroup
-from ..models import cut_of, is_expert, pooled, vector_home
+from ..models import HEAD, cut_of, is_expert, pooled, vector_home
 from ..models.statistic_names import channels, input_key, kv_keys, tokens_key
 
 
@@ -50,7 +50,7 @@ class Maxima:
         if not tokens:  # of an expert: zeros change neither a maximum nor a sum
             inputs = inputs.new_zeros(1, inputs.shape[1])
         self._note_amax(input_key(name), inputs)
-        if not self.by_channel:
+        if not self.by_channel or f"{name}.weight" == HEAD:
             return
         size = inputs.to(torch.bfloat16).abs()
         _note(self.inputs, name, size.amax(dim=0).float())

@@ -42,6 +42,7 @@ def calibrate(
     group_size: int = 128,
     awq_clip: bool = False,
     all_experts: bool = False,
+    head: bool = False,
     progress: Progress = quiet,
 ) -> Statistics:
     """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
@@ -52,6 +53,7 @@ def calibrate(
     group_size  of int4_awq and w4a8_awq
     awq_clip    search the clipping of AWQ formats too
     all_experts measure every expert on all tokens, and not on those that are routed to it
+    head        measure the input of the output layer too, for a recipe that quantizes it
     Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input and
     twice the output in float32 of one linear, four copies of its weight (the whole linear's, where a shard cuts a group), 44 bytes
     for every input channel and search, and, when clipping, at most 1 GiB (or one linear's) of losses.
@@ -82,7 +84,7 @@ def calibrate(
             # without sequence parallelism, all tensor-parallel ranks send the same token on
             repeats = here.experts.size * (1 if config.sequence_parallel else here.tp_size)
             maxima = Maxima(here, bool(smoothings), local_experts_of(model), repeats, config.num_query_groups)
-            run("calibrate", maxima)
+            run("calibrate", maxima, head)
             statistics, means = maxima.agreed()
             if not smoothings:
                 return statistics
@@ -140,6 +142,7 @@ def _observe(
     all_experts: bool,
     stage: str,
     observer: Observer,
+    head: bool = False,
 ) -> None:
     """Run all batches through the model and show `observer` the calls of its modules.
 
@@ -154,7 +157,7 @@ def _observe(
         run = list(run)
         repeated = run[-1:] * (-len(run) % group)
         shown = chain(islice(steps, len(run)), repeated)
-        with watching(here, model, observer, len(run), all_experts):
+        with watching(here, model, observer, len(run), all_experts, head):
             get_forward_backward_func()(
                 forward_step_func=partial(_step, here),
                 data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],

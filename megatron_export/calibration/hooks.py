@@ -50,14 +50,17 @@ class Observer(Protocol):
 
 
 @contextmanager
-def watching(here: Topology, model: Model, observer: Observer, batches: int, all_experts: bool) -> Iterator[None]:
-    """While open, `observer` sees the first `batches` calls of every linear and attention of this rank.
+def watching(
+    here: Topology, model: Model, observer: Observer, batches: int, all_experts: bool, head: bool = False
+) -> Iterator[None]:
+    """While open, `observer` sees the first `batches` calls of every linear and attention of this rank, with `head` of the output
+    layer too.
 
     With `all_experts` it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
     """
     watch = _Watch(here, observer, batches, all_experts, local_experts_of(model))
     with ExitStack() as hooks:
-        for name, module in linears_of(model).items():
+        for name, module in linears_of(model, head).items():
             hooks.callback(module.register_forward_pre_hook(partial(watch.linear, name)).remove)
         for name, module in attentions_of(model).items():
             hooks.callback(module.register_forward_pre_hook(partial(watch.attention, name)).remove)

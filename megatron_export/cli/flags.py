@@ -77,7 +77,12 @@ def _argument(one: Field) -> dict[str, Any]:
         return {"action": "store_false" if one.default else "store_true"}
     kinds = [kind for kind in get_args(one.type) or (one.type,) if kind is not NoneType]
     if get_origin(one.type) is tuple:
-        return {"nargs": "+", "default": one.default, "metavar": "GLOB=FORMAT" if one.name == "set" else "GLOB"}
+        return {
+            "nargs": "+",
+            "action": "extend",
+            "default": [*one.default],
+            "metavar": "GLOB=FORMAT" if one.name == "set" else "GLOB",
+        }
     if choices := told_by(one).choices:
         return {"choices": choices, "default": one.default, "type": type(choices[0])}
     return {"type": kinds[0], "default": one.default}

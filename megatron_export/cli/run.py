@@ -27,7 +27,7 @@ from ..export.origins import Model, Statistics, Stored, Unbuilt
 from ..export.pipeline import Clock, Report, exported
 from ..export.prepare import Opening, built, open_export
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
-from ..models import check_computed
+from ..models import HEAD, check_computed
 from ..models.statistic_names import is_alpha, is_tokens, module_of
 from ..planning.plan import Plan
 from ..verify import thresholds
@@ -181,6 +181,7 @@ def _calibrated(
         group_size=opening.request.options.group_size,
         awq_clip=opening.request.options.awq_clip,
         all_experts=config.calib_all_experts,
+        head=any(item.form and item.source.canonical == HEAD for item in opening.plan.items),
         progress=progress,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common.errors import ExportError
 from ..common.storage import kind_of
-from ..models import canonical, is_linear_weight, makes_keys, without_additions
+from ..models import HEAD, canonical, is_linear_weight, makes_keys, without_additions
 from ..models.layouts import QKV, Identity, Layout, Split
 from .shards import Shards
 
@@ -69,13 +69,15 @@ def copies_of(model: Model) -> dict[str, Tensor]:
     return {"embedding.word_embeddings.weight": holder.weight if kind_of(holder.weight) else holder.weight.detach()}
 
 
-def linears_of(model: Model) -> dict[str, nn.Module]:
-    """Canonical module name -> module, for every linear that a format may quantize; without a number for experts in one module."""
+def linears_of(model: Model, head: bool = False) -> dict[str, nn.Module]:
+    """Canonical module name -> module, for every linear in a layer that a format may quantize, and with `head` for the output
+    layer; without a number for experts in one module.
+    """
     return {
         name: module  # of one with an adapter around it, the linear itself, which comes last
         for chunk in chunks_of(model)
         for name, module in canonical_modules(chunk)
-        if is_linear_weight(f"{name}.weight")
+        if is_linear_weight(f"{name}.weight") or (head and f"{name}.weight" == HEAD)
     }
 
 

@@ -4,7 +4,7 @@ from .architecture import Architecture
 from .awq_mappings import feeders_of, other_readers_of, reads_heads, vector_home
 from .canonical_names import canonical, without_additions
 from .hf_config import architecture_of, shape_of
-from .megatron_parameters import cut_of, is_expert, is_linear_weight, makes_keys, pooled
+from .megatron_parameters import HEAD, cut_of, is_expert, is_linear_weight, makes_keys, pooled
 from .registry import ARCHITECTURES, known
 from .sources import (
     Source,

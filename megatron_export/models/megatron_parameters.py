@@ -118,6 +118,9 @@ def makes_keys(canonical: str) -> bool:
     return canonical.endswith("self_attention.linear_qkv.weight")
 
 
+HEAD = "output_layer.weight"  # which a recipe may quantize, if it names it
+
+
 def is_linear_weight(canonical: str) -> bool:
     """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*."""
     module, _, leaf = canonical.rpartition(".")

@@ -1,6 +1,6 @@
 """The names of calibration statistics; only this file makes or parses them. In memory they begin with a canonical module:
 
-    {linear}.input_amax                float32 []             the largest |input|
+    {linear}.input_amax                float32 []             the largest |input|; of the output layer where it was asked for
     {linear}.input_channel_amax        float32 [in]           where an AWQ format was measured, as all that follows
     {linear}.pre_quant_scale.{search}  float32 [in]           the vector that the search chose
     {linear}.alpha.{search}            float32 []             and its alpha,
@@ -20,7 +20,7 @@ each of its HF names, codes of a part under the name of that part, and those of 
 import re
 from collections.abc import Callable
 
-from .megatron_parameters import is_expert, is_linear_weight, makes_keys, pooled
+from .megatron_parameters import HEAD, is_expert, is_linear_weight, makes_keys, pooled
 from .sources import parameters_of
 
 Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each of its layout parts
@@ -123,6 +123,8 @@ def homes_of(config: dict) -> Homes:
     """Canonical module -> HF modules by layout part; an attention has those of its keys and values."""
     homes = {}
     for name, source in parameters_of(config).items():
+        if name == HEAD:
+            homes[name.removesuffix(".weight")] = {"": source.rule.hf.removesuffix(".weight")}
         if is_linear_weight(name):
             parts = {part: pooled(hf).removesuffix(".weight") for part, hf in source.names().items()}
             homes[pooled(name).removesuffix(".weight")] = parts

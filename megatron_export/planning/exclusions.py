@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from ..common.text import some
 from ..formats import PLAIN, VARIANTS, Form
 from ..models import (
+    HEAD,
     Architecture,
     Source,
     architecture_of,
@@ -70,34 +71,25 @@ def settle(
     head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
     plain = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
     never = tuple(dict.fromkeys(plain))
+    naming = [line for line in request.recipe_lines if _names_head(line, head)]
     if not quantizing:
         flags = [
             flag for flag, given in (("--exclude", request.exclude), ("--quantize-mla", request.quantize_mla)) if given
         ]
         problems = tuple(f"{flag} has no effect with --format {request.format}" for flag in flags)
         return Policy({}, frozenset(linears), (), (), stacked, (), problems)
-    named, problems = named_formats(linears, never, request.recipe_lines)
+    others = tuple(line for line in request.recipe_lines if line not in naming)
+    named, problems = named_formats(linears, never, others)
     found = {name: quantizing[format] for name, format in named.items() if format in quantizing}
+    if naming and naming[-1].format in quantizing:
+        form, never = quantizing[naming[-1].format], tuple(module for module in never if module != head)
+        problems += _head_problems(naming[-1], form, sources.get(HEAD))
+        found[HEAD] = form
     for form in dict.fromkeys(found.values()):
         problems += _refused(config, architecture, form)
-    remarks = []
-    latent = {name for name in linears if ".self_attention." in name} if shape_of(config).kv_lora else set()
-    if request.quantize_mla and not latent:
+    if request.quantize_mla and not shape_of(config).kv_lora:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
-    risky = {name for name in latent & found.keys() if not found[name].latent}
-    if risky and not request.quantize_mla:
-        others = dict.fromkeys(other.name for _, other in VARIANTS if other.latent and other.quantization)
-        remarks.append(
-            f"attention stays in bfloat16: not every engine loads latent attention in {_names(found, risky)} "
-            f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
-        )
-        found = {name: form for name, form in found.items() if name not in risky}
-    keys = {name for name in found if makes_keys(name) and found[name].by_row} if architecture.turned else set()
-    if keys:
-        remarks.append(
-            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
-        )
-        found = {name: form for name, form in found.items() if name not in keys}
+    found, remarks = _loadable(config, found, request.quantize_mla)
     stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     left_out = {module for name in linears.keys() - found.keys() for module in linears[name]}
     experts = {module for module in left_out if ".experts." in module}
@@ -112,6 +104,47 @@ def settle(
         remarks=tuple(remarks),
         problems=tuple(problems),
     )
+
+
+def _loadable(config: dict, found: dict[str, Form], quantize_mla: bool) -> tuple[dict[str, Form], list[str]]:
+    """The same formats without those of linears that no engine, or not every one, would load; and sentences that say so."""
+    remarks = []
+    latent = {name for name in found if ".self_attention." in name} if shape_of(config).kv_lora else set()
+    risky = {name for name in latent if not found[name].latent}
+    if risky and not quantize_mla:
+        others = dict.fromkeys(other.name for _, other in VARIANTS if other.latent and other.quantization)
+        remarks.append(
+            f"attention stays in bfloat16: not every engine loads latent attention in {_names(found, risky)} "
+            f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
+        )
+        found = {name: form for name, form in found.items() if name not in risky}
+    turned = architecture_of(config).turned
+    keys = {name for name in found if makes_keys(name) and found[name].by_row} if turned else set()
+    if keys:
+        remarks.append(
+            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
+        )
+    return {name: form for name, form in found.items() if name not in keys}, remarks
+
+
+def _names_head(line: Line, head: str) -> bool:
+    """Whether a line is about the output layer. One for many modules, such as `*`, is not: its last word must be the layer's."""
+    return line.glob.endswith(head.rpartition(".")[2]) and fnmatchcase(head, line.glob)
+
+
+def _head_problems(line: Line, form: Form, source: Source | None) -> list[str]:
+    """Why the output layer cannot have this format; [] if it can."""
+    if source is None:
+        return [
+            f"{line.said}: this model's output layer is its embedding (tie_word_embeddings), which stays in bfloat16"
+        ]
+    if source.copies():
+        return [
+            f"{line.said}: layers that predict one more token have a copy of the output layer. Add --mtp drop, or leave it in bf16"
+        ]
+    if form.smoothing:
+        return [f"{line.said}: AWQ has no vector for the output layer. Choose a format without AWQ for it"]
+    return []
 
 
 def _names(found: dict[str, Form], linears: Iterable[str]) -> str:

@@ -52,7 +52,8 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
             form = said.forms.get(module)
             lost = bool({module, f"{module}.weight"} & found.lost)
             groups.setdefault(fused_with(name), {})[module] = "" if lost else form.name if form else PLAIN
-    lines, problems = [], []
+    head = head_of(config).removesuffix(".weight")
+    lines, problems = [Line(head, said.forms[head].name, "")] if head in said.forms else [], []
     usual = said.variants[0].form.name if said.variants else PLAIN
     for group in groups.values():
         votes = Counter(sorted(filter(None, group.values()), key=PLAIN.__eq__)).most_common(1)

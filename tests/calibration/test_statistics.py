@@ -156,7 +156,7 @@ def test_of_maxima_that_differ_the_largest_is_taken(tmp_path: Path) -> None:
     "name",
     [
         "model.layers.2.mlp.up_proj.input_amax",  # two layers: 0 and 1
-        "lm_head.input_amax",
+        "lm_head.k_amax",
         "model.layers.1.mlp.fc1.input_amax",
         f"{FC1}.input_amax",
         "model.layers.1.mlp.up_proj.output_amax",

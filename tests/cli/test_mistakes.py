@@ -92,6 +92,8 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("plan --hf-model base --set '*.q_proj=nvfp4'", 1, "so they must have one format: model.layers.0.self_attn.q_proj nvfp4"),
     ("plan --hf-model base --set '*.w9=nvfp4'", 1, "--set *.w9=nvfp4 matches no module; they are named like model."),
     ("plan --hf-model base --set '*.mlp.*=nvfp5'", 1, "unknown format 'nvfp5'. Did you mean 'nvfp4'?"),
+    ("plan --hf-model base --set lm_head=int4_awq", 1, "AWQ has no vector for the output layer"),
+    ("plan --hf-model tied --set lm_head=fp8", 1, "output layer is its embedding (tie_word_embeddings), which stays"),
     ("plan --hf-model base --set nvfp4", 1, "write it as GLOB=FORMAT"),
     ("plan --hf-model base --recipe nvfp4_mlp_fp8_atention", 1, "Did you mean 'nvfp4_mlp_fp8_attention'?"),
     ("plan --hf-model base --recipe nvfp4_experts_only", 1, "neither it nor another line of nvfp4 matches a module"),
@@ -195,6 +197,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = read_json(place / "base" / "config.json")
     configs = {
         "config": base,
+        "tied": base | {"tie_word_embeddings": True},
         "odd": base | {"intermediate_size": 200},
         "lama": base | {"architectures": ["LamaForCausalLM"]},
         "moe": read_json(place / "moe_whole" / "config.json"),

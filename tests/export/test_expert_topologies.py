@@ -28,7 +28,7 @@ TOPOLOGIES: dict[str, tuple[int, dict, str | None]] = {
     "ep2": (2, {"ep": 2}, None),
     "ep4": (4, {"ep": 4}, None),
     "ep2 twice": (4, {"ep": 2}, None),
-    "tp2 etp2": (2, {"tp": 2, "etp": 2}, None),
+    "tp2 etp2": ("mixed awq", 2, {"tp": 2, "etp": 2}, None),
     "tp2 etp1": (2, {"tp": 2, "etp": 1}, None),
     "tp2 ep2 etp1": (2, {"tp": 2, "ep": 2, "etp": 1}, None),
     "tp1 etp2": (2, {"etp": 2}, None),
@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict] = {
     "nvfp4_awq modelopt": {"awq_output": "modelopt"},
     "int4_awq": {"awq_clip": True},
     "w4a8_awq": {},
+    "mixed": {"recipe": "nvfp4_experts_fp8_attention"},
+    "mixed awq": {"format": "int4_awq", "set": ("*.self_attn.*=fp8", "*.layers.0.*=w4a16_nvfp4")},
 }
 LATENT = {"fp8 mla": {"quantize_mla": True}, "nvfp4_awq mla": {"quantize_mla": True, "awq_clip": True},
           "int4_awq mla": {"quantize_mla": True, "awq_clip": True}}  # fmt: skip
@@ -64,11 +66,11 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "ep2": AWQ,
     "ep4": ("fp8", "w4a8_mxfp4_fp8"),
     "ep2 twice": ("nvfp4_awq modelopt",),
-    "tp2 etp2": ("fp8_pb", "fp8 mla", "fp8_pc_pt", "w4a8_nvfp4_fp8"),
+    "tp2 etp2": ("mixed awq", "fp8_pb", "fp8 mla", "fp8_pc_pt", "w4a8_nvfp4_fp8"),
     "tp2 etp1": ("fp8", "int4_awq"),
     "tp2 ep2 etp1": ("w4a8_awq",),
     "tp1 etp2": ("int4_awq", "mxfp8"),
-    "tp2 ep2": AWQ,
+    "tp2 ep2": (*AWQ, "mixed"),
     "pp2 vpp2": ("nvfp4", "fp8 mla"),
     "pp3": ("fp8_pb", "w4a16_nvfp4", "mxfp4"),
     "an empty stage": ("bf16",),
@@ -120,9 +122,9 @@ def export(source: Path, out: Path, sizes: dict, layout: str | None, variants: d
             load_hf_weights(model, source, config, here)
         for variant, options in variants.items():
             form = variant.split()[0]
-            export_hf_checkpoint(
-                model, out / variant, hf_model=source, format=form, calibration=measured, **kv(source, form), **options
-            )
+            chosen = {} if form == "mixed" else {"format": form}
+            given = chosen | kv(source, form) | options
+            export_hf_checkpoint(model, out / variant, hf_model=source, calibration=measured, **given)
 
 
 def kv(source: Path, form: str) -> dict:
