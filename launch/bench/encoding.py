@@ -72,12 +72,14 @@ def encode(flags: argparse.Namespace) -> None:
 
 
 def forms(names: list[str]) -> dict[str, Form]:
-    """The formats by what the table calls them, those with groups in both sizes."""
+    """The formats by what the table calls them, those with groups in both sizes, and nvfp4 with all scales."""
     found = {}
     for name in names:
         found[name] = chosen(name)
         if "group_size" in FORMATS[name].OPTIONS:
             found[f"{name}, groups of 64"] = chosen(name, Options(group_size=64))
+        for scales in ("mse", "four_over_six") if name == "nvfp4" else ():
+            found[f"{name}, {scales}"] = chosen(name, Options(nvfp4_scales=scales))
     return found
 
 

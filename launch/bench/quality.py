@@ -2,7 +2,7 @@
 
     python launch/benchmark.py quality [--hf-model DIR] [--formats FORMAT ...] [--output DIR] [CHECKPOINT ...]
 
-Without a CHECKPOINT the model is calibrated once and exported in every format; two more rows show what a search is worth. With
+Without a CHECKPOINT the model is calibrated once and exported in every format; more rows show what options are worth. With
 CHECKPOINTs, from whatever tool, those are scored. The others are compared with the first row, whose tokenizer serves for all.
 verify/emulation.py says what is computed and how near it is to engines.
 """
@@ -113,12 +113,20 @@ def parts_of_page() -> tuple[str, str]:
 
 
 def rows_of(formats: list[str]) -> list[Row]:
-    """One row for each format, and beside the searched ones what shows the worth of the search."""
+    """One row for each format, and beside some of them rows that show the worth of an option or of a search."""
     beside = {
-        "nvfp4_awq": Row("nvfp4_awq, modelopt", "nvfp4_awq", {"awq_output": "modelopt"}),
-        "int4_awq": Row("int4 without search", "int4_awq", searched=False),
+        "nvfp4": [Row(f"nvfp4, {scales}", "nvfp4", {"nvfp4_scales": scales}) for scales in ("mse", "four_over_six")],
+        "nvfp4_awq": [
+            Row("nvfp4_awq, four_over_six", "nvfp4_awq", {"nvfp4_scales": "four_over_six"}),
+            Row("nvfp4_awq, modelopt", "nvfp4_awq", {"awq_output": "modelopt"}),
+        ],
+        "w4a16_nvfp4": [
+            Row(f"w4a16_nvfp4, {scales}", "w4a16_nvfp4", {"nvfp4_scales": scales})
+            for scales in ("mse", "four_over_six")
+        ],
+        "int4_awq": [Row("int4 without search", "int4_awq", searched=False)],
     }
-    return [row for name in dict.fromkeys(formats) for row in (Row(name, name), beside.get(name)) if row]
+    return [row for name in dict.fromkeys(formats) for row in (Row(name, name), *beside.get(name, ()))]
 
 
 def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:

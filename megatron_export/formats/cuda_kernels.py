@@ -51,10 +51,12 @@ LIMITS = {
     "fp8_pb": OWN,
     "fp8_pc_pt": OWN,
     "nvfp4": (2.0**-30, 2.0**6),  # of weight_scale_2, whatever the elements
+    "four_over_six": (2.0**-30, 2.0**-8),  # of weight_scale_2, so that 2^126 times the scale of a block is a number
     "int4": OWN,
     "int4_rounded": OWN,  # of 7 / amax
 }
 SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
+SEARCHED_BLOCKS, SEARCHED_STEPS = 32, 8  # of a program that searches scales: a block for each thread of a warp, in turn
 
 
 def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
@@ -155,17 +157,26 @@ def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True)
     return fp8_pb.pieces(codes, scale, native)
 
 
-def encode_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+def encode_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """nvfp4.encode."""
     _check(weight)  # of which the kernel is given another view
     rows, columns = weight.shape
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // nvfp4.BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
-    amaxes, scales = _scalars(weight, amax)
-    words, programs, blocks = weight.view(torch.int32), -(-weight.numel() // TILE), TILE // nvfp4.BLOCK
-    made = codes, scale, *scales
-    _launch(_kernels().nvfp4, programs, words, *amaxes, *made, scale.numel(), *LIMITS["nvfp4"], BLOCKS=blocks)
-    return nvfp4.pieces(codes, scale, *scales)
+    amaxes, both = _scalars(weight, amax)
+    words, blocks, made = weight.view(torch.int32), scale.numel(), (codes, scale, *both)
+    if scales == "max":
+        tile = TILE // nvfp4.BLOCK
+        _launch(_kernels().nvfp4, -(-blocks // tile), words, *amaxes, *made, blocks, *LIMITS["nvfp4"], BLOCKS=tile)
+        return nvfp4.pieces(*made)
+    size, settings = SEARCHED_BLOCKS, {"BLOCKS": SEARCHED_BLOCKS, "num_warps": 1, "enable_fp_fusion": False}
+    kernel, limits = _kernels("triton_scales").least_squares, ()
+    if scales == "four_over_six":
+        kernel, limits = _kernels("triton_scales").four_over_six, LIMITS[scales]
+        size, settings["STEPS"] = size * SEARCHED_STEPS, SEARCHED_STEPS
+    arguments = words, *amaxes, codes.view(torch.int32), *made[1:], blocks, *limits
+    _launch(kernel, -(-blocks // size), *arguments, **settings)
+    return nvfp4.pieces(*made)
 
 
 def encode_w4a8_nvfp4_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
@@ -221,9 +232,9 @@ def encode_fp8_pc_pt(weight: Tensor, amax: Amax | None = None) -> dict[str, Piec
     return fp8_pc_pt.pieces(codes, scale)
 
 
-def encode_w4a16_nvfp4(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+def encode_w4a16_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """w4a16_nvfp4.encode."""
-    return w4a16_nvfp4.weights_of(encode_nvfp4(weight, amax))
+    return w4a16_nvfp4.weights_of(encode_nvfp4(weight, amax, scales))
 
 
 def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:

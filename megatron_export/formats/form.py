@@ -30,6 +30,12 @@ class Options:
         "of nvfp4_awq. folded: plain NVFP4, for every engine; modelopt: o_proj keeps pre_quant_scale, for TensorRT-LLM",
         choices=("folded", "modelopt"),
     )
+    nvfp4_scales: str = option(
+        "max",
+        "of nvfp4, w4a16_nvfp4 and nvfp4_awq, for a block of weights. max: of its largest value; mse: of the least squared "
+        "error; four_over_six: its largest value becomes 6 or 4, whichever errs less",
+        choices=("max", "mse", "four_over_six"),
+    )
     awq_clip: bool = option(False, "AWQ formats: also search by how much to clip the weights")
 
 

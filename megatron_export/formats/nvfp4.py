@@ -13,8 +13,26 @@ are codes 0 to 7, ties go to the even code, larger values to 6, and codes of neg
 negative becomes -0, code 8). An amax of zero is replaced by 6 * 448, so that its scale is 1.
 `weight_scale_2` is shared by the linears that engines fuse (q, k, v; gate, up): block scales depend on it, so it is
 agreed before they are computed. Value: e2m1 * weight_scale * weight_scale_2.
+
 Source: ModelOpt 0.47 unified checkpoint, quant_algo NVFP4; e2m1 as in the OCP Microscaling specification 1.0.
+
+The option nvfp4_scales puts other numbers in the same tensors. Each block takes the scale of the least sum of squared errors:
+
+    mse            of all e4m3 numbers from 2^-9 to 448; of equal sums, the smallest
+    four_over_six  of e4m3(x / weight_scale_2) with x = amax / 6 and x = amax / 4, so that its largest value becomes 6 or 4;
+                   of equal sums, the first. weight_scale_2 is weight amax / (6 * 256), as the second is 1.5 times the first
+
+An error is (|w| - e2m1(|w| / s) * s)^2 in float32. Those of elements k and k + 8 are added, then these eight one after another.
+s is what ModelOpt rounds with while it searches. Its last bits are not those of weight_scale * weight_scale_2, and decide, for
+many sums are equal otherwise. With f = (1 / u) * 448 and u = weight amax / 6, it is e4m3 * (1 / f) for mse. For four_over_six u
+is multiplied by 448 / 256, and s is e4m3(x * f) * (1 / f), which may be zero. Blocks of zeros get 2^-9 from mse, and from
+four_over_six min(1 / weight_scale_2, 448). For weights below 2^-24 ModelOpt takes another f, and so finds nothing; we do not.
+Source: ModelOpt 0.47 on the CPU, presets nvfp4_w4a4_weight_mse_fp8_sweep and nvfp4_four_over_six: quantization/calib/mse.py,
+compute_fp4_scales in kernels/quantization/gemm/fp4_kernel.py, quantization/qtensor/nvfp4_tensor.py.
 """
+
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -26,11 +44,12 @@ from .packing import pack, unpack
 
 NAME = "nvfp4"
 BLOCK = 16
-OPTIONS = ()
+OPTIONS = ("nvfp4_scales",)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
 E4M3_TINY = 2.0**-9
+LARGEST_SCALE = {"max": E4M3_MAX, "mse": E4M3_MAX, "four_over_six": 256.0}  # of the block with the largest value
 
 
 def e2m1_codes(scaled: Tensor) -> Tensor:
@@ -52,22 +71,84 @@ def block_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def search_units(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """f of the docstring, and 1 / f, float32 [], of the weight's amax and the largest scale of its blocks."""
+    one, three = torch.ones_like(amax, dtype=torch.float32), torch.full_like(amax, 3.0, dtype=torch.float32)
+    amax = torch.where(amax == 0, E2M1_MAX * largest, amax.float())
+    factor = one / (amax * (E4M3_MAX / largest / 2) / three) * E4M3_MAX  # halves, so that nothing overflows
+    return factor, one / factor
+
+
+def nearest(scaled: Tensor) -> Tensor:
+    """float32 numbers rounded to e2m1 values in place; ties go to the even code."""
+    step = scaled.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(1, 4).mul_(0.5)
+    return scaled.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
+
+
+def _loss(size: Tensor, scale: Tensor) -> Tensor:
+    """Sum of squared errors of each block, [out, in/16], of magnitudes [out, in/16, 16] under scales that may be zero."""
+    scale = scale.unsqueeze(2)
+    error = nearest(size / torch.where(scale == 0, 1.0, scale)).mul_(scale).sub_(size)
+    squares = error.mul_(error)
+    total, *others = (squares[..., :8] + squares[..., 8:]).unbind(2)
+    for other in others:
+        total = total + other
+    return total
+
+
+def four_over_six(blocks: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 scales that make the largest value of a block 6, or 4 where that has the lesser error."""
+    size, (factor, inverse) = blocks.abs(), search_units(amax, LARGEST_SCALE["four_over_six"])
+    largest = size.amax(2)
+    made, losses = [], []
+    for scale in (largest / torch.full_like(largest, E2M1_MAX), largest * 0.25):
+        losses.append(_loss(size, (scale * factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * inverse))
+        made.append((torch.where(scale == 0, 1.0, scale) / tensor_scale).clamp_(E4M3_TINY, E4M3_MAX))
+    return torch.where(losses[1] < losses[0], made[1], made[0]).to(torch.float8_e4m3fn)
+
+
+def least_squares(blocks: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 scales of least error, of all that there are.
+
+    Sixteen are tried. Let s be the smallest scale under which no value of the block is beyond 6. What a scale of 2 * t can hold up
+    to 6 * s, t can hold too, so that from 2 * s on none is better. Below 0.54 * s the largest value, which is above 5.33 * s,
+    loses more than 15 others can gain. Between are the 8 codes before that of s, and 8 from it on; near 2^-9, the first 15.
+    """
+    size, (factor, inverse) = blocks.abs(), search_units(amax, LARGEST_SCALE["mse"])
+    largest = size.amax(2)
+
+    def scale_of_code(code: Tensor) -> Tensor:
+        return code.to(torch.uint8).view(torch.float8_e4m3fn).float() * inverse
+
+    guess = (largest / torch.full_like(largest, E2M1_MAX) * factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    code = guess.view(torch.uint8).int()
+    first = (code + (scale_of_code(code) * E2M1_MAX < largest)).clamp_(8, 119) - 8
+    best, chosen = torch.full_like(largest, torch.inf), first
+    for step in range(16):
+        code = (first + step).clamp_(min=1)
+        loss = _loss(size, scale_of_code(code))
+        better = loss < best
+        best, chosen = torch.where(better, loss, best), torch.where(better, code, chosen)
+    return chosen.clamp_(min=1).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+SEARCHES = {"mse": least_squares, "four_over_six": four_over_six}
+
+
 def rounded(weight: Tensor, amax: Tensor) -> Tensor:
     """`decode(encode(weight))` in bfloat16, without making codes: what a search runs many times."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))
     tensor_scale = scale_of(amax, E2M1_MAX * E4M3_MAX)
     scale = (block_scales(blocks, tensor_scale).float() * tensor_scale).unsqueeze(2)
-    scaled = blocks.div_(scale)
-    size = scaled.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))  # between neighbours; halves go to the even one
-    return scaled.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX).mul_(scale).flatten(1).to(torch.bfloat16)
+    return nearest(blocks.div_(scale)).mul_(scale).flatten(1).to(torch.bfloat16)
 
 
-def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+def encode(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
-    tensor_scale = scale_of(amax.weight, E2M1_MAX * E4M3_MAX)
-    block_scale = block_scales(blocks, tensor_scale)
+    tensor_scale = scale_of(amax.weight, E2M1_MAX * LARGEST_SCALE[scales])
+    search = SEARCHES.get(scales)
+    block_scale = search(blocks, amax.weight, tensor_scale) if search else block_scales(blocks, tensor_scale)
     codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
     return pieces(pack(codes, dim=1), block_scale, tensor_scale, scale_of(amax.input, E2M1_MAX * E4M3_MAX))
 
@@ -134,5 +215,11 @@ FORM = Form(
 
 
 def form(options: Options) -> Form:
-    """The format; it has no options."""
-    return FORM
+    """The format, with the scales that are asked for."""
+    return with_scales(FORM, options.nvfp4_scales)
+
+
+@cache
+def with_scales(form: Form, scales: str) -> Form:
+    """A format that is encoded as `encode` does, with scales of another choice; itself for the default."""
+    return form if scales == "max" else replace(form, encode=partial(form.encode, scales=scales))

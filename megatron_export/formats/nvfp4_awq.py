@@ -22,7 +22,7 @@ from . import nvfp4
 from .form import Form, Options, Smoothing
 
 NAME = "nvfp4_awq"
-OPTIONS = ("awq_output", "awq_clip")
+OPTIONS = ("awq_output", "awq_clip", *nvfp4.OPTIONS)
 
 
 @cache

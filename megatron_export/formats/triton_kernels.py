@@ -21,12 +21,18 @@ ROUNDING_SIGNED = tl.constexpr(float(3 << 22))
 
 
 @triton.jit
+def inverted(scale):
+    """r and e of cuda_kernels.py."""
+    inverse = tl.div_rn(1.0, scale)
+    inverse = (inverse.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+    return inverse, tl.div_rn(tl.fma(-inverse, scale, 1.0), scale)
+
+
+@triton.jit
 def quotients(values, scale, usual):
     """values / scale: as far as 9 bits tell where `usual`, to the last bit otherwise."""
     if usual:
-        inverse = tl.div_rn(1.0, scale)
-        inverse = (inverse.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-        rest = tl.div_rn(tl.fma(-inverse, scale, 1.0), scale)
+        inverse, rest = inverted(scale)
         result = tl.fma(values, inverse, values * rest)
     else:
         result = tl.div_rn(values, scale)
@@ -40,13 +46,13 @@ def scale_of(amax, largest):
 
 
 @triton.jit
-def scalars(weight_amax, input_amax, weight_scale, input_scale, largest):
+def scalars(weight_amax, input_amax, weight_scale, input_scale, largest, of_inputs):
     """The scale of the whole weight; the first program stores it, and the input's."""
     of_weight, of_input = tl.load(weight_amax), tl.load(input_amax)
     scale = scale_of(of_weight, largest)
     if tl.program_id(0) == 0:
         tl.store(weight_scale, scale)
-        tl.store(input_scale, scale_of(of_input, largest))
+        tl.store(input_scale, scale_of(of_input, of_inputs))
     return scale
 
 
@@ -55,7 +61,7 @@ def fp8(weight, weight_amax, input_amax, codes, weight_scale, input_scale, size,
     """A flat part of the weight."""
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     values = tl.load(weight + place, mask=place < size, other=0.0).to(tl.float32)
-    divisor = scalars(weight_amax, input_amax, weight_scale, input_scale, E4M3)
+    divisor = scalars(weight_amax, input_amax, weight_scale, input_scale, E4M3, E4M3)
     scaled = quotients(values, divisor, (divisor >= low) & (divisor <= high))
     tl.store(codes + place, scaled.to(tl.bfloat16).to(tl.float32).to(tl.float8e4nv), mask=place < size)
 
@@ -79,10 +85,19 @@ def fp8_pb(weight, codes, scale, rows, columns, low, high, BLOCK: tl.constexpr):
 @triton.jit
 def e2m1_size(scaled):
     """The code of each magnitude: the lowest of three lines, one for each distance between neighbours, and the last code."""
-    size = tl.abs(scaled)
-    code = tl.minimum(size * 2 + ROUNDING, size + (ROUNDING + 2))
-    code = tl.minimum(tl.minimum(code, size * 0.5 + (ROUNDING + 4)), ROUNDING + 7)
-    return code.to(tl.int32, bitcast=True) & 7
+    return tl.minimum(lowest_line(tl.abs(scaled)), ROUNDING + 7).to(tl.int32, bitcast=True) & 7
+
+
+@triton.jit
+def lowest_two(size):
+    """ROUNDING and the code of each magnitude up to 5."""
+    return tl.minimum(tl.fma(size, 2.0, ROUNDING), size + (ROUNDING + 2))
+
+
+@triton.jit
+def lowest_line(size):
+    """ROUNDING and the code of each magnitude below 7."""
+    return tl.minimum(lowest_two(size), tl.fma(size, 0.5, ROUNDING + 4))
 
 
 @triton.jit
@@ -109,7 +124,7 @@ def nvfp4(
     words = tl.load(weight + place, mask=inside, other=0)
     first = (words << 16).to(tl.float32, bitcast=True)
     second = (words & -65536).to(tl.float32, bitcast=True)
-    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3)
+    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3, E2M1 * E4M3)
     size = block_scale(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), tensor)
     tl.store(scale + block, size, mask=block < blocks)
     divisor = (size.to(tl.float32) * tensor)[:, None]

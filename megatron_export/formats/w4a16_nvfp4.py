@@ -12,12 +12,12 @@ from . import nvfp4
 from .form import Arithmetic, Form, Options, not_rounded
 
 NAME = "w4a16_nvfp4"
-OPTIONS = ()
+OPTIONS = nvfp4.OPTIONS
 
 
-def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
+def encode(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
-    return weights_of(nvfp4.encode(weight, amax))
+    return weights_of(nvfp4.encode(weight, amax, scales))
 
 
 def weights_of(pieces: dict[str, Piece]) -> dict[str, Piece]:
@@ -45,5 +45,5 @@ FORM = Form(
 
 
 def form(options: Options) -> Form:
-    """The format; it has no options."""
-    return FORM
+    """The format, with the scales that are asked for."""
+    return nvfp4.with_scales(FORM, options.nvfp4_scales)

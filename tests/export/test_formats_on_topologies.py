@@ -26,8 +26,8 @@ SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "head_dim": 16, "intermedia
 VARIANTS = {
     "fp8_pb": ("--kv-cache", "nvfp4"),
     "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8", "--kv-scale-at-least", 0.02),
-    "nvfp4_awq": ("--kv-cache", "nvfp4", "--awq-clip"),
-    "w4a16_nvfp4": ("--kv-cache", "fp8"),
+    "nvfp4_awq": ("--kv-cache", "nvfp4", "--awq-clip", "--nvfp4-scales", "four_over_six"),
+    "w4a16_nvfp4": ("--kv-cache", "fp8", "--nvfp4-scales", "mse"),
     "nvfp4_awq modelopt": ("--awq-output", "modelopt", "--kv-cache", "fp8", "--kv-scale", 1, "--input-scale", 0.5),
     "fp8_pc_pt": ("--kv-cache", "fp8"),
     "mxfp8": ("--kv-cache", "fp8"),

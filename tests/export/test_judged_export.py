@@ -66,10 +66,10 @@ GROUPS = ("--group-size", 64, "--exclude", "*.down_proj")
 KINDS = {
     "llama4_vision": ("fp8",),  # stacked experts, and what sees
     "llama4": ("nvfp4",),
-    "gpt_oss": ("nvfp4",),  # stacked, woven, with biases
+    "gpt_oss": ("nvfp4", "--nvfp4-scales", "four_over_six"),  # stacked, woven, with biases
     "deepseek_v3": ("nvfp4_awq", "--quantize-mla"),
     "mixtral": ("w4a8_awq", "--group-size", 64, "--exclude", "*.experts*"),
-    "llama32": ("nvfp4", "--kv-cache", "nvfp4"),  # tied
+    "llama32": ("nvfp4", "--kv-cache", "nvfp4", "--nvfp4-scales", "mse"),  # tied
     "qwen2": ("int4_awq", *GROUPS),
 }
 

@@ -97,6 +97,28 @@ def test_both_spellings_of_fp8_pb_have_the_same_bytes(path: Path) -> None:
     assert same(FORMS["FP8_PB_WO"].decode(native), FORMS["FP8_PB_WO"].decode(modelopt))
 
 
+@pytest.mark.parametrize("case", ["s64x128", "s256x512", "odd", "ties", "zero"])
+@pytest.mark.parametrize("scales", ["mse", "four_over_six"])
+def test_searched_scales_of_nvfp4_are_modelopts(scales: str, case: str) -> None:
+    """Made of the weights of NVFP4 by ModelOpt's presets nvfp4_w4a4_weight_mse_fp8_sweep and nvfp4_four_over_six on the CPU,
+    and the same by both of its exporters. Its Triton kernel that rounds a weight was replaced by plain torch that does what the
+    kernel says.
+    """
+    _, weight, amax = read(VECTORS / "NVFP4" / f"{case}.safetensors")
+    theirs = written(load_file(VECTORS / f"NVFP4_{scales.upper()}" / f"{case}.safetensors"), "out")
+    pieces = formats.encode(chosen("nvfp4", Options(nvfp4_scales=scales)), weight, amax)
+    assert sorted(theirs) == sorted(pieces)
+    if case == "zero":  # its scale is zero there, and all codes are 7
+        assert theirs["weight_scale_2"] == 0
+        assert pieces["weight_scale_2"].data == 1
+        assert not FORMS["NVFP4"].decode(pieces).any()
+        return
+    for suffix, value in theirs.items():
+        assert same(pieces[suffix].data, value), suffix
+    others = formats.encode(FORMS["NVFP4"], weight, amax)["weight_scale"].data
+    assert not same(others, theirs["weight_scale"])
+
+
 # Where ModelOpt is wrong, and what we write instead.
 
 

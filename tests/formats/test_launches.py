@@ -31,6 +31,8 @@ KERNELS: dict[str, Callable[[Tensor], object]] = {
     "fp8": lambda weight: encode_fp8(weight, Amax(ONE, ONE)),
     "fp8_pb": lambda weight: encode_fp8_pb(weight),
     "nvfp4": lambda weight: encode_nvfp4(weight, Amax(ONE, ONE)),
+    "nvfp4 mse": lambda weight: encode_nvfp4(weight, Amax(ONE, ONE), "mse"),
+    "nvfp4 four_over_six": lambda weight: encode_nvfp4(weight, Amax(ONE, ONE), "four_over_six"),
     "int4": lambda weight: encode_int4(weight, Amax(ONE, ONE), 128),
     "w4a8": lambda weight: encode_w4a8(weight, Amax(ONE, ONE), 128),
     "int4 rounded": lambda weight: rounded_int4(weight, FACTORS, None, 128),
@@ -56,7 +58,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(cuda_kernels, "_kernels", lambda: made)
+    monkeypatch.setattr(cuda_kernels, "_kernels", lambda *file: made)
     return made
 
 

@@ -12,7 +12,7 @@ from megatron_export import formats
 from megatron_export.common.piece import Amax
 from megatron_export.formats import Form, cuda_kernels, triton_kernels
 
-from ..support.kernel_cases import FORMS, cases, of, wrong
+from ..support.kernel_cases import FORMS, SEARCHED, amaxes, cases, of, searched_cases, wrong
 from ..support.models import same
 
 
@@ -23,7 +23,14 @@ def test_every_number_and_awkward_shapes_have_the_bytes_of_the_cpu(seed: int) ->
     assert all(cuda_kernels.kernel_of(form, weight.cuda(), amax) for _, form, weight, amax in tried)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_searched_scales_have_the_bytes_of_the_cpu_on_every_number_and_on_ties(seed: int) -> None:
+    tried = [*amaxes(torch.Generator().manual_seed(seed), 12)]
+    found = [wrong(case, partial(formats.encode, case[1]), "cuda") for case in searched_cases(seed, tried)]
+    assert [said for said in found if said] == []
+
+
+@pytest.mark.parametrize("name", [*FORMS, *SEARCHED])
 @pytest.mark.parametrize("bounds", ["division", "product"])
 def test_both_ways_to_divide_give_the_bytes_of_the_cpu(name: str, bounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Division by the book is forced on ordinary weights; both have some that the other would get wrong, were it wrong."""
@@ -32,8 +39,8 @@ def test_both_ways_to_divide_give_the_bytes_of_the_cpu(name: str, bounds: str, m
     generator = torch.Generator().manual_seed(0)
     for columns in (256, 4096, 14336):
         weight = (torch.randn(512, columns, generator=generator) * 0.02).to(torch.bfloat16)
-        case = (f"{columns} columns", FORMS[name], weight, of(weight))
-        assert wrong(case, partial(formats.encode, FORMS[name]), "cuda") == ""
+        form = (FORMS | SEARCHED)[name]
+        assert wrong((f"{columns} columns", form, weight, of(weight)), partial(formats.encode, form), "cuda") == ""
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_pb", "nvfp4", "int4_awq"])
@@ -42,9 +49,9 @@ def test_a_vocabulary_has_the_bytes_of_the_cpu(name: str) -> None:
     assert wrong(("128256 rows", FORMS[name], weight, of(weight)), partial(formats.encode, FORMS[name]), "cuda") == ""
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_pb", "nvfp4", "int4_awq"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_pb", "nvfp4", "int4_awq", *SEARCHED])
 def test_elements_beyond_two_to_the_31_are_where_they_belong(name: str) -> None:
-    form, tail = FORMS[name], 256
+    form, tail = (FORMS | SEARCHED)[name], 256
     weight = torch.zeros((1 << 31) // 16384 + tail, 16384, dtype=torch.bfloat16, device="cuda")
     weight[-tail:] = torch.randn(tail, 16384, device="cuda")
     amax = of(weight[-tail:].cpu())
@@ -86,9 +93,9 @@ def behind(weight: Tensor) -> Tensor:
     return torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS, *SEARCHED])
 def test_other_weights_take_the_plain_path_with_the_same_bytes(name: str) -> None:
-    form: Form = FORMS[name]
+    form: Form = (FORMS | SEARCHED)[name]
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     amax = of(weight)
     there = Amax(amax.weight.cuda(), amax.input.cuda())

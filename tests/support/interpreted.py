@@ -13,9 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from megatron_export.formats import awq, cuda_kernels  # noqa: E402
+from megatron_export.formats import awq, cuda_kernels, triton_scales  # noqa: E402
 
-from .kernel_cases import cases, outputs, smoothings, wrong, wrongly_rounded  # noqa: E402
+from .kernel_cases import cases, decided, outputs, searched_cases, smoothings, wrong, wrongly_rounded  # noqa: E402
 from .models import same  # noqa: E402
 
 DTYPES = {
@@ -58,6 +58,11 @@ def main() -> None:
     with np.errstate(all="ignore"):
         said = [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in cases(seed=0, count=3)]
         said += [wrongly_rounded(smoothed, "cpu") for smoothed in smoothings(seed=0)]
+        cuda_kernels.SEARCHED_BLOCKS = 1 << 14  # the interpreter is as slow for 32
+        amaxes = torch.tensor([0.0, 7.0, 0.1, 2.0**-133, 3.0e38])
+        said += [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in searched_cases(0, amaxes)]
+        triton_scales.loss_of = None  # no block of this weight needs it
+        said.append(wrong(decided(), cuda_kernels.made_for(decided()[1]), "cpu"))
         for pair in outputs(seed=0):
             equal = same(cuda_kernels.squares(*pair), awq.squares(*pair))
             said.append("" if equal else f"squares of {tuple(pair[0].shape)}")

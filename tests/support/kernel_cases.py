@@ -1,6 +1,6 @@
 """Weights that bring the kernels of formats/cuda_kernels.py to their limits, and what is wrong with the results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ FORMS = {
     "int4_awq 64": chosen("int4_awq", Options(group_size=64)),
     "w4a8_awq": chosen("w4a8_awq"),
 }
+SEARCHED = {f"nvfp4 {scales}": chosen("nvfp4", Options(nvfp4_scales=scales)) for scales in ("mse", "four_over_six")}
 Case = tuple[str, Form, Tensor, Amax]
 Smoothed = tuple[str, str, Tensor, Tensor]
 
@@ -75,6 +76,25 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         yield f"fp8_pb, {rows} x {columns}", FORMS["fp8_pb"], weight, of(weight)
         yield f"fp8, {rows} x {columns}", FORMS["fp8"], weight, of(weight)
         yield f"fp8_pc_pt, {rows} x {columns}", FORMS["fp8_pc_pt"], weight, of(weight)
+
+
+def searched_cases(seed: int, amaxes: Iterable[Tensor]) -> Iterator[Case]:
+    """Both searches for scales on every number, in order and mixed, ties and ordinary ones at these amaxes; on small shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    ties = torch.randint(-56, 57, (512, 128), generator=generator).to(torch.bfloat16) / 8
+    many = torch.cat([*every_number(generator), ties, drawn(512, 128, generator).to(torch.bfloat16)])
+    for name, form in SEARCHED.items():
+        for amax in amaxes:
+            yield f"{name}, amax {amax}", form, many, Amax(amax, amax)
+        for rows, columns in ((1, 16), (3, 48), (8, 512)):
+            weight = drawn(rows, columns, generator).to(torch.bfloat16)
+            yield f"{name}, {rows} x {columns}", form, weight, of(weight)
+
+
+def decided() -> Case:
+    """A weight whose blocks `four_over_six` decides without all digits: none has errors that are nearly equal."""
+    weight = (torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    return "four_over_six, decided", SEARCHED["nvfp4 four_over_six"], weight, of(weight)
 
 
 def of(weight: Tensor) -> Amax:
