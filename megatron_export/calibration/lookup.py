@@ -47,7 +47,7 @@ def measured(item: Item, calibration: Statistics, device: torch.device) -> Measu
     smoothed = item.smoothed
     vectors = {name: needed[name] for name in smoothed.vectors}
     amax = torch.tensor(torch.nan)  # a format that is given none and uses it writes NaN, which is refused
-    if item.form and item.form.activations:
+    if item.form and item.form.measures:
         name = input_key(item.source.canonical.removesuffix(".weight"))
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16
         amax = (
@@ -92,7 +92,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
     needed: dict[str, tuple[int, ...] | None] = dict.fromkeys(sorted(smoothed.vectors))
     if smoothed.columns:
         needed[smoothed.columns] = item.source.shape[1:]
-    if item.form and item.form.activations:
+    if item.form and item.form.measures:
         key = input_key(name.removesuffix(".weight"))
         by_channel = smoothed.columns and not item.smoothing_done
         needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}

@@ -141,7 +141,7 @@ class ExportConfig:
             return
         quantizes, given = any(form.quantization for form in forms), settled.input_scale is not None
         cache = settled.kv_cache != "none" and settled.kv_scale is None
-        measured = any(form.smoothing or (form.activations and not given) for form in forms)
+        measured = any(form.calibrated for form in forms)
         name = f"--recipe {self.request.recipe}" if self.request.recipe else f"--format {self.request.format}"
         name += " with --input-scale" if given else ""
         needs_none = not measured and not (quantizes and cache)

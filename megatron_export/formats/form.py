@@ -168,13 +168,18 @@ class Form:
 
     @property
     def activations(self) -> bool:
+        """Whether it has a scale of the linear's input."""
+        return "input_scale" in self.stored
+
+    @property
+    def measures(self) -> bool:
         """Whether it needs the amax of the linear's input."""
-        return "input_scale" in self.stored and self.input_scale is None
+        return self.activations and self.input_scale is None
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration data is needed for the weights or the activations."""
-        return self.activations or self.smoothing is not None
+        return self.measures or self.smoothing is not None
 
     @property
     def bits(self) -> int:

@@ -167,8 +167,9 @@ class Request:
 
 def _scale(flag: str, value: float) -> float:
     """A scale, if float32 has it."""
-    if not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:  # NaN is neither
-        raise ExportError(f"{flag} must be a number above 0 that float32 holds, not {value:g}")
+    limits = torch.finfo(torch.float32)
+    if not isinstance(value, (int, float)) or not limits.tiny <= value <= limits.max:  # NaN is neither
+        raise ExportError(f"{flag} must be a number above 0 that float32 holds, not {shown(value)}")
     return value
 
 

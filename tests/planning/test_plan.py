@@ -95,7 +95,8 @@ def test_excluded_modules_are_left_alone_and_listed() -> None:
         ({"kv_cache": "fp8", "kv_scale": 2.0, "kv_scale_at_least": 1.0}, "no effect with --kv-scale"),
         ({"kv_cache": "nvfp4", "kv_scale_at_least": 1.0}, "--kv-scale-at-least is for --kv-cache fp8"),
         ({"kv_cache": "fp8", "kv_scale": float("nan")}, "--kv-scale must be a number above 0 .*, not nan"),
-        ({"kv_cache": "fp8", "kv_scale_at_least": -1.0}, "--kv-scale-at-least must be a number above 0 .*, not -1"),
+        ({"kv_cache": "fp8", "kv_scale_at_least": -1.0}, "--kv-scale-at-least must be a number above 0 .*, not -1.0"),
+        ({"kv_cache": "fp8", "kv_scale": "one"}, "--kv-scale must be a number above 0 .*, not 'one'"),
         ({"input_scale": 1e39}, "--input-scale must be .* that float32 holds, not 1e\\+39"),
         ({"format": "int4_awq", "input_scale": 1.0}, "--format int4_awq, which writes no input_scale"),
         ({"config": SMALL_V3, "kv_cache": "fp8", "kv_scale": 2.0}, "scale of 1.*Give --kv-cache fp8 --kv-scale 1,"),
@@ -126,7 +127,7 @@ def test_all_problems_of_a_model_are_told_at_once() -> None:
 
 MODELOPT: dict[str, dict] = {  # what ModelOpt calls it -> what we are asked for
     "FP8-KVFP8": {"format": "fp8", "kv_cache": "fp8"},
-    "FP8-KVFP8CAST": {"format": "fp8", "kv_cache": "fp8", "kv_scale": 1.0},
+    "FP8-KVFP8CAST": {"format": "fp8", "kv_cache": "fp8", "kv_scale": 1.0, "input_scale": 0.5},
     "FP8-mcore": {"format": "fp8"},
     "NVFP4": {"format": "nvfp4"},
     "NVFP4-KVNVFP4": {"format": "nvfp4", "kv_cache": "nvfp4"},
