@@ -2,13 +2,13 @@
 that the engine takes it for. Rules have the same names in each engine's table; their effects differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..common.folder_kinds import HEADLESS, is_headless
 from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
-from .quant_configs import AlgorithmOf, Reading
+from .quant_configs import AlgorithmOf, Reading, group_size_in
 from .tensor_parallel import check_shared
 from .tensor_specs import HARMLESS, named, size_of, wanted
 from .verdict import Findings, Rule
@@ -36,14 +36,14 @@ def check_codes(
     view: View,
     reading: Reading,
     algorithm_of: AlgorithmOf,
-    optional: frozenset[str],
+    optional: Mapping[str, frozenset[str]],
     tp: int,
     findings: Findings,
 ) -> bool:
     """Every linear against the algorithm that the engine takes it for, and against `tp` GPUs that share it.
 
-    `optional` are suffixes of tensors that the engine does not need. Returns False if there are codes and no config says which:
-    then nothing more can be checked.
+    `optional` has for an algorithm the suffixes of tensors that the engine does not need. Returns False if there are codes and no
+    config says which: then nothing more can be checked.
     """
     if reading.algorithm is None and any(group.quantized for group in view.groups):
         findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
@@ -59,19 +59,27 @@ def check_codes(
             why = f"{parts} are told apart in {where}, and the engine joins them"
             findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
             continue
+        group_size = group_size_in(reading, group, algorithm)
         for name, module in group.members.items():
             if algorithm is None or not is_quantized(module):
                 _agree(name, module, algorithm, reading.where, findings)
                 continue
             shape = expected.get(f"{name}.weight", expected.get(name))
             size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
-            key = (algorithm, size, group.kind, group.parts, *module.items())
+            key = (algorithm, size, group_size, group.kind, group.parts, *module.items())
             if key not in known:
-                known[key] = tuple(_problems(module, algorithm, size, group, reading.group_size, optional))
+                known[key] = tuple(
+                    _problems(module, algorithm, size, group, group_size, optional.get(algorithm, frozenset()))
+                )
             for rule, why, way in known[key]:
                 findings.add(rule, why, name, way=way)
-    check_shared(checkpoint, view, algorithm_of, reading.group_size, tp, findings)
+    check_shared(checkpoint, view, algorithm_of, reading, tp, findings)
     return True
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def check_chunks(checkpoint: CheckpointView, findings: Findings, architectures: tuple[str, ...]) -> None:
@@ -84,10 +92,12 @@ def check_chunks(checkpoint: CheckpointView, findings: Findings, architectures: 
 
 def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], other: int, findings: Findings) -> None:
     """The GPU against the compute capability that each algorithm of the model needs: `least`, times ten, or else `other`."""
-    needed = max((least.get(one, other) for one in {reading.algorithm, *reading.layers.values()} if one), default=other)
+    algorithms = sorted({one for one in (reading.algorithm, *reading.layers.values()) if one})
+    algorithm = max(algorithms, key=lambda one: least.get(one, other), default="")
+    needed = least.get(algorithm, other)
     if gpu is not None and GPUS[gpu] < needed:
         has = GPUS[gpu] / 10
-        findings.add("gpu", f"{reading.algorithm} needs compute capability {needed / 10:g}, {gpu} has {has:g}")
+        findings.add("gpu", f"{algorithm} needs compute capability {needed / 10:g}, {gpu} has {has:g}")
 
 
 def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:

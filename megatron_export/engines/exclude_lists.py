@@ -5,7 +5,8 @@ joined modules or of their members, by parts of names, globs or ancestors.
 from fnmatch import fnmatch, fnmatchcase
 from functools import cached_property
 
-JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+GATE_UP = ("gate_proj", "up_proj")
+JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", GATE_UP: "gate_up_proj"}
 
 
 class Partly(Exception):

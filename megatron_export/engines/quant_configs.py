@@ -1,12 +1,14 @@
 """What an engine takes from a checkpoint's configs: which algorithm, for which of its modules, and the KV cache's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from .checkpoint_view import Group
-from .exclude_lists import JOINED, Names, Partly
+from .checkpoint_view import Group, View
+from .exclude_lists import JOINED, Names, Partly, full
+from .tensor_specs import own_group
 from .verdict import Findings
 
+MIXED = "MIXED_PRECISION"  # the quant_algo of a model whose modules have several
 Matcher = Callable[[Names, str, tuple[str, ...], str], bool]
 AlgorithmOf = Callable[
     [Group], str | None
@@ -19,18 +21,22 @@ class Reading:
     where      the key of the list of what is left out, for messages
     names      that list
     layers     HF module -> algorithm, of a mixed model
-    group_size inputs that share a scale
+    sizes      HF module -> inputs that share a scale, of a mixed model
+    group_size inputs that share a scale; 0 for the algorithm's own number
     kv         FP8 or NVFP4; None if the config does not quantize the cache
     dialect    modelopt, native, or '' for none
+    experts    what counts for experts alone
     """
 
     algorithm: str | None = None
     where: str = ""
     names: Names = field(default_factory=lambda: Names(()))
     layers: dict[str, str] = field(default_factory=dict)
-    group_size: int = 16
+    group_size: int = 0
     kv: str | None = None
     dialect: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    experts: "Reading | None" = None
 
 
 def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> bool:
@@ -45,13 +51,21 @@ def algorithm_in(reading: Reading, group: Group) -> str | None:
     """The algorithm of a group that is not left out; `Partly` if a mixed model has several for its members."""
     if reading.algorithm:
         return reading.algorithm
-    found = {reading.layers[name] for name in group.members if name in reading.layers}
+    names = tuple(group.members) or tuple(full(group.parent, part) for part in group.parts)
+    found = {reading.layers[name] for name in names if name in reading.layers}
     if not found and group.kind in ("experts", "stack"):
         inside = (algorithm for name, algorithm in reading.layers.items() if name.startswith(f"{group.parent}."))
         return reading.layers.get(group.parent, next(inside, None))
     if len(found) > 1:
         raise Partly
     return found.pop() if found else None
+
+
+def group_size_in(reading: Reading, group: Group, algorithm: str | None) -> int:
+    """How many inputs of a group's linears share a scale: as its entry in a mixed model says, or the config, or as usual."""
+    names = (group.parent, *group.members) if reading.sizes else ()
+    said = next((reading.sizes[name] for name in names if name in reading.sizes), reading.group_size)
+    return said or own_group(algorithm)
 
 
 def in_blocks(section: dict, names: tuple[str, ...], findings: Findings) -> Reading | None:
@@ -81,14 +95,33 @@ def kv_of(scheme: object) -> str | None:
     return "another" if scheme else None
 
 
-def layers_of(section: dict) -> dict[str, str]:
-    """HF module -> algorithm, of a mixed model."""
+def _entries(section: dict) -> dict[str, dict]:
     found = section.get("quantized_layers")
     layers = found.items() if isinstance(found, dict) else ()
-    return {name: str(said.get("quant_algo", "")).upper() for name, said in layers if isinstance(said, dict)}
+    return {name: said for name, said in layers if isinstance(said, dict)}
 
 
-def size_in(section: dict, default: int) -> int:
-    """The group size in a config, else `default`."""
+def layers_of(section: dict) -> dict[str, str]:
+    """HF module -> algorithm, of a mixed model."""
+    return {name: str(said.get("quant_algo", "")).upper() for name, said in _entries(section).items()}
+
+
+def sizes_of(section: dict) -> dict[str, int]:
+    """HF module -> group size, of those of a mixed model that say one."""
+    return {name: size for name, said in _entries(section).items() if (size := size_in(said))}
+
+
+def check_entries(layers: dict[str, str], known: Collection[str], view: View, way: str, findings: Findings) -> None:
+    """Entries of a mixed model in an algorithm that is not `known`, so that the engine takes the module for bfloat16."""
+    stored = {
+        name for group in view.groups if group.quantized and not group.mtp for name in (group.parent, *group.members)
+    }
+    for name, algorithm in layers.items():
+        if algorithm not in known and name in stored:
+            findings.add("mixed", f"quantized_layers has it in {algorithm or 'no algorithm'}", name, way=way)
+
+
+def size_in(section: dict) -> int:
+    """The group size in a config, 0 for none."""
     found = section.get("group_size")
-    return found if isinstance(found, int) and found > 0 else default
+    return found if isinstance(found, int) and found > 0 else 0

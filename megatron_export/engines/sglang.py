@@ -1,18 +1,32 @@
 """What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, but not its kernels."""
 
+from dataclasses import replace
+
 from .checkpoint_view import CheckpointView, Group
 from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors
 from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
-from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
+from .quant_configs import (
+    MIXED,
+    Reading,
+    algorithm_in,
+    check_entries,
+    in_blocks,
+    kv_of,
+    layers_of,
+    left_out,
+    listed,
+    size_in,
+    sizes_of,
+)
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
 _FILES = {
     "archs": "srt/models/registry.py",
     "attention": "srt/layers/radix_attention.py",
-    "cache": "srt/model_executor/model_runner.py",
+    "cache": "srt/mem_cache/kv_cache_dtype.py",
     "configs": "srt/configs/model_config.py",
     "deepseek": "srt/models/deepseek_v2.py",
     "deepseek loader": "srt/models/deepseek_common/deepseek_weight_loader.py",
@@ -53,6 +67,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "mixed joined":  (_R, "a mixed model has joined linears in Qwen 3 MoE, Llama 4 and, to latents, DeepSeek", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
+    "no cache said": (_R, "a mixed model whose config.json says nothing of a KV cache has hf_quant_config.json", "weights", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "weights", SEEN),
     "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", SEEN),
@@ -73,7 +88,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "kv shape":      (_R, "a KV scale is one number", "weights", READ),
     "kv pair":       (_R, "there is no v_scale without a k_scale", "kv scales", READ),
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
-    "kv flag":       (_M, "the KV cache is FP8 by itself with FP8 weights alone", "cache", READ),
+    "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
     "kv ignored":    (_L, "KV scales are loaded in Llama and DeepSeek", "attention", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
@@ -83,10 +98,12 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
 })
 # fmt: on
 _ALGORITHMS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8")
-_MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MXFP8": "MXFP8", "NVFP4": "NVFP4",
+_MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MXFP8": "native MXFP8", "NVFP4": "NVFP4",
           "W4A16_NVFP4": "W4A16_NVFP4"}  # fmt: skip
+_NOT_NEEDED = dict.fromkeys((*_ALGORITHMS, *_MIXED.values()), frozenset(("pre_quant_scale",)))
 _LATENT = "fused_qkv_a_proj_with_mqa"
 _LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
+_LEAST_MIXED = {"native MXFP8": 90}  # DeepGEMM computes it; and Marlin FP8 where nothing else does
 _IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
 _KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
 _JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
@@ -113,18 +130,20 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         of_experts = group.kind in ("experts", "stack")
         latent = "" if group.mtp else _LATENT  # models/deepseek_nextn.py does not tell the config what it joins
         skipped = not (modelopt and of_experts) and left_out(reading, inside, sglang_skipped, latent)
+        if of_experts and reading.experts and not left_out(reading.experts, inside, sglang_excluded, _LATENT):
+            return reading.experts.algorithm
         if skipped or (modelopt and left_out(reading, inside, sglang_excluded, _LATENT)):
             return None
         return algorithm_in(reading, group)
 
-    if not check_codes(checkpoint, view, reading, algorithm_of, frozenset(("pre_quant_scale",)), tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, _NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, gpu, findings)
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
-        check_capability(reading, gpu, _LEAST, 80, findings)
+        check_capability(reading, gpu, _LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
     _check_kv(checkpoint, reading, gpu, findings)
     _check_config(checkpoint, findings)
     return findings
@@ -136,28 +155,47 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     if inline is None and nested is None:
         return Reading()
     section, where = (inline, "ignore") if inline is not None else (nested, "exclude_modules")
+    if (
+        inline is not None
+        and inline.get("quant_algo") == MIXED
+        and str(inline.get("quant_method")).startswith("modelopt")
+    ):
+        if "quantized_layers" not in inline or not {"kv_cache_quant_algo", "kv_cache_scheme"} & inline.keys():
+            section, where = nested, "exclude_modules"
+        if section is None:
+            why = "config.json says nothing of a KV cache, and hf_quant_config.json is not there"
+            findings.add("no cache said", why, way='set "kv_cache_quant_algo": null beside quantized_layers')
+            return None
     method = str(section.get("quant_method", "modelopt"))
     if method == "fp8":
         names = listed(section, "ignored_layers", "modules_to_not_convert")
-        return in_blocks(section, _either_way(names), findings)
+        found = in_blocks(section, _either_way(names), findings)
+        if (
+            found
+            and (section.get("quant_algo"), section.get("moe_quant_algo")) == (MIXED, "NVFP4")
+            and size_in(section)
+        ):
+            found = replace(found, experts=Reading("NVFP4", "ignore", Names(listed(section, "ignore"))))
+        return found
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
-    return _read_modelopt(section, where, findings)
+    return _read_modelopt(checkpoint, section, where, findings)
 
 
-def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | None:
+def _read_modelopt(checkpoint: CheckpointView, section: dict, where: str, findings: Findings) -> Reading | None:
     algorithm = str(section.get("quant_algo") or "")
     kv = kv_of(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo"))
     names = Names(listed(section, where, "exclude_modules", "ignore"))
-    if algorithm == "MIXED_PRECISION":
+    if algorithm == MIXED:
         layers = layers_of(section)
         if not set(layers.values()) & {"NVFP4", "W4A16_NVFP4"}:
             why = "no layer is in NVFP4, so it is taken for another format"
             findings.add("mixed", why, way="quantize a layer to NVFP4")
             return None
+        check_entries(layers, _MIXED, checkpoint.indexed, FORMATS, findings)
         known = {name: _MIXED[one] for name, one in layers.items() if one in _MIXED}
-        return Reading("", where, names, known, size_in(section, 16), kv, "modelopt")
+        return Reading("", where, names, known, 0, kv, "modelopt", sizes_of(section))
     if algorithm.upper() == "FP8_PB_WO":
         findings.add("algorithm", "refuses FP8_PB_WO", way="--fp8-pb-spelling native")
         return None
@@ -169,7 +207,7 @@ def _read_modelopt(section: dict, where: str, findings: Findings) -> Reading | N
         return None
     if algorithm == "MXFP8":  # which it reads as its native dialect, and the names so
         return Reading(algorithm, where, Names(_either_way(names.listed)), {}, 32, kv, "native")
-    return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
+    return Reading(algorithm, where, names, {}, size_in(section), kv, "modelopt")
 
 
 def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -229,7 +267,8 @@ def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) 
         rows = module["weight"].shape[0]
         latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
         joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
-        if "weight_scale_inv" in module and joined and not latent and rows % 128:
+        in_blocks = module.get("weight_scale_inv", module["weight"]).dtype == "F32"
+        if in_blocks and joined and not latent and rows % 128:
             findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
                          way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
 
@@ -254,7 +293,7 @@ def _check_kv(checkpoint: CheckpointView, reading: Reading, gpu: str | None, fin
         findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
         if gpu is not None and GPUS[gpu] < BLACKWELL:
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
-    elif reading.algorithm != "FP8":
+    elif reading.algorithm == "blocks" or reading.kv != "FP8":
         findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
     if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
         findings.add("kv ignored", "ignores the scales of this architecture's KV cache")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .checkpoint_view import CheckpointView, View, is_quantized
 from .exclude_lists import Partly
-from .quant_configs import AlgorithmOf
+from .quant_configs import AlgorithmOf, Reading, group_size_in
 from .tensor_specs import size_of, unit_of
 from .verdict import Findings
 
@@ -30,12 +30,12 @@ class _Cut(NamedTuple):
 
 
 def check_shared(
-    checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, group_size: int, tp: int, findings: Findings
+    checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, reading: Reading, tp: int, findings: Findings
 ) -> None:
-    """Heads and linears against `tp` GPUs; groups of `group_size` inputs share a scale."""
+    """Heads and linears against `tp` GPUs."""
     if tp == 1:
         return  # nothing is cut
-    cuts = _cuts(checkpoint, view, algorithm_of, group_size)
+    cuts = _cuts(checkpoint, view, algorithm_of, reading)
 
     def fits(size: int) -> bool:
         return _heads_fit(checkpoint, size) and all(cut.whole(size) for cut in cuts)
@@ -62,7 +62,7 @@ def _heads_fit(checkpoint: CheckpointView, tp: int) -> bool:
     return heads % tp == 0 and (checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0)
 
 
-def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, group_size: int) -> dict[_Cut, list[str]]:
+def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, reading: Reading) -> dict[_Cut, list[str]]:
     """Every way in which linears are dealt out -> their names."""
     found: dict[_Cut, list[str]] = {}
     groups = checkpoint.number("num_key_value_heads")
@@ -73,6 +73,7 @@ def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, gro
             algorithm = algorithm_of(group)
         except Partly:
             continue
+        group_size = group_size_in(reading, group, algorithm)
         for name, module in group.members.items():
             last = name.rpartition(".")[2]
             codes = algorithm if is_quantized(module) else None

@@ -9,6 +9,8 @@ _FLOATS = ("F32", "BF16", "F16")
 _TWO_INPUTS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")  # in a byte
 _TWO_ROWS = ("W4A16_AWQ", "W4A8_AWQ")
 _BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
+_GROUPS = dict.fromkeys(("MXFP8", "native MXFP8", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8"), 32)
+_GROUPS |= dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), 16) | dict.fromkeys(_TWO_ROWS, 128)
 Wanted = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
 
 # What a module may also have, which takes part in no product of codes.
@@ -43,6 +45,7 @@ def wanted(algorithm: str, out: int, inputs: int, group: int) -> Wanted:
         "W4A8_NVFP4_FP8": fp4 | {"input_scale": scalar},
         "W4A8_MXFP4_FP8": {"weight": fp4["weight"], "weight_scale": (("U8",), ((out, inputs // 32),))},
         "MXFP8": fp8 | {"weight_scale": (("U8",), ((out, inputs // 32),))},
+        "native MXFP8": fp8 | {"weight_scale_inv": (("U8",), ((out, inputs // 32),))},
         "W4A16_AWQ": int4 | smoothed,
         "W4A8_AWQ": int4 | {"weight_scale_2": scalar, "input_scale": scalar} | smoothed,
     }
@@ -61,9 +64,12 @@ def unit_of(algorithm: str | None, group: int) -> tuple[int, int]:
     """How many rows, and how many inputs, of a linear share a scale, so that they must stay on one GPU."""
     if algorithm in _BLOCKS:
         return 128, 128
-    if algorithm in _TWO_INPUTS + _TWO_ROWS:
-        return 1, group
-    return 1, 32 if algorithm == "MXFP8" else 1
+    return 1, group if algorithm in _GROUPS else 1
+
+
+def own_group(algorithm: str | None) -> int:
+    """How many inputs share a scale where a config does not say it; 1 for no groups."""
+    return _GROUPS.get(algorithm or "", 1)
 
 
 def named(shapes: tuple[tuple[int, ...], ...]) -> str:

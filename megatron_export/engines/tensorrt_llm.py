@@ -1,11 +1,23 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; nothing was run."""
 
 from .checkpoint_view import CheckpointView, Group
-from .checks import AGAIN, check_codes, check_tensors
-from .exclude_lists import Names, tensorrt_llm
+from .checks import AGAIN, check_codes, check_tensors, release_of
+from .exclude_lists import Names, Partly, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
-from .quant_configs import Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
+from .quant_configs import (
+    MIXED,
+    AlgorithmOf,
+    Reading,
+    algorithm_in,
+    in_blocks,
+    kv_of,
+    layers_of,
+    left_out,
+    listed,
+    size_in,
+    sizes_of,
+)
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
@@ -98,13 +110,12 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         inverse = any("weight_scale_inv" in module for module in group.members.values())
         return "modelopt blocks" if found == "blocks" and not inverse else found
 
-    optional = _OPTIONAL.get(reading.algorithm, frozenset())
-    if not check_codes(checkpoint, view, reading, algorithm_of, optional, tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, _OPTIONAL, tp, findings):
         return findings
     if checkpoint.architecture == "Llama4ForCausalLM":
         findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:
-        _check_layouts(checkpoint, reading, findings)
+        _check_layouts(checkpoint, algorithm_of, findings)
         _check_gpu(reading, gpu, findings)
     if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
         findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
@@ -137,22 +148,21 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
 
 
 def _named(section: dict, where: str, kv: object, version: str, findings: Findings) -> Reading | None:
-    algorithm = str(section.get("quant_algo") or "")
-    if algorithm == "MIXED_PRECISION":
-        layers = {name: _ALGORITHMS[one] for name, one in layers_of(section).items() if one in _ALGORITHMS}
-        return Reading("", where, Names(listed(section, where)), layers, size_in(section, 16), kv_of(kv), "modelopt")
-    if algorithm not in _ALGORITHMS:
-        findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=AGAIN)
+    algorithm, names = str(section.get("quant_algo") or ""), Names(listed(section, where))
+    layers = layers_of(section) if algorithm == MIXED else {}
+    algorithms = {*layers.values()} if algorithm == MIXED else {algorithm}
+    if odd := sorted(algorithms - _ALGORITHMS.keys()):
+        findings.add("algorithm", f"it does not know {odd[0] or 'the empty quant_algo'}", way=AGAIN)
         return None
-    release = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    if release < (1, 3) and algorithm in _NEW:
-        findings.add("old", f"release {version} does not know {algorithm}", way="serve with a newer one")
+    if release_of(version) < (1, 3) and (new := sorted(algorithms & {*_NEW})):
+        findings.add("old", f"release {version} does not know {new[0]}", way="serve with a newer one")
         return None
-    if algorithm == "FP8_PB_WO":
+    if "FP8_PB_WO" in algorithms:
         findings.add("case", "releases up to 1.2 know it as fp8_pb_wo alone", way="--fp8-pb-spelling native")
-    size = 32 if algorithm.endswith("FP4_FP8") else 16 if "NVFP4" in algorithm else 128
-    group_size = size_in(section, size)
-    return Reading(_ALGORITHMS[algorithm], where, Names(listed(section, where)), {}, group_size, kv_of(kv), "modelopt")
+    if algorithm == MIXED:
+        layers = {name: _ALGORITHMS[one] for name, one in layers.items()}
+        return Reading("", where, names, layers, 0, kv_of(kv), "modelopt", sizes_of(section))
+    return Reading(_ALGORITHMS[algorithm], where, names, {}, size_in(section), kv_of(kv), "modelopt")
 
 
 def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
@@ -161,6 +171,7 @@ def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
     kinds = {
         "quant_algo": (inline.get("quant_algo"), nested.get("quant_algo")),
         "KV cache": (kv_of(inline.get("kv_cache_scheme")), kv_of(nested.get("kv_cache_quant_algo"))),
+        "quantized_layers": (layers_of(inline), layers_of(nested)),
         "list of modules left out": (set(listed(inline, "ignore")), set(listed(nested, "exclude_modules"))),
     }
     for kind, (one, other) in kinds.items():
@@ -178,17 +189,20 @@ def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
             findings.add("gpu", f"it does not compute {algorithm} on {gpu}", way=f"it does {on}" if on else "")
 
 
-def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
+def _check_layouts(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
         findings.add("gpt_oss", "not tried with this architecture")
     for group in checkpoint.whole.groups:
         if group.mtp or not group.quantized:
             continue
-        module = next(iter(group.members.values()))
+        try:
+            algorithm = algorithm_of(group)
+        except Partly:
+            continue
         if group.kind == "experts" and checkpoint.architecture.startswith("Llama4"):
             findings.add("llama4", "reads experts of Llama 4 only where they are stacked in one tensor", group.parent,
                          way="--format fp8 or nvfp4")  # fmt: skip
-        elif group.kind == "experts" and reading.algorithm == "blocks" and "weight_scale_inv" not in module:
+        elif group.kind == "experts" and algorithm == "modelopt blocks":
             findings.add("block experts", "it reads scales of experts as weight_scale_inv alone", group.parent,
                          way="--fp8-pb-spelling native")  # fmt: skip
         if checkpoint.latent and ".self_attn" in group.parent:

@@ -1,12 +1,29 @@
 """What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels."""
 
+from functools import partial
+
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors
-from .exclude_lists import Names, vllm_exactly, vllm_modelopt
+from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors, release_of
+from .exclude_lists import GATE_UP, Names, Partly, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
-from .kv_scales import check_kv_scales
-from .quant_configs import AlgorithmOf, Reading, algorithm_in, in_blocks, kv_of, layers_of, left_out, listed, size_in
+from .quant_configs import (
+    MIXED,
+    AlgorithmOf,
+    Matcher,
+    Reading,
+    algorithm_in,
+    check_entries,
+    in_blocks,
+    kv_of,
+    layers_of,
+    left_out,
+    listed,
+    size_in,
+    sizes_of,
+)
+from .router_weights import check_router_weights
 from .verdict import Effect, Findings, table
+from .vllm_cache import check_cache
 
 NAME, VERSION = "vLLM", "0.32.0"
 _FILES = {
@@ -55,9 +72,10 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "loader", SEEN),
     "mixed":         (_R, "a mixed model lists its quantized_layers, of algorithms that it has", "modelopt", SEEN),
+    "mixed cache":   (_L, "a mixed model's KV cache is in FP8: scales of another are not read", "modelopt", SEEN),
     "blocks":        (_R, "of joined linears all but the last have whole blocks of 128 rows, of experts all", "blocks", SEEN),
     "inputs":        (_R, "FP8_PB_WO has inputs in whole blocks of 128", "modelopt", SEEN),
-    "block experts": (_R, "experts in FP8_PB_WO or FP8_PER_CHANNEL_PER_TOKEN are in a mixed model", "modelopt", READ),
+    "block experts": (_R, "experts are not in FP8_PER_CHANNEL_PER_TOKEN, nor in FP8_PB_WO but in a mixed model", "modelopt", READ),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "model config", SEEN),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
@@ -82,16 +100,21 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
 # fmt: on
 _BLOCKS_OF_MIXED = {  # how a mixed model's linears and experts in blocks are spelled
     ("linear", "FP8_BLOCK_SCALES"): None,
+    ("head", "FP8_BLOCK_SCALES"): None,
     ("experts", "FP8_PB_WO"): "blocks",
     ("experts", "FP8_BLOCK_SCALES"): "blocks",
 }
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
 _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
+_NOT_NEEDED = {"W4A16_NVFP4": frozenset(("input_scale",))}
 _LATENT = "fused_qkv_a_proj"
-_LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80, "blocks": 75}
-_FLASHINFER_CUTLASS = (90, 120)  # where experts go to its CUTLASS kernels, if they can compute them
+_LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80}
+_LEAST_MIXED = {"MXFP8": 80}  # FP8 goes to Marlin there
 _IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
+_NOT_UNDONE = ("Qwen3MoeForCausalLM",)  # it says that gate and up are joined when lists are already compared
+_FILE = ("exclude_modules", "kv_cache_quant_algo")
+_B12X = ("IQ2_XS", "IQ2_XXS", "Q8_0")  # of a package of that name
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
@@ -100,7 +123,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
     check_chunks(checkpoint, findings, _IN_CHUNKS)
-    reading = read(checkpoint, findings)
+    reading = read(checkpoint, version, findings)
     if reading is None:
         return findings
     modelopt = reading.dialect == "modelopt"
@@ -111,33 +134,49 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         if group.kind == "router" and not (modelopt and checkpoint.architecture in _ASKS_ROUTERS):
             return None
         matcher = vllm_modelopt if modelopt else vllm_exactly
+        if checkpoint.architecture in _NOT_UNDONE and group.parts == GATE_UP:
+            matcher = partial(_by_one_name, matcher)
         found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
-        return _BLOCKS_OF_MIXED.get((group.kind, found), found) if reading.layers else found
+        return found if reading.algorithm else _in_a_mix(reading, group, found)
 
-    optional = frozenset({"input_scale"} if reading.algorithm == "W4A16_NVFP4" else ())
-    if not check_codes(checkpoint, view, reading, algorithm_of, optional, tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, _NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
-        _check_layouts(checkpoint, reading, findings)
+        _check_layouts(checkpoint, reading, algorithm_of, findings)
         check_mtp(view, findings, algorithm_of)
-        check_capability(reading, gpu, _LEAST, 75, findings)
+        check_capability(reading, gpu, _LEAST if reading.algorithm else _LEAST_MIXED, 75, findings)
         if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
-        _check_router_weights(checkpoint, reading, gpu, findings)
-    _check_kv(checkpoint, reading, findings)
+        check_router_weights(checkpoint, algorithm_of, gpu, findings)
+    check_cache(checkpoint, reading, findings)
     if checkpoint.latent and checkpoint.architecture.startswith("Deepseek"):
         _check_routers(checkpoint, findings)
     return findings
 
 
-def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
+def _by_one_name(matcher: Matcher, names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
+    """A joined linear whose members' names are not compared."""
+    return matcher(names, parent, (joined,), joined)
+
+
+def _in_a_mix(reading: Reading, group: Group, listed_in: str | None) -> str | None:
+    """What a mixed model's group that is listed in an algorithm is built for. Experts that are not listed take the algorithm of the
+    first module beside them that is.
+    """
+    if listed_in is None and group.kind in ("experts", "stack"):
+        beside = group.parent.removesuffix("experts")
+        listed_in = next((one for name, one in reading.layers.items() if name.startswith(beside)), None)
+    return _BLOCKS_OF_MIXED.get((group.kind, listed_in), listed_in)
+
+
+def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Reading | None:
     """What vLLM takes from the configs: from config.json, or from hf_quant_config.json if that does not quantize."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
         return Reading()
     if inline is None:
-        return _read_nested(nested, findings)
+        return _read_nested(checkpoint, nested, version, findings)
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
@@ -147,33 +186,43 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
-    return _read_modelopt(inline, "ignore", kv_of(inline.get("kv_cache_scheme")), findings)
+    mixed_in_file = inline.get("quant_algo") == MIXED and "quantized_layers" not in inline and nested is not None
+    section, where, kv = (nested, *_FILE) if mixed_in_file else (inline, "ignore", "kv_cache_scheme")
+    return _read_modelopt(checkpoint, section, where, kv_of(section.get(kv)), findings)
 
 
-def _read_nested(nested: dict, findings: Findings) -> Reading | None:
+def _read_nested(checkpoint: CheckpointView, nested: dict, version: str, findings: Findings) -> Reading | None:
     algorithm = str(nested.get("quant_algo") or "").upper()
     lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
-    if algorithm not in _NESTED:
-        findings.add("config", f"hf_quant_config.json alone says {algorithm}", way="put it into config.json too")
+    if algorithm not in (*_NESTED, *((MIXED,) if release_of(version) >= (0, 33) else ())):
+        later = " or serve with 0.33," if algorithm == MIXED else ""
+        findings.add(
+            "config", f"hf_quant_config.json alone says {algorithm}", way=f"{later} put it into config.json too".strip()
+        )
         return None
     if algorithm == "NVFP4" and lacking:
         findings.add("config", f"hf_quant_config.json has no {', '.join(sorted(lacking))}", way="put it there")
         return None
-    return _read_modelopt(nested, "exclude_modules", kv_of(nested.get("kv_cache_quant_algo")), findings)
+    return _read_modelopt(checkpoint, nested, _FILE[0], kv_of(nested.get(_FILE[1])), findings)
 
 
-def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings) -> Reading | None:
+def _read_modelopt(
+    checkpoint: CheckpointView, section: dict, where: str, kv: str | None, findings: Findings
+) -> Reading | None:
     algorithm = str(section.get("quant_algo") or "").upper()
     names = Names(listed(section, where))
-    if algorithm == "MIXED_PRECISION":
+    if algorithm == MIXED:
         layers = layers_of(section)
         if not layers:
             findings.add("mixed", "quantized_layers lists none", way="list them")
             return None
-        if odd := {one for one in layers.values() if one not in (*_ALGORITHMS, "FP8_BLOCK_SCALES")}:
-            findings.add("mixed", f"quantized_layers has {', '.join(sorted(odd))}", way=FORMATS)
+        if odd := sorted({*layers.values()} & {*_B12X}):
+            findings.add("another", f"no rules about {odd[0]}")
             return None
-        return Reading("", where, names, layers, size_in(section, 16), kv, "modelopt")
+        known = (*_ALGORITHMS, "FP8_BLOCK_SCALES")
+        check_entries(layers, known, checkpoint.indexed, FORMATS, findings)
+        layers = {name: one for name, one in layers.items() if one in known}
+        return Reading("", where, names, layers, 0, kv, "modelopt", sizes_of(section))
     if algorithm not in _ALGORITHMS:
         findings.add("algorithm", f"it does not know {algorithm or 'the empty quant_algo'}", way=FORMATS)
         return None
@@ -181,7 +230,7 @@ def _read_modelopt(section: dict, where: str, kv: str | None, findings: Findings
     if algorithm == "NVFP4" and isinstance(groups, dict) and groups:
         inputs = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
         algorithm = "W4A16_NVFP4" if not any(inputs) else algorithm
-    return Reading(algorithm, where, names, {}, size_in(section, 16), kv, "modelopt")
+    return Reading(algorithm, where, names, {}, size_in(section), kv, "modelopt")
 
 
 def _check_routers(checkpoint: CheckpointView, findings: Findings) -> None:
@@ -203,7 +252,7 @@ def _check_tied(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings:
         findings.add("not left out", why, "lm_head", way="name it in ignore")
 
 
-def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
+def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM":
         why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
         findings.add("gpt_oss", why, way="--format bf16")
@@ -214,60 +263,24 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, findings: Findi
         if group.kind == "stack" and checkpoint.architecture != "Llama4ForConditionalGeneration":
             findings.add("stack", f"it does not load stacked experts of {checkpoint.architecture} with scales",
                          *group.members, way="export it again: experts of this architecture are written one by one")  # fmt: skip
-        elif group.kind == "experts" and reading.algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
-            way = "--fp8-pb-spelling native" if reading.algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
-            findings.add("block experts", f"it does not load experts in {reading.algorithm}", group.parent, way=way)
-        if reading.algorithm in ("blocks", "FP8_PB_WO"):
-            _check_blocks(group, reading, findings)
+            continue
+        try:
+            algorithm = algorithm_of(group)
+        except Partly:
+            continue
+        if group.kind == "experts" and algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
+            way = "--fp8-pb-spelling native" if algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
+            findings.add("block experts", f"it does not load experts in {algorithm}", group.parent, way=way)
+        if algorithm in ("blocks", "FP8_PB_WO"):
+            _check_blocks(group, algorithm, findings)
 
 
-def _check_blocks(group: Group, reading: Reading, findings: Findings) -> None:
+def _check_blocks(group: Group, algorithm: str, findings: Findings) -> None:
     for name, module in group.members.items():
         rows, inputs = module["weight"].shape[-2:]
         last = name.rpartition(".")[2] == group.parts[-1] if group.parts else name.endswith(("down_proj", "w2"))
-        if reading.algorithm == "blocks" and not last and rows % 128:
+        if algorithm == "blocks" and not last and rows % 128:
             findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which vLLM wants of q, k, gate and experts",
                          name, way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
-        if reading.algorithm == "FP8_PB_WO" and inputs % 128:
+        if algorithm == "FP8_PB_WO" and inputs % 128:
             findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")
-
-
-def _check_kv(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
-    kv = checkpoint.indexed.kv
-    if reading.algorithm is not None and not checkpoint.latent:
-        check_kv_scales(checkpoint.indexed, findings, pairs=bool(reading.kv))
-    if checkpoint.latent:
-        if reading.kv == "NVFP4":
-            findings.add("kv latent", "it has no NVFP4 cache for latent attention", way="--kv-cache none")
-        elif kv:
-            findings.add("kv mla", "its FP8 cache of latent attention has a scale of 1", way="--kv-cache none")
-        return
-    if reading.kv == "NVFP4":
-        findings.add("kv nvfp4", "its NVFP4 KV cache with FlashInfer only")
-    if (reading.kv or kv) and reading.dialect == "native":
-        findings.add("kv dialect", "its FP8 KV cache with --kv-cache-dtype fp8")
-    if reading.kv and reading.algorithm is not None:
-        found = {at for spelled, places in kv.items() for at in places if spelled.endswith(("k_scale", "v_scale"))}
-        if len(found) < checkpoint.layers and (found or reading.kv != "FP8"):
-            findings.add("kv scales", f"KV scales are there for {len(found)} of {checkpoint.layers} layers; the cache of others "
-                         "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip
-
-
-def _check_router_weights(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
-    """Llama 4 multiplies experts' inputs by router weights: vLLM does so before it calls a kernel, and some kernels do it again."""
-    experts = any(group.kind in ("experts", "stack") and group.quantized for group in checkpoint.indexed.groups)
-    if not (experts and checkpoint.architecture.startswith("Llama4")):
-        return
-    twice = "multiplies by router weights twice"
-    if reading.algorithm in ("NVFP4", "W4A16_NVFP4"):
-        way = "--format fp8, or serve it with --moe-backend emulation, which is slow"
-        if gpu is None:
-            why = f"its experts, on B200 or B300; elsewhere Marlin or FlashInfer {twice}"
-            findings.add("router kernel", why, way=way)
-        elif GPUS[gpu] < BLACKWELL:
-            findings.add("router", f"on {gpu} Marlin computes its experts, and {twice}", way=way)
-        elif GPUS[gpu] in _FLASHINFER_CUTLASS:
-            findings.add("router kernel", f"its experts with FlashInfer, which on {gpu} {twice}", way=way)
-    elif reading.algorithm == "FP8" and (gpu is None or GPUS[gpu] in _FLASHINFER_CUTLASS):
-        findings.add("router kernel", f"its experts; FlashInfer, where it is there, {twice} on Hopper and RTX GPUs",
-                     way="serve it with --moe-backend triton")  # fmt: skip

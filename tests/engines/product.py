@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_export import formats
+from megatron_export.planning import recipe
 
 from ..support.models import add_mtp, make_model
 
@@ -48,6 +49,14 @@ FORMATS = {name: {"format": name} for name in formats.FORMATS} | {
     "nvfp4_kvnvfp4": {"format": "nvfp4", "kv_cache": "nvfp4"},
     "nvfp4_awq_modelopt": {"format": "nvfp4_awq", "awq_output": "modelopt"},
 }
+FORMATS |= {name: {"recipe": name} for name in recipe.names()} | {
+    "nvfp4_experts_kv_cast": {"recipe": "nvfp4_experts_only", "kv_cache": "fp8", "kv_scale": 1.0},
+    "mixed_mxfp8": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=mxfp8",)},
+    "mixed_pc_pt": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pc_pt",)},
+    "mixed_pb": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pb",), "fp8_pb_spelling": "modelopt"},
+    "mixed_pb_native": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pb",)},
+    "mixed_kvnvfp4": {"recipe": "nvfp4_mlp_fp8_attention", "kv_cache": "nvfp4"},
+}
 WITH_MLA = {f"{name}+mla": settings | {"quantize_mla": True} for name, settings in FORMATS.items()}
 
 
@@ -72,10 +81,10 @@ def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str
         for name in names:
             settings = asked[name]
             try:
-                if measured is None and settings["format"] != "bf16":
-                    forms = {one["format"] for one in asked.values()}
+                if measured is None and settings.get("format") != "bf16":
+                    forms = {one.get("format", "fp8") for one in asked.values()}  # fp8's serve every recipe here
                     measured = calibrate(built, batches(model), format=sorted(forms - {"bf16"}))
-                given = None if settings["format"] == "bf16" else measured
+                given = None if settings.get("format") == "bf16" else measured
                 export_hf_checkpoint(built, out / name, hf_model=model, calibration=given, **settings, **more)
             except ExportError as error:
                 refused[name] = str(error)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,11 @@ def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointVie
         for f, held in said.files.items()
     }
     return replace(said, files=files)
+
+
+def mixed(config: dict, *lines: str, **settings: Any) -> CheckpointView:
+    """What a recipe would write: NVFP4 in MLPs and experts, and these lines."""
+    return planned(config, recipe="nvfp4_mlp_only", set=lines, **settings)
 
 
 def without_predicting(form: str) -> CheckpointView:
@@ -129,7 +135,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: planned(SMALL_V3, format="fp8", kv_cache="fp8", kv_scale=1.0), {}, "", "", ""),
     "latent cache with scales": (
         lambda: alter(hurt("deepseekv3-NVFP4-KVNVFP4", "routers, cache")(), **FP8_CACHE), {},
-        "kv mla", "latent, kv flag", "latent, machine"),
+        "kv mla", "latent", "latent, machine"),
     "predicts, plain": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="nvfp4")), {},
         "mtp left out", "mtp left out", "machine"),
     "predicts twice": (lambda: planned(SMALL_V3 | {"num_nextn_predict_layers": 2}, format="fp8"), {}, "", "mtp count", ""),
@@ -157,7 +163,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "cache scales spelled short": (hurt("qwen3-FP8-KVFP8", "the cache spelt short"), {}, "", "kv ignored", "kv spelling"),
     "cache scales of heads": (
         lambda: with_a_dim(planned(LLAMA, format="nvfp4", kv_cache="fp8"), "k_scale", "v_scale", size=4), {},
-        "kv shape", "kv shape, kv flag", "kv shape, machine"),
+        "kv shape", "kv shape", "kv shape, machine"),
     "cache scales of keys alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "v_scale"), {},
         "kv half", "kv half", ""),
     "cache scales of values alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "k_scale"), {},
@@ -230,6 +236,46 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "stacked weights of NVFP4, a scale lost": (
         lambda: without_tensors(planned(LLAMA4_SEES, format="w4a16_nvfp4"), "experts.down_proj_weight_scale_2"), {"gpu": "b200"},
         "scale", "scale, stack", "scale, gpu"),
+    "a mix with MXFP8": (lambda: mixed(QWEN_MOE, "*.self_attn.*=mxfp8"), {}, "", "scale, extra", "machine"),
+    "a mix with blocks": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"), {}, "left out", "", "machine"),
+    "a mix with blocks of ModelOpt": (lambda: mixed(LLAMA, "*.self_attn.*=fp8_pb", options=SPELLED), {},
+        "", "scale, mixed joined, extra", "case, machine"),
+    "a mix with blocks of ModelOpt, before 1.3": (
+        lambda: mixed(LLAMA, "*.self_attn.*=fp8_pb", options=SPELLED), {"version": "1.2"},
+        "version", "scale, mixed joined, extra, version", "old, version"),
+    "a mix with channels": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pc_pt"), {}, "", "left out, mixed", "machine"),
+    "a mix with experts in channels": (
+        lambda: mixed(QWEN_MOE, "*.self_attn.*=nvfp4", "*.experts=fp8_pc_pt"), {},
+        "block experts", "left out, mixed", "machine"),
+    "a mix with int4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=int4_awq"), {},
+        "left out, mixed", "left out, mixed, awq", "machine"),
+    "a mix with int4 in groups of 64, shared": (
+        lambda: mixed(LLAMA, "*.self_attn.*=int4_awq", options=Options(group_size=64)), {"tp": 4},
+        "left out, mixed", "left out, mixed joined, mixed, awq", "machine"),
+    "a mix with int4 in groups of 128, shared": (lambda: mixed(LLAMA, "*.self_attn.*=int4_awq"), {"tp": 4},
+        "left out, mixed", "left out, mixed joined, mixed, awq", "shared, machine"),
+    "a mix for Blackwell": (lambda: mixed(QWEN, "*.self_attn.*=w4a8_nvfp4_fp8"), {"gpu": "h200"},
+        "left out, mixed", "left out, mixed joined, mixed", "gpu"),
+    "a mix on Hopper": (
+        lambda: planned(QWEN_MOE, recipe="w4a16_nvfp4_mlp_fp8_attention"), {"gpu": "h200"}, "", "", ""),
+    "a mix on a T4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "t4"}, "", "gpu", "gpu"),
+    "a mix on an A100": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "a100"}, "", "", "gpu"),
+    "a mix with MXFP8 on a T4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=mxfp8"), {"gpu": "t4"}, "gpu", "scale, gpu, extra", "gpu"),
+    "a mix with a cache": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="fp8"), {}, "", "kv ignored", "machine"),
+    "a mix with a cache in four bits": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="nvfp4"), {},
+        "mixed cache, kv nvfp4", "kv ignored, kv nvfp4", "machine"),
+    "a mix with a cache in four bits, dense": (lambda: mixed(LLAMA, "*.self_attn.*=fp8", kv_cache="nvfp4"), {},
+        "mixed cache, kv nvfp4", "mixed joined, kv nvfp4", "machine"),
+    "a mix in config.json": (lambda: replace(mixed(QWEN_MOE, "*.self_attn.*=fp8"), quant=None), {}, "", "no cache said", "machine"),
+    "a mix in config.json, dense": (lambda: replace(mixed(LLAMA, "*.self_attn.*=fp8"), quant=None), {},
+        "", "no cache said", "machine"),
+    "a mix in config.json, and a cache": (
+        lambda: replace(mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="fp8", kv_scale=1.0), quant=None), {}, "", "", "machine"),
+    "experts beside shared ones of a mix": (
+        lambda: alter(planned(SMALL_V3, format="bf16", set=("*.shared_experts.*=fp8", "*.layers.0.mlp.*=nvfp4")), ignore=[]), {},
+        "not left out, mtp left out", "mixed joined", "two configs, machine"),
+    "a dense layer left out": (
+        lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, recipe="fp8_attention_only"), {}, "not left out", "dense", ""),
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
 }
 # fmt: on

@@ -125,6 +125,8 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "llama 4 on Hopper": lambda: found(planned(LLAMA4, format="nvfp4"), gpu="h200"),
     "on a T4": lambda: found(planned(LLAMA, format="fp8"), gpu="t4"),
     "cache alone": lambda: found(replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None)),
+    "mixed, a cache in four bits": lambda: found(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention", kv_cache="nvfp4")),
+    "mixed, in config.json alone": lambda: found(replace(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention"), quant=None)),
     "unknown to all": lambda: found(alter(planned(LLAMA, format="fp8"), quant_algo="INT3")),
 }  # fmt: skip
 

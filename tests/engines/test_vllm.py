@@ -23,15 +23,19 @@ from .asking import EVERY, exported, tried
 from .product import MODELS
 
 pytestmark = pytest.mark.vllm
+MIXED = ["nvfp4_mlp_fp8_attention", "w4a16_nvfp4_mlp_fp8_attention", "mixed_mxfp8", "mixed_pb_native", "mixed_kvnvfp4"]
 SOME = {
     "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq"],
-    "qwen3_moe": ["fp8_kv", "nvfp4_awq", "nvfp4_cast"],
+    "qwen3": [*MIXED, "w4a16_nvfp4", "mixed_pb"],
+    "qwen3_moe": ["fp8_kv", "nvfp4_awq", "nvfp4_cast", "fp8_attention_only"],
+    "qwen3_moe-sparse": [*MIXED, "nvfp4_experts_only", "fp8_attention_only", "w4a16_nvfp4", "mixed_pc_pt"],
     "deepseek_v3-mtp": ["fp8_pb", "nvfp4", "nvfp4+mla", "nvfp4_cast"],
     "llama4": ["fp8_kv", "fp8_pb", "nvfp4"],
     "llama4_vision": ["fp8_kv", "nvfp4"],
     "gpt_oss": ["bf16", "fp8"],
 }
-GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq")
+GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq",
+    "nvfp4_mlp_fp8_attention", "mixed_mxfp8")  # fmt: skip
 CAST = "Using KV cache scaling factor 1.0"
 SHORTEST = [("llama31", 1), ("llama31", 2), ("deepseek_v3", 1)]
 UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from tempfile import mkdtemp
 
-from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, heard
+from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, expect_no_input_scales, heard
 
 
 def without_kernels() -> None:
@@ -38,7 +38,11 @@ def loaded(folder: Path) -> None:
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+    from vllm.model_executor.model_loader.utils import (
+        get_model_architecture,
+        initialize_model,
+        process_weights_after_loading,
+    )
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = EngineArgs(model=str(folder), max_model_len=SHORT, **HOW).create_engine_config()
@@ -46,12 +50,15 @@ def loaded(folder: Path) -> None:
         if not torch.distributed.is_initialized():
             parallel_state.init_distributed_environment(1, 0, f"file://{mkdtemp()}/store", 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1)
+        kind, _ = get_model_architecture(config.model_config)
+        joined = dict(getattr(kind, "packed_modules_mapping", {}))
         try:
             model = initialize_model(vllm_config=config)
             get_model_loader(config.load_config).load_weights(model, config.model_config)
             process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         finally:
             parallel_state.destroy_model_parallel()
+            kind.packed_modules_mapping = joined  # some models add to that of their class, which the next would find
 
 
 def tried(folder: Path, generate: bool) -> dict:
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     emulate()
+    expect_no_input_scales()
     if not arguments.generate:
         without_kernels()
     for folder in arguments.folders:
