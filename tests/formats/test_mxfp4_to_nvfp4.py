@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_export.common.piece import Amax, Axis, join
-from megatron_export.formats import chosen, encode
+from megatron_export.formats import chosen, encode, nvfp4
 from megatron_export.formats.mxfp4_to_nvfp4 import cast_of
 
 from ..support.models import same
@@ -77,6 +77,21 @@ def test_blocks_out_of_reach_are_rounded_to_the_least_scale() -> None:
     assert found[3, :2].tolist() == [2 * unit, 0]  # a quarter is between 0 and a half: to the even code
     assert found[4, :2].tolist() == [1.5 * unit, 0.5 * unit]  # 6/4, exact; 1.5/4 = 0.375 is nearer to a half
     assert found[5, :2].tolist() == [0, 0]
+
+
+@pytest.mark.modelopt
+@pytest.mark.parametrize("powers", [(-9, 0), (-17, 0), (-30, 5)])
+def test_values_are_those_of_modelopts_cast(powers: tuple[int, int]) -> None:
+    """Its codes and scales are the original's where they are in reach, so that some bytes are others."""
+    from modelopt.torch.export.shard_cast_utils import mxfp4_kmax, quantize_mxfp4_to_nvfp4_lossless
+
+    form, (packed, scales, values) = chosen("nvfp4"), random_blocks(64, 256, powers)
+    codes, theirs, second, *_ = quantize_mxfp4_to_nvfp4_lossless(packed, scales, mxfp4_kmax(scales), "cpu")
+    mine = encode(cast_of(form), values.bfloat16(), Amax(values.abs().max(), ONE))
+    assert float(mine["weight_scale_2"].data) == float(second)
+    assert torch.equal(
+        form.decode(mine), form.decode(nvfp4.pieces(codes.view(torch.uint8), theirs, second.reshape(()), ONE))
+    )
 
 
 def test_shards_become_shards_of_the_whole_under_the_amax_of_all() -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from megatron_export import formats
 from megatron_export.common.piece import Amax
 from megatron_export.formats import Form, cuda_kernels, triton_kernels
+from megatron_export.formats.mxfp4_to_nvfp4 import cast_of
 
 from ..support.kernel_cases import FORMS, SEARCHED, amaxes, cases, of, searched_cases, wrong
 from ..support.models import same
+from ..support.quantized_sources import random_blocks
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -28,6 +30,14 @@ def test_searched_scales_have_the_bytes_of_the_cpu_on_every_number_and_on_ties(s
     tried = [*amaxes(torch.Generator().manual_seed(seed), 12)]
     found = [wrong(case, partial(formats.encode, case[1]), "cuda") for case in searched_cases(seed, tried)]
     assert [said for said in found if said] == []
+
+
+def test_weights_of_mxfp4_have_the_bytes_of_the_cpu_in_nvfp4() -> None:
+    """No kernel is for these: they are read once, and plain torch is exact on every device."""
+    form, weight = cast_of(formats.chosen("nvfp4")), random_blocks(96, 256, (-30, 5))[2].to(torch.bfloat16)
+    case = ("mxfp4", form, weight, of(weight))
+    assert wrong(case, partial(formats.encode, form), "cuda") == ""
+    assert cuda_kernels.kernel_of(form, weight.cuda(), case[3]) is None
 
 
 @pytest.mark.parametrize("name", [*FORMS, *SEARCHED])
