@@ -10,9 +10,9 @@ A block is exact if k is at least -9, the least power of two in e4m3: if log2 of
 of the weight's amax. In a block below that, k is -9, and its values are rounded to the nearest codes, of which the least is
 2^(m - 10): what is at most half of that becomes zero. Linears that share weight_scale_2 share m, and so this bound.
 
-`decode` and `requantize` are those of the format. The codes are the original's where a block's largest one is 4 or 6; in others the
-scale is smaller and the codes are larger. ModelOpt's cast (0.47, utils/numeric_utils.py) keeps the original's codes and scales:
-other bytes, and the same values.
+`decode` and `requantize` are those of the format; its option nvfp4_scales has no error left to make less. The codes are the
+original's where a block's largest one is 4 or 6; in others the scale is smaller and the codes are larger. ModelOpt's cast (0.47,
+utils/numeric_utils.py) keeps the original's codes and scales: other bytes, and the same values.
 """
 
 from dataclasses import replace

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_export.common.piece import Amax, Axis, join
-from megatron_export.formats import chosen, encode, nvfp4
+from megatron_export.formats import Options, chosen, encode, nvfp4
 from megatron_export.formats.mxfp4_to_nvfp4 import cast_of
 
 from ..support.models import same
@@ -110,6 +110,16 @@ def test_the_scales_of_mxfp4_itself_are_such_already(name: str) -> None:
     form, (_, _, values) = chosen(name), random_blocks(64, 128, (-40, 20))
     pieces = encode(form, values.bfloat16(), Amax(values.abs().max(), ONE))
     assert torch.equal(form.decode(pieces), values)
+
+
+@pytest.mark.parametrize("scales", ["mse", "four_over_six"])
+def test_a_choice_of_scales_changes_no_byte(scales: str) -> None:
+    values = random_blocks(32, 128)[2].bfloat16()
+    amax = Amax(values.abs().max().float(), ONE)
+    mine, chosen_ones = (
+        encode(cast_of(form), values, amax) for form in (chosen("nvfp4"), chosen("nvfp4", Options(nvfp4_scales=scales)))
+    )
+    assert all(same(piece.data, chosen_ones[suffix].data) for suffix, piece in mine.items())
 
 
 def test_other_formats_have_no_such_scales() -> None:
