@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..calibration.lookup import Statistics
-from ..calibration.modelopt.recipe import check_blocks, inherited_from_checkpoint, inherited_from_model
+from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint, inherited_from_model
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
 from ..common.errors import ExportError, report
 from ..distributed.collectives import together

@@ -5,7 +5,7 @@ import torch
 
 from megatron_export import ExportError
 from megatron_export.calibration.modelopt.defaults import supposed
-from megatron_export.calibration.modelopt.quantizers import Quantizers, kinds_of, recipe_of
+from megatron_export.calibration.modelopt.quantizers import Quantizers, inherited_in, kinds_of
 
 QKV = "decoder.layers.0.self_attention.linear_qkv"
 CACHE = "decoder.layers.0.self_attention.core_attention"
@@ -37,7 +37,7 @@ CHAIN = {f"{QKV}.{name}": one for name, one in (("weight_quantizer.0", BLOCKS), 
     ],
 )
 def test_buffers_say_the_format_where_they_fit_one(quantizers: Quantizers, format: str | None, found: str) -> None:
-    recipe = recipe_of(kinds_of(supposed(quantizers, {QKV: 256}, format, None, "DIR")))
+    recipe = inherited_in(kinds_of(supposed(quantizers, {QKV: 256}, format, None, "DIR")))
     assert recipe.format == found
     assert recipe.group_size == (64 if "int4" in found or "w4a8" in found else 128)
 

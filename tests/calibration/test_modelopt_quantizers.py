@@ -64,8 +64,8 @@ def chain(name: str) -> Quantizers:
 def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, cached: str) -> None:
     quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
     kv_cache, _, scale = cached.partition(" of ")
-    expected = modelopt.Recipe(format, kv_cache, 128, frozenset({QKV}), float(scale) if scale else None)
-    assert modelopt.recipe_of(modelopt.kinds_of(quantizers)) == expected
+    expected = modelopt.Inherited({QKV: format}, kv_cache, 128, float(scale) if scale else None)
+    assert modelopt.inherited_in(modelopt.kinds_of(quantizers)) == expected
 
 
 def test_every_format_has_settings_of_its_own() -> None:
@@ -77,8 +77,8 @@ def test_every_format_has_settings_of_its_own() -> None:
 
 
 def test_without_quantizers_that_round_there_is_no_recipe() -> None:
-    assert modelopt.recipe_of(modelopt.kinds_of({})) is None
-    assert modelopt.recipe_of(modelopt.kinds_of(linear(QKV, OFF, OFF) | cache(OFF, OFF))) is None
+    assert modelopt.inherited_in(modelopt.kinds_of({})) is None
+    assert modelopt.inherited_in(modelopt.kinds_of(linear(QKV, OFF, OFF) | cache(OFF, OFF))) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,6 @@ def test_without_quantizers_that_round_there_is_no_recipe() -> None:
             linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {"four_over_six": True}}, NVFP4),
             "and {'four_over_six': True}",
         ),
-        (linear("output_layer", FP8, FP8), "output_layer .*: ModelOpt's input_quantizer is e4m3"),
         (cache({"_num_bits": 8}, {"_num_bits": 8}), "self_attention .*: ModelOpt's k_bmm_quantizer is int8"),
         (cache(FP8 | {"_bias": {"enable": True}}, FP8), "k_bmm_quantizer is e4m3, with an offset"),
         (linear(f"{LAYER}.mlp.experts.1.linear_fc1", NVFP4, NVFP4 | VECTOR), "each expert a pre_quant_scale of its own"),
@@ -115,11 +114,19 @@ def test_what_no_format_does_is_refused_by_name(quantizers: Quantizers, said: st
         modelopt.kinds_of(quantizers)
 
 
-def test_several_formats_and_a_cache_alone_are_refused() -> None:
-    with pytest.raises(ExportError, match=rf"differently.*fp8 \({QKV}, 1 in all\), nvfp4 \({FC1}, 1 in all\)"):
-        modelopt.recipe_of(modelopt.kinds_of(linear(QKV, FP8, FP8) | linear(FC1, NVFP4, NVFP4)))
+def test_each_linear_has_its_own_format_the_output_layer_too() -> None:
+    mixed = linear(QKV, FP8, FP8) | linear(FC1, NVFP4, NVFP4) | linear("output_layer", FP8, FP8)
+    found = modelopt.inherited_in(modelopt.kinds_of(mixed))
+    assert found.formats == {QKV: "fp8", FC1: "nvfp4", "output_layer": "fp8"}
+
+
+def test_awq_beside_another_format_and_a_cache_alone_are_refused() -> None:
+    with pytest.raises(
+        ExportError, match=rf"with AWQ and without.*fp8 \({QKV}, 1 in all\), int4_awq 128 \({FC1}, 1 in all\)"
+    ):
+        modelopt.inherited_in(modelopt.kinds_of(linear(QKV, FP8, FP8) | linear(FC1, INT4, OFF | VECTOR)))
     with pytest.raises(ExportError, match=r"nothing of this model but its KV cache \(fp8\)"):
-        modelopt.recipe_of(modelopt.kinds_of(cache(FP8, FP8)))
+        modelopt.inherited_in(modelopt.kinds_of(cache(FP8, FP8)))
 
 
 def test_a_hundred_linears_that_are_refused_are_one_line() -> None:

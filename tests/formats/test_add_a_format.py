@@ -89,12 +89,12 @@ def golden_of(page: str) -> tuple[dict, dict]:
 
 def recipe() -> str:
     """The format that a linear has, of which ModelOpt's quantizers do what `toy4` does."""
-    from megatron_export.calibration.modelopt.quantizers import kinds_of, recipe_of
+    from megatron_export.calibration.modelopt.quantizers import inherited_in, kinds_of
 
     linear = "decoder.layers.0.mlp.linear_fc2"
     weights = {"_num_bits": 4, "_axis": (0,), "_block_sizes": {-1: 32, "type": "static"}}
     quantizers = {f"{linear}.weight_quantizer": weights, f"{linear}.input_quantizer": {"_num_bits": (4, 3)}}
-    return recipe_of(kinds_of(quantizers)).format
+    return inherited_in(kinds_of(quantizers)).format
 
 
 def test_the_plan_has_it(toy4: None, model: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import ExportError, report
-from ...formats import Form, Options, chosen, groups_of
-from ...models import is_expert, pooled, vector_home
+from ...formats import Form, Options, chosen_all, groups_of
+from ...models import HEAD, is_expert, is_linear_weight, pooled, vector_home
 from ...models.statistic_names import input_key, kv_keys, vector_key, weight_key
 from .settings import CACHES, LINEARS, grouped, words
 
@@ -40,30 +40,34 @@ _KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The format that a model's quantizers mean; `quantized` are the canonical linears that have it, a layer's experts as one;
-    `kv_scale` is that of a cache of which ModelOpt measured nothing.
+class Inherited:
+    """What a model's quantizers mean: `formats` of canonical linears, a layer's experts as one; one format if ModelOpt smoothed the
+    model. `kv_scale` is that of a cache of which ModelOpt measured nothing.
     """
 
-    format: str
+    formats: dict[str, str]
     kv_cache: str
     group_size: int
-    quantized: frozenset[str]
     kv_scale: float | None = None
+
+    @property
+    def format(self) -> str:
+        """The formats in words."""
+        return " and ".join(dict.fromkeys(self.formats.values()))
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """The formats by name."""
+        return chosen_all(dict.fromkeys(self.formats.values()), Options(group_size=self.group_size))
 
     @property
     def smoothed(self) -> bool:
         """Whether ModelOpt has multiplied the smoothing factors into the weights, and nothing has taken over their inverse."""
-        return LINEARS[self.format].smoothed
-
-    @property
-    def form(self) -> Form:
-        """That format."""
-        return chosen(self.format, Options(group_size=self.group_size))
+        return any(LINEARS[name].smoothed for name in self.forms)
 
     def vector_key(self, module: str) -> str:
         """The statistic that a linear's `pre_quant_scale` is."""
-        return vector_key(vector_home(module), self.form.smoothing.search)
+        return vector_key(vector_home(module), self.forms[self.format].smoothing.search)
 
 
 def by_module(quantizers: Quantizers) -> dict[str, dict[str, Attributes]]:
@@ -111,20 +115,21 @@ def merged_kinds(everywhere: Iterable[dict[str, str]]) -> dict[str, str]:
     return found
 
 
-def recipe_of(kinds: dict[str, str]) -> Recipe | None:
-    """The one recipe that `kinds_of` a whole model mean; None where nothing is quantized."""
+def inherited_in(kinds: dict[str, str]) -> Inherited | None:
+    """What `kinds_of` a whole model mean; None where nothing is quantized. `ExportError` for several formats of which one is AWQ's,
+    and for several caches.
+    """
     formats: dict[str, list[str]] = {}
     caches: dict[str, list[str]] = {}
     for module, kind in kinds.items():
         some = caches if kind.startswith(_CACHE) else formats
         some.setdefault(kind.removeprefix(_CACHE).removesuffix(_CONSTANT), []).append(module)
     formats.pop(_PLAIN, None)
-    for some in (formats, caches):
+    smoothed = any(LINEARS[kind.split()[0]].smoothed for kind in formats)
+    for what, some in (("with AWQ and without", formats if smoothed else {}), ("to several caches", caches)):
         if len(some) > 1:
             said = ", ".join(f"{kind} ({modules[0]}, {len(modules)} in all)" for kind, modules in some.items())
-            raise ExportError(
-                f"ModelOpt quantized modules of this model differently, and a checkpoint has one format: {said}"
-            )
+            raise ExportError(f"ModelOpt quantized modules of this model {what}, which no checkpoint here has: {said}")
     cache = next(iter(caches), "none")
     if not formats:
         if cache == "none":
@@ -133,10 +138,10 @@ def recipe_of(kinds: dict[str, str]) -> Recipe | None:
             f"ModelOpt quantized nothing of this model but its KV cache ({cache}), which vLLM refuses. Disable those "
             "quantizers, and serve with the engine's own FP8 KV cache"
         )
-    ((kind, modules),) = formats.items()
-    name, _, group = kind.partition(" ")
+    groups = {int(kind.partition(" ")[2] or 128) for kind in formats}
+    names = {module: kind.split()[0] for kind, modules in formats.items() for module in modules}
     constant = {kind.endswith(_CONSTANT) for kind in kinds.values() if kind.startswith(_CACHE)} == {True}
-    return Recipe(name, cache, int(group or 128), frozenset(modules), 1.0 if constant else None)
+    return Inherited(names, cache, min(groups), 1.0 if constant else None)
 
 
 def scalars_in(quantizers: Quantizers) -> dict[str, float]:
@@ -185,7 +190,7 @@ def _kind(module: str, rounding: dict[str, str], smoothed: bool) -> tuple[str | 
         keys, values = rounding.get("k_bmm_quantizer", ""), rounding.get("v_bmm_quantizer", "")
         if keys == values and keys in _KINDS_OF_CACHES and not rounding.keys() - {"k_bmm_quantizer", "v_bmm_quantizer"}:
             return _CACHE + _KINDS_OF_CACHES[keys], ""
-    elif not module.rpartition(".")[2].startswith("linear_"):
+    elif not (is_linear_weight(f"{module}.weight") or f"{module}.weight" == HEAD):
         if not rounding and not smoothed:
             return _PLAIN, ""
     else:

@@ -1,6 +1,5 @@
-"""What a model, live or in a checkpoint, inherits from ModelOpt: the recipe of its quantizers, and their statistics."""
+"""What a model, live or in a checkpoint, inherits from ModelOpt: the formats of its quantizers, and their statistics."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -12,14 +11,16 @@ from ...common.errors import ExportError, report
 from ...common.piece import Axis
 from ...distributed.collectives import everyone, maximum, spread, together, whole
 from ...distributed.topology import Topology
-from ...formats import FORMATS, Options
+from ...formats import FORMATS, PLAIN, Options
 from ...mcore.addons import quantizers_of
 from ...mcore.model import Model, weights_of
-from ...models import architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
+from ...models import HEAD, architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
+from ...models.statistic_names import experts_module
+from ...planning.recipe import Line, Recipe
 from ...planning.request import Request
 from ..lookup import Statistics
 from .defaults import supposed
-from .quantizers import Quantizers, Recipe, blocks_in, kinds_of, merged_kinds, recipe_of, scalars_in, vectors_in
+from .quantizers import Inherited, Quantizers, blocks_in, inherited_in, kinds_of, merged_kinds, scalars_in, vectors_in
 
 
 def inherited_from_model(
@@ -36,10 +37,10 @@ def inherited_from_model(
     everywhere = everyone(here, mine)
     with together(here, "read the model's quantizers"):
         kinds = merged_kinds(everywhere)
-        recipe = recipe_of(kinds)
-        if recipe is None:
+        inherited = inherited_in(kinds)
+        if inherited is None:
             return request.plain(), given
-        report(_contradictions(config, recipe, request, given))
+        report(_contradictions(config, inherited, request, given))
         weights = weights_of(model)
         blocks = blocks_in(quantizers)
         report(_stale(name for name, (amax, size) in blocks.items() if _differs(weights[name], amax, size)))
@@ -48,8 +49,8 @@ def inherited_from_model(
     for theirs in everyone(here, scalars):
         for name, value in theirs.items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
-    statistics |= _agreed_vectors(here, vectors, recipe)
-    return _inherited(config, recipe, request), statistics
+    statistics |= _agreed_vectors(here, vectors, inherited)
+    return _inherited(config, inherited, request), statistics
 
 
 def inherited_from_checkpoint(
@@ -57,10 +58,10 @@ def inherited_from_checkpoint(
 ) -> tuple[Request, Statistics | None]:
     """The same for the model in a checkpoint, which every rank reads for itself."""
     quantizers = _quantizers(checkpoint, request)
-    recipe = recipe_of(kinds_of(quantizers))
-    if recipe is None:
+    inherited = inherited_in(kinds_of(quantizers))
+    if inherited is None:
         return request.plain(), given
-    report(_contradictions(config, recipe, request, given))
+    report(_contradictions(config, inherited, request, given))
     if checkpoint.adapted:
         raise ExportError(
             f"{checkpoint.folder} has LoRA adapters and ModelOpt's quantizers, which were calibrated without them. Merge the "
@@ -69,14 +70,14 @@ def inherited_from_checkpoint(
     statistics = {name: torch.tensor(value) for name, value in scalars_in(quantizers).items()}
     columns, odd = _columns(checkpoint), []
     for module, vector in vectors_in(quantizers).items():
-        key = recipe.vector_key(module)
+        key = inherited.vector_key(module)
         if len(vector) != columns.get(module) or not (vector.isfinite() & (vector > 0)).all():
             each = f"each of its {columns.get(module)} inputs"
             odd.append(f"{module}: its pre_quant_scale is not a positive number for {each}")
         elif not torch.equal(statistics.setdefault(key, vector), vector):
             odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
     report(odd)
-    return _inherited(config, recipe, request), statistics
+    return _inherited(config, inherited, request), statistics
 
 
 def _quantizers(checkpoint: MegatronCheckpoint, request: Request) -> Quantizers:
@@ -101,34 +102,40 @@ def check_blocks(here: Topology, checkpoint: MegatronCheckpoint, request: Reques
     report(_stale(filter(differs, names)))
 
 
-def _inherited(config: dict, recipe: Recipe, request: Request) -> Request:
-    """The request with what a recipe says."""
-    options = replace(request.options, group_size=recipe.group_size)
-    if "awq_output" in FORMATS[recipe.format].OPTIONS:  # ModelOpt gives each query its own factors, which v cannot take
-        options = replace(options, awq_output="modelopt")
+def _inherited(config: dict, inherited: Inherited, request: Request) -> Request:
+    """The request with what a model's quantizers mean."""
+    options = replace(request.options, group_size=inherited.group_size)
+    if any("awq_output" in FORMATS[name].OPTIONS for name in inherited.forms):
+        options = replace(
+            options, awq_output="modelopt"
+        )  # ModelOpt gives each query its own factors, which v cannot take
     asked = request.kv_scale, request.kv_scale_at_least
-    latent = shape_of(config).kv_lora and any(".self_attention." in module for module in recipe.quantized)
+    latent = [name for module, name in inherited.formats.items() if ".self_attention." in module]
+    risky = shape_of(config).kv_lora and any(not inherited.forms[name].latent for name in latent)
+    lines = (
+        Line(module, format, f"ModelOpt's quantizers: {module}", False) for module, format in _lines(config, inherited)
+    )
     return replace(
         request,
-        format=recipe.format,
-        kv_cache=recipe.kv_cache,
-        kv_scale=recipe.kv_scale if asked == (None, None) else request.kv_scale,
+        kv_cache=inherited.kv_cache,
+        kv_scale=inherited.kv_scale if asked == (None, None) else request.kv_scale,
         options=options,
-        exclude=(*request.exclude, *_left_alone(config, recipe)),
-        quantize_mla=request.quantize_mla or (not recipe.form.latent and bool(latent)),
-        smoothed=recipe.smoothed,
+        quantize_mla=request.quantize_mla or bool(risky),
+        smoothed=inherited.smoothed,
         inherited=True,
-    )
+    ).settled(Recipe(inherited.format, tuple(lines)))
 
 
-def _contradictions(config: dict, recipe: Recipe, request: Request, given: Statistics | None) -> list[str]:
+def _contradictions(config: dict, inherited: Inherited, request: Request, given: Statistics | None) -> list[str]:
     """Where the user wants something else than the model's quantizers do."""
     problems = [
         f"{field} is {wanted!r}, but ModelOpt quantized this model to {has!r}. Leave it out, or disable the quantizers"
         for field, wanted, has in (
-            ("format", request.format, recipe.format),
-            ("kv_cache", request.kv_cache, recipe.kv_cache),
-            ("group_size", request.options.group_size, recipe.group_size),
+            ("format", request.format, inherited.format),
+            ("recipe", request.recipe, inherited.format),
+            ("set", request.set or None, inherited.format),
+            ("kv_cache", request.kv_cache, inherited.kv_cache),
+            ("group_size", request.options.group_size, inherited.group_size),
         )
         if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
     ]
@@ -136,12 +143,12 @@ def _contradictions(config: dict, recipe: Recipe, request: Request, given: Stati
         problems.append(
             "the model has quantizers of ModelOpt that hold its statistics: leave calibration out, or disable the quantizers"
         )
-    if recipe.smoothed and request.exclude:
+    if inherited.smoothed and request.exclude:
         problems.append(
             "exclude cannot undo what ModelOpt has smoothed: disable those quantizers before they are calibrated"
         )
-    if recipe.smoothed and architecture_of(config).turned:
-        problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {recipe.format}")
+    if inherited.smoothed and architecture_of(config).turned:
+        problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {inherited.format}")
     return problems
 
 
@@ -166,7 +173,7 @@ def _stale(linears: Iterable[str]) -> list[str]:
     ]
 
 
-def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], inherited: Inherited) -> dict[str, Tensor]:
     """The smoothing vectors of all linears, whole. Collective."""
     mine: dict[str, Tensor] = {}
     odd = []
@@ -174,7 +181,7 @@ def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) 
         if cut_of(f"{module}.weight") is Axis.IN:
             vector = whole(here.cut(False), vector, 0)
         agreed = maximum(vector.clone(), here.stage_group)
-        key = recipe.vector_key(module)
+        key = inherited.vector_key(module)
         if not torch.equal(agreed, vector) or not torch.equal(mine.setdefault(key, agreed), agreed):
             odd.append(
                 f"{module}: its pre_quant_scale is not the same on all ranks, or of all that read the same input"
@@ -184,9 +191,12 @@ def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], recipe: Recipe) 
     return spread(here, mine)
 
 
-def _left_alone(config: dict, recipe: Recipe) -> Iterable[str]:
-    """The HF modules of linears that ModelOpt did not quantize; a layer's experts as one."""
-    linears = {name: source for name, source in parameters_of(config).items() if is_linear_weight(name)}
-    left = [s for name, s in linears.items() if pooled(name).removesuffix(".weight") not in recipe.quantized]
-    names = [hf.removesuffix(".weight") for source in left for hf in source.names().values()]
-    return dict.fromkeys(re.sub(r"\.experts\..*", ".experts", name) for name in names)
+def _lines(config: dict, inherited: Inherited) -> Iterable[tuple[str, str]]:
+    """The HF modules of linears, a layer's experts as one, and the format that ModelOpt quantized each to."""
+    linears = {name: s for name, s in parameters_of(config).items() if is_linear_weight(name) or name == HEAD}
+    lines: dict[str, str] = {}
+    for name, source in linears.items():
+        format = inherited.formats.get(pooled(name).removesuffix(".weight"), PLAIN)
+        modules = (hf.removesuffix(".weight") for hf in source.names().values() if hf not in source.copies())
+        lines |= {(experts_module(hf) if ".experts." in hf else hf): format for hf in modules}
+    return lines.items()
