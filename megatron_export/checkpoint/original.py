@@ -75,7 +75,7 @@ def _powers(folder: Path, config: dict, dropped: tuple[str, ...], read: bool) ->
         return frozenset()
     if not read:
         sources = (source for source in parameters_of(config).values() if dialect.powers and dialect.holds(source))
-        return frozenset(source.stack.name for source in sources if source.stack)
+        return frozenset(name for s in sources for name in ([s.stack.name] if s.stack else s.names().values()))
     with SourceWeights(folder, config=config) as weights:
         weights.check_model(config, dropped)
         return weights.quantized if dialect.powers else frozenset()

@@ -43,8 +43,11 @@ def openai(models: dict[str, Path], tmp_path: Path) -> Path:
 NOTE = "config.json says quant_method '{}': that is left out, as it speaks of weights that are not read"
 
 
-def test_a_plan_without_weights_leaves_out_what_config_json_says_of_their_quantization(openai: Path) -> None:
-    assert config_alone(openai, "keep", own=True).config["quantization_config"] == MXFP4  # which an export would read
+def test_a_plan_without_weights_leaves_out_what_config_json_says_of_a_dialect_that_is_not_read(openai: Path) -> None:
+    read = config_alone(openai, "keep", own=True)
+    assert read.config["quantization_config"] == MXFP4  # which an export would read
+    stacks = ("gate_up_proj", "down_proj")
+    assert read.powers == {f"model.layers.{layer}.mlp.experts.{stack}" for layer in range(4) for stack in stacks}
     configured(quantization_config=AWQ)(openai)
     status, said = command_line("plan", "--hf-model", openai, "--format", "bf16")
     assert status == 0, said
