@@ -96,10 +96,9 @@ def _loss(size: Tensor, scale: Tensor) -> Tensor:
     return total
 
 
-def four_over_six(blocks: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
-    """The e4m3 scales that make the largest value of a block 6, or 4 where that has the lesser error."""
-    size, (factor, inverse) = blocks.abs(), search_units(amax, LARGEST_SCALE["four_over_six"])
-    largest = size.amax(2)
+def four_over_six(size: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 scales that make the largest of each block's magnitudes 6, or 4 where that has the lesser error."""
+    (factor, inverse), largest = search_units(amax, LARGEST_SCALE["four_over_six"]), size.amax(2)
     made, losses = [], []
     for scale in (largest / torch.full_like(largest, E2M1_MAX), largest * 0.25):
         losses.append(_loss(size, (scale * factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * inverse))
@@ -107,15 +106,14 @@ def four_over_six(blocks: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
     return torch.where(losses[1] < losses[0], made[1], made[0]).to(torch.float8_e4m3fn)
 
 
-def least_squares(blocks: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
-    """The e4m3 scales of least error, of all that there are.
+def least_squares(size: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 scales of least error, of all that there are, for the magnitudes of each block.
 
     Sixteen are tried. Let s be the smallest scale under which no value of the block is beyond 6. What a scale of 2 * t can hold up
     to 6 * s, t can hold too, so that from 2 * s on none is better. Below 0.54 * s the largest value, which is above 5.33 * s,
     loses more than 15 others can gain. Between are the 8 codes before that of s, and 8 from it on; near 2^-9, the first 15.
     """
-    size, (factor, inverse) = blocks.abs(), search_units(amax, LARGEST_SCALE["mse"])
-    largest = size.amax(2)
+    (factor, inverse), largest = search_units(amax, LARGEST_SCALE["mse"]), size.amax(2)
 
     def scale_of_code(code: Tensor) -> Tensor:
         return code.to(torch.uint8).view(torch.float8_e4m3fn).float() * inverse
@@ -145,10 +143,12 @@ def rounded(weight: Tensor, amax: Tensor) -> Tensor:
 
 def encode(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
-    blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
     tensor_scale = scale_of(amax.weight, E2M1_MAX * LARGEST_SCALE[scales])
-    search = SEARCHES.get(scales)
-    block_scale = search(blocks, amax.weight, tensor_scale) if search else block_scales(blocks, tensor_scale)
+    if scales != "max":  # before the blocks of their own take memory
+        block_scale = SEARCHES[scales](weight.float().abs_().unflatten(1, (-1, BLOCK)), amax.weight, tensor_scale)
+    blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
+    if scales == "max":
+        block_scale = block_scales(blocks, tensor_scale)
     codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
     return pieces(pack(codes, dim=1), block_scale, tensor_scale, scale_of(amax.input, E2M1_MAX * E4M3_MAX))
 
