@@ -3,7 +3,7 @@ A thread has whole blocks, so that sums have the order of nvfp4.py. Of its two s
 errs less, and `nearly` tells: its quotients are off by 1.5 * 2^-22, which changes an error by at most 17 * 2^-24 of the number,
 and those of a block of numbers up to 6.4 * s by a vector of length 2^-15.2 * s. Two sums of squares L and M change by at most
 2^-15.2 * (L + M + 2 * s^2) then. If they differ by 2^-15 of that, as in all but one block of 5,000, the answer is that of sums to
-the bit. Otherwise, and where e4m3 has fewer bits, these are added up.
+the bit. Otherwise, and where e4m3 has fewer bits or ends, these are added up.
 """
 
 import triton
@@ -145,10 +145,12 @@ def four_over_six(
         largest = largest_of(size)
         six, four = tl.div_rn(largest, E2M1), largest * 0.25
         of_six = e4m3_up_to_448(six * factor)
-        by_six, by_four = of_six * inverse, e4m3_up_to_448(four * factor) * inverse
+        of_four = e4m3_up_to_448(four * factor)
+        by_six, by_four = of_six * inverse, of_four * inverse
         six_loss, four_loss = nearly(size, by_six, 3), nearly(size, by_four, 2)
         doubt = tl.fma(by_six * by_six, 2.0, six_loss + four_loss) * 2.0**-15
-        sure = (tl.abs(four_loss - six_loss) > doubt) & (of_six >= E4M3_NORMAL) | (largest == 0)
+        rounded = (of_six >= E4M3_NORMAL) & (of_four < E4M3)  # so that no number is beyond 6.4 or 4.3
+        sure = (tl.abs(four_loss - six_loss) > doubt) & rounded | (largest == 0)
         if usual & (tl.min(sure.to(tl.int32), axis=0) > 0):
             e4m3 = written(tl.where(four_loss < six_loss, four, six), tensor)
             rough, rest = inverted(e4m3 * tensor)

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+from megatron_export.common.piece import Amax  # noqa: E402
 from megatron_export.formats import awq, cuda_kernels, triton_scales  # noqa: E402
 
 from .kernel_cases import cases, decided, outputs, searched_cases, smoothings, wrong, wrongly_rounded  # noqa: E402
@@ -61,8 +62,14 @@ def main() -> None:
         cuda_kernels.SEARCHED_BLOCKS = 1 << 14  # the interpreter is as slow for 32
         amaxes = torch.tensor([0.0, 7.0, 0.1, 2.0**-133, 3.0e38])
         said += [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in searched_cases(0, amaxes)]
+        cuda_kernels.SEARCHED_BLOCKS = 32
+        label, form, weight, amax = decided()
+        few = (weight * 100).round() / 128  # whose errors are often equal
+        for numbers, ratio in ((weight, 0.3), (weight, 0.6), (few, 1.0)):  # as clipping does
+            case = f"{label}, amax times {ratio}", form, numbers, Amax(numbers.abs().amax().float() * ratio, amax.input)
+            said.append(wrong(case, cuda_kernels.made_for(form), "cpu"))
         triton_scales.loss_of = None  # no block of this weight needs it
-        said.append(wrong(decided(), cuda_kernels.made_for(decided()[1]), "cpu"))
+        said.append(wrong(decided(), cuda_kernels.made_for(form), "cpu"))
         for pair in outputs(seed=0):
             equal = same(cuda_kernels.squares(*pair), awq.squares(*pair))
             said.append("" if equal else f"squares of {tuple(pair[0].shape)}")
