@@ -70,7 +70,7 @@ def w4a8_nvfp4(
 ):
     """A flat part of the weight, each word of which becomes a byte."""
     block, inside, place, first, second = blocks_of(weight, blocks, BLOCKS)
-    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E4M3)
+    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E4M3, E4M3)
     size = block_scale(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), tensor)
     tl.store(scale + block, size, mask=inside)
     divisor, usual = (size.to(tl.float32) * tensor)[:, None], (tensor >= low) & (tensor <= high)
