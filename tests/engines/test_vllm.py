@@ -25,9 +25,9 @@ from .product import MODELS
 pytestmark = pytest.mark.vllm
 MIXED = ["nvfp4_mlp_fp8_attention", "w4a16_nvfp4_mlp_fp8_attention", "mixed_mxfp8", "mixed_pb_native", "mixed_kvnvfp4"]
 SOME = {
-    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq"],
+    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq", "w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "mxfp4"],
     "qwen3": [*MIXED, "w4a16_nvfp4", "mixed_pb"],
-    "qwen3_moe": ["fp8_kv", "nvfp4_awq", "nvfp4_cast", "fp8_attention_only"],
+    "qwen3_moe": ["fp8_kv", "nvfp4_awq", "w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "nvfp4_cast", "fp8_attention_only"],
     "qwen3_moe-sparse": [*MIXED, "nvfp4_experts_only", "fp8_attention_only", "w4a16_nvfp4", "mixed_pc_pt"],
     "deepseek_v3-mtp": ["fp8_pb", "nvfp4", "nvfp4+mla", "nvfp4_cast"],
     "llama4": ["fp8_kv", "fp8_pb", "nvfp4"],
