@@ -25,7 +25,17 @@ from .product import MODELS
 pytestmark = pytest.mark.vllm
 MIXED = ["nvfp4_mlp_fp8_attention", "w4a16_nvfp4_mlp_fp8_attention", "mixed_mxfp8", "mixed_pb_native", "mixed_kvnvfp4"]
 SOME = {
-    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "int4_awq", "w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "mxfp4"],
+    "llama31": [
+        "fp8_kv",
+        "fp8_pb",
+        "fp8_pb_modelopt",
+        "nvfp4",
+        "int4_awq",
+        "w4a16_nvfp4",
+        "fp8_pc_pt",
+        "mxfp8",
+        "mxfp4",
+    ],
     "qwen3": [*MIXED, "w4a16_nvfp4", "mixed_pb"],
     "qwen3_moe": ["fp8_kv", "nvfp4_awq", "w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "nvfp4_cast", "fp8_attention_only"],
     "qwen3_moe-sparse": [*MIXED, "nvfp4_experts_only", "fp8_attention_only", "w4a16_nvfp4", "mixed_pc_pt"],
@@ -35,7 +45,7 @@ SOME = {
     "gpt_oss": ["bf16", "fp8"],
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq",
-    "nvfp4_mlp_fp8_attention", "mixed_mxfp8")  # fmt: skip
+    "nvfp4_mlp_fp8_attention", "mixed_mxfp8", "fp8_pc_pt", "mxfp8")  # fmt: skip
 CAST = "Using KV cache scaling factor 1.0"
 SHORTEST = [("llama31", 1), ("llama31", 2), ("deepseek_v3", 1)]
 UNNOTICED = {"bad/qwen3moe-FP8-mcore-tp1pp1ep2"}  # experts that are not there, which vLLM does not look for
