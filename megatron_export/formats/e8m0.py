@@ -24,5 +24,6 @@ def scales_of(amax: Tensor, largest: float) -> Tensor:
 
 
 def values_of(scales: Tensor) -> Tensor:
-    """What bytes stand for, float32 of their shape; Inf for byte 255."""
-    return torch.where(scales == 0, _DOUBLING >> 1, scales.int() << 23).view(torch.float32)  # 2^-127 is subnormal
+    """What bytes stand for, float32 of their shape."""
+    bits = torch.where(scales == 0, _DOUBLING >> 1, scales.int() << 23)  # 2^-127 is subnormal
+    return torch.where(scales == 0xFF, torch.nan, bits.view(torch.float32))

@@ -31,7 +31,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-SETTINGS = {"nvfp4": {"kv_cache": "fp8"}, "nvfp4_awq": {}, "int4_awq": {"options": {"group_size": 64}}}
+SETTINGS = {"nvfp4": {"kv_cache": "fp8"}, "nvfp4_awq": {}, "int4_awq": {"options": {"group_size": 64}}, "mxfp8": {}}
 SETTINGS["fp8"] = {"kv_cache": "fp8", "kv_scale": 1.0, "input_scale": 0.5}
 
 
@@ -141,6 +141,10 @@ DEFECTS: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         "model.embed_tokens.weight: 2 of 192 rows differ from the reference, first 2 "),
     "a zero scale": (
         "nvfp4", changed(f"{Q}.weight_scale", first(0.0)), f"{Q}.weight_scale holds a scale that is not above zero"),
+    "a NaN of e8m0": ("mxfp8", changed(f"{Q}.weight_scale", first(0xFF)), f"{Q}.weight_scale holds NaN or Inf"),
+    "scales of e8m0 transposed": (
+        "mxfp8", changed(f"{OUT}.weight_scale", lambda t: t.T.reshape(t.shape)),
+        f"{OUT}.weight: .*its weight_scale is transposed"),
     "a NaN": ("nvfp4", changed(f"{L1}.input_layernorm.weight", first(torch.nan)), f"{L1}.input_layernorm.weight holds NaN"),
     "an infinite input scale": (
         "nvfp4", changed(f"{Q}.input_scale", first(torch.inf)), f"{Q}.input_scale holds NaN or Inf"),

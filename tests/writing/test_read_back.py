@@ -172,6 +172,16 @@ def test_numbers_that_no_engine_can_use_are_found(
         verified(plan, tmp_path, tensors, lambda folder: None)
 
 
+def test_e8m0_has_a_nan_and_no_number_that_is_not_above_zero(tmp_path: Path) -> None:
+    powers = plan_of(CONFIG, format="mxfp8")
+    tensors = sound(powers)
+    assert tensors[f"{NAME}.weight_scale"].dtype is torch.uint8
+    verified(powers, tmp_path / "zeros", tensors, lambda folder: None)
+    tensors[f"{NAME}.weight_scale"].view(-1)[-1] = 0xFF
+    with pytest.raises(ExportError, match=f"{NAME}.weight_scale holds NaN"):
+        verified(powers, tmp_path / "nan", tensors, lambda folder: None)
+
+
 def excluding(change: Callable[[list[str]], None], file: str, *keys: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         said = read_json(folder / file)
