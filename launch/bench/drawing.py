@@ -1,5 +1,6 @@
-"""A plot as SVG, by hand: seconds and memory of exports against the size of the model, a line for each kind of run."""
+"""Plots as SVG, by hand: seconds and memory of exports against the size of the model; KL against bits."""
 
+import math
 from collections.abc import Iterable
 from html import escape
 
@@ -64,3 +65,39 @@ def _panel(left: int, title: str, lines: dict[str, Line]) -> list[str]:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in points]
     return parts
+
+
+def frontier(points: dict[str, tuple[float, float]]) -> str:
+    """KL on a logarithmic axis against bits per weight, a point for each label; a line joins those that none beats in both."""
+    width, height, right = 2 * WIDTH, 2 * HEIGHT, 190
+    inside = {label: (bits, kl) for label, (bits, kl) in points.items() if kl > 0} or {"nothing": (0.0, 1.0)}
+    least, most = (pick(math.log10(kl) for _, kl in inside.values()) for pick in (min, max))
+    few, many = (pick(bits for bits, _ in inside.values()) for pick in (min, max))
+
+    def place(bits: float, kl: float) -> tuple[float, float]:
+        across = (width - MARGIN - right) * (bits - few) / ((many - few) or 1)
+        down = (height - 2 * MARGIN) * (most - math.log10(kl)) / ((most - least) or 1)
+        return round(MARGIN + across, 1), round(MARGIN + down, 1)
+
+    best: list[tuple[float, float]] = []
+    for bits, kl in sorted(inside.values()):
+        if not best or kl < best[-1][1]:
+            best.append((bits, kl))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{MARGIN}" y="20" font-weight="bold">mean KL from bf16 (logarithmic)</text>',
+        f'<text x="{width - right}" y="{height - 8}" text-anchor="end">bits per weight of all linears</text>',
+    ]
+    for number in range(5):
+        bits, kl = few + (many - few) * number / 4, 10 ** (least + (most - least) * number / 4)
+        (x, _), (_, y) = place(bits, 10**least), place(few, kl)
+        parts.append(f'<text x="{x}" y="{height - 26}" text-anchor="middle">{bits:.3g}</text>')
+        parts.append(f'<text x="{MARGIN - 8}" y="{y + 4}" text-anchor="end">{kl:.2g}</text>')
+    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in best))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[0]}" stroke-width="1.5"/>')
+    for label, point in inside.items():
+        x, y = place(*point)
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{COLOURS[0 if point in best else 5]}"/>')
+        parts.append(f'<text x="{x + 6}" y="{y + 4}" font-size="9">{escape(label)}</text>')
+    return "\n".join([*parts, "</svg>", ""])

@@ -19,24 +19,27 @@ from torch import Tensor, nn
 from megatron_export.cli.export_command import EXAMPLE_MODEL, bar
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import FORMATS, KV_FORMATS
+from megatron_export.planning import recipe
 from megatron_export.verify.emulation import bits_per_weight, load
 from megatron_export.verify.perplexity import WINDOW, letters_of, of_window, windows_of
 
+from .drawing import frontier
 from .measuring import add_device, alone, compared, markdown
 
 BATCH, MICRO_BATCH = 8, 4
 LAYER_WINDOWS = 16  # that the layers are compared on, one by one
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
+RECIPES = [name for name in recipe.names() if "experts" not in name]  # the example model has none
 MARKS = "<!-- quality -->", "<!-- /quality -->"
 COLUMNS = ("format", "bits per weight", "bytes", "perplexity", "ratio", "change, nats per token")
 COLUMNS += ("mean KL", "worst KL", "worst layer")
 
 
 class Row(NamedTuple):
-    """One checkpoint to make: its label in the table, its format, and how it differs from that format's defaults."""
+    """One checkpoint to make: its label in the table, its format (None: of a recipe), and how it differs from the defaults."""
 
     label: str
-    format: str
+    format: str | None
     options: dict[str, str] = {}
     searched: bool = True
 
@@ -79,8 +82,12 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="where to keep the exports; default: a folder that is deleted")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     parser.add_argument("--kv-cache", choices=KV_FORMATS, default="none", help="of all but bf16; default: none")
+    parser.add_argument(
+        "--recipes", nargs="*", default=RECIPES, help="default: all that quantize a model without experts"
+    )
     add_device(parser)
-    parser.add_argument("--write-readme", action="store_true", help=f"write the table into docs/{PAGE.name}")
+    readme = f"write the table into docs/{PAGE.name}, and its plot beside it"
+    parser.add_argument("--write-readme", action="store_true", help=readme)
 
 
 def quality(flags: argparse.Namespace) -> None:
@@ -96,11 +103,12 @@ def quality(flags: argparse.Namespace) -> None:
             raise ExportError(f"{flags.text}: {len(windows)} windows of {WINDOW} tokens; a standard error needs two")
         scores = [Score(label, folder) for label, folder in folders.items()]
         measure(scores, windows, torch.device(flags.device))
-        lines = table(scores)
+        lines, plot = table(scores), frontier(points_of(scores))
     print(f"{len(windows)} windows of {WINDOW} tokens\n\n" + "\n".join(lines), flush=True)
     if flags.write_readme:
         before, after = parts_of_page()
         PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
+        PAGE.with_suffix(".svg").write_text(plot)
 
 
 def parts_of_page() -> tuple[str, str]:
@@ -112,8 +120,8 @@ def parts_of_page() -> tuple[str, str]:
     return before, after
 
 
-def rows_of(formats: list[str]) -> list[Row]:
-    """One row for each format, and beside some of them rows that show the worth of an option or of a search."""
+def rows_of(formats: list[str], recipes: list[str] = []) -> list[Row]:  # noqa: B006 - not changed
+    """One row for each format and recipe, and beside some of them rows that show the worth of an option or of a search."""
     beside = {
         "nvfp4": [Row(f"nvfp4, {scales}", "nvfp4", {"nvfp4_scales": scales}) for scales in ("mse", "four_over_six")],
         "nvfp4_awq": [
@@ -126,7 +134,8 @@ def rows_of(formats: list[str]) -> list[Row]:
         ],
         "int4_awq": [Row("int4 without search", "int4_awq", searched=False)],
     }
-    return [row for name in dict.fromkeys(formats) for row in (Row(name, name), *beside.get(name, ()))]
+    rows = [row for name in dict.fromkeys(formats) for row in (Row(name, name), *beside.get(name, ()))]
+    return rows + [Row(Path(name).stem, None, {"recipe": name}) for name in recipes]
 
 
 def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:
@@ -136,7 +145,7 @@ def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:
     from megatron_export.checkpoint import hf_folder
     from megatron_export.mcore import build, load_hf, parallel_state
 
-    rows = rows_of(flags.formats)
+    rows = rows_of(flags.formats, flags.recipes)
     folders = {row.label: output / row.label.replace(",", "").replace(" ", "_") for row in rows}
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:
         raise ExportError(f"{', '.join(taken)} exists already. Give another --output, or delete it")
@@ -155,7 +164,7 @@ def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:
                 model,
                 folders[row.label],
                 hf_model=source,
-                format=row.format,
+                **({"format": row.format} if row.format else {}),
                 calibration=found if row.searched else without_search(found),
                 kv_cache="none" if row.format == "bf16" else flags.kv_cache,
                 **row.options,
@@ -224,11 +233,18 @@ def table(scores: list[Score]) -> list[str]:
         losses, divergence = torch.stack(score.losses), torch.cat(score.divergences)
         ratio, change = compared(losses - first)
         size = sum(path.stat().st_size for path in score.folder.glob("*.safetensors"))
-        cells = [score.label, f"{bits_per_weight(score.folder):.3f}", f"{size:,}", f"{losses.mean().exp():.4f}"]
+        bits = bits_per_weight(score.folder, every=True)
+        cells = [score.label, f"{bits:.3f}", f"{size:,}", f"{losses.mean().exp():.4f}"]
         cells += [ratio, change if score is not scores[0] else ""]
         cells += [f"{divergence.mean():.5f}", f"{divergence.max():.2f}", worst_layer(score)]
         rows.append(cells)
     return markdown(COLUMNS, rows)
+
+
+def points_of(scores: list[Score]) -> dict[str, tuple[float, float]]:
+    """Label -> bits per weight of all linears, and mean KL, of all but the reference."""
+    means = {score.label: float(torch.cat(score.divergences).mean()) for score in scores[1:]}
+    return {score.label: (bits_per_weight(score.folder, every=True), means[score.label]) for score in scores[1:]}
 
 
 def worst_layer(score: Score) -> str:

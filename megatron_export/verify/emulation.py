@@ -34,6 +34,7 @@ from .transformers_names import Respelled, files_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LINEARS = ("_proj", "_proj_with_mqa", ".w1", ".w2", ".w3")  # the last words of linears in layers
 KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
 
 
@@ -212,8 +213,11 @@ def _cached(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return rounded[0].to(key.dtype), rounded[1].to(value.dtype)
 
 
-def bits_per_weight(folder: Path) -> float:
-    """Bits of all tensors of quantized linears, with scales and `pre_quant_scale`, for each of their elements; 16.0 if none is."""
+def bits_per_weight(folder: Path, every: bool = False) -> float:
+    """Bits of all tensors of quantized linears, with scales and `pre_quant_scale`, for each of their elements; 16.0 if none is.
+
+    `every`: also of the linears of layers that stay in bfloat16.
+    """
     modules: dict[str, dict[str, tuple[torch.dtype | None, int]]] = {}
     for path in files_of(folder):
         for name, (spelled, shape) in headers(path).items():
@@ -226,4 +230,6 @@ def bits_per_weight(folder: Path) -> float:
         if (form := forms.get(module)) and dtype is form.stored["weight"].dtype:
             bits += 8 * sum(tensors[suffix][1] for suffix in ("weight", *SUFFIXES) if suffix in tensors)
             weights += 8 * nbytes // form.bits
+        elif every and module.endswith(LINEARS) and ".layers." in module:
+            bits, weights = bits + 8 * nbytes, weights + nbytes // 2
     return bits / weights if weights else 16.0

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,7 +29,19 @@ QUICK = ("quality", "--device", "cpu", "--windows", "2")
 def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The exports of three formats, and what was printed; on one thread, so that tests beside it are not held up."""
     folder = tmp_path_factory.mktemp("quality") / "exports"
-    flags = [*QUICK, "--formats", "bf16", "int4_awq", "nvfp4_awq", "--calib-samples", "4", "--calib-seq-len", "128"]
+    recipes = ("--recipes", "nvfp4_mlp_only")
+    flags = [
+        *QUICK,
+        "--formats",
+        "bf16",
+        "int4_awq",
+        "nvfp4_awq",
+        *recipes,
+        "--calib-samples",
+        "4",
+        "--calib-seq-len",
+        "128",
+    ]
     done = python(SCRIPT, *flags, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -73,7 +86,8 @@ def rows_of(said: str) -> dict[str, dict[str, str]]:
 def test_the_table_has_a_finite_row_for_every_format_and_for_what_the_search_is_worth(output: tuple[Path, str]) -> None:
     rows = rows_of(output[1])
     smoothed = ("nvfp4_awq", "nvfp4_awq, four_over_six", "nvfp4_awq, modelopt")
-    assert list(rows) == ["bf16", "int4_awq", "int4 without search", *smoothed]
+    assert list(rows) == ["bf16", "int4_awq", "int4 without search", *smoothed, "nvfp4_mlp_only"]
+    assert float(rows["nvfp4_mlp_only"]["bits per weight"]) == pytest.approx(4.5 * 2 / 3 + 16 / 3, abs=1e-3)  # its MLPs
     for label, row in rows.items():
         numbers = [float(row[name].replace(",", "")) for name in list(row)[1:5] + ["mean KL", "worst KL"]]
         assert all(map(math.isfinite, numbers)), row
@@ -151,13 +165,15 @@ def test_the_table_is_written_between_the_marks_of_its_page(
     page = tmp_path / "quality.md"
     monkeypatch.setattr(quality, "PAGE", page)
     page.write_text("no marks")
-    flags = (*QUICK, output[0] / "int4_awq", "--write-readme")
+    flags = (*QUICK, output[0] / "bf16", output[0] / "int4_awq", "--write-readme")
     status, _, said = run(*flags)
     assert (status, "Put the marks where the table is to be" in said) == (1, True)
     page.write_text("before\n\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
     status, said, _ = run(*flags)
     assert status == 0
     shown = "\n".join(line for line in said.splitlines() if "|" in line)
+    assert ElementTree.parse(page.with_suffix(".svg")).getroot().tag.endswith("svg")
+    assert "int4_awq</text>" in page.with_suffix(".svg").read_text()
     assert page.read_text() == f"before\n\n<!-- quality -->\n{shown}\n<!-- /quality -->\nafter\n"
 
 
