@@ -335,3 +335,17 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(folder: Path, refere
     (folder / "export_manifest.json").write_text(json.dumps({"files": {"../../secret": {"sha256": "0"}}}))
     with pytest.raises(ExportError, match="is not the name of a file in this folder"):
         judge(folder, reference)
+
+
+@pytest.mark.parametrize("format", ["w4a8_nvfp4_fp8", "fp8_pc_pt", "w4a16_nvfp4", "mxfp4", "mxfp8"])
+def test_a_format_is_told_by_its_tensors_where_both_configs_name_another(
+    format: str, reference: Path, tmp_path: Path
+) -> None:
+    """w4a8_nvfp4_fp8 differs from nvfp4 in how many inputs share a scale."""
+    plan = exported(reference, tmp_path / format, format)
+    for file, section in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        edited(tmp_path / format, file, lambda said, section=section: said[section].update(quant_algo="NVFP4"))
+    [form] = plan.forms
+    assert f"says quant_algo NVFP4, but the tensors are those of {form.algorithm}" in problems(
+        tmp_path / format, reference
+    )
