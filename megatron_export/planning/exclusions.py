@@ -56,6 +56,11 @@ def modules(source: Source, stacked: bool = False) -> list[str]:
     return [name.removesuffix(".weight") for name in source.names().values()]
 
 
+def _linears(sources: dict[str, Source], stacked: bool) -> dict[str, list[str]]:
+    """Linear -> the HF modules that it becomes."""
+    return {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
+
+
 def settle(
     config: dict, sources: dict[str, Source], request: Request, forms: dict[str, Form], copied: tuple[Output, ...]
 ) -> Policy:
@@ -64,9 +69,9 @@ def settle(
     """
     quantizing = {name: form for name, form in forms.items() if form.quantization}
     architecture = architecture_of(config)
-    stackable = architecture.stacked if quantizing else True
-    stacked = stackable and all(f.stackable for f in forms.values()) and any(s.stack for s in sources.values())
-    linears = {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
+    stacks = [name for name, source in sources.items() if source.stack and is_linear_weight(name)]
+    stacked = bool(stacks) and (architecture.stacked or not quantizing)
+    linears = _linears(sources, stacked)
     matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
     head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
     plain = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
@@ -80,17 +85,22 @@ def settle(
         return Policy({}, frozenset(linears), (), (), stacked, (), problems)
     others = tuple(line for line in request.recipe_lines if line not in naming)
     named, problems = named_formats(linears, never, others)
+    if stacked and not all(forms[named[name]].stackable for name in stacks if named[name] in forms):
+        stacked, linears = False, _linears(sources, False)
+        named, problems = named_formats(linears, never, others)
     found = {name: quantizing[format] for name, format in named.items() if format in quantizing}
     if naming and naming[-1].format in quantizing:
         form, never = quantizing[naming[-1].format], tuple(module for module in never if module != head)
         problems += _head_problems(naming[-1], form, sources.get(HEAD))
         found[HEAD] = form
+    of_experts = {
+        id(form) for name, form in found.items() if any(".experts." in module for module in linears.get(name, ()))
+    }
     for form in dict.fromkeys(found.values()):
-        problems += _refused(config, architecture, form)
+        problems += _refused(architecture, form, id(form) in of_experts)
     if request.quantize_mla and not shape_of(config).kv_lora:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     found, remarks = _loadable(config, found, request.quantize_mla)
-    stacks = [name for name, source in sources.items() if stacked and source.stack and name in linears]
     left_out = {module for name in linears.keys() - found.keys() for module in linears[name]}
     experts = {module for module in left_out if ".experts." in module}
     left_out |= {experts_module(module) for module in experts}
@@ -99,7 +109,11 @@ def settle(
         forms=found,
         left_alone=frozenset(linears.keys() - found.keys()),
         excluded=tuple(sorted({*never, *left_out})),
-        fused=tuple(together for together in [*_pairs(linears), *_stacks(stacks)] if found.keys() >= set(together)),
+        fused=tuple(
+            together
+            for together in [*_pairs(linears), *_stacks(stacks if stacked else ())]
+            if found.keys() >= set(together)
+        ),
         stacked=stacked,
         remarks=tuple(remarks),
         problems=tuple(problems),
@@ -242,9 +256,9 @@ def _is_named(module: str, glob: str) -> bool:
     return fnmatchcase(module, glob) or (".experts." in module and fnmatchcase(experts_module(module), glob))
 
 
-def _refused(config: dict, architecture: Architecture, form: Form) -> list[str]:
-    """Why this architecture cannot be exported in this format; [] if it can."""
-    if shape_of(config).experts and form.no_experts:
+def _refused(architecture: Architecture, form: Form, of_experts: bool) -> list[str]:
+    """Why this architecture cannot be exported in this format; [] if it can. `of_experts`: experts have it."""
+    if of_experts and form.no_experts:
         return [form.no_experts]
     if architecture.formats and form.name not in architecture.formats:
         why = architecture.unsmoothed if form.smoothing and form.smoothing.folds else "no engine loads it"

@@ -55,6 +55,8 @@ FORMATS |= {name: {"recipe": name} for name in recipe.names()} | {
     "mixed_pc_pt": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pc_pt",)},
     "mixed_pb": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pb",), "fp8_pb_spelling": "modelopt"},
     "mixed_pb_native": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pb",)},
+    "mixed_head": {"recipe": "nvfp4_mlp_fp8_attention", "set": ("lm_head=fp8",)},
+    "mixed_head_w4a16": {"recipe": "w4a16_nvfp4_mlp_fp8_attention", "set": ("lm_head=w4a16_nvfp4",)},
     "mixed_kvnvfp4": {"recipe": "nvfp4_mlp_fp8_attention", "kv_cache": "nvfp4"},
 }
 WITH_MLA = {f"{name}+mla": settings | {"quantize_mla": True} for name, settings in FORMATS.items()}
@@ -83,7 +85,8 @@ def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str
             try:
                 if measured is None and settings.get("format") != "bf16":
                     forms = {one.get("format", "fp8") for one in asked.values()}  # fp8's serve every recipe here
-                    measured = calibrate(built, batches(model), format=sorted(forms - {"bf16"}))
+                    head = any("lm_head" in line for one in asked.values() for line in one.get("set", ()))
+                    measured = calibrate(built, batches(model), format=sorted(forms - {"bf16"}), head=head)
                 given = None if settings.get("format") == "bf16" else measured
                 export_hf_checkpoint(built, out / name, hf_model=model, calibration=given, **settings, **more)
             except ExportError as error:

@@ -247,8 +247,6 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a mix with experts in channels": (
         lambda: mixed(QWEN_MOE, "*.self_attn.*=nvfp4", "*.experts=fp8_pc_pt"), {},
         "block experts", "left out, mixed", "machine"),
-    "a mix with int4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=int4_awq"), {},
-        "left out, mixed", "left out, mixed, awq", "machine"),
     "a mix with int4 in groups of 64, shared": (
         lambda: mixed(LLAMA, "*.self_attn.*=int4_awq", options=Options(group_size=64)), {"tp": 4},
         "left out, mixed", "left out, mixed joined, mixed, awq", "machine"),
@@ -256,12 +254,9 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "left out, mixed", "left out, mixed joined, mixed, awq", "shared, machine"),
     "a mix for Blackwell": (lambda: mixed(QWEN, "*.self_attn.*=w4a8_nvfp4_fp8"), {"gpu": "h200"},
         "left out, mixed", "left out, mixed joined, mixed", "gpu"),
-    "a mix on Hopper": (
-        lambda: planned(QWEN_MOE, recipe="w4a16_nvfp4_mlp_fp8_attention"), {"gpu": "h200"}, "", "", ""),
+    "a mix on Hopper": (lambda: planned(QWEN_MOE, recipe="w4a16_nvfp4_mlp_fp8_attention"), {"gpu": "h200"}, "", "", ""),
     "a mix on a T4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "t4"}, "", "gpu", "gpu"),
     "a mix on an A100": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "a100"}, "", "", "gpu"),
-    "a mix with MXFP8 on a T4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=mxfp8"), {"gpu": "t4"}, "gpu", "scale, gpu, extra", "gpu"),
-    "a mix with a cache": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="fp8"), {}, "", "kv ignored", "machine"),
     "a mix with a cache in four bits": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="nvfp4"), {},
         "mixed cache, kv nvfp4", "kv ignored, kv nvfp4", "machine"),
     "a mix with a cache in four bits, dense": (lambda: mixed(LLAMA, "*.self_attn.*=fp8", kv_cache="nvfp4"), {},
@@ -269,11 +264,13 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a mix in config.json": (lambda: replace(mixed(QWEN_MOE, "*.self_attn.*=fp8"), quant=None), {}, "", "no cache said", "machine"),
     "a mix in config.json, dense": (lambda: replace(mixed(LLAMA, "*.self_attn.*=fp8"), quant=None), {},
         "", "no cache said", "machine"),
-    "a mix in config.json, and a cache": (
-        lambda: replace(mixed(QWEN_MOE, "*.self_attn.*=fp8", kv_cache="fp8", kv_scale=1.0), quant=None), {}, "", "", "machine"),
     "experts beside shared ones of a mix": (
         lambda: alter(planned(SMALL_V3, format="bf16", set=("*.shared_experts.*=fp8", "*.layers.0.mlp.*=nvfp4")), ignore=[]), {},
         "not left out, mtp left out", "mixed joined", "two configs, machine"),
+    "stacks beside MXFP8": (lambda: mixed(LLAMA4_SEES, "*.o_proj=mxfp8"), {}, "router kernel", "scale, stack, extra", "machine"),
+    "experts beside blocks of ModelOpt": (lambda: mixed(QWEN_MOE, "*.o_proj=fp8_pb", options=SPELLED), {},
+        "", "scale, extra", "case, machine"),
+    "a quantized head in a mix": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", "lm_head=fp8"), {}, "", "", "machine"),
     "a dense layer left out": (
         lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, recipe="fp8_attention_only"), {}, "not left out", "dense", ""),
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),

@@ -35,10 +35,11 @@ def test_a_plan_has_the_verdict_of_the_folder_that_it_becomes(name: str, pool: l
 
 
 def test_a_target_that_refuses_is_an_error_of_the_library(pool: list[Ranks], models: dict, tmp_path: Path) -> None:
-    names = ["fp8_pb_modelopt", "fp8_pb"]
+    names = ["fp8_pb_modelopt", "fp8_pb", "nvfp4_mlp_fp8_attention"]
     [refused] = living(pool).call(1, product.export, models["qwen3"], tmp_path, names, target="sglang")
     assert refused["fp8_pb_modelopt"].startswith("--target: SGLang will not load this: refuses FP8_PB_WO")
     assert "its 96 rows are no whole blocks of 128, which SGLang wants of joined linears" in refused["fp8_pb"]
+    assert "it does not find q_proj, k_proj, v_proj of this architecture in quantized_layers" in refused[names[2]]
     assert not list(tmp_path.iterdir())
 
 

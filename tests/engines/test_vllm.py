@@ -35,6 +35,8 @@ SOME = {
         "fp8_pc_pt",
         "mxfp8",
         "mxfp4",
+        "mixed_head",
+        "mixed_head_w4a16",
     ],
     "qwen3": [*MIXED, "w4a16_nvfp4", "mixed_pb"],
     "qwen3_moe": ["fp8_kv", "nvfp4_awq", "w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "nvfp4_cast", "fp8_attention_only"],
