@@ -145,7 +145,7 @@ def encode(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     tensor_scale = scale_of(amax.weight, E2M1_MAX * LARGEST_SCALE[scales])
     if scales != "max":  # before the blocks of their own take memory
-        block_scale = SEARCHES[scales](weight.float().abs_().unflatten(1, (-1, BLOCK)), amax.weight, tensor_scale)
+        block_scale = SEARCHES[scales](weight.abs().float().unflatten(1, (-1, BLOCK)), amax.weight, tensor_scale)
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
     if scales == "max":
         block_scale = block_scales(blocks, tensor_scale)

@@ -68,6 +68,16 @@ def test_encoding_shards_gives_the_shards_of_the_encoded_whole(name: str, cut: A
 
 
 @every_format
+def test_a_float32_weight_is_encoded_as_in_bfloat16_and_left_as_it_was(name: str) -> None:
+    weight = weight_of(128, 256)
+    amax, wide = amax_of(weight, clips_of(name, weight)), weight.float()
+    expected, found = (formats.encode(ALL[name], one, amax) for one in (weight, wide))
+    assert torch.equal(wide, weight.float())
+    for suffix, piece in expected.items():
+        assert same(found[suffix].data.float(), piece.data.float()), suffix  # bf16 itself keeps its dtype
+
+
+@every_format
 def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weight_of(300, 256)
     amax = amax_of(weight, clips_of(name, weight))
