@@ -17,11 +17,12 @@ from ..common.piece import Axis
 from ..common.progress import Progress, quiet
 from ..distributed.collectives import everyone, together
 from ..distributed.topology import Topology
-from ..formats import FORMATS, Options, chosen
+from ..formats import FORMATS, Form, Options, chosen
 from ..formats.awq import SHARED, search_of
 from ..formats.int4 import CLIP_RATIOS
 from ..mcore import parallel_state
 from ..mcore.cpu_compat import without_cuda
+from ..mcore.gradients import only_activations
 from ..mcore.model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of, whole_of
 from ..mcore.shards import Shards
 from ..models import cut_of, is_expert, reads_heads
@@ -32,6 +33,7 @@ from .checks import check_batches, check_modules, check_parallelism, check_repli
 from .hooks import Observer, watching
 from .lookup import Statistics
 from .memory import CLIP_BYTES
+from .sensitivity import Sensitivities
 
 
 def calibrate(
@@ -43,6 +45,7 @@ def calibrate(
     awq_clip: bool = False,
     all_experts: bool = False,
     head: bool = False,
+    sensitivities: Iterable[str] = (),
     progress: Progress = quiet,
 ) -> Statistics:
     """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
@@ -54,20 +57,17 @@ def calibrate(
     awq_clip    search the clipping of AWQ formats too
     all_experts measure every expert on all tokens, and not on those that are routed to it
     head        measure the input of the output layer too, for a recipe that quantizes it
+    sensitivities  formats whose cost in every linear is measured too, as `effective_bits` chooses by it: one more pass, with
+                gradients, which keeps the activations of all layers as training does (calibration/sensitivity.py)
     Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input and
     twice the output in float32 of one linear, four copies of its weight (the whole linear's, where a shard cuts a group), 44 bytes
     for every input channel and search, and, when clipping, at most 1 GiB (or one linear's) of losses.
     Collective: all ranks call it. `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in activations,
     naming the module. An exception of the model itself is raised on its rank alone, as in training.
     """
-    names = (format,) if isinstance(format, str) else tuple(format)
-    if not names:
-        raise ExportError("calibrate() was given no format")
-    forms = [chosen(name, _options(name, group_size, awq_clip)) for name in names]
-    used = {option for name in names for option in FORMATS[name].OPTIONS}
-    if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
-        chosen(names[0], Options(group_size=group_size, awq_clip=awq_clip))  # says which has no effect
-    if all(not form.quantization for form in forms):
+    forms = _forms((format,) if isinstance(format, str) else tuple(format), group_size, awq_clip)
+    tried = [form for name in dict.fromkeys(sensitivities) if (form := chosen(name)).quantization]
+    if all(not form.quantization for form in (*forms, *tried)):
         return {}
     smoothings = {form.smoothing.search: form.smoothing.folds for form in forms if form.smoothing}
     with parallel_state.current() as here:
@@ -86,9 +86,17 @@ def calibrate(
             maxima = Maxima(here, bool(smoothings), local_experts_of(model), repeats, config.num_query_groups)
             run("calibrate", maxima, head)
             statistics, means = maxima.agreed()
+            held_whole = whole_of(model)
+            if tried:
+                found = Sensitivities(
+                    here, tried, statistics, layouts_of(model), held_whole, sum(map(torch.numel, batches)), repeats
+                )
+                with only_activations(model):
+                    _observe(here, model, batches, progress, False, "sensitivities", found, gradients=True)
+                statistics |= found.agreed()
             if not smoothings:
                 return statistics
-            heads, weights, held_whole = heads_of(model), weights_of(model), whole_of(model)
+            heads, weights = heads_of(model), weights_of(model)
             searches = partial(_searches, smoothings, heads.queries_per_group)
             topk = config.moe_router_topk
             alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk, held_whole)
@@ -99,6 +107,17 @@ def calibrate(
                 run("clip", clips)
                 statistics |= clips.agreed()
         return statistics
+
+
+def _forms(names: tuple[str, ...], group_size: int, awq_clip: bool) -> list[Form]:
+    """The formats that are calibrated for; `ExportError` for none, for unknown ones, and for an option without effect."""
+    if not names:
+        raise ExportError("calibrate() was given no format")
+    forms = [chosen(name, _options(name, group_size, awq_clip)) for name in names]
+    used = {option for name in names for option in FORMATS[name].OPTIONS}
+    if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
+        chosen(names[0], Options(group_size=group_size, awq_clip=awq_clip))  # says which has no effect
+    return forms
 
 
 def _options(name: str, group_size: int, awq_clip: bool) -> Options:
@@ -143,6 +162,7 @@ def _observe(
     stage: str,
     observer: Observer,
     head: bool = False,
+    gradients: bool = False,
 ) -> None:
     """Run all batches through the model and show `observer` the calls of its modules.
 
@@ -157,27 +177,38 @@ def _observe(
         run = list(run)
         repeated = run[-1:] * (-len(run) % group)
         shown = chain(islice(steps, len(run)), repeated)
-        with watching(here, model, observer, len(run), all_experts, head):
+        with watching(here, model, observer, len(run), all_experts, head, gradients):
             get_forward_backward_func()(
-                forward_step_func=partial(_step, here),
+                forward_step_func=partial(_step_with_loss if gradients else _step, here),
                 data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
                 model=chunks,
                 num_microbatches=len(run) + len(repeated),
                 seq_length=shape[1],
                 micro_batch_size=shape[0],
-                forward_only=True,
+                forward_only=not gradients,
             )
     next(steps, None)
 
 
 def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
     ids = next(batches).to(here.device)
+    # layers that predict one more token only run where there is something to predict
+    output = _called(chunk, ids, ids if chunk.config.mtp_num_layers else None)
+    return output, lambda logits: (logits.new_zeros(()), {})
+
+
+def _step_with_loss(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
+    """The loss is the sum over all tokens that have a next one."""
+    ids = next(batches).to(here.device)
+    count = torch.ones((), dtype=torch.int, device=ids.device)
+    return _called(chunk, ids, ids.roll(-1, dims=1)), lambda losses: (losses[:, :-1].float().sum(), count, {})
+
+
+def _called(chunk: nn.Module, ids: Tensor, labels: Tensor | None) -> Tensor:
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).expand_as(ids)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
-    # layers that predict one more token only run where there is something to predict
-    output = chunk(ids, positions, mask, labels=ids if chunk.config.mtp_num_layers else None)
-    return output, lambda logits: (logits.new_zeros(()), {})
+    return chunk(ids, positions, mask, labels=labels)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..distributed.topology import Topology
 from ..mcore.model import (
     Model,
     attentions_of,
+    embeddings_of,
     experts_of,
     given_to_experts,
     grouped_weights,
@@ -42,6 +43,11 @@ class Observer(Protocol):
     def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
         """A linear is called with inputs [..., in]; an expert's with the tokens that it was given, perhaps none."""
 
+    def gradient(self, name: str, weight: Tensor, inputs: Tensor, gradient: Tensor) -> None:
+        """A linear was called with inputs [sequence..., in], of whole sequences, and its outputs [sequence..., out] have this
+        gradient; those of a row-parallel linear are whole.
+        """
+
     def attention(self, name: str, key: Tensor, value: Tensor) -> None:
         """An attention is called with keys and values [sequence, batch, groups, head_dim]."""
 
@@ -51,17 +57,30 @@ class Observer(Protocol):
 
 @contextmanager
 def watching(
-    here: Topology, model: Model, observer: Observer, batches: int, all_experts: bool, head: bool = False
+    here: Topology,
+    model: Model,
+    observer: Observer,
+    batches: int,
+    all_experts: bool,
+    head: bool = False,
+    gradients: bool = False,
 ) -> Iterator[None]:
     """While open, `observer` sees the first `batches` calls of every linear and attention of this rank, with `head` of the output
     layer too.
 
-    With `all_experts` it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
+    With `gradients` it sees linears alone, in the backward pass, for which what is embedded asks for a gradient. With `all_experts`
+    it sees each expert called with all tokens, and the calls that the model itself makes are not shown.
     """
     watch = _Watch(here, observer, batches, all_experts, local_experts_of(model))
     with ExitStack() as hooks:
         for name, module in linears_of(model, head).items():
-            hooks.callback(module.register_forward_pre_hook(partial(watch.linear, name)).remove)
+            hooks.callback(
+                module.register_forward_hook(partial(watch.called, name)).remove
+                if gradients
+                else module.register_forward_pre_hook(partial(watch.linear, name)).remove
+            )
+        for module in embeddings_of(model) if gradients else ():
+            hooks.callback(module.register_forward_hook(lambda module, args, output: output.requires_grad_()).remove)
         for name, module in attentions_of(model).items():
             hooks.callback(module.register_forward_pre_hook(partial(watch.attention, name)).remove)
         for name, layer in experts_of(model).items():
@@ -100,6 +119,30 @@ class _Watch:
         if self.observer.whole_sequences and module.config.sequence_parallel and column and not expert:
             inputs = whole(self.here.cut(False), inputs, 0)  # as the module itself is about to do
         self.observer.linear(name, plain(f"{name}.weight", module.weight), inputs)
+
+    def called(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        """Show a call of a linear when the gradient of its outputs is there."""
+        outputs = output[0] if isinstance(output, tuple) else output
+        if self.counts(name):
+            outputs.register_hook(partial(self.gradient, name, module, args))
+
+    def gradient(self, name: str, module: nn.Module, args: tuple, gradient: Tensor) -> None:
+        expert = is_expert(name)
+        if weights := grouped_weights(module):
+            layer, _, linear = name.rpartition(".")
+            tokens = args[1].tolist() if isinstance(args[1], Tensor) else list(args[1])
+            parts = zip(self.numbers, weights, args[0].split(tokens), gradient.split(tokens), strict=True)
+            shown = [(f"{layer}.{number}.{linear}", *part) for number, *part in parts]
+        else:
+            inputs = linear_input(module, args[0])
+            if module.config.sequence_parallel and not expert:
+                column = cut_of(f"{name}.weight") is Axis.OUT
+                inputs = whole(self.here.cut(False), inputs, 0) if column else inputs
+                if gradient.shape[0] != inputs.shape[0]:
+                    gradient = whole(self.here.cut(False), gradient, 0)
+            shown = [(name, module.weight, inputs, gradient)]
+        for one, weight, inputs, its_gradient in shown:
+            self.observer.gradient(one, plain(f"{one}.weight", weight), inputs, its_gradient)
 
     def grouped(
         self, name: str, weights: list[Tensor], inputs: Tensor, tokens: list[int] | Tensor, *others: Any

@@ -102,6 +102,11 @@ class ExportConfig:
             said = self.request.max_shard_size
             raise ValueError(f"--max-shard-size {said} is less than a kilobyte. Write it with a unit, like 5GB")
         targets_in(self.request.target)
+        if self.request.effective_bits is not None and self.dry_run and not self.load_calibration:
+            raise ValueError(
+                "--effective-bits chooses formats by what calibration measures, so no plan can know them before: export, or plan "
+                "the recipe.yaml of an export with --recipe"
+            )
         sizes = ("tp", "pp", "vpp", "ep", "etp", "calib_samples", "calib_seq_len", "calib_batch_size")
         for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:

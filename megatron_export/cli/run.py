@@ -80,8 +80,8 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         parallel_state.current(config.request.timeout) as here,
     ):
         opening, checkpoint = _opened(config, example_model, here)
-        job.world, job.plan = here.world, opening.plan
         opening, samples = _calibration(config, opening, example_model, here)
+        job.world, job.plan = here.world, opening.plan
         if samples is not None:
             job.batch, job.samples = MicroBatch(config.calib_batch_size, samples.shape[1]), len(samples)
         job.remarks = inputs.remarks(config, opening.original.folder, samples)
@@ -100,10 +100,8 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
             opening = replace(opening, statistics=found)
         known = opening.statistics or {}
         job.tokens = {name: counts for name, counts in known.items() if is_tokens(name)}
-        with together(here, "save the calibration"):
-            check_unchanged(original.folder, original.files)
-            if here.first:
-                outputs.save_calibration(config, known, original.config, measured=samples is not None)
+        opening = _saved(config, opening, samples is not None, here)
+        job.plan = opening.plan
         with job.stage("export"):
             said = inputs.provenance(config, original), _notes(job, known)
             finish = partial(_finish, job, config, original.folder, here, progress)
@@ -162,10 +160,10 @@ def _calibration(
         if known:
             check_calibration(opening.plan, known)
         samples, plan = None, opening.plan
-        if not known and (is_needed(plan) or config.save_calibration):
+        if not known and (is_needed(plan) or config.save_calibration or request.effective_bits is not None):
             samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
             check_computed(original.config, samples.shape[1])
-    return replace(opening, statistics=known), samples
+    return _chosen(config, replace(opening, statistics=known), here), samples
 
 
 def _calibrated(
@@ -182,8 +180,26 @@ def _calibrated(
         awq_clip=opening.request.options.awq_clip,
         all_experts=config.calib_all_experts,
         head=any(item.form and item.source.canonical == HEAD for item in opening.plan.items),
+        sensitivities=opening.request.candidates_in() if opening.request.effective_bits is not None else (),
         progress=progress,
     )
+
+
+def _saved(config: ExportConfig, opening: Opening, measured: bool, here: Topology) -> Opening:
+    """Save the calibration; the opening, with what a budget chooses by one that was measured. Collective."""
+    original = opening.original
+    with together(here, "save the calibration"):
+        check_unchanged(original.folder, original.files)
+        if here.first:
+            outputs.save_calibration(config, opening.statistics or {}, original.config, measured)
+    return _chosen(config, opening, here) if measured else opening
+
+
+def _chosen(config: ExportConfig, opening: Opening, here: Topology) -> Opening:
+    """The opening with the formats that a budget chooses, if there is one, once there are statistics. Collective."""
+    if config.request.effective_bits is None or not opening.statistics:
+        return opening
+    return open_export(here, opening.origin, opening.original, opening.given, opening.statistics, config.output)
 
 
 def _notes(job: Outcome, known: Statistics) -> dict:

@@ -5,3 +5,4 @@ QUANT_CONFIG = "hf_quant_config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "export_manifest.json"
+RECIPE = "recipe.yaml"  # what a budget chose

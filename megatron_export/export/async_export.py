@@ -26,6 +26,7 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..mcore import parallel_state
+from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
 from ..planning.request import Request, requested
@@ -169,7 +170,15 @@ def export_hf_checkpoint_async(
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said()}
         place = Destination(
-            target, request.overwrite, False, request.sync, opening.original, identity, provenance or {}, said
+            target,
+            request.overwrite,
+            False,
+            request.sync,
+            opening.original,
+            identity,
+            provenance or {},
+            said,
+            recipe_text(opening.request),
         )
         memory = _Memory(target, work.plan, keep_memory) if here.first else None
         try:

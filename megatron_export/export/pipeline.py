@@ -20,6 +20,7 @@ from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..mcore import parallel_state
 from ..models import copied_prefixes
+from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
 from ..planning.request import Request, requested
@@ -127,7 +128,15 @@ def exported(
     given = opening.request
     said = {"settings": given.said(), **(notes or {})}
     place = Destination(
-        target, given.overwrite, given.resume, given.sync, opening.original, identity, provenance or {}, said
+        target,
+        given.overwrite,
+        given.resume,
+        given.sync,
+        opening.original,
+        identity,
+        provenance or {},
+        said,
+        recipe_text(given),
     )
     kept, sent = _write(here, work, place, clock, progress, finish)
     peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), sent)), strict=True)

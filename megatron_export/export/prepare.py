@@ -14,6 +14,7 @@ from ..common.errors import ExportError, report
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
+from ..planning.budget import budgeted
 from ..planning.engine_check import refusals
 from ..planning.plan import Held, Plan, make_plan
 from ..planning.request import Request
@@ -58,6 +59,8 @@ def open_model(
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
+        if request.effective_bits is not None and not statistics:
+            raise ExportError("effective_bits needs calibration: pass what calibrate(..., sensitivities=...) returned")
         original = read_original(hf_model, request.mtp, weights=False, own=False)
     origin = Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)
     return open_export(here, origin, original, request, statistics, export_dir, check=check)
@@ -75,6 +78,7 @@ def open_export(
 ) -> Opening:
     """Plan an export. Collective. `ExportError` for what can be refused before any work.
 
+    statistics  what the formats are chosen by, if a budget chooses them; without them it is planned as small as it can be
     export_dir  where it will be written, if it will: free, on a disk with room, and neither the original nor one of `apart`
     check       may refuse the plan on rank 0
     """
@@ -84,10 +88,13 @@ def open_export(
     held = origin.held(here, original.config, request)
     nodes = collectives.nodes(here)
     with together(here, "check the settings"):
+        if settled.effective_bits is not None:
+            settled = budgeted(original.config, settled, statistics)
         plan = make_plan(original.config, held, settled, copied=original.copied, powers=original.powers, nodes=nodes)
         plan = replace(plan, remarks=(*original.remarks, *plan.remarks))
         if here.first:
-            report(refusals(plan, request.target))
+            if request.effective_bits is None or statistics:
+                report(refusals(plan, request.target))
             if export_dir:
                 check_target(export_dir.resolve(), plan, overwrite=request.overwrite, resume=request.resume)
                 check_apart(export_dir, original.folder, *apart)

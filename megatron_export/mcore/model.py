@@ -132,6 +132,11 @@ def given_to_experts(layer: nn.Module, tokens: Tensor) -> Callable[[int], Tensor
     return lambda expert: tokens * scores[:, expert, None]
 
 
+def embeddings_of(model: Model) -> list[nn.Module]:
+    """The modules whose outputs are what the first layers of this rank read, and those that predict one more token."""
+    return [chunk.embedding for chunk in chunks_of(model) if getattr(chunk, "embedding", None) is not None]
+
+
 def local_experts_of(model: Model) -> list[int]:
     """The global numbers of this rank's experts, the same in every layer that has any; [] without experts."""
     layers = (layer for chunk in chunks_of(model) for _, layer in layers_of(chunk))

@@ -8,6 +8,7 @@
     {linear}.clip.{search}[.{part}]    uint8 [out, in/group]  with clipping, for int4: codes of its groups' ratios, by layout part
     {linear}.clip_ratio.{search}       float32 []             with clipping, for nvfp4
     {linear}.weight_amax               float32 []             of ModelOpt, never on disk: what the weight is quantized with
+    {linear}.sensitivity.{format}      float64 []             nats per token that the format costs there: calibration/sensitivity.py
     {experts}.tokens                   int64 [experts]        how many tokens each expert of a layer was given
     {attention}.k_amax, .v_amax        float32 []             the largest |key| and |value|, for the KV cache
     {attention}.v_channel_amax         float32 [rows of v]
@@ -31,6 +32,7 @@ _KINDS = (
     rf"(?:pre_quant_scale|alpha|losses)\.(?:{_INT4}|{_NVFP4})",
     rf"clip\.{_INT4}(?:\.\w+)?",
     rf"clip_ratio\.{_NVFP4}",
+    r"sensitivity\.\w+",
 )
 _KEY = re.compile(rf"(.+?)\.({'|'.join(_KINDS)})")
 
@@ -62,6 +64,11 @@ def _of_search(kind: str) -> Callable[[str, str], str]:
 
 vector_key, alpha_key, losses_key = _of_search("pre_quant_scale"), _of_search("alpha"), _of_search("losses")
 ratio_key = _of_search("clip_ratio")
+
+
+def sensitivity_key(linear: str, format: str) -> str:
+    """What a format costs in a linear; the experts of a layer have one."""
+    return f"{pooled(linear)}.sensitivity.{format}"
 
 
 def codes_key(linear: str, search: str, part: str) -> str:

@@ -168,7 +168,7 @@ def make_plan(
             cast=name in cast,
         )
         items.append(replace(item, gather_first=_straddles(item)))
-        problems += _tile_problems(items[-1])
+        problems += tile_problems(items[-1])
     if not plain and not policy.forms and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     report(problems)
@@ -260,7 +260,8 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
     return problems
 
 
-def _tile_problems(item: Item) -> list[str]:
+def tile_problems(item: Item) -> list[str]:
+    """Why a format cannot cut the parts of an item into its tiles; [] if it can."""
     if item.form is None or item.form.ragged:
         return []
     problems = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Request:
         (),
         "GLOB=FORMAT: a line of the recipe for HF modules, added to those of --format or --recipe; the last that matches counts",
     )
+    effective_bits: float | None = _undigested(
+        None,
+        "bits that an element of a linear may take, with its scales: choose a format of --from for each group of linears that "
+        "engines fuse, by the loss that calibration measures, and write the choice as recipe.yaml into the checkpoint",
+    )
+    candidates: str = _undigested("nvfp4,fp8,bf16", "formats that --effective-bits chooses from", flag="from")
     kv_cache: str | None = _undigested(
         None,
         "format of the KV cache (default: that of ModelOpt's quantizers in a Megatron checkpoint, else none)",
@@ -110,11 +117,31 @@ class Request:
 
     def plain(self) -> "Request":
         """The request for a model without quantizers of ModelOpt; `ExportError` for a recipe that cannot be read."""
+        if self.effective_bits is not None:
+            given = [name for name in ("format", "recipe") if getattr(self, name)]
+            if given:
+                raise ExportError(f"--{given[0]} has no effect with --effective-bits, which chooses the formats")
+            name = next((name for name in self.candidates_in() if name != PLAIN), PLAIN)
+            return replace(self, kv_cache=self.kv_cache or "none").settled(uniform(name))
+        if self.candidates != type(self).candidates:
+            raise ExportError("--from has no effect without --effective-bits")
         if self.recipe and self.format:
             raise ExportError(f"--format has no effect with --recipe. Add a line to it with --set '*={self.format}'")
         recipe = recipe_of(self.recipe) if self.recipe else uniform(self.format or "fp8")
         found = _with_defaults(self, recipe)
         return replace(found, kv_cache=found.kv_cache or "none").settled(recipe)
+
+    def candidates_in(self) -> list[str]:
+        """The formats that a budget chooses from; `ExportError` for unknown ones, for those of AWQ, and for bits that are none."""
+        names = list(dict.fromkeys(name.strip() for name in self.candidates.split(",")))
+        for name, form in chosen_all(names, Options()).items():
+            if form.smoothing:
+                raise ExportError(
+                    f"--from {name}: AWQ prepares its weights, so it cannot be chosen by linear. Leave it out"
+                )
+        if not 0 < self.effective_bits < inf:  # NaN is neither
+            raise ExportError(f"--effective-bits must be a number above 0, not {self.effective_bits:g}")
+        return names
 
     def settled(self, recipe: Recipe) -> "Request":
         """The request with the lines of a recipe, and those of its own."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.hf_folder import check_unchanged, files_to_copy
 from ..checkpoint.original import Original
-from ..common.file_names import MANIFEST
+from ..common.file_names import MANIFEST, RECIPE
 from ..distributed.signals import heed
 from ..planning.contents import Contents
 from .fingerprint import of_settings
@@ -20,7 +20,10 @@ from .writer import complete, write_json
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an export goes: the target, the original model whose other files are copied, and what the manifest says."""
+    """Where an export goes: the target, the original model whose other files are copied, and what the manifest says.
+
+    recipe  text of a recipe file that is written too; "" for none
+    """
 
     folder: Path
     overwrite: bool
@@ -30,6 +33,7 @@ class Destination:
     identity: dict[str, str]
     provenance: dict
     notes: dict = field(default_factory=dict)
+    recipe: str = ""
 
 
 def open_staging(place: Destination, claim: Claim | None = None) -> Staging:
@@ -55,6 +59,8 @@ def publish(
     said = manifest(contents, found, place.identity, {"topology": sizes, **names_in(place.provenance), **place.notes})
     with naming(place.folder):
         write_json(staging.folder / MANIFEST, said)
+        if place.recipe:
+            (staging.folder / RECIPE).write_text(place.recipe, encoding="utf-8")
     finish(staging.folder)
     heed()
     staging.publish()

@@ -139,6 +139,10 @@ def _contradictions(config: dict, inherited: Inherited, request: Request, given:
         )
         if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
     ]
+    if request.effective_bits is not None:
+        problems.append(
+            "effective_bits has no effect on a model that ModelOpt quantized. Leave it out, or disable the quantizers"
+        )
     if given is not None:
         problems.append(
             "the model has quantizers of ModelOpt that hold its statistics: leave calibration out, or disable the quantizers"
