@@ -243,7 +243,7 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
             excluded = any(fnmatchcase(name, glob) for glob in exclude)
             (user if excluded else engines if unread else modelopt).append(name)
     known = {*engines, *user, *modelopt} | {name.partition(".experts.")[0] + ".experts" for name in user + modelopt}
-    found = {"by --exclude": user, "by ModelOpt": modelopt, "not loaded by every engine": engines}
+    found = {"by --exclude": user, "by the recipe, or by ModelOpt": modelopt, "not loaded by every engine": engines}
     never = tuple(name for name in plan.excluded if name not in known)
     return {why: tuple(names) for why, names in found.items() if names} | {"never quantized": never}
 
