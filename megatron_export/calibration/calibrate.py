@@ -45,7 +45,7 @@ def calibrate(
     awq_clip: bool = False,
     all_experts: bool = False,
     head: bool = False,
-    sensitivities: Iterable[str] = (),
+    sensitivities: Iterable[str | Form] = (),
     progress: Progress = quiet,
 ) -> Statistics:
     """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
@@ -57,8 +57,8 @@ def calibrate(
     awq_clip    search the clipping of AWQ formats too
     all_experts measure every expert on all tokens, and not on those that are routed to it
     head        measure the input of the output layer too, for a recipe that quantizes it
-    sensitivities  formats whose cost in every linear is measured too, as `effective_bits` chooses by it: one more pass, with
-                gradients, which keeps the activations of all layers as training does (calibration/sensitivity.py)
+    sensitivities  formats, or `Form`s with options, whose cost in every linear is measured too, as `effective_bits` chooses by it:
+                one more pass, with gradients, which keeps the activations of all layers (calibration/sensitivity.py)
     Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input and
     twice the output in float32 of one linear, four copies of its weight (the whole linear's, where a shard cuts a group), 44 bytes
     for every input channel and search, and, when clipping, at most 1 GiB (or one linear's) of losses.
@@ -66,7 +66,7 @@ def calibrate(
     naming the module. An exception of the model itself is raised on its rank alone, as in training.
     """
     forms = _forms((format,) if isinstance(format, str) else tuple(format), group_size, awq_clip)
-    tried = [form for name in dict.fromkeys(sensitivities) if (form := chosen(name)).quantization]
+    tried = _tried(sensitivities)
     if all(not form.quantization for form in (*forms, *tried)):
         return {}
     smoothings = {form.smoothing.search: form.smoothing.folds for form in forms if form.smoothing}
@@ -118,6 +118,12 @@ def _forms(names: tuple[str, ...], group_size: int, awq_clip: bool) -> list[Form
     if (group_size != 128 and "group_size" not in used) or (awq_clip and "awq_clip" not in used):
         chosen(names[0], Options(group_size=group_size, awq_clip=awq_clip))  # says which has no effect
     return forms
+
+
+def _tried(sensitivities: Iterable[str | Form]) -> list[Form]:
+    """The formats, named or given, that quantize."""
+    named = (one if isinstance(one, Form) else chosen(one) for one in dict.fromkeys(sensitivities))
+    return [form for form in named if form.quantization]
 
 
 def _options(name: str, group_size: int, awq_clip: bool) -> Options:

@@ -29,6 +29,7 @@ from ..export.prepare import Opening, built, open_export
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..models import HEAD, check_computed
 from ..models.statistic_names import is_alpha, is_tokens, module_of
+from ..planning.budget import candidates
 from ..planning.plan import Plan
 from ..verify import thresholds
 from ..verify.report import write
@@ -180,7 +181,7 @@ def _calibrated(
         awq_clip=opening.request.options.awq_clip,
         all_experts=config.calib_all_experts,
         head=any(item.form and item.source.canonical == HEAD for item in opening.plan.items),
-        sensitivities=opening.request.candidates_in() if opening.request.effective_bits is not None else (),
+        sensitivities=candidates(opening.request).values() if opening.request.effective_bits is not None else (),
         progress=progress,
     )
 

@@ -47,9 +47,8 @@ def budgeted(config: dict, request: Request, statistics: dict[str, Tensor] | Non
     statistics without sensitivities.
     """
     groups, elements = _groups(config, request)
-    budget = int(request.effective_bits * elements / 8)
     least, most = (sum(pick(group.sizes.values()) for group in groups) for pick in (min, max))
-    if not least <= budget <= most:
+    if not 8 * least / elements <= request.effective_bits <= 8 * most / elements:
         raise ExportError(
             f"--effective-bits {request.effective_bits:g} cannot be met: with --from {request.candidates} this model takes "
             f"{8 * least / elements:.3f} to {8 * most / elements:.3f} bits per weight. Give a number between, or other formats"
@@ -58,12 +57,18 @@ def budgeted(config: dict, request: Request, statistics: dict[str, Tensor] | Non
     choices = [
         [(size, costs[n].get(format, 0.0)) for format, size in group.sizes.items()] for n, group in enumerate(groups)
     ]
-    picked = least_loss(choices, budget if statistics else least)
+    picked = least_loss(choices, int(request.effective_bits * elements / 8) if statistics else least)
     lines = []
     for group, number in zip(groups, picked, strict=True):
         format = list(group.sizes)[number]
         lines += [Line(module, format, f"{module}: {format}, by --effective-bits") for module in group.modules]
     return request.settled(Recipe(f"{request.effective_bits:g} effective bits", tuple(lines)))
+
+
+def candidates(request: Request) -> dict[str, Form]:
+    """The formats that a budget chooses from, and those of the user's own lines, with their options, by name."""
+    lines = tuple(Line("*", name, f"--from {request.candidates}") for name in request.candidates_in())
+    return request.settled(Recipe("", lines)).forms()
 
 
 def recipe_text(request: Request) -> str:
@@ -119,11 +124,10 @@ def _thinned(states: list[tuple[int, float, tuple]]) -> list[tuple[int, float, t
 def _groups(config: dict, request: Request) -> tuple[list[Group], int]:
     """The groups of a model, and the elements of all their linears."""
     sources = parameters_of(config)
-    lines = [Line("*", name, f"--from {request.candidates}") for name in request.candidates_in()]
-    forms = request.settled(Recipe("", tuple(lines))).forms()
-    named: list[dict[str, Form]] = []
-    for line in lines:
-        policy = settle(config, sources, request.settled(Recipe(line.format, (line,))), forms, ())
+    forms, named = candidates(request), []
+    for name in request.candidates_in():
+        only = Recipe(name, (Line("*", name, f"--from {request.candidates}"),))
+        policy = settle(config, sources, request.settled(only), forms, ())
         report(policy.problems)
         named.append(policy.forms)
     members: dict[str, list[Source]] = {}

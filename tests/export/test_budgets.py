@@ -4,6 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_export import (
+    ExportError,
+    export_hf_checkpoint,
+    export_hf_checkpoint_async,
+    load_calibration,
+    plan_hf_tensors,
+)
+
+from ..support.live import loaded
 from ..support.models import assert_same, contents, make_model, read_json, tensors
 from ..support.ranks import Ranks, command, living
 from .test_topologies import calibration_flags, export
@@ -73,3 +82,20 @@ def test_a_file_without_what_the_budget_needs_is_refused(
         assert found == status, text
         assert said in text
         assert not (tmp_path / "out").exists()
+
+
+def live(source: Path, statistics: Path, folder: Path) -> None:
+    """In a rank: the same by the library, at once and in the background."""
+    with loaded(source) as (model, _):
+        found = load_calibration(statistics, read_json(source / "config.json"))
+        asked = {"hf_model": source, "effective_bits": 6, "kv_cache": "fp8", "calibration": found}
+        export_hf_checkpoint(model, folder / "live", **asked)
+        export_hf_checkpoint_async(model, folder / "later", **asked).wait()
+        with pytest.raises(ExportError, match="effective_bits needs calibration"):
+            plan_hf_tensors(model, hf_model=source, effective_bits=6)
+
+
+def test_the_library_chooses_and_writes_the_same(alone: tuple[str, Path, Path], ranks: Ranks, tmp_path: Path) -> None:
+    _, source, folder = alone
+    ranks.call(1, live, source, folder / "c.safetensors", tmp_path)
+    assert contents(tmp_path / "live") == contents(tmp_path / "later") == contents(folder / "out")

@@ -170,6 +170,7 @@ def test_a_width_that_a_format_cannot_cut_is_given_to_another() -> None:
     [
         ({"effective_bits": 4.4}, "4.4 cannot be met: with --from nvfp4,fp8,bf16 this model takes 4.500 to 16.000 bits"),
         ({"effective_bits": 17.0}, "--effective-bits 17 cannot be met"),
+        ({"effective_bits": 1e308}, "--effective-bits 1e+308 cannot be met"),
         ({"effective_bits": 8.1, "candidates": "nvfp4,fp8"}, "with --from nvfp4,fp8 this model takes 4.500 to 8.000 bits"),
         ({"effective_bits": float("nan")}, "--effective-bits must be a number above 0, not nan"),
         ({"effective_bits": 5.0, "candidates": "nvfp4,int4_awq"}, "--from int4_awq: AWQ prepares its weights"),
