@@ -71,13 +71,14 @@ def copies_of(model: Model) -> dict[str, Tensor]:
 
 def linears_of(model: Model, head: bool = False) -> dict[str, nn.Module]:
     """Canonical module name -> module, for every linear in a layer that a format may quantize, and with `head` for the output
-    layer; without a number for experts in one module.
+    layer, if it is not the embedding; without a number for experts in one module.
     """
     return {
         name: module  # of one with an adapter around it, the linear itself, which comes last
         for chunk in chunks_of(model)
         for name, module in canonical_modules(chunk)
-        if is_linear_weight(f"{name}.weight") or (head and f"{name}.weight" == HEAD)
+        if is_linear_weight(f"{name}.weight")
+        or (head and f"{name}.weight" == HEAD and not chunk.share_embeddings_and_output_weights)
     }
 
 

@@ -67,7 +67,7 @@ def measure(source: Path, tp: int, pp: int, batch: int, clip: bool) -> dict[str,
         load_hf_weights(model, source, config, here)
         ids = load_file(source.parent / "ids" / "calibration.safetensors")["input_ids"]
         batches = ids.split(batch)[here.dp_rank :: here.dp_size]
-        found = calibrate(model, batches, format=("nvfp4_awq", "int4_awq"), awq_clip=clip, head="qwen2" in source.name)
+        found = calibrate(model, batches, format=("nvfp4_awq", "int4_awq"), awq_clip=clip, head=True)
         return found | calibrate(model, batches, format="int4_awq", group_size=64)
 
 
