@@ -417,7 +417,7 @@ def observed(sequence_parallel: bool) -> dict[str, Tensor]:
         called = inputs.chunk(2)[here.tp_rank] if sequence_parallel else inputs
         name = "decoder.layers.0.mlp.linear_fc1"
         none = dict.fromkeys(("attentions_of", "experts_of"), lambda model: {}) | {"local_experts_of": lambda model: []}
-        with mock.patch.multiple(hooks, linears_of=lambda model: {name: module}, **none):
+        with mock.patch.multiple(hooks, linears_of=lambda model, head: {name: module}, **none):
             maxima = Maxima(here, by_channel=True)
             with watching(here, module, maxima, 1, all_experts=False):
                 module(called)

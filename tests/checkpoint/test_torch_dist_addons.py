@@ -324,7 +324,9 @@ def test_settings_that_were_not_saved_are_those_of_the_format_that_the_buffers_f
     if scalar:
         said = refused(ranks, tmp_path, *flags)
         assert_says(
-            said, "round: it was saved without its _extra_state", "their buffers they fit fp8 and nvfp4: say --format"
+            said,
+            "round: it was saved without its _extra_state",
+            "they fit fp8 and nvfp4 and w4a8_nvfp4_fp8: say --format",
         )
         flags += ("--format", scalar, *(("--kv-cache", scalar) if case != "experts" else ()))
     export(ranks, 1, *flags)

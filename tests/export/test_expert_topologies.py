@@ -28,7 +28,7 @@ TOPOLOGIES: dict[str, tuple[int, dict, str | None]] = {
     "ep2": (2, {"ep": 2}, None),
     "ep4": (4, {"ep": 4}, None),
     "ep2 twice": (4, {"ep": 2}, None),
-    "tp2 etp2": ("mixed awq", 2, {"tp": 2, "etp": 2}, None),
+    "tp2 etp2": (2, {"tp": 2, "etp": 2}, None),
     "tp2 etp1": (2, {"tp": 2, "etp": 1}, None),
     "tp2 ep2 etp1": (2, {"tp": 2, "ep": 2, "etp": 1}, None),
     "tp1 etp2": (2, {"etp": 2}, None),
