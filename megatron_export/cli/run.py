@@ -28,7 +28,7 @@ from ..export.pipeline import Clock, Report, exported
 from ..export.prepare import Opening, built, open_export
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..models import HEAD, check_computed
-from ..models.statistic_names import is_alpha, is_tokens, module_of
+from ..models.statistic_names import is_alpha, is_sensitivity, is_tokens, module_of
 from ..planning.budget import candidates
 from ..planning.plan import Plan
 from ..verify import thresholds
@@ -204,14 +204,15 @@ def _chosen(config: ExportConfig, opening: Opening, here: Topology) -> Opening:
 
 
 def _notes(job: Outcome, known: Statistics) -> dict:
-    """What a report shows of this run: seconds of its stages so far, calibration samples, tokens of experts, alphas of AWQ; and how
-    many weights kept the values of another format.
+    """What a report shows of this run: seconds of its stages so far, calibration samples, tokens of experts, alphas of AWQ,
+    sensitivities in nats per token; and how many weights kept the values of another format.
     """
     alphas = {name: round(float(value), 2) for name, value in known.items() if is_alpha(name)}
     tokens = {module_of(name): counts.tolist() for name, counts in job.tokens.items()}
     seconds = {stage: round(seconds, 1) for stage, seconds in job.seconds.items()}
     cast = Counter(f"mxfp4 to {item.form.name}" for item in job.plan.items if item.cast)
-    others = {"samples": job.samples, "alphas": alphas, "tokens": tokens, "cast": dict(cast)}
+    costs = {name: float(f"{float(value):.3g}") for name, value in known.items() if is_sensitivity(name)}
+    others = {"samples": job.samples, "alphas": alphas, "tokens": tokens, "sensitivities": costs, "cast": dict(cast)}
     return {"seconds": seconds} | {name: said for name, said in others.items() if said}
 
 

@@ -112,6 +112,7 @@ def _has(words: str) -> Callable[[str], bool]:
 
 
 is_alpha, is_tokens, is_amax = _has(".alpha."), _has(".tokens."), _has("amax.")
+is_sensitivity = _has(".sensitivity.")
 is_codes, is_clipping = _has(".clip."), _has(".clip")  # the latter: codes or a ratio
 
 

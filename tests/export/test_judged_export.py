@@ -48,6 +48,19 @@ def test_experts_and_their_tokens_are_in_the_report(ranks: Ranks, models: dict[s
     assert [len(counts) for counts in tokens.values()] == [4, 4, 4]
 
 
+def test_what_a_budget_chose_by_is_in_the_report(ranks: Ranks, models: dict[str, Path], output: Path) -> None:
+    export(ranks, 1, *flags(models["llama31"], output, "--effective-bits", 6, "--report"))
+    page, costs = (
+        (output / "report.html").read_text(),
+        read_json(output / "export_manifest.json")["run"]["sensitivities"],
+    )
+    assert "<h2>What each format costs where</h2>" in page
+    assert len(costs) == 4 * 4 * 2  # layers, groups, nvfp4 and fp8
+    for format in ("nvfp4", "fp8"):
+        cost = costs[f"decoder.layers.2.mlp.linear_fc1.sensitivity.{format}"]
+        assert f"layer 2, gate, up in {format}: {cost:.3g} nats per token" in page
+
+
 def test_what_is_not_good_enough_is_not_published_and_can_be_resumed(
     ranks: Ranks, models: dict[str, Path], output: Path
 ) -> None:

@@ -56,6 +56,13 @@ def inspection(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
 RUNS: tuple[Any, ...] = (
     *(7, None, [], "x", {"seconds": 7, "tokens": 7, "alphas": 7, "calibration": 7, "topology": 7, "versions": 7}),
     {"seconds": {"a": "b"}, "alphas": {"layers.0.linear_fc1": "x"}, "tokens": {"layers.0.x": ["y"]}},
+    {
+        "sensitivities": {
+            "decoder.layers.0.mlp.linear_fc1.sensitivity.nvfp4": -1,
+            "x": 2,
+            "layers.0.linear_fc1.sensitivity.": 1,
+        }
+    },
     {"seconds": {}, "tokens": {"layers.0.x": [], "layers.1.x": [-1]}, "versions": {"a": [1]}, "other": 3},
     {"calibration": {"a": {"b": ["/private/home/c"]}}},
 )

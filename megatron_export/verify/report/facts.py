@@ -17,7 +17,8 @@ from ..thresholds import Inspection, worst_lines
 _CARD_BYTES = 4096  # of the original's card that are read
 _LICENSE = re.compile(r"^license: *([\w.-]+)$", re.MULTILINE)
 _FLAG = re.compile(r"(?<![\w-])--[\w-]+ [\w.]+")
-_TABLES = ("topology", "calibration", "versions", "seconds", "alphas", "tokens")  # that are shown of a manifest's `run`
+# What is shown of a manifest's `run`.
+_TABLES = ("topology", "calibration", "versions", "seconds", "alphas", "tokens", "sensitivities")
 _SERVERS = {
     "vLLM": "vllm serve {name}",
     "SGLang": "python -m sglang.launch_server --model-path {name}",
@@ -100,7 +101,7 @@ def _is_table(name: str, said: object) -> bool:
     """Whether a manifest can say that under this name."""
     if not isinstance(said, dict):
         return False
-    if name in ("seconds", "alphas"):
+    if name in ("seconds", "alphas", "sensitivities"):
         return all(type(value) in (int, float) for value in said.values())
     counts = said.values() if name == "tokens" else ()
     return all(isinstance(each, list) and each and all(type(n) is int and n >= 0 for n in each) for each in counts)

@@ -1,4 +1,6 @@
-"""The maps of a report, layers downwards: how near every module is to its original, AWQ's alphas, tokens of experts."""
+"""The maps of a report, layers downwards: how near every module is to its original, what each format costs where, AWQ's alphas,
+tokens of experts.
+"""
 
 import math
 import re
@@ -11,7 +13,7 @@ from .facts import Account
 
 SPAN = 6.0  # dB that the colours of a map stand for at least
 _LAYER = re.compile(r".*?layers\.(\d+)\.(.+)")
-_ALPHAS = {
+_LABELS = {
     "linear_qkv": "qkv",
     "linear_q_proj": "q",
     "linear_kv_down_proj": "q_a, kv_a",
@@ -100,13 +102,42 @@ def alphas(run: Account) -> Map | None:
     """The map of layers and smoothing vectors."""
     used = {alpha_of(i.smoothed.columns) for i in run.plan.items if i.smoothed.columns}
     alphas = {module_of(name): alpha for name, alpha in run.made.get("alphas", {}).items() if name in used}
-    cells, order = {}, list(_ALPHAS)
-    modules = [(order.index(module.rpartition(".")[2]), ".experts" in module, module) for module in alphas]
-    for leaf, expert, module in sorted(modules, key=lambda one: one[:2]):
-        if found := _LAYER.fullmatch(module):
-            label, alpha = "experts " * expert + _ALPHAS[order[leaf]], alphas[module]
-            cells[found[1], label] = Cell(alpha, f"{alpha:.1f}", f"layer {found[1]}, {label}: alpha {alpha:.1f}")
+    cells = {
+        (layer, label): Cell(alpha, f"{alpha:.1f}", f"layer {layer}, {label}: alpha {alpha:.1f}")
+        for (layer, label), alpha in _placed(alphas).items()
+    }
     return Map(cells, "0", "1") if cells else None
+
+
+def sensitivities(run: Account) -> dict[str, Map]:
+    """Format -> the map of layers and linears: what it costs there, in nats per token; colours are logarithmic, one scale for all."""
+    by_format: dict[str, dict[str, float]] = {}
+    for name, cost in run.made.get("sensitivities", {}).items():
+        module, found, format = name.rpartition(".sensitivity.")
+        if found and 0 < cost < math.inf:
+            by_format.setdefault(format, {})[module] = cost
+    placed = {format: costs for format, found in sorted(by_format.items()) if (costs := _placed(found))}
+    sizes = [math.log10(cost) for costs in placed.values() for cost in costs.values()]
+    low, high = min(sizes, default=0.0), max(sizes, default=0.0)
+    maps = {}
+    for format, costs in placed.items():
+        cells = {}
+        for (layer, label), cost in costs.items():
+            title = f"layer {layer}, {label} in {format}: {cost:.3g} nats per token"
+            cells[layer, label] = Cell((math.log10(cost) - low) / ((high - low) or 1), f"{cost:.0e}", title)
+        maps[format] = Map(cells, f"{10**low:.0e}", f"{10**high:.0e} nats per token")
+    return maps
+
+
+def _placed(values: dict[str, float]) -> dict[tuple[str, str], float]:
+    """Numbers of canonical linears by layer and label, in the order of a layer."""
+    order, placed = list(_LABELS), {}
+    known = [module for module in values if module.rpartition(".")[2] in _LABELS]
+    for module in sorted(known, key=lambda one: (order.index(one.rpartition(".")[2]), ".experts." in one)):
+        if found := _LAYER.fullmatch(module):
+            label = "experts " * (".experts." in module) + _LABELS[module.rpartition(".")[2]]
+            placed[found[1], label] = values[module]
+    return placed
 
 
 def tokens(run: Account) -> Map | None:

@@ -19,6 +19,7 @@ def page(run: Account) -> str:
         run=run,
         heads=HEADS,
         errors=heatmaps.errors(run),
+        sensitivities=heatmaps.sensitivities(run),
         alphas=heatmaps.alphas(run),
         tokens=heatmaps.tokens(run),
         scales=_scales(run),
