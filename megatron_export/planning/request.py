@@ -150,18 +150,21 @@ class Request:
         return replace(self, format=recipe.name, recipe_lines=(*recipe.lines, *own))
 
     def forms(self) -> dict[str, Form]:
-        """The formats of a settled request by name; `ExportError` for an option without effect."""
-        forms = chosen_all(dict.fromkeys(line.format for line in self.recipe_lines), self.options)
+        """The formats of a settled request by name; `ExportError` for an option without effect on them or on a budget's."""
+        used = dict.fromkeys(line.format for line in self.recipe_lines)
+        candidates = self.candidates_in() if self.effective_bits is not None else ()
+        forms = chosen_all(used | dict.fromkeys(candidates), self.options)
         if self.smoothed:
             done = {n: replace(form.smoothing, done=True) for n, form in forms.items() if form.smoothing}
             forms = {name: replace(form, smoothing=done.get(name)) for name, form in forms.items()}
         if self.input_scale is None:
-            return forms
+            return {name: forms[name] for name in used}
         scaled = {name: form for name, form in forms.items() if "input_scale" in form.stored}
         if not scaled:
             raise ExportError(f"--input-scale has no effect with --format {self.format}, which writes no input_scale")
         given = _scale("--input-scale", self.input_scale)
-        return forms | {name: replace(form, input_scale=given) for name, form in scaled.items()}
+        forms |= {name: replace(form, input_scale=given) for name, form in scaled.items()}
+        return {name: forms[name] for name in used}
 
     def kv(self) -> KvForm | None:
         """The format of the cache, None for none; `ExportError` as of `form`."""

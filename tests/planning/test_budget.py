@@ -162,6 +162,11 @@ def test_a_width_that_a_format_cannot_cut_is_given_to_another() -> None:
     assert {format for module, format in layers.items() if module.endswith("down_proj")} <= {"fp8"}
 
 
+def test_an_option_of_a_format_that_was_not_chosen_is_no_mistake() -> None:
+    request = Request(effective_bits=16.0, options=Options(nvfp4_scales="mse")).plain()
+    assert list(budgeted(CONFIG, request, sensitivities(CONFIG)).forms()) == ["bf16"]
+
+
 # Refusals.
 
 

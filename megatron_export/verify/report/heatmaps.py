@@ -110,7 +110,7 @@ def alphas(run: Account) -> Map | None:
 
 
 def sensitivities(run: Account) -> dict[str, Map]:
-    """Format -> the map of layers and linears: what it costs there, in nats per token; colours are logarithmic, one scale for all."""
+    """Format -> the map of layers and linears: what it costs there, nats per token; colours are logarithmic, the same for all."""
     by_format: dict[str, dict[str, float]] = {}
     for name, cost in run.made.get("sensitivities", {}).items():
         module, found, format = name.rpartition(".sensitivity.")
