@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_export.cli import export_command, flags
 
@@ -116,6 +117,9 @@ def _serve(pipe: Connection, rank: int) -> None:
             pickle.dumps(answer)
         except BaseException:  # noqa: BLE001 - whatever a rank did wrong is the test's to judge
             answer = (True, traceback.format_exc())
+            with suppress(Exception):  # the next test starts groups of its own
+                parallel_state.destroy_model_parallel()
+                torch.distributed.destroy_process_group()
         pipe.send(answer)
 
 
