@@ -100,7 +100,8 @@ class Unbuilt:
         """Nothing is there that could contradict."""
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
-        return request.plain(), given
+        with together(here, "check the settings"):
+            return request.plain(), given
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
         sizes = {name: here.sizes[name] for name in ("pp", "ep", "vpp", "world")}

@@ -8,7 +8,6 @@ options    options of an export by name, where the user gives none: of formats, 
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,6 @@ def names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-@cache
 def recipe_of(name: str) -> Recipe:
     """The recipe of a name, or of a file whose name ends with .yaml; `ExportError` for one that cannot be read or is no recipe."""
     own = name.endswith((".yaml", ".yml"))

@@ -1,5 +1,6 @@
 """Bad flags and bad targets: every rank stops within seconds, rank 0 says what is wrong, and no file is touched."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ..export.test_topologies import calibration_flags
-from ..support.ranks import Ranks
-from ..support.refusals import assert_says, fp8, occupy, refused
+from ..support.ranks import Ranks, command
+from ..support.refusals import SECONDS, assert_says, fp8, occupy, refused
 
 USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "format": (
@@ -47,6 +48,27 @@ def test_bad_usage_ends_with_status_2(case: str, source: Path, output: Path, ran
 
 def test_a_missing_output_is_refused_with_status_2(source: Path, ranks: Ranks, tmp_path: Path) -> None:
     assert_says(refused(ranks, tmp_path, "--hf-model", source, status=2), "--output DIR is needed (or --dry-run)")
+
+
+def from_a_folder_of_its_own(place: Path, *words: object) -> tuple[int, str]:
+    """In a rank: the command, typed where only rank 0 finds what is named without a path, as on nodes with disks of their own."""
+    folder, before = place / os.environ["RANK"], Path.cwd()
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    try:
+        return command(*words)
+    finally:
+        os.chdir(before)
+
+
+def test_a_recipe_that_one_rank_cannot_read_ends_all_ranks(source: Path, ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "own.yaml").write_text("formats: [{'*': fp8}]")
+    words = ("--device", "cpu", "--hf-model", source, "--recipe", "own.yaml", "--output", tmp_path / "out")
+    (status, said), (other, _) = ranks.call(2, from_a_folder_of_its_own, tmp_path, *words, seconds=SECONDS)
+    assert (status, other) == (1, 1)
+    assert_says(said, "own.yaml: not read (No such file or directory)", "rank 1")
+    assert not (tmp_path / "out").exists()
 
 
 FUSED = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
