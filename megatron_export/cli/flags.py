@@ -65,7 +65,6 @@ def add_options(parser: argparse.ArgumentParser, wanted: Callable[[Option], bool
 
 def config_of(parser: argparse.ArgumentParser, values: dict[str, Any]) -> ExportConfig:
     """The settings that flags say. Contradictions end in bad usage."""
-    values = values | {name: tuple(values[name]) for name in ("exclude", "set") if name in values}
     try:
         return configured(**values)
     except ValueError as error:

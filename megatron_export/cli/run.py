@@ -171,12 +171,11 @@ def _calibrated(
     config: ExportConfig, opening: Opening, model: Model, samples: Tensor, here: Topology, progress: Progress
 ) -> Statistics:
     """What calibration data shows. Collective."""
+    awq = opening.plan.awq  # whose search is needed; maxima serve every format
     return calibrate(
         model,
         samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size],
-        format=opening.plan.awq.name
-        if opening.plan.awq
-        else "fp8",  # whose search is needed; maxima serve every format
+        format=awq.name if awq else "fp8",
         group_size=opening.request.options.group_size,
         awq_clip=opening.request.options.awq_clip,
         all_experts=config.calib_all_experts,

@@ -55,8 +55,11 @@ def flag_of(one: Field) -> str:
 
 
 def made(kind: type[Made], values: dict[str, Any]) -> Made:
-    """A dataclass of `kind` from values by name of option or of field; fields without a value have their defaults."""
-    own = {one.name: values[one.name] for one in fields(kind) if one.name in values}
+    """A dataclass of `kind` from values by name of option or of field; fields without a value have their defaults. A list becomes a
+    tuple where the default is one.
+    """
+    given = {one.name: (values[one.name], one.default) for one in fields(kind) if one.name in values}
+    own = {name: tuple(value) if isinstance(default, tuple) else value for name, (value, default) in given.items()}
     for one in fields(kind):
         if "option" not in one.metadata and is_dataclass(one.default) and one.name not in values:
             own[one.name] = made(type(one.default), values)

@@ -9,6 +9,8 @@ import struct
 import torch
 from torch import Tensor
 
+from ..common.piece import Axis, Piece
+
 MX_BLOCK = 32
 _DOUBLING = 1 << 23  # from the bits of a positive float32 to those of twice as much
 
@@ -27,3 +29,13 @@ def values_of(scales: Tensor) -> Tensor:
     """What bytes stand for, float32 of their shape."""
     bits = torch.where(scales == 0, _DOUBLING >> 1, scales.int() << 23)  # 2^-127 is subnormal
     return torch.where(scales == 0xFF, torch.nan, bits.view(torch.float32))
+
+
+def spread(scales: Tensor) -> Tensor:
+    """The scale of each block, float32 [out, in/32, 1], of bytes [out, in/32]."""
+    return values_of(scales).unsqueeze(2)
+
+
+def pieces(codes: Tensor, scales: Tensor) -> dict[str, Piece]:
+    """What is on disk of a linear: its codes, and the bytes [out, in/32] of its scales, by suffix."""
+    return {"weight": Piece(codes, (Axis.OUT, Axis.IN)), "weight_scale": Piece(scales, (Axis.OUT, Axis.IN))}

@@ -15,9 +15,9 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo mxfp4; OCP Microscaling spe
 import torch
 from torch import Tensor
 
-from ..common.piece import Amax, Axis, Piece
+from ..common.piece import Amax, Piece
 from . import nvfp4
-from .e8m0 import MX_BLOCK, scales_of, values_of
+from .e8m0 import MX_BLOCK, pieces, scales_of, spread
 from .form import Arithmetic, Form, Options, not_rounded
 from .packing import pack, unpack
 
@@ -39,29 +39,19 @@ def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. `amax` is not needed."""
     blocks = weight.float().unflatten(1, (-1, MX_BLOCK))  # [out, in/32, 32]
     scale = scales_of(blocks.abs().amax(2), nvfp4.E2M1_MAX)
-    return pieces(pack(codes_of(blocks / _spread(scale)).flatten(1), dim=1), scale)
-
-
-def pieces(packed: Tensor, scale: Tensor) -> dict[str, Piece]:
-    """The tensors above, by suffix."""
-    return {"weight": Piece(packed, (Axis.OUT, Axis.IN)), "weight_scale": Piece(scale, (Axis.OUT, Axis.IN))}
+    return pieces(pack(codes_of(blocks / spread(scale)).flatten(1), dim=1), scale)
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
     codes = unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, MX_BLOCK))
-    return nvfp4.values_of(codes, _spread(pieces["weight_scale"].data))
+    return nvfp4.values_of(codes, spread(pieces["weight_scale"].data))
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scales on disk."""
-    scale = _spread(pieces["weight_scale"].data)
+    scale = spread(pieces["weight_scale"].data)
     return nvfp4.values_of(codes_of(weight.unflatten(1, (-1, MX_BLOCK)) / scale), scale)
-
-
-def _spread(scale: Tensor) -> Tensor:
-    """The scale of each block, float32 [out, in/32, 1]."""
-    return values_of(scale).unsqueeze(2)
 
 
 FORM = Form(

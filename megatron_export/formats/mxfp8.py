@@ -13,8 +13,8 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo MXFP8; OCP Microscaling spe
 import torch
 from torch import Tensor
 
-from ..common.piece import Amax, Axis, Piece
-from .e8m0 import MX_BLOCK, scales_of, values_of
+from ..common.piece import Amax, Piece
+from .e8m0 import MX_BLOCK, pieces, scales_of, spread
 from .form import Arithmetic, Form, Options
 from .fp8 import E4M3_MAX, rounded
 
@@ -26,33 +26,23 @@ def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. `amax` is not needed."""
     blocks = weight.float().unflatten(1, (-1, MX_BLOCK))  # [out, in/32, 32]
     scale = scales_of(blocks.abs().amax(2), E4M3_MAX)
-    return pieces((blocks / _spread(scale)).to(torch.float8_e4m3fn).flatten(1), scale)
-
-
-def pieces(codes: Tensor, scale: Tensor) -> dict[str, Piece]:
-    """The tensors above, by suffix."""
-    return {"weight": Piece(codes, (Axis.OUT, Axis.IN)), "weight_scale": Piece(scale, (Axis.OUT, Axis.IN))}
+    return pieces((blocks / spread(scale)).to(torch.float8_e4m3fn).flatten(1), scale)
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
     blocks = pieces["weight"].data.float().unflatten(1, (-1, MX_BLOCK))
-    return (blocks * _spread(pieces["weight_scale"].data)).flatten(1)
+    return (blocks * spread(pieces["weight_scale"].data)).flatten(1)
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scales on disk."""
-    return rounded(weight.unflatten(1, (-1, MX_BLOCK)), _spread(pieces["weight_scale"].data)).flatten(1)
+    return rounded(weight.unflatten(1, (-1, MX_BLOCK)), spread(pieces["weight_scale"].data)).flatten(1)
 
 
 def round_inputs(values: Tensor, scale: None = None) -> Tensor:
     """Values as MXFP8 holds them in blocks of 32 of the last dim, in float32."""
     return decode(encode(values.flatten(0, -2))).view(values.shape)
-
-
-def _spread(scale: Tensor) -> Tensor:
-    """The scale of each block, float32 [out, in/32, 1]."""
-    return values_of(scale).unsqueeze(2)
 
 
 FORM = Form(

@@ -165,16 +165,16 @@ def pieces(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scal
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    return values_of(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), _scales(pieces))
+    return values_of(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), scales_in(pieces))
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scales on disk."""
-    scales = _scales(pieces)
+    scales = scales_in(pieces)
     return values_of(e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), scales)
 
 
-def _scales(pieces: dict[str, Piece]) -> Tensor:
+def scales_in(pieces: dict[str, Piece]) -> Tensor:
     """What the codes of each block are multiplied with, float32 [out, in/16, 1]."""
     return (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).unsqueeze(2)
 

@@ -42,8 +42,7 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more, twice, with the scales on disk."""
-    scales = (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).unsqueeze(2)
-    return _values(nvfp4.e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), pieces)
+    return _values(nvfp4.e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / nvfp4.scales_in(pieces)), pieces)
 
 
 def _values(codes: Tensor, pieces: dict[str, Piece]) -> Tensor:

@@ -93,11 +93,9 @@ def settle(
         form, never = quantizing[naming[-1].format], tuple(module for module in never if module != head)
         problems += _head_problems(naming[-1], form, sources.get(HEAD))
         found[HEAD] = form
-    of_experts = {
-        id(form) for name, form in found.items() if any(".experts." in module for module in linears.get(name, ()))
-    }
+    of_experts = {form for name, form in found.items() if any(".experts." in m for m in linears.get(name, ()))}
     for form in dict.fromkeys(found.values()):
-        problems += _refused(architecture, form, id(form) in of_experts)
+        problems += _refused(architecture, form, form in of_experts)
     if request.quantize_mla and not shape_of(config).kv_lora:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     found, remarks = _loadable(config, found, request.quantize_mla)

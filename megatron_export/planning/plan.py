@@ -95,11 +95,6 @@ class Plan:
         return next((form for form in self.forms if form.smoothing), None)
 
     @property
-    def calibrated(self) -> bool:
-        """Whether calibration data is needed for the weights or the activations."""
-        return any(form.calibrated for form in self.forms)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors in the checkpoint."""
         return sum(output.nbytes for outputs in self.files.values() for output in outputs)

@@ -3,6 +3,8 @@ SGLang config.json's `quantization_config`. Both name the producer "modelopt", a
 spelling is described in config.json as DeepSeek's own checkpoints are.
 """
 
+from ..engines.quant_configs import MIXED
+from ..formats import Form
 from ..models import architecture_of
 from ..models.statistic_names import experts_module
 from .plan import Plan
@@ -10,17 +12,15 @@ from .plan import Plan
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-MIXED = "MIXED_PRECISION"  # the quant_algo of a checkpoint whose modules have several
-
-
 def hf_quant_config(plan: Plan) -> dict | None:
     """The content of hf_quant_config.json; None if nothing is quantized."""
     if not plan.forms:
         return None
+    own = _quantization(plan)
     quantization = {
-        "quant_algo": _quantization(plan)["quant_algo"],
+        "quant_algo": own["quant_algo"],
         "kv_cache_quant_algo": plan.kv.algorithm if plan.kv else None,
-        **_quantization(plan),
+        **own,
         "exclude_modules": list(plan.excluded),
     }
     return {"producer": PRODUCER, "quantization": quantization}
@@ -34,11 +34,12 @@ def quantization_config(plan: Plan) -> dict | None:
     native = plan.forms[0].native if len(plan.forms) == 1 else None
     if native is not None:
         return native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
-    groups = _groups(plan)
+    quantization = _quantization(plan)
+    groups = _groups(plan.forms, quantization.get("quantized_layers", {}))
     return {
         **({"config_groups": groups} if groups else {}),
         "ignore": list(plan.excluded),
-        **_quantization(plan),
+        **quantization,
         **kv,
         "producer": PRODUCER,
         "quant_method": "modelopt",
@@ -57,18 +58,14 @@ def _quantization(plan: Plan) -> dict:
     return {"quant_algo": MIXED, "quantized_layers": layers}
 
 
-def _groups(plan: Plan) -> dict[str, dict]:
-    """How config.json describes the numbers of each format, for the modules that have it."""
+def _groups(forms: tuple[Form, ...], layers: dict[str, dict]) -> dict[str, dict]:
+    """How config.json describes the numbers of each format, for the modules that have it; `layers` is empty for one format."""
     found = {}
-    for form in plan.forms:
+    for form in forms:
         if form.numbers:
-            mine = [
-                module
-                for module, one in _quantization(plan).get("quantized_layers", {}).items()
-                if one is form.quantization
-            ]
+            mine = sorted(module for module, one in layers.items() if one is form.quantization)
             inputs = {"input_activations": form.numbers} if form.activations else {}
-            found[f"group_{len(found)}"] = inputs | {"weights": form.numbers, "targets": sorted(mine) or ["Linear"]}
+            found[f"group_{len(found)}"] = inputs | {"weights": form.numbers, "targets": mine or ["Linear"]}
     return found
 
 

@@ -222,5 +222,4 @@ def _with_defaults(request: Request, recipe: Recipe) -> Request:
 def requested(options: dict[str, Any], without: Collection[str] = (), **more: Any) -> Request:
     """The request that the keywords of a library function make; `TypeError` for unknown ones and those in `without`."""
     checked(Request, options, without)
-    lists = {name: tuple(options[name]) for name in ("exclude", "set") if name in options}
-    return replace(made(Request, options | lists), **more)
+    return replace(made(Request, options), **more)

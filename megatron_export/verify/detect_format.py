@@ -10,9 +10,9 @@ from functools import cached_property
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.safe_files import shown
+from ..engines.quant_configs import MIXED, layers_of
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options
 from ..models.statistic_names import experts_module
-from ..planning.quant_config import MIXED
 from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
 
@@ -112,14 +112,8 @@ def described(found: Finished) -> Described:
     )
 
 
-def layers_in(section: dict) -> dict[str, str]:
-    """HF module -> algorithm, of the config of a checkpoint whose modules have several."""
-    layers = _table(section.get("quantized_layers")).items()
-    return {module: _claimed(_table(said).get("quant_algo")) or "" for module, said in layers}
-
-
 def claim_of(layers: dict[str, str], module: str) -> str | None:
-    """The algorithm that `layers_in` names for a module, or for the experts of its layer."""
+    """The algorithm that `layers_of` names for a module, or for the experts of its layer."""
     return layers.get(module) or layers.get(experts_module(module))
 
 
@@ -135,11 +129,10 @@ def _mixed(
     found: Finished, quantized: dict[str, dict[str, str]], sections: dict[str, dict]
 ) -> tuple[tuple[Variant, ...], list[str]]:
     """The formats of a checkpoint that lists an algorithm for each module, and where the lists and the tensors differ."""
-    lists = {file: layers for file, section in sections.items() if (layers := layers_in(section))}
+    lists = {file: layers for file, section in sections.items() if (layers := layers_of(section))}
     layers = next(iter(lists.values()), {})
-    problems = [] if len({*map(str, map(sorted, map(dict.items, lists.values())))}) < 2 else [
-        f"{CONFIG} and {QUANT_CONFIG} list other quantized_layers"
-    ]  # fmt: skip
+    apart = any(other != layers for other in lists.values())
+    problems = [f"{CONFIG} and {QUANT_CONFIG} list other quantized_layers"] if apart else []
     groups: dict[str | None, dict[str, dict[str, str]]] = {}
     for module, tensors in quantized.items():
         groups.setdefault(claim_of(layers, module), {})[module] = tensors

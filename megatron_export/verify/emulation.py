@@ -23,10 +23,10 @@ from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.safe_files import headers, inside, not_read, read_table, reason_of, shown
+from ..engines.quant_configs import MIXED, layers_of
 from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
 from ..models import known
-from ..planning.quant_config import MIXED
-from .detect_format import claim_of, described, layers_in, module_of
+from .detect_format import claim_of, described, module_of
 from .emulated_experts import take_apart
 from .folder import Finished
 from .transformers_names import Respelled, files_of
@@ -130,7 +130,7 @@ def _algorithms(folder: Path) -> tuple[Callable[[str], Form | None] | None, KvFo
 
     cache, algorithm = known_as("kv_cache_quant_algo", said.get("kv_cache_quant_algo"), caches), said.get("quant_algo")
     if algorithm == MIXED:
-        claims = layers_in(said)
+        claims = layers_of(said)
         layers = {module: known_as(f"quant_algo of {module}", name, ALGORITHMS) for module, name in claims.items()}
         return partial(claim_of, layers), cache
     form = known_as("quant_algo", algorithm, ALGORITHMS)

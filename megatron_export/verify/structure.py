@@ -44,9 +44,8 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     sources = parameters_of(config)
     linears = {name: source for name, source in sources.items() if is_linear_weight(name)}
     stacked = any(source.stack and source.stack.name in said.quantized for source in linears.values())
-    groups: dict[
-        str, dict[str, str]
-    ] = {}  # of linears that engines fuse: HF module -> its format, "" where it cannot be read
+    # Of linears that engines fuse: HF module -> its format, "" where it cannot be read.
+    groups: dict[str, dict[str, str]] = {}
     for name, source in linears.items():
         for module in modules(source, stacked):
             form = said.forms.get(module)
