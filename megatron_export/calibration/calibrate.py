@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..common.progress import Progress, quiet
+from ..common.shards import Shards
 from ..distributed.collectives import everyone, together
 from ..distributed.topology import Topology
 from ..formats import FORMATS, Form, Options, chosen
@@ -24,7 +25,6 @@ from ..mcore import parallel_state
 from ..mcore.cpu_compat import without_cuda
 from ..mcore.gradients import only_activations
 from ..mcore.model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of, whole_of
-from ..mcore.shards import Shards
 from ..models import cut_of, is_expert, reads_heads
 from .amax import Maxima
 from .awq_clip import Clips

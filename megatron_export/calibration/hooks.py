@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.piece import Axis
+from ..common.shards import plain
 from ..distributed.collectives import whole
 from ..distributed.topology import Topology
 from ..mcore.model import (
@@ -27,7 +28,6 @@ from ..mcore.model import (
     linears_of,
     local_experts_of,
 )
-from ..mcore.shards import plain
 from ..models import cut_of, is_expert
 
 

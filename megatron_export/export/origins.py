@@ -10,12 +10,12 @@ from ..calibration.lookup import Statistics
 from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint, inherited_from_model
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
 from ..common.errors import ExportError, report
+from ..common.shards import Shards
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..mcore.config_check import contradictions
 from ..mcore.lora_merge import adapted
 from ..mcore.model import Model, finish_gathering, shards_of
-from ..mcore.shards import Shards
 from ..models import is_mtp, settings_of, unscaled_rope_settings
 from ..planning.plan import Held, assumed
 from ..planning.request import Request

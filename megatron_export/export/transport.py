@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.piece import Piece
+from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
-from ..mcore.shards import Shards
 from ..models import is_expert
 from ..planning.parameter import Item
 from ..planning.plan import Held

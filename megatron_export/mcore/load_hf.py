@@ -17,12 +17,12 @@ from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import report
 from ..common.piece import Axis
 from ..common.prefetch import in_order
+from ..common.shards import fillable
 from ..distributed.topology import Cut, Topology
 from ..models import Source, is_expert, parameters_of
 from ..models.layouts import even_cut
 from ..models.sources import part_shapes
 from .model import Model, copies_of, shards_of
-from .shards import fillable
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError
+from ..common.shards import fillable
 from ..distributed.topology import Topology
 from ..models import is_expert
 from .model import Model, copies_of, shards_of
-from .shards import fillable
 
 
 def load_checkpoint(

@@ -6,13 +6,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..common.errors import ExportError, report
+from ..common.shards import Shards
 from ..distributed.collectives import everyone, together, whole
 from ..distributed.topology import Topology
 from ..models import is_expert
 from ..models.lora import Adapter, merged, misfits
 from .addons import adapters_of, is_quantized
 from .model import Model
-from .shards import Shards
 
 
 def adapted(here: Topology, model: Model, shards: Shards, merge: bool) -> Mapping[str, Tensor]:

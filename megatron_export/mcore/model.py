@@ -10,10 +10,10 @@ from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
 
 from ..common.errors import ExportError
+from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..models import HEAD, canonical, is_linear_weight, makes_keys, without_additions
 from ..models.layouts import QKV, Identity, Layout, Split
-from .shards import Shards
 
 Model = (
     nn.Module | list[nn.Module]

@@ -17,9 +17,9 @@ from megatron_export import (
     iter_hf_tensors,
     plan_hf_tensors,
 )
+from megatron_export.common.shards import plain, unreadable
 from megatron_export.common.storage import shortage
 from megatron_export.mcore.load_hf import load_hf_weights
-from megatron_export.mcore.shards import plain, unreadable
 
 from ..support.additions import adapt
 from ..support.live import batches, loaded

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..common.errors import ExportError, report
-from ..common.storage import kind_of, shortage
+from .errors import ExportError, report
+from .storage import kind_of, shortage
 
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _OTHERWISE = "or export from a checkpoint of this model that was saved in bfloat16"
