@@ -89,15 +89,10 @@ def e2m1_size(scaled):
 
 
 @triton.jit
-def lowest_two(size):
-    """ROUNDING and the code of each magnitude up to 5."""
-    return tl.minimum(tl.fma(size, 2.0, ROUNDING), size + (ROUNDING + 2))
-
-
-@triton.jit
 def lowest_line(size):
-    """ROUNDING and the code of each magnitude below 7."""
-    return tl.minimum(lowest_two(size), tl.fma(size, 0.5, ROUNDING + 4))
+    """ROUNDING and the code of each magnitude below 7. Up to 5 the first two lines are enough."""
+    two = tl.minimum(tl.fma(size, 2.0, ROUNDING), size + (ROUNDING + 2))
+    return tl.minimum(two, tl.fma(size, 0.5, ROUNDING + 4))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The kernels of cuda_kernels.py that search scales of NVFP4.
 A thread has whole blocks, so that sums have the order of nvfp4.py. Of its two scales four_over_six needs to know only which
-errs less, and `nearly` tells: its quotients are off by 1.5 * 2^-22, which changes an error by at most 17 * 2^-24 of the number,
+errs less, and `nearly` tells: its quotients are off by at most 2^-22, which changes an error by at most 17 * 2^-24 of the number,
 and those of a block of numbers up to 6.4 * s by a vector of length 2^-15.2 * s. Two sums of squares L and M change by at most
 2^-15.2 * (L + M + 2 * s^2) then. If they differ by 2^-15 of that, as in all but one block of 5,000, the answer is that of sums to
 the bit. Otherwise, and where e4m3 has fewer bits or ends, these are added up.
@@ -20,7 +20,6 @@ from .triton_kernels import (
     e2m1_size,
     inverted,
     lowest_line,
-    lowest_two,
     scalars,
 )
 
@@ -96,14 +95,16 @@ def written(scale, tensor):
 
 @triton.jit
 def store(codes, scale, block, inside, e4m3, signed, code):
-    """Store the scale of each block and its codes, which have ROUNDING on them and no signs: eight in a word."""
+    """Store the scale of each block and its codes, which have ROUNDING on them and the signs of `signed`: eight in a word. No number
+    of `signed` is -0.0.
+    """
     tl.store(scale + block, e4m3.to(tl.float8e4nv), mask=inside)
     for half in tl.static_range(2):
         word, signs = code[half * 8 + 7].to(tl.int32, bitcast=True), tl.zeros(block.shape, tl.uint32)
         for place in tl.static_range(1, 8):
             word = word * 16 + code[half * 8 + 7 - place].to(tl.int32, bitcast=True)
         for place in tl.static_range(8):
-            sign = (signed[half * 8 + place] + 0.0).to(tl.uint32, bitcast=True)  # -0.0 has none
+            sign = signed[half * 8 + place].to(tl.uint32, bitcast=True)
             signs = (signs >> 4) | (sign & 0x80000000)
         tl.store(codes + block * 2 + half, (word - PACKED_ROUNDING) | signs.to(tl.int32, bitcast=True), mask=inside)
 
@@ -111,7 +112,7 @@ def store(codes, scale, block, inside, e4m3, signed, code):
 @triton.jit
 def store_by_the_book(codes, scale, block, inside, values, e4m3, tensor):
     """Store the scale of each block and its codes, whatever the numbers."""
-    scaled = [tl.div_rn(value, e4m3 * tensor) for value in values]  # may be -0.0
+    scaled = [tl.div_rn(value, e4m3 * tensor) + 0.0 for value in values]  # which makes 0.0 of -0.0
     code = [tl.minimum(lowest_line(tl.abs(one)), ROUNDING + 7) for one in scaled]
     store(codes, scale, block, inside, e4m3, scaled, code)
 
@@ -120,9 +121,11 @@ def store_by_the_book(codes, scale, block, inside, values, e4m3, tensor):
 def nearly(size, scale, LINES: tl.constexpr):
     """About the sum of squared errors of each block."""
     inverse, unit, loss = 1.0 / scale, -scale * E2M1_UNIT, tl.zeros_like(scale)
-    for place in tl.static_range(16):
-        scaled = size[place] * inverse
-        code = lowest_two(scaled) if LINES == 2 else lowest_line(scaled)
+    twice, half = inverse * 2.0, inverse * 0.5
+    for place in tl.static_range(16):  # the lines of lowest_two and lowest_line, with the division in their slopes
+        code = tl.minimum(tl.fma(size[place], twice, ROUNDING), tl.fma(size[place], inverse, ROUNDING + 2))
+        if LINES == 3:
+            code = tl.minimum(code, tl.fma(size[place], half, ROUNDING + 4))
         error = tl.fma((code.to(tl.int32, bitcast=True) << 22).to(tl.float32, bitcast=True), unit, size[place])
         loss = tl.fma(error, error, loss)
     return loss
@@ -154,8 +157,9 @@ def four_over_six(
         if usual & (tl.min(sure.to(tl.int32), axis=0) > 0):
             e4m3 = written(tl.where(four_loss < six_loss, four, six), tensor)
             rough, rest = inverted(e4m3 * tensor)
-            code = [lowest_line(tl.abs(tl.fma(value, rough, value * rest))) for value in values]
-            store(codes, scale, block, inside, e4m3, values, code)
+            scaled = [tl.fma(value, rough, tl.fma(value, rest, 0.0)) for value in values]  # never -0.0, as 0.0 was added
+            code = [lowest_line(tl.abs(one)) for one in scaled]
+            store(codes, scale, block, inside, e4m3, scaled, code)
         else:
             e4m3 = written(tl.where(loss_of(size, by_four) < loss_of(size, by_six), four, six), tensor)
             store_by_the_book(codes, scale, block, inside, values, e4m3, tensor)
