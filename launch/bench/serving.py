@@ -25,6 +25,7 @@ import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.engines import GPUS, verdict_of
+from megatron_export.formats import FORMATS
 from megatron_export.formats.form import not_rounded
 from megatron_export.planning.engine_check import of_folder
 from megatron_export.verify.emulation import EmulatedLinear, load
@@ -85,8 +86,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--through", choices=("vllm", "decode"), default="vllm", help="default: vllm")
     parser.add_argument(
         "--weights-only",
-        action="store_true",
-        help="decode: leave inputs as they are, as Marlin does with NVFP4 on Hopper",
+        metavar="FORMAT,...",
+        type=named_formats,
+        default=(),
+        help="decode: leave the inputs of linears in these formats as they are, as Marlin does with nvfp4,mxfp8 on Hopper",
     )
     parser.add_argument(
         "--round-norms-once",
@@ -169,8 +172,7 @@ def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Names
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids, losses = load(folder, device), list(PROMPT), []
-    if flags.weights_only:
-        leave_inputs(model)
+    leave_inputs(model, flags.weights_only)
     if flags.round_norms_once:
         round_norms_once(model)
     for _ in range(TOKENS):
@@ -181,10 +183,18 @@ def through_decode(folder: Path, windows: list[list[int]], flags: argparse.Names
     return {"tokens": ids[len(PROMPT) :], "losses": losses, "version": transformers.__version__, "device": device}
 
 
-def leave_inputs(model: torch.nn.Module) -> None:
-    """From now on linears do not round their inputs, as kernels that quantize weights alone."""
+def named_formats(said: str) -> tuple[str, ...]:
+    """The names of formats with commas between them; `ArgumentTypeError`, which ends the command, for an unknown one."""
+    names = tuple(said.split(","))
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"unknown format {unknown[0]!r}. Known: {', '.join(FORMATS)}")
+    return names
+
+
+def leave_inputs(model: torch.nn.Module, formats: tuple[str, ...]) -> None:
+    """From now on linears in these formats do not round their inputs, as kernels that quantize weights alone."""
     for module in model.modules():
-        if isinstance(module, EmulatedLinear):
+        if isinstance(module, EmulatedLinear) and module.form.name in formats:
             module.arithmetic = replace(module.arithmetic, inputs=not_rounded)
 
 

@@ -157,7 +157,9 @@ def four_over_six(
         if usual & (tl.min(sure.to(tl.int32), axis=0) > 0):
             e4m3 = written(tl.where(four_loss < six_loss, four, six), tensor)
             rough, rest = inverted(e4m3 * tensor)
-            scaled = [tl.fma(value, rough, tl.fma(value, rest, 0.0)) for value in values]  # never -0.0, as 0.0 was added
+            scaled = [
+                tl.fma(value, rough, tl.fma(value, rest, 0.0)) for value in values
+            ]  # never -0.0, as 0.0 was added
             code = [lowest_line(tl.abs(one)) for one in scaled]
             store(codes, scale, block, inside, e4m3, scaled, code)
         else:

@@ -111,7 +111,7 @@ def test_quantized_it_is_the_model_of_the_decoded_weights(
     assert len(layers) == sum("experts.0.linear_fc2.weight" in item.source.canonical for item in plan.items)
     assert not [m for experts in layers for m in experts.modules() if isinstance(m, nn.Linear)]
     ours = model(IDS).logits.float()
-    leave_inputs(model)
+    leave_inputs(model, (format,))
     expected = theirs(name, decoded(sources[name], tmp_path / "made", plan, tmp_path / "decoded"))
     unrounded = difference(model(IDS).logits.float(), expected)
     assert unrounded < 0.02  # bfloat16's roundings
