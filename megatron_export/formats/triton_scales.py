@@ -95,8 +95,8 @@ def written(scale, tensor):
 
 @triton.jit
 def store(codes, scale, block, inside, e4m3, signed, code):
-    """Store the scale of each block and its codes, which have ROUNDING on them and the signs of `signed`: eight in a word. No number
-    of `signed` is -0.0.
+    """Store the scale of each block and its codes, which have ROUNDING on them and the signs of `signed`, none of which is -0.0:
+    eight in a word.
     """
     tl.store(scale + block, e4m3.to(tl.float8e4nv), mask=inside)
     for half in tl.static_range(2):
