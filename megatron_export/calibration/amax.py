@@ -12,8 +12,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..distributed.collectives import everyone, maximum, spread, total, whole
-from ..distributed.topology import Topology
-from ..mcore.parallel_state import ProcessGroup
+from ..distributed.topology import ProcessGroup, Topology
 from ..models import HEAD, cut_of, is_expert, pooled, vector_home
 from ..models.statistic_names import channels, input_key, kv_keys, tokens_key
 

@@ -19,7 +19,7 @@ from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..common.progress import Progress
-from ..distributed import collectives
+from ..distributed import collectives, world
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
@@ -76,7 +76,7 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     job = Outcome()
     sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
     with (
-        parallel_state.enough_files(),
+        world.enough_files(),
         parallel_state.started(config.tp, config.pp, config.device, **sizes),
         parallel_state.current(config.request.timeout) as here,
     ):
