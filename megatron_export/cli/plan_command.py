@@ -235,10 +235,12 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         return {}
     user, modelopt, engines = [], [], []
     latent = bool(shape_of(plan.config).kv_lora)
+    experts_alone = any(form.native and form.native.alone for form in plan.forms)
     alone = [item for item in plan.items if is_linear_weight(item.source.canonical) and item.form is None]
     for item in alone:
         canonical = item.source.canonical
-        unread = makes_keys(canonical) or (latent and ".self_attention." in canonical)  # some plans leave these alone
+        # Some plans leave these alone.
+        unread = makes_keys(canonical) or (latent and ".self_attention." in canonical) or experts_alone
         for name in modules(item.source):
             excluded = any(fnmatchcase(name, glob) for glob in exclude)
             (user if excluded else engines if unread else modelopt).append(name)

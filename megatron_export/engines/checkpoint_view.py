@@ -13,6 +13,10 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", 
 _SIBLINGS = {part: parts for parts in FUSED for part in parts}
 _ROUTERS = ("gate", "router")
 _STACKS = ("gate_up_proj", "down_proj")
+_OF_OPENAI = {
+    "blocks": "weight",
+    "scales": "weight_scale",
+}  # what follows a stack's name in MXFP4 -> what that is elsewhere
 _NOT_LINEAR = ("eh_proj",)
 _SEES = ("vision", "multi_modal", "visual")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -172,7 +176,8 @@ def _modules(tensors: dict[str, Header]) -> tuple[dict[str, Module], dict[str, l
             continue
         if suffix.startswith(_STACKS):
             stack = next(stack for stack in _STACKS if suffix.startswith(stack))
-            module, suffix = f"{module}.{stack}", suffix.removeprefix(stack).removeprefix("_") or "weight"
+            last = suffix.removeprefix(stack).removeprefix("_") or "weight"
+            module, suffix = f"{module}.{stack}", _OF_OPENAI.get(last, last)
         modules.setdefault(module, {})[suffix] = header
     return modules, kv
 
@@ -186,7 +191,7 @@ def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:
         container, inside, _ = name.partition(".experts.")
         key: tuple[str, ...] = (parent, last)
         if inside:
-            stack = len(module["weight"].shape) == 3
+            stack = len(module["weight"].shape) > 2
             key = (f"{container}.experts", last if stack else "")
             group = Group("stack" if stack else "experts", key[0], (last,) if stack else ())
         elif last == "lm_head":

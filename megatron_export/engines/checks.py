@@ -10,7 +10,7 @@ from .exclude_lists import Partly
 from .gpus import GPUS
 from .quant_configs import AlgorithmOf, Reading, group_size_in
 from .tensor_parallel import check_shared
-from .tensor_specs import HARMLESS, named, size_of, wanted
+from .tensor_specs import HARMLESS, MXFP4_EXPERTS, named, size_of, wanted
 from .verdict import Findings, Rule
 
 # Whose loaders were read in each engine's sources. Of another architecture the verdict is "not known".
@@ -128,7 +128,7 @@ def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> 
         findings.add("architecture", f"no rules about the architecture {shown}: nobody has read how it is loaded")
     written_one_by_one = {group.parent for group in view.groups if group.kind == "experts"}
     for name, shape in expected.items():
-        header = view.tensors.get(name)
+        header = view.tensors.get(name, view.modules.get(name, {}).get("weight"))  # of a stack in blocks
         if header is None:
             _missing(checkpoint, name, written_one_by_one, findings)
         elif header.shape != shape and header.dtype not in ("F8_E4M3", "U8", "I8"):
@@ -221,6 +221,19 @@ def _of_stack(module: Module, algorithm: str, size: tuple[int, ...]) -> Iterator
     needs = {"FP8": {"weight_scale", "input_scale"}, "NVFP4": fp4 | {"input_scale"}, "W4A16_NVFP4": fp4}
     for suffix in sorted(needs.get(algorithm, {"weight_scale"}) - module.keys()):
         yield "scale", f"its {suffix} is not there, which {algorithm} needs", AGAIN
+    if algorithm == MXFP4_EXPERTS:
+        yield from _in_blocks(module, size)
+        return
     packed = 2 if module["weight"].dtype == "U8" else 1
     if size and module["weight"].shape[-2:] != (size[0] // packed, size[1]):
         yield "shape", f"its weight is {list(module['weight'].shape)}, and experts are {list(size)}", AGAIN
+
+
+def _in_blocks(module: Module, size: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
+    """Experts as OpenAI has them: a scale for each block of 32 inputs, whose codes are 16 bytes."""
+    for kept, suffix, codes in (("blocks", "weight", (16,)), ("scales", "weight_scale", ())):
+        header, shape = module.get(suffix), (size[1], size[0] // 32, *codes)
+        if header is not None and header.dtype != "U8":
+            yield "dtype", f"its {kept} are {header.dtype}, and MXFP4 has U8", AGAIN
+        elif header is not None and header.shape[1:] != shape:
+            yield "shape", f"its {kept} are {list(header.shape)}, and each expert has {list(shape)}", AGAIN

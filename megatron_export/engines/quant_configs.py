@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from .checkpoint_view import Group, View
 from .exclude_lists import JOINED, Names, Partly, full
-from .tensor_specs import own_group
+from .tensor_specs import MXFP4_EXPERTS, own_group
 from .verdict import Findings
 
 MIXED = "MIXED_PRECISION"  # the quant_algo of a model whose modules have several
@@ -49,6 +49,8 @@ def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> b
 
 def algorithm_in(reading: Reading, group: Group) -> str | None:
     """The algorithm of a group that is not left out; `Partly` if a mixed model has several for its members."""
+    if reading.algorithm == MXFP4_EXPERTS and group.kind not in ("experts", "stack"):
+        return None
     if reading.algorithm:
         return reading.algorithm
     names = tuple(group.members) or tuple(full(group.parent, part) for part in group.parts)
@@ -75,6 +77,14 @@ def in_blocks(section: dict, names: tuple[str, ...], findings: Findings) -> Read
         return None
     kv = kv_of(section.get("kv_cache_scheme"))
     return Reading("blocks", "modules_to_not_convert", Names(names), kv=kv, dialect="native")
+
+
+def of_openai(architecture: str, findings: Findings) -> Reading | None:
+    """What a config with `quant_method` mxfp4 says, whatever it lists; None, and a finding, unless it is that of GPT-OSS."""
+    if architecture != "GptOssForCausalLM":
+        findings.add("another", "no rules about quant_method mxfp4")
+        return None
+    return Reading(MXFP4_EXPERTS, "modules_to_not_convert", dialect="native")
 
 
 def listed(section: dict, *keys: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from .quant_configs import (
     layers_of,
     left_out,
     listed,
+    of_openai,
     size_in,
     sizes_of,
 )
@@ -68,7 +69,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
     "no cache said": (_R, "a mixed model whose config.json says nothing of a KV cache has hf_quant_config.json", "weights", READ),
-    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "weights", SEEN),
     "mixed":         (_R, "a mixed model has a layer in NVFP4; another is taken for w4afp8", "configs", SEEN),
     "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", SEEN),
@@ -170,13 +171,12 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     if method == "fp8":
         names = listed(section, "ignored_layers", "modules_to_not_convert")
         found = in_blocks(section, _either_way(names), findings)
-        if (
-            found
-            and (section.get("quant_algo"), section.get("moe_quant_algo")) == (MIXED, "NVFP4")
-            and size_in(section)
-        ):
+        mixed = (section.get("quant_algo"), section.get("moe_quant_algo")) == (MIXED, "NVFP4")
+        if found and mixed and size_in(section):
             found = replace(found, experts=Reading("NVFP4", "ignore", Names(listed(section, "ignore"))))
         return found
+    if method == "mxfp4":
+        return of_openai(checkpoint.architecture, findings)
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
@@ -230,7 +230,7 @@ def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
 
 
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
-    if checkpoint.architecture == "GptOssForCausalLM":
+    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
         why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
         findings.add("gpt_oss", why, way="--format bf16")
     blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL

@@ -8,6 +8,7 @@ SCALAR = ((), (1,))
 _FLOATS = ("F32", "BF16", "F16")
 _TWO_INPUTS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")  # in a byte
 _TWO_ROWS = ("W4A16_AWQ", "W4A8_AWQ")
+MXFP4_EXPERTS = "MXFP4 of experts"  # stacked, as OpenAI has them
 _BLOCKS = ("blocks", "modelopt blocks", "FP8_PB_WO")
 _GROUPS = dict.fromkeys(("MXFP8", "native MXFP8", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8"), 32)
 _GROUPS |= dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), 16) | dict.fromkeys(_TWO_ROWS, 128)

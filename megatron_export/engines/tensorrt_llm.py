@@ -15,6 +15,7 @@ from .quant_configs import (
     layers_of,
     left_out,
     listed,
+    of_openai,
     size_in,
     sizes_of,
 )
@@ -59,7 +60,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", READ),
     "case":          (_M, "releases up to 1.2 know fp8_pb_wo in small letters alone", "configs", READ),
     "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
-    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "reading", READ),
     "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "attention", READ),
@@ -115,7 +116,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     if checkpoint.architecture == "Llama4ForCausalLM":
         findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:
-        _check_layouts(checkpoint, algorithm_of, findings)
+        _check_layouts(checkpoint, reading, algorithm_of, findings)
         _check_gpu(reading, gpu, findings)
     if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
         findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
@@ -134,6 +135,8 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
         return Reading()
     if inline.get("quant_method") == "fp8":
         return in_blocks(inline, listed(inline, "modules_to_not_convert", "ignored_layers"), findings)
+    if inline.get("quant_method") == "mxfp4":
+        return of_openai(checkpoint.architecture, findings)
     producer = inline.get("producer")
     maker = producer.get("name") if isinstance(producer, dict) else None
     if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":
@@ -189,8 +192,8 @@ def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
             findings.add("gpu", f"it does not compute {algorithm} on {gpu}", way=f"it does {on}" if on else "")
 
 
-def _check_layouts(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings: Findings) -> None:
-    if checkpoint.architecture == "GptOssForCausalLM":
+def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
+    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
         findings.add("gpt_oss", "not tried with this architecture")
     for group in checkpoint.whole.groups:
         if group.mtp or not group.quantized:

@@ -18,10 +18,12 @@ from .quant_configs import (
     layers_of,
     left_out,
     listed,
+    of_openai,
     size_in,
     sizes_of,
 )
 from .router_weights import check_router_weights
+from .tensor_specs import MXFP4_EXPERTS
 from .verdict import Effect, Findings, table
 from .vllm_cache import check_cache
 
@@ -69,7 +71,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "dialect":       (_R, "quantization_config says quant_method", "configs", SEEN),
     "config":        (_R, "hf_quant_config.json alone serves a few algorithms, with all its keys", "configs", SEEN),
     "algorithm":     (_R, "quant_algo is one of its seven", "modelopt", SEEN),
-    "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
+    "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "loader", SEEN),
     "mixed":         (_R, "a mixed model lists its quantized_layers, of algorithms that it has", "modelopt", SEEN),
     "mixed cache":   (_L, "a mixed model's KV cache is in FP8: scales of another are not read", "modelopt", SEEN),
@@ -79,7 +81,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "model config", SEEN),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
-    "gpt_oss":       (_R, "GPT-OSS is not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
+    "gpt_oss":       (_R, "GPT-OSS is not quantized in another dialect than OpenAI's", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
@@ -108,7 +110,7 @@ _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_
 _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
 _NOT_NEEDED = {"W4A16_NVFP4": frozenset(("input_scale",))}
 _LATENT = "fused_qkv_a_proj"
-_LEAST = {"FP8": 80, "FP8_PER_CHANNEL_PER_TOKEN": 80, "FP8_PB_WO": 80, "MXFP8": 80}
+_LEAST = dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", MXFP4_EXPERTS), 80)
 _LEAST_MIXED = {"MXFP8": 80}  # FP8 goes to Marlin there
 _IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
@@ -180,6 +182,8 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
+    if method == "mxfp4":
+        return of_openai(checkpoint.architecture, findings)
     if not method:
         findings.add("dialect", "quantization_config does not say quant_method", way="set it to modelopt")
         return None
@@ -253,6 +257,8 @@ def _check_tied(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings:
 
 
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
+    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "native":
+        return
     if checkpoint.architecture == "GptOssForCausalLM":
         why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
         findings.add("gpt_oss", why, way="--format bf16")

@@ -7,6 +7,7 @@ form     settled options -> Form
 A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md shows how to add a format.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
@@ -32,6 +33,7 @@ from . import (
     kv_fp8,
     kv_nvfp4,
     mxfp4,
+    mxfp4_experts,
     mxfp8,
     nvfp4,
     nvfp4_awq,
@@ -40,7 +42,7 @@ from . import (
     w4a8_nvfp4_fp8,
     w4a16_nvfp4,
 )
-from .form import PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing
+from .form import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing, Stacked
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module
@@ -61,6 +63,8 @@ FORMATS: dict[str, ModuleType] = {
     )
 }
 PLAIN = bf16.NAME  # what is not quantized
+# Formats that publishers of models have experts in, in a dialect of their own, stacked: they stand in for those of their names.
+PUBLISHED: dict[str, Form] = {form.name: form for form in (mxfp4_experts.FORM,)}
 KV_FORMATS: dict[str, KvForm | None] = {"none": None} | {form.name: form for form in (kv_fp8.FORM, kv_nvfp4.FORM)}
 
 
@@ -92,6 +96,21 @@ SUFFIXES = (  # of all tensors that a quantized linear may have beside its weigh
     *dict.fromkeys(suffix for form in ALGORITHMS.values() for suffix in form.stored if suffix != "weight"),
     PRE_QUANT_SCALE,
 )
+TAILS = {  # what follows the name of a stack in such a dialect -> the suffix that it stands for
+    tail: suffix for form in PUBLISHED.values() for suffix, tail in form.stack.tails.items()
+}
+_PIECE = re.compile(
+    rf"(.+?)(?:[._]({'|'.join(map(re.escape, SUFFIXES))})|(_up_proj|\.down_proj)({'|'.join(map(re.escape, TAILS))}))"
+)
+
+
+def module_of(name: str) -> tuple[str, str]:
+    """A tensor's module, or the stack of experts that it belongs to, and its own name in it."""
+    if found := _PIECE.fullmatch(name):
+        module, suffix, stack, tail = found.groups()
+        return (module, suffix) if suffix else (module + stack, TAILS[tail])
+    weight = name.endswith((".weight", "_up_proj", ".down_proj"))
+    return (name.removesuffix(".weight"), "weight") if weight else ("", name)
 
 
 def chosen(name: str, options: Options = Options()) -> Form:  # noqa: B008 - frozen

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Arithmetic, Form, Options, not_rounded
+from .form import AS_HF, Arithmetic, Form, Options, not_rounded
 
 NAME = "bf16"
 OPTIONS = ()
@@ -38,7 +38,7 @@ FORM = Form(
     arithmetic=Arithmetic(not_rounded, torch.bfloat16),
     least_snr=40.0,
     latent=True,
-    stackable=True,
+    stack=AS_HF,
     no_experts="",
     smoothing=None,
 )

@@ -61,12 +61,47 @@ class Smoothing:
 class Native:
     """A dialect of config.json's `quantization_config` that is not ModelOpt's.
 
-    config  the whole of it, but for the KV cache and what is excluded
-    sign    the key by which it is told from others with the same `quant_method`
+    config    the whole of it, but for the KV cache and what is excluded
+    sign      the key by which it is told from others with the same `quant_method`
+    excluded  what it always names as not quantized; None where that is the plan's to say
+    alone     whether hf_quant_config.json is left out, because an engine would read that first
     """
 
     config: dict
     sign: str
+    excluded: tuple[str, ...] | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """How the experts of a layer are one tensor for each suffix, whose first dim is the expert.
+
+    tails  suffix -> what follows the name of HF's stack; any other suffix but `weight` and `bias` follows it behind "_"
+    codes  bytes of codes of a block, the last dim of [out, blocks, codes]; 0: an expert's tensors are [in, out], as HF's are
+    """
+
+    tails: dict[str, str]
+    codes: int
+
+    def name(self, stack: str, suffix: str) -> str:
+        """The tensor of a suffix."""
+        return stack + self.tails.get(suffix, "" if suffix in ("weight", "bias") else f"_{suffix}")
+
+    def slice(self, rows: Tensor, suffix: str) -> Tensor:
+        """An expert's slice of it, from the expert's rows [out, n], or [out]."""
+        if self.codes:
+            return rows.unflatten(1, (-1, self.codes)) if suffix == "weight" else rows
+        return rows.T.contiguous() if rows.dim() == 2 else rows
+
+    def rows(self, slice: Tensor) -> Tensor:
+        """The inverse of `slice`."""
+        if self.codes:
+            return slice.flatten(1)
+        return slice.T if slice.dim() == 2 else slice
+
+
+AS_HF = Stacked({}, 0)  # as ModelOpt writes them
 
 
 @dataclass(frozen=True)
@@ -114,7 +149,7 @@ class Form:
     arithmetic    how an engine multiplies with it
     least_snr     signal to noise in dB below which a weight is broken rather than rounded, whatever the model
     latent        whether every engine loads latent attention in it; where not, that is quantized only if the user asks for it
-    stackable     whether the experts of a layer may be written as one tensor, of models that have them so
+    stack         how the experts of a layer are written as one tensor, of models that have them so; None for one by one
     no_experts    why no model with experts is written in it, and what to do instead, as sentences; "" where one is
     smoothing     how AWQ prepares its weights; None for not at all
     input_scale   what every `input_scale` is, where the request says so; None for that of the measured inputs
@@ -132,7 +167,7 @@ class Form:
     arithmetic: Arithmetic
     least_snr: float
     latent: bool
-    stackable: bool
+    stack: Stacked | None
     no_experts: str
     smoothing: Smoothing | None
     input_scale: float | None = None

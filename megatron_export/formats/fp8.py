@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Arithmetic, Form, Options
+from .form import AS_HF, Arithmetic, Form, Options
 
 NAME = "fp8"
 OPTIONS = ()
@@ -76,7 +76,7 @@ FORM = Form(
     arithmetic=Arithmetic(rounded, torch.float32),
     least_snr=20.0,
     latent=False,
-    stackable=True,
+    stack=AS_HF,
     no_experts="",
     smoothing=None,
 )

@@ -92,7 +92,7 @@ def form(options: Options) -> Form:
         arithmetic=Arithmetic(round_inputs, torch.float32),
         least_snr=20.0,
         latent=True,
-        stackable=False,
+        stack=None,
         no_experts="" if native else "--fp8-pb-spelling modelopt: no engine loads experts in that spelling. Use native",
         smoothing=None,
     )

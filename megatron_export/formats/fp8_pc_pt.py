@@ -60,7 +60,7 @@ FORM = Form(
     arithmetic=Arithmetic(round_inputs, torch.float32),
     least_snr=20.0,
     latent=False,
-    stackable=False,
+    stack=None,
     no_experts="",
     smoothing=None,
 )

@@ -83,7 +83,7 @@ def awq_form(name: str, algorithm: str, options: Options, **own: Any) -> Form:
         native=None,
         least_snr=6.0,
         latent=False,
-        stackable=False,
+        stack=None,
         no_experts="",
         smoothing=Smoothing(f"int4_g{group}", folds=False, keeps=True, clip=options.awq_clip),
         **own,

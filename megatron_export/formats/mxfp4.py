@@ -67,7 +67,7 @@ FORM = Form(
     arithmetic=Arithmetic(not_rounded, torch.bfloat16),
     least_snr=10.0,
     latent=False,
-    stackable=False,
+    stack=None,
     no_experts="",
     smoothing=None,
 )

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Arithmetic, Form, Options
+from .form import AS_HF, Arithmetic, Form, Options
 from .fp8 import E4M3_MAX, scale_of
 from .packing import pack, unpack
 
@@ -208,7 +208,7 @@ FORM = Form(
     arithmetic=Arithmetic(round_inputs, torch.float32),
     least_snr=10.0,
     latent=False,
-    stackable=True,
+    stack=AS_HF,
     no_experts="",
     smoothing=None,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import nvfp4
-from .form import Arithmetic, Form, Options, not_rounded
+from .form import AS_HF, Arithmetic, Form, Options, not_rounded
 
 NAME = "w4a16_nvfp4"
 OPTIONS = nvfp4.OPTIONS
@@ -38,7 +38,7 @@ FORM = Form(
     arithmetic=Arithmetic(not_rounded, torch.bfloat16),
     least_snr=nvfp4.FORM.least_snr,
     latent=False,
-    stackable=True,
+    stack=AS_HF,
     no_experts="",
     smoothing=None,
 )

@@ -64,7 +64,7 @@ FORM = Form(
     arithmetic=Arithmetic(rounded, torch.float32),
     least_snr=10.0,
     latent=False,
-    stackable=False,
+    stack=None,
     no_experts="",
     smoothing=None,
 )

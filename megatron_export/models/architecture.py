@@ -37,6 +37,7 @@ class Architecture:
     formats     names of the formats that it is written in; () for every format
     unsmoothed  why `formats` lacks those that fold AWQ's vectors into linears
     stacked     whether quantized experts are written stacked as HF has them, in a format that can be; else one by one
+    published   the format that its publisher has its experts in, in a dialect of that format's own; "" for none
     turned      whether engines reorder the rows of q and k, so that scales of rows would belong to other rows
     routing     config.json key -> value, which engines read and transformers leaves out when it saves a model
     on_disk     patterns and their replacements, in order, that turn names in transformers' modules into names on disk
@@ -56,6 +57,7 @@ class Architecture:
     formats: tuple[str, ...] = ()
     unsmoothed: str = ""
     stacked: bool = False
+    published: str = ""
     turned: bool = False
     routing: Mapping[str, object] = field(default_factory=dict)
     on_disk: tuple[tuple[str, str], ...] = ()

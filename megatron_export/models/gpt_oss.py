@@ -38,7 +38,8 @@ ARCHITECTURE = Architecture(
     },
     computed=windows,
     only={"swiglu_alpha": (1.702, None), "attention_bias": (True, None), "hidden_act": ("silu", None)},
-    formats=("bf16", "fp8", "nvfp4"),
+    formats=("bf16", "fp8", "nvfp4", "mxfp4"),
     unsmoothed="up_proj has a bias and an offset that cannot be smoothed",
     stacked=True,
+    published="mxfp4",
 )

@@ -40,11 +40,8 @@ def even_cut(size: int, index: int, count: int) -> slice:
 
 
 def stacked(parts: list[Tensor], woven: bool) -> Tensor:
-    """One expert's slice of HF's stacked tensor, [in, all outs] or [all outs], from its parts [out, in] or [out]: one part after
-    the other, or rows of the parts in turn if `woven`.
-    """
-    rows = torch.stack(parts, dim=1).flatten(0, 1) if woven else torch.cat(parts)
-    return rows.T.contiguous() if rows.dim() == 2 else rows
+    """One expert's rows of all its parts: one part after the other, or rows of the parts in turn if `woven`."""
+    return torch.stack(parts, dim=1).flatten(0, 1) if woven else torch.cat(parts)
 
 
 def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> slice:

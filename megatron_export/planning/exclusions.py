@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..common.text import some
-from ..formats import PLAIN, VARIANTS, Form
+from ..formats import PLAIN, PUBLISHED, VARIANTS, Form
 from ..models import (
     HEAD,
     Architecture,
@@ -67,8 +67,9 @@ def settle(
     """Decide about every linear: `request` says which format it has, and whether latent attention is quantized; `forms` are these
     formats by name; `copied` are tensors that stay as they are. What each engine does with the result is said in engines/.
     """
-    quantizing = {name: form for name, form in forms.items() if form.quantization}
     architecture = architecture_of(config)
+    forms = {name: PUBLISHED[name] if name == architecture.published else form for name, form in forms.items()}
+    quantizing = {name: form for name, form in forms.items() if form.quantization}
     stacks = [name for name, source in sources.items() if source.stack and is_linear_weight(name)]
     stacked = bool(stacks) and (architecture.stacked or not quantizing)
     linears = _linears(sources, stacked)
@@ -85,7 +86,7 @@ def settle(
         return Policy({}, frozenset(linears), (), (), stacked, (), problems)
     others = tuple(line for line in request.recipe_lines if line not in naming)
     named, problems = named_formats(linears, never, others)
-    if stacked and not all(forms[named[name]].stackable for name in stacks if named[name] in forms):
+    if stacked and not all(forms[named[name]].stack for name in stacks if named[name] in forms):
         stacked, linears = False, _linears(sources, False)
         named, problems = named_formats(linears, never, others)
     found = {name: quantizing[format] for name, format in named.items() if format in quantizing}
@@ -99,6 +100,8 @@ def settle(
     if request.quantize_mla and not shape_of(config).kv_lora:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
     found, remarks = _loadable(config, found, request.quantize_mla)
+    found, said, odd = _as_published(architecture, request, found, linears)
+    remarks, problems = remarks + said, problems + odd
     left_out = {module for name in linears.keys() - found.keys() for module in linears[name]}
     experts = {module for module in left_out if ".experts." in module}
     left_out |= {experts_module(module) for module in experts}
@@ -137,6 +140,29 @@ def _loadable(config: dict, found: dict[str, Form], quantize_mla: bool) -> tuple
             f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
         )
     return {name: form for name, form in found.items() if name not in keys}, remarks
+
+
+def _as_published(
+    architecture: Architecture, request: Request, found: dict[str, Form], linears: Iterable[str]
+) -> tuple[dict[str, Form], list[str], list[str]]:
+    """The same formats, where one of them is the publisher's own: in that, experts alone are quantized, all of them, and nothing in
+    another format. And what the user should know; and what is wrong.
+    """
+    own = PUBLISHED.get(architecture.published)
+    if own not in found.values():
+        return found, [], []
+    kept = {name: form for name, form in found.items() if form is not own or is_expert(name)}
+    mine, others = f"this architecture's own {own.name}", sorted({form.name for form in kept.values()} - {own.name})
+    problems = [f"{mine} and {' and '.join(others)}: no config says both. Choose one"] if others else []
+    if any(is_expert(name) and name not in kept for name in linears):
+        problems.append(f"some experts in {mine} and others not: engines read all of them so. Quantize all")
+    if request.kv_cache != "none":
+        problems.append(
+            f"--kv-cache {request.kv_cache}: no engine reads scales of a cache beside {mine}. Leave it out, and start the engine "
+            "with its own FP8 KV cache"
+        )
+    said = [f"all but experts stays in bfloat16: files of this architecture in {own.name} have experts alone in it"]
+    return kept, said if len(kept) < len(found) else [], problems
 
 
 def _names_head(line: Line, head: str) -> bool:

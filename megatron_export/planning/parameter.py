@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formats
 from ..common.piece import Amax, Axis, Piece, join
-from ..formats import PRE_QUANT_SCALE, Form, KvForm
+from ..formats import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Stacked
 from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
 from ..models.layouts import Layout, even_cut, stacked
@@ -87,6 +87,11 @@ class Item:
     def smoothing_done(self) -> bool:
         """Whether its columns are divided by the vector already, as those of a model that ModelOpt calibrated are."""
         return bool(self.form and self.form.smoothing and self.form.smoothing.done)
+
+    @property
+    def stacking(self) -> Stacked:
+        """How it lies in the tensors of all experts, if it is stacked."""
+        return self.form.stack if self.form else AS_HF
 
     @property
     def splits(self) -> bool:
@@ -217,9 +222,9 @@ class Item:
         made = []
         for suffix in suffixes:
             pieces = [whole[f"{prefix}.{suffix}"] for prefix in prefixes]
-            name = stack.name if suffix in ("weight", "bias") else f"{stack.name}_{suffix}"
+            name = self.stacking.name(stack.name, suffix)
             if pieces[0].axes:
-                data = stacked([piece.data for piece in pieces], stack.woven)
+                data = self.stacking.slice(stacked([piece.data for piece in pieces], stack.woven), suffix)
                 made.append((Output(name, data.dtype, tuple(data.shape), (), stack.index, stack.count), data))
             elif stack.index == 0:  # one number for all experts
                 made.append((Output(name, pieces[0].data.dtype, ()), pieces[0].data))

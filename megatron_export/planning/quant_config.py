@@ -1,6 +1,6 @@
 """The two descriptions of a quantized checkpoint, made from one plan: TensorRT-LLM reads hf_quant_config.json first, vLLM and
 SGLang config.json's `quantization_config`. Both name the producer "modelopt", as vLLM refuses any other. FP8_PB in its native
-spelling is described in config.json as DeepSeek's own checkpoints are.
+spelling is described in config.json as DeepSeek's own checkpoints are, and MXFP4 of GPT-OSS as OpenAI's, there alone.
 """
 
 from ..engines.quant_configs import MIXED
@@ -13,8 +13,8 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def hf_quant_config(plan: Plan) -> dict | None:
-    """The content of hf_quant_config.json; None if nothing is quantized."""
-    if not plan.forms:
+    """The content of hf_quant_config.json; None if nothing is quantized, or in a dialect without that file."""
+    if not plan.forms or any(form.native and form.native.alone for form in plan.forms):
         return None
     own = _quantization(plan)
     quantization = {
@@ -33,7 +33,8 @@ def quantization_config(plan: Plan) -> dict | None:
     kv = {"kv_cache_scheme": plan.kv.scheme} if plan.kv else {}
     native = plan.forms[0].native if len(plan.forms) == 1 else None
     if native is not None:
-        return native.config | kv | {"modules_to_not_convert": list(plan.excluded)}
+        left = plan.excluded if native.excluded is None else native.excluded
+        return native.config | kv | {"modules_to_not_convert": list(left)}
     quantization = _quantization(plan)
     groups = _groups(plan.forms, quantization.get("quantized_layers", {}))
     return {

@@ -2,7 +2,6 @@
 `quantization_config`. Where a config says something else than the tensors, that is a problem of the config.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,18 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.safe_files import shown
 from ..engines.quant_configs import MIXED, layers_of
-from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SCALES, SUFFIXES, VARIANTS, Form, Options
+from ..formats import (
+    ALGORITHMS,
+    KV_FORMATS,
+    PRE_QUANT_SCALE,
+    PUBLISHED,
+    SCALES,
+    SUFFIXES,
+    VARIANTS,
+    Form,
+    Options,
+    module_of,
+)
 from ..models.statistic_names import experts_module
 from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
@@ -21,7 +31,6 @@ _PLAIN = {
     algorithm: next(a for a, form in ALGORITHMS.items() if (form.decode, form.stored) == (mine.decode, mine.stored))
     for algorithm, mine in ALGORITHMS.items()
 }
-_SCALED = re.compile(rf"(.+?)([._])({'|'.join(map(re.escape, SUFFIXES))})")
 _CODES = {form.stored["weight"].dtype for form in ALGORITHMS.values()}
 _SECOND = {*SUFFIXES} - {*SCALES, PRE_QUANT_SCALE}  # what a format may have beside codes and the scales of blocks
 
@@ -152,14 +161,6 @@ def _mixed(
     return tuple(variants), problems
 
 
-def module_of(name: str) -> tuple[str, str]:
-    """A tensor's module, or the stack of experts that it belongs to, and its own name in it."""
-    if found := _SCALED.fullmatch(name):
-        return found[1], found[3]
-    weight = name.endswith((".weight", "_up_proj", ".down_proj"))
-    return (name.removesuffix(".weight"), "weight") if weight else ("", name)
-
-
 def _quantized(found: Finished) -> dict[str, dict[str, str]]:
     """Module -> name in it -> tensor, of every module that has codes or scales."""
     modules: dict[str, dict[str, str]] = {}
@@ -225,7 +226,7 @@ def _table(said: object) -> dict:
 
 def _native(inner: dict) -> str | None:
     """The algorithm that a `quantization_config` means which is in a dialect of its own."""
-    natives = [(algorithm, form.native) for algorithm, form in ALGORITHMS.items() if form.native]
+    natives = [(form.algorithm, form.native) for form in (*ALGORITHMS.values(), *PUBLISHED.values()) if form.native]
     method = inner.get("quant_method")
     return next((a for a, own in natives if method == own.config["quant_method"] and inner.get(own.sign)), None)
 

@@ -16,8 +16,8 @@ from ..common.file_names import CONFIG, GENERATION_CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.progress import Progress, quiet
 from ..common.strips import strips_of
-from ..formats import SUFFIXES, Form
-from .detect_format import Described, described, module_of
+from ..formats import SUFFIXES, TAILS, Form, module_of
+from .detect_format import Described, described
 from .folder import Finished, json_of
 from .snr import decibels, finite
 from .weight_pairs import STRIP_ROWS
@@ -124,6 +124,7 @@ def _tensors(side: Finished, name: str) -> dict[str, str]:
         return {"weight": name}
     joint = "." if name.endswith(".weight") else "_"
     found = {suffix: f"{module}{joint}{suffix}" for suffix in SUFFIXES}
+    found |= {suffix: module + tail for tail, suffix in TAILS.items() if module + tail in side}
     return {"weight": name} | {suffix: tensor for suffix, tensor in found.items() if tensor in side}
 
 

@@ -24,9 +24,9 @@ from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
 from ..common.safe_files import headers, inside, not_read, read_table, reason_of, shown
 from ..engines.quant_configs import MIXED, layers_of
-from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm
+from ..formats import ALGORITHMS, KV_FORMATS, PRE_QUANT_SCALE, SUFFIXES, Form, KvForm, module_of
 from ..models import known
-from .detect_format import claim_of, described, module_of
+from .detect_format import claim_of, described
 from .emulated_experts import take_apart
 from .folder import Finished
 from .transformers_names import Respelled, files_of

@@ -67,8 +67,7 @@ class Sides:
         """The name of the tensor that holds it, or the stack that does."""
         if not item.stacked:
             return output.name
-        suffix = output.name.rpartition(".")[2]
-        return item.source.stack.name if suffix in ("weight", "bias") else f"{item.source.stack.name}_{suffix}"
+        return item.stacking.name(item.source.stack.name, output.name.rpartition(".")[2])
 
     def shape(self, item: Item, part: str) -> tuple[int, ...]:
         """Of a part's weight before it is encoded."""
@@ -97,7 +96,7 @@ class Sides:
             return data if output.shape else data.reshape(())
         stack, parts = item.source.stack, list(item.source.names())
         whole = self.found.read(name, slice(stack.index, stack.index + 1))[0].to(self.device)
-        whole = whole.T if whole.dim() == 2 else whole
+        whole = item.stacking.rows(whole)
         number, many = parts.index(part), len(parts)
         return (whole[number::many] if stack.woven else whole.chunk(many)[number])[tuple(where)]
 

@@ -1,17 +1,14 @@
 """Checks which modules of a written checkpoint are quantized: the plan, the scales and the exclude lists on disk must agree."""
 
 import json
-import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..common.file_names import CONFIG, QUANT_CONFIG
-from ..formats import SCALES
+from ..formats import SCALES, module_of
 from ..planning.contents import Contents
 from ..planning.tensor_spec import Output
-
-_WEIGHT_SCALE = re.compile(rf"(.+)[._](?:{'|'.join(map(re.escape, SCALES))})")
 
 
 def is_scale(name: str) -> bool:
@@ -22,15 +19,16 @@ def is_scale(name: str) -> bool:
 def module_problems(folder: Path, contents: Contents) -> list[str]:
     """Where the files, the exclude lists and the contents disagree on what is quantized."""
     outputs = [output for file in contents.files.values() for output in file]
-    scaled = {found[1] for output in outputs if (found := _WEIGHT_SCALE.fullmatch(output.name))}
+    scaled = {module for module, local in (module_of(output.name) for output in outputs) if local in SCALES}
     meant = set(contents.quantized)
     problems = [f"{folder}: {module} has scales, but was to be left alone" for module in sorted(scaled - meant)]
     problems += [f"{folder}: {module} has no scales, but was to be quantized" for module in sorted(meant - scaled)]
     if not contents.quantized:
         return problems
-    left = {output.name.removesuffix(".weight") for output in outputs if _is_matrix(output)} - scaled
+    left = {module_of(output.name)[0] or output.name for output in outputs if _is_matrix(output)} - scaled
     inner = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
-    outer = json.loads((folder / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+    outer = folder / QUANT_CONFIG
+    outer = json.loads(outer.read_text(encoding="utf-8"))["quantization"] if QUANT_CONFIG in contents.jsons else {}
     for file, excluded in lists_in(inner, outer).items():
         matched = {module for module in scaled | left if any(covers(entry, module) for entry in excluded)}
         problems += [f"{folder / file} excludes {module}, which is quantized" for module in sorted(matched & scaled)]
@@ -47,7 +45,7 @@ def _is_matrix(output: Output) -> bool:
 
 def covers(entry: str, module: str) -> bool:
     """Whether an entry of an exclude list is about a module: by its name, a glob, or that of what it is in."""
-    return fnmatchcase(module, entry) or module.startswith(f"{entry}.")
+    return fnmatchcase(module, entry) or fnmatchcase(module, f"{entry}.*")
 
 
 def lists_in(inner: dict, outer: dict) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_export.checkpoint.original import config_alone
 from megatron_export.checkpoint.reading_cost import mapped_bytes
 from megatron_export.common.errors import ExportError
 from megatron_export.models import parameters_of
-from megatron_export.verify.emulation import load
+from megatron_export.verify.emulation import bits_per_weight, load
 
 from ..export.test_topologies import calibration_flags, export
 from ..support.command_line import command_line
@@ -50,6 +50,48 @@ def test_every_weight_is_its_codes_times_the_scale_of_their_group_in_bfloat16(
     export(ranks, world, "--hf-model", folder, "--format", "bf16", *sizes, "--output", tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), expected)
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"), [(1, ()), (2, ("--tp", 2, "--etp", 1)), (2, ("--ep", 2)), (2, ("--pp", 2, "--writers", "all"))]
+)
+def test_gpt_oss_in_mxfp4_is_the_original_again_to_the_bit(
+    world: int, sizes: tuple, quantized: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    folder, out = quantized["mxfp4"][0], tmp_path / "out"
+    said = export(ranks, world, "--hf-model", folder, "--format", "mxfp4", *sizes, "--output", out, "--verify",
+                  "--target", "vllm,sglang,tensorrt_llm")  # fmt: skip
+    assert_same(tensors(out), tensors(folder))
+    told, given = read_json(out / "config.json"), read_json(folder / "config.json")
+    assert told["quantization_config"] == given["quantization_config"]
+    assert not (out / "hf_quant_config.json").exists()
+    assert "files of this architecture in mxfp4 have experts alone in it" in said
+    assert "48 quantized weights (48 equal)" in said
+    status, judged = command_line("verify", out, "--reference", folder)
+    assert status == 0, judged
+    status, same = command_line("diff", out, folder)
+    assert status == 0, same
+
+
+def test_mxfp4_of_gpt_oss_is_scored_as_the_original_is(quantized: dict, ranks: Ranks, tmp_path: Path) -> None:
+    folder = quantized["mxfp4"][0]
+    export(ranks, 1, "--hf-model", folder, "--format", "mxfp4", "--output", tmp_path / "out")
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(ids).logits, load(folder)(ids).logits)
+    assert bits_per_weight(tmp_path / "out") == 4.25
+
+
+def test_a_changed_code_or_scale_of_gpt_oss_is_found(quantized: dict, ranks: Ranks, tmp_path: Path) -> None:
+    folder, out = quantized["mxfp4"][0], tmp_path / "out"
+    export(ranks, 1, "--hf-model", folder, "--format", "mxfp4", "--output", out)
+    held = tensors(out)
+    held[f"{EXPERTS}.down_proj_scales"][2] += 1
+    save_file(held, out / "model.safetensors")
+    status, judged = command_line("verify", out, "--reference", folder)
+    assert status == 1
+    assert f"{EXPERTS}.2.down_proj.weight" in judged
+    assert command_line("diff", out, folder)[0] == 1
 
 
 def test_mxfp4_is_what_transformers_makes_of_it(quantized: dict) -> None:

@@ -57,6 +57,15 @@ def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointVie
     return replace(said, files=files)
 
 
+def with_header(said: CheckpointView, end: str, **changes: Any) -> CheckpointView:
+    """With another dtype or shape of the tensors whose names end so."""
+    files = {
+        f: {n: one._replace(**changes) if n.endswith(end) else one for n, one in held.items()}
+        for f, held in said.files.items()
+    }
+    return replace(said, files=files)
+
+
 def mixed(config: dict, *lines: str, **settings: Any) -> CheckpointView:
     """What a recipe would write: NVFP4 in MLPs and experts, and these lines."""
     return planned(config, recipe="nvfp4_mlp_only", set=lines, **settings)
@@ -124,6 +133,20 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "", "rotated", "llama4 text, machine"),
     "gpt-oss": (lambda: planned(GPT_OSS, format="fp8"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
     "gpt-oss in four bits": (lambda: planned(GPT_OSS, format="nvfp4"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
+    "gpt-oss as OpenAI has it": (lambda: planned(GPT_OSS, format="mxfp4"), {}, "", "", ""),
+    "gpt-oss so, on a T4": (lambda: planned(GPT_OSS, format="mxfp4"), {"gpu": "t4"}, "gpu", "gpu", ""),
+    "gpt-oss so, without scales": (lambda: without_tensors(planned(GPT_OSS, format="mxfp4"), "down_proj_scales"), {},
+        "scale", "scale", "scale"),
+    "gpt-oss so, without blocks": (lambda: without_tensors(planned(GPT_OSS, format="mxfp4"), "down_proj_blocks"), {},
+        "experts", "experts", "experts"),
+    "gpt-oss so, in other blocks": (lambda: with_header(planned(GPT_OSS, format="mxfp4"), "down_proj_blocks", shape=(4, 64, 1, 32)),
+        {}, "shape", "shape", "shape"),
+    "gpt-oss so, with scales in floats": (lambda: with_header(planned(GPT_OSS, format="mxfp4"), "down_proj_scales", dtype="F32"),
+        {}, "dtype", "dtype", "dtype"),
+    "gpt-oss so, in bfloat16": (lambda: replace(planned(GPT_OSS, format="bf16"), config=planned(GPT_OSS, format="mxfp4").config),
+        {}, "not left out", "not left out", "not left out"),
+    "gpt-oss so, attention too": (lambda: with_header(planned(GPT_OSS, format="mxfp4"), "o_proj.weight", dtype="F8_E4M3"),
+        {}, "left out", "left out", "left out"),
     "no words for routers": (
         lambda: reconfigured(planned(SMALL_V3, format="fp8"), topk_method=None, scoring_func="sigmoid"), {},
         "bias", "", ""),

@@ -44,7 +44,7 @@ SOME = {
     "deepseek_v3-mtp": ["fp8_pb", "nvfp4", "nvfp4+mla", "nvfp4_cast"],
     "llama4": ["fp8_kv", "fp8_pb", "nvfp4"],
     "llama4_vision": ["fp8_kv", "nvfp4"],
-    "gpt_oss": ["bf16", "fp8"],
+    "gpt_oss": ["bf16", "fp8", "mxfp4"],
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq",
     "nvfp4_mlp_fp8_attention", "mixed_mxfp8", "fp8_pc_pt", "mxfp8")  # fmt: skip

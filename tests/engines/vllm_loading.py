@@ -20,14 +20,22 @@ def without_kernels() -> None:
     """Quantized experts, and linears with weights alone in four bits, are built and loaded, and never run."""
     from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
-    from vllm.model_executor.layers.quantization import fp8, modelopt
+    from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
 
     fp8.select_fp8_moe_backend = modelopt.select_fp8_moe_backend = lambda **named: (Fp8MoeBackend.TRITON, None)
     modelopt.select_nvfp4_moe_backend = lambda **named: (NvFp4MoeBackend.MARLIN, None)
+    mxfp4.select_mxfp4_moe_backend = lambda *rest: (Mxfp4MoeBackend.MARLIN, None)
     MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))
     MarlinNvFp4LinearKernel.process_weights_after_loading = lambda self, layer: None
-    for method in (fp8.Fp8MoEMethod, modelopt.ModelOptFp8MoEMethod, modelopt.ModelOptNvFp4FusedMoE):
+    experts = (
+        fp8.Fp8MoEMethod,
+        modelopt.ModelOptFp8MoEMethod,
+        modelopt.ModelOptNvFp4FusedMoE,
+        mxfp4.GptOssMxfp4MoEMethod,
+    )
+    for method in experts:
         method.process_weights_after_loading = lambda self, layer: None
 
 

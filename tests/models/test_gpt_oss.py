@@ -70,8 +70,18 @@ def test_a_stack_holds_each_experts_codes_in_hfs_order(form: str, stack: str, al
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--format", "nvfp4_awq"), "cannot be smoothed. For this architecture there are bf16, fp8 and nvfp4"),
+        (("--format", "nvfp4_awq"), "cannot be smoothed. For this architecture there are bf16, fp8, nvfp4 and mxfp4"),
         (("--format", "fp8_pb"), "no engine loads it"),
+        (("--format", "w4a8_mxfp4_fp8"), "no engine loads it"),
+        (
+            ("--format", "mxfp4", "--set", "*.self_attn.*=fp8"),
+            "this architecture's own mxfp4 and fp8: no config says both",
+        ),
+        (("--format", "mxfp4", "--kv-cache", "fp8", "--kv-scale", 1), "no engine reads scales of a cache beside"),
+        (
+            ("--format", "mxfp4", "--exclude", "model.layers.0.mlp.experts.*"),
+            "some experts in this architecture's own mxfp4 and others not",
+        ),
         (("--format", "bf16", "--tp", 2), "--etp 2: Megatron-Core cuts no experts with biases. Give --etp 1"),
     ],
 )
