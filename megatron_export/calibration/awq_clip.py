@@ -22,7 +22,7 @@ from ..models import is_expert, vector_home
 from ..models.layouts import Identity, Layout
 from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .awq_search import LinearShard, check_finite
-from .hooks import Observer
+from .observer import Observer
 
 CLIP_TOKENS = 64  # of a micro-batch, that a group's clipping is judged by
 

@@ -29,7 +29,7 @@ from ..formats.awq import ALPHAS, SHARED, search_of
 from ..models import cut_of, is_expert, pooled, vector_home
 from ..models.layouts import even_cut
 from ..models.statistic_names import alpha_key, losses_key, vector_key
-from .hooks import Observer
+from .observer import Observer
 
 
 @dataclass(frozen=True)

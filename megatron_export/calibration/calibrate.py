@@ -3,14 +3,11 @@
 Statistics are tensors on the CPU, the same on every rank; models/statistic_names.py lists their names.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain, groupby, islice
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.piece import Axis
@@ -21,23 +18,19 @@ from ..distributed.topology import Topology
 from ..formats import FORMATS, Form, Options, chosen
 from ..formats.awq import SHARED, search_of
 from ..formats.int4 import CLIP_RATIOS
-from ..mcore import parallel_state
-from ..mcore.cpu_compat import without_cuda
-from ..mcore.gradients import only_activations
-from ..mcore.model import chunks_of, finish_gathering, heads_of, layouts_of, local_experts_of, weights_of, whole_of
 from ..models import cut_of, is_expert, reads_heads
 from .amax import Maxima
 from .awq_clip import Clips
 from .awq_search import Alphas
-from .checks import check_batches, check_modules, check_parallelism, check_replicas
-from .hooks import Observer, watching
 from .lookup import Statistics
 from .memory import CLIP_BYTES
+from .observer import Observer
 from .sensitivity import Sensitivities
+from .subject import Model, Subject, subject_of
 
 
 def calibrate(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     batches: Iterable[Tensor],
     *,
     format: str | Iterable[str] = "fp8",
@@ -70,43 +63,48 @@ def calibrate(
     if all(not form.quantization for form in (*forms, *tried)):
         return {}
     smoothings = {form.smoothing.search: form.smoothing.folds for form in forms if form.smoothing}
-    with parallel_state.current() as here:
+    subject = subject_of(model)
+    with subject.world() as here:
         with together(here, "check the calibration data"):
             batches = list(batches)
-            check_parallelism(chunks_of(model)[0], batches, here)
-            check_batches(batches, chunks_of(model)[0].vocab_size)
-            check_modules(here, model, bool(smoothings))
-        check_replicas(here, model, batches)
-        finish_gathering(model)
-        run = partial(_observe, here, model, batches, progress, all_experts)
-        with _evaluating(model), without_cuda(here.device), torch.no_grad():
-            config = chunks_of(model)[0].config
-            # without sequence parallelism, all tensor-parallel ranks send the same token on
-            repeats = here.experts.size * (1 if config.sequence_parallel else here.tp_size)
-            maxima = Maxima(here, bool(smoothings), local_experts_of(model), repeats, config.num_query_groups)
-            run("calibrate", maxima, head)
+            subject.check(here, batches, bool(smoothings))
+        run = partial(_run, here, subject, batches, progress)
+        with subject.measured(here, batches) as of, torch.no_grad():
+            maxima = Maxima(here, bool(smoothings), of.experts, of.repeats, of.groups)
+            run("calibrate", maxima, all_experts=all_experts, head=head)
             statistics, means = maxima.agreed()
-            held_whole = whole_of(model)
             if tried:
-                found = Sensitivities(
-                    here, tried, statistics, layouts_of(model), held_whole, sum(map(torch.numel, batches)), repeats
-                )
-                with only_activations(model):
-                    _observe(here, model, batches, progress, False, "sensitivities", found, gradients=True)
+                tokens = sum(map(torch.numel, batches))
+                found = Sensitivities(here, tried, statistics, of.layouts, of.held_whole, tokens, of.repeats)
+                run("sensitivities", found, gradients=True)
                 statistics |= found.agreed()
             if not smoothings:
                 return statistics
-            heads, weights = heads_of(model), weights_of(model)
-            searches = partial(_searches, smoothings, heads.queries_per_group)
-            topk = config.moe_router_topk
-            alphas = Alphas(here, means, searches, heads.same_in_group, weights, topk, held_whole)
-            run("search", alphas)
+            searches = partial(_searches, smoothings, of.heads.queries_per_group)
+            alphas = Alphas(here, means, searches, of.heads.same_in_group, of.weights, of.topk, of.held_whole)
+            run("search", alphas, all_experts=all_experts)
             statistics |= alphas.agreed()
-            for group in _clipped_together(here, weights, searches) if awq_clip else ():
-                clips = Clips(here, statistics, lambda n, group=group: group.get(n, ()), layouts_of(model), held_whole)
-                run("clip", clips)
+            for group in _clipped_together(here, of.weights, searches) if awq_clip else ():
+                clips = Clips(here, statistics, lambda n, group=group: group.get(n, ()), of.layouts, of.held_whole)
+                run("clip", clips, all_experts=all_experts)
                 statistics |= clips.agreed()
         return statistics
+
+
+def _run(
+    here: Topology,
+    subject: Subject,
+    batches: list[Tensor],
+    progress: Progress,
+    stage: str,
+    observer: Observer,
+    **how: bool,
+) -> None:
+    """Run all batches through the model once more, and show `observer` its calls."""
+    steps = iter(progress(stage, batches))
+    here.pulse.at(stage)
+    subject.run(here, batches, steps, observer, **how)
+    next(steps, None)
 
 
 def _forms(names: tuple[str, ...], group_size: int, awq_clip: bool) -> list[Form]:
@@ -157,79 +155,3 @@ def _clipped_together(
         size += nbytes
     most = max(everyone(here, len(groups)))
     return groups + [{}] * (most - len(groups))
-
-
-def _observe(
-    here: Topology,
-    model: nn.Module | list[nn.Module],
-    batches: list[Tensor],
-    progress: Progress,
-    all_experts: bool,
-    stage: str,
-    observer: Observer,
-    head: bool = False,
-    gradients: bool = False,
-) -> None:
-    """Run all batches through the model and show `observer` the calls of its modules.
-
-    Megatron's own schedules take the micro-batches, those of one shape at a time. The interleaved schedule takes them in whole
-    groups: the last one is repeated to fill its group, and not shown again.
-    """
-    chunks = chunks_of(model)
-    group = chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
-    steps = iter(progress(stage, batches))
-    here.pulse.at(stage)
-    for shape, run in groupby(batches, key=lambda batch: tuple(batch.shape)):
-        run = list(run)
-        repeated = run[-1:] * (-len(run) % group)
-        shown = chain(islice(steps, len(run)), repeated)
-        with watching(here, model, observer, len(run), all_experts, head, gradients):
-            get_forward_backward_func()(
-                forward_step_func=partial(_step_with_loss if gradients else _step, here),
-                data_iterator=[shown, *(iter(run + repeated) for _ in chunks[1:])],
-                model=chunks,
-                num_microbatches=len(run) + len(repeated),
-                seq_length=shape[1],
-                micro_batch_size=shape[0],
-                forward_only=not gradients,
-            )
-    next(steps, None)
-
-
-def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
-    ids = next(batches).to(here.device)
-    # layers that predict one more token only run where there is something to predict
-    output = _called(chunk, ids, ids if chunk.config.mtp_num_layers else None)
-    return output, lambda logits: (logits.new_zeros(()), {})
-
-
-def _step_with_loss(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
-    """The loss is the sum over all tokens that have a next one."""
-    ids = next(batches).to(here.device)
-    count = torch.ones((), dtype=torch.int, device=ids.device)
-    return _called(chunk, ids, ids.roll(-1, dims=1)), lambda losses: (losses[:, :-1].float().sum(), count, {})
-
-
-def _called(chunk: nn.Module, ids: Tensor, labels: Tensor | None) -> Tensor:
-    length = ids.shape[1]
-    positions = torch.arange(length, device=ids.device).expand_as(ids)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
-    return chunk(ids, positions, mask, labels=labels)
-
-
-@contextmanager
-def _evaluating(model: nn.Module | list[nn.Module]) -> Iterator[None]:
-    """While open, the model is in evaluation mode; afterwards every attribute of every module is what it was.
-
-    That takes more than the mode: the schedules leave numbers of micro-batches and received activations in modules.
-    """
-    modules = [module for chunk in chunks_of(model) for module in chunk.modules()]
-    attributes = [dict(vars(module)) for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, were in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(were)

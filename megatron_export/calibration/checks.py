@@ -1,72 +1,14 @@
-"""What is refused before calibration data is run: data that does not fit, and models that cannot be measured as they are."""
+"""What is refused of calibration data, whatever the model."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import ExportError
-from ..distributed.collectives import everyone
-from ..distributed.topology import Topology
-from ..mcore.addons import adapters_of, is_quantized
-from ..mcore.model import Model, chunks_of, linears_of, shards_of, weights_of
-from ..models import pooled
 
 
-def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
-    """`ExportError` under context parallelism, in FP8 or FP4, and where sequence parallelism does not divide the samples."""
-    if here.cp_size > 1:
-        raise ExportError(
-            f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
-            "statistics, and load them here"
-        )
-    if chunk.config.fp8 or getattr(chunk.config, "fp4", None):
-        raise ExportError(
-            "the model computes in FP8 or FP4: calibrate it in bfloat16, as it will be quantized from that"
-        )
-    lengths = {batch.shape[-1] for batch in batches}
-    if chunk.config.sequence_parallel and any(length % here.tp_size for length in lengths):
-        raise ExportError(
-            f"sequence parallelism cuts samples of {sorted(lengths)} tokens in {here.tp_size}: give a length that divides"
-        )
-
-
-def check_modules(here: Topology, model: Model, searched: bool) -> None:
-    """`ExportError` for weights that cannot be read or observed, for quantizers, and for adapters if AWQ searches (`searched`)."""
-    weights = weights_of(model)
-    shards_of(model).readable(here.device)
-    for _ in weights.values():  # each is read once where all ranks hear of a failure
-        pass
-    if is_quantized(model):
-        raise ExportError(
-            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
-            "the quantizers' own statistics are used; or disable them"
-        )
-    if searched and (adapted := adapters_of(model)):
-        raise ExportError(
-            f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
-            "the adapters into the model first"
-        )
-    called = {pooled(name) for name in linears_of(model)}
-    if unseen := sorted({pooled(name) for name in weights} - called):
-        raise ExportError(
-            f"{unseen[0]} (of {len(unseen)} such) is in a module that multiplies the experts of a layer at once, without "
-            "Transformer Engine: calibrate a model with SequentialMLP or TEGroupedMLP, save the statistics, and load them"
-        )
-
-
-def check_replicas(here: Topology, model: Model, batches: list[Tensor]) -> None:
-    """`ExportError` on every rank if replicas that exchange the tokens of experts have batches of other shapes. Collective."""
-    config = chunks_of(model)[0].config
-    if config.num_moe_experts is None or here.dispatch.size <= here.tp_size:
-        return
-    shapes = everyone(here, [tuple(batch.shape) for batch in batches])
-    if any(other != shapes[0] for other in shapes):
-        raise ExportError(
-            f"the experts of a layer are spread over data-parallel replicas, so all need batches of the same shapes; they "
-            f"have {sorted({len(found) for found in shapes})} batches of {sorted(set().union(*shapes))}. Give all as many"
-        )
-
-
-def check_batches(batches: list[Tensor], vocab: int) -> None:
+def check_batches(batches: Sequence[Tensor], vocab: int) -> None:
     """`ExportError` unless there are batches, each int64 or int32 [batch, tokens], of ids below `vocab`."""
     if not batches:
         raise ExportError("the calibration data holds no batch")

@@ -28,7 +28,7 @@ from ..formats import Form
 from ..models import cut_of, is_expert
 from ..models.layouts import Layout, even_cut
 from ..models.statistic_names import input_key, sensitivity_key
-from .hooks import Observer
+from .observer import Observer
 
 
 class Sensitivities(Observer):

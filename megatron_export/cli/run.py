@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,15 +18,15 @@ from ..checkpoint.hf_folder import check_unchanged
 from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
+from ..common.optional import part
 from ..common.progress import Progress
-from ..distributed import collectives, world
+from ..distributed import collectives
 from ..distributed.collectives import together
-from ..distributed.signals import heeded
 from ..distributed.topology import Topology
+from ..distributed.world import enough_files
 from ..export.origins import Model, Statistics, Stored, Unbuilt
 from ..export.pipeline import Clock, Report, exported
 from ..export.prepare import Opening, built, open_export
-from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..models import HEAD, check_computed
 from ..models.statistic_names import is_alpha, is_sensitivity, is_tokens, module_of
 from ..planning.budget import candidates
@@ -74,13 +74,12 @@ class Outcome:
 def run_export(config: ExportConfig, example_model: Path, progress: Progress) -> Outcome:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
     job = Outcome()
-    sizes = {"ep": config.ep, "etp": config.etp, "vpp": config.vpp}
-    with (
-        world.enough_files(),
-        parallel_state.started(config.tp, config.pp, config.device, **sizes),
-        parallel_state.current(config.request.timeout) as here,
-    ):
-        opening, checkpoint = _opened(config, example_model, here)
+    megatron = part("cli.megatron_model")
+    with enough_files(), megatron.world(config) as here:
+        with together(here, "check the settings"):
+            original = inputs.original_of(config, example_model)
+            megatron.check(config, original.config, here)
+        opening, checkpoint = _opened(config, original, here)
         opening, samples = _calibration(config, opening, example_model, here)
         job.world, job.plan = here.world, opening.plan
         if samples is not None:
@@ -90,9 +89,10 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
             return job
         if checkpoint is None or samples is not None:
             with job.stage("load"):
-                model = _load(job, config, opening, checkpoint, samples, here, progress)
+                length = None if samples is None else samples.shape[1]
+                model, read = megatron.load(config, original, checkpoint, length, here, progress)
+                job.bytes_read = sum(collectives.everyone(here, read))
             opening = built(here, opening, model)
-        original = opening.original
         with together(here, "load the weights"):
             check_unchanged(original.folder, original.files)
         if samples is not None:
@@ -116,11 +116,9 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     return job
 
 
-def _opened(config: ExportConfig, example_model: Path, here: Topology) -> tuple[Opening, MegatronCheckpoint | None]:
+def _opened(config: ExportConfig, original: Original, here: Topology) -> tuple[Opening, MegatronCheckpoint | None]:
     """The export that is asked for, and the Megatron checkpoint that its weights are in, if it is one. Collective."""
     with together(here, "check the settings"):
-        original = inputs.original_of(config, example_model)
-        build.check_divides(original.config, here, config.pp_layout)
         checkpoint = inputs.open_checkpoint(config, original.config)
 
     def check(plan: Plan, original: Original) -> None:
@@ -226,35 +224,3 @@ def _finish(job: Outcome, config: ExportConfig, folder: Path, here: Topology, pr
     job.verdict = [pair for pair in thresholds.rows(found) if pair[0] not in ("checkpoint", "format")]
     if config.report:
         write.present(found, config.hf_model or str(folder), config.push_to_hub or config.output.name)
-
-
-def _load(
-    job: Outcome,
-    config: ExportConfig,
-    opening: Opening,
-    checkpoint: MegatronCheckpoint | None,
-    samples: Tensor | None,
-    here: Topology,
-    progress: Progress,
-) -> Model:
-    """The model, built and filled on this topology. Collective."""
-    original = opening.original
-    with together(here, "build the model"):
-        length = None if samples is None else samples.shape[1]
-        model = build.build_model(original.config, here, max_sequence_length=length, pp_layout=config.pp_layout)
-    with together(here, "load the weights"):
-        steps = partial(_located, here, progress)
-        if checkpoint:
-            read = load_torch_dist.load_checkpoint(model, checkpoint, here, steps)
-        else:
-            read = load_hf.load_hf_weights(model, original.folder, original.config, here, steps, original.dropped)
-    here.pulse.at("load the weights", "")
-    job.bytes_read = sum(collectives.everyone(here, read))
-    return model
-
-
-def _located(here: Topology, progress: Progress, steps: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The steps of loading, each of which says where this rank is."""
-    for name, shard in heeded(progress("load", steps)):
-        here.pulse.at("load the weights", name)
-        yield name, shard

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,6 @@ from ..common.text import readable
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..mcore import parallel_state
 from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
@@ -38,7 +38,7 @@ from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
 from .async_writer import Handover
 from .encode_stream import Stream, Work
-from .origins import Model, Statistics
+from .origins import Model, Statistics, world_of
 from .prepare import open_model, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
@@ -56,6 +56,7 @@ class Handle:
     stopped: float
     nbytes: int
     process: subprocess.Popen | None
+    world: Callable[[], AbstractContextManager[Topology]]
     memory: "_Memory | None" = None
     outcome: tuple[int, str] | None = None
 
@@ -68,7 +69,7 @@ class Handle:
         self._ended(lambda process: True)
 
     def _ended(self, ready: Callable[[subprocess.Popen], bool]) -> bool:
-        with parallel_state.current() as here:
+        with self.world() as here:
             if self.outcome is None:
                 ended = self.process and ready(self.process)
                 said = self.process.communicate()[1].decode().strip() if ended else ""
@@ -165,7 +166,7 @@ def export_hf_checkpoint_async(
         stack.push(claims[0].leave)  # the process that writes has it then
 
     claims: list[Claim] = []  # of rank 0
-    with parallel_state.current(request.timeout) as here, ExitStack() as stack:
+    with world_of(model, request.timeout) as here, ExitStack() as stack:
         opening = open_model(here, model, hf_model, request, calibration, target, check)
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said()}
@@ -192,7 +193,9 @@ def export_hf_checkpoint_async(
     if memory and not keep_memory:  # the process that writes has it now, and frees it file by file
         memory.release()
         memory = None
-    return Handle(target, time.monotonic() - started, work.plan.nbytes, process, memory)
+    return Handle(
+        target, time.monotonic() - started, work.plan.nbytes, process, partial(world_of, model, request.timeout), memory
+    )
 
 
 def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:

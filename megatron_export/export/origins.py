@@ -1,26 +1,27 @@
-"""Where the parameters of an export come from. Nothing after the opening knows which of these it was."""
+"""Where the parameters of an export come from. Nothing after the opening knows which of these it was.
+
+A live model's origin stands in a module of its kind, which is imported where such a model is given.
+"""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.lookup import Statistics
-from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint, inherited_from_model
+from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
-from ..common.errors import ExportError, report
-from ..common.shards import Shards
+from ..common.errors import ExportError
+from ..common.optional import part
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..mcore.config_check import contradictions
-from ..mcore.lora_merge import adapted
-from ..mcore.model import Model, finish_gathering, shards_of
-from ..models import is_mtp, settings_of, unscaled_rope_settings
 from ..planning.plan import Held, assumed
 from ..planning.request import Request
-from . import transport
 
+Model = nn.Module | list[nn.Module]  # live: of Megatron, this rank's part, or its virtual pipeline stages
 Settled = tuple[Request, Statistics | None]
 
 
@@ -40,31 +41,31 @@ class Origin(Protocol):
         """Canonical name -> this rank's shard, with LoRA adapters merged where that is asked for."""
 
 
-@dataclass(frozen=True)
-class Live:
-    """A Megatron-Core model: this rank's chunks of it."""
+class LiveOrigin(Origin, Protocol):
+    """A live model's origin."""
 
-    model: Model
+    def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> the shape of this rank's shard; on this rank alone."""
 
-    def check(self, here: Topology, config: dict, request: Request) -> None:
-        report(contradictions(self.model, settings_of(config), unscaled_rope_settings(config)))
-        self.mine(here, config, request)
 
-    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
-        finish_gathering(self.model)
-        return inherited_from_model(here, self.model, config, request, given)
+def live(model: Model) -> LiveOrigin:
+    """The origin of a live model."""
+    return _of_kind(model).Live(model)
 
-    def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
-        return transport.locate(here, self.mine(here, config, request))
 
-    def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
-        return adapted(here, self.model, self.mine(here, config, request), request.merge_lora)
+def origin_of(model: Model | MegatronCheckpoint) -> Origin:
+    """Where the parameters of what the user gave come from."""
+    return Stored(model) if isinstance(model, MegatronCheckpoint) else live(model)
 
-    def mine(self, here: Topology, config: dict, request: Request) -> Shards:
-        """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""
-        dropped = request.mtp == "drop"
-        mine = shards_of(self.model).named(lambda name: None if dropped and is_mtp(name, config) else name)
-        return mine.readable(here.device)
+
+def world_of(model: Model | MegatronCheckpoint, timeout: float) -> AbstractContextManager[Topology]:
+    """The ranks that export it, as `distributed.world.living` has them. Collective."""
+    return _of_kind(model).world(model, timeout)
+
+
+def _of_kind(model: Model | MegatronCheckpoint) -> ModuleType:
+    """What is known of live models of this kind: a module with their origin, `Live(model)`, and with `world(model, timeout)`."""
+    return part("export.megatron_model")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from ..common.progress import Progress, quiet
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..mcore import parallel_state
 from ..models import copied_prefixes
 from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
@@ -32,7 +31,7 @@ from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
 from ..writing.writer import CheckpointWriter
 from .encode_stream import Stream, Work
-from .origins import Model, Statistics
+from .origins import Model, Statistics, world_of
 from .prepare import Opening, open_model, surveyed
 
 Finish = Callable[[Path], None]
@@ -106,7 +105,7 @@ def export_hf_checkpoint(
     clock = Clock()
     request = requested(options)
     target = Path(export_dir).resolve()
-    with parallel_state.current(request.timeout) as here:
+    with world_of(model, request.timeout) as here:
         opening = open_model(here, model, hf_model, request, calibration, target)
         clock.end("plan")
         return exported(here, opening, target, clock, provenance, notes, finish, progress)

@@ -21,7 +21,7 @@ from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
 from ..writing.target import check_apart, check_target, trial, try_in_trial
 from .encode_stream import Work
-from .origins import Live, Model, Origin, Statistics, Stored
+from .origins import Model, Origin, Statistics, live, origin_of
 from .weight_amax import survey
 
 Check = Callable[[Plan, Original], Any]
@@ -62,8 +62,7 @@ def open_model(
         if request.effective_bits is not None and not statistics:
             raise ExportError("effective_bits needs calibration: pass what calibrate(..., sensitivities=...) returned")
         original = read_original(hf_model, request.mtp, weights=False, own=False)
-    origin = Stored(model) if isinstance(model, MegatronCheckpoint) else Live(model)
-    return open_export(here, origin, original, request, statistics, export_dir, check=check)
+    return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
 
 
 def open_export(
@@ -117,9 +116,9 @@ def _try_writers(here: Topology, plan: Plan, target: Path) -> None:
 
 def renewed(here: Topology, opening: Opening, model: Model, statistics: Statistics | None) -> Opening:
     """The same plan for the weights that a model has now. Collective. `ExportError` if it has other shapes than the opened one."""
-    origin, config = Live(model), opening.original.config
+    origin, config = live(model), opening.original.config
     with together(here, "read the model's shapes"):
-        shapes = origin.mine(here, config, opening.given).shapes
+        shapes = origin.shapes(here, config, opening.given)
         planned = {name: one.shape for name, one in opening.held.items() if name in shapes or here.rank in one.ranks}
         if shapes != planned:
             raise ExportError("the model has other parameters than that of the plan. Make a plan for this one")
@@ -129,7 +128,7 @@ def renewed(here: Topology, opening: Opening, model: Model, statistics: Statisti
 
 def built(here: Topology, opening: Opening, model: Model) -> Opening:
     """The opening of a model that was not built yet, now that it is. Collective."""
-    origin, config = Live(model), opening.original.config
+    origin, config = live(model), opening.original.config
     with together(here, "read the model's shapes"):
         origin.check(here, config, opening.given)
     held = origin.held(here, config, opening.given)

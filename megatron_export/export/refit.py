@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.options import takes_options
-from ..mcore import parallel_state
 from ..planning.request import SILENCE, Request, requested
 from ..planning.shard_files import BUCKET_BYTES
 from ..planning.tensor_spec import Output
 from . import transport
 from .encode_stream import Stream
-from .origins import Model, Statistics
+from .origins import Model, Statistics, world_of
 from .prepare import Opening, open_model, renewed, surveyed
 
 NO_FOLDER = ("overwrite", "resume", "sync", "target", "writers")  # options that a stream has no use for
@@ -37,7 +36,7 @@ def plan_hf_tensors(
     Collective: every rank calls it with the same arguments. `ExportError` on every rank when it cannot be done.
     """
     request = requested(options, NO_FOLDER, bucket_bytes=bucket_bytes)
-    with parallel_state.current(request.timeout) as here:
+    with world_of(model, request.timeout) as here:
         return open_model(here, model, hf_model, request, calibration)
 
 
@@ -62,7 +61,7 @@ def iter_hf_tensors(
         raise ExportError(f"iter_hf_tensors: give either plan or {', '.join(options)}")
     if plan is None:
         plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **options)
-    with parallel_state.current(timeout) as here:
+    with world_of(model, timeout) as here:
         work, _ = surveyed(here, renewed(here, plan, model, calibration))
         slices: dict[str, dict[int, Tensor]] = {}  # of one tensor, until all have come
         taken: list[tuple[Output, Tensor]] = []

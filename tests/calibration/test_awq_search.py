@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_export.calibration import hooks
 from megatron_export.calibration.amax import Maxima
 from megatron_export.calibration.awq_clip import Clips
 from megatron_export.calibration.awq_search import Alphas
-from megatron_export.calibration.hooks import watching
+from megatron_export.calibration.mcore import hooks
+from megatron_export.calibration.mcore.hooks import watching
 from megatron_export.common.piece import Amax, Axis
 from megatron_export.distributed.topology import Topology
 from megatron_export.formats import int4, nvfp4

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_export.calibration import statistics
-from megatron_export.cli import inputs, run
+from megatron_export.cli import inputs, megatron_model
 from megatron_export.cli.config import configured
 from megatron_export.common.errors import ExportError
 from megatron_export.verify import thresholds
@@ -37,7 +37,7 @@ BEGUN = "work was begun"
 @contextmanager
 def no_work() -> Iterator[None]:
     """In a rank: the first stage that takes time fails."""
-    with mock.patch.object(run, "_load", side_effect=RuntimeError(BEGUN)):
+    with mock.patch.object(megatron_model, "load", side_effect=RuntimeError(BEGUN)):
         yield
 
 

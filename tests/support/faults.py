@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from megatron_export import formats
-from megatron_export.calibration import calibrate
+from megatron_export.calibration.mcore import subject
 from megatron_export.cli import export_command
 from megatron_export.distributed import heartbeat, signals
 from megatron_export.export import transport, weight_amax
@@ -31,7 +31,7 @@ SMALL = (20_000, 20_000)  # bytes of a file, beyond which the system itself refu
 # name -> where, and at which call of it, counted from 1
 POINTS: dict[str, tuple[Any, str, int]] = {
     "load": (load_hf, "shard_of", 5),
-    "calibrate": (calibrate, "_step", 2),
+    "calibrate": (subject, "_step", 2),
     "survey": (weight_amax, "_largest", 3),
     "first bucket": (formats, "encode", 2),
     "last bucket": (formats, "encode", 26),

@@ -21,7 +21,10 @@ from megatron_export.cli import export_command, flags
 from .command_line import said_by
 
 # A rank is a fork of a process that has imported this file, and so what an export imports on its way.
-for late in ("cli.run", "cli.plan_command", "calibration.calibrate", "mcore.build"):
+for late in (
+    *("cli.run", "cli.plan_command", "calibration.calibrate"),
+    *("cli.megatron_model", "calibration.mcore.subject", "export.megatron_model"),
+):
     import_module(f"megatron_export.{late}")
 for late in ("rich.console", "rich.progress", "numpy.ctypeslib", "safetensors.torch"):
     import_module(late)

@@ -1,6 +1,6 @@
 """What a model, live or in a checkpoint, inherits from ModelOpt: the formats of its quantizers, and their statistics."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,6 @@ from ...common.piece import Axis
 from ...distributed.collectives import everyone, maximum, spread, together, whole
 from ...distributed.topology import Topology
 from ...formats import FORMATS, PLAIN, Options
-from ...mcore.addons import quantizers_of
-from ...mcore.model import Model, weights_of
 from ...models import HEAD, architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
 from ...models.statistic_names import experts_module
 from ...planning.recipe import Line, Recipe
@@ -24,15 +22,21 @@ from .quantizers import Inherited, Quantizers, blocks_in, inherited_in, kinds_of
 
 
 def inherited_from_model(
-    here: Topology, model: Model, config: dict, request: Request, given: Statistics | None
+    here: Topology,
+    quantizers_of: Callable[[], Quantizers],
+    weights_of: Callable[[], Mapping[str, Tensor]],
+    config: dict,
+    request: Request,
+    given: Statistics | None,
 ) -> tuple[Request, Statistics | None]:
     """The request with what a live model that ModelOpt quantized says itself, and its statistics. Collective.
 
+    quantizers_of, weights_of  make this rank's quantizers, and its shards of the linears that have them, by canonical name
     Of a model without quantizers, the request with its defaults, and the statistics that the user gave. `ExportError` if the two
     contradict each other, or if no format here does what its quantizers do.
     """
     with together(here, "read the model's quantizers"):
-        quantizers = quantizers_of(model)
+        quantizers = quantizers_of()
         mine = kinds_of(quantizers)
     everywhere = everyone(here, mine)
     with together(here, "read the model's quantizers"):
@@ -41,7 +45,7 @@ def inherited_from_model(
         if inherited is None:
             return request.plain(), given
         report(_contradictions(config, inherited, request, given))
-        weights = weights_of(model)
+        weights = weights_of()
         blocks = blocks_in(quantizers)
         report(_stale(name for name, (amax, size) in blocks.items() if _differs(weights[name], amax, size)))
         scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)

@@ -1,4 +1,4 @@
-"""Shows an observer what the modules of a running model are called with: the only file that knows hooks.
+"""Shows an observer what the modules of a running model are called with: the only file that hooks Megatron's.
 
 Megatron multiplies a token's probability in before `linear_fc2`, HF and engines after it. While watched, it is multiplied there, so
 that experts see the inputs that engines give them; the output of the layer is the same but for rounding.
@@ -8,16 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.piece import Axis
-from ..common.shards import plain
-from ..distributed.collectives import whole
-from ..distributed.topology import Topology
-from ..mcore.model import (
+from ...common.piece import Axis
+from ...common.shards import plain
+from ...distributed.collectives import whole
+from ...distributed.topology import Topology
+from ...mcore.model import (
     Model,
     attentions_of,
     embeddings_of,
@@ -28,31 +28,8 @@ from ..mcore.model import (
     linears_of,
     local_experts_of,
 )
-from ..models import cut_of, is_expert
-
-
-class Observer(Protocol):
-    """What is shown the calls of a model's modules, by canonical name, one micro-batch after the other.
-
-    Under sequence parallelism a column-parallel linear is called with its rank's part of the sequence; an observer that wants
-    `whole_sequences` is shown them put together.
-    """
-
-    whole_sequences: bool
-
-    def linear(self, name: str, weight: Tensor, inputs: Tensor) -> None:
-        """A linear is called with inputs [..., in]; an expert's with the tokens that it was given, perhaps none."""
-
-    def gradient(self, name: str, weight: Tensor, inputs: Tensor, gradient: Tensor) -> None:
-        """A linear was called with inputs [sequence..., in], of whole sequences, and its outputs [sequence..., out] have this
-        gradient; those of a row-parallel linear are whole.
-        """
-
-    def attention(self, name: str, key: Tensor, value: Tensor) -> None:
-        """An attention is called with keys and values [sequence, batch, groups, head_dim]."""
-
-    def experts(self, name: str, tokens: Tensor) -> None:
-        """The experts of a layer are given so many tokens each: integers [this rank's experts]."""
+from ...models import cut_of, is_expert
+from ..observer import Observer
 
 
 @contextmanager

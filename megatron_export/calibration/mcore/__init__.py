@@ -1,0 +1,1 @@
+"""Calibration of Megatron-Core models: imported where one is given."""

@@ -1,0 +1,81 @@
+"""A live model as calibration sees it: what there is of it on this rank, and a way to run it that shows its calls to an observer.
+
+Each kind of model has a module with a `Subject`, which is imported where such a model is given.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..common.optional import part
+from ..common.shards import Shards
+from ..distributed.topology import Topology
+from ..models.layouts import QKV, Layout
+from .observer import Observer
+
+Model = nn.Module | list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What observers need to know.
+
+    weights     canonical module -> this rank's shard of its weight, for every linear that a format may quantize
+    layouts     canonical module -> how its output rows are laid out
+    heads       how fused q, k and v are laid out; known on every rank, also on one without layers
+    held_whole  the linears that every rank holds whole, though others of their kind are cut
+    experts     the global numbers of this rank's experts
+    repeats     how many ranks of the stage are shown the same token of an expert
+    groups      the query groups of the whole model
+    topk        how many experts a token is given to
+    """
+
+    weights: Shards
+    layouts: dict[str, Layout]
+    heads: QKV
+    held_whole: set[str]
+    experts: list[int]
+    repeats: int
+    groups: int
+    topk: int
+
+
+class Subject(Protocol):
+    """A live model."""
+
+    def __init__(self, model: Model) -> None: ...
+
+    def world(self) -> AbstractContextManager[Topology]:
+        """The ranks that calibrate it. Collective."""
+
+    def check(self, here: Topology, batches: list[Tensor], searched: bool) -> None:
+        """Refuse data that does not fit, and a model that cannot be measured; if AWQ searches (`searched`), not searched. On this
+        rank alone.
+        """
+
+    def measured(self, here: Topology, batches: list[Tensor]) -> AbstractContextManager[Facts]:
+        """While open, the model may be run; afterwards it is as it was. Collective."""
+
+    def run(
+        self,
+        here: Topology,
+        batches: list[Tensor],
+        steps: Iterator[Tensor],
+        observer: Observer,
+        all_experts: bool = False,
+        head: bool = False,
+        gradients: bool = False,
+    ) -> None:
+        """Run all batches through the model, as `steps` gives them, and show `observer` the calls of linears and attentions, with
+        `head` of the output layer too.
+
+        With `all_experts` it sees each expert called with all tokens; with `gradients`, linears alone, in the backward pass.
+        """
+
+
+def subject_of(model: Model) -> Subject:
+    """The model as calibration sees it: one line for each kind."""
+    return part("calibration.mcore.subject").Subject(model)

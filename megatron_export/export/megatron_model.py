@@ -1,0 +1,60 @@
+"""A live Megatron-Core model as an export sees it, and its ranks: imported where one is given."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ..calibration.lookup import Statistics
+from ..calibration.modelopt.inherited import inherited_from_model
+from ..common.errors import report
+from ..common.shards import Shards
+from ..distributed.topology import Topology
+from ..mcore import parallel_state
+from ..mcore.addons import quantizers_of
+from ..mcore.config_check import contradictions
+from ..mcore.lora_merge import adapted
+from ..mcore.model import Model, finish_gathering, shards_of, weights_of
+from ..models import is_mtp, settings_of, unscaled_rope_settings
+from ..planning.plan import Held
+from ..planning.request import Request
+from . import transport
+from .origins import Settled
+
+
+def world(model: object, timeout: float) -> AbstractContextManager[Topology]:
+    """The ranks of Megatron's parallel state, whatever the model."""
+    return parallel_state.current(timeout)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A Megatron-Core model: this rank's chunks of it."""
+
+    model: Model
+
+    def check(self, here: Topology, config: dict, request: Request) -> None:
+        report(contradictions(self.model, settings_of(config), unscaled_rope_settings(config)))
+        self.mine(here, config, request)
+
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
+        finish_gathering(self.model)
+        found = partial(quantizers_of, self.model), partial(weights_of, self.model)
+        return inherited_from_model(here, *found, config, request, given)
+
+    def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
+        return transport.locate(here, self.mine(here, config, request))
+
+    def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
+        return adapted(here, self.model, self.mine(here, config, request), request.merge_lora)
+
+    def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
+        return self.mine(here, config, request).shapes
+
+    def mine(self, here: Topology, config: dict, request: Request) -> Shards:
+        """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""
+        dropped = request.mtp == "drop"
+        mine = shards_of(self.model).named(lambda name: None if dropped and is_mtp(name, config) else name)
+        return mine.readable(here.device)
