@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,10 +76,7 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     job = Outcome()
     megatron = part("cli.megatron_model")
     with enough_files(), megatron.world(config) as here:
-        with together(here, "check the settings"):
-            original = inputs.original_of(config, example_model)
-            megatron.check(config, original.config, here)
-        opening, checkpoint = _opened(config, original, here)
+        opening, checkpoint = _opened(config, example_model, here, megatron.check)
         opening, samples = _calibration(config, opening, example_model, here)
         job.world, job.plan = here.world, opening.plan
         if samples is not None:
@@ -90,9 +87,10 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         if checkpoint is None or samples is not None:
             with job.stage("load"):
                 length = None if samples is None else samples.shape[1]
-                model, read = megatron.load(config, original, checkpoint, length, here, progress)
+                model, read = megatron.load(config, opening.original, checkpoint, length, here, progress)
                 job.bytes_read = sum(collectives.everyone(here, read))
             opening = built(here, opening, model)
+        original = opening.original
         with together(here, "load the weights"):
             check_unchanged(original.folder, original.files)
         if samples is not None:
@@ -116,9 +114,16 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     return job
 
 
-def _opened(config: ExportConfig, original: Original, here: Topology) -> tuple[Opening, MegatronCheckpoint | None]:
+def _opened(
+    config: ExportConfig,
+    example_model: Path,
+    here: Topology,
+    divides: Callable[[ExportConfig, dict, Topology], None],
+) -> tuple[Opening, MegatronCheckpoint | None]:
     """The export that is asked for, and the Megatron checkpoint that its weights are in, if it is one. Collective."""
     with together(here, "check the settings"):
+        original = inputs.original_of(config, example_model)
+        divides(config, original.config, here)
         checkpoint = inputs.open_checkpoint(config, original.config)
 
     def check(plan: Plan, original: Original) -> None:
