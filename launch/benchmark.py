@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     add_peer(commands.add_parser("peer", help="exports beside those of NVIDIA ModelOpt, where it is installed"))
     add_search(commands.add_parser("search", help="the search of an AWQ format, beside that of ModelOpt"))
     add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
-    add_serve(commands.add_parser("serve", help="checkpoints in a real vLLM, beside what check says and decode gives"))
+    add_serve(
+        commands.add_parser(
+            "serve", help="checkpoints in a real vLLM or SGLang, beside what check says and decode gives"
+        )
+    )
     flags = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss
     try:

@@ -1,20 +1,23 @@
-"""`serve`: what a real vLLM does with checkpoints, beside what `check` says of them and what their decoded numbers do.
+"""`serve`: what a real vLLM or SGLang does with checkpoints, beside what `check` says of them and what their decoded numbers do.
 
-    python launch/benchmark.py serve [--text FILE] [--jobs N] [--tp N] [--with FILE] [--json FILE] FOLDER ...
+    python launch/benchmark.py serve [--engine ENGINE] [--text FILE] [--jobs N] [--tp N] [--with FILE] [--json FILE] FOLDER ...
     python launch/benchmark.py serve --through decode --text FILE --json FILE FOLDER ...
 
-Each folder is loaded by vLLM in a process of its own, with its check for missing weights on, and gives a few greedy tokens and,
-with a text, its perplexity over the windows that `quality` takes. Whatever happens there, the others are tried too. `--through
-decode` does the same in transformers, with the quantized arithmetic emulated; `--with` shows what that found beside vLLM's.
+Each folder is loaded by the engine in a process of its own (vLLM with its check for missing weights on), and gives a few greedy
+tokens and, with a text, its perplexity over the windows that `quality` takes. Whatever happens there, the others are tried too.
+`--through decode` does the same in transformers, with the quantized arithmetic emulated; `--with` shows that beside the engine's.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +41,8 @@ from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 TOKENIZING = Lock()  # transformers makes its names when they are first asked for, and not by several threads at a time
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 SAID = {True: "loads", False: "refused", None: "unknown"}
-COLUMNS = ("folder", "`check` of vLLM", "here", "first tokens")
+SERVED = ("vllm", "sglang")  # each has a file here, NAME_process.py
+COLUMNS = ("folder", "`check`", "here", "first tokens")
 COLUMNS += ("perplexity", "through decode", "ratio", "change, nats per token")
 
 
@@ -46,10 +50,10 @@ COLUMNS += ("perplexity", "through decode", "ratio", "change, nats per token")
 class Row:
     """What became of one folder.
 
-    through         vllm or decode
-    loads, why      what the rules of `check` say that vLLM does; decode is not held against them
+    through         the engine, or decode
+    loads, why      what the rules of `check` say that the engine does; decode is not held against them
     error           what went wrong; then there are no `tokens` and no `losses` (of the windows, nats per token)
-    warned, chose   what vLLM warned of, and which kernels it took
+    warned, chose   what the engine warned of, and which kernels it took
     """
 
     folder: str
@@ -74,7 +78,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether vLLM did what the rules say; where they say nothing, any answer does."""
+        """Whether the engine did what the rules say; where they say nothing, any answer does."""
         expected = {True: ("generates",), False: ("refused",), None: ("generates", "refused")}[self.loads]
         return self.through == "decode" or self.became in expected
 
@@ -83,7 +87,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     """The flags of `serve`."""
     parser.set_defaults(run=serve)
     parser.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="checkpoints")
-    parser.add_argument("--through", choices=("vllm", "decode"), default="vllm", help="default: vllm")
+    parser.add_argument("--engine", choices=SERVED, default="vllm", help="default: vllm")
+    parser.add_argument("--version", help="release that the rules are asked about; default: that they were read in")
+    parser.add_argument("--through", choices=("engine", "decode"), default="engine", help="default: engine")
     parser.add_argument(
         "--weights-only",
         metavar="FORMAT,...",
@@ -99,9 +105,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="for perplexity; without a tokenizer, its bytes are the tokens")
     parser.add_argument("--windows", type=int, help=f"how many windows of {WINDOW} tokens; default: all there are")
     parser.add_argument("--jobs", type=int, default=1, help="folders at a time, on one GPU; default: 1")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that vLLM has for a folder; default: 300")
-    parser.add_argument("--attention", metavar="BACKEND", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
-    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer in vLLM; default: 1")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that it has for a folder; default: 300")
+    attention = "as the engine names it, TRITON_ATTN in vLLM, triton in SGLang; default: its choice"
+    parser.add_argument("--attention", metavar="BACKEND", help=attention)
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer in the engine; default: 1")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that the rules are asked about; default: any")
     parser.add_argument("--json", type=Path, help="add a line about each folder to this file as soon as it is known")
     parser.add_argument("--with", dest="beside", type=Path, help="such a file of --through decode, to compare with")
@@ -112,8 +119,8 @@ def serve(flags: argparse.Namespace) -> None:
     if min(flags.jobs, flags.tp) < 1:
         raise ExportError("--jobs and --tp must be at least 1")
     decoded = {row.folder: row for row in (read_rows(flags.beside) if flags.beside else [])}
-    attempt = {"vllm": through_vllm, "decode": through_decode}[flags.through]
-    with ThreadPoolExecutor(flags.jobs if flags.through == "vllm" else 1) as pool:
+    attempt = {"engine": through_engine, "decode": through_decode}[flags.through]
+    with ThreadPoolExecutor(flags.jobs if flags.through == "engine" else 1) as pool:
         waiting = [pool.submit(tried, folder, flags, attempt) for folder in flags.folders]
         rows = [one.result() for one in waiting]
     print("\n" + "\n".join(table(rows, decoded)), flush=True)
@@ -127,14 +134,15 @@ def tried(folder: Path, flags: argparse.Namespace, attempt: Callable[..., dict[s
     began = time.monotonic()
     name, loads, why = f"{folder.resolve().parent.name}/{folder.resolve().name}", None, ""
     try:
-        verdict = verdict_of(of_folder(folder), "vllm", gpu=flags.gpu, tp=flags.tp)
+        verdict = verdict_of(of_folder(folder), flags.engine, flags.version, flags.gpu, flags.tp)
         loads, why = verdict.loads, verdict.why
         with TOKENIZING:
             windows = ids_of(flags.text, folder)[: flags.windows].tolist() if flags.text else []
         found = attempt(folder, windows, flags)
     except Exception as error:  # noqa: BLE001 - no folder may stop the others
         found = {"error": f"{type(error).__name__}: {error}"[:1500]}
-    row = Row(name, flags.through, loads, why, round(time.monotonic() - began, 1), **found)
+    through = flags.engine if flags.through == "engine" else flags.through
+    row = Row(name, through, loads, why, round(time.monotonic() - began, 1), **found)
     if flags.json:
         with flags.json.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
@@ -150,19 +158,32 @@ def ids_of(text: Path, folder: Path) -> torch.Tensor:
     return torch.frombuffer(bytearray(held[: len(held) // WINDOW * WINDOW]), dtype=torch.uint8).long().view(-1, WINDOW)
 
 
-def through_vllm(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
-    """What vLLM's process answers, or how it ended without an answer."""
+def through_engine(folder: Path, windows: list[list[int]], flags: argparse.Namespace) -> dict[str, Any]:
+    """What the engine's process answers, or how it ended without an answer."""
     request = {"folder": str(folder), "windows": windows, "attention": flags.attention, "tp": flags.tp}
-    run = partial(subprocess.run, [sys.executable, vllm_process.__file__], capture_output=True, timeout=flags.timeout)
+    script = Path(vllm_process.__file__).with_name(f"{flags.engine}_process.py")
+    status, out, said = ended([sys.executable, str(script)], json.dumps(request), flags.timeout)
+    answers = [line for line in out.splitlines() if line.startswith(MARK)]
+    if answers:
+        return json.loads(answers[-1].removeprefix(MARK))
+    how = f"no answer in {flags.timeout:g} s" if status is None else f"exit status {status}"
+    return {"error": f"{how}; its last words: {(out + said)[-1500:]}"}
+
+
+def ended(command: list[str], given: str, seconds: float) -> tuple[int | None, str, str]:
+    """Exit status, output and errors of a process, which is ended after so many seconds (then the status is None), as are all
+    processes that it has started."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
     try:
-        done = run(input=json.dumps(request), text=True, errors="replace")
-    except subprocess.TimeoutExpired as late:
-        said = late.stderr or b""  # bytes, whatever `text` says
-        return {"error": f"no answer in {flags.timeout:g} s; its last words: {said.decode(errors='replace')[-1500:]}"}
-    answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not answers:
-        return {"error": f"exit status {done.returncode}; its last words: {(done.stdout + done.stderr)[-1500:]}"}
-    return json.loads(answers[-1].removeprefix(MARK))
+        out, said = process.communicate(given, timeout=seconds)
+        return process.returncode, out, said
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, *process.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @torch.no_grad()

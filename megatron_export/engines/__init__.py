@@ -4,6 +4,8 @@ Each is a module with
 
 NAME      as people call it
 VERSION   the release whose sources its rules were read in
+RELEASES  that one, and others that were read for what differs
+SEEN_IN   the tests that show rules marked as seen in a real engine; '' for none
 RULES     name -> rule, with its source beside it
 judge     checkpoint, version, GPU, tensor-parallel size -> what it finds
 """
@@ -24,10 +26,11 @@ def verdict_of(
     """What an engine, by its name in `ENGINES`, makes of a checkpoint on `tp` GPUs of a kind in `GPUS` that share each layer."""
     module = ENGINES[engine]
     asked = version or module.VERSION
-    found = module.judge(checkpoint, asked, gpu, tp).all()
+    known = next((one for one in module.RELEASES if f"{one}.".startswith(f"{asked}.")), None)
+    found = module.judge(checkpoint, known or asked, gpu, tp).all()
     if unknown := tuple(one for one in found if one.effect is Effect.UNKNOWN):
         return Verdict(module.NAME, asked, unknown)  # what other rules find was looked for in something else
-    if not f"{module.VERSION}.".startswith(f"{asked}."):
+    if known is None:
         found += (Finding("version", Effect.MINDS, f"these are the rules of {module.VERSION}", "", ()),)
     return Verdict(module.NAME, asked, found)
 

@@ -78,8 +78,8 @@ def check_codes(
 
 
 def release_of(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    """The first three numbers of a version, or as many as it has."""
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
 def check_chunks(checkpoint: CheckpointView, findings: Findings, architectures: tuple[str, ...]) -> None:

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors
-from .exclude_lists import JOINED, Names, sglang_excluded, sglang_skipped
-from .gpus import BLACKWELL, GPUS
-from .kv_scales import check_kv_scales
+from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors, release_of
+from .exclude_lists import Names, sglang_excluded, sglang_skipped
+from .gpus import BLACKWELL
 from .quant_configs import (
     MIXED,
     Reading,
@@ -21,9 +20,12 @@ from .quant_configs import (
     size_in,
     sizes_of,
 )
+from .sglang_cache import check_cache
+from .sglang_layouts import check_layouts
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
+RELEASES, SEEN_IN = (VERSION,), "tests/engines/test_sglang.py"
 _FILES = {
     "archs": "srt/models/registry.py",
     "attention": "srt/layers/radix_attention.py",
@@ -39,6 +41,7 @@ _FILES = {
     "llama": "srt/models/llama.py",
     "llama4": "srt/models/llama4.py",
     "loader": "srt/model_loader/loader.py",
+    "mixtral": "srt/models/mixtral.py",
     "mllama4": "srt/models/mllama4.py",
     "modelopt": "srt/layers/quantization/modelopt_quant.py",
     "mtp": "srt/models/deepseek_nextn.py",
@@ -59,14 +62,15 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "experts":       (_R, "every expert is there; it does not look", "qwen", SEEN),
     "unknown":       (_M, "tensors that the model does not have are skipped", "llama", SEEN),
     "shape":         (_R, "shapes are those of config.json and of the algorithm", "modelopt", SEEN),
-    "dtype":         (_R, "dtypes are those of the algorithm", "modelopt", READ),
+    "dtype":         (_R, "dtypes are those of the algorithm; it converts values of others", "modelopt", SEEN),
     "scale":         (_R, "every quantized linear has all its scales", "modelopt", SEEN),
     "extra":         (_L, "other tensors of a quantized linear are skipped", "llama", SEEN),
-    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "modelopt", READ),
+    "left out":      (_R, "what is left out of quantization is stored in bfloat16; it takes codes for numbers", "modelopt", SEEN),
     "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
     "mixed joined":  (_R, "a mixed model has joined linears in Qwen 3 MoE, Llama 4 and, to latents, DeepSeek", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
+    "old":           (_R, "MXFP8 since 0.5.18, W4A16_NVFP4 alone since 0.5.19, blocks in a mix since 0.5.21", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
     "no cache said": (_R, "a mixed model whose config.json says nothing of a KV cache has hf_quant_config.json", "weights", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
@@ -78,11 +82,13 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", SEEN),
     "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
     "dense":         (_R, "Qwen 3 MoE has experts in every layer", "qwen", SEEN),
+    "head":          (_R, "the output layer of Mixtral is not quantized: it is built without the config", "mixtral", SEEN),
     "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", SEEN),
     "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
     "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: get_rope makes five queries of one for no backend", "rope", READ),
     "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
+    "expert inputs": (_L, "inputs of experts in W4A16_NVFP4 stay as they are; Blackwell rounds them", "modelopt", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", SEEN),
     "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
     "bias":          (_R, "DeepSeek's config.json says topk_method, scoring_func and moe_layer_freq", "deepseek", SEEN),
@@ -104,17 +110,17 @@ _MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MX
 _NOT_NEEDED = dict.fromkeys((*_ALGORITHMS, *_MIXED.values()), frozenset(("pre_quant_scale",)))
 _LATENT = "fused_qkv_a_proj_with_mqa"
 _LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
+_SINCE = {"MXFP8": (0, 5, 18), "W4A16_NVFP4": (0, 5, 19)}
+_SINCE_MIXED = {"blocks": (0, 5, 21)}
 _LEAST_MIXED = {"native MXFP8": 90}  # DeepGEMM computes it; and Marlin FP8 where nothing else does
 _IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
-_KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
-_JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 # What DeepSeek's config.json says of routing.
 _ROUTES = {"topk_method": '"noaux_tc"', "scoring_func": '"sigmoid"', "moe_layer_freq": "1"}
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
 
 
 def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) -> Findings:
-    """What SGLang finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
+    """What release `version` of SGLang finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
     check_chunks(checkpoint, findings, _IN_CHUNKS)
@@ -140,12 +146,13 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     if not check_codes(checkpoint, view, reading, algorithm_of, _NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
-        _check_layouts(checkpoint, reading, gpu, findings)
+        _check_release(reading, version, findings)
+        check_layouts(checkpoint, reading, algorithm_of, gpu, findings)
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         check_capability(reading, gpu, _LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
-    _check_kv(checkpoint, reading, gpu, findings)
+    check_cache(checkpoint, reading, gpu, findings)
     _check_config(checkpoint, findings)
     return findings
 
@@ -210,6 +217,16 @@ def _read_modelopt(checkpoint: CheckpointView, section: dict, where: str, findin
     return Reading(algorithm, where, names, {}, size_in(section), kv, "modelopt")
 
 
+def _check_release(reading: Reading, version: str, findings: Findings) -> None:
+    since = _SINCE if reading.algorithm else _SINCE_MIXED
+    for algorithm in sorted({reading.algorithm, *reading.layers.values()} & since.keys()):
+        if release_of(version) < since[algorithm]:
+            needed = ".".join(map(str, since[algorithm]))
+            findings.add(
+                "old", f"release {version} does not know {algorithm} here", way=f"serve with {needed} or later"
+            )
+
+
 def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names with "model." before them, and without."""
     return tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
@@ -227,73 +244,3 @@ def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
         said = ", ".join(f'"{key}": {_ROUTES[key]}' for key in lacking)
         way = f"set {said} there, as DeepSeek does"
         findings.add("bias", f"config.json does not say {', '.join(lacking)}", way=way)
-
-
-def _check_layouts(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
-    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
-        why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
-        findings.add("gpt_oss", why, way="--format bf16")
-    blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
-    llama4 = checkpoint.architecture.startswith("Llama4")
-    for group in checkpoint.indexed.groups:
-        if group.mtp or not group.quantized:
-            continue
-        module = next(iter(group.members.values()))
-        four = module["weight"].dtype == "U8"
-        if llama4 and group.kind == "stack" and "weight_scale_2" in module:
-            findings.add("stack", "does not load stacked experts in nvfp4", *group.members, way="--format fp8")
-        if llama4 and "q_proj" in group.parts and four:
-            why = "it puts rows of q and k in another order"
-            findings.add("rotated", why, group.parent, way="--exclude q, k and v")
-        if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
-            findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
-                         group.parent, way="quantize all of it in one algorithm")  # fmt: skip
-        if "weight_scale_inv" in module or reading.algorithm == "MXFP8":
-            _check_blocks(checkpoint, group, findings)
-        of_experts = group.kind == "experts"
-        if four and any("pre_quant_scale" in one for one in group.members.values()) and (of_experts or not blackwell):
-            findings.add("awq", "it does not apply pre_quant_scale" + (" to experts" if of_experts else " but on Blackwell"),
-                         group.parent, way="--awq-output folded")  # fmt: skip
-        if checkpoint.latent and ".self_attn" in group.parent:
-            _check_latent(group, four, findings)
-
-
-def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
-    """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
-    if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
-        findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
-                     way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
-    for name, module in group.members.items():
-        rows = module["weight"].shape[0]
-        latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
-        joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
-        in_blocks = module.get("weight_scale_inv", module["weight"]).dtype == "F32"
-        if in_blocks and joined and not latent and rows % 128:
-            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
-                         way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
-
-
-def _check_latent(group: Group, four: bool, findings: Findings) -> None:
-    if group.parts == ("kv_b_proj",) and four:
-        why = "it loads kv_b_proj in bfloat16, FP8 or blocks of FP8 alone"
-        findings.add("latent", why, group.parent, way="without --quantize-mla")
-    scales = [header for one in group.members.values() for suffix, header in one.items() if "scale" in suffix]
-    if len(group.parts) == 2 and any(header.shape == (1,) for header in scales):
-        way = "write them as numbers without dims"
-        findings.add("latent scale", "its scales have a dim", group.parent, way=way)
-
-
-def _check_kv(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
-    kv = checkpoint.indexed.kv
-    if not (reading.kv or kv):
-        return
-    if reading.algorithm is not None and checkpoint.architecture in _KEEPS_KV:
-        check_kv_scales(checkpoint.indexed, findings)
-    if reading.kv == "NVFP4":
-        findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
-        if gpu is not None and GPUS[gpu] < BLACKWELL:
-            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
-    elif reading.algorithm == "blocks" or reading.kv != "FP8":
-        findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
-    if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
-        findings.add("kv ignored", "ignores the scales of this architecture's KV cache")

@@ -22,6 +22,7 @@ from .quant_configs import (
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
+RELEASES, SEEN_IN = (VERSION,), ""
 _FILES = {
     "archs": "_torch/models/modeling_auto.py",
     "attention": "_torch/modules/attention.py",

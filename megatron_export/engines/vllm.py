@@ -1,4 +1,4 @@
-"""What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels."""
+"""What vLLM 0.32.0 accepts: read in its sources, and tried with its CPU build, but for its kernels; what 0.33 reads otherwise."""
 
 from functools import partial
 
@@ -28,6 +28,7 @@ from .verdict import Effect, Findings, table
 from .vllm_cache import check_cache
 
 NAME, VERSION = "vLLM", "0.32.0"
+RELEASES, SEEN_IN = (VERSION, "0.33.0"), "tests/engines/test_vllm.py"
 _FILES = {
     "archs": "model_executor/models/registry.py",
     "blocks": "model_executor/layers/quantization/utils/fp8_utils.py",
@@ -191,6 +192,8 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
         findings.add("another", f"no rules about quant_method {method}")
         return None
     mixed_in_file = inline.get("quant_algo") == MIXED and "quantized_layers" not in inline and nested is not None
+    if release_of(version) >= (0, 33) and "ignore" not in inline:
+        inline = inline | {"ignore": inline.get("exclude_modules")}
     section, where, kv = (nested, *_FILE) if mixed_in_file else (inline, "ignore", "kv_cache_scheme")
     return _read_modelopt(checkpoint, section, where, kv_of(section.get(kv)), findings)
 

@@ -110,7 +110,7 @@ def rules() -> list[str]:
     """Every rule of every engine as text: effect, whether a run has shown it, demand, source."""
     rows = []
     for module in ENGINES.values():
-        rows.append(f"{module.NAME} {module.VERSION}")
+        rows.append(f"{module.NAME} {module.VERSION}, {f'seen in {module.SEEN_IN}' if module.SEEN_IN else 'not run'}")
         rows += [
             f"  {name:<14} {rule.effect.value:<9}  {'seen' if rule.seen else 'read'}  {rule.says} [{rule.source}]"
             for name, rule in module.RULES.items()

@@ -43,6 +43,7 @@ MODELS = {
 }
 FORMATS = {name: {"format": name} for name in formats.FORMATS} | {
     "fp8_kv": {"format": "fp8", "kv_cache": "fp8"},
+    **{f"{name}_head": {"format": name, "set": (f"lm_head={name}",)} for name in ("fp8", "nvfp4", "w4a16_nvfp4")},
     "nvfp4_cast": {"format": "nvfp4", "kv_cache": "fp8", "kv_scale": 1.0, "input_scale": 1.0},
     "fp8_pb_modelopt": {"format": "fp8_pb", "fp8_pb_spelling": "modelopt"},
     "nvfp4_kv": {"format": "nvfp4", "kv_cache": "fp8"},

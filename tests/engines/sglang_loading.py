@@ -2,7 +2,8 @@
 
     python -m tests.engines.sglang_loading CHECKPOINT...
 
-What differs between the two was never loaded, whatever SGLang says of it. Configs, construction of models, names, shapes, joined
+What differs between the two was never loaded, whatever SGLang says of it; codes that were copied into a weight of numbers are
+counted too. Configs, construction of models, names, shapes, joined
 loading and the split of latent projections are SGLang's own, and are those of a GPU: its branches for CPUs are switched off.
 Nothing is computed: its kernels are not installed, packages that only they need are empty, and weights are not made ready for them.
 """
@@ -100,11 +101,22 @@ def started(folder: Path) -> Any:
     return config
 
 
-def loaded(config: Any, byte: int) -> dict[str, "torch.Tensor"]:
-    """The bytes of all parameters, loaded into memory that is full of one. Raises what SGLang raises."""
+def loaded(config: Any, byte: int) -> tuple[dict[str, "torch.Tensor"], int]:
+    """The bytes of all parameters, loaded into memory that is full of one, and how many copies took codes for numbers. Raises
+    what SGLang raises."""
     import torch
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import loader
+    from torch.overrides import TorchFunctionMode
+
+    codes = (torch.float8_e4m3fn, torch.uint8, torch.int8)
+    converted: list[torch.Tensor] = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, does: Any, kinds: Any, given: tuple = (), named: dict | None = None) -> Any:
+            if does is torch.Tensor.copy_ and given[1].dtype in codes and given[0].dtype != given[1].dtype:
+                converted.append(given[0])
+            return does(*given, **(named or {}))
 
     files = loader.DefaultModelLoader(LoadConfig())
     quantization = loader._get_quantization_config(config, files.load_config)
@@ -113,24 +125,49 @@ def loaded(config: Any, byte: int) -> dict[str, "torch.Tensor"]:
         for parameter in model.parameters():
             filling = torch.full((parameter.numel() * parameter.element_size(),), byte, dtype=torch.uint8)
             parameter.data.copy_(filling.view(parameter.dtype).view(parameter.shape))
-        files.load_weights_only(model, files._get_all_weights(config, model), torch.device("cpu"))
+        with Copies():
+            files.load_weights_only(model, files._get_all_weights(config, model), torch.device("cpu"))
     for name, module in model.named_modules():
         split = getattr(module, "w_kc", None)  # of latent attention
         assert split is None or split.dtype != torch.uint8, f"{name} takes codes of four bits for numbers"
-    return {name: one.data.contiguous().view(-1).view(torch.uint8) for name, one in model.named_parameters()}
+    unread = of_inputs_as_they_are(model, quantization)
+    parameters = {name: one.data for name, one in model.named_parameters() if name not in unread}
+    return {name: data.contiguous().view(-1).view(torch.uint8) for name, data in parameters.items()}, len(converted)
+
+
+def of_inputs_as_they_are(model: Any, quantization: Any) -> set[str]:
+    """Input scales of weights in four bits alone (W4A16_NVFP4): registered, and deleted (linears) or set to 1 (experts)."""
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    alone = None
+    if isinstance(quantization, modelopt_quant.ModelOptMixedPrecisionConfig):
+        alone = quantization.nvfp4a16_config
+    elif isinstance(quantization, modelopt_quant.ModelOptFp4Config) and quantization.is_w4a16:
+        alone = quantization
+    methods = (modelopt_quant.ModelOptNvFp4A16LinearMethod, modelopt_quant.ModelOptNvFp4FusedMoEMethod)
+    return {
+        f"{name}.{suffix}"
+        for name, module in model.named_modules()
+        for method in [vars(module).get("quant_method")]
+        if isinstance(method, methods) and method.quant_config is alone
+        for suffix, _ in module.named_parameters(recurse=False)
+        if suffix.endswith("input_scale")
+    }
 
 
 def tried(folder: Path) -> dict:
-    """What became of a checkpoint: an `error`, parameters that were not filled (`lacking`), whether KV scales were (`kv`)."""
+    """What became of a checkpoint: an `error`, parameters that were not filled (`lacking`), how many took codes for numbers
+    (`converted`), whether KV scales were filled (`kv`)."""
+    said = {"folder": str(folder), "error": None, "lacking": [], "converted": 0, "kv": False}
     try:
         config = started(folder)
-        zeros, ones = loaded(config, 0), loaded(config, 255)
+        (zeros, converted), (ones, _) = loaded(config, 0), loaded(config, 255)
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
-        return {"folder": str(folder), "error": f"{type(error).__name__}: {error}", "lacking": [], "kv": False}
+        return said | {"error": f"{type(error).__name__}: {error}"}
     unequal = [name for name in zeros if not zeros[name].equal(ones[name])]
     lacking = [name for name in unequal if not name.endswith(DERIVED + DEFAULTS)]
     kv = any(name.endswith("k_scale") and name not in unequal for name in zeros)
-    return {"folder": str(folder), "error": None, "lacking": lacking, "kv": kv}
+    return said | {"lacking": lacking, "converted": converted, "kv": kv}
 
 
 def main(folders: list[str]) -> None:

@@ -48,6 +48,14 @@ def without_tensors(said: CheckpointView, *ends: str) -> CheckpointView:
     return replace(said, files=files)
 
 
+def renamed(said: CheckpointView, key: str, other: str) -> CheckpointView:
+    """With another key in config.json's section."""
+    section = said.config["quantization_config"]
+    return reconfigured(
+        said, quantization_config={other if one == key else one: value for one, value in section.items()}
+    )
+
+
 def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointView:
     """With [size] where numbers whose names end so have no dims."""
     files = {
@@ -251,6 +259,23 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "mxfp8 on Blackwell": (lambda: planned(QWEN_MOE, format="mxfp8"), {"gpu": "b200"}, "", "", ""),
     "mxfp8 on Hopper": (lambda: planned(QWEN_MOE, format="mxfp8"), {"gpu": "h200"}, "", "gpu", "gpu"),
     "weights of NVFP4": (lambda: planned(QWEN_MOE, format="w4a16_nvfp4"), {"gpu": "h200"}, "", "", ""),
+    "weights of NVFP4 on Blackwell": (lambda: planned(QWEN_MOE, format="w4a16_nvfp4"), {"gpu": "b200"}, "", "expert inputs", "gpu"),
+    "weights of NVFP4 in a mix, on Blackwell": (
+        lambda: planned(QWEN_MOE, recipe="w4a16_nvfp4_mlp_fp8_attention"), {"gpu": "rtx5090"}, "", "expert inputs", ""),
+    "weights of NVFP4, before": (lambda: planned(QWEN, format="w4a16_nvfp4"), {"version": "0.5.17"},
+        "version", "old, version", "old, version"),
+    "mxfp8, before": (lambda: planned(QWEN, format="mxfp8"), {"version": "0.5.17"}, "version", "old, version", "old, version"),
+    "a mix with blocks, before": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"), {"version": "0.5.20"},
+        "left out, version", "old, version", "machine, version"),
+    "left out under the other key": (
+        lambda: replace(renamed(planned(QWEN, format="fp8", exclude=("*.layers.1.*",)), "ignore", "exclude_modules"), quant=None),
+        {}, "not left out", "", "not left out"),
+    "left out under the other key, later": (
+        lambda: replace(renamed(planned(QWEN, format="fp8", exclude=("*.layers.1.*",)), "ignore", "exclude_modules"), quant=None),
+        {"version": "0.33"}, "", "version", "not left out, version"),
+    "a quantized head of Mixtral": (lambda: planned(MIXTRAL, format="fp8", set=("lm_head=fp8",)), {}, "", "head", ""),
+    "a quantized head of Mixtral, in four bits": (
+        lambda: planned(MIXTRAL, format="nvfp4", set=("lm_head=nvfp4",)), {}, "", "head", "machine"),
     "rows of experts": (lambda: planned(MIXTRAL, format="fp8_pc_pt"), {}, "block experts", "algorithm", ""),
     "rows": (lambda: planned(QWEN, format="fp8_pc_pt"), {}, "", "algorithm", ""),
     "mxfp4": (lambda: planned(QWEN, format="mxfp4"), {}, "algorithm", "algorithm", "algorithm"),

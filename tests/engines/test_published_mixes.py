@@ -57,7 +57,7 @@ CASES = {
     ),
     "Nemotron 3.5 in Qwen 3 MoE, later": (
         *("Nemotron-3.5-Lightning-30B-A3B", MIXER, QWEN_MOE, "", "0.33"),
-        *("version", "", "machine"),
+        *("", "", "machine"),
     ),
     "DeepSeek V4 in Qwen 3 MoE": (
         *("DeepSeek-V4", V4, QWEN_MOE, "", "0.32"),

@@ -127,6 +127,9 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "cache alone": lambda: found(replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None)),
     "mixed, a cache in four bits": lambda: found(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention", kv_cache="nvfp4")),
     "mixed, in config.json alone": lambda: found(replace(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention"), quant=None)),
+    "weights in four bits alone, on Blackwell": lambda: found(planned(QWEN_MOE, format="w4a16_nvfp4"), gpu="b200"),
+    "mxfp8, early": lambda: found(planned(QWEN_MOE, format="mxfp8"), version="0.5.17"),
+    "a quantized head": lambda: found(planned(MIXTRAL, format="fp8", set=("lm_head=fp8",))),
     "unknown to all": lambda: found(alter(planned(LLAMA, format="fp8"), quant_algo="INT3")),
 }  # fmt: skip
 

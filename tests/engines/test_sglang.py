@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_export.engines import Verdict, verdict_of
+from megatron_export.planning import recipe
 from megatron_export.planning.engine_check import of_folder
 
 from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
@@ -13,19 +14,25 @@ from ..support.ranks import Ranks, living
 from .asking import EVERY, exported, tried
 
 pytestmark = pytest.mark.sglang
+NEW = ["fp8_pc_pt", "mxfp8", "w4a16_nvfp4", "mxfp4", "w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8", "nvfp4_kvnvfp4"]
+HEADS = ["fp8_head", "nvfp4_head", "w4a16_nvfp4_head", "mixed_head", "mixed_head_w4a16"]
+MIXED = ["mixed_mxfp8", "mixed_pc_pt", "mixed_pb", "mixed_pb_native", "mixed_kvnvfp4"]
+RECIPES = recipe.names()
+DENSE = [name for name in RECIPES if "experts" not in name]
 SOME = {
-    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4_kv", "int4_awq"],
-    "qwen3": ["fp8_kv", "fp8_pb"],
+    "llama31": ["fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4_kv", "int4_awq", *NEW, *HEADS, *DENSE],
+    "qwen3": ["fp8_kv", "fp8_pb", *NEW, *DENSE, *MIXED],
     "qwen3_moe": ["bf16", "fp8"],
-    "qwen3_moe-sparse": ["fp8_kv", "fp8_pb", "nvfp4_awq"],
-    "mixtral": ["fp8_kv", "nvfp4"],
-    "deepseek_v3": ["fp8_pb", "nvfp4", "fp8+mla", "nvfp4+mla"],
+    "qwen3_moe-sparse": ["fp8_kv", "fp8_pb", "nvfp4_awq", "nvfp4_experts_kv_cast", *NEW, *HEADS, *RECIPES, *MIXED],
+    "mixtral": ["fp8_kv", "nvfp4", *HEADS],
+    "deepseek_v3": ["fp8_pb", "nvfp4", "fp8+mla", "nvfp4+mla", "nvfp4_experts_kv_cast", *NEW, *HEADS, *RECIPES]
+    + [f"{name}+mla" for name in RECIPES],
     "llama4": ["bf16", "fp8"],
     "llama4_vision": ["fp8_kv", "fp8_pb", "nvfp4"],
     "gpt_oss": ["bf16", "fp8"],
 }
 WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
-UNNOTICED = ("a tensor repeated", "stored in integers", "quantized, and left out")  # values are converted, or padded
+UNNOTICED = ("a tensor repeated",)  # the second one is as good
 
 
 def agrees(verdict: Verdict, one: dict) -> bool:
@@ -35,16 +42,17 @@ def agrees(verdict: Verdict, one: dict) -> bool:
 
 
 def filled(one: dict) -> bool:
-    """Whether nothing was raised and nothing is lacking."""
-    return one["error"] is None and not one["lacking"]
+    """Whether nothing was raised, nothing is lacking, and no code was taken for a number."""
+    return one["error"] is None and not one["lacking"] and not one["converted"]
 
 
 def disagreements(folders: list[Path]) -> dict[str, str]:
     """Where SGLang did not do what the rules say."""
     found = {}
     for folder, one in tried("sglang_loading", *folders).items():
-        verdict = verdict_of(of_folder(folder), "sglang")
-        keeps = "_kv" in folder.name and all(finding.rule != "kv ignored" for finding in verdict.findings)
+        checkpoint = of_folder(folder)
+        verdict = verdict_of(checkpoint, "sglang")
+        keeps = bool(checkpoint.indexed.kv) and all(finding.rule != "kv ignored" for finding in verdict.findings)
         if not agrees(verdict, one) or (filled(one) and one["kv"] != keeps):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one}"
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launch.bench.serving import through_vllm
+from launch.bench.serving import through_engine
 from launch.bench.vllm_process import of_scales
 from megatron_export.engines import Effect, verdict_of, vllm
 from megatron_export.engines.exclude_lists import Names, Partly, full, vllm_exactly, vllm_modelopt
@@ -106,7 +106,7 @@ def test_vllm_computes_what_transformers_does(name: str, tp: int, pool: list[Ran
     """
     [folder] = exported(living(pool), {name: ["bf16"]}, tmp_path)
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0))
-    answer = through_vllm(folder, windows.tolist(), Namespace(timeout=300, attention=None, tp=tp))
+    answer = through_engine(folder, windows.tolist(), Namespace(engine="vllm", timeout=300, attention=None, tp=tp))
     assert answer["error"] is None
     exact, rounded = (losses(folder, windows, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rms(torch.tensor(answer["losses"]) - exact) < 1.5 * tp**0.5 * rms(rounded - exact)
@@ -173,7 +173,8 @@ def test_vllm_on_two_ranks_computes_what_one_does(name: str, form: str, pool: li
     """
     [folder] = exported(living(pool), {name: [form]}, tmp_path)
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0)).tolist()
-    one, two = (through_vllm(folder, windows, Namespace(timeout=300, attention=None, tp=tp)) for tp in (1, 2))
+    how = {"engine": "vllm", "timeout": 300, "attention": None}
+    one, two = (through_engine(folder, windows, Namespace(**how, tp=tp)) for tp in (1, 2))
     loads = verdict_of(of_folder(folder), "vllm", tp=2).loads
     assert (one["error"], two["error"] is None) == (None, loads), two["error"]
     if loads:

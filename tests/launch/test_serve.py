@@ -1,4 +1,4 @@
-"""`launch/benchmark.py serve` without vLLM: what processes that answer, die or hang become, and the decoded half."""
+"""`launch/benchmark.py serve` without an engine: what processes that answer, die or hang become, and the decoded half."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ ANSWER = {
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A script that runs in place of vLLM; it dies until a test writes another."""
-    script = tmp_path / "process.py"
+    script = tmp_path / "vllm_process.py"
     script.write_text("import os, sys; sys.stderr.write('CUDA error'); sys.stderr.flush(); os.abort()")
     monkeypatch.setattr(vllm_process, "__file__", str(script))
     return script
@@ -67,10 +67,50 @@ def test_a_process_that_dies_ends_no_other(process: Path, tmp_path: Path) -> Non
 
 
 def test_a_process_that_hangs_is_ended(process: Path, tmp_path: Path) -> None:
-    process.write_text("import time; print('began', flush=True); time.sleep(600)")
+    started = tmp_path / "started"
+    other = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    process.write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {other!r}])")
     with pytest.raises(ExportError, match="examples/model"):
-        run("--json", tmp_path / "rows", "--timeout", 2, EXAMPLE)
-    assert rows(tmp_path / "rows")["examples/model"]["error"].startswith("no answer in 2 s")
+        run("--json", tmp_path / "rows", "--timeout", 3, EXAMPLE)
+    assert rows(tmp_path / "rows")["examples/model"]["error"].startswith("no answer in 3 s")
+    pid = Path("/proc", started.read_text())
+    assert not pid.exists() or "(zombie)" in (pid / "status").read_text(), "a process that it has started lives on"
+
+
+SGLANG = """
+import sys
+class Engine:
+    def __init__(self, model_path, **how):
+        if "refused" in model_path:
+            print("[2026-01-01 00:00:00] Scheduler hit an exception: Traceback", file=sys.stderr)
+            print("ValueError: ModelOpt currently only supports: FP8", file=sys.stderr, flush=True)
+            __import__("os").kill(__import__("os").getpid(), 9)
+        print("[2026-01-01 00:00:00 TP0] Using KV cache scaling factor 1.0, not found", file=sys.stderr, flush=True)
+    def generate(self, input_ids, sampling_params, **how):
+        def one(row, count):
+            steps = [(None, row[0], None), *((-2.0, token, None) for token in row[1:])]
+            meta = {"input_token_logprobs": steps, "output_token_logprobs": [(-1.0, 7, None)] * count}
+            return {"output_ids": [7] * count, "meta_info": meta}
+        count = sampling_params["max_new_tokens"]
+        return one(input_ids, count) if isinstance(input_ids[0], int) else [one(row, count) for row in input_ids]
+"""
+
+
+def test_an_sglang_that_dies_has_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of SGLang is a module of its name: an engine whose scheduler fails ends the process that started it."""
+    (tmp_path / "sglang.py").write_text(SGLANG)
+    (tmp_path / "sglang-9.9.dist-info").mkdir()
+    (tmp_path / "sglang-9.9.dist-info" / "METADATA").write_text("Name: sglang\nVersion: 9.9\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    refused = written(golden("models/llama-NVFP4_AWQ"), tmp_path / "refused")
+    how = ("--engine", "sglang", "--json", tmp_path / "rows", "--text", TEXT, "--windows", 2)
+    with pytest.raises(ExportError, match="1 of 2 did not do what `check` says: examples/model"):
+        run(*how, EXAMPLE, refused)
+    found = rows(tmp_path / "rows")
+    model, other = found["examples/model"], found[f"{tmp_path.name}/refused"]
+    assert (model["version"], model["error"], model["tokens"], model["losses"]) == ("9.9", None, [7] * 8, [2.0, 2.0])
+    assert model["warned"] == ["Using KV cache scaling factor 1.0, not found"]
+    assert (other["version"], other["error"]) == ("9.9", "ValueError: ModelOpt currently only supports: FP8")
 
 
 @pytest.mark.parametrize("flag", ["--jobs", "--tp"])

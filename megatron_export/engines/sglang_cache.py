@@ -1,0 +1,26 @@
+"""The KV cache that SGLang makes for a checkpoint."""
+
+from .checkpoint_view import CheckpointView
+from .gpus import BLACKWELL, GPUS
+from .kv_scales import check_kv_scales
+from .quant_configs import Reading
+from .verdict import Findings
+
+_KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
+
+
+def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
+    """New findings about its scales and its format."""
+    kv = checkpoint.indexed.kv
+    if not (reading.kv or kv):
+        return
+    if reading.algorithm is not None and checkpoint.architecture in _KEEPS_KV:
+        check_kv_scales(checkpoint.indexed, findings)
+    if reading.kv == "NVFP4":
+        findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
+        if gpu is not None and GPUS[gpu] < BLACKWELL:
+            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
+    elif reading.algorithm == "blocks" or reading.kv != "FP8":
+        findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
+    if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
+        findings.add("kv ignored", "ignores the scales of this architecture's KV cache")

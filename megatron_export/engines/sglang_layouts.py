@@ -1,0 +1,94 @@
+"""How SGLang lays out the linears and experts of a quantized model: what it joins, in which blocks, and what it takes apart."""
+
+from .checkpoint_view import CheckpointView, Group
+from .exclude_lists import JOINED, Partly
+from .gpus import BLACKWELL, GPUS
+from .quant_configs import AlgorithmOf, Reading
+from .verdict import Findings
+
+_JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+
+
+def check_layouts(
+    checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, gpu: str | None, findings: Findings
+) -> None:
+    """New findings about how linears and experts are stored."""
+    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
+        why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
+        findings.add("gpt_oss", why, way="--format bf16")
+    blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
+    for group in checkpoint.indexed.groups:
+        if group.mtp or not group.quantized:
+            continue
+        _check_architecture(checkpoint, reading, group, findings)
+        if any("weight_scale_inv" in module for module in group.members.values()) or reading.algorithm == "MXFP8":
+            _check_blocks(checkpoint, group, findings)
+        _check_inputs(group, algorithm_of, blackwell, findings)
+
+
+def _check_architecture(checkpoint: CheckpointView, reading: Reading, group: Group, findings: Findings) -> None:
+    if checkpoint.architecture.startswith("Llama4"):
+        _check_llama4(group, findings)
+    if group.kind == "head" and checkpoint.architecture == "MixtralForCausalLM":
+        why = "it does not load a quantized output layer of this architecture"
+        findings.add("head", why, *group.members, way="leave lm_head as it is")
+    if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
+        findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
+                     group.parent, way="quantize all of it in one algorithm")  # fmt: skip
+    if checkpoint.latent and ".self_attn" in group.parent:
+        _check_latent(group, findings)
+
+
+def _check_llama4(group: Group, findings: Findings) -> None:
+    module = next(iter(group.members.values()))
+    if group.kind == "stack" and "weight_scale_2" in module:
+        findings.add("stack", "does not load stacked experts in nvfp4", *group.members, way="--format fp8")
+    if "q_proj" in group.parts and _in_four_bits(group):
+        findings.add("rotated", "it puts rows of q and k in another order", group.parent, way="--exclude q, k and v")
+
+
+def _check_inputs(group: Group, algorithm_of: AlgorithmOf, blackwell: bool, findings: Findings) -> None:
+    """What becomes of the inputs of weights in four bits."""
+    of_experts = group.kind == "experts"
+    smoothed = any("pre_quant_scale" in module for module in group.members.values())
+    if _in_four_bits(group) and smoothed and (of_experts or not blackwell):
+        where = " to experts" if of_experts else " but on Blackwell"
+        findings.add("awq", f"it does not apply pre_quant_scale{where}", group.parent, way="--awq-output folded")
+    if not (of_experts and blackwell):
+        return
+    try:
+        algorithm = algorithm_of(group)
+    except Partly:
+        return
+    if algorithm == "W4A16_NVFP4":
+        findings.add("expert inputs", "it rounds inputs of these experts to four bits, with a scale of 1", group.parent,
+                     way="--format nvfp4, whose scales are measured, or --moe-runner-backend marlin")  # fmt: skip
+
+
+def _in_four_bits(group: Group) -> bool:
+    return next(iter(group.members.values()))["weight"].dtype == "U8"
+
+
+def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
+    """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
+    if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
+        findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
+                     way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
+    for name, module in group.members.items():
+        rows = module["weight"].shape[0]
+        latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
+        joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
+        in_blocks = module.get("weight_scale_inv", module["weight"]).dtype == "F32"
+        if in_blocks and joined and not latent and rows % 128:
+            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
+                         way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
+
+
+def _check_latent(group: Group, findings: Findings) -> None:
+    if group.parts == ("kv_b_proj",) and _in_four_bits(group):
+        why = "it loads kv_b_proj in bfloat16, FP8 or blocks of FP8 alone"
+        findings.add("latent", why, group.parent, way="without --quantize-mla")
+    scales = [header for one in group.members.values() for suffix, header in one.items() if "scale" in suffix]
+    if len(group.parts) == 2 and any(header.shape == (1,) for header in scales):
+        way = "write them as numbers without dims"
+        findings.add("latent scale", "its scales have a dim", group.parent, way=way)
