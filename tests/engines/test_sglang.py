@@ -29,7 +29,7 @@ SOME = {
     + [f"{name}+mla" for name in RECIPES],
     "llama4": ["bf16", "fp8"],
     "llama4_vision": ["fp8_kv", "fp8_pb", "nvfp4"],
-    "gpt_oss": ["bf16", "fp8"],
+    "gpt_oss": ["bf16", "fp8", "mxfp4"],
 }
 WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
 UNNOTICED = ("a tensor repeated",)  # the second one is as good
