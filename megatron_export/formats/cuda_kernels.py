@@ -174,7 +174,8 @@ def encode_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, P
     if scales == "four_over_six":
         kernel, limits = _kernels("triton_scales").four_over_six, LIMITS[scales]
         size, settings["STEPS"] = size * SEARCHED_STEPS, SEARCHED_STEPS
-    arguments = words, *amaxes, codes.view(torch.int32), *made[1:], blocks, *limits
+        settings["EVEN"] = blocks % size == 0
+    arguments = weight.view(torch.int64), *amaxes, codes.view(torch.int32), *made[1:], blocks, *limits
     _launch(kernel, -(-blocks // size), *arguments, **settings)
     return nvfp4.pieces(*made)
 

@@ -29,13 +29,25 @@ PACKED_ROUNDING = tl.constexpr(-(5 << 24))  # what eight such numbers leave abov
 
 
 @triton.jit
-def block_elements(weight, block, inside):
-    """The numbers of each block, one tensor for each of the 16 places, so that a thread has a block and adds in a known order."""
-    words = [tl.load(weight + block * 8 + place, mask=inside, other=0) for place in (0, 1, 2, 3, 4, 5, 6, 7)]
-    low = [(word << 16).to(tl.float32, bitcast=True) for word in words]
-    high = [(word & -65536).to(tl.float32, bitcast=True) for word in words]
-    return (low[0], high[0], low[1], high[1], low[2], high[2], low[3], high[3],
-            low[4], high[4], low[5], high[5], low[6], high[6], low[7], high[7])  # fmt: skip
+def block_elements(weight, block, inside, EVEN: tl.constexpr):
+    """The numbers of each block, of four 64-bit words, one tensor for each of the 16 places, so that a thread has a block and adds
+    in a known order.
+
+    EVEN  all blocks are inside
+    """
+    first = weight + block * 4
+    if EVEN:
+        words = [tl.load(first + place) for place in (0, 1, 2, 3)]
+    else:
+        words = [tl.load(first + place, mask=inside, other=0) for place in (0, 1, 2, 3)]
+    even = [word.to(tl.int32) for word in words]
+    odd = [(word >> 32).to(tl.int32) for word in words]
+    low = [(word << 16).to(tl.float32, bitcast=True) for word in even]
+    high = [(word & -65536).to(tl.float32, bitcast=True) for word in even]
+    lower = [(word << 16).to(tl.float32, bitcast=True) for word in odd]
+    higher = [(word & -65536).to(tl.float32, bitcast=True) for word in odd]
+    return (low[0], high[0], lower[0], higher[0], low[1], high[1], lower[1], higher[1],
+            low[2], high[2], lower[2], higher[2], low[3], high[3], lower[3], higher[3])  # fmt: skip
 
 
 @triton.jit
@@ -134,7 +146,7 @@ def nearly(size, scale, LINES: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=AMAXES)
 def four_over_six(
     weight, weight_amax, input_amax, codes, scale, tensor_scale, input_scale, blocks, low, high,
-    BLOCKS: tl.constexpr, STEPS: tl.constexpr,
+    BLOCKS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Some blocks at a time: in few instructions where `nearly` decides for all of them, else to the bit."""
     tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3_OF_FOUR_OVER_SIX, E2M1 * E4M3)
@@ -142,8 +154,8 @@ def four_over_six(
     usual = (tensor >= low) & (tensor <= high)
     for step in range(STEPS):
         block = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCKS + tl.arange(0, BLOCKS)
-        inside = block < blocks
-        values = block_elements(weight, block, inside)
+        inside = (block < blocks) | EVEN
+        values = block_elements(weight, block, inside, EVEN)
         size = [tl.abs(value) for value in values]
         largest = largest_of(size)
         six, four = tl.div_rn(largest, E2M1), largest * 0.25
@@ -176,7 +188,7 @@ def least_squares(
     factor, inverse = search_units(weight_amax, E4M3)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
-    values = block_elements(weight, block, inside)
+    values = block_elements(weight, block, inside, False)
     size = [tl.abs(value) for value in values]
     largest = largest_of(size)
     guess = e4m3_up_to_448(tl.div_rn(largest, E2M1) * factor)
