@@ -10,6 +10,7 @@ Imports nothing of this repository but the prompt that vLLM is given too.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -80,7 +81,7 @@ def inside(folder: str, windows: list[list[int]], attention: str | None, tp: int
     gpu = torch.cuda.is_available()
     tell(device=torch.cuda.get_device_name() if gpu else "CPU")
     how = HOW | ({} if gpu else CPU) | ({"attention_backend": attention} if attention else {})
-    engine = sglang.Engine(model_path=folder, tp_size=tp, **how)
+    engine = sglang.Engine(model_path=folder, tp_size=tp, port=free_port(), nccl_port=free_port(), **how)
     scored = {"return_logprob": True, "logprob_start_len": 0}
     greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     answer = engine.generate(input_ids=PROMPT, sampling_params=greedy, **scored)
@@ -91,6 +92,13 @@ def inside(folder: str, windows: list[list[int]], attention: str | None, tp: int
     answers = engine.generate(input_ids=windows, sampling_params=once, **scored) if windows else []
     losses = [_loss(row, one["meta_info"]["input_token_logprobs"]) for row, one in zip(windows, answers, strict=True)]
     tell(tokens=tokens, losses=losses)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on: engines that start together would take the same ones."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def tell(**what: Any) -> None:

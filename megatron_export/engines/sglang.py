@@ -25,7 +25,7 @@ from .sglang_layouts import check_layouts
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
-RELEASES, SEEN_IN = (VERSION,), "tests/engines/test_sglang.py"
+RELEASES, SEEN_IN = (VERSION, "0.5.22", "0.5.21"), "tests/engines/test_sglang.py"
 _FILES = {
     "archs": "srt/models/registry.py",
     "attention": "srt/layers/radix_attention.py",
@@ -93,7 +93,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
     "bias":          (_R, "DeepSeek's config.json says topk_method, scoring_func and moe_layer_freq", "deepseek", SEEN),
     "kv shape":      (_R, "a KV scale is one number", "weights", READ),
-    "kv pair":       (_R, "there is no v_scale without a k_scale", "kv scales", READ),
+    "kv pair":       (_R, "there is no v_scale without a k_scale", "kv scales", SEEN),
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),

@@ -5,7 +5,8 @@
 What differs between the two was never loaded, whatever SGLang says of it; codes that were copied into a weight of numbers are
 counted too. Configs, construction of models, names, shapes, joined
 loading and the split of latent projections are SGLang's own, and are those of a GPU: its branches for CPUs are switched off.
-Nothing is computed: its kernels are not installed, packages that only they need are empty, and weights are not made ready for them.
+Nothing is computed: its kernels are not installed, packages that only they need are empty, and weights are not made ready for them;
+KV caches are.
 """
 
 import importlib
@@ -33,7 +34,7 @@ HOW = {
 }
 EMPTY = ("IPython", "gguf", "sgl_kernel", "tvm_ffi")
 DERIVED = ("blockscale_swizzled",)  # made of what was loaded, later
-DEFAULTS = ("k_scale", "v_scale", "pre_quant_scale")  # are 1 where a checkpoint has none
+DEFAULTS = ("k_scale", "v_scale", "pre_quant_scale")  # are 1 where a checkpoint has none; the first two begin as -1
 
 
 class Anything(type):
@@ -101,11 +102,12 @@ def started(folder: Path) -> Any:
     return config
 
 
-def loaded(config: Any, byte: int) -> tuple[dict[str, "torch.Tensor"], int]:
-    """The bytes of all parameters, loaded into memory that is full of one, and how many copies took codes for numbers. Raises
-    what SGLang raises."""
+def loaded(config: Any, byte: int) -> tuple[dict[str, "torch.Tensor"], int, bool]:
+    """The bytes of all parameters, loaded into memory that is full of one; how many copies took codes for numbers; whether there
+    were KV scales. Raises what SGLang raises."""
     import torch
     from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
     from sglang.srt.model_loader import loader
     from torch.overrides import TorchFunctionMode
 
@@ -122,7 +124,9 @@ def loaded(config: Any, byte: int) -> tuple[dict[str, "torch.Tensor"], int]:
     quantization = loader._get_quantization_config(config, files.load_config)
     with loader.set_default_torch_dtype(config.dtype):
         model = loader._initialize_model(config, files.load_config, quantization)
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith(DEFAULTS[:2]):
+                continue
             filling = torch.full((parameter.numel() * parameter.element_size(),), byte, dtype=torch.uint8)
             parameter.data.copy_(filling.view(parameter.dtype).view(parameter.shape))
         with Copies():
@@ -130,9 +134,13 @@ def loaded(config: Any, byte: int) -> tuple[dict[str, "torch.Tensor"], int]:
     for name, module in model.named_modules():
         split = getattr(module, "w_kc", None)  # of latent attention
         assert split is None or split.dtype != torch.uint8, f"{name} takes codes of four bits for numbers"
+    kv = any(bool(one > 0) for name, one in model.named_parameters() if name.endswith("k_scale"))
+    for module in model.modules():
+        if isinstance(vars(module).get("quant_method"), BaseKVCacheMethod):
+            module.quant_method.process_weights_after_loading(module)
     unread = of_inputs_as_they_are(model, quantization)
     parameters = {name: one.data for name, one in model.named_parameters() if name not in unread}
-    return {name: data.contiguous().view(-1).view(torch.uint8) for name, data in parameters.items()}, len(converted)
+    return {name: data.contiguous().view(-1).view(torch.uint8) for name, data in parameters.items()}, len(converted), kv
 
 
 def of_inputs_as_they_are(model: Any, quantization: Any) -> set[str]:
@@ -161,12 +169,11 @@ def tried(folder: Path) -> dict:
     said = {"folder": str(folder), "error": None, "lacking": [], "converted": 0, "kv": False}
     try:
         config = started(folder)
-        (zeros, converted), (ones, _) = loaded(config, 0), loaded(config, 255)
+        (zeros, converted, kv), (ones, *_) = loaded(config, 0), loaded(config, 255)
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
         return said | {"error": f"{type(error).__name__}: {error}"}
     unequal = [name for name in zeros if not zeros[name].equal(ones[name])]
     lacking = [name for name in unequal if not name.endswith(DERIVED + DEFAULTS)]
-    kv = any(name.endswith("k_scale") and name not in unequal for name in zeros)
     return said | {"lacking": lacking, "converted": converted, "kv": kv}
 
 

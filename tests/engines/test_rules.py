@@ -147,6 +147,9 @@ def test_every_rule_is_found_somewhere() -> None:
 
 def test_rules_say_where_they_were_read() -> None:
     for module in ENGINES.values():
+        assert module.RELEASES[0] == module.VERSION
+        seen = any(rule.seen for rule in module.RULES.values())
+        assert seen == bool(module.SEEN_IN) and (Path(__file__).parents[2] / module.SEEN_IN).exists()
         for rule in module.RULES.values():
             assert rule.source.endswith(".py") and rule.source.startswith(module.NAME)
     assert len(rules()) == sum(len(module.RULES) + 1 for module in ENGINES.values())
@@ -279,6 +282,8 @@ def test_check_prints_json(tmp_path: Path) -> None:
         (("plan", "--format", "int4_awq", "--target", "vllm,tensorrt_llm"), 1, "error: --target: vLLM will not load this"),
         (("plan", "--format", "nvfp4", "--target", "vllm,sglang,tensorrt_llm"), 0, "vLLM              loads"),
         (("check", "--rules"), 0, "every expert is there; it does not look"),
+        (("check", "--rules"), 0, "SGLang 0.5.23, seen in tests/engines/test_sglang.py\n  files"),
+        (("check", "--rules"), 0, "TensorRT-LLM 1.3, not run\n  files"),
     ],
 )  # fmt: skip
 def test_exit_statuses_of_commands(arguments: tuple, status: int, says: str, capsys: pytest.CaptureFixture) -> None:
