@@ -29,7 +29,7 @@ from ..distributed.topology import Topology
 from ..models import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import without_cuda
-from .model import ACTIVATIONS
+from .model import ACTIVATIONS, zero_centred_norm
 
 
 def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
@@ -143,16 +143,27 @@ def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPT
 
 @contextmanager
 def _norms_of_parts() -> Iterator[None]:
-    """Let torch's norm be built under sequence parallelism: Megatron refuses it, for the gradients of its weight."""
+    """Let torch's norm be built under sequence parallelism, which Megatron refuses for the gradients of its weight, and the same
+    norm zero-centred, which Megatron has in Transformer Engine's only.
+    """
     made = WrappedTorchNorm.__new__
 
     def make(kind: type, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
         config = copy(config)
+        centred, config.layernorm_zero_centered_gamma = config.layernorm_zero_centered_gamma, False
         config.sequence_parallel = False
-        return made(kind, config, *args, **kwargs)
+        norm = made(kind, config, *args, **kwargs)
+        return ZeroCentredNorm(norm.normalized_shape, norm.eps) if centred else norm
 
     with mock.patch.object(WrappedTorchNorm, "__new__", make):
         yield
+
+
+class ZeroCentredNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 more than its weight."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return zero_centred_norm(hidden, self.weight, self.eps)
 
 
 class LatentAttention(DotProductAttention):

@@ -188,9 +188,16 @@ def linear_input(module: nn.Module, hidden: Tensor) -> Tensor:
     """
     if not hasattr(module, "layer_norm_weight"):
         return hidden
-    if module.normalization != "RMSNorm" or module.zero_centered_gamma:
+    if module.normalization != "RMSNorm":
         raise ExportError(f"calibration of a fused {module.normalization} is not supported; only RMSNorm is")
+    if module.zero_centered_gamma:
+        return zero_centred_norm(hidden, module.layer_norm_weight, module.eps)
     return torch.rms_norm(hidden, hidden.shape[-1:], module.layer_norm_weight, module.eps)
+
+
+def zero_centred_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm that multiplies by 1 more than `weight`, in float32: bfloat16 has no numbers between 1 and 1 + 2^-7."""
+    return torch.rms_norm(hidden.float(), hidden.shape[-1:], 1 + weight.float(), eps).type_as(hidden)
 
 
 def _unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:

@@ -100,6 +100,13 @@ def stacked(block: str, table: Table, woven: bool = False) -> Table:
     return made
 
 
+def zero_centred(table: Table) -> Table:
+    """The same table if all norms multiply by 1 more than their weights say; TransformerConfig calls it
+    `layernorm_zero_centered_gamma`.
+    """
+    return {name: replace(rule, zero_centred="norm" in name) for name, rule in table.items()}
+
+
 def below(prefix: str, table: Table) -> Table:
     """The same table for a model inside another one, where HF names begin with `prefix`."""
     return {

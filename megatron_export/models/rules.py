@@ -13,7 +13,7 @@ class Rule:
 
     `hf` is the HF tensor name, with {l} for the layer, {e} for the expert and {part} for the layout's part, or the word for it in
     `words`. `copy` is the HF name of the copy in each layer of MTP; `stack` that of the tensor in which HF keeps all experts of a
-    layer, their parts `woven` or not.
+    layer, their parts `woven` or not. A `zero_centred` norm multiplies by 1 more than its weight says.
     """
 
     hf: str
@@ -22,6 +22,7 @@ class Rule:
     copy: str | None = None
     stack: str | None = None
     woven: bool = False
+    zero_centred: bool = False
 
 
 Table = dict[str, Rule]  # canonical Megatron name -> rule

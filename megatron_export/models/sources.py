@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 
 from ..common.errors import report
 from ..common.piece import Axis
@@ -70,6 +71,16 @@ class Source:
         elif self.cut and not (self.either and shape == self.shape):
             return self.layout.rows(rows, index, count, shape[0]), columns
         return (slice(0, rows),), columns
+
+    def scaled(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Some rows of a part with what each multiplies by times its factor, in float32."""
+        factors = factors if values.dim() == 1 else factors.unsqueeze(1)
+        return (1 + values.float()) * factors - 1 if self.rule.zero_centred else values.float() * factors
+
+    def factors(self, scaled: Tensor, values: Tensor) -> Tensor:
+        """What `scaled` made of a vector's values, for each; NaN where it cannot be known."""
+        scaled, values = (1 + scaled, 1 + values) if self.rule.zero_centred else (scaled, values)
+        return torch.where(values == 0, torch.nan, scaled / values)
 
     def copies(self) -> set[str]:
         """The HF names of its copies."""

@@ -108,7 +108,7 @@ class Item:
         for part, tensor in self.source.layout.split(shard, index, len(self.ranks)).items():
             smoothed = self._smooth_columns(tensor.to(dtype), index, vectors)
             if part in dict(self.smoothed.rows):
-                smoothed = _times(smoothed, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
+                smoothed = self.source.scaled(smoothed, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
             parts[names[part]] = _plain(smoothed, dtype)
         return parts
 
@@ -132,7 +132,7 @@ class Item:
         layout, rows = self.source.layout, self.source.shape[0]
         factors = layout.split(torch.ones(rows, device=tensor.device), 0, 1)
         factors |= {part: self._row_factors(part, vectors) for part, _ in self.smoothed.rows}
-        return _times(tensor, self._mine(layout.join(factors, rows), index, Axis.OUT))
+        return self.source.scaled(tensor, self._mine(layout.join(factors, rows), index, Axis.OUT))
 
     def _row_factors(self, part: str, vectors: dict[str, Tensor]) -> Tensor:
         vector = vectors[dict(self.smoothed.rows)[part]]
@@ -243,11 +243,6 @@ class Item:
             scales = self.kv.encode(SCALAR, SCALAR)
             encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
         return tuple(encoded)
-
-
-def _times(tensor: Tensor, factors: Tensor) -> Tensor:
-    """A matrix or vector with each row times its factor, in float32."""
-    return tensor.float() * (factors if tensor.dim() == 1 else factors.unsqueeze(1))
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:

@@ -3,7 +3,8 @@
 AWQ divides weights by vectors that norms or other weights take over. The vectors are read off the checkpoint:
 
     pre_quant_scale      is the vector, where it is written
-    a norm took it over  exported norm / original norm, both bfloat16; columns where the original is 0 are not compared
+    a norm took it over  exported norm / original norm, both bfloat16, and 1 more of zero-centred ones; columns where the original
+                         multiplies by 0 are not compared
     v or up took it over row by row, the factor that brings the reference nearest to what is decoded (least squares);
                          o_proj or down_proj, divided by the same vector, shows whether the length of these rows was right
 
@@ -117,7 +118,7 @@ class Sides:
         """Some rows of the original, smoothed as the checkpoint is."""
         made, factors = self._divided(item, part, rows), self.factors(item, part)
         if factors is not None:
-            made = made * (factors[rows] if made.dim() == 1 else factors[rows].unsqueeze(1))
+            made = item.source.scaled(made, factors[rows])
         return made.to(item.source.dtype).float()
 
     def _divided(self, item: Item, part: str, rows: slice) -> Tensor:
@@ -162,7 +163,7 @@ class Sides:
         for rows in self.strips(item, part):
             mine, theirs = self.decoded(item, part, rows), self._divided(item, part, rows)
             if mine.dim() == 1:
-                found.append(torch.where(theirs == 0, torch.nan, mine / theirs))
+                found.append(item.source.factors(mine, theirs))
                 continue
             theirs = theirs.nan_to_num(0)
             length = theirs.square().sum(1)
