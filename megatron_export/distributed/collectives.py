@@ -100,8 +100,8 @@ def spread(here: Topology, mine: dict[str, Tensor], experts: bool = False) -> di
     return dict(sorted(found.items()))
 
 
-def maximum(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Element-wise maximum over a group, of any shape and dtype; `values` is overwritten if it is contiguous."""
+def maximum(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Element-wise maximum over a group (None: all ranks), of any shape and dtype; `values` is overwritten if it is contiguous."""
     values = values.contiguous()
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values

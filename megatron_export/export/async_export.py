@@ -26,6 +26,7 @@ from ..common.text import readable
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
+from ..hf.model import is_transformers
 from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
@@ -166,6 +167,10 @@ def export_hf_checkpoint_async(
         stack.push(claims[0].leave)  # the process that writes has it then
 
     claims: list[Claim] = []  # of rank 0
+    if is_transformers(model):
+        raise ExportError(
+            "transformers models are exported by export_hf_checkpoint, which waits until they are written"
+        )
     with world_of(model, request.timeout) as here, ExitStack() as stack:
         opening = open_model(here, model, hf_model, request, calibration, target, check)
         work, identity = surveyed(here, opening)

@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from ..calibration.lookup import Statistics
 from ..calibration.modelopt.inherited import inherited_from_model
-from ..common.errors import report
+from ..checkpoint.original import Original, read_original
+from ..checkpoint.torch_dist import MegatronCheckpoint
+from ..common.errors import ExportError, report
 from ..common.shards import Shards
 from ..distributed.topology import Topology
 from ..mcore import parallel_state
 from ..mcore.addons import quantizers_of
 from ..mcore.config_check import contradictions
 from ..mcore.lora_merge import adapted
-from ..mcore.model import Model, finish_gathering, shards_of, weights_of
+from ..mcore.model import Model, chunks_of, finish_gathering, shards_of, weights_of
 from ..models import is_mtp, settings_of, unscaled_rope_settings
 from ..planning.plan import Held
 from ..planning.request import Request
@@ -27,6 +30,22 @@ from .origins import Settled
 def world(model: object, timeout: float) -> AbstractContextManager[Topology]:
     """The ranks of Megatron's parallel state, whatever the model."""
     return parallel_state.current(timeout)
+
+
+def original(
+    model: Model | MegatronCheckpoint, hf_model: str | Path | None, tokenizer: object, mtp: str, into: Path | None
+) -> Original:
+    """The HF model that the user names, or that Megatron-Bridge made the model of; `ExportError` where there is none."""
+    if tokenizer is not None:
+        raise ExportError("tokenizer is for transformers models. Of a Megatron model, hf_model has it")
+    if hf_model is None and not isinstance(model, MegatronCheckpoint):
+        hf_model = vars(chunks_of(model)[0].config).get("hf_model_id")  # of Megatron-Bridge
+    if hf_model is None:
+        raise ExportError(
+            "hf_model is missing, and the model does not say which HF model it is. Give the folder or hub id of the one with its "
+            "config and tokenizer"
+        )
+    return read_original(hf_model, mtp, weights=False, own=False)
 
 
 @dataclass(frozen=True)

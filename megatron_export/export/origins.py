@@ -6,6 +6,7 @@ A live model's origin stands in a module of its kind, which is imported where su
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from ..calibration.lookup import Statistics
 from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint
+from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
 from ..common.errors import ExportError
 from ..common.optional import part
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
+from ..hf.model import is_transformers
+from ..hf.original import Tokenizer
 from ..planning.plan import Held, assumed
 from ..planning.request import Request
 
@@ -63,9 +67,20 @@ def world_of(model: Model | MegatronCheckpoint, timeout: float) -> AbstractConte
     return _of_kind(model).world(model, timeout)
 
 
+def original_of(
+    model: Model | MegatronCheckpoint,
+    hf_model: str | Path | None,
+    tokenizer: Tokenizer | str | Path | None,
+    mtp: str,
+    into: Path | None,
+) -> Original:
+    """Config and tokenizer of what the user gave; those of a transformers model are put into the folder `into`, if there is one."""
+    return _of_kind(model).original(model, hf_model, tokenizer, mtp, into)
+
+
 def _of_kind(model: Model | MegatronCheckpoint) -> ModuleType:
-    """What is known of live models of this kind: a module with their origin, `Live(model)`, and with `world(model, timeout)`."""
-    return part("export.megatron_model")
+    """What is known of live models of this kind: a module with their origin, `Live(model)`, `world` and `original`."""
+    return part("export.transformers_model" if is_transformers(model) else "export.megatron_model")
 
 
 @dataclass(frozen=True)

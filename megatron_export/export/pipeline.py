@@ -7,12 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from ..checkpoint.hf_weights import SourceWeights
 from ..checkpoint.torch_dist import MegatronCheckpoint
+from ..common.errors import ExportError
 from ..common.options import takes_options
 from ..common.progress import Progress, quiet
 from ..distributed import collectives
@@ -31,7 +33,7 @@ from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
 from ..writing.writer import CheckpointWriter
 from .encode_stream import Stream, Work
-from .origins import Model, Statistics, world_of
+from .origins import Model, Statistics, Tokenizer, world_of
 from .prepare import Opening, open_model, surveyed
 
 Finish = Callable[[Path], None]
@@ -78,35 +80,50 @@ def export_hf_checkpoint(
     model: Model | MegatronCheckpoint,
     export_dir: str | Path,
     *,
-    hf_model: str | Path,
+    hf_model: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     calibration: Statistics | None = None,
+    dtype: torch.dtype | None = None,
+    save_modelopt_state: bool = False,
     provenance: dict | None = None,
     notes: dict | None = None,
     finish: Finish = lambda folder: None,
     progress: Progress = quiet,
     **options: Any,
 ) -> Report:
-    """Write a live Megatron-Core model as a unified HuggingFace checkpoint; the model is left exactly as it was.
+    """Write a live Megatron-Core or transformers model as a unified HuggingFace checkpoint; the model is left exactly as it was.
 
     model        this rank's `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or
                  not; quantized as the bfloat16 of its weights. Or a `MegatronCheckpoint`: no model is built, each rank reads the
-                 shards that it exports, one after the other, and all of them twice
+                 shards that it exports, one after the other, and all of them twice. Or a transformers model, plain or quantized
+                 by ModelOpt, in one process or the same on all ranks
     export_dir   the folder to write; what is there already is replaced with `overwrite` alone
     hf_model     folder or hub id of the original HF model: config and tokenizer, and the tensors that Megatron's model
-                 does not have (the parts of Llama 4 that see); its other weights are not read
+                 does not have (the parts of Llama 4 that see); its other weights are not read. A transformers model has its own
+                 config, and the tokenizer of the folder that it was loaded from
+    tokenizer    of a transformers model: a tokenizer of transformers, or the folder of one
     calibration  what `calibrate` returned; every format but bf16 and fp8_pb needs it, and every KV cache. A model that
                  ModelOpt quantized has its own
     provenance   what the manifest says of where model and statistics came from, as JSON has it
     notes        what the manifest says besides, which another run may say otherwise
+    dtype        of what is not quantized: torch.bfloat16, or None for the same
+    save_modelopt_state  must be False: nothing but the checkpoint is written
     finish       is called on rank 0 with the folder when all is in it but its final name; what it raises stops the export
     Collective: every rank of the world calls it with the same arguments. `ExportError` on every rank, with the same
     message, when it cannot be done; then nothing was published and `export_dir` is as it was.
     """
     clock = Clock()
     request = requested(options)
+    if dtype not in (None, torch.bfloat16):
+        raise ExportError(f"dtype {dtype}: what is not quantized is written in bfloat16. Leave dtype out")
+    if save_modelopt_state:
+        raise ExportError(
+            "save_modelopt_state must be False: engines do not read that state. Save it with mto.save of ModelOpt"
+        )
     target = Path(export_dir).resolve()
-    with world_of(model, request.timeout) as here:
-        opening = open_model(here, model, hf_model, request, calibration, target)
+    with world_of(model, request.timeout) as here, ExitStack() as stack:
+        named = {"tokenizer": tokenizer, "beside": stack.enter_context(TemporaryDirectory())}
+        opening = open_model(here, model, hf_model, request, calibration, target, **named)
         clock.end("plan")
         return exported(here, opening, target, clock, provenance, notes, finish, progress)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..calibration.lookup import check_calibration
-from ..checkpoint.original import Original, read_original
+from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..distributed import collectives
@@ -21,7 +21,7 @@ from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
 from ..writing.target import check_apart, check_target, trial, try_in_trial
 from .encode_stream import Work
-from .origins import Model, Origin, Statistics, live, origin_of
+from .origins import Model, Origin, Statistics, Tokenizer, live, origin_of, original_of
 from .weight_amax import survey
 
 Check = Callable[[Plan, Original], Any]
@@ -49,19 +49,25 @@ class Opening:
 def open_model(
     here: Topology,
     model: Model | MegatronCheckpoint,
-    hf_model: str | Path,
+    hf_model: str | Path | None,
     request: Request,
     statistics: Statistics | None,
     export_dir: Path | None = None,
     check: Check = lambda plan, original: None,
+    tokenizer: Tokenizer | str | Path | None = None,
+    beside: str | Path | None = None,
 ) -> Opening:
-    """Open the export of a live model, or of a checkpoint without a model. Collective."""
+    """Open the export of a live model, or of a checkpoint without a model. Collective.
+
+    beside  a folder to put into, on rank 0, what a transformers model says of itself
+    """
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
         if request.effective_bits is not None and not statistics:
             raise ExportError("effective_bits needs calibration: pass what calibrate(..., sensitivities=...) returned")
-        original = read_original(hf_model, request.mtp, weights=False, own=False)
+        into = Path(beside) if beside and here.first else None
+        original = original_of(model, hf_model, tokenizer, request.mtp, into)
     return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
 
 

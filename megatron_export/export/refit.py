@@ -24,7 +24,7 @@ NO_FOLDER = ("overwrite", "resume", "sync", "target", "writers")  # options that
 def plan_hf_tensors(
     model: Model,
     *,
-    hf_model: str | Path,
+    hf_model: str | Path | None = None,
     calibration: Statistics | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     **options: Any,

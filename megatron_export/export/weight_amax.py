@@ -11,7 +11,6 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
-from ..models import is_expert
 from ..models.statistic_names import weight_key
 from ..planning.parameter import Item
 from ..planning.plan import Plan
@@ -43,30 +42,21 @@ def _agreed(
     here: Topology, plan: Plan, mine: list[Item], values: Tensor, calibration: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The maxima of whole weights, and of those that engines fuse, from those of this rank's shards; clipped."""
+    number = {item.source.canonical: n for n, item in enumerate(plan.items)}
+    everyones = torch.zeros(len(plan.items), device=here.device)
+    everyones[[number[item.source.canonical] for item in mine]] = values
+    agreed = collectives.maximum(everyones, None)  # over all ranks: shards, and fused linears, may be anywhere
     amaxes = {}
-    for expert in (False, True):  # whose shards are on other ranks
-        cut = [n for n, i in enumerate(mine) if i.form and i.source.cut and is_expert(i.source.canonical) is expert]
-        agreed = collectives.maximum(values[cut], here.cut(expert).group)
-        amaxes |= {mine[number].source.canonical: amax for number, amax in zip(cut, agreed, strict=True)}
-    for item, amax in zip(mine, values, strict=True):
+    for item, amax in zip(plan.items, agreed, strict=True):
         if not item.form:
             continue
         name, smoothed = item.source.canonical, item.smoothed
-        amaxes.setdefault(name, amax)  # of one that is not cut
         given = calibration.get(weight_key(name.removesuffix(".weight")))
         if given is not None and not smoothed.rows:  # which change the weight that it was measured on
-            amaxes[name] = given.to(here.device)
-        if smoothed.ratio:
-            amaxes[name] = amaxes[name] * calibration[smoothed.ratio].to(here.device)
+            amax = given.to(here.device)
+        amaxes[name] = amax * calibration[smoothed.ratio].to(here.device) if smoothed.ratio else amax
     for fused in plan.fused:
-        if present := [amaxes[name] for name in fused if name in amaxes]:
-            amaxes |= dict.fromkeys(fused, torch.stack(present).amax())
-    # experts with one scale are on several ranks, all of which have some of each of their stage's layers
-    pooled = [fused for fused in plan.fused if is_expert(fused[0]) and fused[0] in amaxes]
-    if pooled:
-        agreed = collectives.maximum(torch.stack([amaxes[fused[0]] for fused in pooled]), here.dispatch.group)
-        for fused, amax in zip(pooled, agreed, strict=True):
-            amaxes |= dict.fromkeys(fused, amax)
+        amaxes |= dict.fromkeys(fused, torch.stack([amaxes[name] for name in fused]).amax())
     return amaxes
 
 
@@ -75,7 +65,7 @@ def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, T
     if item.smoothed.vectors:
         parts = item.split(shard, index, measured(item, calibration, here.device)).values()
         return torch.stack([_amax(part.data) for part in parts]).amax()
-    return _amax(_real(item, shard, index))
+    return _amax(item.source.layout.real(shard, index, len(item.ranks)))
 
 
 def _amax(values: Tensor) -> Tensor:
@@ -86,16 +76,13 @@ def _amax(values: Tensor) -> Tensor:
     return torch.maximum(-low, high).to(torch.bfloat16).float()
 
 
-def _real(item: Item, shard: Tensor, index: int) -> Tensor:
-    """A shard without the rows that pad a vocabulary."""
-    return next(iter(item.source.layout.split(shard, index, len(item.ranks)).values())) if item.source.padded else shard
-
-
 def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
     source, index = item.source, item.ranks.index(here.rank)
     cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
     rows = tuple(range(cut.start, cut.stop) for cut in cuts)
-    return checksum(_real(item, shard, index).to(source.dtype), rows, columns[0].start if columns else 0)
+    return checksum(
+        source.layout.real(shard, index, len(item.ranks)).to(source.dtype), rows, columns[0].start if columns else 0
+    )
 
 
 def _digest(everyones: list[dict[str, int]] | None) -> str:

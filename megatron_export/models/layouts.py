@@ -1,6 +1,8 @@
 """How one Megatron tensor is cut into HF tensors, and joined again. Pure functions; every layout is invertible."""
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -33,10 +35,20 @@ class Layout(Protocol):
         """Whether a shard of so many rows holds whole parts, so that it can be split by itself."""
         return True
 
+    def real(self, shard: Tensor, index: int, count: int) -> Tensor:
+        """A shard without rows that pad it."""
+        return shard
+
 
 def even_cut(size: int, index: int, count: int) -> slice:
     """What shard `index` of `count` equal cuts holds of an axis of `size`."""
     return slice(index * size // count, (index + 1) * size // count)
+
+
+def chunk(size: int, index: int, count: int) -> slice:
+    """What chunk `index` of `count` has of an axis of `size`, as `torch.chunk` cuts it: all are as long, but for the last."""
+    step = -(-size // count)
+    return slice(min(index * step, size), min((index + 1) * step, size))
 
 
 def stacked(parts: list[Tensor], woven: bool) -> Tensor:
@@ -76,8 +88,7 @@ class Vocab(Layout):
         return dict.fromkeys(self.parts, shard[: real.stop - real.start])
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
-        real = parts[""]
-        return torch.nn.functional.pad(real, (0, 0) * (real.dim() - 1) + (0, rows - real.shape[0]))
+        return pad_rows(parts[""], rows)
 
     def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
         start = min(index * shard_rows, self.vocab)
@@ -85,6 +96,9 @@ class Vocab(Layout):
 
     def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
         return (self.source(self.vocab, index, count, shard_rows),)
+
+    def real(self, shard: Tensor, index: int, count: int) -> Tensor:
+        return self.split(shard, index, count)[self.parts[0]]
 
 
 @dataclass(frozen=True)
@@ -135,3 +149,72 @@ class QKV(Layout):
         """One value per row of all queries, each replaced by the mean over the queries of its group."""
         groups = values.view(-1, self.queries_per_group, self.head_dim)
         return groups.mean(dim=1, keepdim=True).expand_as(groups).reshape(-1)
+
+
+@dataclass(frozen=True)
+class ByPart(Layout):
+    """The parts of a whole of `size` rows one after the other, each cut by itself into chunks of rows, as FSDP2 and the DTensors of
+    tensor parallelism cut HF's tensors. A shard has a chunk of every part; a chunk that is shorter is padded.
+
+    whole  how Megatron's tensor is made of the parts
+    """
+
+    whole: Layout
+    size: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.whole.parts
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        found, start = {}, 0
+        for part, size in _part_sizes(self.whole, self.size).items():
+            own = chunk(size, index, count)
+            found[part] = shard[start : start + own.stop - own.start]
+            start += -(-size // count)
+        return found
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        return torch.cat([parts[part] for part in self.parts])
+
+    def shard_rows(self, count: int) -> int:
+        """The rows of each of `count` shards."""
+        return sum(-(-size // count) for size in _part_sizes(self.whole, self.size).values())
+
+    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
+        return chunk(part_rows, index, count)
+
+    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
+        return _runs(self.whole, self.size, index, count)
+
+    def real(self, shard: Tensor, index: int, count: int) -> Tensor:
+        return torch.cat(list(self.split(shard, index, count).values()))
+
+    @property
+    def queries_per_group(self) -> int:
+        """Of q, k and v."""
+        return self.whole.queries_per_group
+
+    def first_queries(self, values: Tensor) -> Tensor:
+        """From one value per row of all queries, those of each group's first query."""
+        return self.whole.first_queries(values)
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor with zeros behind it, so that it has so many rows."""
+    return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - tensor.shape[0]))
+
+
+@cache
+def _part_sizes(whole: Layout, size: int) -> dict[str, int]:
+    """Part -> its rows, of a whole of `size` rows."""
+    return {part: len(rows) for part, rows in whole.split(torch.empty(size, device="meta"), 0, 1).items()}
+
+
+@cache
+def _runs(whole: Layout, size: int, index: int, count: int) -> tuple[slice, ...]:
+    """Which rows of a whole chunk `index` of each of its parts has, in the order of the parts."""
+    numbers = [rows[chunk(len(rows), index, count)] for rows in whole.split(torch.arange(size), 0, 1).values()]
+    held = torch.cat(numbers)
+    ends = [*(torch.nonzero(held.diff() != 1).flatten() + 1).tolist(), len(held)]
+    return tuple(slice(int(held[a]), int(held[b - 1]) + 1) for a, b in pairwise([0, *ends]) if b > a)

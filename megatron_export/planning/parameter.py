@@ -140,7 +140,11 @@ class Item:
 
     def _mine(self, whole: Tensor, index: int, axis: Axis) -> Tensor:
         """What shard `index` holds of a tensor whose first dim follows `axis`."""
-        return whole[even_cut(whole.shape[0], index, len(self.ranks))] if self.source.cut is axis else whole
+        if self.source.cut is not axis:
+            return whole
+        size, count = whole.shape[0], len(self.ranks)
+        along_rows = axis is Axis.OUT and self.splits
+        return whole[self.source.layout.source(size, index, count, 0) if along_rows else even_cut(size, index, count)]
 
     def encode(
         self, parts: dict[str, Piece], index: int, weight_amax: Tensor | None, measured: Measured

@@ -15,6 +15,7 @@ from ..common.piece import Axis
 from ..common.text import parse_size
 from ..formats import Form, KvForm, groups_of
 from ..models import Source, makes_keys, parameters_of
+from ..models.layouts import ByPart
 from .awq_folding import smoothing
 from .exclusions import modules, settle
 from .mxfp4_casts import cast_remarks, casts
@@ -42,13 +43,15 @@ class Held:
     """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and the shape of a shard.
 
     `odd` says what is wrong if the shards differ, `kind` the class of tensors that are read through their own `dequantize`; else
-    they are "".
+    they are "". `by_part`: its HF parts are cut one by one along `cut`, and not as Megatron cuts it.
     """
 
     ranks: tuple[int, ...]
     shape: tuple[int, ...]
     odd: str = ""
     kind: str = ""
+    by_part: bool = False
+    cut: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,12 @@ def _straddles(item: Item) -> bool:
 
 
 def _as_held(source: Source, held: Held | None) -> Source:
-    """A parameter as this model holds it: some layer specs hold whole what others cut."""
+    """A parameter as this model holds it: cut by part, or whole where some layer specs cut it."""
+    if held and held.by_part:
+        layout = source.layout
+        if held.cut is Axis.OUT and not source.padded:  # which a padded vocabulary has chunks in
+            layout = ByPart(layout, source.shape[0])
+        return replace(source, cut=held.cut, either=False, layout=layout)
     return replace(source, cut=None) if held and source.either and held.shape == source.shape else source
 
 
@@ -248,6 +256,8 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
         if source.cut:
             whole[1 if source.cut is Axis.IN else 0] *= count
         if source.padded and whole[0] >= source.shape[0]:
+            whole[0] = source.shape[0]
+        if isinstance(source.layout, ByPart) and shard.shape[0] == source.layout.shard_rows(count):
             whole[0] = source.shape[0]
         if tuple(whole) != source.shape:
             has = f"{name} is {tuple(shard.shape)} on each of {count} ranks"

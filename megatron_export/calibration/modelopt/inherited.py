@@ -44,17 +44,17 @@ def inherited_from_model(
         inherited = inherited_in(kinds)
         if inherited is None:
             return request.plain(), given
-        report(_contradictions(config, inherited, request, given))
+        report(contradictions(config, inherited, request, given))
         weights = weights_of()
         blocks = blocks_in(quantizers)
-        report(_stale(name for name, (amax, size) in blocks.items() if _differs(weights[name], amax, size)))
+        report(stale(name for name, (amax, size) in blocks.items() if blocks_differ(weights[name], amax, size)))
         scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
     statistics: dict[str, Tensor] = {}
     for theirs in everyone(here, scalars):
         for name, value in theirs.items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
     statistics |= _agreed_vectors(here, vectors, inherited)
-    return _inherited(config, inherited, request), statistics
+    return settled(config, inherited, request), statistics
 
 
 def inherited_from_checkpoint(
@@ -65,7 +65,7 @@ def inherited_from_checkpoint(
     inherited = inherited_in(kinds_of(quantizers))
     if inherited is None:
         return request.plain(), given
-    report(_contradictions(config, inherited, request, given))
+    report(contradictions(config, inherited, request, given))
     if checkpoint.adapted:
         raise ExportError(
             f"{checkpoint.folder} has LoRA adapters and ModelOpt's quantizers, which were calibrated without them. Merge the "
@@ -81,7 +81,7 @@ def inherited_from_checkpoint(
         elif not torch.equal(statistics.setdefault(key, vector), vector):
             odd.append(f"{module}: its pre_quant_scale is not that of all that read the same input")
     report(odd)
-    return _inherited(config, inherited, request), statistics
+    return settled(config, inherited, request), statistics
 
 
 def _quantizers(checkpoint: MegatronCheckpoint, request: Request) -> Quantizers:
@@ -101,12 +101,12 @@ def check_blocks(here: Topology, checkpoint: MegatronCheckpoint, request: Reques
 
     def differs(name: str) -> bool:
         amax, size = found[name]
-        return any(_differs(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
+        return any(blocks_differ(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
 
-    report(_stale(filter(differs, names)))
+    report(stale(filter(differs, names)))
 
 
-def _inherited(config: dict, inherited: Inherited, request: Request) -> Request:
+def settled(config: dict, inherited: Inherited, request: Request) -> Request:
     """The request with what a model's quantizers mean."""
     options = replace(request.options, group_size=inherited.group_size)
     if any("awq_output" in FORMATS[name].OPTIONS for name in inherited.forms):
@@ -130,7 +130,7 @@ def _inherited(config: dict, inherited: Inherited, request: Request) -> Request:
     ).settled(Recipe(inherited.format, tuple(lines)))
 
 
-def _contradictions(config: dict, inherited: Inherited, request: Request, given: Statistics | None) -> list[str]:
+def contradictions(config: dict, inherited: Inherited, request: Request, given: Statistics | None) -> list[str]:
     """Where the user wants something else than the model's quantizers do."""
     problems = [
         f"{field} is {wanted!r}, but ModelOpt quantized this model to {has!r}. Leave it out, or disable the quantizers"
@@ -160,7 +160,7 @@ def _contradictions(config: dict, inherited: Inherited, request: Request, given:
     return problems
 
 
-def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
+def blocks_differ(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
     """Whether a weight's blocks have other amaxes than these: clipped ones, or of a model trained since.
 
     What is written is quantized with the amaxes of the weights' own blocks, so they must be the same.
@@ -172,7 +172,7 @@ def _differs(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
     return own.shape != amax.shape or not torch.equal(own, amax)
 
 
-def _stale(linears: Iterable[str]) -> list[str]:
+def stale(linears: Iterable[str]) -> list[str]:
     found = list(linears)
     return [
         f"{first} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "

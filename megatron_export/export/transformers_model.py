@@ -1,0 +1,76 @@
+"""A live transformers model as an export sees it, and its ranks: imported where one is given."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..calibration.lookup import Statistics
+from ..calibration.modelopt.inherited_hf import inherited_from_transformers, smoothed_anew
+from ..checkpoint.original import Original
+from ..common.errors import ExportError
+from ..distributed import world as worlds
+from ..distributed.collectives import together
+from ..distributed.topology import Topology
+from ..hf.model import device_of
+from ..hf.original import Tokenizer, original_of
+from ..hf.view import View
+from ..planning.plan import Held
+from ..planning.request import Request
+
+Settled = tuple[Request, Statistics | None]
+
+
+def world(model: nn.Module, timeout: float) -> AbstractContextManager[Topology]:
+    """The ranks of torch.distributed, or this process alone."""
+    return worlds.plain(timeout, device_of(model))
+
+
+@dataclass(frozen=True)
+class Live:
+    """A transformers model, plain or with ModelOpt's quantizers."""
+
+    model: nn.Module
+    _seen: list[View] = field(default_factory=list)
+
+    def view(self, config: dict) -> View:
+        """What there is of the model; made once, as an export is of one config."""
+        if not self._seen:
+            self._seen.append(View(self.model, config))
+        return self._seen[0]
+
+    def check(self, here: Topology, config: dict, request: Request) -> None:
+        if request.merge_lora:
+            raise ExportError("merge_lora is for Megatron models. Merge adapters with merge_and_unload() of PEFT")
+        self.view(config).check(here.device)
+
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
+        view = self.view(config)
+        with together(here, "read the model's quantizers"):
+            weights = view.parameters(here, {}).piece
+            return inherited_from_transformers(config, view.tables, weights, request, given)
+
+    def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
+        parameters = self.view(config).parameters(here, {})
+        return {name: parameters.held(name) for name in parameters.homes}
+
+    def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
+        view = self.view(config)
+        return view.parameters(here, smoothed_anew(config, view.tables) if request.smoothed else {})
+
+    def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
+        parameters = self.view(config).parameters(here, {})
+        return {name: parameters.held(name).shape for name in parameters}
+
+
+def original(
+    model: nn.Module,
+    hf_model: str | Path | None,
+    tokenizer: Tokenizer | str | Path | None,
+    mtp: str,
+    into: Path | None,
+) -> Original:
+    """What is beside the weights of a model, put into the folder `into`, if there is one."""
+    return original_of(model, hf_model, tokenizer, mtp, into)

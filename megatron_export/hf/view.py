@@ -1,0 +1,60 @@
+"""A transformers model as an export sees it: its tensors, where each HF tensor is among them, and its quantizers."""
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import ExportError, report
+from ..distributed.topology import Topology
+from ..models import head_of, parameters_of, shape_of
+from .compressed import coded, uncompressed
+from .model import bare, tensors_of
+from .names import places_in, spare_names
+from .offloaded import fetchers_of
+from .quantizers import Quantizers, by_part, quantizers_of
+from .tensors import Live, Parameters
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class View:
+    """What there is of a model; nothing is copied, and no number is read.
+
+    sources  canonical name -> parameter, of config.json's model
+    live     the tensors by their names in memory
+    places   HF tensor name -> where it is among them
+    tables   the quantizers of the first, second and third layout part of each canonical module
+    """
+
+    def __init__(self, model: nn.Module, config: dict) -> None:
+        model = bare(model)
+        self.config, self.sources = config, parameters_of(config)
+        quantizers = quantizers_of(model)
+        self.live = Live(tensors_of(model), fetchers_of(model))
+        for name, tensor in self.live.held.items():
+            owner = f"{name.removesuffix('.weight')}.weight_quantizer"
+            if (found := coded(name, tensor, quantizers.get(owner, {}))) is not None:
+                self.live.codes[name] = found
+                quantizers[owner] = uncompressed(quantizers[owner], found)
+        self.places = places_in(config, self.live.held)
+        self.tables: list[Quantizers] = by_part(config, quantizers, self.places)
+
+    def check(self, device: torch.device) -> None:
+        """`ExportError` for tensors that are no part of the architecture, or that a rank on `device` cannot read."""
+        spare = spare_names(self.config, self.live.held, self.places)
+        said = (
+            "the model has a tensor {} that its config does not call for (and {} more). Give a model of its class alone"
+        )
+        report([said.format(name, len(spare) - 1) for name in spare[:1]])
+        self.live.check(device)
+        head = head_of(self.config)
+        if shape_of(self.config).tied and head in self.live.held:
+            embedding = self.live.read(self.places[self.sources[_EMBEDDING].rule.hf].name)
+            if not torch.equal(self.live.read(head), embedding):
+                raise ExportError(
+                    f"{head} is not equal to the embedding, to which the model's config ties it. Tie them with tie_weights(), or "
+                    "set config.tie_word_embeddings to False"
+                )
+
+    def parameters(self, here: Topology, smoothed: dict[str, tuple[Tensor, Tensor]]) -> Parameters:
+        """A rank's shards of the parameters by canonical name, some of them smoothed anew."""
+        return Parameters(self.sources, self.places, self.live, (here.rank, here.device), smoothed)

@@ -1,0 +1,73 @@
+"""The same weights and statistics from a transformers model and from a Megatron model: the same checkpoint, byte for byte."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export.formats import FORMATS
+from megatron_export.mcore.build import build_model
+from megatron_export.mcore.load_hf import load_hf_weights
+from megatron_export.mcore.parallel_state import current, started
+
+from ..support.live import batches, refusal
+from ..support.live_hf import assert_untouched, loaded, state_of, traces_of
+from ..support.models import LENGTH, contents, make_model, read_json
+from ..support.ranks import Ranks
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}  # which groups of 128 divide
+EXPERTS = WIDE | {"moe_intermediate_size": 128}
+MODELS = {
+    "llama31": WIDE,
+    "qwen2": WIDE | {"tie_word_embeddings": True},
+    "qwen3_moe": EXPERTS,
+    "mixtral": WIDE,
+    "deepseek_v3": EXPERTS | {"q_lora_rank": 128, "kv_lora_rank": 128, "num_nextn_predict_layers": 0},
+    "glm4_moe": EXPERTS,
+    "gpt_oss": WIDE,
+    "llama4": WIDE | {"intermediate_size": 128, "intermediate_size_mlp": 256},
+}
+NONE = ("bf16", "fp8_pb", "fp8_pc_pt", "mxfp8", "w4a16_nvfp4", "mxfp4")  # which measure nothing
+CACHES = ("llama31", "qwen2", "qwen3_moe", "mixtral", "glm4_moe")
+
+
+def by_both_routes(name: str, source: Path, folder: Path) -> dict[str, tuple[str, str]]:
+    """In a rank: export a model in every format by both routes; returns what each refused, by format."""
+    refused = {}
+    with started(1, 1, "cpu"):
+        with current() as here:
+            config = read_json(source / "config.json")
+            megatron = build_model(config, here, max_sequence_length=LENGTH)
+            load_hf_weights(megatron, source, config, here)
+        smoothed = [form for form in ("int4_awq", "nvfp4_awq") if not refusal_of(megatron, source, folder, form)]
+        found = calibrate(megatron, batches(source), format=tuple(smoothed) or "fp8")
+        model = loaded(source, name)
+        state, traces = state_of(model), traces_of(model)
+        for form in FORMATS:
+            options = {"format": form, "calibration": None if form in NONE else found}
+            options |= {"kv_cache": "fp8", "calibration": found} if name in CACHES and form == "nvfp4" else {}
+            refused[form] = tuple(
+                refusal(export_hf_checkpoint, one, folder / route / form, **options, **where)
+                for route, one, where in (("megatron", megatron, {"hf_model": source}), ("transformers", model, {}))
+            )
+        assert_untouched(model, state, traces)
+    return refused
+
+
+def refusal_of(megatron: object, source: Path, folder: Path, form: str) -> str:
+    """Why a format of AWQ is not for a model, apart from lacking statistics; "" if it is."""
+    said = refusal(export_hf_checkpoint, megatron, folder / "never", hf_model=source, format=form)
+    return "" if "needs calibration" in said else said
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_routes_write_the_same_checkpoint_in_every_format(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    source = make_model(tmp_path, name, **MODELS[name])
+    (refused,) = ranks.call(1, by_both_routes, name, source, tmp_path / "out", seconds=400)
+    assert [form for form, (one, other) in refused.items() if one != other] == []
+    made = [form for form, (one, _) in refused.items() if not one]
+    assert {"bf16", "fp8" if name != "gpt_oss" else "mxfp4"} <= set(made)
+    for form in made:
+        left, right = (contents(tmp_path / "out" / route / form) for route in ("megatron", "transformers"))
+        assert sorted(left) == sorted(right)
+        assert [file for file in left if left[file] != right[file]] == []

@@ -1,0 +1,108 @@
+"""Transformers models whose tensors are cut over ranks, by FSDP2 or by tensor parallelism: the bytes of the whole model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from megatron_export import export_hf_checkpoint
+from megatron_export.models.statistic_names import hf_keys
+
+from ..support.live import refusal
+from ..support.live_hf import loaded
+from ..support.models import assert_same, make_model, read_json, tensors
+from ..support.ranks import Ranks
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+ODD = {"hidden_size": 80, "intermediate_size": 144, "num_hidden_layers": 1, "vocab_size": 333, "num_attention_heads": 5,
+       "num_key_value_heads": 5, "head_dim": 16}  # fmt: skip
+MODELS = {name: WIDE for name in ("llama31", "qwen3", "qwen3_moe", "mixtral")}
+MODELS |= {
+    "qwen2": ODD,
+    "qwen3": WIDE | {"tie_word_embeddings": False},
+    "deepseek_v3": WIDE | {"num_nextn_predict_layers": 0},
+}
+FORMATS = ("fp8", "nvfp4", "fp8_pb", "mxfp8", "bf16")
+
+
+def made_up(source: Path) -> dict[str, Tensor]:
+    """Statistics as calibration would find, but for their values."""
+    keys = [key for key in hf_keys(read_json(source / "config.json")) if key.endswith("amax")]
+    return {key: torch.tensor(1.0 + number % 7) for number, key in enumerate(keys)}
+
+
+def by_fsdp(source: Path, name: str) -> nn.Module:
+    """In a rank: its part of a model that FSDP2 cut."""
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), loaded(source, name)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def by_tensor_parallelism(source: Path, name: str) -> nn.Module:
+    """In a rank: its part of a model that transformers cut by its own plan, as `tp_plan="auto"` does."""
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    model, world = loaded(source, name), dist.get_world_size()
+    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_plan="auto", tp_size=world))
+    return apply_tensor_parallelism(model, init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), plan)
+
+
+def by_experts(source: Path, name: str) -> nn.Module:
+    """In a rank: a model of which it has some experts of each layer, and all else whole."""
+    model, mesh = loaded(source, name), init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        for leaf, weight in list(module._parameters.items()):
+            if leaf in ("gate_up_proj", "down_proj") and weight is not None:
+                module._parameters[leaf] = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+    return model
+
+
+def export_all(source: Path, folder: Path, name: str, shard: Callable[[Path, str], nn.Module]) -> dict[str, str]:
+    """In a rank: export a model that is cut in every format; returns refusals."""
+    dist.init_process_group("gloo")
+    try:
+        model, statistics = shard(source, name), made_up(source)
+        before = {
+            key: tensor.to_local().clone() for key, tensor in model.state_dict().items() if hasattr(tensor, "to_local")
+        }
+        refused = {
+            form: refusal(
+                export_hf_checkpoint, model, folder / form, format=form, calibration=statistics, writers="all"
+            )
+            for form in FORMATS
+        }
+        after = {key: tensor.to_local() for key, tensor in model.state_dict().items() if hasattr(tensor, "to_local")}
+        assert len(before) >= 2
+        assert_same(before, after)
+        return refused
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("shard", "name"),
+    [(shard, name) for shard in (by_fsdp, by_tensor_parallelism) for name in MODELS]
+    + [(by_experts, name) for name in ("qwen3_moe", "mixtral")],
+)
+def test_a_model_that_is_cut_has_the_bytes_of_the_whole_one(
+    shard: Callable, name: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    source = make_model(tmp_path, name, **MODELS[name])
+    refused = ranks.call(2, export_all, source, tmp_path / "cut", name, shard)
+    whole, statistics = loaded(source, name), made_up(source)
+    for form in FORMATS:
+        said = refusal(export_hf_checkpoint, whole, tmp_path / form, format=form, calibration=statistics)
+        assert [one[form] for one in refused] == [said, said]
+        if not said:
+            assert_same(tensors(tmp_path / "cut" / form), tensors(tmp_path / form))
+            cut, alone = (read_json(out / "export_manifest.json") for out in (tmp_path / "cut" / form, tmp_path / form))
+            assert cut["identity"] == alone["identity"]
