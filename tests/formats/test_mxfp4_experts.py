@@ -5,18 +5,20 @@ import torch
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from megatron_export.common.piece import Amax
 from megatron_export.formats import PUBLISHED, chosen, encode
 from megatron_export.models.layouts import stacked
 
 from ..support.models import same
 from ..support.quantized_sources import random_blocks
 
-FORM = PUBLISHED["mxfp4"]
+FORM, AMAX = PUBLISHED["mxfp4"], Amax(torch.ones(()), torch.ones(()))  # which no MXFP4 looks at
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def on_disk(parts: list[Tensor]) -> dict[str, Tensor]:
     """What one expert has of each tensor, from parts whose rows take turns."""
-    made = [encode(FORM, part.bfloat16(), None) for part in parts]
+    made = [encode(FORM, part.bfloat16(), AMAX) for part in parts]
     rows = {suffix: stacked([one[suffix].data for one in made], woven=True) for suffix in made[0]}
     return {FORM.stack.name("", suffix): FORM.stack.slice(data, suffix) for suffix, data in rows.items()}
 
@@ -43,7 +45,7 @@ def test_both_zeros_are_kept() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :4] = torch.tensor([4.0, 0.0, -0.0, -4.0])
     assert on_disk([weight])["_blocks"][0, 0, :3].tolist() == [0x06, 0xE8, 0x00]
-    assert encode(chosen("mxfp4"), weight.bfloat16(), None)["weight"].data[0, :3].tolist() == [
+    assert encode(chosen("mxfp4"), weight.bfloat16(), AMAX)["weight"].data[0, :3].tolist() == [
         0x86,
         0xE8,
         0x88,
@@ -63,20 +65,17 @@ def test_of_several_encodings_the_one_with_the_least_scale_is_written(
     codes: list[int], power: int, instead: list[int], lower: int
 ) -> None:
     values = torch.zeros(1, 32)
-    values[0, : len(codes)] = torch.tensor([FORM_VALUES[code] * 2.0**power for code in codes])
+    values[0, : len(codes)] = torch.tensor([VALUES[code] * 2.0**power for code in codes])
     found = on_disk([values])
     held = [code for byte in found["_blocks"].flatten().tolist() for code in (byte & 15, byte >> 4)]
     assert held[: len(codes)] == instead
     assert found["_scales"].tolist() == [[lower + 127]]
-    assert torch.equal(FORM.decode(encode(FORM, values.bfloat16(), None)), values)
-
-
-FORM_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    assert torch.equal(FORM.decode(encode(FORM, values.bfloat16(), AMAX)), values)
 
 
 def test_other_weights_are_rounded_as_mxfp4_rounds() -> None:
     weight = torch.randn(32, 128).bfloat16()
-    mine, theirs = (encode(form, weight, None) for form in (FORM, chosen("mxfp4")))
+    mine, theirs = (encode(form, weight, AMAX) for form in (FORM, chosen("mxfp4")))
     assert same(mine["weight_scale"].data, theirs["weight_scale"].data)
     assert torch.equal(FORM.decode(mine), chosen("mxfp4").decode(theirs))
     assert torch.equal(FORM.requantize(weight.float(), mine), FORM.decode(mine))
