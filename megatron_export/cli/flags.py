@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import Field
@@ -12,6 +13,7 @@ from typing import IO, Any, NoReturn, get_args, get_origin
 from ..common.options import Option, flag_of, options_of, told_by
 from ..common.text import clean
 from ..distributed import last_words
+from . import terminal
 from .config import ExportConfig, configured
 
 Say = Callable[..., None]
@@ -42,7 +44,10 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:
-        super()._print_message(clean(message), file)
+        file = file or sys.stderr
+        with terminal.heard():  # argparse's own passes over a closed pipe
+            file.write(clean(message or ""))
+            file.flush()
 
 
 def first() -> bool:

@@ -10,9 +10,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from operator import length_hint
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ..common.text import clean
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+CLOSED = 141  # the exit status that a shell has for what SIGPIPE ended
 EVERY = 30  # seconds between the lines of a stage in a log file
 PLACE = 16  # columns of a row's name
 
@@ -32,9 +34,27 @@ def cleaned(say: Callable[..., None]) -> Callable[..., None]:
     """`say`, of which nothing reaches a terminal that steers it."""
 
     def said(*words: object, **settings: Any) -> None:
-        say(*(word if isinstance(word, Drawn) else clean(str(word)) for word in words), **settings)
+        with heard():
+            say(*(word if isinstance(word, Drawn) else clean(str(word)) for word in words), **settings)
 
     return said
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Where something is printed: if what reads it has closed the pipe, the process ends, as SIGPIPE ends others."""
+    try:
+        yield
+    except BrokenPipeError:
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """Without a word; what is left in buffers goes nowhere, or Python would speak of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)
+    raise SystemExit(CLOSED)
 
 
 class _Record(logging.LogRecord):
@@ -100,6 +120,7 @@ def bar(stage: str, steps: Iterable) -> Iterator:
     from rich.console import Console
 
     console = Console(stderr=True)
+    console.on_broken_pipe = _leave
     if not pretty(sys.stderr):
         yield from _told(console, stage, steps)
         return
