@@ -57,7 +57,7 @@ class Sensitivities(Observer):
         self.here, self.forms, self.statistics = here, forms, statistics
         self.layouts, self.held_whole = layouts, held_whole
         self.tokens, self.repeats = tokens, repeats
-        keys = {sensitivity_key(name, form.name) for name in layouts for form in forms}
+        keys = {sensitivity_key(name, form.measured_as) for name in layouts for form in forms}
         self.sums = dict.fromkeys(keys, torch.zeros((), dtype=torch.float64, device=here.device))
 
     def gradient(self, name: str, weight: Tensor, inputs: Tensor, gradient: Tensor) -> None:
@@ -82,7 +82,7 @@ class Sensitivities(Observer):
             slopes = (gradient * change).sum(dim=1)  # [tokens], of this rank's outputs or inputs
             slopes = total(slopes, cut.group) if axis else slopes
             square = slopes.square().sum(dtype=torch.float64)
-            key = sensitivity_key(name, form.name)
+            key = sensitivity_key(name, form.measured_as)
             self.sums[key] = self.sums[key] + (square if is_expert(name) else square.float().double())
 
     def _rounded(

@@ -1,5 +1,6 @@
 """What a format is to the rest of the program: one value that says all of itself, and what is read off its encoder."""
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,6 +154,7 @@ class Form:
     no_experts    why no model with experts is written in it, and what to do instead, as sentences; "" where one is
     smoothing     how AWQ prepares its weights; None for not at all
     input_scale   what every `input_scale` is, where the request says so; None for that of the measured inputs
+    scales        how the scales of its blocks are chosen, where that is an option of it
     """
 
     name: str
@@ -171,6 +173,15 @@ class Form:
     no_experts: str
     smoothing: Smoothing | None
     input_scale: float | None = None
+    scales: str = "max"
+
+    @property
+    def measured_as(self) -> str:
+        """Its name with the options that change what it costs, for the names of statistics: `nvfp4_mse`; a given `input_scale` as
+        the bits of a float32.
+        """
+        given = "" if self.input_scale is None else f"_input_{struct.pack('>f', self.input_scale).hex()}"
+        return self.name + ("" if self.scales == "max" else f"_{self.scales}") + given
 
     @property
     def algorithm(self) -> str | None:

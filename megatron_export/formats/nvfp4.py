@@ -222,4 +222,4 @@ def form(options: Options) -> Form:
 @cache
 def with_scales(form: Form, scales: str) -> Form:
     """A format that is encoded as `encode` does, with scales of another choice; itself for the default."""
-    return form if scales == "max" else replace(form, encode=partial(form.encode, scales=scales))
+    return form if scales == "max" else replace(form, encode=partial(form.encode, scales=scales), scales=scales)

@@ -67,7 +67,7 @@ ratio_key = _of_search("clip_ratio")
 
 
 def sensitivity_key(linear: str, format: str) -> str:
-    """What a format costs in a linear; the experts of a layer have one."""
+    """What a format costs in a linear; the experts of a layer have one. `format` is the name with its options (`measured_as`)."""
     return f"{pooled(linear)}.sensitivity.{format}"
 
 

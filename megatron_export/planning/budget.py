@@ -53,7 +53,8 @@ def budgeted(config: dict, request: Request, statistics: dict[str, Tensor] | Non
             f"--effective-bits {request.effective_bits:g} cannot be met: with --from {request.candidates} this model takes "
             f"{8 * least / elements:.3f} to {8 * most / elements:.3f} bits per weight. Give a number between, or other formats"
         )
-    costs = [_costs(group, statistics) for group in groups] if statistics else [{} for _ in groups]
+    forms = candidates(request) if statistics else {}
+    costs = [_costs(group, forms, statistics) if statistics else {} for group in groups]
     choices = [
         [(size, costs[n].get(format, 0.0)) for format, size in group.sizes.items()] for n, group in enumerate(groups)
     ]
@@ -153,15 +154,19 @@ def _group(sources: list[Source], named: list[dict[str, Form]]) -> Group:
     )
 
 
-def _costs(group: Group, statistics: dict[str, Tensor]) -> dict[str, float]:
+def _costs(group: Group, forms: dict[str, Form], statistics: dict[str, Tensor]) -> dict[str, float]:
     """What each format of a group costs, nats per token; of experts, of all together."""
     costs = {}
     for format in group.sizes if len(group.sizes) > 1 else ():
-        keys = dict.fromkeys(sensitivity_key(name, format) for name in group.linears) if format != PLAIN else {}
+        asked = forms[format].measured_as
+        keys = dict.fromkeys(sensitivity_key(name, asked) for name in group.linears) if format != PLAIN else {}
         if lacking := [key for key in keys if key not in statistics]:
+            prefix = lacking[0].removesuffix(asked)
+            known = sorted(key.removeprefix(prefix) for key in statistics if key.startswith(prefix + format))
+            others = f" It was measured with other options, as {' and '.join(known)}." if known else ""
             raise ExportError(
-                f"the calibration has no {lacking[0]}, which --effective-bits chooses by. Calibrate with --effective-bits and "
-                f"{format} in --from (in the library, calibrate(..., sensitivities=...))"
+                f"the calibration has no {lacking[0]}, which --effective-bits chooses by.{others} Calibrate with --effective-bits, "
+                f"{format} in --from and the same options (in the library, calibrate(..., sensitivities=...))"
             )
         costs[format] = sum(float(statistics[key]) for key in keys)
         if not 0 <= costs[format] < inf:

@@ -164,7 +164,39 @@ def test_a_width_that_a_format_cannot_cut_is_given_to_another() -> None:
 
 def test_an_option_of_a_format_that_was_not_chosen_is_no_mistake() -> None:
     request = Request(effective_bits=16.0, options=Options(nvfp4_scales="mse")).plain()
-    assert list(budgeted(CONFIG, request, sensitivities(CONFIG)).forms()) == ["bf16"]
+    found = {key.replace("nvfp4", "nvfp4_mse"): cost for key, cost in sensitivities(CONFIG).items()}
+    assert list(budgeted(CONFIG, request, found).forms()) == ["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "nvfp4", "fp8"),
+    [
+        ({"options": Options(nvfp4_scales="mse")}, "nvfp4_mse", "fp8"),
+        ({"input_scale": 0.5}, "nvfp4_input_3f000000", "fp8_input_3f000000"),
+        (
+            {"options": Options(nvfp4_scales="four_over_six"), "input_scale": 1.0},
+            "nvfp4_four_over_six_input_3f800000",
+            "fp8_input_3f800000",
+        ),
+    ],
+)
+def test_costs_count_for_the_options_that_they_were_measured_with(asked: dict, nvfp4: str, fp8: str) -> None:
+    request, found = Request(effective_bits=6.0, **asked).plain(), sensitivities(CONFIG)
+    first = "decoder.layers.0.mlp.linear_fc1.sensitivity"
+    said = refusal(budgeted, CONFIG, request, found)
+    assert said.startswith(
+        f"the calibration has no {first}.{nvfp4}, which --effective-bits chooses by. It was measured with "
+    )
+    assert "measured with other options, as nvfp4. Calibrate" in said
+    own = {
+        key.removesuffix("nvfp4").removesuffix("fp8") + (nvfp4 if key.endswith("nvfp4") else fp8): v
+        for key, v in found.items()
+    }
+    globs = [
+        [(line.glob, line.format) for line in budgeted(CONFIG, one, costs).recipe_lines]
+        for one, costs in ((request, own), (Request(effective_bits=6.0).plain(), found))
+    ]
+    assert globs[0] == globs[1]
 
 
 # Refusals.
