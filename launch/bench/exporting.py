@@ -28,7 +28,9 @@ from megatron_export.formats import FORMATS
 from . import measuring
 from .drawing import drawn
 from .measuring import Row, alone_or_torchrun, delete, held_from, peaks_of, read_rows, save, table, timed, write_rows
-from .shapes import SHAPES, config_of, fill, made_up, write_config
+from .shapes import SHAPES, build, config_of, made_up, write_config
+
+SOURCES = ("megatron", "transformers")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The flags of what is measured, and how often."""
     add_model(parser)
+    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="whose model it is; default: megatron")
     parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
     parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
 
@@ -110,9 +113,11 @@ def _show(flags: argparse.Namespace, rows: list[Row]) -> None:
 
 def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     """A row for each size, format and kind of sync. All is planned first, so that what does not fit is refused before any work."""
-    from megatron_export.mcore import build, parallel_state
+    from megatron_export.mcore import parallel_state
 
     alone_or_torchrun()
+    if flags.source != "megatron" and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ExportError("--source transformers is for one process")
     if flags.repeat < 1:
         raise ExportError(f"--repeat must be at least 1, not {flags.repeat}")
     rows = []
@@ -126,8 +131,7 @@ def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
                 config = cases[0].config
                 write_config(source, config)
                 with parallel_state.current() as here:
-                    model = build.build_model(config, here, max_sequence_length=None)
-                    fill(model, config, here)
+                    model = build(flags.source, config, here)
                 for case in cases:
                     rows += _rows(flags, case, model, source, here.device)
                 del model
@@ -193,7 +197,8 @@ def _rows(flags: argparse.Namespace, case: Case, model: Any, source: Path, devic
                 delete(beside)
         took = {"times": tuple(times), "saved": tuple(saved), "wire": sum(reports[0].wire), "gpu": gpu, "host": host}
         how = {"ranks": _ranks(flags), "writers": flags.writers, "fsync": sync}
-        rows.append(row_of("megatron_export", case, device, written=reports[0].plan.nbytes, **took, **how))
+        tool = "megatron_export" if flags.source == "megatron" else f"megatron_export, {flags.source}"
+        rows.append(row_of(tool, case, device, written=reports[0].plan.nbytes, **took, **how))
     return rows
 
 

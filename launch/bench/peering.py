@@ -4,7 +4,7 @@
 
 One process, TP=1, the same weights. Seconds are without calibration: our statistics are made up, ModelOpt has seen a few tokens.
 Neither side syncs what it wrote, and neither is warmed up. ModelOpt changes the model that it quantizes, so it comes second, and
-every format begins with a new model.
+every format begins with a new model. Of `--source transformers` ModelOpt's export leaves nothing, so it runs once.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from megatron_export.common.errors import ExportError
 
 from .exporting import Case, add_common, case_of, refuse, row_of
 from .measuring import Row, alone, delete, peaks_of, table, timed, write_rows
-from .shapes import config_of, fill, made_up, write_config
+from .shapes import build, config_of, made_up, write_config
 
 CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
 TOKENS = 64  # that ModelOpt's quantizers are shown
@@ -86,26 +86,23 @@ def _rows(
     out = flags.output.resolve() / "run"
     with parallel_state.current() as here:
         device = here.device
-        model = built(case.config, here, TOKENS)
+        model = build(flags.source, case.config, here, TOKENS)
     statistics = made_up(case.told.plan)
     ours = partial(export_hf_checkpoint, model, out, hf_model=source, format=case.format, calibration=statistics)
-    rows = [_row(flags, case, "megatron_export", partial(ours, sync=False), out, device)]
+    tool = "megatron_export" if flags.source == "megatron" else f"megatron_export, {flags.source}"
+    rows = [_row(flags, case, tool, partial(ours, sync=False), out, device)]
     shown = torch.arange(TOKENS)[None]
     with without_cuda(device), torch.no_grad():
         settings = getattr(quantization, CONFIGS[case.format])
+        if flags.source == "transformers":
+            quantization.quantize(model, settings, lambda model: model(shown.to(device)))
+            theirs = partial(peers.export_hf_checkpoint, model, export_dir=str(out))
+            rows.append(_row(flags, case, "ModelOpt, transformers", theirs, out, device, repeat=1))
+            return rows
         quantization.quantize(model, settings, lambda model: run_on(model, shown))
         theirs = partial(peers.export_mcore_gpt_to_hf, model, str(source), dtype=torch.bfloat16, export_dir=str(out))
         rows.append(_row(flags, case, "ModelOpt", theirs, out, device))
     return rows
-
-
-def built(config: dict, here: Any, tokens: int) -> Any:
-    """A model for so many tokens, with weights made from their names."""
-    from megatron_export.mcore import build
-
-    model = build.build_model(config, here, max_sequence_length=tokens)
-    fill(model, config, here)
-    return model
 
 
 def run_on(model: Any, ids: Tensor) -> None:
@@ -117,14 +114,20 @@ def run_on(model: Any, ids: Tensor) -> None:
 
 
 def _row(
-    flags: argparse.Namespace, case: Case, tool: str, work: Callable[[], object], out: Path, device: torch.device
+    flags: argparse.Namespace,
+    case: Case,
+    tool: str,
+    work: Callable[[], object],
+    out: Path,
+    device: torch.device,
+    repeat: int | None = None,
 ) -> Row:
     times: list[float] = []
     delete(out)  # of a run that was stopped
     gpu, host = peaks_of(lambda: times.append(timed(work)), device)
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     delete(out)
-    for _ in range(flags.repeat - 1):
+    for _ in range((repeat or flags.repeat) - 1):
         times.append(timed(work))
         delete(out)
     how = {"ranks": "1", "writers": "rank0", "fsync": False, "saved": (), "wire": 0}

@@ -20,8 +20,8 @@ from megatron_export.common.text import readable
 
 from .exporting import add_model
 from .measuring import alone, markdown, peaks_of, timed
-from .peering import built, modelopt, run_on
-from .shapes import config_of
+from .peering import modelopt, run_on
+from .shapes import build, config_of
 
 CONFIGS = {"int4_awq": "INT4_AWQ_CFG", "nvfp4_awq": "NVFP4_AWQ_LITE_CFG"}
 COLUMNS = ("tool", "seconds", "tokens/s", "GPU above the model")
@@ -56,7 +56,7 @@ def search(flags: argparse.Namespace) -> None:
     batches = tokens.split(flags.batch)
     with parallel_state.started(1, 1, flags.device):
         with parallel_state.current() as here:
-            model = built(config, here, flags.tokens)
+            model = build("megatron", config, here, flags.tokens)
         ours = partial(calibrate, model, batches, format=flags.format)
         rows = [_row("megatron_export", ours, tokens.numel(), here.device)]
         print(f"{rows[0]['tool']}: {rows[0]['seconds']:.1f} s", flush=True)  # whatever becomes of the other

@@ -112,6 +112,32 @@ def fill(model: nn.Module | list[nn.Module], config: dict, here: "Topology") -> 
         shard.copy_(shard_of(weights, sources[name], shard, here.cut(is_expert(name))))
 
 
+def build(source: str, config: dict, here: "Topology", tokens: int | None = None) -> nn.Module | list[nn.Module]:
+    """A model of Megatron-Core or of transformers (`source`) with the same weights; of Megatron for samples of so many tokens."""
+    if source == "transformers":
+        return _of_transformers(config, here)
+    from megatron_export.mcore import build as megatron
+
+    model = megatron.build_model(config, here, max_sequence_length=tokens)
+    fill(model, config, here)
+    return model
+
+
+def _of_transformers(config: dict, here: "Topology") -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.for_model(**config)
+    with torch.device(here.device):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
+    weights, tensors = MadeWeights(here.device), model.state_dict()
+    named = {name: (source, part) for source in parameters_of(config).values() for part, name in source.names().items()}
+    if odd := tensors.keys() ^ named.keys():
+        raise ExportError(f"--source transformers: {min(odd)} has another name there. Give a --shape without experts")
+    for name, (source, part) in named.items():
+        tensors[name].copy_(weights.read_part(source, part, (slice(None),)))
+    return model
+
+
 def made_up(plan: Plan) -> dict[str, Tensor]:
     """The statistics that a plan needs, all of them 1."""
     shapes: dict[str, tuple[int, ...]] = {}
