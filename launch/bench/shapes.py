@@ -129,7 +129,7 @@ def _of_transformers(config: dict, here: "Topology") -> nn.Module:
     settings = AutoConfig.for_model(**config)
     with torch.device(here.device):
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
-    weights, tensors = MadeWeights(here.device), model.state_dict()
+    weights, tensors = MadeWeights(here.device), {name: one.detach() for name, one in model.named_parameters()}
     named = {name: (source, part) for source in parameters_of(config).values() for part, name in source.names().items()}
     if odd := tensors.keys() ^ named.keys():
         raise ExportError(f"--source transformers: {min(odd)} has another name there. Give a --shape without experts")

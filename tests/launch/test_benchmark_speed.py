@@ -14,7 +14,6 @@ import pytest
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.mcore import parallel_state
-from megatron_export.mcore.build import build_model
 
 from ..support.command_line import python
 from ..support.models import EXAMPLE, contents, read_json
@@ -94,15 +93,14 @@ def test_known_shapes_have_the_parameters_that_their_publishers_count(shapes: Mo
         assert plan_of(config, format="bf16").source_nbytes == 2 * count
 
 
-def made(launch: Path, config: dict, source: Path, out: Path, tp: int, ep: int) -> None:
-    """In a rank: export a model that was made from names."""
+def made(launch: Path, kind: str, config: dict, source: Path, out: Path, tp: int, ep: int) -> None:
+    """In a rank: export a model of that kind that was made from names."""
     sys.path.insert(0, str(launch))
-    from bench.shapes import fill
+    from bench.shapes import build
 
     with parallel_state.started(tp, 1, "cpu", ep=ep):
         with parallel_state.current() as here:
-            model = build_model(config, here, max_sequence_length=None)
-            fill(model, config, here)
+            model = build(kind, config, here)
         export_hf_checkpoint(model, out, hf_model=source, format="bf16")
 
 
@@ -112,9 +110,19 @@ def test_weights_that_are_made_from_names_are_the_same_on_all_topologies(
 ) -> None:
     source = models[name]
     config = read_json(source / "config.json")
-    ranks.call(1, made, LAUNCH, config, source, tmp_path / "one", 1, 1)
-    ranks.call(2, made, LAUNCH, config, source, tmp_path / "two", tp, ep)
+    ranks.call(1, made, LAUNCH, "megatron", config, source, tmp_path / "one", 1, 1)
+    ranks.call(2, made, LAUNCH, "megatron", config, source, tmp_path / "two", tp, ep)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_model_of_transformers_that_is_made_from_names_is_that_of_megatron(
+    ranks: Ranks, models: dict[str, Path], tmp_path: Path
+) -> None:
+    source = models["llama32"]
+    config = read_json(source / "config.json")
+    for kind in ("megatron", "transformers"):
+        ranks.call(1, made, LAUNCH, kind, config, source, tmp_path / kind, 1, 1)
+    assert contents(tmp_path / "megatron") == contents(tmp_path / "transformers")
 
 
 def test_rows_that_were_not_written_by_json_are_refused(tmp_path: Path) -> None:
@@ -136,6 +144,9 @@ PEER = {
         from safetensors.torch import save_file
         def export_mcore_gpt_to_hf(model, pretrained, dtype, export_dir):
             assert (model.quantized, dtype, (Path(pretrained) / "config.json").is_file()) == ("fp8", torch.bfloat16, True)
+            export_hf_checkpoint(model, export_dir)
+        def export_hf_checkpoint(model, export_dir):
+            assert model.quantized == "fp8"
             Path(export_dir).mkdir()
             save_file({"a": torch.zeros(1000)}, Path(export_dir) / "model.safetensors")
     """,
@@ -151,12 +162,14 @@ def packages(folder: Path) -> Path:
     return folder
 
 
-def test_peer_measures_both_on_a_model_that_can_be_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "said"), [("megatron", ""), ("transformers", ", transformers")])
+def test_peer_measures_both_on_a_model_that_can_be_run(tmp_path: Path, source: str, said: str) -> None:
     out = tmp_path / "out"
-    done = run("peer", *SMALL, "--formats", "fp8", "--output", out, path=packages(tmp_path / "packages"))
+    flags = ("--formats", "fp8", "--source", source, "--output", out)
+    done = run("peer", *SMALL, *flags, path=packages(tmp_path / "packages"))
     assert done.returncode == 0, done.stderr
     ours, theirs = rows_of(done.stdout)
-    assert (ours["tool"], theirs["tool"], theirs["written"]) == ("megatron_export", "ModelOpt", "4.07 KB")
+    assert (ours["tool"], theirs["tool"], theirs["written"]) == (f"megatron_export{said}", f"ModelOpt{said}", "4.07 KB")
     assert float(ours["seconds"]) > 0
     assert list(out.iterdir()) == []
 
