@@ -59,14 +59,14 @@ def open_model(
 ) -> Opening:
     """Open the export of a live model, or of a checkpoint without a model. Collective.
 
-    beside  a folder to put into, on rank 0, what a transformers model says of itself
+    beside  a folder to put into, on ranks that write files, what a transformers model says of itself
     """
     with together(here, "read the model's shapes"):
         if request.mtp not in ("keep", "drop"):
             raise ExportError(f"mtp must be 'keep' or 'drop', not {request.mtp!r}")
         if request.effective_bits is not None and not statistics:
             raise ExportError("effective_bits needs calibration: pass what calibrate(..., sensitivities=...) returned")
-        into = Path(beside) if beside and here.first else None
+        into = Path(beside) if beside and (here.first or request.writers != "rank0") else None
         original = original_of(model, hf_model, tokenizer, request.mtp, into)
     return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
 

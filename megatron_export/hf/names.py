@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from ..models import Source, head_of, parameters_of, shape_of
+from ..models import Source, copied_prefixes, head_of, parameters_of, shape_of
 from ..models.sources import expected_shapes
 from ..models.stacked_names import Slice, stacked_names
 
@@ -34,4 +34,4 @@ def spare_names(config: dict, live: Iterable[str], places: Places) -> list[str]:
     """The tensors of a model that are no part of its architecture; not the output layer where the embedding is it."""
     used = {place.name for place in places.values()}
     tied = {head_of(config)} if shape_of(config).tied else set()
-    return [name for name in live if name not in used | tied]
+    return [name for name in live if name not in used | tied and not name.startswith(copied_prefixes(config))]

@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoint.hf_folder import files_to_copy, find_model, of_folder, tokenizer_remarks
 from ..checkpoint.original import Original
 from ..common.errors import ExportError
 from ..common.file_names import GENERATION_CONFIG
-from ..models import architecture_of, mtp_prefixes, settings_of, without_mtp
+from ..models import architecture_of, copied_prefixes, mtp_prefixes, settings_of, without_mtp
+from ..planning.tensor_spec import Output
 from .model import bare, class_of, tensors_of
+from .offloaded import fetchers_of
+from .tensors import Live
 
 
 class Tokenizer(Protocol):
@@ -40,6 +44,7 @@ def original_of(
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
     if into:
         _put(model, [one for one in (folder, tokenizer) if one is not None], into)
+    copied = _copied(model, copied_prefixes(config), into)
     prefixes = mtp_prefixes(config)
     if prefixes and not any(name.startswith(prefixes) for name in tensors_of(model)):
         remarks = ("the model has no layers that predict one more token, which its config means: they are left out",)
@@ -50,7 +55,7 @@ def original_of(
         remarks = (*remarks, "the model was given without a tokenizer, and engines want one. Give tokenizer=")
     elif into:
         remarks += tokenizer_remarks(into)
-    return Original(into or Path(), config, of_folder(into) if into else {}, (), dropped=dropped, remarks=remarks)
+    return Original(into or Path(), config, of_folder(into) if into else {}, copied, dropped=dropped, remarks=remarks)
 
 
 def config_of(model: nn.Module) -> dict:
@@ -60,6 +65,19 @@ def config_of(model: nn.Module) -> dict:
     found["architectures"] = [class_of(model)]
     architecture_of(found)
     return found
+
+
+def _copied(model: nn.Module, prefixes: tuple[str, ...], into: Path | None) -> tuple[Output, ...]:
+    """The tensors that are copied as they are, which have no place in Megatron's model; put into the folder too."""
+    live = Live(tensors_of(model), fetchers_of(model))
+    names = sorted(name for name in live.held if name.startswith(prefixes)) if prefixes else []
+    if cut := [name for name in names if live.spread(name)]:
+        raise ExportError(
+            f"{cut[0]} is cut over ranks, and such tensors are copied whole. Leave its module out of fully_shard"
+        )
+    if names and into:
+        save_file({name: live.read(name).contiguous() for name in names}, into / "model.safetensors")
+    return tuple(Output(name, live.held[name].dtype, tuple(live.held[name].shape)) for name in names)
 
 
 def _put(model: nn.Module, origins: list[Tokenizer | str | Path], into: Path) -> None:

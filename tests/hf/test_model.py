@@ -77,7 +77,7 @@ def test_a_tokenizer_is_an_object_or_a_folder_and_counts_before_the_models_own(m
 
 
 def test_a_plain_model_in_bf16_is_itself(models: dict, tmp_path: Path) -> None:
-    for name in ("qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4"):
+    for name in ("qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "llama4_vision"):
         model = loaded(models[name], name)
         state, traces = state_of(model), traces_of(model)
         export_hf_checkpoint(model, tmp_path / name, format="bf16")
