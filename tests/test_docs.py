@@ -104,7 +104,12 @@ EXPORTS = [one for one in RUN.values() if one.exports]
 def test_every_kind_of_command_is_shown_and_run() -> None:
     assert {one.name.split()[-1] for one in RUN.values()} == {"launch/export.py", *SUBCOMMANDS}
     assert {one.name for one in COMMANDS.values()} - {one.name for one in RUN.values()} == {
-        *("launch/benchmark.py", "launch/slurm.sh", "examples/export_from_training.py"),  # run by tests of their own
+        *(
+            "launch/benchmark.py",
+            "launch/slurm.sh",
+            "examples/export_from_training.py",
+            "examples/train_draft.py",
+        ),  # run by tests of their own
         *("tests/mutations.py", "pip", "pytest"),
     }
 

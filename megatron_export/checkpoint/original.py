@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.folder_kinds import has_weights
 from ..common.safe_files import shown
-from ..models import copied_prefixes, mtp_prefixes, parameters_of, settings_of, without_mtp
+from ..models import architecture_of, copied_prefixes, mtp_prefixes, parameters_of, settings_of, without_mtp
 from ..planning.tensor_spec import Output
 from .dialects import dialect_of
 from .hf_folder import files_of, find_model, of_folder, quantized_as, read_config, with_copied
@@ -55,6 +56,8 @@ def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: 
     folder = find_model(hf_model, weights=weights)
     read = own and has_weights(folder)
     config, remarks, dropped = read_config(folder, weights=read), (), ()
+    if architecture_of(config).draft:
+        raise ExportError(f"{folder} is a draft, which is exported from the model that it is trained in. Give its base")
     how = "" if read else quantized_as(folder, config)
     if not own and not how and config.get("quantization_config"):
         how = f"quant_method {shown(config['quantization_config'].get('quant_method'))}"

@@ -15,14 +15,30 @@ from torch import Tensor
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.safe_files import shown
-from ..models import Source, canonical, is_mtp, parameters_of, shape_of, without_additions
+from ..models import (
+    HEAD,
+    KINDS,
+    Source,
+    canonical,
+    canonical_in,
+    is_mtp,
+    of_linear,
+    parameters_of,
+    shape_of,
+    without_additions,
+)
 from ..models.lora import Adapter, merged, misfits
 from ..planning.plan import Held, assumed
 from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
+from .torch_dist_drafts import own_part
 from .torch_dist_keys import Home, entries, home, in_order, part_of, spans
 from .torch_dist_settings import contradictions_of, run_of
 from .torch_dist_storage import Storage
 
+_HEADS = (
+    "output_layer.weight",
+    "embedding.word_embeddings.weight",
+)  # where the output layer is: in the latter if they are tied
 _TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 
 
@@ -32,6 +48,8 @@ class MegatronCheckpoint:
     `config` is config.json's dict; if `mtp_dropped`, without the layers that predict one more token. With `merge_lora`, the LoRA
     adapters in this checkpoint, or in the checkpoint `adapters` that has nothing else, are merged into the weights that are read;
     without it, there may be none.
+
+    child  "" for the model itself; else the draft below that name, and `config` is its own
     """
 
     def __init__(
@@ -43,11 +61,13 @@ class MegatronCheckpoint:
         pp_layout: str | None = None,
         merge_lora: bool = False,
         adapters: Path | None = None,
+        child: str = "",
     ) -> None:
-        self.folder, self.config, self.pp_layout = folder, config, pp_layout
+        self.folder, self.config, self.pp_layout, self.child = folder, config, pp_layout, child
         self.sources = parameters_of(config)
         passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
-        self.storage = Storage(folder, passed_over)
+        self.every = Storage(folder, passed_over)
+        self.storage = own_part(self.every, child)
         shape = shape_of(config)
         self._experts, self._numbers = range(shape.experts), self._layers()
         self._beside = Storage(adapters, passed_over) if adapters else self.storage
@@ -56,7 +76,7 @@ class MegatronCheckpoint:
         self.adapted = bool(self._adapters)
         self._homes, problems = self._found()
         self._check_adapters(merge_lora)
-        for storage, run in runs.items():
+        for storage, run in runs.items() if not child else ():
             problems = contradictions_of(storage, run, config, mtp_dropped) + problems
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
@@ -69,6 +89,8 @@ class MegatronCheckpoint:
 
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
         """Where parameters would live in a model on a topology of these sizes: these ranks read them."""
+        if self.child:  # a draft needs no more than one stage
+            return assumed(self.config, sizes["tp"])
         rest = {name: sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, **rest)
 
@@ -81,7 +103,8 @@ class MegatronCheckpoint:
     @cached_property
     def quantizers(self) -> dict[str, dict[str, Any]]:
         """ModelOpt's quantizers: canonical name -> attributes (see `quantizers_in`)."""
-        return quantizers_in(self.storage, self._full, len(self._experts))
+        found = quantizers_in(self.storage, self._full, len(self._experts))
+        return {name: one for name, one in found.items() if of_linear(name)} if self.child else found
 
     def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
         """The shards of a weight as the ranks that saved it had them, each with the amaxes of its blocks."""
@@ -110,7 +133,8 @@ class MegatronCheckpoint:
         found: dict[str, dict[str, Home]] = {}
         strange, twice = [], []
         for key, tensor in self.storage.tensors.items():
-            if "_extra_state" in key or without_additions(key) is None:
+            unmapped = self.child and key == "d2t" and key not in self.sources  # of a draft that knows all tokens
+            if "_extra_state" in key or without_additions(key) is None or unmapped:
                 continue
             whole, part = part_of(key)
             for name, lead in entries(whole, tensor.shape):
@@ -122,6 +146,9 @@ class MegatronCheckpoint:
                 else:
                     found[full][part] = home(tensor, lead)
         homes = {name: in_order(parts) for name, parts in found.items()}
+        if self.child and HEAD in self.sources and HEAD not in homes:  # the draft computes with that of its base
+            shared = next((self.every.tensors[key] for key in _HEADS if key in self.every.tensors), None)
+            homes |= {HEAD: (home(shared, ()),)} if shared else {}
         lacking = [name for name in self.sources if name not in homes]
         problems, folder = [], self.folder
         if any(is_mtp(name, self.config) for name in lacking):
@@ -134,7 +161,8 @@ class MegatronCheckpoint:
     def _full(self, name: str) -> str:
         """The canonical name of `name` in a model alone on its rank; `name` itself if config.json means no such layer."""
         try:
-            return canonical(name, self._numbers, self._experts)
+            full = canonical(name, self._numbers, self._experts)
+            return canonical_in(KINDS[self.child], full) if self.child else full
         except IndexError:
             return name
 

@@ -41,14 +41,16 @@ class Storage:
         self._numbers: dict[Extent, Numbers] = {}
 
     def check(self, tensors: Iterable[Stored]) -> None:
-        """Raise `ExportError` unless these tensors are bfloat16, float16 or float32, in files that are there and long enough."""
+        """Raise `ExportError` unless these tensors are bfloat16, float16 or float32, in files that are there and long enough. A
+        vector of whole numbers may be there too: it numbers the tokens of a draft.
+        """
         tensors = list(tensors)
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in UNQUANTIZED.values())
         problems = [
             f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
             "quantized already? Give a checkpoint of the original model"
             for tensor in tensors
-            if tensor.dtype not in UNQUANTIZED.values()
+            if tensor.dtype not in UNQUANTIZED.values() and (tensor.dtype, len(tensor.shape)) != (torch.int64, 1)
         ]
         report(problems + self._missing(chunk.place for tensor in tensors for chunk in tensor.chunks))
 

@@ -24,6 +24,7 @@ _STORAGES = {  # what `data.pkl` calls the numbers of a tensor
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
     "ByteStorage": torch.uint8,
+    "LongStorage": torch.int64,
 }
 
 

@@ -118,7 +118,16 @@ def table(job: "Outcome") -> list[tuple[str, str]]:
         ("peak GPU memory", _peaks(report.peak_gpu) if any(report.peak_gpu) else "no GPU"),
         ("folder", str(report.folder)),
     ]
-    return rows + job.verdict
+    return rows + _draft(job) + job.verdict
+
+
+def _draft(job: "Outcome") -> list[tuple[str, str]]:
+    """The rows about the model's draft, if it has one."""
+    if job.draft is None:
+        return []
+    plan = job.draft.opening.plan
+    said = f"{plan.format}, {readable(plan.nbytes)} in {len(plan.files)} file(s)"
+    return [("draft", said), *([("draft folder", str(job.draft.folder))] if job.draft.folder else [])]
 
 
 def _dry(config: ExportConfig, job: "Outcome") -> list[tuple[str, str]]:
@@ -128,7 +137,7 @@ def _dry(config: ExportConfig, job: "Outcome") -> list[tuple[str, str]]:
     from .plan_command import preview_of, rows
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return rows(preview_of(config, job.plan, job.world, device, job.batch, job.remarks))
+    return rows(preview_of(config, job.plan, job.world, device, job.batch, job.remarks)) + _draft(job)
 
 
 def _experts(tokens: dict[str, "Tensor"]) -> str:

@@ -24,8 +24,9 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..distributed.world import enough_files
+from ..export.drafts import Draft, open_draft
 from ..export.origins import Model, Statistics, Stored, Unbuilt
-from ..export.pipeline import Clock, Report, exported
+from ..export.pipeline import Clock, Report, exported, with_draft
 from ..export.prepare import Opening, built, open_export
 from ..models import HEAD, check_computed
 from ..models.statistic_names import is_alpha, is_sensitivity, is_tokens, module_of
@@ -44,6 +45,7 @@ class Outcome:
 
     batch       of calibration data, where that is run
     samples     of it, in all
+    draft       of the model, if it has one
     report      None after a dry run
     bytes_read  of weights, by all ranks
     tokens      experts of a layer -> how many calibration tokens each was given, int64 [experts]
@@ -56,6 +58,7 @@ class Outcome:
     plan: Plan | None = None
     batch: MicroBatch | None = None
     samples: int = 0
+    draft: Draft | None = None
     report: Report | None = None
     bytes_read: int = 0
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -76,7 +79,7 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
     job = Outcome()
     megatron = part("cli.megatron_model")
     with enough_files(), megatron.world(config) as here:
-        opening, checkpoint = _opened(config, example_model, here, megatron.check)
+        opening, checkpoint, job.draft = _opened(config, example_model, here, megatron.check)
         opening, samples = _calibration(config, opening, example_model, here)
         job.world, job.plan = here.world, opening.plan
         if samples is not None:
@@ -104,7 +107,13 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         with job.stage("export"):
             said = inputs.provenance(config, original), _notes(job, known)
             finish = partial(_finish, job, config, original.folder, here, progress)
-            job.report = exported(here, opening, config.output.resolve(), Clock(), *said, finish, progress)
+            job.report = with_draft(
+                here,
+                exported(here, opening, config.output.resolve(), Clock(), *said, finish, progress),
+                job.draft,
+                said[0],
+                progress,
+            )
         if isinstance(opening.origin, Stored):
             job.bytes_read = sum(collectives.everyone(here, checkpoint.nbytes))
         if config.push_to_hub:
@@ -119,8 +128,8 @@ def _opened(
     example_model: Path,
     here: Topology,
     divides: Callable[[ExportConfig, dict, Topology], None],
-) -> tuple[Opening, MegatronCheckpoint | None]:
-    """The export that is asked for, and the Megatron checkpoint that its weights are in, if it is one. Collective."""
+) -> tuple[Opening, MegatronCheckpoint | None, Draft | None]:
+    """The export that is asked for; the Megatron checkpoint that its weights are in, if it is one; and its draft. Collective."""
     with together(here, "check the settings"):
         original = inputs.original_of(config, example_model)
         divides(config, original.config, here)
@@ -140,7 +149,8 @@ def _opened(
         apart=inputs.apart(config),
         check=check,
     )
-    return opening, checkpoint
+    place = config.output.resolve() if config.output else None
+    return opening, checkpoint, open_draft(here, opening, place, None, inputs.apart(config))
 
 
 def _calibration(

@@ -68,7 +68,7 @@ def unreadable(name: str, tensor: Tensor, device: torch.device) -> str:
         return f"{name} is on {tensor.device}, and this rank works on {device}. Move it there before the export"
     if why := "" if kind else shortage(tensor):
         return f"{name}: {why}. Let what has freed or offloaded it (FSDP, for example) bring it back before the export"
-    if not kind and tensor.dtype not in NUMBERS:
+    if not kind and tensor.dtype not in (*NUMBERS, torch.int64):  # the latter numbers tokens, in a draft
         return f"{name} is {tensor.dtype}: codes, whose scales are elsewhere. Export the model that they were made of"
     return ""
 

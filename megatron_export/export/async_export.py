@@ -38,12 +38,13 @@ from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
 from .async_writer import Handover
+from .drafts import refuse_draft
 from .encode_stream import Stream, Work
 from .origins import Model, Statistics, world_of
 from .prepare import open_model, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
-WAITED = ("resume", "target", "writers")  # options of an export that is waited for
+WAITED = ("resume", "target", "writers", "draft_format")  # options of an export that is waited for
 
 
 @dataclass
@@ -173,6 +174,7 @@ def export_hf_checkpoint_async(
         )
     with world_of(model, request.timeout) as here, ExitStack() as stack:
         opening = open_model(here, model, hf_model, request, calibration, target, check)
+        refuse_draft(here, opening)
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said()}
         place = Destination(

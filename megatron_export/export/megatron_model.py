@@ -10,21 +10,32 @@ from torch import Tensor
 
 from ..calibration.lookup import Statistics
 from ..calibration.modelopt.inherited import inherited_from_model
+from ..calibration.modelopt.quantizers import Quantizers
 from ..checkpoint.original import Original, read_original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
 from ..common.shards import Shards
+from ..distributed.collectives import everyone, together
 from ..distributed.topology import Topology
 from ..mcore import parallel_state
 from ..mcore.addons import quantizers_of
 from ..mcore.config_check import contradictions
+from ..mcore.drafts import MegatronDraft, draft_in
 from ..mcore.lora_merge import adapted
 from ..mcore.model import Model, chunks_of, finish_gathering, shards_of, weights_of
-from ..models import is_mtp, settings_of, unscaled_rope_settings
+from ..models import (
+    draft_config,
+    is_linear_weight,
+    is_mtp,
+    of_linear,
+    parameters_of,
+    settings_of,
+    unscaled_rope_settings,
+)
 from ..planning.plan import Held
 from ..planning.request import Request
 from . import transport
-from .origins import Settled
+from .origins import Beside, Settled
 
 
 def world(model: object, timeout: float) -> AbstractContextManager[Topology]:
@@ -72,8 +83,54 @@ class Live:
     def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
         return self.mine(here, config, request).shapes
 
+    def draft_beside(self, here: Topology, base: dict) -> Beside | None:
+        with together(here, "read the draft"):
+            mine = draft_in(self.model)
+            said = (mine.child, mine.settings()) if mine and mine.kind else None
+        found = next((one for one in everyone(here, said) if one), None)
+        with together(here, "read the draft"):
+            return Beside(found[0], draft_config(*found, base), LiveDraft(mine)) if found else None
+
     def mine(self, here: Topology, config: dict, request: Request) -> Shards:
         """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""
         dropped = request.mtp == "drop"
         mine = shards_of(self.model).named(lambda name: None if dropped and is_mtp(name, config) else name)
         return mine.readable(here.device)
+
+
+@dataclass(frozen=True)
+class LiveDraft:
+    """The draft of a Megatron-Core model, on ranks of the last pipeline stage; on others None."""
+
+    draft: MegatronDraft | None
+
+    def check(self, here: Topology, config: dict, request: Request) -> None:
+        self._mine(here, config)
+
+    def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
+        def quantizers() -> Quantizers:
+            found = quantizers_of([self.draft.module]) if self.draft else {}
+            return {name: one for name, one in found.items() if of_linear(name)}
+
+        def weights() -> Shards:
+            mine = self._mine(here, config)
+            return mine.named(lambda name: name.removesuffix(".weight") if is_linear_weight(name) else None)
+
+        return inherited_from_model(here, quantizers, weights, config, request, given)
+
+    def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
+        return transport.locate(here, self._mine(here, config))
+
+    def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
+        return self._mine(here, config)
+
+    def draft_beside(self, here: Topology, base: dict) -> None:
+        """A draft has none."""
+
+    def _mine(self, here: Topology, config: dict) -> Shards:
+        """Canonical name -> this rank's shard; without a map of tokens where the draft knows all of them."""
+        if self.draft is None:
+            return Shards({})
+        mapped = "d2t" in parameters_of(config)
+        found = self.draft.shards().named(lambda name: name if name != "d2t" or mapped else None)
+        return found.readable(here.device)

@@ -16,6 +16,7 @@ from ..calibration.lookup import Statistics
 from ..calibration.modelopt.inherited import check_blocks, inherited_from_checkpoint
 from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint, MegatronCheckpointShards
+from ..checkpoint.torch_dist_drafts import draft_beside
 from ..common.errors import ExportError
 from ..common.optional import part
 from ..distributed.collectives import together
@@ -43,6 +44,18 @@ class Origin(Protocol):
 
     def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
         """Canonical name -> this rank's shard, with LoRA adapters merged where that is asked for."""
+
+    def draft_beside(self, here: Topology, base: dict) -> "Beside | None":
+        """The draft that the model has beside itself, None without one; `base` is the model's config.json."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A draft beside a model: which child of the model it is, its config.json, and where its parameters come from."""
+
+    child: str
+    config: dict
+    origin: Origin
 
 
 class LiveOrigin(Origin, Protocol):
@@ -105,6 +118,14 @@ class Stored:
             check_blocks(here, self.checkpoint, request)
         return MegatronCheckpointShards(self.checkpoint, self.checkpoint.held(here.sizes), here.rank, here.device)
 
+    def draft_beside(self, here: Topology, base: dict) -> Beside | None:
+        with together(here, "read the draft"):
+            found = draft_beside(self.checkpoint.every, base)
+            if found is None or self.checkpoint.child:
+                return None
+            child, config = found
+            return Beside(child, config, Stored(MegatronCheckpoint(self.checkpoint.folder, config, child=child)))
+
 
 @dataclass(frozen=True)
 class Unbuilt:
@@ -122,3 +143,6 @@ class Unbuilt:
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
         sizes = {name: here.sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(config, here.sizes["tp"], here.sizes["etp"], pp_layout=self.pp_layout, **sizes)
+
+    def draft_beside(self, here: Topology, base: dict) -> Beside | None:
+        return None

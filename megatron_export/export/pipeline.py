@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from ..writing.publish import Destination, open_staging, publish
 from ..writing.read_back import ReadBack
 from ..writing.staging import Guest, Staging, tidy
 from ..writing.writer import CheckpointWriter
+from .drafts import Draft, open_draft
 from .encode_stream import Stream, Work
 from .origins import Model, Statistics, Tokenizer, world_of
 from .prepare import Opening, open_model, surveyed
@@ -42,7 +43,8 @@ Finish = Callable[[Path], None]
 @dataclass(frozen=True)
 class Report:
     """What an export did. Sizes in bytes; peaks are one number per rank, GPU peaks 0 on the CPU. `kept` counts the files
-    that an interrupted export had completed; `wire` is what each rank sent to others, `stages` how long each stage took.
+    that an interrupted export had completed; `wire` is what each rank sent to others, `stages` how long each stage took;
+    `draft` is what was done with the model's draft, if it has one.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class Report:
     kept: int = 0
     wire: tuple[int, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
+    draft: "Report | None" = None
 
 
 class Clock:
@@ -124,8 +127,10 @@ def export_hf_checkpoint(
     with world_of(model, request.timeout) as here, ExitStack() as stack:
         named = {"tokenizer": tokenizer, "beside": stack.enter_context(TemporaryDirectory())}
         opening = open_model(here, model, hf_model, request, calibration, target, **named)
+        draft = open_draft(here, opening, target, calibration)
         clock.end("plan")
-        return exported(here, opening, target, clock, provenance, notes, finish, progress)
+        report = exported(here, opening, target, clock, provenance, notes, finish, progress)
+        return with_draft(here, report, draft, provenance, progress)
 
 
 def exported(
@@ -142,7 +147,7 @@ def exported(
     work, identity = surveyed(here, opening)
     clock.end("survey")
     given = opening.request
-    said = {"settings": given.said(), **(notes or {})}
+    said = {"settings": manifest.names_in(given.said()), **(notes or {})}
     place = Destination(
         target,
         given.overwrite,
@@ -157,6 +162,21 @@ def exported(
     kept, sent = _write(here, work, place, clock, progress, finish)
     peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), sent)), strict=True)
     return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, kept, wire, clock.stages)
+
+
+def with_draft(
+    here: Topology, base: Report, draft: Draft | None, provenance: dict | None, progress: Progress
+) -> Report:
+    """Export the draft of a model that is published; the report of the model with that of its draft. Collective."""
+    if draft is None:
+        return base
+    try:
+        done = exported(here, draft.opening, draft.folder, Clock(), provenance, None, lambda folder: None, progress)
+    except ExportError as error:
+        if error.everywhere:
+            error.args = (f"{base.folder} is published, and its draft {draft.folder} is not: {error}",)
+        raise
+    return replace(base, draft=done)
 
 
 def _write(

@@ -17,7 +17,15 @@ from .encode_stream import Stream
 from .origins import Model, Statistics, world_of
 from .prepare import Opening, open_model, renewed, surveyed
 
-NO_FOLDER = ("overwrite", "resume", "sync", "target", "writers")  # options that a stream has no use for
+NO_FOLDER = (
+    "overwrite",
+    "resume",
+    "sync",
+    "target",
+    "writers",
+    "draft_output",
+    "draft_format",
+)  # options that a stream has no use for
 
 
 @takes_options(Request, NO_FOLDER)

@@ -64,6 +64,9 @@ class Live:
         parameters = self.view(config).parameters(here, {})
         return {name: parameters.held(name).shape for name in parameters}
 
+    def draft_beside(self, here: Topology, base: dict) -> None:
+        """Its drafts are refused with it."""
+
 
 def original(
     model: nn.Module,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..common.errors import ExportError
 from ..common.shards import Shards
 from ..common.storage import kind_of
-from ..models import HEAD, canonical, is_linear_weight, makes_keys, without_additions
+from ..models import HEAD, canonical, child_of, is_linear_weight, makes_keys, without_additions
 from ..models.layouts import QKV, Identity, Layout, Split
 
 Model = (
@@ -39,13 +39,13 @@ def finish_gathering(model: Model) -> None:
 def shards_of(model: Model) -> Shards:
     """Canonical name -> this rank's shard, the live tensor itself if it is plain, for every parameter and persistent buffer.
 
-    Adapters, quantizers and the copies of the embedding (`copies_of`) are left out.
+    Adapters, quantizers, drafts (drafts.py) and the copies of the embedding (`copies_of`) are left out.
     """
     shards: dict[str, Tensor] = {}
     for chunk in chunks_of(model):
         tied, copied = chunk.share_embeddings_and_output_weights, not chunk.pre_process
         copies = ["output_layer.weight"] * tied + ["embedding.word_embeddings.weight"] * copied
-        for full, tensor in _canonical_tensors(chunk):
+        for full, tensor in canonical_tensors(chunk):
             if full in copies:
                 continue
             if full in shards:
@@ -83,10 +83,12 @@ def linears_of(model: Model, head: bool = False) -> dict[str, nn.Module]:
 
 
 def canonical_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a chunk by canonical name, but for those in adapters and quantizers. An adapter comes before what it wraps."""
+    """The modules of a chunk by canonical name, but for those in adapters, quantizers and drafts. An adapter comes before what it
+    wraps.
+    """
     numbers, experts = _layer_numbers(chunk), local_experts_of(chunk)
     for name, module in chunk.named_modules():
-        if (plain := without_additions(name)) is not None:
+        if (plain := without_additions(name)) is not None and not child_of(plain):
             yield canonical(f"{plain}.weight", numbers, experts).removesuffix(".weight"), module
 
 
@@ -246,11 +248,11 @@ def layers_of(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     yield from zip(numbers["decoder"] + numbers["mtp"], [*chunk.decoder.layers, *inner], strict=True)
 
 
-def _canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of a chunk, without those of adapters and quantizers."""
+def canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of a chunk or a draft, without those of adapters, quantizers, and drafts in it."""
     numbers, experts = _layer_numbers(chunk), local_experts_of(chunk)
     for its_name, tensor in _all_tensors(chunk):
-        if (name := without_additions(its_name)) is None:
+        if (name := without_additions(its_name)) is None or child_of(name):
             continue
         prefix, _, leaf = name.rpartition(".")
         if prefix.endswith("mlp.experts") and leaf in _LEGACY:  # [hidden, experts * 2 ffn], [experts * ffn, hidden]

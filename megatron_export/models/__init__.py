@@ -3,6 +3,7 @@
 from .architecture import Architecture
 from .awq_mappings import feeders_of, other_readers_of, reads_heads, vector_home
 from .canonical_names import canonical, without_additions
+from .drafts import KINDS, Kind, canonical_in, child_of, draft_config, draft_kind, of_linear
 from .hf_config import architecture_of, shape_of
 from .megatron_parameters import HEAD, cut_of, is_expert, is_linear_weight, makes_keys, pooled
 from .registry import ARCHITECTURES, known
@@ -18,4 +19,4 @@ from .sources import (
     shared_tensors,
     without_mtp,
 )
-from .transformer_config import Rope, check_computed, rope_of, settings_of, unscaled_rope_settings
+from .transformer_config import Rope, check_computed, megatron_llama3, rope_of, settings_of, unscaled_rope_settings

@@ -21,6 +21,7 @@ class Architecture:
     copied      prefixes of HF tensors that Megatron's model does not have; they are copied from the original
     keys        key of config.json as hf_config.py reads it -> this architecture's own word for it
     shared      shared experts of a layer with experts, if no key of config.json says so
+    draft       whether it is a draft, which an engine serves beside the model that it was trained on
 
     What it computes:
 
@@ -38,6 +39,7 @@ class Architecture:
     unsmoothed  why `formats` lacks those that fold AWQ's vectors into linears
     stacked     whether quantized experts are written stacked as HF has them, in a format that can be; else one by one
     published   the format that its publisher has its experts in, in a dialect of that format's own; "" for none
+    spelled     HF module -> what lists of excluded modules call it, where engines do not have it under its HF name
     turned      whether engines reorder the rows of q and k, so that scales of rows would belong to other rows
     routing     config.json key -> value, which engines read and transformers leaves out when it saves a model
     on_disk     patterns and their replacements, in order, that turn names in transformers' modules into names on disk
@@ -48,6 +50,7 @@ class Architecture:
     copied: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     shared: int = 0
+    draft: bool = False
 
     settings: Settings = field(default_factory=dict)
     computed: Callable[[dict, ModelShape], Settings] = lambda config, shape: {}
@@ -58,6 +61,7 @@ class Architecture:
     unsmoothed: str = ""
     stacked: bool = False
     published: str = ""
+    spelled: Mapping[str, str] = field(default_factory=dict)
     turned: bool = False
     routing: Mapping[str, object] = field(default_factory=dict)
     on_disk: tuple[tuple[str, str], ...] = ()

@@ -93,7 +93,6 @@ def shape_of(config: dict) -> ModelShape:
         groups=groups,
         head_dim=config.get("head_dim") or hidden // heads,
         ffn=config.get("intermediate_size_mlp") or config["intermediate_size"],
-        vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         **_experts_of(config, table.shared if table else 0),
         mtp=config.get("num_nextn_predict_layers") or 0,
@@ -102,7 +101,20 @@ def shape_of(config: dict) -> ModelShape:
         nope_dim=config.get("qk_nope_head_dim") or 0,
         rope_dim=config.get("qk_rope_head_dim") or 0,
         v_dim=config.get("v_head_dim") or 0,
+        **_vocabulary_of(config, table is not None and table.draft),
     )
+
+
+def _vocabulary_of(config: dict, draft: bool) -> dict:
+    """The fields of `ModelShape` that are about tokens, and about what a draft reads of its base."""
+    if not draft:
+        return {"vocab": config["vocab_size"]}
+    said = config.get("eagle_config")
+    ids = said.get("eagle_aux_hidden_state_layer_ids") if isinstance(said, dict) else None
+    if not isinstance(ids, list) or not ids:
+        raise ExportError("config.json of a draft lacks eagle_config.eagle_aux_hidden_state_layer_ids")
+    known = config.get("draft_vocab_size") or config["vocab_size"]
+    return {"vocab": known, "base_vocab": config["vocab_size"], "read": len(ids)}
 
 
 def _experts_of(config: dict, shared: int) -> dict:

@@ -77,6 +77,19 @@ class Identity(Layout):
 
 
 @dataclass(frozen=True)
+class Copies(Layout):
+    """The same tensor, once for each part."""
+
+    parts: tuple[str, ...]
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        return dict.fromkeys(self.parts, shard)
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        return parts[self.parts[0]]
+
+
+@dataclass(frozen=True)
 class Vocab(Layout):
     """Rows that Megatron pads to a multiple of its choice; HF has the first `vocab` rows, perhaps several times."""
 

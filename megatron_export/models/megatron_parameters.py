@@ -2,13 +2,15 @@
 
 The cut is the weight axis that tensor parallelism divides (for experts, expert tensor parallelism). It is declared here and checked
 against the model's real shapes; parameter attributes are missing or wrong for several modules. Megatron may pad the rows of a
-vocabulary. {l} is a layer, {e} an expert.
+vocabulary. {l} is a layer, {e} an expert. A name with a number is of that layer alone.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+
+import torch
 
 from ..common.piece import Axis
 from .shape import ModelShape
@@ -32,6 +34,11 @@ def _qkv_rows(m: ModelShape) -> int:
 
 def _q_rows(m: ModelShape) -> int:
     return m.heads * (m.nope_dim + m.rope_dim)
+
+
+def _mapped(m: ModelShape) -> int:
+    """How many tokens of a draft stand for others of its base: all, if it knows fewer."""
+    return m.vocab if m.vocab < m.base_vocab else 0
 
 
 def _read_heads(m: ModelShape) -> int:
@@ -88,12 +95,20 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.{l}.hnorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
     "decoder.layers.{l}.eh_proj.weight":                       Parameter(Axis.OUT, lambda m: (m.hidden, 2 * m.hidden), _predicting),
     "decoder.layers.{l}.final_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _predicting),
+
+    # Of an EAGLE-3 draft, beside what every model has. Its first layer reads an embedding beside a hidden state.
+    "fc.weight":                                               Parameter(None,     lambda m: (m.hidden, m.read * m.hidden)),
+    "enorm.weight":                                            Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.0.input_layernorm.weight":                 Parameter(None,     lambda m: (m.hidden,)),
+    "decoder.layers.0.self_attention.linear_qkv.weight":
+        Parameter(Axis.OUT, lambda m: (_qkv_rows(m), 2 * m.hidden)),
+    "d2t":                                                     Parameter(None,     lambda m: (_mapped(m),)),
 }
 # fmt: on
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Megatron's local spec cuts these; those of Transformer Engine and ModelOpt hold them whole. Their shapes show which.
 EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
-FLOAT32 = ("expert_bias",)  # kept as they are; everything else becomes bfloat16
+KEPT = {"expert_bias": torch.float32, "d2t": torch.int64}  # everything else becomes bfloat16
 _LAYER, _EXPERT = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.\d+\.")
 
 

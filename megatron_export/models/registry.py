@@ -2,7 +2,7 @@
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
-from . import deepseek_v3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
+from . import deepseek_v3, eagle3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
 from .architecture import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Llama4ForCausalLM": llama4.ARCHITECTURE,
     "Llama4ForConditionalGeneration": llama4_vision.ARCHITECTURE,
 }
+DRAFTS: dict[str, Architecture] = {eagle3.NAME: eagle3.ARCHITECTURE}  # exported beside a model of those above
 
 
 def architecture_name(config: dict) -> str:
@@ -29,4 +30,5 @@ def architecture_name(config: dict) -> str:
 
 def known(config: dict) -> Architecture | None:
     """The table of config.json's architecture; None if it is unknown."""
-    return ARCHITECTURES.get(architecture_name(config))
+    name = architecture_name(config)
+    return ARCHITECTURES.get(name) or DRAFTS.get(name)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .layouts import QKV, Identity, Layout, Split, Vocab
+from .layouts import QKV, Copies, Identity, Layout, Split, Vocab
 from .shape import ModelShape
 
 
@@ -31,6 +31,11 @@ Table = dict[str, Rule]  # canonical Megatron name -> rule
 def same(hf: str) -> Rule:
     """The tensor as it is."""
     return Rule(hf, lambda shape: Identity())
+
+
+def copies(hf: str, *names: str) -> Rule:
+    """The same tensor under several names, as engines call it differently."""
+    return Rule(hf, lambda shape: Copies(names))
 
 
 def vocab(hf: str, copy: str | None = None) -> Rule:

@@ -12,7 +12,7 @@ from ..common.errors import report
 from ..common.piece import Axis
 from .hf_config import architecture_of, shape_of, text_of
 from .layouts import Layout, even_cut
-from .megatron_parameters import EITHER, FLOAT32, PADDED, PARAMETERS
+from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS
 from .rules import Rule
 from .shape import ModelShape
 
@@ -97,16 +97,17 @@ def parameters_of(config: dict) -> dict[str, Source]:
     lacking = {name for key, (_, rules) in architecture.where.items() if not text_of(config).get(key) for name in rules}
     rules = {name: rule for name, rule in architecture.rules.items() if name not in lacking}
     shape = shape_of(config)
-    first = "embedding.word_embeddings.weight"
+    first = "embedding.word_embeddings.weight"  # which a draft has not
     inside = [name for name in rules if "{l}" in name]
-    outside = [name for name in rules if "{l}" not in name and name != first]
+    outside = [name for name in rules if "{l}" not in name and name != first and _exists(name, shape)]
     if shape.tied:
         outside.remove("output_layer.weight")
     layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
     report(_too_large(shape, {name: len(layers[name]) if name in layers else 1 for name in rules}))
-    sources = [_source(first, rules[first], shape)]
+    sources = [_source(first, rules[first], shape)] if first in rules else []
     for layer in shape.every:
         here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
+        here = [name for name in here if name.replace("{l}", str(layer)) not in rules]  # which are of one layer
         sources += [_source(name, rules[name], shape, layer) for name in here if "{e}" not in name]
         experts = [name for name in here if "{e}" in name]
         sources += [
@@ -198,7 +199,7 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
         layer=layer,
         expert=expert,
         either=any(f".{module}." in name for module in EITHER),
-        dtype=torch.float32 if name.rpartition(".")[2] in FLOAT32 else torch.bfloat16,
+        dtype=KEPT.get(name.rpartition(".")[2], torch.bfloat16),
         stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
     )
 

@@ -157,3 +157,14 @@ def rope_of(config: dict) -> Rope:
         f"config.json: Megatron-Core cannot compute rope scaling {shown(rope)}, so activations cannot be calibrated. "
         "It knows no scaling, 'linear', 'yarn', and 'llama3' with its four numbers"
     )
+
+
+def megatron_llama3(factor: float) -> dict:
+    """The rotary scaling that Megatron's `RotaryEmbedding` computes with `rope_scaling`: but for the factor, its constants."""
+    return {
+        "rope_type": "llama3",
+        "factor": float(factor),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }

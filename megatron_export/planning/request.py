@@ -14,6 +14,8 @@ from ..formats import FORMATS, KV_FORMATS, PLAIN, Form, KvForm, Options, chosen_
 from .recipe import Line, Recipe, recipe_of, set_line, uniform
 
 RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
+DRAFT_FORMATS = ("bf16", "fp8", "nvfp4")
+_OF_ALL = ("overwrite", "writers", "sync", "resume", "timeout", "max_shard_size")  # of a model and of its draft
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
 
@@ -31,6 +33,7 @@ class Request:
     recipe_lines  which format each module gets, settled: those of `format` or `recipe`, of `set`, of `exclude`
     smoothed      the weights have the factors of their AWQ format already
     inherited     ModelOpt's quantizers settled the request, and the statistics are theirs
+    usual         the format of a model without quantizers, if none is asked for
     bucket_bytes  bytes of encoded tensors that are made at a time; None for the usual number
     """
 
@@ -110,9 +113,21 @@ class Request:
     merge_lora: bool = _undigested(
         False, "merge LoRA adapters that the Megatron checkpoint has into the weights", planned=False
     )
+    draft_output: str = _undigested(
+        "",
+        "folder for the draft (EAGLE-3) that the model has beside itself, or none to leave it out (default: OUTPUT-draft)",
+        planned=False,
+    )
+    draft_format: str | None = _undigested(
+        None,
+        "format of the draft's linears (default: that of ModelOpt's quantizers in it, else bf16)",
+        choices=DRAFT_FORMATS,
+        planned=False,
+    )
     recipe_lines: tuple[Line, ...] = ()
     smoothed: bool = False
     inherited: bool = False
+    usual: str = "fp8"
     bucket_bytes: int | None = None
 
     def plain(self) -> "Request":
@@ -127,7 +142,7 @@ class Request:
             raise ExportError("--from has no effect without --effective-bits")
         if self.recipe and self.format:
             raise ExportError(f"--format has no effect with --recipe. Add a line to it with --set '*={self.format}'")
-        recipe = recipe_of(self.recipe) if self.recipe else uniform(self.format or "fp8")
+        recipe = recipe_of(self.recipe) if self.recipe else uniform(self.format or self.usual)
         found = _with_defaults(self, recipe)
         return replace(found, kv_cache=found.kv_cache or "none").settled(recipe)
 
@@ -183,6 +198,17 @@ class Request:
                 f"--kv-scale-at-least is for --kv-cache fp8: blocks of {cache.name} have scales of their own below it"
             )
         return chosen_kv(self.kv_cache, least=_scale("--kv-scale-at-least", self.kv_scale_at_least))
+
+    def of_draft(self) -> "Request":
+        """The request for the draft that the model has beside itself; `ExportError` for a format that drafts are not written in."""
+        if self.draft_format not in (None, *DRAFT_FORMATS):
+            known = ", ".join(DRAFT_FORMATS)
+            raise ExportError(
+                f"--draft-format {shown(self.draft_format)}: a draft has none of this kind. Known: {known}"
+            )
+        own = {name: getattr(self, name) for name in _OF_ALL}
+        scale = self.input_scale if self.draft_format not in (None, PLAIN) else None
+        return Request(format=self.draft_format, input_scale=scale, usual=PLAIN, **own)
 
     def digested(self) -> dict[str, Any]:
         """Option -> value, of the options in the fingerprint of settings."""

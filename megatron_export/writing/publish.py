@@ -8,6 +8,7 @@ from ..checkpoint.hf_folder import check_unchanged, files_to_copy
 from ..checkpoint.original import Original
 from ..common.file_names import MANIFEST, RECIPE
 from ..distributed.signals import heed
+from ..models import architecture_of
 from ..planning.contents import Contents
 from .fingerprint import of_settings
 from .journal import naming
@@ -53,7 +54,8 @@ def publish(
 ) -> None:
     """Add the other files, judge what all writers read back, and give the folder its name; `finish` is called with it before."""
     check_unchanged(place.original.folder, place.original.files)
-    complete(contents, staging, files_to_copy(place.original.folder))
+    alone = architecture_of(place.original.config).draft  # its base has the tokenizer
+    complete(contents, staging, [] if alone else files_to_copy(place.original.folder))
     found = check_read_back(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
     said = manifest(contents, found, place.identity, {"topology": sizes, **names_in(place.provenance), **place.notes})

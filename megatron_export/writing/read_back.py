@@ -209,7 +209,7 @@ def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
     """What no engine can use of the numbers in a chunk. Compared as integers: numpy knows neither bfloat16 nor float8."""
     if output.dtype is torch.uint8 and is_scale(output.name):  # e8m0, whose zero is a power of two
         return [f"{file}: {output.name} holds NaN or Inf"] if 0xFF in np.frombuffer(chunk, dtype=np.uint8) else []
-    if output.dtype is torch.uint8 or len(chunk) < output.dtype.itemsize:
+    if output.dtype in (torch.uint8, torch.int64) or len(chunk) < output.dtype.itemsize:
         return []
     codes = output.dtype is torch.float8_e4m3fn  # which has NaN, and no Inf
     signs = 1 << 8 * output.dtype.itemsize - 1
