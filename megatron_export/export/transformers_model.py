@@ -14,11 +14,15 @@ from ..common.errors import ExportError
 from ..distributed import world as worlds
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..hf.model import device_of
+from ..hf.drafts import draft_in, draft_of, own_tensors, settings_of
+from ..hf.model import bare, device_of, tensors_of
 from ..hf.original import Tokenizer, original_of
+from ..hf.quantizers import quantizers_of
 from ..hf.view import View
+from ..models import child_of, draft_config, of_linear, parameters_of
 from ..planning.plan import Held
 from ..planning.request import Request
+from .origins import Beside
 
 Settled = tuple[Request, Statistics | None]
 
@@ -30,15 +34,16 @@ def world(model: nn.Module, timeout: float) -> AbstractContextManager[Topology]:
 
 @dataclass(frozen=True)
 class Live:
-    """A transformers model, plain or with ModelOpt's quantizers."""
+    """A transformers model, plain or with ModelOpt's quantizers; with `child`, the draft in it of that name."""
 
     model: nn.Module
+    child: str = ""
     _seen: list[View] = field(default_factory=list)
 
     def view(self, config: dict) -> View:
         """What there is of the model; made once, as an export is of one config."""
         if not self._seen:
-            self._seen.append(View(self.model, config))
+            self._seen.append(self._viewed(config))
         return self._seen[0]
 
     def check(self, here: Topology, config: dict, request: Request) -> None:
@@ -64,8 +69,23 @@ class Live:
         parameters = self.view(config).parameters(here, {})
         return {name: parameters.held(name).shape for name in parameters}
 
-    def draft_beside(self, here: Topology, base: dict) -> None:
-        """Its drafts are refused with it."""
+    def _viewed(self, config: dict) -> View:
+        model = bare(self.model)
+        if self.child:
+            draft, mapped = draft_of(model, self.child), "d2t" in parameters_of(config)
+            view = View(draft, own_tensors(model, self.child, mapped), quantizers_of(draft), config)
+            view.tables = [{name: one for name, one in table.items() if of_linear(name)} for table in view.tables]
+            return view
+        tensors = {name: tensor for name, tensor in tensors_of(model).items() if not child_of(name)}
+        quantizers = {name: found for name, found in quantizers_of(model).items() if not child_of(name)}
+        return View(model, tensors, quantizers, config)
+
+    def draft_beside(self, here: Topology, base: dict) -> Beside | None:
+        with together(here, "read the draft"):
+            child = draft_in(self.model)
+            if not child or self.child:
+                return None
+            return Beside(child, draft_config(child, settings_of(self.model, child), base), Live(self.model, child))
 
 
 def original(

@@ -7,17 +7,16 @@ from ..common.errors import ExportError, report
 from ..distributed.topology import Topology
 from ..models import head_of, parameters_of, shape_of
 from .compressed import coded, uncompressed
-from .model import bare, tensors_of
 from .names import places_in, spare_names
 from .offloaded import fetchers_of
-from .quantizers import Quantizers, by_part, quantizers_of
+from .quantizers import Quantizers, by_part
 from .tensors import Live, Parameters
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class View:
-    """What there is of a model; nothing is copied, and no number is read.
+    """What there is of a model, or of a draft in one; nothing is copied, and no number is read.
 
     sources  canonical name -> parameter, of config.json's model
     live     the tensors by their names in memory
@@ -25,11 +24,9 @@ class View:
     tables   the quantizers of the first, second and third layout part of each canonical module
     """
 
-    def __init__(self, model: nn.Module, config: dict) -> None:
-        model = bare(model)
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor], quantizers: Quantizers, config: dict) -> None:
         self.config, self.sources = config, parameters_of(config)
-        quantizers = quantizers_of(model)
-        self.live = Live(tensors_of(model), fetchers_of(model))
+        self.live = Live(tensors, fetchers_of(module))
         for name, tensor in self.live.held.items():
             owner = f"{name.removesuffix('.weight')}.weight_quantizer"
             if (found := coded(name, tensor, quantizers.get(owner, {}))) is not None:

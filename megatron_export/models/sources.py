@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.errors import report
 from ..common.piece import Axis
 from .hf_config import architecture_of, shape_of, text_of
-from .layouts import Layout, even_cut
+from .layouts import Copies, Layout, even_cut
 from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS
 from .rules import Rule
 from .shape import ModelShape
@@ -83,8 +83,11 @@ class Source:
         return torch.where(values == 0, torch.nan, scaled / values)
 
     def copies(self) -> set[str]:
-        """The HF names of its copies."""
-        return {name for part, name in self.names().items() if part} if self.rule.copy else set()
+        """The HF names of its copies: of the first name, if it has several."""
+        names = self.names()
+        if isinstance(self.layout, Copies):
+            return {names[part] for part in self.layout.parts[1:]}
+        return {name for part, name in names.items() if part} if self.rule.copy else set()
 
 
 def parameters_of(config: dict) -> dict[str, Source]:
@@ -163,7 +166,11 @@ def shared_tensors(config: dict) -> dict[str, str]:
     They are the output layer of a tied model, and the copies of embedding and output layer that each layer of MTP has.
     """
     sources = parameters_of(config)
-    shared = {copy: source.rule.hf for source in sources.values() for copy in sorted(source.copies())}
+    shared = {
+        copy: next(name for name in source.names().values() if name not in source.copies())
+        for source in sources.values()
+        for copy in sorted(source.copies())
+    }
     tied = {head_of(config): sources["embedding.word_embeddings.weight"].rule.hf} if shape_of(config).tied else {}
     return shared | tied
 
