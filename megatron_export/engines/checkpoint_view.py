@@ -100,7 +100,7 @@ class CheckpointView:
     @property
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
-        return bool(self.text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", False)))
+        return bool(self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", False)))
 
     @property
     def layers(self) -> int:

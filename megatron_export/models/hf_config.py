@@ -25,11 +25,15 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def text_of(config: dict) -> dict:
-    """config.json's dict of the language model, with the usual keys, as if it were not part of another model."""
+    """config.json's dict of the language model, with the usual keys, as if it were not part of another model.
+
+    Of a model inside another one, the outer one says whether its output layer is the embedding, where it says so at all.
+    """
     inner = config.get("text_config", {})
     if not isinstance(inner, dict):
         raise ExportError(f"config.json: text_config is {shown(inner)}, not a table of settings. Fetch it again")
-    text = config | inner | {"architectures": config.get("architectures")}
+    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    text = config | inner | outer | {"architectures": config.get("architectures")}
     architecture = known(text)
     spelled = architecture.keys if architecture else {}
     return text | {usual: text[own] for usual, own in spelled.items() if own in text}

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_export.common.errors import ExportError
+from megatron_export.engines.checkpoint_view import CheckpointView
 from megatron_export.models import ARCHITECTURES, architecture_of, canonical, parameters_of, rope_of, shape_of
 from megatron_export.models.megatron_parameters import PARAMETERS
 
@@ -68,6 +69,16 @@ def test_rope_is_read_in_both_spellings() -> None:
         rope_of({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "partial_rotary_factor": 0.5})
     with pytest.raises(ExportError, match="longrope"):
         rope_of({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}})
+
+
+@pytest.mark.parametrize(("outer", "inner", "tied"), [(True, False, True), (False, True, False), (None, True, True)])
+def test_the_outer_of_two_models_says_whether_the_output_layer_is_tied(outer: bool, inner: bool, tied: bool) -> None:
+    """As transformers reads it; only where the outer one is silent does the inner one count."""
+    text = config(tie_word_embeddings=inner)
+    whole = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": text | {"num_experts_per_tok": 1}}
+    whole |= {} if outer is None else {"tie_word_embeddings": outer}
+    assert shape_of(whole).tied is tied
+    assert CheckpointView(whole, None, {}).tied is tied
 
 
 def test_head_dim_need_not_be_hidden_over_heads() -> None:
