@@ -17,7 +17,7 @@ from .verdict import Findings, Rule
 ARCHITECTURES = (
     *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"),
     *("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM"),
-    *("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+    *("Llama4ForCausalLM", "Llama4ForConditionalGeneration", "MistralForCausalLM"),
 )
 AGAIN = "fetch it again, or export it again"
 _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")

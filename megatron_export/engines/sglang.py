@@ -79,7 +79,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", SEEN),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "llama", READ),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "fp8", READ),
-    "llama blocks":  (_R, "LlamaForCausalLM renames weight_scale_inv and loses it (pull request 30234)", "llama", SEEN),
+    "llama blocks":  (_R, "Llama and Mistral rename weight_scale_inv and lose it (pull request 30234)", "llama", SEEN),
     "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
     "dense":         (_R, "Qwen 3 MoE has experts in every layer", "qwen", SEEN),
     "head":          (_R, "the output layer of Mixtral is not quantized: it is built without the config", "mixtral", SEEN),

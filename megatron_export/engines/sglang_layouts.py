@@ -7,6 +7,7 @@ from .quant_configs import AlgorithmOf, Reading
 from .verdict import Findings
 
 _JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+_LIKE_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")  # the latter is a subclass
 
 
 def check_layouts(
@@ -71,7 +72,7 @@ def _in_four_bits(group: Group) -> bool:
 
 def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
     """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
-    if checkpoint.architecture == "LlamaForCausalLM" and group.kind == "linear":
+    if checkpoint.architecture in _LIKE_LLAMA and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
                      way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
     for name, module in group.members.items():

@@ -19,7 +19,7 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
-_OTHERS = ("MistralForCausalLM",)  # of another model, and almost called like one here
+_OTHERS = ("MinistralForCausalLM",)  # of another model, and almost called like one here
 # How architectures spell the number of routed experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -2,7 +2,21 @@
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
-from . import deepseek_v3, eagle3, glm4_moe, gpt_oss, llama, llama4, llama4_vision, mixtral, qwen2, qwen3, qwen3_moe
+from . import (
+    deepseek_v3,
+    eagle3,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    llama4,
+    llama4_vision,
+    mistral,
+    mistral3,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from .architecture import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -10,6 +24,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": qwen2.ARCHITECTURE,
     "Qwen3ForCausalLM": qwen3.ARCHITECTURE,
     "Qwen3MoeForCausalLM": qwen3_moe.ARCHITECTURE,
+    "MistralForCausalLM": mistral.ARCHITECTURE,
+    "Mistral3ForConditionalGeneration": mistral3.ARCHITECTURE,
     "MixtralForCausalLM": mixtral.ARCHITECTURE,
     "DeepseekV3ForCausalLM": deepseek_v3.ARCHITECTURE,
     "Glm4MoeForCausalLM": glm4_moe.ARCHITECTURE,

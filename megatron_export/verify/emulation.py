@@ -32,7 +32,7 @@ from .folder import Finished
 from .transformers_names import Respelled, files_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LINEARS = ("_proj", "_proj_with_mqa", ".w1", ".w2", ".w3")  # the last words of linears in layers
 KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
@@ -68,7 +68,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     """The (language) model of an exported folder, or of an original, whose weights are multiplied out if they are quantized; in
     evaluation mode. `ExportError` names tensors that are missing or extra.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     files = files_of(folder)
     form_of, cache = _algorithms(folder)
@@ -86,7 +86,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     if settings.get("quantization_config") and not form_of and not quantized_as(folder, settings):
         tensors.multiply_out(settings)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+        model = _model_of(config, tensors)
         take_apart(model, tensors, scales)
     model.set_attn_implementation(_attention_of(model))
     missing = _take_linears(model, tensors, form_of) if form_of else []
@@ -103,6 +103,18 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
         [f"{folder}: tensor {name} is missing" for name in sorted({tensors.on_disk(name) for name in missing})]
         + [f"{folder}: tensor {name} is not expected by this model and its quant_algo" for name in sorted(tensors.left)]
     )
+    return model
+
+
+def _model_of(config: "PreTrainedConfig", tensors: Respelled) -> "PreTrainedModel":
+    """The model of a config, without what it sees with, which takes no part in text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    for name, _ in list(model.base_model.named_children()):
+        if tensors.is_copied(f"{model.base_model_prefix}.{name}."):
+            delattr(model.base_model, name)
     return model
 
 

@@ -38,11 +38,11 @@ class Respelled:
     def __init__(self, files: list[Path], architecture: Architecture | None, device: torch.device | str) -> None:
         self.folder = files[0].parent
         self.replaced = architecture.on_disk if architecture else ()
-        unread = architecture.copied if architecture else ()
+        self.unread = architecture.copied if architecture else ()
         self.tensors: dict[str, Tensor] = {}
         for path in files:
             file = opened(path)
-            names = [name for name in file.keys() if not name.startswith(unread)]  # noqa: SIM118
+            names = [name for name in file.keys() if not name.startswith(self.unread)]  # noqa: SIM118
             if twice := self.tensors.keys() & names:
                 raise ExportError(f"{path}: tensor {min(twice)} is in another file too. Fetch both again")
             self.tensors |= {name: file.get_tensor(name).to(device) for name in names}
@@ -64,6 +64,10 @@ class Respelled:
         for mine, theirs in self.replaced:
             name = re.sub(mine, theirs, name)
         return name
+
+    def is_copied(self, name: str) -> bool:
+        """Whether what transformers calls so is not of the language model, so that it was copied."""
+        return self.on_disk(name).startswith(self.unread)
 
     def __contains__(self, name: str) -> bool:
         return self.on_disk(name) in self.tensors

@@ -35,7 +35,7 @@ def test_a_format(word: str, meant: str | None) -> None:
         ("LLaMAForCausalLM", "LlamaForCausalLM"),
         ("Qwen3MoeForCasualLM", "Qwen3MoeForCausalLM"),
         ("GlmMoeForCausalLM", "Glm4MoeForCausalLM"),
-        ("MistralForCausalLM", None),
+        ("MinistralForCausalLM", None),
         ("Qwen2MoeForCausalLM", None),
         ("Qwen3NextForCausalLM", None),
         ("Glm4ForCausalLM", None),

@@ -116,6 +116,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "unquantized", "unquantized", "unquantized"),
     "blocks cut off": (hurt("qwen3-FP8", "a block cut"), {}, "inputs", "algorithm", "case"),
     "blocks in Llama": (lambda: planned(LLAMA, format="fp8_pb"), {}, "", "llama blocks", ""),
+    "blocks in Mistral": (
+        lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8_pb"), {}, "", "llama blocks", ""),
     "few rows": (lambda: planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb"), {}, "blocks", "blocks", ""),
     "few inputs": (
         lambda: planned(LLAMA | {"intermediate_size": 576}, format="fp8_pb", options=SPELLED), {},

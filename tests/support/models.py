@@ -121,6 +121,23 @@ ARCHITECTURES |= {
         },
     },
 }
+_TILES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "patch_size": 14,
+}
+ARCHITECTURES |= {
+    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": 8},
+    "mistral3": {
+        "model_type": "mistral3",
+        "text_config": _SMALL | {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+        "vision_config": _TILES | {"model_type": "pixtral", "head_dim": 8, "image_size": 28},
+        "spatial_merge_size": 1,
+        "tie_word_embeddings": False,
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
