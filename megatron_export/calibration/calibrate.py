@@ -12,7 +12,6 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..common.progress import Progress, quiet
-from ..common.shards import Shards
 from ..distributed.collectives import everyone, together
 from ..distributed.topology import Topology
 from ..formats import FORMATS, Form, Options, chosen
@@ -26,7 +25,7 @@ from .lookup import Statistics
 from .memory import CLIP_BYTES
 from .observer import Observer
 from .sensitivity import Sensitivities
-from .subject import Model, Subject, subject_of
+from .subject import Model, Subject, Weights, subject_of
 
 
 def calibrate(
@@ -41,9 +40,10 @@ def calibrate(
     sensitivities: Iterable[str | Form] = (),
     progress: Progress = quiet,
 ) -> Statistics:
-    """Measure what `format`, or each of several, needs of a live Megatron-Core model; the model is left as it was.
+    """Measure what `format`, or each of several, needs of a live Megatron-Core or transformers model; the model is left as it was.
 
-    model       a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not
+    model       a `GPTModel`, or its list of virtual-pipeline chunks, wrapped in DDP or Float16Module or not; or a transformers
+                model, in one process, or whole or cut by FSDP2 on several ranks, which are replicas then
     batches     int64 token ids [batch, tokens] each; the ranks of one data-parallel replica pass the same batches, and
                 replicas may each pass a share
     group_size  of int4_awq and w4a8_awq
@@ -137,7 +137,7 @@ def _searches(smoothings: dict[str, bool], queries_per_group: int, name: str) ->
 
 
 def _clipped_together(
-    here: Topology, weights: Shards, searches: Callable[[str], tuple[str, ...]]
+    here: Topology, weights: Weights, searches: Callable[[str], tuple[str, ...]]
 ) -> list[dict[str, tuple[str, ...]]]:
     """This rank's linears and their searches in groups, each with at most `CLIP_BYTES` of losses; as many on every rank."""
     groups: list[dict[str, tuple[str, ...]]] = [{}]

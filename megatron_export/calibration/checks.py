@@ -7,6 +7,11 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 
+QUANTIZED = (
+    "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: the "
+    "quantizers' own statistics are used; or disable them"
+)
+
 
 def check_batches(batches: Sequence[Tensor], vocab: int) -> None:
     """`ExportError` unless there are batches, each int64 or int32 [batch, tokens], of ids below `vocab`."""

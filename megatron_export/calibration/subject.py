@@ -3,7 +3,7 @@
 Each kind of model has a module with a `Subject`, which is imported where such a model is given.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,12 +11,22 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..common.optional import part
-from ..common.shards import Shards
 from ..distributed.topology import Topology
+from ..hf.model import is_transformers
 from ..models.layouts import QKV, Layout
 from .observer import Observer
 
 Model = nn.Module | list[nn.Module]
+
+
+class Weights(Protocol):
+    """Tensors by canonical module, perhaps made when they are asked for; `shapes` makes none."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def items(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Facts:
     topk        how many experts a token is given to
     """
 
-    weights: Shards
+    weights: Weights
     layouts: dict[str, Layout]
     heads: QKV
     held_whole: set[str]
@@ -77,5 +87,5 @@ class Subject(Protocol):
 
 
 def subject_of(model: Model) -> Subject:
-    """The model as calibration sees it: one line for each kind."""
-    return part("calibration.mcore.subject").Subject(model)
+    """The model as calibration sees it."""
+    return part(f"calibration.{'hf' if is_transformers(model) else 'mcore'}.subject").Subject(model)

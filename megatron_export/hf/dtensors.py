@@ -9,7 +9,8 @@ An axis of the mesh in which a tensor is replicated makes no difference: the fir
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -50,3 +51,28 @@ def spread_of(name: str, tensor: Tensor) -> Spread | None:
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_of(tensor: Tensor) -> Tensor:
+    """The whole tensor. Collective over the ranks that it is spread over."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_whole_when_called(model: nn.Module) -> None:
+    """`ExportError` unless modules are called with whole inputs, and have whole weights then: uncut, or cut by FSDP2."""
+    cut = [name for name, tensor in model.named_parameters() if spread_of(name, tensor)]
+    if cut and not _sharded_by_fsdp(model):
+        raise ExportError(
+            f"{cut[0]} (of {len(cut)} such) is cut over ranks, and not by FSDP2, so that no rank sees whole inputs. Calibrate it "
+            "in one process or under FSDP2, save the statistics, and load them here"
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 gathered for a forward pass."""
+    for module in _sharded_by_fsdp(model):
+        module.reshard()
+
+
+def _sharded_by_fsdp(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -8,6 +8,7 @@ from ...distributed.topology import Topology
 from ...mcore.addons import adapters_of, is_quantized
 from ...mcore.model import Model, chunks_of, linears_of, shards_of, weights_of
 from ...models import pooled
+from ..checks import QUANTIZED
 
 
 def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
@@ -35,10 +36,7 @@ def check_modules(here: Topology, model: Model, searched: bool) -> None:
     for _ in weights.values():  # each is read once where all ranks hear of a failure
         pass
     if is_quantized(model):
-        raise ExportError(
-            "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: "
-            "the quantizers' own statistics are used; or disable them"
-        )
+        raise ExportError(QUANTIZED)
     if searched and (adapted := adapters_of(model)):
         raise ExportError(
             f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
