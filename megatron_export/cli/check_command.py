@@ -16,6 +16,9 @@ ON_ERROR = 1
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="folder with config.json and .safetensors files")
+    parser.add_argument(
+        "--with", dest="base", metavar="BASE", type=Path, help="of a draft: folder of the model it is for"
+    )
     parser.add_argument("--engine", choices=ENGINES, help="one engine (default: all)")
     parser.add_argument("--version", help="release of --engine (default: the one that its rules were read in)")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that it is to run on (default: any)")
@@ -32,14 +35,17 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
         parser.error(f"--tp: {flags.tp} is no number of GPUs")
     if bool(flags.rules) == bool(flags.folder):
         parser.error("give a folder, or --rules")
+    if flags.base and not flags.folder:
+        parser.error("--with needs the folder of a draft")
     from ..planning import engine_check
 
     if flags.rules:
         say("\n".join(engine_check.rules()), flush=True)
         return 0
     checkpoint = engine_check.of_folder(flags.folder)
+    base = engine_check.base_of(checkpoint, flags.base) if flags.base else None
     engines = [flags.engine] if flags.engine else ()
-    found = engine_check.verdicts(checkpoint, engines, flags.version, flags.gpu, flags.tp)
+    found = engine_check.verdicts(checkpoint, engines, flags.version, flags.gpu, flags.tp, base)
     if flags.json:
         say(json.dumps(engine_check.as_json(found), indent=2), flush=True)
     else:

@@ -123,11 +123,15 @@ def table(job: "Outcome") -> list[tuple[str, str]]:
 
 def _draft(job: "Outcome") -> list[tuple[str, str]]:
     """The rows about the model's draft, if it has one."""
+    from ..planning.engine_check import of_plan, verdicts
+
     if job.draft is None:
         return []
     plan = job.draft.opening.plan
     said = f"{plan.format}, {readable(plan.nbytes)} in {len(plan.files)} file(s)"
-    return [("draft", said), *([("draft folder", str(job.draft.folder))] if job.draft.folder else [])]
+    rows = [("draft", said)] + ([("draft folder", str(job.draft.folder))] if job.draft.folder else [])
+    judged = verdicts(of_plan(plan), base=of_plan(job.plan))
+    return rows + [(f"draft in {engine}", verdict.text) for engine, verdict in judged.items()]
 
 
 def _dry(config: ExportConfig, job: "Outcome") -> list[tuple[str, str]]:

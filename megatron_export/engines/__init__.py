@@ -8,26 +8,40 @@ RELEASES  that one, and others that were read for what differs
 SEEN_IN   the tests that show rules marked as seen in a real engine; '' for none
 RULES     name -> rule, with its source beside it
 judge     checkpoint, version, GPU, tensor-parallel size -> what it finds
+
+and another for drafts, with SEEN_IN, RULES and a `judge` of its own, which also takes the kind of draft and the base's checkpoint.
 """
 
 from types import ModuleType
 
-from . import sglang, tensorrt_llm, vllm
+from . import sglang, sglang_drafts, tensorrt_llm, tensorrt_llm_drafts, vllm, vllm_drafts
 from .checkpoint_view import CheckpointView, Header
+from .drafts import kind_of
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
 
 ENGINES: dict[str, ModuleType] = {"vllm": vllm, "sglang": sglang, "tensorrt_llm": tensorrt_llm}
+DRAFTS: dict[str, ModuleType] = {"vllm": vllm_drafts, "sglang": sglang_drafts, "tensorrt_llm": tensorrt_llm_drafts}
 
 
 def verdict_of(
-    checkpoint: CheckpointView, engine: str, version: str | None = None, gpu: str | None = None, tp: int = 1
+    checkpoint: CheckpointView,
+    engine: str,
+    version: str | None = None,
+    gpu: str | None = None,
+    tp: int = 1,
+    base: CheckpointView | None = None,
 ) -> Verdict:
-    """What an engine, by its name in `ENGINES`, makes of a checkpoint on `tp` GPUs of a kind in `GPUS` that share each layer."""
+    """What an engine, by its name in `ENGINES`, makes of a checkpoint on `tp` GPUs of a kind in `GPUS` that share each layer; of a
+    draft, also beside its `base`.
+    """
     module = ENGINES[engine]
     asked = version or module.VERSION
     known = next((one for one in module.RELEASES if f"{one}.".startswith(f"{asked}.")), None)
-    found = module.judge(checkpoint, known or asked, gpu, tp).all()
+    if kind := kind_of(checkpoint):
+        found = DRAFTS[engine].judge(checkpoint, kind, base, known or asked, gpu, tp).all()
+    else:
+        found = module.judge(checkpoint, known or asked, gpu, tp).all()
     if unknown := tuple(one for one in found if one.effect is Effect.UNKNOWN):
         return Verdict(module.NAME, asked, unknown)  # what other rules find was looked for in something else
     if known is None:

@@ -18,6 +18,7 @@ _OF_OPENAI = {
     "scales": "weight_scale",
 }  # what follows a stack's name in MXFP4 -> what that is elsewhere
 _NOT_LINEAR = ("eh_proj",)
+_LINEAR = ("fc",)  # of drafts
 _SEES = ("vision", "multi_modal", "visual")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -198,7 +199,7 @@ def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:
             group = Group("head", parent, (last,))
         elif last in _ROUTERS:
             group = Group("router", parent, (last,))
-        elif last.endswith(("_proj", "_proj_with_mqa")) and last not in _NOT_LINEAR:
+        elif last in _LINEAR or (last.endswith(("_proj", "_proj_with_mqa")) and last not in _NOT_LINEAR):
             parts = _SIBLINGS.get(last, (last,))
             parts = parts if all(f"{parent}.{part}" in modules for part in parts) else (last,)
             key = (parent, *parts)

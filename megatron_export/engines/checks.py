@@ -26,7 +26,7 @@ _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", 
 def check_tensors(rules: dict[str, Rule], checkpoint: CheckpointView, view: View) -> Findings:
     """New findings of an engine with these rules: missing and extra files and tensors, however linears are quantized."""
     findings = Findings(rules)
-    _check_files(checkpoint, findings)
+    check_files(checkpoint, findings)
     _check_model(checkpoint, view, findings)
     return findings
 
@@ -100,7 +100,7 @@ def check_capability(reading: Reading, gpu: str | None, least: dict[str, int], o
         findings.add("gpu", f"{algorithm} needs compute capability {needed / 10:g}, {gpu} has {has:g}")
 
 
-def _check_files(checkpoint: CheckpointView, findings: Findings) -> None:
+def check_files(checkpoint: CheckpointView, findings: Findings) -> None:
     """The files against the index."""
     if lacking := sorted(set((checkpoint.index or {}).values()) - set(checkpoint.files)):
         findings.add("files", "the index names it, and it is not there", *lacking, way="fetch it again")

@@ -87,6 +87,13 @@ def of_openai(architecture: str, findings: Findings) -> Reading | None:
     return Reading(MXFP4_EXPERTS, "modules_to_not_convert", dialect="native")
 
 
+def inner_section(inline: dict | None) -> dict | None:
+    """hf_quant_config.json's section where it stands, producer and all, in config.json: ModelOpt writes drafts so."""
+    found, producer = (inline or {}).get("quantization"), (inline or {}).get("producer")
+    by_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
+    return found if isinstance(found, dict) and by_modelopt and "quant_method" not in (inline or {}) else None
+
+
 def listed(section: dict, *keys: str) -> tuple[str, ...]:
     """The strings in the list at the first of these keys that has one."""
     for key in keys:

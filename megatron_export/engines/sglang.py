@@ -12,6 +12,7 @@ from .quant_configs import (
     algorithm_in,
     check_entries,
     in_blocks,
+    inner_section,
     kv_of,
     layers_of,
     left_out,
@@ -107,9 +108,9 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
 _ALGORITHMS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8")
 _MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MXFP8": "native MXFP8", "NVFP4": "NVFP4",
           "W4A16_NVFP4": "W4A16_NVFP4"}  # fmt: skip
-_NOT_NEEDED = dict.fromkeys((*_ALGORITHMS, *_MIXED.values()), frozenset(("pre_quant_scale",)))
+NOT_NEEDED = dict.fromkeys((*_ALGORITHMS, *_MIXED.values()), frozenset(("pre_quant_scale",)))
 _LATENT = "fused_qkv_a_proj_with_mqa"
-_LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
+LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
 _SINCE = {"MXFP8": (0, 5, 18), "W4A16_NVFP4": (0, 5, 19)}
 _SINCE_MIXED = {"blocks": (0, 5, 21)}
 _LEAST_MIXED = {"native MXFP8": 90}  # DeepGEMM computes it; and Marlin FP8 where nothing else does
@@ -143,7 +144,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
             return None
         return algorithm_in(reading, group)
 
-    if not check_codes(checkpoint, view, reading, algorithm_of, _NOT_NEEDED, tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
         _check_release(reading, version, findings)
@@ -151,7 +152,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
-        check_capability(reading, gpu, _LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
+        check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
     check_cache(checkpoint, reading, gpu, findings)
     _check_config(checkpoint, findings)
     return findings
@@ -174,6 +175,8 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
             why = "config.json says nothing of a KV cache, and hf_quant_config.json is not there"
             findings.add("no cache said", why, way='set "kv_cache_quant_algo": null beside quantized_layers')
             return None
+    if inner := inner_section(inline):  # of which it copies the algorithm alone to where it looks
+        section = {"quant_algo": inner.get("quant_algo"), "group_size": inner.get("group_size")}
     method = str(section.get("quant_method", "modelopt"))
     if method == "fp8":
         names = listed(section, "ignored_layers", "modules_to_not_convert")

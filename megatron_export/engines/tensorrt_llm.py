@@ -85,7 +85,7 @@ _SAME = (
 # As configs spell them -> as tensor_specs does.
 _ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
-_OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
+OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
     **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
     "W4A8_AWQ": ("on Ada and Hopper", range(89, 91)),
@@ -112,13 +112,13 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         inverse = any("weight_scale_inv" in module for module in group.members.values())
         return "modelopt blocks" if found == "blocks" and not inverse else found
 
-    if not check_codes(checkpoint, view, reading, algorithm_of, _OPTIONAL, tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, OPTIONAL, tp, findings):
         return findings
     if checkpoint.architecture == "Llama4ForCausalLM":
         findings.add("llama4 text", "it has Llama 4 only as Llama4ForConditionalGeneration")
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, algorithm_of, findings)
-        _check_gpu(reading, gpu, findings)
+        check_gpu(reading, gpu, findings)
     if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
         findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
     elif reading.algorithm is not None:
@@ -184,7 +184,8 @@ def _compare(inline: dict | None, nested: dict, findings: Findings) -> None:
             findings.add("two configs", why)
 
 
-def _check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+def check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
+    """The GPU against the machines that compute each algorithm."""
     for algorithm in sorted({reading.algorithm, *reading.layers.values()} & _MACHINES.keys()):
         on, capabilities = _MACHINES[algorithm]
         if gpu is None and on:

@@ -14,6 +14,7 @@ from .quant_configs import (
     algorithm_in,
     check_entries,
     in_blocks,
+    inner_section,
     kv_of,
     layers_of,
     left_out,
@@ -109,9 +110,9 @@ _BLOCKS_OF_MIXED = {  # how a mixed model's linears and experts in blocks are sp
 }
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
 _NESTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
-_NOT_NEEDED = {"W4A16_NVFP4": frozenset(("input_scale",))}
+NOT_NEEDED = {"W4A16_NVFP4": frozenset(("input_scale",))}
 _LATENT = "fused_qkv_a_proj"
-_LEAST = dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", MXFP4_EXPERTS), 80)
+LEAST = dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", MXFP4_EXPERTS), 80)
 _LEAST_MIXED = {"MXFP8": 80}  # FP8 goes to Marlin there
 _IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
@@ -138,17 +139,17 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
             return None
         matcher = vllm_modelopt if modelopt else vllm_exactly
         if checkpoint.architecture in _NOT_UNDONE and group.parts == GATE_UP:
-            matcher = partial(_by_one_name, matcher)
+            matcher = partial(by_one_name, matcher)
         found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
         return found if reading.algorithm else _in_a_mix(reading, group, found)
 
-    if not check_codes(checkpoint, view, reading, algorithm_of, _NOT_NEEDED, tp, findings):
+    if not check_codes(checkpoint, view, reading, algorithm_of, NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
         _check_layouts(checkpoint, reading, algorithm_of, findings)
         check_mtp(view, findings, algorithm_of)
-        check_capability(reading, gpu, _LEAST if reading.algorithm else _LEAST_MIXED, 75, findings)
+        check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 75, findings)
         if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
         check_router_weights(checkpoint, algorithm_of, gpu, findings)
@@ -158,7 +159,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     return findings
 
 
-def _by_one_name(matcher: Matcher, names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
+def by_one_name(matcher: Matcher, names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
     """A joined linear whose members' names are not compared."""
     return matcher(names, parent, (joined,), joined)
 
@@ -178,8 +179,8 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
         return Reading()
-    if inline is None:
-        return _read_nested(checkpoint, nested, version, findings)
+    if inline is None or (inner := inner_section(inline)):
+        return _read_nested(checkpoint, nested if inline is None else inner, version, findings)
     method = str(inline.get("quant_method", "")).lower()
     if method == "fp8":
         return in_blocks(inline, listed(inline, "ignored_layers", "modules_to_not_convert"), findings)
@@ -202,13 +203,16 @@ def _read_nested(checkpoint: CheckpointView, nested: dict, version: str, finding
     algorithm = str(nested.get("quant_algo") or "").upper()
     lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
     if algorithm not in (*_NESTED, *((MIXED,) if release_of(version) >= (0, 33) else ())):
-        later = " or serve with 0.33," if algorithm == MIXED else ""
-        findings.add(
-            "config", f"hf_quant_config.json alone says {algorithm}", way=f"{later} put it into config.json too".strip()
-        )
+        later = "or serve with 0.33, " if algorithm == MIXED else ""
+        why = f"hf_quant_config.json alone, or its section in config.json, says {algorithm}"
+        findings.add("config", why, way=f"{later}put it into config.json, with quant_method")
         return None
     if algorithm == "NVFP4" and lacking:
-        findings.add("config", f"hf_quant_config.json has no {', '.join(sorted(lacking))}", way="put it there")
+        findings.add(
+            "config",
+            f"hf_quant_config.json, or its section in config.json, has no {', '.join(sorted(lacking))}",
+            way="put it there",
+        )
         return None
     return _read_modelopt(checkpoint, nested, _FILE[0], kv_of(nested.get(_FILE[1])), findings)
 

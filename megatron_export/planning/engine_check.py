@@ -9,7 +9,8 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import refuse_adapters
 from ..common.safe_files import exists, headers, inside, not_read, read_index, read_table
-from ..engines import ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
+from ..engines import DRAFTS, ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
+from ..engines.drafts import COMBINED, kind_of
 from ..models import copied_prefixes, parameters_of
 from ..models.sources import expected_shapes
 from .plan import Plan
@@ -43,6 +44,19 @@ def of_folder(folder: Path) -> CheckpointView:
     return CheckpointView(config, _json(folder, QUANT_CONFIG), read, index, *expected_of(config))
 
 
+def base_of(draft: CheckpointView, folder: Path) -> CheckpointView:
+    """The base beside which a draft is to be judged; `ExportError` if there is nothing to judge with it."""
+    kind = kind_of(draft)
+    if not kind:
+        raise ExportError("--with: this is no draft of EAGLE-3 or Medusa. Give a base with a draft alone")
+    if kind == COMBINED:
+        raise ExportError("--with: Medusa's heads have their base in one folder with them. Leave out --with")
+    base = of_folder(folder)
+    if kind_of(base):
+        raise ExportError(f"--with: {folder} is a draft too. Give the folder of the model that it drafts for")
+    return base
+
+
 def _json(folder: Path, name: str) -> dict | None:
     path = inside(folder, name)
     if not path.exists():
@@ -54,7 +68,13 @@ def _json(folder: Path, name: str) -> dict | None:
 
 
 def expected_of(config: dict) -> tuple[dict[str, tuple[int, ...]] | None, tuple[str, ...]]:
-    """The tensors of the model that config.json means, None if the tables do not know it; prefixes of those that are copied."""
+    """The tensors of the model that config.json means, None if the tables do not know it; prefixes of those that are copied.
+
+    Of Medusa's heads beside their base these are the base's, whose class is named with Medusa before it.
+    """
+    names = config.get("architectures")
+    if isinstance(names, list) and names and str(names[0]).startswith("Medusa"):
+        config = config | {"architectures": [names[0].removeprefix("Medusa")]}
     try:
         return expected_shapes(parameters_of(config).values()), copied_prefixes(config)
     except ExportError:
@@ -67,9 +87,12 @@ def verdicts(
     version: str | None = None,
     gpu: str | None = None,
     tp: int = 1,
+    base: CheckpointView | None = None,
 ) -> dict[str, Verdict]:
-    """Name of the engine -> its verdict on `tp` GPUs that share each layer; of all engines if `engines` is empty."""
-    found = (verdict_of(checkpoint, engine, version, gpu, tp) for engine in engines or ENGINES)
+    """Name of the engine -> its verdict on `tp` GPUs that share each layer, of a draft beside its `base`; of all engines if
+    `engines` is empty.
+    """
+    found = (verdict_of(checkpoint, engine, version, gpu, tp, base) for engine in engines or ENGINES)
     return {verdict.engine: verdict for verdict in found}
 
 
@@ -109,10 +132,12 @@ def lines(found: dict[str, Verdict]) -> list[str]:
 def rules() -> list[str]:
     """Every rule of every engine as text: effect, whether a run has shown it, demand, source."""
     rows = []
-    for module in ENGINES.values():
-        rows.append(f"{module.NAME} {module.VERSION}, {f'seen in {module.SEEN_IN}' if module.SEEN_IN else 'not run'}")
-        rows += [
-            f"  {name:<14} {rule.effect.value:<9}  {'seen' if rule.seen else 'read'}  {rule.says} [{rule.source}]"
-            for name, rule in module.RULES.items()
-        ]
+    for engine, module in ENGINES.items():
+        for of, tables in (("", module), (", drafts", DRAFTS[engine])):
+            seen = f"seen in {tables.SEEN_IN}" if tables.SEEN_IN else "not run"
+            rows.append(f"{module.NAME} {module.VERSION}{of}, {seen}")
+            rows += [
+                f"  {name:<14} {rule.effect.value:<9}  {'seen' if rule.seen else 'read'}  {rule.says} [{rule.source}]"
+                for name, rule in tables.RULES.items()
+            ]
     return rows

@@ -155,10 +155,10 @@ def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: P
 
 def _compare_head(judged: Judgement, sides: Sides) -> None:
     """A tied model may have its head once more, if it is the embedding."""
-    embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
-    head, found = head_of(sides.plan.config), sides.found
     if "output_layer.weight" in sides.items:
         return
+    embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
+    head, found = head_of(sides.plan.config), sides.found
     if head in found and embedding in found:
         pairs = zip(found.strips(head), found.strips(embedding), strict=False)
         if found.shape(head) != found.shape(embedding) or not all(torch.equal(a, b) for a, b in pairs):

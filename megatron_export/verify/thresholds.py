@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..checkpoint import hf_folder
 from ..common.errors import ExportError
 from ..common.progress import Progress, quiet
 from ..common.safe_files import MOST_LETTERS
+from ..models import architecture_of
 from .judge import Judgement, judge
 from .perplexity import Score, check_text, score
 from .snr import Likeness, finite
@@ -45,6 +47,8 @@ class Inspection:
 
 def inspected(folder: Path, reference: Path, wanted: Wanted, progress: Progress = quiet) -> Inspection:
     """Judge a checkpoint against its original and, on a text, score both. `ExportError` where that cannot begin."""
+    if wanted.text and architecture_of(hf_folder.read_config(reference)).draft:
+        raise ExportError(f"{reference} is a draft, which writes no text without its base. Leave out {wanted.flag}")
     if wanted.text:
         check_text(wanted.text, reference, wanted.flag)
     how = {"device": wanted.device, "min_snr": wanted.min_snr, "listed": wanted.listed}

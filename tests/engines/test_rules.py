@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_export.engines import ENGINES, CheckpointView, Effect, verdict_of
+from megatron_export.engines import DRAFTS, ENGINES, CheckpointView, Effect, verdict_of
 from megatron_export.engines import exclude_lists as matching
 from megatron_export.formats import Options
 from megatron_export.planning.engine_check import lines, of_folder, refusals, rules, verdicts
@@ -146,13 +146,14 @@ def test_every_rule_is_found_somewhere() -> None:
 
 
 def test_rules_say_where_they_were_read() -> None:
-    for module in ENGINES.values():
-        assert module.RELEASES[0] == module.VERSION
+    assert all(module.RELEASES[0] == module.VERSION for module in ENGINES.values())
+    tables = [(name, module) for name, one in ENGINES.items() for module in (one, DRAFTS[name])]
+    for name, module in tables:
         seen = any(rule.seen for rule in module.RULES.values())
         assert seen == bool(module.SEEN_IN) and (Path(__file__).parents[2] / module.SEEN_IN).exists()
         for rule in module.RULES.values():
-            assert rule.source.endswith(".py") and rule.source.startswith(module.NAME)
-    assert len(rules()) == sum(len(module.RULES) + 1 for module in ENGINES.values())
+            assert rule.source.endswith(".py") and rule.source.startswith(ENGINES[name].NAME)
+    assert len(rules()) == sum(len(module.RULES) + 1 for _, module in tables)
 
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
