@@ -69,7 +69,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "left out":      (_R, "what is left out of quantization is stored in bfloat16; it takes codes for numbers", "modelopt", SEEN),
     "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
-    "mixed joined":  (_R, "a mixed model has joined linears in Qwen 3 MoE, Llama 4 and, to latents, DeepSeek", "modelopt", SEEN),
+    "mixed joined":  (_R, "a mixed model lists joined linears by that name, but in Qwen 3 MoE and Llama 4", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
     "old":           (_R, "MXFP8 since 0.5.18, W4A16_NVFP4 alone since 0.5.19, blocks in a mix since 0.5.21", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),

@@ -1,7 +1,7 @@
 """How SGLang lays out the linears and experts of a quantized model: what it joins, in which blocks, and what it takes apart."""
 
 from .checkpoint_view import CheckpointView, Group
-from .exclude_lists import JOINED, Partly
+from .exclude_lists import JOINED, Partly, full
 from .gpus import BLACKWELL, GPUS
 from .quant_configs import AlgorithmOf, Reading
 from .verdict import Findings
@@ -33,11 +33,27 @@ def _check_architecture(checkpoint: CheckpointView, reading: Reading, group: Gro
     if group.kind == "head" and checkpoint.architecture == "MixtralForCausalLM":
         why = "it does not load a quantized output layer of this architecture"
         findings.add("head", why, *group.members, way="leave lm_head as it is")
-    if reading.layers and group.parts in JOINED and checkpoint.architecture not in _JOINS_MIXED:
-        findings.add("mixed joined", f"it does not find {', '.join(group.parts)} of this architecture in quantized_layers",
-                     group.parent, way="quantize all of it in one algorithm")  # fmt: skip
+    if reading.layers:
+        _check_mixed(checkpoint, reading, group, findings)
     if checkpoint.latent and ".self_attn" in group.parent:
         _check_latent(group, findings)
+
+
+def _check_mixed(checkpoint: CheckpointView, reading: Reading, group: Group, findings: Findings) -> None:
+    """It looks for the names of its own modules in quantized_layers: for joined linears, and for each expert of Mixtral alone."""
+    said = {reading.layers.get(name) for name in group.members}
+    joined = full(group.parent, JOINED.get(group.parts, ""))
+    if (
+        group.parts in JOINED
+        and checkpoint.architecture not in _JOINS_MIXED
+        and reading.layers.get(joined) not in said - {None}
+    ):
+        parts, name = ", ".join(group.parts), JOINED[group.parts]
+        findings.add("mixed joined", f"it does not find {parts} of this architecture in quantized_layers", group.parent,
+                     way=f"list {name} beside them there, in the same algorithm")  # fmt: skip
+    if group.kind == "experts" and checkpoint.architecture == "MixtralForCausalLM" and None in said:
+        findings.add("mixed joined", "it looks for each expert of this architecture in quantized_layers", group.parent,
+                     way="quantize all of it in one algorithm")  # fmt: skip
 
 
 def _check_llama4(group: Group, findings: Findings) -> None:

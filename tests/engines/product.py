@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_export import formats
+from megatron_export.engines.exclude_lists import JOINED
 from megatron_export.planning import recipe
 
 from ..support.models import add_mtp, make_model
@@ -70,6 +71,15 @@ def source(folder: Path, name: str) -> Path:
     if kind == "mtp":
         add_mtp(made)
     return made
+
+
+def list_joined(layers: dict[str, dict]) -> None:
+    """Put the names of joined linears (qkv_proj, gate_up_proj) into a quantized_layers that has their members."""
+    joined = {part: name for parts, name in JOINED.items() for part in parts}
+    for module, said in list(layers.items()):
+        parent, _, last = module.rpartition(".")
+        if last in joined:
+            layers[f"{parent}.{joined[last]}"] = said
 
 
 def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Every rule of every engine, asserted of two checkpoints at least: of these, of ModelOpt's own, and of damaged ones."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from megatron_export.formats import Options
 
 from ..support.checkpoints import DAMAGES, described, golden, planned
 from ..support.configs import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from .product import list_joined
 from .test_rules import GOLDEN, GPT_OSS, alter, reconfigured, store_the_last_layer_plain
 
 SPELLED = Options(fp8_pb_spelling="modelopt")
@@ -54,6 +56,14 @@ def renamed(said: CheckpointView, key: str, other: str) -> CheckpointView:
     return reconfigured(
         said, quantization_config={other if one == key else one: value for one, value in section.items()}
     )
+
+
+def naming_joined(said: CheckpointView) -> CheckpointView:
+    """A mixed one whose quantized_layers has joined linears too."""
+    said = copy.deepcopy(said)
+    list_joined(said.config["quantization_config"]["quantized_layers"])
+    list_joined(said.quant["quantization"]["quantized_layers"])
+    return said
 
 
 def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointView:
@@ -304,6 +314,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "left out, mixed", "left out, mixed joined, mixed, awq", "shared, machine"),
     "a mix for Blackwell": (lambda: mixed(QWEN, "*.self_attn.*=w4a8_nvfp4_fp8"), {"gpu": "h200"},
         "left out, mixed", "left out, mixed joined, mixed", "gpu"),
+    "a mix that names joined linears": (lambda: naming_joined(mixed(LLAMA, "*.self_attn.*=fp8")), {}, "", "", "machine"),
+    "a mix of Mixtral": (lambda: mixed(MIXTRAL, "*.self_attn.o_proj=fp8"), {}, "", "mixed joined", "machine"),
     "a mix on Hopper": (lambda: planned(QWEN_MOE, recipe="w4a16_nvfp4_mlp_fp8_attention"), {"gpu": "h200"}, "", "", ""),
     "a mix on a T4": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "t4"}, "", "gpu", "gpu"),
     "a mix on an A100": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8"), {"gpu": "a100"}, "", "", "gpu"),

@@ -1,6 +1,7 @@
 """A real SGLang, on a CPU: it fills what the rules say it fills, and refuses or leaves empty what they say it does not load.
 CONTRIBUTING.md has its setup."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_export.planning.engine_check import of_folder
 from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
 from ..support.ranks import Ranks, living
 from .asking import EVERY, exported, tried
+from .product import list_joined
 
 pytestmark = pytest.mark.sglang
 NEW = ["fp8_pc_pt", "mxfp8", "w4a16_nvfp4", "mxfp4", "w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8", "nvfp4_kvnvfp4"]
@@ -61,6 +63,20 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
 @pytest.mark.parametrize("names", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
 def test_sglang_loads_what_the_rules_say(names: dict[str, list[str]], pool: list[Ranks], tmp_path: Path) -> None:
     assert disagreements(exported(living(pool), names, tmp_path)) == {}
+
+
+def test_sglang_finds_joined_linears_of_a_mix_where_they_are_named(pool: list[Ranks], tmp_path: Path) -> None:
+    names = {
+        "llama31": ["nvfp4_mlp_fp8_attention", "mixed_head"],
+        "qwen3": ["w4a16_nvfp4_mlp_fp8_attention", "mixed_pb_native"],
+    }
+    folders = exported(living(pool), names, tmp_path)
+    for file in [folder / name for folder in folders for name in ("config.json", "hf_quant_config.json")]:
+        said = json.loads(file.read_text())
+        list_joined((said.get("quantization_config") or said.get("quantization"))["quantized_layers"])
+        file.write_text(json.dumps(said))
+    assert disagreements(folders) == {}
+    assert all(verdict_of(of_folder(folder), "sglang").loads for folder in folders)
 
 
 def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
