@@ -12,9 +12,12 @@ from ..checkpoint.hf_folder import files_to_copy, find_model, of_folder, tokeniz
 from ..checkpoint.original import Original
 from ..common.errors import ExportError
 from ..common.file_names import GENERATION_CONFIG
-from ..models import architecture_of, copied_prefixes, mtp_prefixes, settings_of, without_mtp
+from ..models import ARCHITECTURES, architecture_of, copied_prefixes, head_of, mtp_prefixes, settings_of, without_mtp
+from ..models.other import other_architecture
+from ..models.registry import architecture_name, learn
 from ..planning.tensor_spec import Output
 from .model import bare, class_of, tensors_of
+from .names import places_in
 from .offloaded import fetchers_of
 from .tensors import Live
 
@@ -44,13 +47,16 @@ def original_of(
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
     if into:
         _put(model, [one for one in (folder, tokenizer) if one is not None], into)
-    copied = _copied(model, copied_prefixes(config), into)
+    copied = _copied(model, config, into)
     prefixes = mtp_prefixes(config)
     if prefixes and not any(name.startswith(prefixes) for name in tensors_of(model)):
         remarks = ("the model has no layers that predict one more token, which its config means: they are left out",)
     if mtp == "drop" or remarks:
         config, dropped = without_mtp(config), prefixes
     settings_of(config)
+    if (name := architecture_name(config)) not in ARCHITECTURES:
+        said = f"{name} is in no table here: its linears were found by name, and no rule of an engine knows it"
+        remarks = (*remarks, said)
     if tokenizer is None and folder is None:
         remarks = (*remarks, "the model was given without a tokenizer, and engines want one. Give tokenizer=")
     elif into:
@@ -62,15 +68,22 @@ def config_of(model: nn.Module) -> dict:
     """config.json's dict as `save_pretrained` writes it, without what it says of quantization; `ExportError` for an unknown one."""
     found = json.loads(model.config.to_json_string())
     found = {key: value for key, value in found.items() if key not in ("quantization_config", "_name_or_path")}
-    found["architectures"] = [class_of(model)]
+    found["architectures"] = [name := class_of(model)]
+    if model.config.get_text_config().tie_word_embeddings:
+        found.setdefault("tie_word_embeddings", True)
+    if name not in ARCHITECTURES:
+        learn(name, other_architecture(name, tensors_of(model)))
     architecture_of(found)
     return found
 
 
-def _copied(model: nn.Module, prefixes: tuple[str, ...], into: Path | None) -> tuple[Output, ...]:
+def _copied(model: nn.Module, config: dict, into: Path | None) -> tuple[Output, ...]:
     """The tensors that are copied as they are, which have no place in Megatron's model; put into the folder too."""
+    prefixes = copied_prefixes(config)
     live = Live(tensors_of(model), fetchers_of(model))
-    names = sorted(name for name in live.held if name.startswith(prefixes)) if prefixes else []
+    places = places_in(config, live.held) if prefixes else {}
+    used = {place.name for place in places.values()} | {head_of(config)}
+    names = sorted(name for name in live.held if name.startswith(prefixes) and name not in used) if prefixes else []
     if cut := [name for name in names if live.spread(name)]:
         raise ExportError(
             f"{cut[0]} is cut over ranks, and such tensors are copied whole. Leave its module out of fully_shard"

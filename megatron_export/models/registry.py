@@ -36,6 +36,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 DRAFTS: dict[str, Architecture] = {eagle3.NAME: eagle3.ARCHITECTURE}  # exported beside a model of those above
 
 
+_OTHERS: dict[str, Architecture] = {}
+
+
 def architecture_name(config: dict) -> str:
     """The first of config.json's `architectures`, "(none)" if it has none; `ExportError` if that is no list of names."""
     found = config.get("architectures") or ["(none)"]
@@ -47,4 +50,9 @@ def architecture_name(config: dict) -> str:
 def known(config: dict) -> Architecture | None:
     """The table of config.json's architecture; None if it is unknown."""
     name = architecture_name(config)
-    return ARCHITECTURES.get(name) or DRAFTS.get(name)
+    return ARCHITECTURES.get(name) or DRAFTS.get(name) or _OTHERS.get(name)
+
+
+def learn(name: str, architecture: Architecture) -> None:
+    """Know an architecture that is in no table from now on: that of a live model, read off its tensors."""
+    _OTHERS[name] = architecture

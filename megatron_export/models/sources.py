@@ -152,7 +152,7 @@ def is_beyond(name: str, config: dict) -> bool:
 
 def _before_layers(config: dict) -> str:
     """What the HF names of all layers begin with."""
-    return architecture_of(config).rules["decoder.layers.{l}.input_layernorm.weight"].hf.partition("{l}")[0]
+    return architecture_of(config).rules["decoder.layers.{l}.self_attention.linear_proj.weight"].hf.partition("{l}")[0]
 
 
 def head_of(config: dict) -> str:

@@ -197,7 +197,7 @@ def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:
 
 def _copied_modules(config: dict, copied: tuple[Output, ...]) -> Iterable[str]:
     """What configs call the copied matrices: a glob for all, and each module for engines that know no globs."""
-    yield from (prefix.rstrip(".") + "*" for prefix in copied_prefixes(config))
+    yield from (prefix.rstrip(".") + "*" for prefix in copied_prefixes(config) if prefix)
     matrices = (output.name for output in copied if len(output.shape) > 1 and output.name.endswith(".weight"))
     yield from (name.removesuffix(".weight") for name in matrices)
 
