@@ -50,8 +50,7 @@ def _settings(folder: Path, child: str, base: dict) -> dict:
     found = {"hidden_size": base["hidden_size"]} | said
     if not found.get("eagle_aux_hidden_state_layer_ids") and found.get("use_aux_hidden_state"):
         layers = base["num_hidden_layers"]  # ModelOpt's default
-        found["eagle_aux_hidden_state_layer_ids"] = [1, max(0, layers // 2 - 1), max(0, layers - 4)]
-    found["eagle_aux_hidden_state_layer_ids"] = sorted(set(found.get("eagle_aux_hidden_state_layer_ids") or []))
+        found["eagle_aux_hidden_state_layer_ids"] = list({1, max(0, layers // 2 - 1), max(0, layers - 4)})
     rope = found.get("rope_scaling")
     factor = rope.get("factor") if isinstance(rope, dict) else None
     found["rope_scaling"] = megatron_llama3(factor) if factor else None

@@ -37,7 +37,6 @@ def settings_of(model: nn.Module, child: str) -> dict:
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     found = said | {"rope_scaling": rope if scaled else None}
     found["rope_theta"] = rope.get("rope_theta") or said.get("rope_theta")
-    found["eagle_aux_hidden_state_layer_ids"] = sorted(said.get("eagle_aux_hidden_state_layer_ids") or [])
     return found
 
 

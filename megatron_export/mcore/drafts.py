@@ -72,7 +72,7 @@ class MegatronDraft:
         ]
         report(problems)
         found = {word: said.get(field) for word, field in _WORDS.items()}
-        found["eagle_aux_hidden_state_layer_ids"] = sorted(said.get("eagle_aux_hidden_state_layer_ids") or [])
+        found["eagle_aux_hidden_state_layer_ids"] = list(said.get("eagle_aux_hidden_state_layer_ids") or ())
         known, theirs = said.get("draft_vocab_size"), said.get("vocab_size")
         found["draft_vocab_size"] = None if known == theirs else known  # theirs may be padded
         factor = said.get("rope_scaling_factor")

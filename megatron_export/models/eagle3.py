@@ -25,7 +25,7 @@ _OF_BASE = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_
 # fmt: off
 ARCHITECTURE = Architecture(
     draft=True,
-    formats=("bf16", "fp8", "nvfp4"),  # as planning/request.py has them
+    formats=("bf16", "fp8", "nvfp4"),
     spelled={"fc": "*fc"},
     rules={
         "fc.weight":                                            same("fc.weight"),
@@ -67,9 +67,10 @@ def eagle3_config(base: dict, said: dict) -> dict:
             "states. Give the base that it was trained on"
         )
     known = said.get("draft_vocab_size") or base["vocab_size"]
-    if known > base["vocab_size"]:
-        problems.append(f"the draft has {known} tokens, more than its base's vocabulary of {base['vocab_size']}")
+    if type(known) is not int or not 0 < known <= base["vocab_size"]:
+        problems.append(f"the draft's draft_vocab_size is {shown(known)}, and its base has {base['vocab_size']} tokens")
     report(problems)
+    ids = sorted(ids)  # the base's layers are read in their order
     return {
         "architectures": [NAME],
         "model_type": "llama",

@@ -163,7 +163,7 @@ def megatron_llama3(factor: float) -> dict:
     """The rotary scaling that Megatron's `RotaryEmbedding` computes with `rope_scaling`: but for the factor, its constants."""
     return {
         "rope_type": "llama3",
-        "factor": float(factor),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

@@ -11,10 +11,11 @@ from ..common.errors import ExportError
 from ..common.options import checked, made, option, options_of, told_by, values_of
 from ..common.safe_files import shown
 from ..formats import FORMATS, KV_FORMATS, PLAIN, Form, KvForm, Options, chosen_all, chosen_kv
+from ..models.registry import DRAFTS
 from .recipe import Line, Recipe, recipe_of, set_line, uniform
 
 RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
-DRAFT_FORMATS = ("bf16", "fp8", "nvfp4")
+DRAFT_FORMATS = tuple(dict.fromkeys(name for draft in DRAFTS.values() for name in draft.formats))
 _OF_ALL = ("overwrite", "writers", "sync", "resume", "timeout", "max_shard_size")  # of a model and of its draft
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 

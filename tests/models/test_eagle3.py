@@ -72,7 +72,9 @@ def test_a_setting_that_is_missing_is_named(key: str) -> None:
         ({"hidden_size": 32}, "the draft's hidden_size is 32, its base's 64"),
         ({"eagle_aux_hidden_state_layer_ids": [8]}, r"are \[8\], not a list of layers of its base, which has 8"),
         ({"eagle_aux_hidden_state_layer_ids": "all"}, "are 'all', not a list of layers"),
-        ({"draft_vocab_size": 501}, "the draft has 501 tokens, more than its base's vocabulary of 500"),
+        ({"eagle_aux_hidden_state_layer_ids": [[1], "a"]}, "not a list of layers"),
+        ({"draft_vocab_size": "many"}, "the draft's draft_vocab_size is 'many', and its base has 500 tokens"),
+        ({"draft_vocab_size": 501}, "the draft's draft_vocab_size is 501, and its base has 500 tokens"),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(changes: dict, said: str) -> None:
