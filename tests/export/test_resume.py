@@ -1,6 +1,7 @@
 """--resume: what it refuses, what it does not do twice, and what it does where there is nothing to go on with."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def flags(models: dict, tmp_path: Path) -> tuple:
             "--output", tmp_path / "out")  # fmt: skip
 
 
+CALIBRATION = ("--calib-data", "--calib-seq-len", "--calib-batch-size")
 USUAL = ("--format", "fp8", "--calib-samples", 4)
 
 
@@ -65,6 +67,33 @@ def test_an_export_goes_on_on_another_topology(sizes: tuple, interrupted: int, f
     statistics = journal_of(tmp_path / "out")
     assert not statistics.exists()
     assert export_with(None, tmp_path, *fresh, *USUAL)[0] == [0, 0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+FORMATS = {  # format -> what it is asked for with
+    **{name: () for name in ("w4a16_nvfp4", "fp8_pc_pt", "mxfp8", "mxfp4", "w4a8_mxfp4_fp8")},
+    "w4a8_nvfp4_fp8": ("--calib-samples", 4),
+    "a recipe": ("--recipe", "nvfp4_mlp_fp8_attention", "--set", "*.layers.0.mlp.*=mxfp8", "--calib-samples", 4),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_goes_on_after_a_kill_to_the_same_bytes(name: str, flags: tuple, tmp_path: Path) -> None:
+    more = FORMATS[name]
+    asked = (*more, *(() if "--recipe" in more else ("--format", name)), "--timeout", 5, "--max-shard-size", "30KB")
+    if not more:  # it measures nothing
+        flags = tuple(
+            one for n, one in enumerate(flags) if not {*map(str, flags[max(n - 1, 0) : n + 1])} & set(CALIBRATION)
+        )
+    statuses, said, _ = export_with(Fault("kill", "last bucket", (0,)), tmp_path, *flags, *asked)
+    assert statuses[0] == -signal.SIGKILL, said
+    complete = kept(tmp_path / "out")
+    statuses, said, _ = export_with(None, tmp_path, *flags, *asked, "--resume")
+    assert statuses == [0, 0], said
+    files = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert 0 < complete < files
+    assert f"{complete} of {files} files were complete already" in said
+    assert export_with(None, tmp_path, *flags[:-1], tmp_path / "fresh", *asked)[0] == [0, 0]
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
