@@ -1,6 +1,6 @@
 """A live Megatron-Core model as an export sees it, and its ranks: imported where one is given."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +90,10 @@ class Live:
         found = next((one for one in everyone(here, said) if one), None)
         with together(here, "read the draft"):
             return Beside(found[0], draft_config(*found, base), LiveDraft(mine)) if found else None
+
+    def copied(self, config: dict) -> Iterator[tuple[str, Tensor]]:
+        """None: those of the original do not change."""
+        return iter(())
 
     def mine(self, here: Topology, config: dict, request: Request) -> Shards:
         """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""

@@ -3,7 +3,7 @@
 A live model's origin stands in a module of its kind, which is imported where such a model is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,9 @@ class LiveOrigin(Origin, Protocol):
 
     def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
         """Canonical name -> the shape of this rank's shard; on this rank alone."""
+
+    def copied(self, config: dict) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the model that are copied as they are, whole."""
 
 
 def live(model: Model) -> LiveOrigin:

@@ -14,7 +14,7 @@ from ..planning.shard_files import BUCKET_BYTES
 from ..planning.tensor_spec import Output
 from . import transport
 from .encode_stream import Stream
-from .origins import Model, Statistics, world_of
+from .origins import Model, Statistics, live, world_of
 from .prepare import Opening, open_model, renewed, surveyed
 
 NO_FOLDER = (
@@ -70,7 +70,8 @@ def iter_hf_tensors(
     if plan is None:
         plan = plan_hf_tensors(model, calibration=calibration, timeout=timeout, **options)
     with world_of(model, timeout) as here:
-        work, _ = surveyed(here, renewed(here, plan, model, calibration))
+        opening = renewed(here, plan, model, calibration)
+        work, _ = surveyed(here, opening)
         slices: dict[str, dict[int, Tensor]] = {}  # of one tensor, until all have come
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
@@ -85,3 +86,6 @@ def iter_hf_tensors(
                 if len(made) == output.count:
                     del slices[output.name]
                     yield output.name, torch.stack([made[index] for index in sorted(made)])
+        for name, tensor in live(model).copied(opening.original.config):
+            if here.first or everywhere:
+                yield name, tensor.clone()

@@ -1,6 +1,6 @@
 """A live transformers model as an export sees it, and its ranks: imported where one is given."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..common.errors import ExportError
 from ..distributed import world as worlds
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
+from ..hf.copied import copied_whole
 from ..hf.drafts import draft_in, draft_of, own_tensors, settings_of
 from ..hf.model import bare, device_of, tensors_of
 from ..hf.original import Tokenizer, original_of
@@ -68,6 +69,9 @@ class Live:
     def shapes(self, here: Topology, config: dict, request: Request) -> dict[str, tuple[int, ...]]:
         parameters = self.view(config).parameters(here, {})
         return {name: parameters.held(name).shape for name in parameters}
+
+    def copied(self, config: dict) -> Iterator[tuple[str, Tensor]]:
+        return copied_whole(bare(self.model), config)
 
     def _viewed(self, config: dict) -> View:
         model = bare(self.model)

@@ -76,3 +76,8 @@ def reshard(model: nn.Module) -> None:
 
 def _sharded_by_fsdp(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def whole_of(tensor: DTensor) -> Tensor:
+    """A whole tensor, from what all ranks have of it. Collective."""
+    return tensor.detach().full_tensor()

@@ -12,14 +12,12 @@ from ..checkpoint.hf_folder import files_to_copy, find_model, of_folder, tokeniz
 from ..checkpoint.original import Original
 from ..common.errors import ExportError
 from ..common.file_names import GENERATION_CONFIG
-from ..models import ARCHITECTURES, architecture_of, copied_prefixes, head_of, mtp_prefixes, settings_of, without_mtp
+from ..models import ARCHITECTURES, architecture_of, mtp_prefixes, settings_of, without_mtp
 from ..models.other import other_architecture
 from ..models.registry import architecture_name, learn
 from ..planning.tensor_spec import Output
+from .copied import copied_whole
 from .model import bare, class_of, tensors_of
-from .names import places_in
-from .offloaded import fetchers_of
-from .tensors import Live
 
 
 class Tokenizer(Protocol):
@@ -45,9 +43,9 @@ def original_of(
     )
     if isinstance(tokenizer, str | Path) and not Path(tokenizer).is_dir():
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
+    copied = _copied(model, config, into)
     if into:
         _put(model, [one for one in (folder, tokenizer) if one is not None], into)
-    copied = _copied(model, config, into)
     prefixes = mtp_prefixes(config)
     if prefixes and not any(name.startswith(prefixes) for name in tensors_of(model)):
         remarks = ("the model has no layers that predict one more token, which its config means: they are left out",)
@@ -78,19 +76,11 @@ def config_of(model: nn.Module) -> dict:
 
 
 def _copied(model: nn.Module, config: dict, into: Path | None) -> tuple[Output, ...]:
-    """The tensors that are copied as they are, which have no place in Megatron's model; put into the folder too."""
-    prefixes = copied_prefixes(config)
-    live = Live(tensors_of(model), fetchers_of(model))
-    places = places_in(config, live.held) if prefixes else {}
-    used = {place.name for place in places.values()} | {head_of(config)}
-    names = sorted(name for name in live.held if name.startswith(prefixes) and name not in used) if prefixes else []
-    if cut := [name for name in names if live.spread(name)]:
-        raise ExportError(
-            f"{cut[0]} is cut over ranks, and such tensors are copied whole. Leave its module out of fully_shard"
-        )
-    if names and into:
-        save_file({name: live.read(name).contiguous() for name in names}, into / "model.safetensors")
-    return tuple(Output(name, live.held[name].dtype, tuple(live.held[name].shape)) for name in names)
+    """The tensors that are copied as they are; put into the folder too. Collective, if the model is cut over ranks."""
+    whole = dict(copied_whole(model, config))
+    if whole and into:
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, into / "model.safetensors")
+    return tuple(Output(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in whole.items())
 
 
 def _put(model: nn.Module, origins: list[Tokenizer | str | Path], into: Path) -> None:

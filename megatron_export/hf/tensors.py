@@ -168,7 +168,7 @@ class Parameters(Mapping[str, Tensor]):
         shape = dict(zip(self.homes[name], self._shapes(name), strict=True))[part]
         index = 0 if spot.whole else spot.ranks.index(self.rank)
         firsts = [
-            chunk(size, index, spot.count if spot.cut is axis else 1).start
+            chunk(size, index, spot.count).start if spot.cut is axis else 0
             for size, axis in zip(shape, Axis, strict=True)
         ]
         return Piece(self.part(source, part, self.homes[name][part]), (firsts[0], firsts[1]), shape)

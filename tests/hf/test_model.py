@@ -139,11 +139,12 @@ def test_offloaded_weights_are_fetched_one_by_one(models: dict, tmp_path: Path) 
 
 
 def test_tensors_come_one_by_one_for_an_engine(models: dict, tmp_path: Path) -> None:
-    model = loaded(models["qwen3"])
-    export_hf_checkpoint(model, tmp_path / "out", format="mxfp8")
-    plan = plan_hf_tensors(model, format="mxfp8")
-    given = dict(iter_hf_tensors(model, plan=plan))
-    assert_same(given, tensors(tmp_path / "out"))
+    for name, form in (("qwen3", "mxfp8"), ("llama4_vision", "bf16")):  # of which the vision tower is copied
+        model = loaded(models[name], name)
+        export_hf_checkpoint(model, tmp_path / name, format=form)
+        plan = plan_hf_tensors(model, format=form)
+        given = dict(iter_hf_tensors(model, plan=plan))
+        assert_same(given, tensors(tmp_path / name))
 
 
 def spoil(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -11,8 +11,9 @@ from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.parallel_state import current, started
 
 from ..support.live import batches, refusal
+from ..support.live import loaded as in_megatron
 from ..support.live_hf import assert_untouched, loaded, state_of, traces_of
-from ..support.models import LENGTH, contents, make_model, read_json
+from ..support.models import LENGTH, assert_same, contents, make_model, read_json, tensors
 from ..support.ranks import Ranks
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}  # which groups of 128 divide
@@ -71,3 +72,20 @@ def test_both_routes_write_the_same_checkpoint_in_every_format(name: str, ranks:
         left, right = (contents(tmp_path / "out" / route / form) for route in ("megatron", "transformers"))
         assert sorted(left) == sorted(right)
         assert [file for file in left if left[file] != right[file]] == []
+
+
+def without_hf_model(source: Path, folder: Path) -> str:
+    """In a rank: export a Megatron model that names its HF model, as Megatron-Bridge's do, and one that does not."""
+    with in_megatron(source) as (model, _):
+        said = refusal(export_hf_checkpoint, model, folder / "never", format="bf16")
+        model.config.hf_model_id = str(source)
+        export_hf_checkpoint(model, folder / "out", format="bf16")
+    return said
+
+
+def test_a_megatron_model_that_names_its_hf_model_needs_no_other_word(
+    models: dict, ranks: Ranks, tmp_path: Path
+) -> None:
+    (said,) = ranks.call(1, without_hf_model, models["qwen2"], tmp_path)
+    assert said.startswith("hf_model is missing, and the model does not say which HF model it is")
+    assert_same(tensors(tmp_path / "out"), tensors(models["qwen2"]))

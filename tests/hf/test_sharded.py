@@ -11,13 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron_export import export_hf_checkpoint
+from megatron_export import export_hf_checkpoint, iter_hf_tensors
 from megatron_export.models.statistic_names import hf_keys
 
 from ..support.live import refusal
-from ..support.live_hf import loaded
+from ..support.live_hf import LIVE, loaded, rebuilt
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
+from .test_other import made as other
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 ODD = {"hidden_size": 80, "intermediate_size": 144, "num_hidden_layers": 1, "vocab_size": 333, "num_attention_heads": 5,
@@ -106,3 +107,68 @@ def test_a_model_that_is_cut_has_the_bytes_of_the_whole_one(
             assert_same(tensors(tmp_path / "cut" / form), tensors(tmp_path / form))
             cut, alone = (read_json(out / "export_manifest.json") for out in (tmp_path / "cut" / form, tmp_path / form))
             assert cut["identity"] == alone["identity"]
+
+
+def export_quantized(folder: Path, out: Path, asked: dict) -> list[str]:
+    """In a rank: cut a model that ModelOpt quantized, and export it; then take all its tensors. Returns their names."""
+    dist.init_process_group("gloo")
+    try:
+        model, mesh = rebuilt(folder), init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        export_hf_checkpoint(model, out, **asked)
+        given = {name: tensor.clone() for name, tensor in iter_hf_tensors(model, everywhere=True, **asked)}
+        assert_same(given, tensors(out))
+        return sorted(given)
+    finally:
+        dist.destroy_process_group()
+
+
+CUT = ("llama-INT4_AWQ-hf", "llama-NVFP4_AWQ-hf", "qwen3-FP8_PB_WO-hf", "qwen3-W4A8_AWQ-hf", "deepseekv3-FP8-hf")
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_quantized_model_that_is_cut_has_the_bytes_of_the_whole_one(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Also where the amaxes of blocks, and smoothing vectors, are those of whole weights."""
+    asked = {"fp8_pb_spelling": "modelopt"} if "FP8_PB" in name else {}
+    given = ranks.call(2, export_quantized, LIVE / name, tmp_path / "cut", asked)
+    export_hf_checkpoint(rebuilt(LIVE / name), tmp_path / "whole", **asked)
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+    assert given == [sorted(tensors(tmp_path / "whole"))] * 2
+
+
+def train_on(folder: Path, out: Path) -> str:
+    """In a rank: export a cut model whose weights were trained since it was calibrated; what is said."""
+    dist.init_process_group("gloo")
+    try:
+        model = rebuilt(folder)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[-1].mul_(2)  # which the last rank has
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return refusal(export_hf_checkpoint, model, out)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_amaxes_of_other_weights_are_found_on_the_rank_that_has_them(ranks: Ranks, tmp_path: Path) -> None:
+    for said in ranks.call(2, train_on, LIVE / "llama-INT4_AWQ-hf", tmp_path / "out"):
+        assert "rank 1 failed to read the model's quantizers: decoder.layers.1.mlp.linear_fc2" in said
+        assert "its quantizer's amaxes are not those of its weight's blocks" in said
+
+
+def copy_of_other(out: Path) -> None:
+    """In a rank: export a model whose norms are copied, cut by FSDP2."""
+    dist.init_process_group("gloo")
+    try:
+        model = other("gemma3_text")
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        export_hf_checkpoint(model, out, format="fp8_pb")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_is_copied_of_a_model_that_is_cut_is_gathered(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.call(2, copy_of_other, tmp_path / "cut")
+    export_hf_checkpoint(other("gemma3_text"), tmp_path / "whole", format="fp8_pb")
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
