@@ -12,6 +12,8 @@ from megatron_export.formats import FORMATS, KV_FORMATS, chosen
 LAYER = "decoder.layers.0"
 QKV, PROJ, FC1 = f"{LAYER}.self_attention.linear_qkv", f"{LAYER}.self_attention.linear_proj", f"{LAYER}.mlp.linear_fc1"
 NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+STATIC = NVFP4 | {"_axis": (0,), "_block_sizes": NVFP4["_block_sizes"] | {"type": "static"}}
+FOUR_OVER_SIX = STATIC | {"_block_sizes": STATIC["_block_sizes"] | {"four_over_six": 1}}  # True becomes 1
 FP8, OFF, INT4 = {"_num_bits": (4, 3)}, {"_disabled": True, "_num_bits": 8}, {"_num_bits": 4, "_axis": (0,)}
 INT4 |= {"_block_sizes": {-1: 128, "type": "static"}}
 FP8_PB = {"_num_bits": (4, 3), "_axis": (0, 2), "_block_sizes": {-1: 128, -2: 128}}
@@ -51,6 +53,10 @@ def chain(name: str) -> Quantizers:
         (linear(QKV, NVFP4, NVFP4) | cache(NVFP4, NVFP4), "nvfp4", "nvfp4"),
         (linear(QKV, NVFP4, NVFP4 | VECTOR), "nvfp4_awq", "none"),
         (linear(QKV, NVFP4, OFF), "w4a16_nvfp4", "none"),
+        (linear(QKV, STATIC, NVFP4), "nvfp4 mse", "none"),
+        (linear(QKV, STATIC, OFF), "w4a16_nvfp4 mse", "none"),
+        (linear(QKV, FOUR_OVER_SIX, NVFP4), "nvfp4 four_over_six", "none"),
+        (linear(QKV, FOUR_OVER_SIX, OFF), "w4a16_nvfp4 four_over_six", "none"),
         (linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {-1: 32}}, FP8), "w4a8_nvfp4_fp8", "none"),
         (linear(QKV, MXFP8, MXFP8), "mxfp8", "none"),
         (linear(QKV, MXFP4, OFF), "mxfp4", "none"),
@@ -64,7 +70,8 @@ def chain(name: str) -> Quantizers:
 def test_a_recipe_is_read_from_the_quantizers(quantizers: Quantizers, format: str, cached: str) -> None:
     quantizers = quantizers | linear(FC1, OFF, OFF) | linear("output_layer", OFF, OFF)
     kv_cache, _, scale = cached.partition(" of ")
-    expected = modelopt.Inherited({QKV: format}, kv_cache, 128, float(scale) if scale else None)
+    name, _, scales = format.partition(" ")
+    expected = modelopt.Inherited({QKV: name}, kv_cache, 128, float(scale) if scale else None, scales or "max")
     assert modelopt.inherited_in(modelopt.kinds_of(quantizers)) == expected
 
 
@@ -74,6 +81,15 @@ def test_every_format_has_settings_of_its_own() -> None:
     assert [LINEARS[name].smoothed for name in FORMATS] == [chosen(name).smoothing is not None for name in FORMATS]
     rounding = [str(settings) for settings in LINEARS.values()]
     assert len(set(rounding)) == len(rounding)
+
+
+def test_scales_that_were_made_in_several_ways_are_refused() -> None:
+    both = linear(QKV, NVFP4, NVFP4) | linear(FC1, STATIC, NVFP4)
+    assert modelopt.inherited_in(modelopt.kinds_of(both), "max").scales == "max"
+    with pytest.raises(ExportError, match=rf"in several ways.*max \({QKV}, 1 in all\), mse \({FC1}, 1 in all\)"):
+        modelopt.inherited_in(modelopt.kinds_of(both), "mse")
+    beside = linear(QKV, FP8, FP8) | linear(FC1, STATIC, NVFP4)
+    assert modelopt.inherited_in(modelopt.kinds_of(beside), "mse").scales == "mse"
 
 
 def test_without_quantizers_that_round_there_is_no_recipe() -> None:
@@ -93,12 +109,14 @@ def test_without_quantizers_that_round_there_is_no_recipe() -> None:
         (linear(QKV, INT4, OFF), "weight_quantizer is int4 in blocks of 128: no format"),
         (linear(QKV, FP8, FP8, output_quantizer=FP8), "output_quantizer is e4m3"),
         (linear(QKV, FP8 | {"_scale": torch.ones(())}, FP8), "e4m3, compressed"),
-        (linear(QKV, NVFP4 | {"_block_sizes": {-1: 16, "scale_bits": (4, 3)}}, NVFP4), "blocks of 16, with scales"),
+        (linear(QKV, STATIC | {"_lsq": True}, NVFP4), "blocks of 16, with scales of e4m3, with scales that are trained"),
+        (linear(QKV, STATIC, NVFP4 | VECTOR), "blocks of 16, with scales of e4m3; inputs are multiplied"),
+        (linear(QKV, NVFP4, STATIC), "input_quantizer is e2m1 in blocks of 16, with scales of e4m3"),
         (linear(QKV, NVFP4 | {"_svdquant_lora_a": torch.ones(2, 2)}, NVFP4 | VECTOR), "beside a product of two matrices"),
         (linear(QKV, FP8 | {"backend": "my_backend"}, FP8), "weight_quantizer is e4m3, by a backend of its own"),
         (
             linear(QKV, NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {"four_over_six": True}}, NVFP4),
-            "and {'four_over_six': True}",
+            "dynamic, with scales of e4m3, of 4 or 6",
         ),
         (cache({"_num_bits": 8}, {"_num_bits": 8}), "self_attention .*: ModelOpt's k_bmm_quantizer is int8"),
         (cache(FP8 | {"_bias": {"enable": True}}, FP8), "k_bmm_quantizer is e4m3, with an offset"),
@@ -157,6 +175,6 @@ def test_statistics_are_the_amaxes_and_vectors_that_are_there() -> None:
     with pytest.raises(ExportError, match=rf"{QKV}.input_quantizer._amax is nan"):
         modelopt.scalars_in(linear(QKV, FP8, FP8 | amax(torch.nan)))
     assert torch.equal(modelopt.vectors_in(linear(QKV, INT4, OFF | VECTOR))[QKV], torch.ones(128))
-    blocks, shape = modelopt.blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
-    assert (blocks.shape, shape) == ((2, 1, 3, 1), (128, 128))
+    found = modelopt.blocks_in(linear(QKV, FP8_PB | {"_amax": torch.ones(2, 1, 3, 1)}, OFF))[QKV]
+    assert (found.amax.shape, found.size, found.scales) == ((2, 1, 3, 1), (128, 128), "")
     assert modelopt.blocks_in(linear(QKV, FP8 | amax(1), FP8)) == {}

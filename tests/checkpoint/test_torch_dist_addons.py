@@ -13,7 +13,19 @@ from megatron_export import export_hf_checkpoint
 from megatron_export.models import parameters_of
 
 from ..export.test_topologies import calibration_flags, export
-from ..support.additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, describe_adapters, prepare_to_save, quantize
+from ..support.additions import (
+    FOUR_OVER_SIX,
+    FP8,
+    FP8_PB,
+    INT4,
+    NVFP4,
+    OFF,
+    STATIC,
+    adapt,
+    describe_adapters,
+    prepare_to_save,
+    quantize,
+)
 from ..support.live import loaded
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks, command, living
@@ -228,6 +240,8 @@ QUANTIZED: dict[str, tuple[str, dict, tuple, dict]] = {
     "fp8_pb": ("wide", {"tp": 2}, (FP8_PB, OFF), {}),
     "int4_awq": ("wide", {"tp": 2}, (INT4, OFF), {"smoothed": True}),
     "w4a8_awq": ("wide", {"tp": 2}, (INT4, FP8), {"smoothed": True}),
+    "static nvfp4": ("wide", {"tp": 2}, (STATIC, NVFP4), {"scales": "mse"}),
+    "four over six": ("wide", {"tp": 2}, (FOUR_OVER_SIX, OFF), {"scales": "four_over_six"}),
     "nvfp4_awq": ("wide", {"tp": 2}, (NVFP4, NVFP4), {"smoothed": True}),
     "stale": ("wide", {"tp": 2}, (INT4, OFF), {"smoothed": True, "factor": 0.5}),
     "experts": ("qwen3_moe", {"ep": 2}, (FP8, FP8), {}),

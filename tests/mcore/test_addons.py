@@ -14,7 +14,19 @@ from megatron_export.mcore.model import experts_of, linears_of
 from megatron_export.models import parameters_of
 
 from ..calibration.test_grouped_experts import GroupedMLP
-from ..support.additions import FP8, FP8_PB, INT4, NVFP4, OFF, adapt, factors, quantize, vector_of
+from ..support.additions import (
+    FOUR_OVER_SIX,
+    FP8,
+    FP8_PB,
+    INT4,
+    NVFP4,
+    OFF,
+    STATIC,
+    adapt,
+    factors,
+    quantize,
+    vector_of,
+)
 from ..support.live import batches, differences, loaded, refusal, traces
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
@@ -73,6 +85,27 @@ def test_a_quantized_model_says_itself_what_it_is_exported_to(
     assert_same(tensors(tmp_path / "quantized"), tensors(tmp_path / "plain"))
     configs = [read_json(tmp_path / made / "config.json") for made in ("quantized", "plain")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("weights", "inputs", "scales", "format"),
+    [
+        (STATIC, NVFP4, "mse", "nvfp4"),
+        (STATIC, OFF, "mse", "w4a16_nvfp4"),
+        (FOUR_OVER_SIX, NVFP4, "four_over_six", "nvfp4"),
+    ],
+)
+def test_static_scales_of_nvfp4_are_those_that_the_quantizers_hold(
+    weights: dict, inputs: dict, scales: str, format: str, tp: int, wide: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    how = (weights, inputs)
+    made = ranks.call(tp, export_quantized, wide, tmp_path / "quantized", tp, how, {"scales": scales}, {})
+    assert made == [([], "")] * tp
+    ranks.call(1, export_plain, wide, tmp_path / "plain", inputs_of(wide), {"format": format, "nvfp4_scales": scales})
+    assert_same(tensors(tmp_path / "quantized"), tensors(tmp_path / "plain"))
+    said = read_json(tmp_path / "quantized" / "config.json")["quantization_config"]
+    assert said["quant_algo"] == format.upper()
 
 
 @pytest.mark.parametrize(("how", "largest"), [((FP8, FP8), 448), ((NVFP4, NVFP4), 448 * 6)])
@@ -161,6 +194,8 @@ def test_experts_have_amaxes_of_their_own_and_linears_without_quantizers_stay(
         ((FP8, FP8), {}, {"calibration": {}}, "leave calibration out"),
         ((INT4, OFF), {"smoothed": True}, {"exclude": ["*.o_proj"]}, "exclude cannot undo what ModelOpt has smoothed"),
         ((FP8_PB, OFF), {"factor": 0.5}, {}, "(of 8 such): its quantizer's amaxes are not those of its weight's blocks"),
+        ((STATIC, NVFP4), {"scales": "mse", "factor": 2}, {}, "(of 8 such): its quantizer's amaxes are not those"),
+        ((STATIC, NVFP4), {"scales": "mse"}, {"nvfp4_scales": "four_over_six"}, "nvfp4_scales is 'four_over_six', but"),
         ((FP8 | {"_axis": 0}, FP8), {}, {}, "(8 such): ModelOpt's input_quantizer is e4m3; weight_quantizer is e4m3, one"),
     ],
 )  # fmt: skip

@@ -13,6 +13,9 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_export.common.piece import Amax
+from megatron_export.formats import Options, chosen, encode
+from megatron_export.formats.nvfp4 import LARGEST_SCALE
 from megatron_export.mcore.model import linears_of
 from megatron_export.models import pooled
 
@@ -20,6 +23,8 @@ USUALLY_OFF = ("_disabled", "_dynamic", "_unsigned", "_narrow_range", "_rotate",
 DEFAULT = dict.fromkeys(USUALLY_OFF, False) | {"_num_bits": 8, "_block_sizes": None, "_axis": None, "_bias": None}
 DEFAULT |= {"_fake_quant": True, "_enable_pre_quant_scale": True}
 NVFP4 = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+STATIC = {"_num_bits": (2, 1), "_axis": (0,), "_block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
+FOUR_OVER_SIX = STATIC | {"_block_sizes": STATIC["_block_sizes"] | {"four_over_six": 1}}
 FP8 = {"_num_bits": (4, 3)}
 OFF = {"_disabled": True, "_num_bits": 8}
 INT4 = {"_num_bits": 4, "_axis": (0,), "_block_sizes": {-1: 128, "type": "static"}}
@@ -47,10 +52,12 @@ def quantize(
     *,
     factor: float = 1,
     smoothed: bool = False,
+    scales: str = "max",
 ) -> None:
     """Put quantizers as they are after calibration into every linear, and into attention.
 
-    Weights have the amax of their shard times `factor`; `smoothed` ones are divided by a vector before.
+    Weights have the amax of their shard times `factor`; `smoothed` ones are divided by a vector before. Static ones of NVFP4 have
+    `scales`, under the amax of the weight on all ranks.
     """
     for name, module in linears_of(model).items():
         vector = smooth(name, module) if smoothed else None
@@ -64,6 +71,13 @@ def quantize(
         else:
             own = weight.abs().amax()
         module.weight_quantizer = Quantizer(weights, own * factor)
+        if weights in (STATIC, FOUR_OVER_SIX):
+            whole = weight.abs().amax().float()
+            torch.distributed.all_reduce(
+                whole, torch.distributed.ReduceOp.MAX, parallel_state.get_tensor_model_parallel_group()
+            )
+            module.weight_quantizer = Quantizer(weights, static_amax(weight, whole, scales) * factor)
+            module.weight_quantizer.register_buffer("_global_amax", whole)
         if weights == INT4 and rounds:
             both = Quantizer(INT4, own * factor), Quantizer(FP8, weight.abs().amax())
             module.weight_quantizer = nn.Sequential(*both)
@@ -73,6 +87,14 @@ def quantize(
         attention.k_bmm_quantizer = Quantizer(cache, torch.tensor(3.0 + number))
         attention.v_bmm_quantizer = Quantizer(cache, torch.tensor(5.0 + number))
         attention.q_bmm_quantizer = Quantizer(OFF)
+
+
+def static_amax(weight: Tensor, whole: Tensor, scales: str) -> Tensor:
+    """What ModelOpt keeps of each block of 16, float32 [blocks, 1]: its amax, or what stands for the scale that was searched."""
+    if scales == "max":
+        return weight.view(-1, 16).abs().amax(dim=1, keepdim=True).float()
+    made = encode(chosen("w4a16_nvfp4", Options(nvfp4_scales=scales)), weight, Amax(whole, whole))["weight_scale"].data
+    return made.float().view(-1, 1) * whole / LARGEST_SCALE[scales]
 
 
 def prepare_to_save(model: nn.Module, grouped: bool = False) -> None:

@@ -13,12 +13,15 @@ from ...distributed.collectives import everyone, maximum, spread, together, whol
 from ...distributed.topology import Topology
 from ...formats import FORMATS, PLAIN, Options
 from ...models import HEAD, architecture_of, cut_of, is_linear_weight, parameters_of, pooled, shape_of
-from ...models.statistic_names import experts_module
+from ...models.statistic_names import experts_module, weight_key
 from ...planning.recipe import Line, Recipe
 from ...planning.request import Request
 from ..lookup import Statistics
+from .blocks import STATIC, Blocks, kept, scales_of, stale
 from .defaults import supposed
 from .quantizers import Inherited, Quantizers, blocks_in, inherited_in, kinds_of, merged_kinds, scalars_in, vectors_in
+
+_DEFAULTS = (("group_size", Options.group_size), ("nvfp4_scales", Options.nvfp4_scales))
 
 
 def inherited_from_model(
@@ -37,22 +40,31 @@ def inherited_from_model(
     """
     with together(here, "read the model's quantizers"):
         quantizers = quantizers_of()
-        mine = kinds_of(quantizers)
-    everywhere = everyone(here, mine)
+        mine, blocks = kinds_of(quantizers), blocks_in(quantizers)
+        weights = weights_of() if blocks else {}
+        static = next((name for name, one in blocks.items() if one.scales == STATIC), None)
+        told = scales_of(weights[static], blocks[static].amax, blocks[static]) if static else ""
+    everywhere = everyone(here, (mine, told))
     with together(here, "read the model's quantizers"):
-        kinds = merged_kinds(everywhere)
-        inherited = inherited_in(kinds)
+        kinds = merged_kinds(kinds for kinds, _ in everywhere)
+        inherited = inherited_in(kinds, next((one for _, one in everywhere if one), ""))
         if inherited is None:
             return request.plain(), given
         report(contradictions(config, inherited, request, given))
-        weights = weights_of()
-        blocks = blocks_in(quantizers)
-        report(stale(name for name, (amax, size) in blocks.items() if blocks_differ(weights[name], amax, size)))
         scalars, vectors = scalars_in(quantizers), vectors_in(quantizers)
     statistics: dict[str, Tensor] = {}
     for theirs in everyone(here, scalars):
         for name, value in theirs.items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
+    with together(here, "read the model's quantizers"):
+        amaxes = {name: float(statistics.get(weight_key(name), 0.0)) for name in blocks}
+        report(
+            stale(
+                name
+                for name, one in blocks.items()
+                if not kept(weights[name], one.amax, one, inherited.scales, amaxes[name])
+            )
+        )
     statistics |= _agreed_vectors(here, vectors, inherited)
     return settled(config, inherited, request), statistics
 
@@ -62,7 +74,7 @@ def inherited_from_checkpoint(
 ) -> tuple[Request, Statistics | None]:
     """The same for the model in a checkpoint, which every rank reads for itself."""
     quantizers = _quantizers(checkpoint, request)
-    inherited = inherited_in(kinds_of(quantizers))
+    inherited = inherited_in(kinds_of(quantizers), _static(checkpoint, blocks_in(quantizers)))
     if inherited is None:
         return request.plain(), given
     report(contradictions(config, inherited, request, given))
@@ -96,19 +108,34 @@ def _columns(checkpoint: MegatronCheckpoint) -> dict[str, int]:
 
 def check_blocks(here: Topology, checkpoint: MegatronCheckpoint, request: Request) -> None:
     """`ExportError` if blocks of this rank's share of a checkpoint's linears have other amaxes than their weights."""
-    found = blocks_in(_quantizers(checkpoint, request))
+    quantizers = _quantizers(checkpoint, request)
+    found, amaxes = blocks_in(quantizers), scalars_in(quantizers)
+    scales = _static(checkpoint, found)
     names = sorted(name for name in found if f"{name}.weight" in checkpoint.sources)[here.rank :: here.world]
 
     def differs(name: str) -> bool:
-        amax, size = found[name]
-        return any(blocks_differ(weight, part, size) for weight, part in checkpoint.as_saved(f"{name}.weight", amax))
+        one = found[name]
+        asked = scales if one.scales == STATIC else one.scales, amaxes.get(weight_key(name), 0.0)
+        parts = checkpoint.as_saved(f"{name}.weight", one.amax)
+        return not all(kept(weight, amax, one, *asked) for weight, amax in parts)
 
     report(stale(filter(differs, names)))
 
 
+def _static(checkpoint: MegatronCheckpoint, blocks: dict[str, Blocks]) -> str:
+    """How static scales of NVFP4 were made, as the first linear that has them shows; "" for none."""
+    name = next(
+        (name for name, one in blocks.items() if one.scales == STATIC and f"{name}.weight" in checkpoint.sources), None
+    )
+    if name is None:
+        return ""
+    weight, amax = next(checkpoint.as_saved(f"{name}.weight", blocks[name].amax))
+    return scales_of(weight, amax, blocks[name])
+
+
 def settled(config: dict, inherited: Inherited, request: Request) -> Request:
     """The request with what a model's quantizers mean."""
-    options = replace(request.options, group_size=inherited.group_size)
+    options = replace(request.options, group_size=inherited.group_size, nvfp4_scales=inherited.scales)
     if any("awq_output" in FORMATS[name].OPTIONS for name in inherited.forms):
         options = replace(
             options, awq_output="modelopt"
@@ -140,8 +167,9 @@ def contradictions(config: dict, inherited: Inherited, request: Request, given: 
             ("set", request.set or None, inherited.format),
             ("kv_cache", request.kv_cache, inherited.kv_cache),
             ("group_size", request.options.group_size, inherited.group_size),
+            ("nvfp4_scales", request.options.nvfp4_scales, inherited.scales),
         )
-        if wanted not in (None, has) and (field, wanted) != ("group_size", Options.group_size)
+        if wanted not in (None, has) and (field, wanted) not in _DEFAULTS
     ]
     if request.effective_bits is not None:
         problems.append(
@@ -158,27 +186,6 @@ def contradictions(config: dict, inherited: Inherited, request: Request, given: 
     if inherited.smoothed and architecture_of(config).turned:
         problems.append(f"ModelOpt smoothed q, k and v, which no engine loads of this model in {inherited.format}")
     return problems
-
-
-def blocks_differ(weight: Tensor, amax: Tensor, block: tuple[int, int]) -> bool:
-    """Whether a weight's blocks have other amaxes than these: clipped ones, or of a model trained since.
-
-    What is written is quantized with the amaxes of the weights' own blocks, so they must be the same.
-    """
-    rows, columns = block
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
-    own = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3)).flatten().float()
-    amax = amax.flatten().float().to(own.device)
-    return own.shape != amax.shape or not torch.equal(own, amax)
-
-
-def stale(linears: Iterable[str]) -> list[str]:
-    found = list(linears)
-    return [
-        f"{first} (of {len(found)} such): its quantizer's amaxes are not those of its weight's blocks, which are what is "
-        "exported: ModelOpt clipped them, or the model was trained since. Calibrate the quantizers again, without clipping"
-        for first in found[:1]
-    ]
 
 
 def _agreed_vectors(here: Topology, vectors: dict[str, Tensor], inherited: Inherited) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from ...models import parameters_of, pooled, vector_home
 from ...models.statistic_names import weight_key
 from ...planning.request import Request
 from ..lookup import Statistics
-from .inherited import blocks_differ, contradictions, settled, stale
+from .blocks import STATIC, Blocks, kept, stale
+from .inherited import contradictions, settled
 from .quantizers import Quantizers, blocks_in, inherited_in, kinds_of, merged_kinds, scalars_in, vectors_in
 
 Vectors = dict[str, tuple[Tensor, Tensor]]  # HF weight -> what it is smoothed with, and what takes its place
@@ -42,11 +43,11 @@ def inherited_from_transformers(
     if inherited is None:
         return request.plain(), given
     report(contradictions(config, inherited, request, given))
-    report(stale(_other_blocks(config, tables, weight_of)))
     statistics: dict[str, Tensor] = {}
     for table in tables:
         for name, value in scalars_in(table).items():
             statistics[name] = torch.tensor(max(value, float(statistics.get(name, 0.0))))
+    report(stale(_other_blocks(config, tables, weight_of, inherited.scales, statistics)))
     means = _means(tables)
     for linear, vector in means.items():
         statistics[inherited.vector_key(linear)] = vector.float()
@@ -55,24 +56,39 @@ def inherited_from_transformers(
     return settled(config, inherited, request), statistics
 
 
-def _other_blocks(config: dict, tables: list[Quantizers], weight_of: Callable[[str, str], Piece | None]) -> list[str]:
-    """The linears whose blocks have other amaxes than their quantizers. Parts that share one are one weight to it."""
+def _other_blocks(
+    config: dict,
+    tables: list[Quantizers],
+    weight_of: Callable[[str, str], Piece | None],
+    scales: str,
+    statistics: Statistics,
+) -> list[str]:
+    """The linears whose blocks have other amaxes than their quantizers. Parts that share one are one weight to it.
+
+    `scales` are those of static NVFP4 that are written, made by the weight's amax in `statistics`.
+    """
     parts = {name.removesuffix(".weight"): source.layout.parts for name, source in parameters_of(config).items()}
-    shared: dict[int, tuple[str, Tensor, tuple[int, int], list[str]]] = {}
+    shared: dict[int, tuple[str, Blocks, list[str]]] = {}
     for number, table in enumerate(tables):
-        for linear, (amax, size) in blocks_in(table).items():
-            shared.setdefault(id(amax), (linear, amax, size, []))[3].append(parts[linear][number])
+        for linear, one in blocks_in(table).items():
+            shared.setdefault(id(one.amax), (linear, one, []))[2].append(parts[linear][number])
     return [
         f"{linear} {' and '.join(some)}".rstrip()
-        for linear, amax, size, some in shared.values()
-        if _differ([weight_of(linear, part) for part in some], amax, size)
+        for linear, one, some in shared.values()
+        if _differ(
+            [weight_of(linear, part) for part in some],
+            one,
+            scales if one.scales == STATIC else one.scales,
+            float(statistics.get(weight_key(linear), 0.0)),
+        )
     ]
 
 
-def _differ(pieces: list[Piece | None], amax: Tensor, size: tuple[int, int]) -> bool:
+def _differ(pieces: list[Piece | None], blocks: Blocks, scales: str, largest: float) -> bool:
     """Whether blocks of what a rank has of weights, one under the other, have other amaxes than these; of whole blocks alone."""
+    amax, size = blocks.amax, blocks.size
     if all(piece and piece.data.shape == piece.shape for piece in pieces):
-        return blocks_differ(torch.cat([piece.data for piece in pieces]), amax, size)
+        return not kept(torch.cat([piece.data for piece in pieces]), amax, blocks, scales, largest)
     found, above = False, 0
     for piece in filter(None, pieces):
         (rows, columns), (first, left) = piece.data.shape, piece.firsts
@@ -81,7 +97,7 @@ def _differ(pieces: list[Piece | None], amax: Tensor, size: tuple[int, int]) -> 
         if rows and not (first % size[0] or rows % size[0] or left % size[1] or columns % size[1]):
             grid = amax.reshape(-1, -(-piece.shape[1] // size[1]))
             own = grid[first // size[0] : (first + rows) // size[0], left // size[1] : (left + columns) // size[1]]
-            found |= blocks_differ(piece.data, own, size)
+            found |= not kept(piece.data, own, blocks, scales, largest)
     return found
 
 

@@ -9,16 +9,16 @@ A quantizer is a dict of its attributes and buffers under ModelOpt's own names (
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 from torch import Tensor
 
 from ...checkpoint.torch_dist_addons import Attributes, has_blocks
 from ...common.errors import ExportError, report
-from ...formats import Form, Options, chosen_all, groups_of
+from ...formats import FORMATS, Form, Options, chosen_all, groups_of
 from ...models import HEAD, is_expert, is_linear_weight, pooled, vector_home
 from ...models.statistic_names import input_key, kv_keys, vector_key, weight_key
-from .settings import CACHES, LINEARS, grouped, words
+from .blocks import STATIC, Blocks
+from .settings import CACHES, FOUR_OVER_SIX, LINEARS, NVFP4, SCALES, grouped, words
 
 Quantizers = dict[str, Attributes]
 
@@ -27,13 +27,19 @@ _CONSTANT_AMAX = 448.0  # of a cache that ModelOpt does not measure: its scale i
 _CONSTANT = " with a scale of 1"  # ends the kind of such an attention
 
 
-# How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size
+# How weights are rounded, how inputs are, whether inputs are multiplied by a vector before -> format, and its group size or scales
 _KINDS = {
     (", then ".join(words(grouped(one, group)) for one in its.weights), words(its.inputs or {}), its.smoothed): (
         f"{name} {group}".rstrip()
     )
     for name, its in LINEARS.items()
     for group in groups_of(name) or ("",)
+}
+_KINDS |= {
+    (words(weights), words(its.inputs or {}), False): f"{name} {scales}"
+    for name, its in LINEARS.items()
+    if its.weights == (NVFP4,) and not its.smoothed
+    for scales, weights in SCALES.items()
 }
 _PLAIN = _KINDS["", "", False]  # of what is not quantized
 _KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
@@ -42,13 +48,14 @@ _KINDS_OF_CACHES = {words(settings): name for name, settings in CACHES.items()}
 @dataclass(frozen=True)
 class Inherited:
     """What a model's quantizers mean: `formats` of canonical linears, a layer's experts as one; one format if ModelOpt smoothed the
-    model. `kv_scale` is that of a cache of which ModelOpt measured nothing.
+    model. `kv_scale` is that of a cache of which ModelOpt measured nothing, `scales` the one of --nvfp4-scales that gives NVFP4's.
     """
 
     formats: dict[str, str]
     kv_cache: str
     group_size: int
     kv_scale: float | None = None
+    scales: str = "max"
 
     @property
     def format(self) -> str:
@@ -115,9 +122,9 @@ def merged_kinds(everywhere: Iterable[dict[str, str]]) -> dict[str, str]:
     return found
 
 
-def inherited_in(kinds: dict[str, str]) -> Inherited | None:
-    """What `kinds_of` a whole model mean; None where nothing is quantized. `ExportError` for several formats of which one is AWQ's,
-    and for several caches.
+def inherited_in(kinds: dict[str, str], static: str = "mse") -> Inherited | None:
+    """What `kinds_of` a whole model mean; None where nothing is quantized. `static`: how static scales of NVFP4 were made.
+    `ExportError` for several formats of which one is AWQ's, for several caches, and for scales that were made in several ways.
     """
     formats: dict[str, list[str]] = {}
     caches: dict[str, list[str]] = {}
@@ -138,10 +145,21 @@ def inherited_in(kinds: dict[str, str]) -> Inherited | None:
             f"ModelOpt quantized nothing of this model but its KV cache ({cache}), which vLLM refuses. Disable those "
             "quantizers, and serve with the engine's own FP8 KV cache"
         )
-    groups = {int(kind.partition(" ")[2] or 128) for kind in formats}
+    more = {kind: kind.partition(" ")[2] for kind in formats}
+    groups = {int(text) if text.isdecimal() else 128 for text in more.values()}
+    ways = {kind: static if more[kind] == STATIC else more[kind] or "max" for kind in formats if _searches(kind)}
+    if len(set(ways.values())) > 1:
+        said = ", ".join(f"{ways[kind]} ({formats[kind][0]}, {len(formats[kind])} in all)" for kind in ways)
+        raise ExportError(
+            f"ModelOpt made the scales of this model's NVFP4 weights in several ways, and --nvfp4-scales is one for all: {said}"
+        )
     names = {module: kind.split()[0] for kind, modules in formats.items() for module in modules}
     constant = {kind.endswith(_CONSTANT) for kind in kinds.values() if kind.startswith(_CACHE)} == {True}
-    return Inherited(names, cache, min(groups), 1.0 if constant else None)
+    return Inherited(names, cache, min(groups), 1.0 if constant else None, next(iter(ways.values()), "max"))
+
+
+def _searches(kind: str) -> bool:
+    return "nvfp4_scales" in FORMATS[kind.split()[0]].OPTIONS
 
 
 def scalars_in(quantizers: Quantizers) -> dict[str, float]:
@@ -173,14 +191,16 @@ def vectors_in(quantizers: Quantizers) -> dict[str, Tensor]:
     return {module: vector.flatten().float() for module, vector in vectors.items() if vector is not None}
 
 
-def blocks_in(quantizers: Quantizers) -> dict[str, tuple[Any, tuple[int, int]]]:
-    """Linear -> the amaxes that it has of each block of its weight, or what stands for them there; and a block's shape."""
+def blocks_in(quantizers: Quantizers) -> dict[str, Blocks]:
+    """Linear -> the amaxes that it has of each block of its weight."""
     found = {}
     for module, parts in by_module(quantizers).items():
         first = parts.get("weight_quantizer.0") or parts.get("weight_quantizer", {})
         amax, sizes = first.get("_amax"), first.get("_block_sizes") or {}
         if words(first) and has_blocks(first) and amax is not None:
-            found[module] = amax, (sizes.get(-2, 1), sizes[-1])
+            searched = words(first) in map(words, SCALES.values())
+            scales = (FOUR_OVER_SIX if sizes.get(FOUR_OVER_SIX) else STATIC) if searched else ""
+            found[module] = Blocks(amax, (sizes.get(-2, 1), sizes[-1]), scales, _amax(first) or 0.0)
     return found
 
 
@@ -215,8 +235,11 @@ def _kind(module: str, rounding: dict[str, str], smoothed: bool) -> tuple[str | 
 
 def _amax(attributes: Attributes) -> float | None:
     """The one amax of a quantizer that rounds; None for one that has more, or was shown nothing."""
-    if not words(attributes) or has_blocks(attributes):
+    if not words(attributes):
         return None
+    if has_blocks(attributes):
+        whole = attributes.get("_global_amax")
+        return None if whole is None else float(whole)
     if attributes.get("_use_constant_amax"):
         return _CONSTANT_AMAX
     amax = attributes.get("_amax")

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...checkpoint.torch_dist_addons import Attributes
+from .blocks import STATIC
 
+FOUR_OVER_SIX = "four_over_six"  # in sizes of blocks: the largest value becomes 4 or 6
 GROUP = "group"  # stands for the group size of formats that have several
 
 
@@ -28,6 +30,7 @@ E4M3_BY_ROW: Attributes = {"_num_bits": (4, 3), "_axis": 0}
 E4M3_BY_TOKEN: Attributes = {"_num_bits": (4, 3), "_dynamic": True, "_block_sizes": {-1: None}}
 E4M3_IN_BLOCKS: Attributes = {"_num_bits": (4, 3), "_block_sizes": {-1: 128, -2: 128}}
 NVFP4: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+NVFP4_STATIC: Attributes = {"_num_bits": (2, 1), "_block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
 NVFP4_BY_32: Attributes = NVFP4 | {"_block_sizes": NVFP4["_block_sizes"] | {-1: 32}}
 MXFP8: Attributes = {"_num_bits": (4, 3), "_block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
 MXFP4: Attributes = MXFP8 | {"_num_bits": (2, 1)}
@@ -48,6 +51,10 @@ LINEARS: dict[str, Settings] = {
     "int4_awq":       Settings((INT4,),           None,          smoothed=True),
     "w4a8_awq":       Settings((INT4, E4M3),      E4M3,          smoothed=True),
 }
+SCALES: dict[str, Attributes] = {  # how scales of NVFP4 were made -> how formats with --nvfp4-scales have weights then
+    STATIC:        NVFP4_STATIC,
+    FOUR_OVER_SIX: NVFP4_STATIC | {"_block_sizes": NVFP4_STATIC["_block_sizes"] | {FOUR_OVER_SIX: True}},
+}
 CACHES: dict[str, Attributes] = {"none": {}, "fp8": E4M3, "nvfp4": NVFP4}  # of keys, and of values
 # fmt: on
 _NUMBERS = {(4, 3): "e4m3", (2, 1): "e2m1", (8, 0): "e8m0", 4: "int4", 8: "int8"}
@@ -58,6 +65,7 @@ _ODD = {  # what no format here does
     "_rotate": "rotated",
     "_bias": "with an offset",
     "_scale": "compressed",
+    "_lsq": "with scales that are trained",
     "_svdquant_lora_a": "beside a product of two matrices",
     "backend": "by a backend of its own",
 }
@@ -75,6 +83,7 @@ def words(attributes: Attributes) -> str:
         return ""
     blocks = {key: size for key, size in (attributes.get("_block_sizes") or {}).items() if size not in (None, False)}
     sizes = [str(blocks.pop(dim)) for dim in (-2, -1) if dim in blocks]
+    either = blocks.pop(FOUR_OVER_SIX, None)
     dynamic, scales = blocks.pop("type", "static") == "dynamic", blocks.pop("scale_bits", None)
     axis = None if sizes else attributes.get("_axis")  # with blocks, ModelOpt sets it to what they come to
     token = attributes.get("_block_sizes") == {-1: None} or isinstance(
@@ -85,6 +94,7 @@ def words(attributes: Attributes) -> str:
         _number(attributes["_num_bits"]) + (f" in blocks of {'x'.join(sizes)}" if sizes else ""),
         "dynamic" if dynamic else "",
         f"with scales of {_number(scales)}" if scales else "",
+        "of 4 or 6" if either else "",
         f"and {blocks}" if blocks else "",
         "one scale by token" if by_token else f"one scale by axis {axis}" if axis is not None else "",
         *(text for name, text in _ODD.items() if _is_on(attributes.get(name))),
