@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron_export import export_hf_checkpoint, iter_hf_tensors
+from megatron_export import calibrate, export_hf_checkpoint, iter_hf_tensors
 from megatron_export.models.statistic_names import hf_keys
 
-from ..support.live import refusal
+from ..support.live import batches, refusal
 from ..support.live_hf import LIVE, loaded, rebuilt
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
@@ -89,10 +89,13 @@ def export_all(source: Path, folder: Path, name: str, shard: Callable[[Path, str
         dist.destroy_process_group()
 
 
+QUICK = ((by_fsdp, "llama31"), (by_fsdp, "qwen2"), (by_tensor_parallelism, "llama31"), (by_experts, "qwen3_moe"))
+CASES = [(shard, name) for shard in (by_fsdp, by_tensor_parallelism) for name in MODELS]
+CASES += [(by_experts, name) for name in ("qwen3_moe", "mixtral")]
+
+
 @pytest.mark.parametrize(
-    ("shard", "name"),
-    [(shard, name) for shard in (by_fsdp, by_tensor_parallelism) for name in MODELS]
-    + [(by_experts, name) for name in ("qwen3_moe", "mixtral")],
+    ("shard", "name"), [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.whole]) for case in CASES]
 )
 def test_a_model_that_is_cut_has_the_bytes_of_the_whole_one(
     shard: Callable, name: str, ranks: Ranks, tmp_path: Path
@@ -172,3 +175,50 @@ def test_what_is_copied_of_a_model_that_is_cut_is_gathered(ranks: Ranks, tmp_pat
     ranks.call(2, copy_of_other, tmp_path / "cut")
     export_hf_checkpoint(other("gemma3_text"), tmp_path / "whole", format="fp8_pb")
     assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+
+
+def export_smoothed(source: Path, folder: Path, name: str, shard: Callable, statistics: dict[str, Tensor]) -> None:
+    """In a rank: export a model that is cut in AWQ's formats."""
+    dist.init_process_group("gloo")
+    try:
+        model = shard(source, name)
+        for form in ("nvfp4_awq", "int4_awq"):
+            export_hf_checkpoint(model, folder / form, format=form, calibration=statistics, awq_clip=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [by_fsdp, by_tensor_parallelism])
+def test_smoothing_and_clipping_meet_the_rows_of_each_rank(shard: Callable, ranks: Ranks, tmp_path: Path) -> None:
+    source = make_model(tmp_path, "llama31", **WIDE)
+    whole = loaded(source)
+    statistics = calibrate(whole, batches(source), format=("nvfp4_awq", "int4_awq"), awq_clip=True)
+    ranks.call(2, export_smoothed, source, tmp_path / "cut", "llama31", shard, statistics)
+    for form in ("nvfp4_awq", "int4_awq"):
+        export_hf_checkpoint(whole, tmp_path / form, format=form, calibration=statistics, awq_clip=True)
+        assert_same(tensors(tmp_path / "cut" / form), tensors(tmp_path / form))
+
+
+def on_two_axes(source: Path, out: Path) -> str:
+    """In a rank of four: export two replicas of a model that FSDP2 cuts in two; then one that is cut along both axes."""
+    dist.init_process_group("gloo")
+    try:
+        mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")), loaded(source)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        export_hf_checkpoint(model, out, format="fp8_pb")
+        model = loaded(source)
+        linear = model.model.layers[0].mlp.down_proj
+        linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0), Shard(1)]))
+        return refusal(export_hf_checkpoint, model, out, format="fp8_pb", overwrite=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_replicas_are_exported_once_and_cuts_along_two_axes_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    source = make_model(tmp_path, "llama31", **WIDE)
+    said = ranks.call(4, on_two_axes, source, tmp_path / "cut")
+    export_hf_checkpoint(loaded(source), tmp_path / "whole", format="fp8_pb")
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+    assert all("only tensors that are cut along one axis of their mesh are exported" in one for one in said)
