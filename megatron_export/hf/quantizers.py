@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models import is_linear_weight, parameters_of
+from ..models import parameters_of
 from .names import Places, homes_of
 
 Attributes = dict[str, Any]
@@ -40,45 +40,35 @@ def by_part(config: dict, quantizers: Quantizers, places: Places) -> list[Quanti
 
     Those of no module that a format may quantize are among the first, under their names in memory.
     """
-    owned: dict[
-        tuple[str, str], dict[str, str]
-    ] = {}  # module and stem in memory -> the end of a canonical name -> name in memory
+    owned: dict[tuple[str, str, str], dict[str, str]] = {}  # module, tensor in it, expert -> kind -> name in memory
     for name in quantizers:
         if found := _KIND.fullmatch(name):
             owner, stem, kind, plural, numbers = found.groups()
-            number, rest = re.fullmatch(r"(\.\d+)?(.*)", numbers).groups() if plural else ("", numbers)
-            owned.setdefault((owner or "", stem or ""), {})[f"{number or ''}|{kind}{rest}"] = name
+            expert, rest = re.fullmatch(r"(\.\d+)?(.*)", numbers).groups() if plural else ("", numbers)
+            owned.setdefault((owner or "", stem or "", expert or ""), {})[f"{kind}{rest}"] = name
     tables: list[Quantizers] = [{}, {}, {}]
     taken = set()
+
+    def give(table: Quantizers, module: str, owner: tuple[str, str, str]) -> None:
+        for kind, mine in owned.get(owner, {}).items():
+            table[f"{module}.{kind}"] = quantizers[mine]
+            taken.add(mine)
+
     for name, source in parameters_of(config).items():
-        module = name.removesuffix(".weight")
         if not name.endswith(".weight") or len(source.shape) < 2:
             continue
         for table, place in zip(tables, homes_of(source, places).values(), strict=False):
-            stacked = bool(source.stack) or place.experts > 0
-            tail = place.name.removesuffix(".weight")
-            key = tuple(tail.rpartition(".")[::2]) if stacked else (tail, "")
-            for what, mine in owned.get(key, {}).items():
-                number, _, kind = what.partition("|")
-                if number in ("", f".{source.expert}"):
-                    table[f"{module}.{kind}"] = quantizers[mine]
-                    taken.add(mine)
+            tail, module = place.name.removesuffix(".weight"), name.removesuffix(".weight")
+            owner, _, stem = tail.rpartition(".")
+            if source.stack or place.experts:
+                give(table, module, (owner, stem, ""))
+                give(table, module, (owner, stem, f".{source.expert}"))
+            else:
+                give(table, module, (tail, "", ""))
     for attention, place in _attentions(config, places).items():
-        for what, mine in owned.get((place, ""), {}).items():
-            tables[0][f"{attention}.{what.partition('|')[2]}"] = quantizers[mine]
-            taken.add(mine)
+        give(tables[0], attention, (place, "", ""))
     tables[0] |= {name: found for name, found in quantizers.items() if name not in taken}
     return tables
-
-
-def linears_of(config: dict, places: Places) -> dict[str, list[str]]:
-    """Canonical linear -> names of its layout parts for messages: HF modules."""
-    sources = parameters_of(config).values()
-    return {
-        s.canonical.removesuffix(".weight"): [name.removesuffix(".weight") for name in s.names().values()]
-        for s in sources
-        if is_linear_weight(s.canonical)
-    }
 
 
 def _attentions(config: dict, places: Places) -> dict[str, str]:
