@@ -30,7 +30,7 @@ WALLS = {  # what may be imported -> where
         ("mcore/", "calibration/mcore/", "export/megatron_model.py", "cli/megatron_model.py"),
     ),
     **dict.fromkeys(("megatron_export.export.megatron_model", "megatron_export.cli.megatron_model"), ()),
-    "transformers": ("hf/", "calibration/data.py", "calibration/hf/", "verify/"),
+    "transformers": ("hf/", "calibration/data.py", "calibration/hf/", "cli/transformers_model.py", "verify/"),
     "triton": ("formats/triton_",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

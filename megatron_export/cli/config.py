@@ -15,6 +15,7 @@ from ..planning.request import Request
 from . import hub
 
 LENGTH = 512  # tokens of a sample, without --calib-seq-len
+MEGATRON, TRANSFORMERS = "megatron", "transformers"
 LEAST_SHARD = 1000  # bytes: who writes a smaller number forgot its unit
 beside = partial(option, planned=False)  # of the command alone: `plan` has no use for it
 
@@ -51,6 +52,12 @@ class ExportConfig:
         "checkpoint with LoRA adapters alone, as Megatron-Bridge saves them, to merge into the weights of --megatron-checkpoint: "
         "the latest iteration, or the iter_* folder that is given",
     )
+    engine: str = beside(
+        MEGATRON,
+        "what loads and runs the model: megatron, which needs megatron-core, or transformers, in one process, or on the ranks of a "
+        "torchrun, over which FSDP2 cuts the model, or --tp N as its own plan says",
+        choices=(MEGATRON, TRANSFORMERS),
+    )
     request: Request = Request()  # noqa: RUF009 - frozen
     calib_data: Path | None = beside(
         None,
@@ -70,7 +77,9 @@ class ExportConfig:
         None, "read the statistics from this file instead of running calibration data"
     )
     trust_remote_code: bool = beside(
-        False, "run Python code that the model's folder has for its tokenizer; it can do whatever you can"
+        False,
+        "run Python code that the model's folder has for its tokenizer, and with --engine transformers for itself; it can do "
+        "whatever you can",
     )
     verify: bool = beside(
         False,
@@ -122,6 +131,14 @@ class ExportConfig:
         self._check_judging()
 
     def _check_source(self) -> None:
+        if self.engine == TRANSFORMERS:
+            sizes = {name: getattr(self, name) for name in ("pp", "vpp", "ep", "etp", "pp_layout")}
+            given = [name for name, value in sizes.items() if value not in (1, None)]
+            given += ["megatron_checkpoint"] if self.megatron_checkpoint else []
+            if given:
+                raise ValueError(
+                    f"--{given[0].replace('_', '-')} has no effect with --engine transformers. Leave one out"
+                )
         if self.megatron_checkpoint and self.hf_model is None:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):

@@ -14,7 +14,7 @@ from ..distributed.topology import Topology
 from ..models import shape_of
 from ..models.hf_config import text_of
 from ..verify import perplexity
-from .config import ExportConfig, beyond, sample_length
+from .config import MEGATRON, TRANSFORMERS, ExportConfig, beyond, sample_length
 
 SAMPLES = 128  # without --calib-samples
 
@@ -63,11 +63,11 @@ def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_mo
     most = text_of(hf_config).get("max_position_embeddings")
     if most and samples.shape[1] > most:
         raise ExportError(f"{file}: samples of {samples.shape[1]} tokens, {beyond(most)}. Give shorter ones")
-    exchanged = bool(shape_of(hf_config).experts) and config.ep * (config.etp or config.tp) > config.tp
-    step = config.calib_batch_size * here.dp_size
-    if fewer and exchanged and len(samples) >= step:
+    _, replicas = replica(config, here)
+    alike, step = _alike(config, hf_config, replicas), config.calib_batch_size * replicas
+    if fewer and alike and len(samples) >= step:
         samples = samples[: len(samples) // step * step]
-    _check_shared(config, len(samples), exchanged, here.dp_size)
+    _check_shared(config, len(samples), alike, replicas)
     vocab = shape_of(hf_config).vocab  # Megatron's own is padded, and would take ids that the model does not have
     if samples.min() < 0 or samples.max() >= vocab:
         raise ExportError(
@@ -85,8 +85,21 @@ def remarks(config: ExportConfig, folder: Path, samples: Tensor | None) -> tuple
     return said
 
 
-def _check_shared(config: ExportConfig, samples: int, exchanged: bool, replicas: int) -> None:
-    """`ExportError` unless data-parallel ranks can share the samples; `exchanged`: they exchange tokens of experts."""
+def replica(config: ExportConfig, here: Topology) -> tuple[int, int]:
+    """Which of how many shares of the calibration data is this rank's."""
+    return (here.rank, here.world) if config.engine == TRANSFORMERS else (here.dp_rank, here.dp_size)
+
+
+def _alike(config: ExportConfig, hf_config: dict, replicas: int) -> str:
+    """Why all data-parallel ranks need as many micro-batches; "" if they do not."""
+    if config.engine == TRANSFORMERS:
+        return "FSDP2 gathers each layer on all ranks at once" if replicas > 1 else ""
+    exchanged = bool(shape_of(hf_config).experts) and config.ep * (config.etp or config.tp) > config.tp
+    return f"--ep {config.ep} spreads experts over data-parallel ranks" if exchanged else ""
+
+
+def _check_shared(config: ExportConfig, samples: int, alike: str, replicas: int) -> None:
+    """`ExportError` unless data-parallel ranks can share the samples; `alike`: why they need as many micro-batches."""
     batches = -(-samples // config.calib_batch_size)
     if batches < replicas:
         raise ExportError(
@@ -94,9 +107,9 @@ def _check_shared(config: ExportConfig, samples: int, exchanged: bool, replicas:
             f"micro-batch{'es' * (batches > 1)}, fewer than the {replicas} data-parallel ranks. Ask for more samples or smaller "
             "batches"
         )
-    if exchanged and (batches % replicas or samples % config.calib_batch_size):
+    if alike and (batches % replicas or samples % config.calib_batch_size):
         raise ExportError(
-            f"--ep {config.ep} spreads experts over data-parallel ranks, so each of these {replicas} needs as many "
+            f"{alike}, so each of these {replicas} needs as many "
             f"micro-batches, all whole: --calib-samples {samples} is no multiple of --calib-batch-size "
             f"{config.calib_batch_size} x {replicas}"
         )
@@ -113,6 +126,7 @@ def provenance(config: ExportConfig, original: Original) -> dict:
         "load_calibration",
     )
     trained = {name: getattr(config, name) for name in ("megatron_checkpoint", "iteration")}
+    trained |= {"engine": config.engine if config.engine != MEGATRON else None}
     trained |= {"merge_lora": config.request.merge_lora or None, "lora_checkpoint": config.lora_checkpoint}
     trained = {name: value for name, value in trained.items() if value is not None}
     calibration = {name: getattr(config, name) for name in names}

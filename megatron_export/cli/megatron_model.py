@@ -12,6 +12,8 @@ from ..common.progress import Progress
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
+from ..export import prepare
+from ..export.origins import Unbuilt
 from ..mcore import build, load_hf, load_torch_dist, parallel_state
 from ..mcore.model import Model
 from .config import ExportConfig
@@ -29,6 +31,14 @@ def world(config: ExportConfig) -> Iterator[Topology]:
 def check(config: ExportConfig, hf_config: dict, here: Topology) -> None:
     """`ExportError` unless the model of config.json's dict divides by these sizes."""
     build.check_divides(hf_config, here, config.pp_layout)
+
+
+def unbuilt(config: ExportConfig) -> Unbuilt:
+    """The model before it is built."""
+    return Unbuilt(config.pp_layout)
+
+
+built = prepare.built  # how the opening goes on
 
 
 def load(

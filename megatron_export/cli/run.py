@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
@@ -25,9 +26,9 @@ from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..distributed.world import enough_files
 from ..export.drafts import Draft, open_draft
-from ..export.origins import Model, Statistics, Stored, Unbuilt
+from ..export.origins import Model, Statistics, Stored
 from ..export.pipeline import Clock, Report, exported, with_draft
-from ..export.prepare import Opening, built, open_export
+from ..export.prepare import Opening, open_export
 from ..models import HEAD, check_computed
 from ..models.statistic_names import is_alpha, is_sensitivity, is_tokens, module_of
 from ..planning.budget import candidates
@@ -36,7 +37,7 @@ from ..verify import thresholds
 from ..verify.report import write
 from ..writing.journal import kept_statistics
 from . import hub, inputs, outputs
-from .config import ExportConfig
+from .config import MEGATRON, ExportConfig
 
 
 @dataclass
@@ -77,9 +78,9 @@ class Outcome:
 def run_export(config: ExportConfig, example_model: Path, progress: Progress) -> Outcome:
     """Do what the command was told, on every rank of a `torchrun`. `ExportError` on every rank when it cannot be done."""
     job = Outcome()
-    megatron = part("cli.megatron_model")
-    with enough_files(), megatron.world(config) as here:
-        opening, checkpoint, job.draft = _opened(config, example_model, here, megatron.check)
+    kind = part(f"cli.{config.engine}_model")
+    with enough_files(), kind.world(config) as here:
+        opening, checkpoint, job.draft = _opened(config, example_model, here, kind)
         opening, samples = _calibration(config, opening, example_model, here)
         job.world, job.plan = here.world, opening.plan
         if samples is not None:
@@ -90,9 +91,9 @@ def run_export(config: ExportConfig, example_model: Path, progress: Progress) ->
         if checkpoint is None or samples is not None:
             with job.stage("load"):
                 length = None if samples is None else samples.shape[1]
-                model, read = megatron.load(config, opening.original, checkpoint, length, here, progress)
+                model, read = kind.load(config, opening.original, checkpoint, length, here, progress)
                 job.bytes_read = sum(collectives.everyone(here, read))
-            opening = built(here, opening, model)
+            opening = kind.built(here, opening, model)
         original = opening.original
         with together(here, "load the weights"):
             check_unchanged(original.folder, original.files)
@@ -127,12 +128,12 @@ def _opened(
     config: ExportConfig,
     example_model: Path,
     here: Topology,
-    divides: Callable[[ExportConfig, dict, Topology], None],
+    kind: ModuleType,
 ) -> tuple[Opening, MegatronCheckpoint | None, Draft | None]:
     """The export that is asked for; the Megatron checkpoint that its weights are in, if it is one; and its draft. Collective."""
     with together(here, "check the settings"):
         original = inputs.original_of(config, example_model)
-        divides(config, original.config, here)
+        kind.check(config, original.config, here)
         checkpoint = inputs.open_checkpoint(config, original.config)
 
     def check(plan: Plan, original: Original) -> None:
@@ -141,7 +142,7 @@ def _opened(
 
     opening = open_export(
         here,
-        Stored(checkpoint) if checkpoint else Unbuilt(config.pp_layout),
+        Stored(checkpoint) if checkpoint else kind.unbuilt(config),
         original,
         replace(config.request, merge_lora=False),  # the checkpoint does it
         {} if config.load_calibration else None,
@@ -176,7 +177,8 @@ def _calibration(
         samples, plan = None, opening.plan
         if not known and (is_needed(plan) or config.save_calibration or request.effective_bits is not None):
             samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
-            check_computed(original.config, samples.shape[1])
+            if config.engine == MEGATRON:
+                check_computed(original.config, samples.shape[1])
     return _chosen(config, replace(opening, statistics=known), here), samples
 
 
@@ -184,10 +186,11 @@ def _calibrated(
     config: ExportConfig, opening: Opening, model: Model, samples: Tensor, here: Topology, progress: Progress
 ) -> Statistics:
     """What calibration data shows. Collective."""
+    rank, replicas = inputs.replica(config, here)
     awq = opening.plan.awq  # whose search is needed; maxima serve every format
     return calibrate(
         model,
-        samples.split(config.calib_batch_size)[here.dp_rank :: here.dp_size],
+        samples.split(config.calib_batch_size)[rank::replicas],
         format=awq.name if awq else "fp8",
         group_size=opening.request.options.group_size,
         awq_clip=opening.request.options.awq_clip,

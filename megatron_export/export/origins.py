@@ -132,9 +132,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Unbuilt:
-    """A model that is yet to be built and filled: config.json and the topology say where its parameters will live."""
+    """A model that is yet to be built and filled: config.json and the topology say where its parameters will live; if `alone`, as
+    if rank 0 had all of them.
+    """
 
     pp_layout: str | None
+    alone: bool = False
 
     def check(self, here: Topology, config: dict, request: Request) -> None:
         """Nothing is there that could contradict."""
@@ -144,6 +147,8 @@ class Unbuilt:
             return request.plain(), given
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
+        if self.alone:
+            return assumed(config, 1)
         sizes = {name: here.sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(config, here.sizes["tp"], here.sizes["etp"], pp_layout=self.pp_layout, **sizes)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..models import child_of, copied_prefixes, head_of
-from .dtensors import whole_of
+from .dtensors import full_of
 from .model import tensors_of
 from .names import places_in
 from .offloaded import fetchers_of
@@ -29,4 +29,4 @@ def copied_whole(model: nn.Module, config: dict) -> Iterator[tuple[str, Tensor]]
     """The same, one after the other, with their numbers and whole. Collective, if the model is cut over ranks."""
     live = Live(copied_tensors(model, config), fetchers_of(model))
     for name, tensor in live.held.items():
-        yield name, live.read(name) if live.spread(name) is None else whole_of(tensor)
+        yield name, live.read(name) if live.spread(name) is None else full_of(tensor.detach())

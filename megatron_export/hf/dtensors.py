@@ -9,8 +9,11 @@ An axis of the mesh in which a tensor is replicated makes no difference: the fir
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -78,6 +81,9 @@ def _sharded_by_fsdp(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def whole_of(tensor: DTensor) -> Tensor:
-    """A whole tensor, from what all ranks have of it. Collective."""
-    return tensor.detach().full_tensor()
+def fully_sharded(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model that every rank has, cut by FSDP2 over all of them, layer by layer. Collective."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)

@@ -76,6 +76,21 @@ def test_finished_checkpoints_are_judged_and_exports_planned(folders: tuple[Path
     assert (differs, "fp8_pb" in diff) == (1, True), diff
 
 
+def test_transformers_models_are_calibrated_and_exported(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, output = folders[0], tmp_path / "out"
+    data = (
+        "--calib-data",
+        source.parent / "ids" / "calibration.safetensors",
+        "--calib-samples",
+        4,
+        "--calib-seq-len",
+        16,
+    )
+    flags = ("--engine", "transformers", "--hf-model", source, "--format", "fp8", "--device", "cpu", *data)
+    ((status, said),) = commands(("export", *flags, "--output", output, "--verify"))
+    assert (status, "nothing wrong was found" in said) == (0, True), said
+
+
 def test_an_export_says_in_a_sentence_what_to_install(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Before it makes anything."""
     ((status, said),) = commands(("export", "--hf-model", folders[0], "--format", "bf16", "--output", tmp_path / "out"))
