@@ -88,4 +88,4 @@ def iter_hf_tensors(
                     yield output.name, torch.stack([made[index] for index in sorted(made)])
         for name, tensor in live(model).copied(opening.original.config):
             if here.first or everywhere:
-                yield name, tensor.clone()
+                yield name, tensor.to(here.device, copy=True)

@@ -50,7 +50,7 @@ class Live:
     def check(self, here: Topology, config: dict, request: Request) -> None:
         if request.merge_lora:
             raise ExportError("merge_lora is for Megatron models. Merge adapters with merge_and_unload() of PEFT")
-        self.view(config).check(here.device)
+        self.view(config).check()
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         view = self.view(config)

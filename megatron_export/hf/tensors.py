@@ -55,11 +55,11 @@ class Live:
             return self.codes[name].decode(tensor.detach().as_subclass(Tensor))
         return plain(name, tensor)
 
-    def check(self, device: torch.device) -> None:
-        """One `ExportError` that names the tensors that a rank on `device` cannot read."""
+    def check(self) -> None:
+        """One `ExportError` that names the tensors that cannot be read. They may be on several devices, as accelerate puts them."""
         direct = self.held.keys() - self.fetchers.keys() - self.codes.keys()
         mine = {name: local_of(one) for name, one in self.held.items() if name in direct}
-        report([why for name, one in mine.items() if (why := unreadable(name, one, device))])
+        report([why for name, one in mine.items() if (why := unreadable(name, one, one.device))])
 
 
 @dataclass(frozen=True)

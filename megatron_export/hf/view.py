@@ -35,18 +35,18 @@ class View:
         self.places = places_in(config, self.live.held)
         self.tables: list[Quantizers] = by_part(config, quantizers, self.places)
 
-    def check(self, device: torch.device) -> None:
-        """`ExportError` for tensors that are no part of the architecture, or that a rank on `device` cannot read."""
+    def check(self) -> None:
+        """`ExportError` for tensors that are no part of the architecture, or that cannot be read."""
         spare = spare_names(self.config, self.live.held, self.places)
         said = (
             "the model has a tensor {} that its config does not call for (and {} more). Give a model of its class alone"
         )
         report([said.format(name, len(spare) - 1) for name in spare[:1]])
-        self.live.check(device)
+        self.live.check()
         head = head_of(self.config)
         if shape_of(self.config).tied and head in self.live.held:
             embedding = self.live.read(self.places[self.sources[_EMBEDDING].rule.hf].name)
-            if not torch.equal(self.live.read(head), embedding):
+            if not torch.equal(self.live.read(head).to(embedding.device), embedding):
                 raise ExportError(
                     f"{head} is not equal to the embedding, to which the model's config ties it. Tie them with tie_weights(), or "
                     "set config.tie_word_embeddings to False"

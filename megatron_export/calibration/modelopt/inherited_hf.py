@@ -50,7 +50,7 @@ def inherited_from_transformers(
     report(stale(_other_blocks(config, tables, weight_of, inherited.scales, statistics)))
     means = _means(tables)
     for linear, vector in means.items():
-        statistics[inherited.vector_key(linear)] = vector.float()
+        statistics[inherited.vector_key(linear)] = vector.float().cpu()
     for linear in _apart(tables, means):
         statistics.pop(weight_key(linear), None)  # of weights that are smoothed anew
     return settled(config, inherited, request), statistics
