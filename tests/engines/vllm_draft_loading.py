@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from launch.bench.vllm_process import HOW, SETTINGS, SHORT
+from launch.bench.vllm_process import HOW, SETTINGS, SHORT, emulate
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,7 @@ def tried(draft: Path, base: Path) -> dict:
 
 def main(base: str, drafts: list[str]) -> None:
     """Try every draft."""
+    emulate()
     for draft in drafts:
         print(json.dumps(tried(Path(draft), Path(base))), flush=True)
 
