@@ -56,7 +56,8 @@ LIMITS = {
     "int4_rounded": OWN,  # of 7 / amax
 }
 SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
-SEARCHED_BLOCKS, SEARCHED_STEPS = 32, 8  # of a program that searches scales: a block for each thread of a warp, in turn
+SEARCHED_BLOCKS, SEARCHED_STEPS = 32, 4  # of a program that searches scales: a block for each thread of a warp, in turn
+SEARCHED_REGISTERS = 64  # of a thread, for as many warps on a multiprocessor as it takes
 
 
 def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
@@ -174,7 +175,7 @@ def encode_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, P
     if scales == "four_over_six":
         kernel, limits = _kernels("triton_scales").four_over_six, LIMITS[scales]
         size, settings["STEPS"] = size * SEARCHED_STEPS, SEARCHED_STEPS
-        settings["EVEN"] = blocks % size == 0
+        settings |= {"EVEN": blocks % size == 0, "maxnreg": SEARCHED_REGISTERS}
     arguments = weight.view(torch.int64), *amaxes, codes.view(torch.int32), *made[1:], blocks, *limits
     _launch(kernel, -(-blocks // size), *arguments, **settings)
     return nvfp4.pieces(*made)

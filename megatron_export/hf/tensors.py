@@ -139,9 +139,8 @@ class Parameters(Mapping[str, Tensor]):
         if spot.cut is not Axis.OUT:
             return source.layout.join(parts, sum(len(part) for part in parts.values())).to(self.device)
         sizes = [-(-shape[0] // spot.count) for shape in self._shapes(name)]
-        return torch.cat([pad_rows(part, size) for part, size in zip(parts.values(), sizes, strict=True)]).to(
-            self.device
-        )
+        padded = [pad_rows(part, size) for part, size in zip(parts.values(), sizes, strict=True)]
+        return (padded[0] if len(padded) == 1 else torch.cat(padded)).to(self.device)
 
     def part(self, source: Source, part: str, place: Slice) -> Tensor:
         """What this rank has of a layout part, [out, in] or [out]: smoothed anew where that is called for."""

@@ -214,7 +214,9 @@ class ByPart(Layout):
 
 
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """A tensor with zeros behind it, so that it has so many rows."""
+    """A tensor with zeros behind it, so that it has so many rows; itself if it has them: an embedding is no small thing to copy."""
+    if tensor.shape[0] == rows:
+        return tensor
     return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - tensor.shape[0]))
 
 
