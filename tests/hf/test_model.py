@@ -107,6 +107,23 @@ def test_names_of_mixtral_in_memory_are_written_as_the_hub_has_them(models: dict
             assert made[f"{name}.input_scale"] == torch.tensor(2.0) / torch.tensor(6 * 448.0)
 
 
+def test_the_cache_of_latent_attention_has_no_scales_of_keys(models: dict, tmp_path: Path) -> None:
+    """ModelOpt writes k_proj.k_scale, of a linear that there is not; no engine reads it."""
+    model, amax = loaded(models["deepseek_v3"]), {"_amax": torch.tensor(2.0, dtype=torch.bfloat16)}
+    take_experts_apart(model)
+    quantize_all(model)
+    for name in [name for name, _ in model.named_modules()]:
+        if name.endswith(".self_attn"):
+            for kind in ("k_bmm", "v_bmm"):
+                put(model, f"{name}.{kind}_quantizer", FP8, amax)
+    with pytest.raises(ExportError, match="--kv-cache fp8 --kv-scale 1"):
+        export_hf_checkpoint(model, tmp_path / "out")
+    export_hf_checkpoint(model, tmp_path / "out", kv_scale=1.0)
+    assert not [name for name in tensors(tmp_path / "out") if name.endswith(("k_scale", "v_scale"))]
+    said = read_json(tmp_path / "out" / "hf_quant_config.json")["quantization"]
+    assert (said["quant_algo"], said["kv_cache_quant_algo"]) == ("FP8", "FP8")
+
+
 def test_wrapped_models_and_those_of_transformers_4_are_the_same(models: dict, tmp_path: Path) -> None:
     model = loaded(models["qwen3_moe"])
     export_hf_checkpoint(model, tmp_path / "plain", format="fp8_pb")
