@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.lookup import Statistics, check_calibration
-from ..common.errors import ExportError
+from ..common.errors import ExportError, report
 from ..common.text import some
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..models import is_linear_weight
+from ..planning.engine_check import refusals
 from ..planning.plan import Plan
 from .prepare import Opening, open_export
 
@@ -60,6 +61,7 @@ def open_draft(
         if "d2t" in shards:
             _check_tokens(shards["d2t"], found.config)
         _check_uniform(opening.plan)
+        report(refusals(opening.plan, request.target, base.plan))
         check_calibration(opening.plan, opening.statistics)
     return Draft(folder, opening)
 

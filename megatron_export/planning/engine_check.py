@@ -96,15 +96,20 @@ def verdicts(
     return {verdict.engine: verdict for verdict in found}
 
 
-def refusals(plan: Plan, target: str) -> list[str]:
-    """Why the engines of `--target` would not load the result, a sentence each; `ExportError` for an unknown engine."""
+def refusals(plan: Plan, target: str, base: Plan | None = None) -> list[str]:
+    """Why the engines of `--target` would not load the result, a sentence each; `ExportError` for an unknown engine. `base` is the
+    plan of what a draft is for.
+    """
     try:
         sizes = targets_in(target)
     except ValueError as error:
         raise ExportError(f"--target: {error}") from error
-    checkpoint = of_plan(plan) if sizes else None
-    found = [verdict_of(checkpoint, engine, tp=size) for engine, size in sizes.items()]
-    return [f"--target: {one.engine} will not load this: {one.why}" for one in found if one.loads is False]
+    if not sizes:
+        return []
+    checkpoint, beside = of_plan(plan), of_plan(base) if base else None
+    found = [verdict_of(checkpoint, engine, tp=size, base=beside) for engine, size in sizes.items()]
+    what = "the draft" if base else "this"
+    return [f"--target: {one.engine} will not load {what}: {one.why}" for one in found if one.loads is False]
 
 
 def as_json(found: dict[str, Verdict]) -> dict:

@@ -82,6 +82,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], dict, str]] = {
     "one folder": (lambda model: None, {"draft_output": "{}"}, "Give a folder beside it"),
     "inside the base": (lambda model: None, {"draft_output": "{}/draft"}, "Give a folder beside it"),
     "no statistics": (lambda model: None, {"draft_format": "fp8"}, "needs calibration"),
+    "an engine": (lambda model: None, {"target": "sglang"}, "--target: SGLang will not load the draft: it hands out layers 0 to 0"),
     "another format": (lambda model: None, {"draft_format": "mxfp8"}, "--draft-format 'mxfp8': a draft has none of this"),
     "heads in parallel": (holding("parallel_draft_heads"), {}, "it has parallel draft heads, which no engine serves"),
     "MTP": (holding("hnorm"), {}, "it is an EAGLE-MTP draft, which no engine serves. Train an EAGLE-3 draft"),

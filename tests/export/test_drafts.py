@@ -12,6 +12,7 @@ from megatron_export import export_hf_checkpoint
 from megatron_export.formats import chosen
 from megatron_export.models import parameters_of
 from megatron_export.models.eagle3 import eagle3_config
+from megatron_export.planning.engine_check import of_folder, verdicts
 
 from ..support.eagle import FP8, NVFP4, drafted, quantize
 from ..support.live import loaded, refusal
@@ -72,6 +73,16 @@ def test_a_quantized_draft_is_described_for_every_engine(ranks: Ranks, tmp_path:
     assert flat["quant_algo"] == nested["quantization"]["quant_algo"] == "FP8"
     assert flat["ignore"] == nested["quantization"]["exclude_modules"] == ["*fc", "lm_head"]
     assert nested["quantization"]["kv_cache_quant_algo"] is None
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("form", KINDS)
+def test_every_engine_loads_the_draft_beside_its_base(form: str, layers: int, ranks: Ranks, tmp_path: Path) -> None:
+    how = {"layers": layers, "eagle_aux_hidden_state_layer_ids": [0]}  # SGLang hands out no output of the last layer
+    asked = {"target": "vllm,sglang,tensorrt_llm"}
+    assert ranks.call(1, exported, tmp_path / "out", 1, 1, form, asked, **how) == [""]
+    found = verdicts(of_folder(tmp_path / "out-draft"), base=of_folder(tmp_path / "out"))
+    assert {name: verdict.loads for name, verdict in found.items()} == dict.fromkeys(found, True), found
 
 
 def test_later_layers_have_their_norm_under_both_names(ranks: Ranks, tmp_path: Path) -> None:
