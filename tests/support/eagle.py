@@ -156,9 +156,11 @@ def quantize(draft: Eagle, kind: dict, amax: Callable[[str], Tensor], also: tupl
 
 @contextmanager
 def drafted(
-    source: Path, tp: int = 1, pp: int = 1, *, weights: dict[str, Tensor] | None = None, **how: Any
+    source: Path, tp: int = 1, pp: int = 1, *, weights: dict[str, Tensor] | None = None, rest: bool = False, **how: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """This rank's part of a model with a draft; `how` is as of `eagle_config`. Its weights are `weights`, or random by name."""
+    """This rank's part of a model with a draft; `how` is as of `eagle_config`. Its weights are `weights`, or random by name; with
+    `rest`, those that `weights` has not are 1 in norms and 0 in matrices.
+    """
     base = read_json(source / "config.json")
     with loaded(source, tp, pp) as (model, here):
         chunk = chunks_of(model)[-1]
@@ -169,6 +171,9 @@ def drafted(
             rank, held = parallel_state.get_tensor_model_parallel_rank(), chunk.eagle_module.state_dict(keep_vars=True)
             held = {name: one for name, one in held.items() if isinstance(one, Tensor)}
             shapes = {name: whole_shape(name, tuple(one.shape), tp) for name, one in held.items()}
+            if rest:
+                others = {name: torch.full(shape, float(len(shape) == 1)) for name, shape in shapes.items()}
+                weights = others | (weights or {})
             for name, whole in (weights or numbers(shapes, base["vocab_size"])).items():
                 held[name].data.copy_(shard(name, whole, rank, tp))
         yield model, here
