@@ -113,3 +113,12 @@ def below(prefix: str, table: Table) -> Table:
         name: replace(rule, hf=prefix + rule.hf, stack=rule.stack and prefix + rule.stack)
         for name, rule in table.items()
     }
+
+
+def within(part: str, table: Table) -> Table:
+    """The same table for a model that is the `part` of another one; the output layer is beside it."""
+
+    def inside(name: str | None) -> str | None:
+        return f"model.{part}.{name.removeprefix('model.')}" if name and name.startswith("model.") else name
+
+    return {name: replace(rule, hf=inside(rule.hf), stack=inside(rule.stack)) for name, rule in table.items()}

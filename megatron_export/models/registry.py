@@ -16,6 +16,8 @@ from . import (
     qwen2,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 from .architecture import Architecture
 
@@ -24,6 +26,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": qwen2.ARCHITECTURE,
     "Qwen3ForCausalLM": qwen3.ARCHITECTURE,
     "Qwen3MoeForCausalLM": qwen3_moe.ARCHITECTURE,
+    "Qwen3VLForConditionalGeneration": qwen3_vl.ARCHITECTURE,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.ARCHITECTURE,
     "MistralForCausalLM": mistral.ARCHITECTURE,
     "Mistral3ForConditionalGeneration": mistral3.ARCHITECTURE,
     "MixtralForCausalLM": mixtral.ARCHITECTURE,

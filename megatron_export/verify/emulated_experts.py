@@ -3,6 +3,7 @@
     on disk                                     here
     experts.K.gate_proj, up_proj, down_proj     the same
     experts.gate_up_proj, experts.down_proj     experts.gate_up_proj.K, experts.down_proj.K, where they are quantized;
+                                                or [in, out] unlike in memory (Qwen3-VL);
                                                 transformers' own module, where they are not
 
 `emulation.py` puts emulated linears into the place of those that are quantized.
@@ -82,13 +83,14 @@ def _gate_of(theirs: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def take_apart(model: nn.Module, tensors: Respelled, scales: tuple[str, ...]) -> None:
-    """Experts that transformers stacks become linears, where the files have them so or have them with codes or `scales`."""
+    """Experts that transformers stacks become linears, where the files have them so, with codes or `scales`, or turned."""
     for name, module in list(model.named_modules()):
         if not all(isinstance(getattr(module, stack, None), nn.Parameter) for stack in STACKS):
             continue
         count = len(module.gate_up_proj)
         alone = any(f"{name}.{number}.gate_proj.weight" in tensors for number in range(count))
         stacks = [f"{name}.{stack}.0" for stack in STACKS]
-        if alone or any(tensors.quantized(stack, scales) for stack in stacks):
+        turned = tensors.turned(f"{name}.{STACKS[0]}", module.gate_up_proj)
+        if alone or turned or any(tensors.quantized(stack, scales) for stack in stacks):
             tensors.check_counts([f"{stack}.{leaf}" for stack in stacks for leaf in ("weight", "bias", *scales)], count)
             model.set_submodule(name, EmulatedExperts(module, alone))

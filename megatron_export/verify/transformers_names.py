@@ -78,6 +78,10 @@ class Respelled:
         coded = name in self and self.tensors[self.on_disk(name)].dtype in CODES
         return coded or any(f"{module}.{suffix}" in self for suffix in scales)
 
+    def turned(self, name: str, memory: Tensor) -> bool:
+        """Whether a stack is there in another shape than in memory; transformers too goes by the shape alone."""
+        return name in self and self.tensors[self.on_disk(name)].shape != memory.shape
+
     def check_counts(self, names: list[str], count: int) -> None:
         """`ExportError` where one of these stacks is there and is not one of `count` experts."""
         for name in (self.on_disk(name) for name in names if name in self):

@@ -22,8 +22,15 @@ from ..support.saving import reading, save, without_weights
 pytestmark = pytest.mark.whole
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+WIDTH = {"qwen3_vl_moe": {"moe_intermediate_size": 128}}
 DENSE = {"tp2": {"tp": 2}, "pp2": {"pp": 2}}
-FAMILIES: dict[str, dict[str, dict]] = {"mistral": DENSE, "mistral3": DENSE}  # name -> topologies of two ranks
+EXPERTS = DENSE | {"ep2": {"ep": 2}}
+FAMILIES: dict[str, dict[str, dict]] = {  # name -> topologies of two ranks
+    "mistral": DENSE,
+    "mistral3": DENSE,
+    "qwen3_vl": DENSE,
+    "qwen3_vl_moe": EXPERTS,
+}
 FORMS: dict[str, dict] = {
     "bf16": {},
     "fp8": {"kv_cache": "fp8"},
@@ -58,7 +65,7 @@ def families(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dic
     found = {}
     for name in FAMILIES:
         folder = tmp_path_factory.mktemp(name)
-        source = make_model(folder, name, **WIDE)
+        source = make_model(folder, name, **WIDE, **WIDTH.get(name, {}))
         living(pool).call(1, exports, source, folder / "alone", {})
         found[name] = (source, folder / "alone")
     return found

@@ -138,6 +138,29 @@ ARCHITECTURES |= {
         "tie_word_embeddings": False,
     },
 }
+_SEES = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 64, "patch_size": 4}
+_SEES |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_MROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+ARCHITECTURES |= {
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": _SMALL | {"head_dim": 16, "rope_parameters": _MROPE},
+        "vision_config": _SEES,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_vl_moe": {
+        "model_type": "qwen3_vl_moe",
+        "text_config": _SMALL
+        | {
+            "head_dim": 16,
+            "rope_parameters": _MROPE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+        },
+        "vision_config": _SEES,
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
@@ -166,12 +189,23 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
                 bias = module.e_score_correction_bias
                 module.e_score_correction_bias = (torch.rand_like(bias, dtype=torch.float32) - 0.5) / 8
     model.save_pretrained(source)
+    if name == "qwen3_vl_moe":
+        _turn_stacks(source)
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "ids").mkdir(exist_ok=True)
     ids = torch.randint(0, config.get_text_config().vocab_size, (SAMPLES, LENGTH))
     save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
     return source
+
+
+def _turn_stacks(source: Path) -> None:
+    """Swap the last two dims of stacked experts, as Qwen's own files have them; transformers saves them as they are in memory."""
+    for path in source.glob("*.safetensors"):
+        held = {
+            name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in tensors(source).items()
+        }
+        save_file(held, path, {"format": "pt"})
 
 
 def auto_model(name: str) -> Any:
