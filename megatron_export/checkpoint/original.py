@@ -21,6 +21,7 @@ class Original:
     files    name -> bytes, and time of the last change, of every file in the folder
     copied   the tensors that Megatron's model does not have, which are copied as they are
     powers   names of weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
+    wide     names of tensors that are in float32, and may stay so
     dropped  prefixes of the names of tensors that are left out
     remarks  what the user should know of it, a sentence each
     """
@@ -30,6 +31,7 @@ class Original:
     files: dict[str, tuple[int, int]]
     copied: tuple[Output, ...]
     powers: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -68,7 +70,17 @@ def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: 
         dropped = mtp_prefixes(config, files_of(folder) if read else ())
         config = without_mtp(config)
     settings_of(config)
-    return Original(folder, config, {}, (), _powers(folder, config, dropped, read), dropped, remarks)
+    powers = _powers(folder, config, dropped, read)
+    return Original(folder, config, {}, (), powers, wide_in(folder, config), dropped, remarks)
+
+
+def wide_in(folder: Path, config: dict) -> frozenset[str]:
+    """The tensors that are float32 in the files of a folder, of those that an export keeps so; none where there are no files."""
+    names = {name for one in parameters_of(config).values() if one.rule.as_stored for name in one.names().values()}
+    if not names or not has_weights(folder):
+        return frozenset()
+    with SourceWeights(folder, tuple(sorted(names))) as weights:
+        return frozenset(name for name in names & weights.files.keys() if weights.dtype(name) == "F32")
 
 
 def _powers(folder: Path, config: dict, dropped: tuple[str, ...], read: bool) -> frozenset[str]:

@@ -95,7 +95,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
     nodes = tuple(rank // GPUS for rank in range(most + 1))
-    plan = make_plan(hf_config, held, request, copied=copied, powers=original.powers, nodes=nodes)
+    plan = make_plan(hf_config, held, request, copied=copied, powers=original.powers, wide=original.wide, nodes=nodes)
     report(refusals(plan, request.target))
     calibrates = is_needed(plan) and not config.load_calibration
     batch = MicroBatch(config.calib_batch_size, sample_length(config, hf_config)) if calibrates else None

@@ -95,7 +95,15 @@ def open_export(
     with together(here, "check the settings"):
         if settled.effective_bits is not None:
             settled = budgeted(original.config, settled, statistics)
-        plan = make_plan(original.config, held, settled, copied=original.copied, powers=original.powers, nodes=nodes)
+        plan = make_plan(
+            original.config,
+            held,
+            settled,
+            copied=original.copied,
+            powers=original.powers,
+            wide=original.wide,
+            nodes=nodes,
+        )
         plan = replace(plan, remarks=(*original.remarks, *plan.remarks))
         if here.first:
             if request.effective_bits is None or statistics:

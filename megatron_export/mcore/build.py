@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,7 +28,9 @@ from ..distributed.topology import Topology
 from ..models import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import without_cuda
+from .latent_attention import LatentAttention
 from .model import ACTIVATIONS, zero_centred_norm
+from .sparse_attention import SparseAttention, add_indexers
 
 
 def check_divides(config: dict, topology: Topology, pp_layout: str | None = None) -> None:
@@ -86,6 +87,7 @@ def build_model(
                 **rope.arguments,
             )
             _rotate_as_hf(model, rope.llama3)
+            add_indexers(model, shape)
             chunks.append(_converted(model, topology.device, dtype))
     return chunks if topology.vpp_size > 1 else chunks[0]
 
@@ -116,7 +118,9 @@ def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredi
 
 def _with_attention(layer: ModuleSpec, settings: TransformerConfig) -> ModuleSpec:
     if settings.multi_latent_attention:
-        layer.submodules.self_attention.submodules.core_attention = LatentAttention
+        sparse = settings.experimental_attention_variant == "dsa"
+        kind = SparseAttention if sparse else LatentAttention
+        layer.submodules.self_attention.submodules.core_attention = kind
     return layer
 
 
@@ -164,14 +168,6 @@ class ZeroCentredNorm(torch.nn.RMSNorm):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return zero_centred_norm(hidden, self.weight, self.eps)
-
-
-class LatentAttention(DotProductAttention):
-    """Megatron's own attention for keys and values of different sizes, which it has in Transformer Engine's only."""
-
-    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 def _settings(

@@ -23,6 +23,12 @@ _FEEDERS: dict[str, tuple[tuple[str, str], ...]] = {
     **{f"{mlp}.linear_fc1.weight": (("pre_mlp_layernorm.weight", ""),) for mlp in _MLPS},
     **{f"{mlp}.linear_fc2.weight": ((f"{mlp}.linear_fc1.weight", "up"),) for mlp in _MLPS},
 }
+_INDEXER = "self_attention.core_attention.indexer"
+_OTHER_READERS = {
+    "pre_mlp_layernorm.weight": ("mlp.router",),
+    "input_layernorm.weight": (f"{_INDEXER}.linear_wk", f"{_INDEXER}.linear_weights_proj"),
+    "self_attention.q_layernorm.weight": (f"{_INDEXER}.linear_wq_b",),
+}
 # Linears that read what another one reads, and so are divided by its vector: module -> that other one.
 _SAME_INPUT = {
     "mlp.shared_experts.linear_fc1": "mlp.experts.linear_fc1",
@@ -50,9 +56,9 @@ def feeders_of(canonical: str) -> tuple[tuple[str, str], ...]:
 
 
 def other_readers_of(canonical: str) -> tuple[str, ...]:
-    """The canonical parameters, none of them quantized, that read the output of a norm: those of routers."""
+    """The canonical parameters, none of them quantized, that read the output of a norm: those of routers and of indexers."""
     prefix, local = _split(canonical)
-    return (f"{prefix}.mlp.router.weight",) if local == "pre_mlp_layernorm.weight" else ()
+    return tuple(f"{prefix}.{name}.weight" for name in _OTHER_READERS.get(local, ()))
 
 
 def reads_heads(canonical: str) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .rules import Table, gated, qkv, same, vocab
+from .rules import Table, as_stored, gated, qkv, same, vocab
 
 # fmt: off
 TOP: Table = {
@@ -33,6 +33,18 @@ MLA: Table = {
     "decoder.layers.{l}.self_attention.kv_layernorm.weight":        same("model.layers.{l}.self_attn.kv_a_layernorm.weight"),
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":   same("model.layers.{l}.self_attn.kv_b_proj.weight"),
     "decoder.layers.{l}.self_attention.linear_proj.weight":         same("model.layers.{l}.self_attn.o_proj.weight"),
+}
+INDEXER: Table = {
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_wq_b.weight":
+        same("model.layers.{l}.self_attn.indexer.wq_b.weight"),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_wk.weight":
+        same("model.layers.{l}.self_attn.indexer.wk.weight"),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.k_norm.weight":
+        as_stored("model.layers.{l}.self_attn.indexer.k_norm.weight"),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.k_norm.bias":
+        as_stored("model.layers.{l}.self_attn.indexer.k_norm.bias"),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_weights_proj.weight":
+        as_stored("model.layers.{l}.self_attn.indexer.weights_proj.weight"),
 }
 BIASES: Table = {
     "decoder.layers.{l}.self_attention.linear_proj.bias":   same("model.layers.{l}.self_attn.o_proj.bias"),

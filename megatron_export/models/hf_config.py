@@ -8,6 +8,7 @@ from ..common.safe_files import shown
 from ..common.text import near
 from .architecture import Architecture
 from .hf_config_limits import wrong_values
+from .indexers import indexed_layers
 from .registry import ARCHITECTURES, architecture_name, known
 from .shape import ModelShape
 
@@ -78,6 +79,7 @@ def shape_of(config: dict) -> ModelShape:
         raise ExportError(f"config.json of a {architecture} lacks {', '.join(missing)}")
     report(wrong_values(config, spelled))
     needed = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if config.get("kv_lora_rank") else ()
+    needed += ("index_n_heads", "index_head_dim") if config.get("index_topk") else ()
     if any(config.get(key) for key in _EXPERTS):
         needed += ("num_experts_per_tok", *(("topk_group",) if (config.get("n_group") or 1) > 1 else ()))
     report([f"config.json of a {architecture} lacks {key}" for key in needed if not config.get(key)])
@@ -105,6 +107,9 @@ def shape_of(config: dict) -> ModelShape:
         nope_dim=config.get("qk_nope_head_dim") or 0,
         rope_dim=config.get("qk_rope_head_dim") or 0,
         v_dim=config.get("v_head_dim") or 0,
+        index_heads=config.get("index_n_heads") or 0,
+        index_dim=config.get("index_head_dim") or 0,
+        indexed=indexed_layers(config),
         **_vocabulary_of(config, table is not None and table.draft),
     )
 

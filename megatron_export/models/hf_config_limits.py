@@ -18,6 +18,8 @@ _WHOLE: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (0, _SIZE)),
     **dict.fromkeys(("shared_expert_intermediate_size", "num_experts_per_tok", "n_group", "topk_group"), (0, _SIZE)),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), (0, _SIZE)),
+    **dict.fromkeys(("index_n_heads", "index_head_dim", "index_skip_topk_offset"), (0, _SIZE)),
+    **dict.fromkeys(("index_topk", "index_topk_freq"), (1, _TOKENS)),
     **dict.fromkeys(("attention_chunk_size", "floor_scale", "max_position_embeddings"), (1, _TOKENS)),
     "sliding_window": (0, _TOKENS),
 }

@@ -26,6 +26,7 @@ class Parameter:
 
 
 _dense, _sparse, _predicting = attrgetter("dense"), attrgetter("sparse"), attrgetter("predicting")
+_indexed = attrgetter("indexed")
 
 
 def _qkv_rows(m: ModelShape) -> int:
@@ -71,6 +72,16 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.{l}.self_attention.kv_layernorm.weight":   Parameter(None,     lambda m: (m.kv_lora,)),
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":
         Parameter(Axis.OUT, lambda m: (m.heads * (m.nope_dim + m.v_dim), m.kv_lora)),
+
+    # Of sparse attention. Every rank holds an indexer whole.
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_wq_b.weight":
+        Parameter(None, lambda m: (m.index_heads * m.index_dim, m.q_lora), _indexed),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_wk.weight":
+        Parameter(None, lambda m: (m.index_dim, m.hidden), _indexed),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.k_norm.weight": Parameter(None, lambda m: (m.index_dim,), _indexed),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.k_norm.bias":   Parameter(None, lambda m: (m.index_dim,), _indexed),
+    "decoder.layers.{l}.self_attention.core_attention.indexer.linear_weights_proj.weight":
+        Parameter(None, lambda m: (m.index_heads, m.hidden), _indexed),
 
     "decoder.layers.{l}.pre_mlp_layernorm.weight":             Parameter(None,     lambda m: (m.hidden,)),
     "decoder.layers.{l}.mlp.linear_fc1.weight":                Parameter(Axis.OUT, lambda m: (2 * m.ffn, m.hidden), _dense),
@@ -137,6 +148,10 @@ HEAD = "output_layer.weight"  # which a recipe may quantize, if it names it
 
 
 def is_linear_weight(canonical: str) -> bool:
-    """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*."""
+    """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*.
+
+    Those of an indexer stay as they are: engines join wk and weights_proj without quantization, and NVIDIA's own checkpoints leave
+    out all three.
+    """
     module, _, leaf = canonical.rpartition(".")
-    return leaf == "weight" and module.rpartition(".")[2].startswith("linear_")
+    return leaf == "weight" and module.rpartition(".")[2].startswith("linear_") and ".indexer." not in canonical

@@ -4,8 +4,10 @@ from ..common.errors import ExportError
 from ..common.safe_files import shown
 from . import (
     deepseek_v3,
+    deepseek_v32,
     eagle3,
     glm4_moe,
+    glm_moe_dsa,
     gpt_oss,
     llama,
     llama4,
@@ -32,6 +34,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mistral3ForConditionalGeneration": mistral3.ARCHITECTURE,
     "MixtralForCausalLM": mixtral.ARCHITECTURE,
     "DeepseekV3ForCausalLM": deepseek_v3.ARCHITECTURE,
+    "DeepseekV32ForCausalLM": deepseek_v32.ARCHITECTURE,
+    "GlmMoeDsaForCausalLM": glm_moe_dsa.ARCHITECTURE,
     "Glm4MoeForCausalLM": glm4_moe.ARCHITECTURE,
     "GptOssForCausalLM": gpt_oss.ARCHITECTURE,
     "Llama4ForCausalLM": llama4.ARCHITECTURE,

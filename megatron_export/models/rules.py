@@ -22,6 +22,7 @@ class Rule:
     copy: str | None = None
     stack: str | None = None
     woven: bool = False
+    as_stored: bool = False
     zero_centred: bool = False
 
 
@@ -36,6 +37,11 @@ def same(hf: str) -> Rule:
 def copies(hf: str, *names: str) -> Rule:
     """The same tensor under several names, as engines call it differently."""
     return Rule(hf, lambda shape: Copies(names))
+
+
+def as_stored(hf: str) -> Rule:
+    """The tensor as it is, in float32 where the original has it so."""
+    return Rule(hf, lambda shape: Identity(), as_stored=True)
 
 
 def vocab(hf: str, copy: str | None = None) -> Rule:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class ModelShape:
     """Unsharded sizes, the vocabulary unpadded; sizes of experts or latent attention are 0 in a model without.
 
-    `sparse` are the layers with experts. `mtp` layers that predict one more token follow the `layers` of the decoder, in HF's
-    numbers too; they are like its last. Of a draft, `vocab` is its own, `base_vocab` that of its base, and `read` the number of the
-    base's hidden states that it reads.
+    `sparse` are the layers with experts, `indexed` those with an indexer, which chooses what attention sees. `mtp` layers
+    that predict one more token follow the `layers` of the decoder, in HF's numbers too; they are like its last. Of a draft, `vocab`
+    is its own, `base_vocab` that of its base, and `read` the number of the base's hidden states that it reads.
     """
 
     architecture: str
@@ -31,6 +31,9 @@ class ModelShape:
     rope_dim: int = 0
     v_dim: int = 0
     mtp: int = 0
+    index_heads: int = 0
+    index_dim: int = 0
+    indexed: tuple[int, ...] = ()
     base_vocab: int = 0
     read: int = 0
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.text import parse_size
@@ -116,6 +118,7 @@ def make_plan(
     *,
     copied: tuple[Output, ...] = (),
     powers: frozenset[str] = frozenset(),
+    wide: frozenset[str] = frozenset(),
     nodes: tuple[int, ...] = (),
 ) -> Plan:
     """Plan the export of a model.
@@ -125,13 +128,16 @@ def make_plan(
     request  what is asked for; its format and KV cache are settled
     copied   tensors of the original that are copied
     powers   names of HF weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
+    wide     names of HF tensors that are float32 in the original, of those that stay as they are there
     nodes    the node of each rank; needed unless rank 0 writes all
     Raises one `ExportError` with every reason why the model cannot be exported so.
     """
     request = request if request.recipe_lines else request.plain()
     forms, kv = request.forms(), request.kv()
     plain = not any(form.quantization for form in forms.values())
-    sources = {name: _as_held(source, held.get(name)) for name, source in parameters_of(config).items()}
+    sources = {
+        name: _as_held(_as_stored(source, wide), held.get(name)) for name, source in parameters_of(config).items()
+    }
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
@@ -229,6 +235,12 @@ def _straddles(item: Item) -> bool:
     tile = item.form.tile[0 if item.source.cut is Axis.OUT else 1]
     cut_sizes = [output.shape[output.axes.index(item.source.cut)] for output in item.raw_message(0)]
     return any(size % tile for size in cut_sizes)
+
+
+def _as_stored(source: Source, wide: frozenset[str]) -> Source:
+    return (
+        replace(source, dtype=torch.float32) if source.rule.as_stored and wide >= {*source.names().values()} else source
+    )
 
 
 def _as_held(source: Source, held: Held | None) -> Source:

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import SourceWeights, copied_tensors
+from ..checkpoint.original import wide_in
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
@@ -79,6 +80,7 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
             recipe_lines=tuple(lines),
         ),
         copied=copied_tensors(reference, copied_prefixes(config)),
+        wide=wide_in(reference, config),
     )
     return plan, problems
 

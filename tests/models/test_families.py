@@ -22,7 +22,14 @@ from ..support.saving import reading, save, without_weights
 pytestmark = pytest.mark.whole
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
-WIDTH = {"qwen3_vl_moe": {"moe_intermediate_size": 128}}
+_SPARSE = {"moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128}
+WIDTH = {
+    "qwen3_vl_moe": {
+        "moe_intermediate_size": 256
+    },  # no expert is square, which transformers could not tell from a turned one
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE | {"indexer_types": ["full", "shared"]},
+}
 DENSE = {"tp2": {"tp": 2}, "pp2": {"pp": 2}}
 EXPERTS = DENSE | {"ep2": {"ep": 2}}
 FAMILIES: dict[str, dict[str, dict]] = {  # name -> topologies of two ranks
@@ -30,6 +37,8 @@ FAMILIES: dict[str, dict[str, dict]] = {  # name -> topologies of two ranks
     "mistral3": DENSE,
     "qwen3_vl": DENSE,
     "qwen3_vl_moe": EXPERTS,
+    "deepseek_v32": EXPERTS,
+    "glm_moe_dsa": {"ep2": {"ep": 2}},
 }
 FORMS: dict[str, dict] = {
     "bf16": {},
@@ -54,6 +63,8 @@ def exports(source: Path, out: Path, sizes: dict, saved: bool = False) -> None:
         for form, options in FORMS.items():
             given = {"format": form, "calibration": None if form == "bf16" else measured} | options
             given = {name: value for name, value in given.items() if value is not None}
+            if config.get("kv_lora_rank"):
+                given.pop("kv_cache", None)
             export_hf_checkpoint(model, out / form, hf_model=source, **given)
         if saved:
             save(model, out.parent / "saved", config)

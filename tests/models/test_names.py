@@ -1,13 +1,24 @@
 """Tables and dialects: every parameter has one rule, one shape and one cut; both layer specs come to one name."""
 
 import pytest
+import torch
 
 from megatron_export.common.errors import ExportError
 from megatron_export.engines.checkpoint_view import CheckpointView
-from megatron_export.models import ARCHITECTURES, architecture_of, canonical, parameters_of, rope_of, shape_of
+from megatron_export.models import (
+    ARCHITECTURES,
+    architecture_of,
+    canonical,
+    parameters_of,
+    rope_of,
+    settings_of,
+    shape_of,
+)
+from megatron_export.models.awq_mappings import other_readers_of
 from megatron_export.models.megatron_parameters import PARAMETERS
 
 from ..support.models import EXAMPLE, read_json
+from ..support.plans import plan_of
 
 FIRST, SECOND, MTP = "decoder.layers.0", "decoder.layers.1", "mtp.layers.0"
 
@@ -91,3 +102,74 @@ def test_of_every_two_layers_the_second_has_experts() -> None:
     moe = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     names = parameters_of(config(**moe, moe_intermediate_size=64, num_hidden_layers=4, decoder_sparse_step=2))
     assert {name.split(".")[2] for name in names if ".experts." in name} == {"1", "3"}
+
+
+GLM = {"architectures": ["GlmMoeDsaForCausalLM"], "kv_lora_rank": 32, "q_lora_rank": 64, "qk_nope_head_dim": 16}
+GLM |= {
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_hidden_layers": 8,
+    "num_nextn_predict_layers": 1,
+    "index_topk": 64,
+}
+GLM |= {
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [
+        ({}, [*range(9)]),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, [0, 1, 2, 6, 8]),  # as GLM 5.2, whose list says the same
+        ({"index_topk_freq": 4}, [0, 1, 5, 8]),
+        ({"index_topk_pattern": "FFSSFSSS", "index_topk_freq": 4}, [0, 1, 4, 8]),
+        ({"indexer_types": ["full"] + ["shared"] * 7, "index_topk_pattern": "F" * 8}, [0, 8]),
+    ],
+)
+def test_layers_with_an_indexer_are_those_that_glms_code_builds(said: dict, layers: list[int]) -> None:
+    """And those that predict one more token."""
+    names = parameters_of(config(**GLM, **said))
+    assert [int(name.split(".")[2]) for name in names if name.endswith("indexer.linear_wk.weight")] == layers
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"indexer_types": ["full"] * 7},
+            "indexer_types is .*, not 'full' or 'shared' for each of num_hidden_layers 8",
+        ),
+        ({"index_topk_pattern": "FFFFFFFX"}, "not 'full' or 'shared'"),
+        ({"index_topk": -1}, "index_topk is -1, not a whole number above 0"),
+        ({"index_head_dim": None}, "lacks index_head_dim"),
+        ({"mlp_layer_types": ["dense"] + ["sparse"] * 7}, "mlp_layer_types is .*, and first_k_dense_replace 0"),
+    ],
+)
+def test_a_wrong_indexer_is_told(said: dict, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        settings_of(config(**GLM | said))
+
+
+def test_all_that_reads_a_norm_takes_the_factors_of_an_awq_vector_the_indexer_too() -> None:
+    layer, indexer = "decoder.layers.1", "decoder.layers.1.self_attention.core_attention.indexer"
+    assert other_readers_of(f"{layer}.input_layernorm.weight") == (
+        f"{indexer}.linear_wk.weight",
+        f"{indexer}.linear_weights_proj.weight",
+    )
+    assert other_readers_of(f"{layer}.self_attention.q_layernorm.weight") == (f"{indexer}.linear_wq_b.weight",)
+    assert other_readers_of(f"{layer}.pre_mlp_layernorm.weight") == (f"{layer}.mlp.router.weight",)
+
+
+def test_what_an_original_has_in_float32_stays_so_where_its_rule_says_so() -> None:
+    sizes, name = config(**GLM), "model.layers.0.self_attn.indexer.k_norm.weight"
+    plan = plan_of(sizes, format="bf16", wide=frozenset({name, "model.norm.weight"}))
+    dtypes = {output.name: output.dtype for outputs in plan.files.values() for output in outputs}
+    assert {one for one, dtype in dtypes.items() if dtype is torch.float32} == {
+        name,
+        *(one for one in dtypes if one.endswith("e_score_correction_bias")),
+    }

@@ -161,6 +161,16 @@ ARCHITECTURES |= {
         "vision_config": _SEES,
     },
 }
+_LATENT = {
+    k: ARCHITECTURES["deepseek_v3"][k] for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+}
+_SPARSE = _EXPERTS | _LATENT | {"v_head_dim": 16, "num_key_value_heads": 8, "routed_scaling_factor": 2.5}
+_SPARSE |= {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 64, "n_group": 1, "topk_group": 1}
+ARCHITECTURES |= {
+    "deepseek_v32": _SPARSE | {"model_type": "deepseek_v32"},
+    "glm_moe_dsa": _SPARSE
+    | {"model_type": "glm_moe_dsa", "rms_norm_eps": 1e-6, "indexer_types": ["full", "shared", "shared", "full"]},
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 

@@ -12,10 +12,11 @@ def plan_for(
     held: dict[str, Held],
     copied: tuple[Output, ...] = (),
     nodes: tuple[int, ...] = (),
+    wide: frozenset[str] = frozenset(),
     **fields: Any,
 ) -> Plan:
     """The plan of a request with these fields."""
-    return make_plan(config, held, Request(**fields).plain(), copied=copied, nodes=nodes)
+    return make_plan(config, held, Request(**fields).plain(), copied=copied, nodes=nodes, wide=wide)
 
 
 def plan_of(config: dict, **fields: Any) -> Plan:
