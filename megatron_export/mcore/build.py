@@ -30,6 +30,7 @@ from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_proble
 from .cpu_compat import without_cuda
 from .latent_attention import LatentAttention
 from .model import ACTIVATIONS, zero_centred_norm
+from .norms_of_all_heads import norm_all_heads
 from .sparse_attention import SparseAttention, add_indexers
 
 
@@ -88,6 +89,7 @@ def build_model(
             )
             _rotate_as_hf(model, rope.llama3)
             add_indexers(model, shape)
+            norm_all_heads(model, config)
             chunks.append(_converted(model, topology.device, dtype))
     return chunks if topology.vpp_size > 1 else chunks[0]
 

@@ -1,8 +1,9 @@
 """The shared parts of the tables: canonical Megatron name -> rule. An architecture is a union of these."""
 
 from dataclasses import replace
+from operator import attrgetter
 
-from .rules import Table, as_stored, gated, qkv, same, vocab
+from .rules import Table, as_stored, gated, of_all_heads, qkv, same, vocab
 
 # fmt: off
 TOP: Table = {
@@ -21,6 +22,12 @@ QKV_BIAS: Table = {
 QK_NORM: Table = {
     "decoder.layers.{l}.self_attention.q_layernorm.weight": same("model.layers.{l}.self_attn.q_norm.weight"),
     "decoder.layers.{l}.self_attention.k_layernorm.weight": same("model.layers.{l}.self_attn.k_norm.weight"),
+}
+QK_NORM_OF_ALL_HEADS: Table = {
+    "decoder.layers.{l}.self_attention.q_layernorm.weight":
+        of_all_heads("model.layers.{l}.self_attn.q_norm.weight", attrgetter("heads")),
+    "decoder.layers.{l}.self_attention.k_layernorm.weight":
+        of_all_heads("model.layers.{l}.self_attn.k_norm.weight", attrgetter("groups")),
 }
 MLA: Table = {
     "decoder.layers.{l}.input_layernorm.weight":                    same("model.layers.{l}.input_layernorm.weight"),

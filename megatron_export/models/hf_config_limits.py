@@ -12,7 +12,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("num_hidden_layers",), (1, MOST_LAYERS)),
     **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), (0, MOST_LAYERS)),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"), (1, _SIZE)),
-    **dict.fromkeys(("draft_vocab_size",), (1, _SIZE)),
+    **dict.fromkeys(("draft_vocab_size", "rotary_dim"), (1, _SIZE)),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "moe_intermediate_size", "intermediate_size_mlp"), (1, _SIZE)),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step", "no_rope_layer_interval"), (1, _SIZE)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (0, _SIZE)),

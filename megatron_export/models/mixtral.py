@@ -3,14 +3,15 @@
 from .architecture import Architecture
 from .blocks import GQA, TOP, moe
 
+ON_DISK = (
+    (r"\.mlp\.", ".block_sparse_moe."),
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.up_proj\.", ".w3."),
+    (r"\.down_proj\.", ".w2."),
+)
 ARCHITECTURE = Architecture(
     rules=TOP | GQA | moe("block_sparse_moe", "w1", "w3", "w2"),
     settings={"moe_router_pre_softmax": False},
     only={"sliding_window": (None,), "hidden_act": ("silu", None)},
-    on_disk=(
-        (r"\.mlp\.", ".block_sparse_moe."),
-        (r"\.gate_proj\.", ".w1."),
-        (r"\.up_proj\.", ".w3."),
-        (r"\.down_proj\.", ".w2."),
-    ),
+    on_disk=ON_DISK,
 )

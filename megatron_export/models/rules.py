@@ -23,6 +23,7 @@ class Rule:
     stack: str | None = None
     woven: bool = False
     as_stored: bool = False
+    cut_shape: Callable[[ModelShape], tuple[int, ...]] | None = None
     zero_centred: bool = False
 
 
@@ -42,6 +43,11 @@ def copies(hf: str, *names: str) -> Rule:
 def as_stored(hf: str) -> Rule:
     """The tensor as it is, in float32 where the original has it so."""
     return Rule(hf, lambda shape: Identity(), as_stored=True)
+
+
+def of_all_heads(hf: str, heads: Callable[[ModelShape], int]) -> Rule:
+    """A norm over all heads together, of which each rank has the weights of its own."""
+    return Rule(hf, lambda shape: Identity(), cut_shape=lambda shape: (heads(shape) * shape.head_dim,))
 
 
 def vocab(hf: str, copy: str | None = None) -> Rule:

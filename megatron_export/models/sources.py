@@ -198,8 +198,8 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
     parameter = PARAMETERS[name]
     return Source(
         canonical=name.format(l=layer, e=expert),
-        cut=parameter.cut,
-        shape=parameter.shape(shape),
+        cut=Axis.OUT if rule.cut_shape else parameter.cut,
+        shape=(rule.cut_shape or parameter.shape)(shape),
         padded=name in PADDED,
         layout=rule.layout(shape),
         rule=rule,

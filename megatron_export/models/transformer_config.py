@@ -89,11 +89,12 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
 
 def unscaled_rope_settings(config: dict) -> dict:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, without their scaling."""
-    config = text_of(config)
+    width, config = shape_of(config).head_dim if text_of(config).get("rotary_dim") else 1, text_of(config)
     if config.get("kv_lora_rank"):
         return {"position_embedding_type": "rope"}
     theta = _rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0
-    part = _rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    part = _rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 0
+    part = part or (config.get("rotary_dim") or width) / width  # MiniMax says how many numbers of a head are rotated
     return {"position_embedding_type": "rope", "rotary_base": theta, **({"rotary_percent": part} if part != 1 else {})}
 
 

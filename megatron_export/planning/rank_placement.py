@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..common.errors import report
-from ..models import Source, is_expert, settings_of, shape_of
+from ..models import Source, architecture_of, is_expert, settings_of, shape_of
 from ..models.layouts import even_cut
 from ..models.shape import ModelShape
 
@@ -118,9 +118,11 @@ def stages_of(shape: ModelShape, stages: int, pp_layout: str | None) -> tuple[st
 def size_problems(config: dict, *, tp: int, etp: int, ep: int) -> list[str]:
     """Which heads, groups, sizes and experts a topology cannot divide; [] if it can divide all."""
     shape = shape_of(config)
+    rules = architecture_of(config).rules.values()
+    copied = not any(rule.cut_shape for rule in rules)  # several ranks may have a copy of one head of keys
     divided = (
         ("num_attention_heads", shape.heads, "--tp", tp),
-        ("num_key_value_heads", shape.groups if tp % shape.groups else tp, "--tp", tp),
+        ("num_key_value_heads", tp if copied and tp % shape.groups == 0 else shape.groups, "--tp", tp),
         ("hidden_size", shape.hidden, "--tp", tp),
         ("intermediate_size", shape.ffn, "--tp", tp),
         ("the size of shared experts", shape.shared_ffn, "--tp", tp),

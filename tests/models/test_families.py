@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, dict]] = {  # name -> topologies of two ranks
     "mistral3": DENSE,
     "qwen3_vl": DENSE,
     "qwen3_vl_moe": EXPERTS,
+    "minimax_m2": EXPERTS,
     "deepseek_v32": EXPERTS,
     "glm_moe_dsa": {"ep2": {"ep": 2}},
 }

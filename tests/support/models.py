@@ -171,6 +171,16 @@ ARCHITECTURES |= {
     "glm_moe_dsa": _SPARSE
     | {"model_type": "glm_moe_dsa", "rms_norm_eps": 1e-6, "indexer_types": ["full", "shared", "shared", "full"]},
 }
+ARCHITECTURES |= {
+    "minimax_m2": {
+        "model_type": "minimax_m2",
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "scoring_func": "sigmoid",
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
