@@ -92,6 +92,14 @@ def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -
     return _fetch(str(hf_model), sorted({file.name for name, file in homes.items() if name.startswith(prefixes)}))
 
 
+def of_the_whole(config: dict) -> dict:
+    """A config.json with its quantization at the top, also where it stands among the settings of the language model (Kimi K2.5)."""
+    key, inner = "quantization_config", config.get("text_config")
+    if not isinstance(inner, dict) or key not in inner or key in config:
+        return config
+    return config | {key: inner[key], "text_config": {name: value for name, value in inner.items() if name != key}}
+
+
 def read_config(folder: Path, *, weights: bool = True) -> dict:
     """config.json as a dict. `ExportError` for an unknown architecture, and then, if the `weights` beside it are to be read, for
     ones that are quantized in a dialect that is not read (dialects.py).
@@ -103,6 +111,7 @@ def read_config(folder: Path, *, weights: bool = True) -> dict:
         raise not_read(path, "not JSON", error, "Fetch it again") from error
     if not isinstance(config, dict):
         raise ExportError(f"{path}: not the settings of a model but a {type(config).__name__}. Fetch it again")
+    config = of_the_whole(config)
     quantized = config.get("quantization_config")
     if quantized is not None and not isinstance(quantized, dict):
         raise ExportError(f"{path}: quantization_config is {shown(quantized)}, not a table of settings. Fetch it again")

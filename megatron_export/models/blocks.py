@@ -128,8 +128,12 @@ def zero_centred(table: Table) -> Table:
 
 def below(prefix: str, table: Table) -> Table:
     """The same table for a model inside another one, where HF names begin with `prefix`."""
+
+    def inside(name: str | None) -> str | None:
+        return name and prefix + name
+
     return {
-        name: replace(rule, hf=prefix + rule.hf, stack=rule.stack and prefix + rule.stack)
+        name: replace(rule, hf=prefix + rule.hf, stack=inside(rule.stack), copy=inside(rule.copy))
         for name, rule in table.items()
     }
 

@@ -75,9 +75,9 @@ def config_json(plan: Plan) -> dict:
     when it saves a model (the architecture's `routing`).
     """
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
-    config |= {key: value for key, value in architecture_of(plan.config).routing.items() if key not in config}
-    if "text_config" in config:
-        config["text_config"] = _in_bfloat16(config["text_config"])
+    inner = _in_bfloat16(config["text_config"]) if "text_config" in config else {}
+    routing = {key: value for key, value in architecture_of(plan.config).routing.items() if key not in config | inner}
+    config |= {"text_config": inner | routing} if inner else routing
     quantization = quantization_config(plan)
     return _in_bfloat16(config) | ({"quantization_config": quantization} if quantization else {})
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.hf_folder import quantized_as
+from ..checkpoint.hf_folder import of_the_whole, quantized_as
 from ..common.dtypes import DTYPES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
@@ -73,15 +73,16 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
     files = files_of(folder)
     form_of, cache = _algorithms(folder)
     scales = SUFFIXES if form_of else ()
-    settings = _table(folder, CONFIG)
+    settings = of_the_whole(_table(folder, CONFIG))
     architecture = known(settings)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value leads to
         said = f"no config.json of a model that transformers knows ({reason_of(error)})"
         raise ExportError(f"{folder}: {said}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers would look for a quantizer of its own
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config  # transformers would look for a quantizer of its own
     tensors = Respelled(files, architecture, device)
     if settings.get("quantization_config") and not form_of and not quantized_as(folder, settings):
         tensors.multiply_out(settings)

@@ -181,6 +181,15 @@ ARCHITECTURES |= {
         "scoring_func": "sigmoid",
     },
 }
+ARCHITECTURES |= {
+    "kimi_k25": {
+        "model_type": "kimi_k25",
+        "text_config": _SMALL | ARCHITECTURES["deepseek_v3"],
+        "vision_config": _TILES | {"pos_emb_height": 2, "pos_emb_width": 2, "pos_emb_time": 1},
+        "projection_hidden_size": 32,
+        "tie_word_embeddings": False,
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
@@ -209,8 +218,8 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
                 bias = module.e_score_correction_bias
                 module.e_score_correction_bias = (torch.rand_like(bias, dtype=torch.float32) - 0.5) / 8
     model.save_pretrained(source)
-    if name == "qwen3_vl_moe":
-        _turn_stacks(source)
+    if name in ("qwen3_vl_moe", "kimi_k25"):
+        _as_published(source)
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "ids").mkdir(exist_ok=True)
@@ -219,13 +228,19 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     return source
 
 
-def _turn_stacks(source: Path) -> None:
-    """Swap the last two dims of stacked experts, as Qwen's own files have them; transformers saves them as they are in memory."""
-    for path in source.glob("*.safetensors"):
-        held = {
-            name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in tensors(source).items()
-        }
-        save_file(held, path, {"format": "pt"})
+def _as_published(source: Path) -> None:
+    """Undo what transformers saves otherwise than the publisher: names of Kimi K2.5, and stacked experts of Qwen3-VL, whose last
+    two dims it leaves as they are in memory.
+    """
+    spelled = (("model.blocks.", "model.layers."), ("model.mm_projector.", "mm_projector."))
+    made = {}
+    for name, tensor in tensors(source).items():
+        for theirs, own in spelled:
+            name = name.replace(theirs, own)
+        made[name] = tensor.mT.contiguous() if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else tensor
+    save_file(made, source / "model.safetensors", {"format": "pt"})
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace("Kimi_K25For", "KimiK25For"))
 
 
 def auto_model(name: str) -> Any:
