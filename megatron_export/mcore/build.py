@@ -25,12 +25,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from ..common.errors import report
 from ..distributed.topology import Topology
-from ..models import Rope, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
+from ..models import Rope, architecture_of, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
+from ..models.hf_config import text_of
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import without_cuda
 from .latent_attention import LatentAttention
 from .model import ACTIVATIONS, zero_centred_norm
 from .norms_of_all_heads import norm_all_heads
+from .sandwich import norm_outputs, sandwich
 from .sparse_attention import SparseAttention, add_indexers
 
 
@@ -68,6 +70,7 @@ def build_model(
         check_computed(config, max_sequence_length)
         rope = rope_of(config)
     settings = _settings(config, topology, dtype, initialize, pp_layout)
+    local_base = architecture_of(config).sandwiched
     for name, value in rope.yarn.items():
         setattr(settings, name, value)
     padding = PAD_VOCAB_TO * topology.tp_size
@@ -77,7 +80,7 @@ def build_model(
             stage = chunk if topology.vpp_size > 1 else None
             model = GPTModel(
                 config=settings,
-                transformer_layer_spec=_layer_spec(settings, stage),
+                transformer_layer_spec=_layer_spec(settings, stage, sandwiched=bool(local_base)),
                 vocab_size=-(-shape.vocab // padding) * padding,
                 max_sequence_length=max_sequence_length or 1,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -90,11 +93,13 @@ def build_model(
             _rotate_as_hf(model, rope.llama3)
             add_indexers(model, shape)
             norm_all_heads(model, config)
+            if local_base:
+                sandwich(model, local_base(text_of(config)))
             chunks.append(_converted(model, topology.device, dtype))
     return chunks if topology.vpp_size > 1 else chunks[0]
 
 
-def _layer_spec(settings: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+def _layer_spec(settings: TransformerConfig, stage: int | None, sandwiched: bool) -> TransformerBlockSubmodules:
     """The layers of a stage. Their final norm is named here: of layers alone, Megatron takes Transformer Engine's or Apex's, and
     Apex's refuses RMSNorm.
     """
@@ -103,6 +108,8 @@ def _layer_spec(settings: TransformerConfig, stage: int | None) -> TransformerBl
     )
     for layer in spec.layer_specs:
         _with_attention(layer, settings)
+        if sandwiched:
+            norm_outputs(layer)
     return replace(spec, layer_norm=WrappedTorchNorm)
 
 

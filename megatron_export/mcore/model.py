@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core.activations import fast_gelu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.torch_norm import L2Norm
@@ -18,7 +19,7 @@ from ..models.layouts import QKV, Identity, Layout, Split
 Model = (
     nn.Module | list[nn.Module]
 )  # a rank's part, or its virtual pipeline stages; perhaps wrapped in DDP and the like
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "fast_gelu": fast_gelu}
 
 
 def chunks_of(model: Model) -> list[nn.Module]:

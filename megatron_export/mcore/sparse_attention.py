@@ -5,6 +5,7 @@ Megatron-Core builds its own with Transformer Engine only. The names of paramete
 
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -38,7 +39,8 @@ class SparseAttention(LatentAttention):
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, module in self.named_children():
             if isinstance(module, Indexer):
-                found |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata)
+                group = parallel_state.get_tensor_model_parallel_group()
+                found |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, group)
         return found
 
 

@@ -20,6 +20,7 @@ class Architecture:
                 has only if the key is true
     copied      prefixes of HF tensors that Megatron's model does not have; they are copied from the original
     keys        key of config.json as hf_config.py reads it -> this architecture's own word for it
+    implied     (config.json's dict of the decoder) -> keys that it leaves out, by their usual words: as HF's code fills them in
     shared      shared experts of a layer with experts, if no key of config.json says so
     draft       whether it is a draft, which an engine serves beside the model that it was trained on
 
@@ -30,6 +31,8 @@ class Architecture:
                 `ExportError` for values that mean nothing
     only        config.json key -> the values that rules and settings are right for, the usual one first; None for a missing key.
                 A model with another value is refused
+    sandwiched  (config.json's dict of the decoder) -> the rotary base of layers with windows, of a model whose outputs of attention
+                and MLP are normed too, and whose embeddings are multiplied by the root of their size; None for any other
     unlike      (config.json's dict of the decoder, tokens of a sample) -> why Megatron-Core computes such a sample otherwise than
                 HF, so that activations cannot be calibrated on it; "" if it computes the same
 
@@ -49,12 +52,14 @@ class Architecture:
     where: Mapping[str, tuple[str, Table]] = field(default_factory=dict)
     copied: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
+    implied: Callable[[dict], dict] = lambda config: {}
     shared: int = 0
     draft: bool = False
 
     settings: Settings = field(default_factory=dict)
     computed: Callable[[dict, ModelShape], Settings] = lambda config, shape: {}
     only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    sandwiched: Callable[[dict], float] | None = None
     unlike: Callable[[dict, int], str] = lambda config, length: ""
 
     formats: tuple[str, ...] = ()

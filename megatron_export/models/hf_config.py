@@ -20,7 +20,7 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
-_OTHERS = ("MinistralForCausalLM",)  # of another model, and almost called like one here
+_OTHERS = ("GemmaForCausalLM", "MinistralForCausalLM")  # of another model, and almost called like one here
 # How architectures spell the number of routed experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -36,8 +36,10 @@ def text_of(config: dict) -> dict:
     outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
     text = config | inner | outer | {"architectures": config.get("architectures")}
     architecture = known(text)
-    spelled = architecture.keys if architecture else {}
-    return text | {usual: text[own] for usual, own in spelled.items() if own in text}
+    if architecture is None:
+        return text
+    text |= {usual: text[own] for usual, own in architecture.keys.items() if own in text}
+    return text | {key: value for key, value in architecture.implied(text).items() if text.get(key) is None}
 
 
 def architecture_of(config: dict) -> Architecture:

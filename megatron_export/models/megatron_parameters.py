@@ -73,6 +73,10 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":
         Parameter(Axis.OUT, lambda m: (m.heads * (m.nope_dim + m.v_dim), m.kv_lora)),
 
+    # Of attention and MLPs whose outputs are normed.
+    "decoder.layers.{l}.self_attention.linear_proj.post_layernorm.weight": Parameter(None, lambda m: (m.hidden,)),
+    "decoder.layers.{l}.mlp.linear_fc2.post_layernorm.weight": Parameter(None, lambda m: (m.hidden,), _dense),
+
     # Of sparse attention. Every rank holds an indexer whole.
     "decoder.layers.{l}.self_attention.core_attention.indexer.linear_wq_b.weight":
         Parameter(None, lambda m: (m.index_heads * m.index_dim, m.q_lora), _indexed),

@@ -99,7 +99,9 @@ def unscaled_rope_settings(config: dict) -> dict:
 
 
 def _rope_of(config: dict) -> dict:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Of two kinds of layers that rotate otherwise, those that see all."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return found.get("full_attention") or found
 
 
 def _factor(rope: dict) -> float:

@@ -190,6 +190,21 @@ ARCHITECTURES |= {
         "tie_word_embeddings": False,
     },
 }
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": True}
+_GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_GEMMA["rope_parameters"] = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+ARCHITECTURES |= {
+    "gemma3": {"model_type": "gemma3_text", **_GEMMA},
+    "gemma3_vision": {
+        "model_type": "gemma3",
+        "text_config": _SMALL | _GEMMA,
+        "vision_config": _TILES | {"image_size": 28},
+        "mm_tokens_per_image": 4,
+    },
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 

@@ -1,0 +1,13 @@
+"""Gemma3ForConditionalGeneration: Gemma 3 inside a model that sees; what Megatron has no part of is copied."""
+
+from dataclasses import replace
+
+from . import gemma3, mistral3
+from .blocks import below
+
+ARCHITECTURE = replace(
+    gemma3.ARCHITECTURE,
+    rules=below("language_model.", gemma3.ARCHITECTURE.rules),
+    copied=mistral3.ARCHITECTURE.copied,
+    on_disk=mistral3.ARCHITECTURE.on_disk,
+)
