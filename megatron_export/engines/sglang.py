@@ -98,7 +98,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
-    "kv ignored":    (_L, "KV scales are loaded in Llama and DeepSeek", "attention", SEEN),
+    "kv ignored":    (_L, "KV scales are loaded in Llama, Mistral and DeepSeek", "attention", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp count":     (_L, "there is one layer that predicts one more token", "deepseek loader", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),

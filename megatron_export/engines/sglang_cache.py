@@ -6,7 +6,7 @@ from .kv_scales import check_kv_scales
 from .quant_configs import Reading
 from .verdict import Findings
 
-_KEEPS_KV = ("LlamaForCausalLM", "DeepseekV3ForCausalLM")
+_KEEPS_KV = ("LlamaForCausalLM", "MistralForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:

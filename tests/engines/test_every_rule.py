@@ -128,6 +128,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "blocks in Llama": (lambda: planned(LLAMA, format="fp8_pb"), {}, "", "llama blocks", ""),
     "blocks in Mistral": (
         lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8_pb"), {}, "", "llama blocks", ""),
+    "cache in Mistral": (
+        lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8", kv_cache="fp8"), {}, "", "", ""),
     "few rows": (lambda: planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb"), {}, "blocks", "blocks", ""),
     "few inputs": (
         lambda: planned(LLAMA | {"intermediate_size": 576}, format="fp8_pb", options=SPELLED), {},

@@ -3,21 +3,27 @@
 The widths are chosen so that shards are not whole tiles: a half of o_proj's 128 inputs cuts a group of 128.
 """
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.calibration import statistics
-from megatron_export.models import shape_of
+from megatron_export.models import check_computed, settings_of, shape_of
+from megatron_export.planning.rank_placement import size_problems
 from megatron_export.verify import emulation
 from megatron_export.verify.thresholds import Wanted, inspected
 
 from ..export.test_topologies import export
 from ..support.live import batches, loaded
-from ..support.models import ARCHITECTURES, assert_same, auto_model, contents, make_model, read_json, tensors
+from ..support.models import ARCHITECTURES, add_mtp, assert_same, auto_model, contents, make_model, read_json, tensors
+from ..support.quantized_sources import int4_kimi
 from ..support.ranks import Ranks, living
+from ..support.refusals import assert_says, refused
 from ..support.saving import reading, save, without_weights
 
 pytestmark = pytest.mark.whole
@@ -55,7 +61,6 @@ FORMS: dict[str, dict] = {
     "int4_awq": {},
     "mixed": {"recipe": "nvfp4_mlp_fp8_attention", "format": None},
 }
-ENGINES = ("vLLM", "SGLang", "TensorRT-LLM")
 IDS = torch.arange(48).view(2, 24) * 7 % 500
 
 
@@ -127,3 +132,98 @@ def test_every_format_is_sound_and_computes(name: str, families: dict) -> None:
         assert inspected(alone / form, source, Wanted()).problems == []
         found = emulation.load(alone / form)(IDS).logits.float()
         assert (found - expected).norm() <= (0.02 if form == "bf16" else 0.8) * expected.norm()
+
+
+def test_kimis_packed_experts_are_read_and_what_was_said_of_them_is_left_out(ranks: Ranks, tmp_path: Path) -> None:
+    source, expected = int4_kimi(tmp_path)
+    export(ranks, 2, "--hf-model", source, "--ep", 2, "--format", "bf16", "--output", tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), expected)
+    config = read_json(source / "config.json")
+    del config["text_config"]["quantization_config"]
+    assert read_json(tmp_path / "out" / "config.json") == config | {
+        "text_config": config["text_config"]
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    }
+
+
+@torch.no_grad()
+def test_emulation_multiplies_out_kimis_packed_experts(tmp_path: Path) -> None:
+    source, expected = int4_kimi(tmp_path)
+    packed = emulation.load(source)(IDS).logits
+    save_file({name: tensor.clone() for name, tensor in expected.items()}, source / "model.safetensors")
+    config = read_json(source / "config.json")
+    del config["text_config"]["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert torch.equal(packed, emulation.load(source)(IDS).logits)
+
+
+def test_a_predicting_layer_has_an_indexer_of_its_own(ranks: Ranks, tmp_path: Path) -> None:
+    source = make_model(tmp_path, "glm_moe_dsa")
+    add_mtp(source)
+    export(ranks, 2, "--hf-model", source, "--pp", 2, "--format", "bf16", "--output", tmp_path / "out")
+    assert_same(tensors(tmp_path / "out"), tensors(source))
+    assert "model.layers.4.self_attn.indexer.wk.weight" in tensors(source)
+
+
+def test_float32_of_an_indexer_comes_back_in_float32(ranks: Ranks, tmp_path: Path) -> None:
+    """Its numbers were those of bfloat16, which is what Megatron's model has."""
+    source = make_model(tmp_path, "deepseek_v32")
+    held = tensors(source)
+    wide = [name for name in held if name.endswith((".k_norm.weight", ".k_norm.bias", ".weights_proj.weight"))]
+    save_file(held | {name: held[name].float() for name in wide}, source / "model.safetensors", {"format": "pt"})
+    export(ranks, 2, "--hf-model", source, "--tp", 2, "--format", "fp8_pb", "--output", tmp_path / "out")
+    assert {tensors(tmp_path / "out")[name].dtype for name in wide} == {torch.float32}
+    assert len(wide) == 3 * 4
+    assert inspected(tmp_path / "out", source, Wanted()).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("mistral3", "vision_tower.", "no tensor vision_tower.*, which is copied from the original model"),
+        ("qwen3_vl", "model.visual.", "no tensor model.visual.*, which is copied from the original model"),
+        ("kimi_k25", "mm_projector.", "no tensor mm_projector.*, which is copied from the original model"),
+    ],
+)
+def test_a_missing_vision_part_is_refused(name: str, lost: str, message: str, ranks: Ranks, tmp_path: Path) -> None:
+    source = make_model(tmp_path, name)
+    held = {one: tensor for one, tensor in tensors(source).items() if not one.startswith(lost)}
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    said = refused(ranks, tmp_path, "--hf-model", source, "--format", "bf16", "--output", tmp_path / "out")
+    assert_says(said, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mistral3", {"model_type": "ministral3"}, "model_type = 'ministral3' is not supported; only 'mistral' is"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        (
+            "gemma3",
+            {"layer_types": ["full"] * 4},
+            "layer_types is ['full', 'full', 'full', 'full'], not 'full_attention'",
+        ),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head' is not supported"),
+        ("qwen3_vl_moe", {"norm_topk_prob": False}, "norm_topk_prob = False is not supported"),
+    ],
+)
+def test_a_value_that_the_tables_are_wrong_for_is_refused(name: str, changes: dict, message: str, models: dict) -> None:
+    config = read_json(models[name] / "config.json")
+    inner = "text_config" in config
+    config |= {"text_config": config["text_config"] | changes} if inner else changes
+    with pytest.raises(ExportError, match=re.escape(message)):
+        settings_of(config)
+
+
+def test_norms_of_all_heads_are_on_no_more_ranks_than_heads_of_keys(models: dict) -> None:
+    config = read_json(models["minimax_m2"] / "config.json") | {"num_key_value_heads": 2}
+    assert size_problems(config, tp=4, etp=1, ep=1) == [
+        "num_key_value_heads 2 does not divide by --tp 4. Give a --tp that divides it"
+    ]
+
+
+def test_samples_beyond_what_an_indexer_chooses_are_refused(models: dict) -> None:
+    config = read_json(models["deepseek_v32"] / "config.json")
+    check_computed(config, 64)
+    with pytest.raises(ExportError, match="samples of 65 tokens: beyond index_topk 64 attention is sparse"):
+        check_computed(config, 65)

@@ -84,8 +84,19 @@ def mxfp4_deepseek(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     )
 
 
-def _experts_of_deepseek(folder: Path, kept: Callable, quantization: dict) -> tuple[Path, dict[str, Tensor]]:
-    source = make_model(folder, "deepseek_v3", **SIZES, moe_intermediate_size=64)
+def int4_kimi(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Kimi K2.5, which says how it is quantized among the settings of its language model."""
+    source, expected = _experts_of_deepseek(folder, _int4, KIMI, "kimi_k25")
+    config = read_json(source / "config.json")
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    return source, expected
+
+
+def _experts_of_deepseek(
+    folder: Path, kept: Callable, quantization: dict, name: str = "deepseek_v3"
+) -> tuple[Path, dict[str, Tensor]]:
+    source = make_model(folder, name, **SIZES, moe_intermediate_size=64)
     held, expected = {}, {}
     for name, tensor in tensors(source).items():
         made, expected[name] = kept(*tensor.shape) if ".mlp.experts." in name else ({"": tensor}, tensor)
