@@ -34,7 +34,9 @@ def draft_beside(storage: Storage, base: dict) -> tuple[str, dict] | None:
         raise ExportError(f"{storage.folder} has several drafts, {' and '.join(found)}. Save a model with one of them")
     if not found:
         return None
-    draft_kind(found[0], own_part(storage, found[0]).tensors)
+    names = own_part(storage, found[0]).tensors
+    if counts := draft_kind(found[0], names).counts:
+        return found[0], draft_config(found[0], counts(names), base)
     return found[0], draft_config(found[0], _settings(storage.folder, found[0], text_of(base)), base)
 
 

@@ -12,7 +12,7 @@ from ..common.errors import ExportError, report
 from ..common.text import some
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..models import is_linear_weight
+from ..models import architecture_of, is_linear_weight
 from ..planning.engine_check import refusals
 from ..planning.plan import Plan
 from .prepare import Opening, open_export
@@ -52,6 +52,9 @@ def open_draft(
         if folder and (folder.is_relative_to(export_dir) or export_dir.is_relative_to(folder)):
             raise ExportError(f"--draft-output {folder}: the base goes to {export_dir}. Give a folder beside it")
         asked = request.of_draft()
+        known = architecture_of(found.config).formats
+        if request.draft_format not in (None, *known):
+            raise ExportError(f"--draft-format {request.draft_format}: {found.child} has only {' and '.join(known)}")
     start = f"{found.child}."
     own = {name.removeprefix(start): one for name, one in (statistics or {}).items() if name.startswith(start)}
     original = replace(base.original, config=found.config, copied=(), powers=frozenset(), dropped=(), remarks=())

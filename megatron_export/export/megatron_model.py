@@ -113,7 +113,8 @@ class LiveDraft:
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         def quantizers() -> Quantizers:
-            found = quantizers_of([self.draft.module]) if self.draft else {}
+            read = self.draft is not None and not self.draft.kind.counts  # Medusa's heads stay in bfloat16
+            found = quantizers_of([self.draft.module]) if read else {}
             return {name: one for name, one in found.items() if of_linear(name)}
 
         def weights() -> Shards:

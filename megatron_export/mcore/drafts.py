@@ -54,7 +54,9 @@ class MegatronDraft:
         return draft_kind(self.child, [name for name, _ in self.module.named_parameters()])
 
     def settings(self) -> dict:
-        """What its `eagle_config` says, in the words of config.json. `ExportError` for what engines do not compute."""
+        """What its `eagle_config` or its names say, in the words of config.json. `ExportError` for what engines do not compute."""
+        if self.kind.counts:
+            return self.kind.counts([name for name, _ in self.module.named_parameters()])
         if not hasattr(self.chunk, "eagle_config"):
             raise ExportError(
                 f"the model has {self.child} and no eagle_config, which says how the draft computes. ModelOpt's conversion sets it"
@@ -82,8 +84,9 @@ class MegatronDraft:
     def shards(self) -> Shards:
         """Canonical name -> this rank's shard of the draft; of one without an output layer, the base's."""
         kind = self.kind
-        found = {canonical_in(kind, name): tensor for name, tensor in canonical_tensors(self.module)}
-        if "output_layer.weight" not in found:
+        named = self.module.named_parameters() if kind.counts else canonical_tensors(self.module)
+        found = {canonical_in(kind, name): tensor.detach() for name, tensor in named}
+        if "output_layer.weight" not in found and not kind.counts:
             tied = self.chunk.share_embeddings_and_output_weights
             head = self.chunk.shared_embedding_or_output_weight() if tied else self.chunk.output_layer.weight
             found["output_layer.weight"] = head.detach()

@@ -22,6 +22,7 @@ class Architecture:
     keys        key of config.json as hf_config.py reads it -> this architecture's own word for it
     implied     (config.json's dict of the decoder) -> keys that it leaves out, by their usual words: as HF's code fills them in
     shared      shared experts of a layer with experts, if no key of config.json says so
+    sizes       how config.json says its sizes, if not as a language model's does
     draft       whether it is a draft, which an engine serves beside the model that it was trained on
 
     What it computes:
@@ -55,6 +56,7 @@ class Architecture:
     implied: Callable[[dict], dict] = lambda config: {}
     shared: int = 0
     draft: bool = False
+    sizes: Callable[[dict], ModelShape] | None = None
 
     settings: Settings = field(default_factory=dict)
     computed: Callable[[dict, ModelShape], Settings] = lambda config, shape: {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..common.errors import ExportError
 from .eagle3 import eagle3_config
 from .hf_config import text_of
+from .medusa import counts_of, medusa_config, not_medusa
 from .megatron_parameters import is_linear_weight
 
 OUT = "Or leave the draft out with --draft-output none"
@@ -22,11 +23,15 @@ class Kind:
     config  (config.json's dict of the base's language model, the draft's own settings in such words) -> the draft's config.json
     lacks   names of parameters, below the draft -> why such a draft is not exported; "" if it is
     own     what a module is called below the draft -> its canonical name, where that is another
+    before  what the canonical names of all others begin with
+    counts  names of parameters, below the draft -> its settings in words of config.json; None if ModelOpt keeps them
     """
 
     config: Callable[[dict, dict], dict]
     lacks: Callable[[Collection[str]], str]
     own: dict[str, str]
+    before: str = ""
+    counts: Callable[[Collection[str]], dict] | None = None
 
 
 def _not_eagle3(names: Collection[str]) -> str:
@@ -41,9 +46,9 @@ def _not_eagle3(names: Collection[str]) -> str:
 
 KINDS: dict[str, Kind] = {
     "eagle_module": Kind(eagle3_config, _not_eagle3, {"eagle_output_layer": "output_layer"}),
+    "medusa_heads": Kind(medusa_config, not_medusa, {}, before="decoder.layers.", counts=counts_of),
 }
 _OTHERS = {
-    "medusa_heads": "Medusa heads are not exported. Train an EAGLE-3 draft",
     "dflash_module": "a DFlash or DSpark draft is not exported. Write it with ModelOpt's export_speculative_decoding",
 }
 
@@ -70,7 +75,7 @@ def draft_config(child: str, settings: dict, base: dict) -> dict:
 def canonical_in(kind: Kind, name: str) -> str:
     """The canonical name of a parameter below a draft, from the name that its modules give it."""
     module, _, leaf = name.rpartition(".")
-    return f"{kind.own[module]}.{leaf}" if module in kind.own else name
+    return f"{kind.own[module]}.{leaf}" if module in kind.own else f"{kind.before}{name}"
 
 
 def of_linear(quantizer: str) -> bool:

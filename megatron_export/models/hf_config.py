@@ -76,6 +76,8 @@ def _digits(name: str) -> str:
 def shape_of(config: dict) -> ModelShape:
     """Read the sizes from config.json's dict. `ExportError` lists every key that is missing or wrong."""
     architecture, table, config = architecture_name(config), known(config), text_of(config)
+    if table and table.sizes:
+        return table.sizes(config)
     spelled = table.keys if table else {}
     if missing := [spelled.get(key, key) for key in REQUIRED if config.get(key) is None]:
         raise ExportError(f"config.json of a {architecture} lacks {', '.join(missing)}")

@@ -42,6 +42,12 @@ def _mapped(m: ModelShape) -> int:
     return m.vocab if m.vocab < m.base_vocab else 0
 
 
+def _of_block(block: int, leaf: str) -> Callable[[ModelShape], tuple[int, ...]]:
+    """The shape of a block's tensor in a head of Medusa, of size 0 if heads have fewer blocks."""
+    sizes = 2 if leaf == "weight" else 1
+    return lambda m: (m.hidden if block < m.blocks else 0,) * sizes
+
+
 def _read_heads(m: ModelShape) -> int:
     return m.heads * (m.v_dim or m.head_dim)
 
@@ -117,10 +123,16 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.0.input_layernorm.weight":                 Parameter(None,     lambda m: (m.hidden,)),
     "decoder.layers.0.self_attention.linear_qkv.weight":
         Parameter(Axis.OUT, lambda m: (_qkv_rows(m), 2 * m.hidden)),
+    **{
+        f"decoder.layers.{{l}}.medusa_layers.{block}.linear.{leaf}": Parameter(None, _of_block(block, leaf))
+        for block in range(4)
+        for leaf in ("weight", "bias")
+    },
+    "decoder.layers.{l}.lm_head.weight":                       Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
     "d2t":                                                     Parameter(None,     lambda m: (_mapped(m),)),
 }
 # fmt: on
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.layers.{l}.lm_head.weight")
 # Megatron's local spec cuts these; those of Transformer Engine and ModelOpt hold them whole. Their shapes show which.
 EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
 KEPT = {"expert_bias": torch.float32, "d2t": torch.int64}  # everything else becomes bfloat16

@@ -15,6 +15,7 @@ from . import (
     llama,
     llama4,
     llama4_vision,
+    medusa,
     minimax_m2,
     mistral,
     mistral3,
@@ -49,7 +50,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Llama4ForCausalLM": llama4.ARCHITECTURE,
     "Llama4ForConditionalGeneration": llama4_vision.ARCHITECTURE,
 }
-DRAFTS: dict[str, Architecture] = {eagle3.NAME: eagle3.ARCHITECTURE}  # exported beside a model of those above
+DRAFTS: dict[str, Architecture] = {
+    eagle3.NAME: eagle3.ARCHITECTURE,
+    medusa.NAME: medusa.ARCHITECTURE,
+}  # exported beside a model of those above
 
 
 _OTHERS: dict[str, Architecture] = {}

@@ -9,7 +9,8 @@ class ModelShape:
 
     `sparse` are the layers with experts, `indexed` those with an indexer, which chooses what attention sees. `mtp` layers
     that predict one more token follow the `layers` of the decoder, in HF's numbers too; they are like its last. Of a draft, `vocab`
-    is its own, `base_vocab` that of its base, and `read` the number of the base's hidden states that it reads.
+    is its own, `base_vocab` that of its base, and `read` the number of the base's hidden states that it reads. Of
+    Medusa's heads, `layers` counts the heads, and `blocks` those of each.
     """
 
     architecture: str
@@ -36,6 +37,7 @@ class ModelShape:
     indexed: tuple[int, ...] = ()
     base_vocab: int = 0
     read: int = 0
+    blocks: int = 0
 
     @property
     def every(self) -> range:

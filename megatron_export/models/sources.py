@@ -152,12 +152,15 @@ def is_beyond(name: str, config: dict) -> bool:
 
 def _before_layers(config: dict) -> str:
     """What the HF names of all layers begin with."""
-    return architecture_of(config).rules["decoder.layers.{l}.self_attention.linear_proj.weight"].hf.partition("{l}")[0]
+    rules = architecture_of(config).rules
+    usual, head = (f"decoder.layers.{{l}}.{name}.weight" for name in ("self_attention.linear_proj", "lm_head"))
+    return rules[usual if usual in rules else head].hf.partition("{l}")[0]
 
 
 def head_of(config: dict) -> str:
-    """The HF name of the output layer, which a tied model does not have."""
-    return architecture_of(config).rules["output_layer.weight"].hf
+    """The HF name of the output layer, which a tied model does not have; "" of heads that have one each."""
+    rule = architecture_of(config).rules.get("output_layer.weight")
+    return rule.hf if rule else ""
 
 
 def shared_tensors(config: dict) -> dict[str, str]:

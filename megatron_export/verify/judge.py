@@ -155,7 +155,7 @@ def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: P
 
 def _compare_head(judged: Judgement, sides: Sides) -> None:
     """A tied model may have its head once more, if it is the embedding."""
-    if "output_layer.weight" in sides.items:
+    if not shape_of(sides.plan.config).tied:
         return
     embedding = sides.items["embedding.word_embeddings.weight"].source.rule.hf
     head, found = head_of(sides.plan.config), sides.found

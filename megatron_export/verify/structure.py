@@ -16,6 +16,7 @@ from ..common.file_names import CONFIG
 from ..common.options import options_of, values_of
 from ..formats import PLAIN, Options
 from ..models import (
+    architecture_of,
     copied_prefixes,
     head_of,
     is_beyond,
@@ -141,6 +142,8 @@ def _settings(folder: Path, plan: Plan) -> Iterator[str]:
 
 
 def _meaning(config: dict) -> dict:
+    if architecture_of(config).sizes:  # Medusa's heads, which are no language model
+        return asdict(shape_of(config))
     said = asdict(shape_of(config)) | settings_of(config) | {"rope": rope_of(config)}
     return said | {"head_dim": None, "kv_channels": None} if said["kv_lora"] else said
 
