@@ -12,7 +12,7 @@ from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..formats import encode_bytes
-from ..models.layouts import QKV
+from ..models.layouts import QKV, Fused
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
@@ -137,7 +137,7 @@ class Load(NamedTuple):
 def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
     """What shard `index` of an item takes on its rank; `device` is "cpu" or "cuda". If `streamed`, the shard itself counts too."""
     raw, sent = size_of(item.raw_message(index)), size_of(item.message(index))
-    interleaved = isinstance(item.source.layout, QKV) and len(item.shard_shape) == 2  # whose parts are no views
+    interleaved = isinstance(item.source.layout, QKV | Fused) and len(item.shard_shape) == 2  # whose parts are no views
     smoothed = bool(item.smoothed.columns or item.smoothed.rows)
     copies = smoothed or (interleaved and item.splits)
     copied, arrived = raw if copies or streamed else 0, 0

@@ -92,4 +92,5 @@ def shard_of(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) ->
         parts[part] = weights.read_part(source, part, where)
     if own:
         return source.layout.join(parts, shard.shape[0])
-    return source.layout.join(parts, source.shape[0])[even_cut(source.shape[0], index, count)]
+    joined = source.layout.join(parts, source.shape[0])
+    return torch.cat([joined[rows] for rows in source.layout.rows(source.shape[0], index, count, shard.shape[0])])

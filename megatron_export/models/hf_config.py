@@ -20,7 +20,12 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
-_OTHERS = ("GemmaForCausalLM", "MinistralForCausalLM")  # of another model, and almost called like one here
+_OTHERS = (
+    "GemmaForCausalLM",
+    "MinistralForCausalLM",
+    "PhiForCausalLM",
+    "PhimoeForCausalLM",
+)  # of another model, and almost called like one here
 # How architectures spell the number of routed experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

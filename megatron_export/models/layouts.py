@@ -35,6 +35,10 @@ class Layout(Protocol):
         """Whether a shard of so many rows holds whole parts, so that it can be split by itself."""
         return True
 
+    def gathered(self, shards: Tensor, count: int) -> Tensor:
+        """The whole tensor from `count` shards that lie one after the other."""
+        return shards
+
     def real(self, shard: Tensor, index: int, count: int) -> Tensor:
         """A shard without rows that pad it."""
         return shard
@@ -125,6 +129,10 @@ class Split(Layout):
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return torch.cat([parts[part] for part in self.parts])
+
+    def gathered(self, shards: Tensor, count: int) -> Tensor:
+        of_ranks = [shard.chunk(len(self.parts)) for shard in shards.chunk(count)]
+        return torch.cat([part for parts in zip(*of_ranks, strict=True) for part in parts])
 
     def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
         own = even_cut(part_rows := size // len(self.parts), index, count)
@@ -233,3 +241,28 @@ def _runs(whole: Layout, size: int, index: int, count: int) -> tuple[slice, ...]
     held = torch.cat(numbers)
     ends = [*(torch.nonzero(held.diff() != 1).flatten() + 1).tolist(), len(held)]
     return tuple(slice(int(held[a]), int(held[b - 1]) + 1) for a, b in pairwise([0, *ends]) if b > a)
+
+
+@dataclass(frozen=True)
+class Fused(Layout):
+    """One HF tensor of `sizes` rows of each part of another layout, one part after the other (Phi)."""
+
+    inner: Layout
+    sizes: tuple[int, ...]
+    parts: tuple[str, ...] = ("",)
+
+    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
+        return {"": torch.cat(list(self.inner.split(shard, 0, 1).values()))}
+
+    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
+        return self.inner.join(dict(zip(self.inner.parts, parts[""].split(self.sizes), strict=True)), rows)
+
+    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
+        return self.inner.rows(size, index, count, shard_rows)
+
+    def splits(self, rows: int) -> bool:
+        """Only who has all rows can put them into HF's order."""
+        return rows == sum(self.sizes)
+
+    def gathered(self, shards: Tensor, count: int) -> Tensor:
+        return self.inner.gathered(shards, count)

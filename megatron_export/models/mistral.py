@@ -5,10 +5,14 @@ from .blocks import GQA, TOP, dense
 from .shape import ModelShape
 
 
-def window(config: dict, shape: ModelShape) -> dict:
-    """Megatron counts the tokens before, HF all that are seen; 4,096 where the key is not there, none where it is null."""
-    size = config.get("sliding_window", 4096)
+def window_of(size: int | None) -> dict:
+    """Megatron counts the tokens before, HF all that are seen."""
     return {"window_size": (size - 1, 0) if size else None}
+
+
+def window(config: dict, shape: ModelShape) -> dict:
+    """Without the key it is 4,096 tokens, and with null there is none."""
+    return window_of(config.get("sliding_window", 4096))
 
 
 ARCHITECTURE = Architecture(

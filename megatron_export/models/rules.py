@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .layouts import QKV, Copies, Identity, Layout, Split, Vocab
+from .layouts import QKV, Copies, Fused, Identity, Layout, Split, Vocab
 from .shape import ModelShape
 
 
@@ -63,3 +63,18 @@ def gated(hf: str, gate: str = "gate_proj", up: str = "up_proj") -> Rule:
 def qkv(hf: str) -> Rule:
     """q_proj, k_proj and v_proj, interleaved by query group."""
     return Rule(hf, lambda shape: QKV(shape.heads // shape.groups, shape.head_dim))
+
+
+def fused_qkv(hf: str) -> Rule:
+    """All queries over all keys over all values."""
+
+    def layout(shape: ModelShape) -> Layout:
+        heads = (shape.heads, shape.groups, shape.groups)
+        return Fused(QKV(shape.heads // shape.groups, shape.head_dim), tuple(n * shape.head_dim for n in heads))
+
+    return Rule(hf, layout)
+
+
+def fused_gate_up(hf: str) -> Rule:
+    """Gate over up in one tensor."""
+    return Rule(hf, lambda shape: Fused(Split(("gate", "up")), (shape.ffn, shape.ffn)))

@@ -141,7 +141,7 @@ def homes_of(config: dict) -> Homes:
                 homes[name.removesuffix(".weight")] = own
                 homes[experts_module(name)] = {"": next(iter(parts.values())).rpartition(".")[0]}
             if makes_keys(name):
-                homes[name.rsplit(".", 2)[0]] = {"k": parts["k"], "v": parts["v"]}
+                homes[name.rsplit(".", 2)[0]] = {part: parts.get(part, parts.get("")) for part in "kv"}
     return homes
 
 
@@ -174,7 +174,7 @@ def in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
         return None
     (module, part), kind = owners[found[1]], found[2]
     if kind[:2] in ("k_", "v_"):
-        if kind[0] != part:
+        if part and kind[0] != part:
             return None
         module = module.rpartition(".")[0]
     by_part = f".{part}" if kind.startswith("clip.") and part else ""

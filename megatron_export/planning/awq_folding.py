@@ -26,7 +26,10 @@ def smoothing(sources: dict[str, Source], forms: dict[str, Form]) -> dict[str, S
             readers.setdefault(vector_home(name.removesuffix(".weight")), []).append(name)
     for home, names in readers.items():
         quantized = [name for name in names if name not in left_alone]
-        feeders = [[(f, part) for f, part in feeders_of(name) if f in sources] for name in names]
+        feeders = [
+            [(f, part) for f, part in feeders_of(name) if f in sources and part in sources[f].layout.parts]
+            for name in names
+        ]
         folded = all(found and _takes_over(found, left_alone, how) for found in feeders)
         search = how.search
         if reads_heads(names[0]) and (how.done or _queries_per_group(sources, feeders[0]) > 1):

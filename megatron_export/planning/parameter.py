@@ -117,6 +117,7 @@ class Item:
         if self.splits:
             return whole
         names, fused = self.source.names(), whole[self.source.canonical].data
+        fused = self.source.layout.gathered(fused, len(self.ranks)) if self.source.cut else fused
         parts = self.source.layout.split(fused, 0, 1)
         return {names[part]: _plain(tensor, fused.dtype) for part, tensor in parts.items()}
 

@@ -174,7 +174,7 @@ def _take_kv_scales(model: nn.Module, tensors: Respelled, cache: KvForm) -> list
     """
     missing, found = [], False
     for name, module in model.named_modules():
-        if not hasattr(module, "k_proj"):
+        if not any(hasattr(module, linear) for linear in ("k_proj", "qkv_proj")):
             continue
         for buffer, local in KV_SCALES.items():
             there = f"{name}.{local}" in tensors

@@ -92,9 +92,9 @@ def test_hf_quant_config_alone_says_that_weights_are_quantized(source: Path) -> 
 
 
 def test_an_unknown_architecture_is_said_before_quantized_already(source: Path) -> None:
-    configured(architectures=["Phi3ForCausalLM"], quantization_config={"quant_method": "awq"})(source)
+    configured(architectures=["Cohere2ForCausalLM"], quantization_config={"quant_method": "awq"})(source)
     assert refusal(read_config, source).startswith(
-        "unknown architecture 'Phi3ForCausalLM' in config.json. Known: Llama"
+        "unknown architecture 'Cohere2ForCausalLM' in config.json. Known: Llama"
     )
 
 

@@ -36,6 +36,7 @@ def test_a_format(word: str, meant: str | None) -> None:
         ("Qwen3MoeForCasualLM", "Qwen3MoeForCausalLM"),
         ("GlmMoeForCausalLM", "Glm4MoeForCausalLM"),
         ("MinistralForCausalLM", None),
+        ("PhiForCausalLM", None),
         ("Qwen2MoeForCausalLM", None),
         ("Qwen3NextForCausalLM", None),
         ("Glm4ForCausalLM", None),

@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, dict]] = {  # name -> topologies of two ranks
     "qwen3_vl_moe": EXPERTS,
     "gemma3": DENSE,
     "gemma3_vision": {"tp2": {"tp": 2}},
+    "phi3": DENSE,
     "minimax_m2": EXPERTS,
     "kimi_k25": {"ep2": {"ep": 2}},
     "deepseek_v32": EXPERTS,
@@ -61,7 +62,13 @@ FORMS: dict[str, dict] = {
     "int4_awq": {},
     "mixed": {"recipe": "nvfp4_mlp_fp8_attention", "format": None},
 }
+AWQ = ("nvfp4_awq", "int4_awq")
 IDS = torch.arange(48).view(2, 24) * 7 % 500
+
+
+def forms_of(name: str) -> dict[str, dict]:
+    """The forms of a model: Phi has no AWQ."""
+    return {form: options for form, options in FORMS.items() if name != "phi3" or form not in AWQ}
 
 
 def exports(source: Path, out: Path, sizes: dict, saved: bool = False) -> None:
@@ -69,10 +76,10 @@ def exports(source: Path, out: Path, sizes: dict, saved: bool = False) -> None:
     config, file = read_json(source / "config.json"), out.parent / "calibration.safetensors"
     with loaded(source, **sizes) as (model, _):
         if not file.exists():
-            found = calibrate(model, batches(source), format=("nvfp4_awq", "int4_awq"))
+            found = calibrate(model, batches(source), format=AWQ if "nvfp4_awq" in forms_of(source.name) else "fp8")
             statistics.save(found, file, config)
         measured = statistics.load(file, config)
-        for form, options in FORMS.items():
+        for form, options in forms_of(source.name).items():
             given = {"format": form, "calibration": None if form == "bf16" else measured} | options
             given = {name: value for name, value in given.items() if value is not None}
             if shape_of(config).kv_lora:
@@ -104,7 +111,7 @@ def test_every_topology_writes_the_files_of_one_rank(
     source, alone = families[name]
     (tmp_path / "calibration.safetensors").write_bytes((alone.parent / "calibration.safetensors").read_bytes())
     ranks.call(2, exports, source, tmp_path / "out", FAMILIES[name][topology], True)
-    for form in FORMS:
+    for form in forms_of(name):
         assert_same(tensors(tmp_path / "out" / form), tensors(alone / form))
         assert contents(tmp_path / "out" / form) == contents(alone / form)
     if "vision_config" not in ARCHITECTURES[name]:  # whose copied part needs the files
@@ -112,9 +119,10 @@ def test_every_topology_writes_the_files_of_one_rank(
     else:
         (tmp_path / "hf").symlink_to(source)
     cache = () if shape_of(read_json(source / "config.json")).kv_lora else ("--kv-cache", "fp8")
-    said = export(ranks, 2, *reading(tmp_path, "nvfp4_awq"), *cache, "--output", tmp_path / "again")
+    form = "nvfp4_awq" if "nvfp4_awq" in forms_of(name) else "fp8"
+    said = export(ranks, 2, *reading(tmp_path, form), *cache, "--output", tmp_path / "again")
     assert "load " not in said  # no model was built
-    assert_same(tensors(tmp_path / "again"), tensors(alone / "nvfp4_awq"))
+    assert_same(tensors(tmp_path / "again"), tensors(alone / form))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,7 +136,7 @@ def test_bf16_gives_back_every_tensor_of_the_source_bit_for_bit(name: str, famil
 def test_every_format_is_sound_and_computes(name: str, families: dict) -> None:
     source, alone = families[name]
     expected = auto_model(name).from_pretrained(source, dtype=torch.bfloat16)(IDS).logits.float()
-    for form in FORMS:
+    for form in forms_of(name):
         assert inspected(alone / form, source, Wanted()).problems == []
         found = emulation.load(alone / form)(IDS).logits.float()
         assert (found - expected).norm() <= (0.02 if form == "bf16" else 0.8) * expected.norm()
@@ -203,6 +211,7 @@ def test_a_missing_vision_part_is_refused(name: str, lost: str, message: str, ra
             {"layer_types": ["full"] * 4},
             "layer_types is ['full', 'full', 'full', 'full'], not 'full_attention'",
         ),
+        ("phi3", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head' is not supported"),
         ("qwen3_vl_moe", {"norm_topk_prob": False}, "norm_topk_prob = False is not supported"),
     ],
@@ -227,3 +236,11 @@ def test_samples_beyond_what_an_indexer_chooses_are_refused(models: dict) -> Non
     check_computed(config, 64)
     with pytest.raises(ExportError, match="samples of 65 tokens: beyond index_topk 64 attention is sparse"):
         check_computed(config, 65)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--format", "nvfp4_awq"), ("--recipe", "nvfp4_mlp_only", "--set", "*.o_proj=nvfp4_awq")]
+)
+def test_phi_has_no_awq(flags: tuple, ranks: Ranks, models: dict, tmp_path: Path) -> None:
+    said = refused(ranks, tmp_path, "--hf-model", models["phi3"], *flags, "--output", tmp_path / "out")
+    assert_says(said, "which are one tensor here. For this architecture there are bf16, fp8")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.models.layouts import QKV, Identity, Layout, Split, Vocab
+from megatron_export.models.layouts import QKV, Fused, Identity, Layout, Split, Vocab
 
 LAYOUTS = {"identity": (Identity(), 48), "split": (Split(("gate", "up")), 48), "qkv": (QKV(2, 3), 48)}
 
@@ -37,6 +37,24 @@ def test_qkv_rows_are_queries_key_value_of_one_group_after_another() -> None:
     parts = QKV(2, 1).split(rows, 0, 1)
     found = {part: tensor.tolist() for part, tensor in parts.items()}
     assert found == {"q": [10, 11, 12, 13], "k": [20, 21], "v": [30, 31]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", ["split", "qkv"])
+def test_one_tensor_of_all_parts_has_them_one_after_the_other(name: str, count: int) -> None:
+    """Shards that lie one after the other make the whole, each has the rows that `rows` names, and only the whole is split."""
+    inner, rows = LAYOUTS[name]
+    whole = torch.arange(rows * 5).reshape(rows, 5)
+    parts = inner.split(whole, 0, 1)
+    layout = Fused(inner, tuple(part.shape[0] for part in parts.values()))
+    shards = shards_of(inner, whole, count)
+    assert torch.equal(layout.gathered(torch.cat(shards), count), whole)
+    assert torch.equal(layout.split(whole, 0, 1)[""], torch.cat(list(parts.values())))
+    assert torch.equal(layout.join(layout.split(whole, 0, 1), rows), whole)
+    for index, shard in enumerate(shards):
+        mine = layout.rows(rows, index, count, shard.shape[0])
+        assert torch.equal(torch.cat([whole[cut] for cut in mine]), shard)
+        assert layout.splits(shard.shape[0]) is (count == 1)
 
 
 def test_queries_of_a_group_share_their_mean_and_v_has_the_rows_of_the_first() -> None:

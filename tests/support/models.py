@@ -205,6 +205,7 @@ ARCHITECTURES |= {
         "mm_tokens_per_image": 4,
     },
 }
+ARCHITECTURES |= {"phi3": {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 8}}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 

@@ -1,0 +1,24 @@
+"""Phi3ForCausalLM: Phi 3, 3.5 and 4. One tensor of queries, keys and values, and one of gate and up."""
+
+from .architecture import Architecture
+from .blocks import GQA, TOP, dense
+from .mistral import window_of
+from .rules import Table, fused_gate_up, fused_qkv
+
+# fmt: off
+FUSED: Table = {
+    "decoder.layers.{l}.self_attention.linear_qkv.weight": fused_qkv("model.layers.{l}.self_attn.qkv_proj.weight"),
+    "decoder.layers.{l}.mlp.linear_fc1.weight":            fused_gate_up("model.layers.{l}.mlp.gate_up_proj.weight"),
+}
+# fmt: on
+_AWQ = "its vectors and clipping are of q, k, v, gate and up each, which are one tensor here"
+ARCHITECTURE = Architecture(
+    rules=TOP | GQA | dense("mlp") | FUSED,
+    computed=lambda config, shape: window_of(config.get("sliding_window")),
+    only={"hidden_act": ("silu", None), "attention_bias": (False, None)},
+    formats=(
+        *("bf16", "fp8", "fp8_pb", "fp8_pc_pt", "mxfp8", "nvfp4", "w4a16_nvfp4", "mxfp4"),
+        *("w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8"),
+    ),
+    unsmoothed=_AWQ,
+)
