@@ -12,7 +12,7 @@ from ..support import modelopt as peer
 from ..support.models import _SMALL, read_json, same, tensors
 from .test_golden import joined
 
-OTHERS = ("granite", "gemma3_text", "olmo2", "cohere", "seed_oss")
+OTHERS = ("granite", "gemma2", "olmo2", "cohere", "seed_oss")
 
 
 def made(kind: str, **more: int) -> nn.Module:
@@ -61,7 +61,7 @@ def test_a_model_that_is_not_found_so_and_formats_that_fold_are_refused(tmp_path
 
 @pytest.mark.modelopt
 @pytest.mark.parametrize("form", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
-@pytest.mark.parametrize("kind", ["granite", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("kind", ["granite", "gemma2", "olmo2"])
 def test_quantized_by_modelopt_every_tensor_is_modelopts(kind: str, form: str, tmp_path: Path) -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint as export
