@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.errors import ExportError, report
 from ..common.safe_files import exists, opened, parsed, shown
 from ..models import is_linear_weight, parameters_of, shape_of
+from ..models.layer_kinds import Kind
 from ..models.statistic_names import hf_keys, homes_of, in_memory, is_amax, is_codes, on_disk, owners_of
 
 KIND = "megatron_export statistics 1"
@@ -42,9 +43,15 @@ def save(statistics: dict[str, Tensor], file: Path, config: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
+_LISTED = {"sparse": Kind.EXPERTS, "linear": Kind.LINEAR, "mamba": Kind.MAMBA}  # layers of some kinds, by number
+
+
 def sizes_of(config: dict) -> dict:
     """The sizes of a model as JSON has them: those of experts and of latent attention only where it has them."""
-    sizes = {key: size for key, size in asdict(shape_of(config)).items() if size or key == "tied"}
+    shape = shape_of(config)
+    sizes = asdict(shape) | {name: shape.having(kind) for name, kind in _LISTED.items()}
+    del sizes["kinds"]
+    sizes = {key: size for key, size in sizes.items() if size or key == "tied"}
     return {key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items()}
 
 

@@ -130,7 +130,7 @@ class SourceWeights:
         problems = [f"{self.folder}: tensor {name} is missing. Fetch the checkpoint again" for name in missing]
         more = "layers that predict one more token, which config.json"
         for names, said in ((missing, f"lack {more} means"), (extra, f"have {more} does not mean")):
-            if any(name.endswith("eh_proj.weight") for name in names):
+            if any(name.endswith("eh_proj.weight") or name.startswith("mtp.") for name in names):
                 problems.insert(0, f"these files {said}: --mtp drop")
         for name in extra:
             why = next(

@@ -27,11 +27,12 @@ from ..models import (
     shape_of,
     without_additions,
 )
+from ..models.layer_kinds import LETTERS, Kind
 from ..models.lora import Adapter, merged, misfits
 from ..planning.plan import Held, assumed
 from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
 from .torch_dist_drafts import own_part
-from .torch_dist_keys import Home, entries, home, in_order, part_of, spans
+from .torch_dist_keys import UNKNOWN_DELTA_NET, Home, entries, home, in_order, part_of, spans
 from .torch_dist_settings import contradictions_of, run_of
 from .torch_dist_storage import Storage
 
@@ -131,11 +132,17 @@ class MegatronCheckpoint:
     def _found(self) -> tuple[dict[str, tuple[Home, ...]], list[str]]:
         """Canonical name -> where the parameter lies; and what is wrong with names and shapes."""
         found: dict[str, dict[str, Home]] = {}
+        folder = self.folder
         strange, twice = [], []
         for key, tensor in self.storage.tensors.items():
             unmapped = self.child and key == "d2t" and key not in self.sources  # of a draft that knows all tokens
             if "_extra_state" in key or without_additions(key) is None or unmapped:
                 continue
+            if UNKNOWN_DELTA_NET.search(key):
+                raise ExportError(
+                    f"{folder}: {shown(key)} is linear attention of another layout than Megatron-Core's, whose checkpoints have "
+                    "its segments one by one (in_proj.weight.query and so on). Save the model with Megatron-Core's GatedDeltaNet"
+                )
             whole, part = part_of(key)
             for name, lead in entries(whole, tensor.shape):
                 full = self._full(name)
@@ -150,7 +157,7 @@ class MegatronCheckpoint:
             shared = next((self.every.tensors[key] for key in _HEADS if key in self.every.tensors), None)
             homes |= {HEAD: (home(shared, ()),)} if shared else {}
         lacking = [name for name in self.sources if name not in homes]
-        problems, folder = [], self.folder
+        problems = []
         if any(is_mtp(name, self.config) for name in lacking):
             problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
         problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]
@@ -167,12 +174,14 @@ class MegatronCheckpoint:
             return name
 
     def _layers(self) -> dict[str, list[int]]:
-        """The numbers that layers have in config.json; two layers of a `HybridModel` make one."""
+        """The numbers that layers have in config.json. A `HybridModel` has a layer for each block."""
         shape = shape_of(self.config)
-        halves = 2 if "decoder.final_norm.weight" in self.storage.tensors else 1
+        hybrid = "decoder.final_norm.weight" in self.storage.tensors
+        of_blocks = [n for n in range(shape.layers) for kind in shape.kinds[n] if kind in LETTERS]
         return {
-            "decoder": [layer // halves for layer in range(shape.layers * halves)],
-            "mtp": [shape.layers + layer for layer in range(shape.mtp)],
+            "decoder": of_blocks if hybrid else list(range(shape.layers)),
+            "mtp": list(shape.having(Kind.JOIN)),
+            "last": list(shape.having(Kind.LAST)),
         }
 
     def _check_adapters(self, merge: bool) -> None:

@@ -1,7 +1,8 @@
 """Where parameters lie in the tensors of a `torch_dist` checkpoint, and which names the tensors' keys mean.
 
 Layers that are all alike share a tensor with an axis for them, `decoder.layers.mlp...`; else each has its own. So do experts. Gate
-and up may have a tensor each, `..._w` and `..._v`.
+and up may have a tensor each, `..._w` and `..._v`; so have the segments of linear attention and of Mamba, `in_proj.weight.query`
+and so on.
 """
 
 import re
@@ -14,6 +15,8 @@ from ..models.sources import MOST_PARAMETERS
 from .torch_dist_metadata import Stored
 
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
+_ORDER = ("", "w", "v", "query", "key", "value", "z", "beta", "alpha", "x", "B", "C", "dt")
+UNKNOWN_DELTA_NET = re.compile(r"\.self_attention\.(?:in_proj\.weight|in_proj_qkvz\.weight|conv1d\.weight)$")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(?=linear_fc[12]\.)")
 
 
@@ -37,14 +40,20 @@ def home(tensor: Stored, lead: tuple[int, ...]) -> Home:
 
 
 def part_of(key: str) -> tuple[str, str]:
-    """The key of a whole, and which part of it a key is: w (gate), v (up), or "" for all of it."""
+    """The key of a whole, and which part of it a key is: w (gate), v (up), a segment's name, or "" for all of it."""
+    whole, _, part = key.rpartition(".")
+    if part in _ORDER and whole.rpartition(".")[0].endswith((".in_proj", ".conv1d")):
+        ours = (
+            f"{whole.removesuffix('.weight')}_ba.weight" if part in ("beta", "alpha") else whole
+        )  # as canonical names part it
+        return ours, part
     whole, _, part = key.rpartition("_")
     return (whole, part) if part in ("w", "v") and ".linear_fc1." in whole else (key, "")
 
 
 def in_order(parts: dict[str, Home]) -> tuple[Home, ...]:
-    """Gate before up."""
-    return tuple(parts[part] for part in sorted(parts, reverse=True))
+    """Gate before up, and segments as Megatron-Core has them."""
+    return tuple(parts[part] for part in sorted(parts, key=_ORDER.index))
 
 
 def named(key: str, lead: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from ..common.errors import ExportError
 from ..common.safe_files import inside, shown
 from ..models import settings_of, shape_of, unscaled_rope_settings
+from ..models.layer_kinds import Kind
 from .safe_pickle import WAY_OUT, Inert, check_size, clear_errors
 from .torch_dist_storage import Storage
 from .torch_save import read_saved
@@ -26,6 +27,16 @@ _COMPARED = (
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers"),
     *("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq"),
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
+    *("attention_output_gate", "layernorm_zero_centered_gamma", "linear_attention_freq", "linear_conv_kernel_dim"),
+    *(
+        "hybrid_layer_pattern",
+        "mamba_num_heads",
+        "mamba_head_dim",
+        "mamba_num_groups",
+        "mamba_state_dim",
+        "moe_latent_size",
+    ),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
 )
 # If they are None, Megatron derives them from others.
@@ -33,6 +44,8 @@ _DERIVED = ("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "num_query_
 _PLAIN = {  # of a model whose config.json decides nothing about them
     "add_qkv_bias": False,
     "qk_layernorm": False,
+    "attention_output_gate": False,
+    "layernorm_zero_centered_gamma": False,
     "rotary_percent": 1.0,
     "multi_latent_attention": False,
     "num_moe_experts": None,
@@ -48,6 +61,8 @@ def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_d
         for name in _COMPARED:
             if name not in said or name not in meant or (said[name] is None and name in _DERIVED):
                 continue
+            if name == "hybrid_layer_pattern" and isinstance(hybrid, str):
+                said[name] = hybrid.partition("/")[0].replace("|", "")
             if (mtp_dropped and name == "mtp_num_layers") or (hybrid and name in ("num_layers", "moe_layer_freq")):
                 continue
             has, means = (_spelled(name, value, meant["num_layers"]) for value in (said[name], meant[name]))
@@ -71,7 +86,7 @@ def _meant(config: dict) -> dict[str, Any]:
         without.add("add_qkv_bias")
     if "qk_l2_norm" in meant:  # norms without weights, which have a setting of their own
         without.add("qk_layernorm")
-    if not shape.dense:
+    if not shape.having(Kind.MLP):
         without.add("ffn_hidden_size")
     if meant.get("moe_router_score_function") == "sigmoid":
         without.add("moe_router_pre_softmax")
@@ -84,6 +99,8 @@ def _spelled(name: str, value: object, layers: int) -> object:
         return None
     if name in ("mtp_num_layers", "moe_shared_expert_intermediate_size") and value == 0:
         return None
+    if name == "linear_attention_freq" and type(value) is int and value > 0:
+        return [int((layer + 1) % value != 0) for layer in range(layers)]
     if name == "moe_layer_freq" and type(value) is int and value > 0:
         return [int(layer % value == 0) for layer in range(layers)]
     return value

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+FUSED = (
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa")),
+    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),  # of linear attention
+)
 _SIBLINGS = {part: parts for parts in FUSED for part in parts}
 _ROUTERS = ("gate", "router")
 _STACKS = ("gate_up_proj", "down_proj")
@@ -155,7 +158,9 @@ class CheckpointView:
 
 
 def is_mtp(name: str, layers: int) -> bool:
-    """Whether an HF tensor or module is in a layer behind the `layers` of the decoder: one that predicts one more token."""
+    """Whether an HF tensor or module is in a layer that predicts one more token: behind the `layers` of the decoder, or of mtp."""
+    if name.startswith("mtp."):
+        return True
     found = _LAYER.search(name)
     return bool(found) and int(found[1]) >= layers > 0
 
@@ -199,7 +204,11 @@ def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:
             group = Group("head", parent, (last,))
         elif last in _ROUTERS:
             group = Group("router", parent, (last,))
-        elif last in _LINEAR or (last.endswith(("_proj", "_proj_with_mqa")) and last not in _NOT_LINEAR):
+        elif (
+            last in _LINEAR
+            or last.startswith("in_proj_")
+            or (last.endswith(("_proj", "_proj_with_mqa")) and last not in _NOT_LINEAR)
+        ):
             parts = _SIBLINGS.get(last, (last,))
             parts = parts if all(f"{parent}.{part}" in modules for part in parts) else (last,)
             key = (parent, *parts)

@@ -6,7 +6,12 @@ from fnmatch import fnmatch, fnmatchcase
 from functools import cached_property
 
 GATE_UP = ("gate_proj", "up_proj")
-JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", GATE_UP: "gate_up_proj"}
+JOINED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    GATE_UP: "gate_up_proj",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
+    ("in_proj_b", "in_proj_a"): "in_proj_ba",
+}
 
 
 class Partly(Exception):

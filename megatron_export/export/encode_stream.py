@@ -12,7 +12,6 @@ from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..formats import encode_bytes
-from ..models.layouts import QKV, Fused
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
@@ -137,7 +136,7 @@ class Load(NamedTuple):
 def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
     """What shard `index` of an item takes on its rank; `device` is "cpu" or "cuda". If `streamed`, the shard itself counts too."""
     raw, sent = size_of(item.raw_message(index)), size_of(item.message(index))
-    interleaved = isinstance(item.source.layout, QKV | Fused) and len(item.shard_shape) == 2  # whose parts are no views
+    interleaved = not item.source.layout.views and len(item.shard_shape) == 2
     smoothed = bool(item.smoothed.columns or item.smoothed.rows)
     copies = smoothed or (interleaved and item.splits)
     copied, arrived = raw if copies or streamed else 0, 0
@@ -148,7 +147,7 @@ def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
     if item.gather_first:
         arrived = sum(size_of(item.raw_message(other)) for other in range(len(item.ranks)))
         copied = sum(part.nbytes for part in item.parts)
-        splitting += copied if interleaved and not item.splits else 0
+        splitting += copied if len(item.shard_shape) > 1 and not item.splits else 0
     encoded, encoding = (sent, encode_bytes(largest, sent, device)) if item.form else (0, 0)
     return Load(0, arrived, copied, splitting, encoded, encoding, sent, sent)
 

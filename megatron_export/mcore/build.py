@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -23,13 +23,14 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from ..common.errors import report
+from ..common.errors import ExportError, report
 from ..distributed.topology import Topology
 from ..models import Rope, architecture_of, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..models.hf_config import text_of
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
-from .cpu_compat import without_cuda
+from .cpu_compat import kernels, without_cuda
 from .latent_attention import LatentAttention
+from .linear_attention import delta_net
 from .model import ACTIVATIONS, zero_centred_norm
 from .norms_of_all_heads import norm_all_heads
 from .sandwich import norm_outputs, sandwich
@@ -65,6 +66,11 @@ def build_model(
     """
     check_divides(config, topology, pp_layout)
     shape = shape_of(config)
+    if shape.mamba:
+        raise ExportError(
+            "layers of Mamba: this command builds no model of them. Give --megatron-checkpoint, and a format that needs no "
+            "calibration or --load-calibration; or export the live model with export_hf_checkpoint"
+        )
     rope = Rope(unscaled_rope_settings(config))
     if max_sequence_length:
         check_computed(config, max_sequence_length)
@@ -103,9 +109,14 @@ def _layer_spec(settings: TransformerConfig, stage: int | None, sandwiched: bool
     """The layers of a stage. Their final norm is named here: of layers alone, Megatron takes Transformer Engine's or Apex's, and
     Apex's refuses RMSNorm.
     """
-    spec = get_gpt_decoder_block_spec(
-        settings, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=settings.qk_l2_norm, vp_stage=stage
-    )
+    with mock.patch.object(gpt_layer_specs, "get_gpt_decoder_layer_specs", _layer_specs):
+        spec = get_gpt_decoder_block_spec(
+            settings,
+            use_transformer_engine=False,
+            normalization="RMSNorm",
+            qk_l2_norm=settings.qk_l2_norm,
+            vp_stage=stage,
+        )
     for layer in spec.layer_specs:
         _with_attention(layer, settings)
         if sandwiched:
@@ -113,10 +124,27 @@ def _layer_spec(settings: TransformerConfig, stage: int | None, sandwiched: bool
     return replace(spec, layer_norm=WrappedTorchNorm)
 
 
+def _layer_specs(settings: TransformerConfig, *args: Any, **kwargs: Any) -> list[ModuleSpec]:
+    """Megatron's own, with linear attention where it has that with Transformer Engine only."""
+    specs = list(_attending_specs(settings, *args, **kwargs))
+    for number, linear in enumerate(settings.linear_attention_freq or ()):
+        if linear:
+            specs[number] = copy(specs[number])
+            specs[number].submodules = replace(specs[number].submodules, self_attention=delta_net())
+    return specs
+
+
+def _attending_specs(settings: TransformerConfig, *args: Any, **kwargs: Any) -> list[ModuleSpec]:
+    """Megatron's own specs of layers, all of them with attention."""
+    plain = copy(settings)
+    plain.experimental_attention_variant = None
+    return get_gpt_decoder_layer_specs(plain, *args, **kwargs)
+
+
 def _mtp_spec(settings: TransformerConfig, stage: int | None) -> MultiTokenPredictionBlockSubmodules | None:
     if not settings.mtp_num_layers:
         return None
-    last = get_gpt_decoder_layer_specs(settings, use_transformer_engine=False, normalization="RMSNorm")[-1]
+    last = _attending_specs(settings, use_transformer_engine=False, normalization="RMSNorm")[-1]
     last = _with_attention(last, settings)
     block = get_gpt_mtp_block_spec(settings, last, use_transformer_engine=False, vp_stage=stage)
     for layer in block.layer_specs if block else ():
@@ -188,6 +216,7 @@ def _settings(
         pp_layout = "|".join(stages_of(shape, stages, None))
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
+    computed.pop("hybrid_layer_pattern", None)  # of hybrid models, to which it is an argument
     computed["activation_func"] = ACTIVATIONS[computed["activation_func"]]
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
     if computed.get("moe_router_enable_expert_bias"):  # whose scores HF computes in float32
@@ -195,6 +224,7 @@ def _settings(
     return kind(
         **computed,
         **(experts if shape.experts else {}),
+        deterministic_mode=bool(shape.delta) and not kernels.HAVE_FLA,  # linear attention in plain torch
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
         virtual_pipeline_model_parallel_size=topology.vpp_size if topology.vpp_size > 1 else None,

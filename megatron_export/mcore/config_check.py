@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .model import ACTIVATIONS, Model, chunks_of, layers_of, norms_heads, pattern_of
+from .model import ACTIVATIONS, Model, blocks_per_layer, chunks_of, layers_of, norms_heads, pattern_of
 
 
 def contradictions(model: Model, settings: dict, rope: dict) -> list[str]:
@@ -13,6 +13,9 @@ def contradictions(model: Model, settings: dict, rope: dict) -> list[str]:
     chunk = chunks_of(model)[0]
     computing = {
         "activation_func_clamp_value": None,
+        "attention_output_gate": False,
+        "experimental_attention_variant": None,
+        "moe_shared_expert_gate": False,
         "glu_linear_offset": 0.0,
         "layernorm_zero_centered_gamma": False,
         "moe_apply_probs_on_input": False,
@@ -29,10 +32,19 @@ def contradictions(model: Model, settings: dict, rope: dict) -> list[str]:
     computing["activation_func"] = ACTIVATIONS[settings["activation_func"]]
     computing = {name: value for name, value in computing.items() if name not in _without_effect(settings)}
     found = {name: (getattr(chunk.config, name, None), value) for name, value in computing.items()}
-    if kinds := pattern_of(chunk):  # which says itself how many layers there are, and which have experts
-        found["num_layers"] = (len(kinds) // 2, settings["num_layers"])
+    if "hybrid_layer_pattern" in settings:
+        found["hybrid_layer_pattern"] = (pattern_of(chunk), settings["hybrid_layer_pattern"])
+    if kinds := pattern_of(chunk):  # which says itself how many layers there are, and what they are
+        step = blocks_per_layer(kinds)
+        del found["experimental_attention_variant"]
+        found["num_layers"] = (len(kinds) // step, settings["num_layers"])
         if "moe_layer_freq" in settings:
-            found["moe_layer_freq"] = ([int(kind == "E") for kind in kinds[1::2]], settings["moe_layer_freq"])
+            found["moe_layer_freq"] = (
+                [int(kind == "E") for kind in kinds[step - 1 :: step]],
+                settings["moe_layer_freq"],
+            )
+        if "linear_attention_freq" in settings:
+            found["linear_attention_freq"] = ([int(k == "G") for k in kinds[::step]], settings["linear_attention_freq"])
         rope = {name: value for name, value in rope.items() if not name.startswith("rotary_")}  # which it does not keep
     found |= {name: (getattr(chunk, name), value) for name, value in rope.items()}
     way_out = {"mtp_num_layers": ". Leave its layers out with --mtp drop"}
@@ -55,6 +67,8 @@ def _without_effect(settings: dict) -> set[str]:
         found |= {"kv_channels"} | ({"rotary_scaling_factor"} if settings["rope_type"] == "rope" else set())
     if settings.get("moe_router_score_function") == "sigmoid":
         found |= {"moe_router_pre_softmax"}
+    if all(settings.get("moe_layer_freq") or [0]):
+        found |= {"ffn_hidden_size"}
     return found
 
 
@@ -68,6 +82,8 @@ def _alike(name: str, value: object, chunk: nn.Module) -> object:
         return tuple(value)
     if name == "window_attn_skip_freq" and isinstance(value, int):
         return [int(layer % value != 0) for layer in range(1, chunk.config.num_layers + 1)]
+    if name == "linear_attention_freq" and isinstance(value, int):
+        return [int((layer + 1) % value != 0) for layer in range(chunk.config.num_layers)]
     if name == "moe_layer_freq" and isinstance(value, int):
         return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
     return value

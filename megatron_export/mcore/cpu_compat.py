@@ -1,4 +1,5 @@
-"""What Megatron-Core needs in order to run on the CPU, and without Transformer Engine; nothing is changed where it has both.
+"""What Megatron-Core needs in order to run on the CPU, and without Transformer Engine and flash-linear-attention; nothing is
+changed where it has them.
 
 A few lines of Megatron-Core name the CUDA device even on the CPU, and a few names are undefined without Transformer Engine.
 `without_cuda()` replaces them inside its `with` alone.
@@ -15,6 +16,13 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from torch.overrides import TorchFunctionMode
+
+from .linear_attention import l2_norm
+
+try:
+    from megatron.core.ssm.gated_delta_net import common as kernels  # from Megatron-Core 0.17 on
+except ImportError:
+    from megatron.core.ssm import gated_delta_net as kernels
 
 
 class _OnCpu(TorchFunctionMode):
@@ -38,6 +46,8 @@ def without_cuda(device: torch.device | None = None) -> Iterator[None]:
             mock.patch.object(moe_utils, "te_general_gemm", None, create=True),
             mock.patch.object(multi_latent_attention, "HAVE_TE", False),
         ]
+    if not kernels.HAVE_FLA:  # then the forward pass of linear attention is plain torch, in its deterministic mode
+        patches += [mock.patch.multiple(kernels, create=True, HAVE_FLA=True, l2norm=l2_norm)]
     if not on_gpu:
         patches += [
             mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),  # where buffers are made

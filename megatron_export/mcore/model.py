@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.activations import fast_gelu
+from megatron.core.activations import fast_gelu, squared_relu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.torch_norm import L2Norm
@@ -14,12 +14,15 @@ from ..common.errors import ExportError
 from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..models import HEAD, canonical, child_of, is_linear_weight, makes_keys, without_additions
+from ..models.layer_kinds import LETTERS
 from ..models.layouts import QKV, Identity, Layout, Split
+from .linear_attention import check_delta_nets, without_beta_and_alpha
 
 Model = (
     nn.Module | list[nn.Module]
 )  # a rank's part, or its virtual pipeline stages; perhaps wrapped in DDP and the like
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "fast_gelu": fast_gelu}
+ACTIVATIONS |= {"squared_relu": squared_relu}
 
 
 def chunks_of(model: Model) -> list[nn.Module]:
@@ -64,7 +67,7 @@ def copies_of(model: Model) -> dict[str, Tensor]:
     if any(chunk.pre_process for chunk in chunks_of(model)):
         return {}
     tied = last.post_process and last.share_embeddings_and_output_weights
-    if not (tied or last.mtp_process):
+    if not (tied or (hasattr(last, "mtp_process") and last.mtp_process)):  # a `MambaModel` has none
         return {}
     holder = last.output_layer if tied else last.embedding.word_embeddings
     return {"embedding.word_embeddings.weight": holder.weight if kind_of(holder.weight) else holder.weight.detach()}
@@ -150,7 +153,9 @@ def local_experts_of(model: Model) -> list[int]:
 def heads_of(model: Model) -> QKV:
     """How a model's fused q, k and v are laid out; known on every rank, also on one without layers."""
     config = chunks_of(model)[0].config
-    return QKV(config.num_attention_heads // config.num_query_groups, config.kv_channels)
+    return QKV(
+        config.num_attention_heads // config.num_query_groups, config.kv_channels, bool(config.attention_output_gate)
+    )
 
 
 def layouts_of(model: Model) -> dict[str, Layout]:
@@ -221,36 +226,53 @@ def _predicting(chunk: nn.Module) -> Iterator[nn.Module]:
 def pattern_of(chunk: nn.Module) -> str | None:
     """Of Megatron's `HybridModel` (`MambaModel` before 0.17), which kind each of its layers is, None for a `GPTModel`.
 
-    There a layer is an attention (*) or what follows it (- for an MLP, E for experts); two make one of HF's.
+    There a layer is one block: * attention, G linear attention, M Mamba, - an MLP, E experts.
     """
     pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
     if pattern is None:
         return None
-    kinds = pattern.replace("|", "")
-    if not re.fullmatch(r"(\*[-E])+", kinds):
+    kinds = pattern.partition("/")[0].replace("|", "")  # behind / are those that predict one more token
+    if unknown := sorted(set(kinds) - set(LETTERS.values())):
         raise ExportError(
-            f"a {type(chunk).__name__} with the layers {pattern!r}: only pairs of attention and MLP or experts are exported"
+            f"a {type(chunk).__name__} with the layers {pattern!r}: what {unknown[0]!r} is, is not known. Known are "
+            + ", ".join(f"{letter} ({kind.value})" for kind, letter in LETTERS.items())
         )
     return kinds
 
 
+def blocks_per_layer(pattern: str | None) -> int:
+    """How many of Megatron's layers make one of HF's: two where all are pairs of attention and MLP or experts."""
+    return 2 if pattern and re.fullmatch(r"([*G][-E])+", pattern) else 1
+
+
 def _layer_numbers(chunk: nn.Module) -> dict[str, list[int]]:
-    per_layer = 2 if pattern_of(chunk) else 1
+    per_layer, predicting = blocks_per_layer(pattern_of(chunk)), list(_predicting(chunk))
+    inner = len(_inner_layers(predicting[0])) if predicting else 1
+    first = [chunk.config.num_layers // per_layer + (outer.layer_number - 1) * inner for outer in predicting]
     return {
         "decoder": [(layer.layer_number - 1) // per_layer for layer in chunk.decoder.layers],
-        "mtp": [chunk.config.num_layers + outer.layer_number - 1 for outer in _predicting(chunk)],
+        "mtp": first,
+        "last": [number + inner - 1 for number in first],
     }
+
+
+def _inner_layers(outer: nn.Module) -> list[nn.Module]:
+    """The layers inside one that predicts one more token: one, or several of a hybrid's."""
+    inner = getattr(outer, "transformer_layer", None) or outer.mtp_model_layer
+    return list(getattr(inner, "layers", [inner]))
 
 
 def layers_of(chunk: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """The global number of each transformer layer of a chunk, and the layer."""
     numbers = _layer_numbers(chunk)
-    inner = [getattr(outer, "transformer_layer", None) or outer.mtp_model_layer for outer in _predicting(chunk)]
-    yield from zip(numbers["decoder"] + numbers["mtp"], [*chunk.decoder.layers, *inner], strict=True)
+    yield from zip(numbers["decoder"], chunk.decoder.layers, strict=True)
+    for first, outer in zip(numbers["mtp"], _predicting(chunk), strict=True):
+        yield from enumerate(_inner_layers(outer), first)
 
 
 def canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of a chunk or a draft, without those of adapters, quantizers, and drafts in it."""
+    check_delta_nets(chunk)
     numbers, experts = _layer_numbers(chunk), local_experts_of(chunk)
     for its_name, tensor in _all_tensors(chunk):
         if (name := without_additions(its_name)) is None or child_of(name):
@@ -264,7 +286,7 @@ def canonical_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for number, weight in enumerate(stacked):
                 yield canonical(f"{prefix}.{_LEGACY[leaf]}.weight{number}", numbers, experts), weight.T
         else:
-            yield canonical(name, numbers, experts), tensor
+            yield from without_beta_and_alpha(canonical(name, numbers, experts), tensor, chunk)
 
 
 _LEGACY = {"weight1": "linear_fc1", "weight2": "linear_fc2"}  # of Megatron's grouped GEMM without Transformer Engine

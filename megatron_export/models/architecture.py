@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from .layer_kinds import Layers, attention_first
 from .rules import Table
 from .shape import ModelShape
 
@@ -18,15 +19,18 @@ class Architecture:
     rules       canonical Megatron name -> rule: every parameter that a Megatron model of it may have, and no other
     where       config.json key -> the field of TransformerConfig with the same value, and the rules of parameters that a model
                 has only if the key is true
+    predicting  what HF names of layers that predict one more token begin with before the layer's number, from 0, if not as others
     copied      prefixes of HF tensors that Megatron's model does not have; they are copied from the original
     keys        key of config.json as hf_config.py reads it -> this architecture's own word for it
     implied     (config.json's dict of the decoder) -> keys that it leaves out, by their usual words: as HF's code fills them in
     shared      shared experts of a layer with experts, if no key of config.json says so
+    layers      (config.json's dict of the decoder, the layers of it with experts) -> what each layer is made of
     sizes       how config.json says its sizes, if not as a language model's does
     draft       whether it is a draft, which an engine serves beside the model that it was trained on
 
     What it computes:
 
+    rotated     whether queries and keys are rotated by their positions
     settings    fields of TransformerConfig beside those that transformer_config.py reads from config.json
     computed    (config.json's dict of the decoder, its sizes) -> more such fields, where they depend on config.json;
                 `ExportError` for values that mean nothing
@@ -51,13 +55,16 @@ class Architecture:
 
     rules: Table
     where: Mapping[str, tuple[str, Table]] = field(default_factory=dict)
+    predicting: str = ""
     copied: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     implied: Callable[[dict], dict] = lambda config: {}
     shared: int = 0
+    layers: Callable[[dict, tuple[int, ...]], Layers] = attention_first
     draft: bool = False
     sizes: Callable[[dict], ModelShape] | None = None
 
+    rotated: bool = True
     settings: Settings = field(default_factory=dict)
     computed: Callable[[dict, ModelShape], Settings] = lambda config, shape: {}
     only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)

@@ -20,14 +20,20 @@ _FEEDERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("self_attention.linear_qkv.weight", "v"),
         ("self_attention.linear_qkv.bias", "v"),
     ),
+    **{f"{mixer}.in_proj.weight": (("input_layernorm.weight", ""),) for mixer in ("self_attention", "mixer")},
+    "self_attention.out_proj.weight": (),  # its norm has one weight for a channel of all heads
+    "mixer.out_proj.weight": (("mixer.norm.weight", ""),),
     **{f"{mlp}.linear_fc1.weight": (("pre_mlp_layernorm.weight", ""),) for mlp in _MLPS},
     **{f"{mlp}.linear_fc2.weight": ((f"{mlp}.linear_fc1.weight", "up"),) for mlp in _MLPS},
 }
 _INDEXER = "self_attention.core_attention.indexer"
 _OTHER_READERS = {
-    "pre_mlp_layernorm.weight": ("mlp.router",),
-    "input_layernorm.weight": (f"{_INDEXER}.linear_wk", f"{_INDEXER}.linear_weights_proj"),
-    "self_attention.q_layernorm.weight": (f"{_INDEXER}.linear_wq_b",),
+    "pre_mlp_layernorm.weight": ("mlp.router.weight", "mlp.shared_experts.gate_weight"),
+    "input_layernorm.weight": (
+        *(f"{_INDEXER}.linear_wk.weight", f"{_INDEXER}.linear_weights_proj.weight"),
+        "self_attention.in_proj_ba.weight",
+    ),
+    "self_attention.q_layernorm.weight": (f"{_INDEXER}.linear_wq_b.weight",),
 }
 # Linears that read what another one reads, and so are divided by its vector: module -> that other one.
 _SAME_INPUT = {
@@ -56,9 +62,9 @@ def feeders_of(canonical: str) -> tuple[tuple[str, str], ...]:
 
 
 def other_readers_of(canonical: str) -> tuple[str, ...]:
-    """The canonical parameters, none of them quantized, that read the output of a norm: those of routers and of indexers."""
+    """The canonical parameters, none of them quantized, that may read the output of a norm."""
     prefix, local = _split(canonical)
-    return tuple(f"{prefix}.{name}.weight" for name in _OTHER_READERS.get(local, ()))
+    return tuple(f"{prefix}.{name}" for name in _OTHER_READERS.get(local, ()))
 
 
 def reads_heads(canonical: str) -> bool:

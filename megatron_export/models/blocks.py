@@ -126,6 +126,14 @@ def zero_centred(table: Table) -> Table:
     return {name: replace(rule, zero_centred="norm" in name) for name, rule in table.items()}
 
 
+def renamed(old: str, new: str, table: Table) -> Table:
+    """The same table where HF names that begin with `old` begin with `new`."""
+    return {
+        name: replace(rule, hf=new + rule.hf.removeprefix(old)) if rule.hf.startswith(old) else rule
+        for name, rule in table.items()
+    }
+
+
 def below(prefix: str, table: Table) -> Table:
     """The same table for a model inside another one, where HF names begin with `prefix`."""
 

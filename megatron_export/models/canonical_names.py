@@ -8,12 +8,19 @@ LoRA) and ModelOpt's quantizers have no place in canonical names.
 
 import re
 
-_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.|mtp_model_layer\.)?")
+_LAYER = re.compile(
+    r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.|mtp_model_layer\.(?:layers\.(\d+)\.)?)?(?=\w)"
+)
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
+    "mixer.in_proj.layer_norm_weight": "input_layernorm.weight",
+    "norm.weight": "input_layernorm.weight",  # of a Mamba layer
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mixer.conv1d_weight": "mixer.conv1d.weight",  # from Megatron-Core 0.19 on
+    "mixer.conv1d_bias": "mixer.conv1d.bias",
 }
 _EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.|(linear_fc[12])\.(?=weight\d|bias\d))(.+)"
@@ -29,13 +36,16 @@ def without_additions(name: str) -> str | None:
 def canonical(name: str, numbers: dict[str, list[int]], experts: list[int]) -> str:
     """The canonical name of parameter `name` of one model chunk.
 
-    Global numbers: `numbers["decoder"][i]` of its layer i, `numbers["mtp"][i]` of layer i of its MTP, `experts[i]` of expert i.
+    Global numbers: `numbers["decoder"][i]` of its layer i, `numbers["mtp"][i]` of the first and `numbers["last"][i]` of the last
+    layer in layer i of its MTP, `experts[i]` of expert i.
     """
     found = _LAYER.match(name)
     if found is None:
         return name.replace("decoder.final_norm.", "decoder.final_layernorm.")  # of a `HybridModel`
     local = name[found.end() :]
-    return f"decoder.layers.{numbers[found[1]][int(found[2])]}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
+    first = "last" if found[1] == "mtp" and local.startswith("final_layernorm.") else found[1]
+    number = numbers[first][int(found[2])] + int(found[3] or 0)
+    return f"decoder.layers.{number}.{_FUSED_NORMS.get(local) or _expert(local, experts)}"
 
 
 def _expert(local: str, experts: list[int]) -> str:

@@ -9,8 +9,9 @@ from ..common.text import near
 from .architecture import Architecture
 from .hf_config_limits import wrong_values
 from .indexers import indexed_layers
+from .layer_kinds import Kind, Layers, attention_first
 from .registry import ARCHITECTURES, architecture_name, known
-from .shape import ModelShape
+from .shape import DeltaNet, Mamba, ModelShape
 
 REQUIRED = (
     "num_hidden_layers",
@@ -100,6 +101,7 @@ def shape_of(config: dict) -> ModelShape:
     if not config.get("head_dim") and hidden % heads:
         problems.append(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     report(problems)
+    kinds = (table.layers if table else attention_first)(config, _sparse(config))
     return ModelShape(
         architecture=architecture,
         layers=config["num_hidden_layers"],
@@ -109,8 +111,13 @@ def shape_of(config: dict) -> ModelShape:
         head_dim=config.get("head_dim") or hidden // heads,
         ffn=config.get("intermediate_size_mlp") or config["intermediate_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        **_experts_of(config, table.shared if table else 0),
-        mtp=config.get("num_nextn_predict_layers") or 0,
+        **(
+            _experts_of(config, table.shared if table else 0)
+            if any(Kind.EXPERTS in of_layer for of_layer in kinds)
+            else {}
+        ),
+        kinds=kinds,
+        mtp=len(kinds) - config["num_hidden_layers"],
         q_lora=config.get("q_lora_rank") or 0,
         kv_lora=config.get("kv_lora_rank") or 0,
         nope_dim=config.get("qk_nope_head_dim") or 0,
@@ -119,6 +126,10 @@ def shape_of(config: dict) -> ModelShape:
         index_heads=config.get("index_n_heads") or 0,
         index_dim=config.get("index_head_dim") or 0,
         indexed=indexed_layers(config),
+        **_mixers_of(config, kinds),
+        output_gate=bool(table and table.settings.get("attention_output_gate")),
+        ungated=bool(table) and table.settings.get("gated_linear_unit") is False,
+        latent=config.get("moe_latent_size") or 0,
         **_vocabulary_of(config, table is not None and table.draft),
     )
 
@@ -135,6 +146,40 @@ def _vocabulary_of(config: dict, draft: bool) -> dict:
     return {"vocab": known, "base_vocab": config["vocab_size"], "read": len(ids)}
 
 
+_DELTA = {
+    "key_heads": "linear_num_key_heads",
+    "value_heads": "linear_num_value_heads",
+    "key_width": "linear_key_head_dim",
+    "value_width": "linear_value_head_dim",
+    "kernel": "linear_conv_kernel_dim",
+}
+_MAMBA = {
+    "heads": "mamba_num_heads",
+    "width": "mamba_head_dim",
+    "groups": "n_groups",
+    "state": "ssm_state_size",
+    "kernel": "conv_kernel",
+}
+
+
+def _mixers_of(config: dict, kinds: Layers) -> dict:
+    """The fields of `ModelShape` that are about linear attention and Mamba, none for a model without."""
+    found = {}
+    for name, kind, made, keys in (("delta", Kind.LINEAR, DeltaNet, _DELTA), ("mamba", Kind.MAMBA, Mamba, _MAMBA)):
+        if any(kind in of_layer for of_layer in kinds):
+            said = f"config.json of a model with layers of {kind.value} lacks "
+            report([said + key for key in keys.values() if not config.get(key)])
+            found[name] = made(**{field: config[key] for field, key in keys.items()})
+    for many, few, by in (("value_heads", "key_heads", "delta"), ("heads", "groups", "mamba")):
+        if by in found and getattr(found[by], many) % getattr(found[by], few):
+            words = _DELTA if by == "delta" else _MAMBA
+            raise ExportError(
+                f"config.json: {words[many]} {config[words[many]]} is not a multiple of {words[few]} {config[words[few]]}. Give "
+                "the config.json that belongs to these weights"
+            )
+    return found
+
+
 def _experts_of(config: dict, shared: int) -> dict:
     """The fields of `ModelShape` that are about experts, none for a model without; `shared` experts if no key says how many."""
     key = next((key for key in _EXPERTS if config.get(key)), None)
@@ -148,18 +193,23 @@ def _experts_of(config: dict, shared: int) -> dict:
             "not as many. Give the config.json that belongs to these weights"
         )
     ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
-    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
-    count, dense = config["num_hidden_layers"], config.get("mlp_only_layers") or ()
-    layers = range(config.get("first_k_dense_replace") or 0, count)
-    sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0)
-    if config.get("moe_layers") is not None:
-        sparse = tuple(config["moe_layers"])
-    predicting = range(count, count + (config.get("num_nextn_predict_layers") or 0)) if count - 1 in sparse else ()
     return {
-        "sparse": (*sparse, *predicting),
         "experts": experts,
         "expert_ffn": ffn,
-        "shared_ffn": (config.get("n_shared_experts") or 0) * ffn
+        "shared_ffn": config.get("moe_shared_expert_intermediate_size")
+        or (config.get("n_shared_experts") or 0) * ffn
         or config.get("shared_expert_intermediate_size")
         or shared * ffn,
     }
+
+
+def _sparse(config: dict) -> tuple[int, ...]:
+    """The layers of the decoder that have experts."""
+    if not any(config.get(key) for key in _EXPERTS):
+        return ()
+    if config.get("moe_layers") is not None:
+        return tuple(config["moe_layers"])
+    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
+    dense = config.get("mlp_only_layers") or ()
+    layers = range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"])
+    return tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0)

@@ -20,6 +20,10 @@ _WHOLE: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), (0, _SIZE)),
     **dict.fromkeys(("index_n_heads", "index_head_dim", "index_skip_topk_offset"), (0, _SIZE)),
     **dict.fromkeys(("index_topk", "index_topk_freq"), (1, _TOKENS)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), (1, _SIZE)),
+    **dict.fromkeys(("linear_value_head_dim", "linear_conv_kernel_dim", "full_attention_interval"), (1, _SIZE)),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"), (1, _SIZE)),
+    **dict.fromkeys(("moe_latent_size", "moe_shared_expert_intermediate_size"), (0, _SIZE)),
     **dict.fromkeys(("attention_chunk_size", "floor_scale", "max_position_embeddings"), (1, _TOKENS)),
     "sliding_window": (0, _TOKENS),
 }

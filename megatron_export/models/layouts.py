@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Layout(Protocol):
     """
 
     parts: tuple[str, ...]
+    views: ClassVar[bool] = True  # parts of a shard are views of it
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         """HF part -> its rows that the shard holds."""
@@ -141,26 +142,42 @@ class Split(Layout):
 
 @dataclass(frozen=True)
 class QKV(Layout):
-    """Rows grouped by query group: the group's queries, its key, its value, each `head_dim` rows; then the next group."""
+    """Rows grouped by query group: the group's queries, its key, its value, each `head_dim` rows; then the next group.
+
+    If `gated`, a gate for each query lies behind the queries of a group; HF has it behind its own query, in q.
+    """
 
     queries_per_group: int
     head_dim: int
+    gated: bool = False
     parts: tuple[str, ...] = ("q", "k", "v")
+    views: ClassVar[bool] = False
+
+    @property
+    def _q_rows(self) -> int:
+        """Of a group, with the gates."""
+        return self.queries_per_group * self.head_dim * (1 + self.gated)
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        q_rows = self.queries_per_group * self.head_dim
-        groups = shard.view(-1, q_rows + 2 * self.head_dim, *shard.shape[1:])  # [groups, (queries + 2) * head_dim, ...]
-        blocks = groups.split((q_rows, self.head_dim, self.head_dim), dim=1)
-        return {part: block.reshape(-1, *shard.shape[1:]) for part, block in zip(self.parts, blocks, strict=True)}
+        rest = shard.shape[1:]
+        groups = shard.view(-1, self._q_rows + 2 * self.head_dim, *rest)  # [groups, (queries + 2) * head_dim, ...]
+        blocks = dict(zip(self.parts, groups.split((self._q_rows, self.head_dim, self.head_dim), dim=1), strict=True))
+        if self.gated:  # [groups, queries or gates, query, row, ...]
+            two = blocks["q"].unflatten(1, (2, self.queries_per_group, self.head_dim))
+            blocks["q"] = two.transpose(1, 2)
+        return {part: block.reshape(-1, *rest) for part, block in blocks.items()}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
-        groups = parts["k"].shape[0] // self.head_dim
-        blocks = [parts[part].reshape(groups, -1, *parts[part].shape[1:]) for part in self.parts]
-        return torch.cat(blocks, dim=1).reshape(-1, *parts["k"].shape[1:])
+        groups, rest = parts["k"].shape[0] // self.head_dim, parts["k"].shape[1:]
+        blocks = {part: parts[part].reshape(groups, -1, *rest) for part in self.parts}
+        if self.gated:
+            two = blocks["q"].unflatten(1, (self.queries_per_group, 2, self.head_dim))
+            blocks["q"] = two.transpose(1, 2).reshape(groups, -1, *rest)
+        return torch.cat(list(blocks.values()), dim=1).reshape(-1, *rest)
 
     def splits(self, rows: int) -> bool:
         """With more ranks than query groups, Megatron cuts within a group."""
-        return rows % ((self.queries_per_group + 2) * self.head_dim) == 0
+        return rows % (self._q_rows + 2 * self.head_dim) == 0
 
     def first_queries(self, values: Tensor) -> Tensor:
         """From one value per row of all queries, those of each group's first query: as many as v has rows."""
@@ -250,6 +267,7 @@ class Fused(Layout):
     inner: Layout
     sizes: tuple[int, ...]
     parts: tuple[str, ...] = ("",)
+    views: ClassVar[bool] = False
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         return {"": torch.cat(list(self.inner.split(shard, 0, 1).values()))}

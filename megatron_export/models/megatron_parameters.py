@@ -13,6 +13,7 @@ from operator import attrgetter
 import torch
 
 from ..common.piece import Axis
+from .layer_kinds import FEED_FORWARD, MIXERS, Kind
 from .shape import ModelShape
 
 
@@ -25,12 +26,19 @@ class Parameter:
     layers: Callable[[ModelShape], Iterable[int]] = attrgetter("every")
 
 
-_dense, _sparse, _predicting = attrgetter("dense"), attrgetter("sparse"), attrgetter("predicting")
+def _in(*kinds: Kind) -> Callable[[ModelShape], tuple[int, ...]]:
+    return lambda shape: shape.having(*kinds)
+
+
+_mixers, _mlps = _in(*MIXERS), _in(*FEED_FORWARD)
+_attention, _dense, _sparse = _in(Kind.ATTENTION), _in(Kind.MLP), _in(Kind.EXPERTS)
+_linear, _mamba = _in(Kind.LINEAR), _in(Kind.MAMBA)
+_joining, _last = _in(Kind.JOIN), _in(Kind.LAST)
 _indexed = attrgetter("indexed")
 
 
 def _qkv_rows(m: ModelShape) -> int:
-    return (m.heads + 2 * m.groups) * m.head_dim
+    return (m.heads * (1 + m.output_gate) + 2 * m.groups) * m.head_dim
 
 
 def _q_rows(m: ModelShape) -> int:
@@ -52,32 +60,37 @@ def _read_heads(m: ModelShape) -> int:
     return m.heads * (m.v_dim or m.head_dim)
 
 
+def _halves(m: ModelShape) -> int:
+    """Of the first linear of an MLP: gate and up, or up alone."""
+    return 1 if m.ungated else 2
+
+
 # fmt: off
 PARAMETERS: dict[str, Parameter] = {
     "embedding.word_embeddings.weight":                        Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
     "decoder.final_layernorm.weight":                          Parameter(None,     lambda m: (m.hidden,)),
     "output_layer.weight":                                     Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
 
-    "decoder.layers.{l}.input_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,)),
-    "decoder.layers.{l}.self_attention.linear_qkv.weight":     Parameter(Axis.OUT, lambda m: (_qkv_rows(m), m.hidden)),
-    "decoder.layers.{l}.self_attention.linear_qkv.bias":       Parameter(Axis.OUT, lambda m: (_qkv_rows(m),)),
-    "decoder.layers.{l}.self_attention.q_layernorm.weight":    Parameter(None,     lambda m: (m.q_lora or m.head_dim,)),
-    "decoder.layers.{l}.self_attention.k_layernorm.weight":    Parameter(None,     lambda m: (m.head_dim,)),
-    "decoder.layers.{l}.self_attention.linear_proj.weight":    Parameter(Axis.IN,  lambda m: (m.hidden, _read_heads(m))),
+    "decoder.layers.{l}.input_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _mixers),
+    "decoder.layers.{l}.self_attention.linear_qkv.weight":     Parameter(Axis.OUT, lambda m: (_qkv_rows(m), m.hidden), _attention),
+    "decoder.layers.{l}.self_attention.linear_qkv.bias":       Parameter(Axis.OUT, lambda m: (_qkv_rows(m),), _attention),
+    "decoder.layers.{l}.self_attention.q_layernorm.weight":    Parameter(None,     lambda m: (m.q_lora or m.head_dim,), _attention),
+    "decoder.layers.{l}.self_attention.k_layernorm.weight":    Parameter(None,     lambda m: (m.head_dim,), _attention),
+    "decoder.layers.{l}.self_attention.linear_proj.weight":
+        Parameter(Axis.IN,  lambda m: (m.hidden, _read_heads(m)), _attention),
+    "decoder.layers.{l}.self_attention.linear_proj.bias":      Parameter(None,     lambda m: (m.hidden,), _attention),
+    "decoder.layers.{l}.self_attention.core_attention.softmax_offset": Parameter(Axis.OUT, lambda m: (m.heads,), _attention),
 
-    "decoder.layers.{l}.self_attention.linear_proj.bias":      Parameter(None,     lambda m: (m.hidden,)),
-    "decoder.layers.{l}.self_attention.core_attention.softmax_offset": Parameter(Axis.OUT, lambda m: (m.heads,)),
-
-    "decoder.layers.{l}.self_attention.linear_q_proj.weight":  Parameter(Axis.OUT, lambda m: (_q_rows(m), m.hidden)),
+    "decoder.layers.{l}.self_attention.linear_q_proj.weight":  Parameter(Axis.OUT, lambda m: (_q_rows(m), m.hidden), _attention),
     "decoder.layers.{l}.self_attention.linear_q_down_proj.weight":
-        Parameter(Axis.OUT, lambda m: (m.q_lora, m.hidden)),
+        Parameter(Axis.OUT, lambda m: (m.q_lora, m.hidden), _attention),
     "decoder.layers.{l}.self_attention.linear_q_up_proj.weight":
-        Parameter(Axis.OUT, lambda m: (_q_rows(m), m.q_lora)),
+        Parameter(Axis.OUT, lambda m: (_q_rows(m), m.q_lora), _attention),
     "decoder.layers.{l}.self_attention.linear_kv_down_proj.weight":
-        Parameter(Axis.OUT, lambda m: (m.kv_lora + m.rope_dim, m.hidden)),
-    "decoder.layers.{l}.self_attention.kv_layernorm.weight":   Parameter(None,     lambda m: (m.kv_lora,)),
+        Parameter(Axis.OUT, lambda m: (m.kv_lora + m.rope_dim, m.hidden), _attention),
+    "decoder.layers.{l}.self_attention.kv_layernorm.weight":   Parameter(None,     lambda m: (m.kv_lora,), _attention),
     "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight":
-        Parameter(Axis.OUT, lambda m: (m.heads * (m.nope_dim + m.v_dim), m.kv_lora)),
+        Parameter(Axis.OUT, lambda m: (m.heads * (m.nope_dim + m.v_dim), m.kv_lora), _attention),
 
     # Of attention and MLPs whose outputs are normed.
     "decoder.layers.{l}.self_attention.linear_proj.post_layernorm.weight": Parameter(None, lambda m: (m.hidden,)),
@@ -93,29 +106,57 @@ PARAMETERS: dict[str, Parameter] = {
     "decoder.layers.{l}.self_attention.core_attention.indexer.linear_weights_proj.weight":
         Parameter(None, lambda m: (m.index_heads, m.hidden), _indexed),
 
-    "decoder.layers.{l}.pre_mlp_layernorm.weight":             Parameter(None,     lambda m: (m.hidden,)),
-    "decoder.layers.{l}.mlp.linear_fc1.weight":                Parameter(Axis.OUT, lambda m: (2 * m.ffn, m.hidden), _dense),
+    "decoder.layers.{l}.pre_mlp_layernorm.weight":             Parameter(None,     lambda m: (m.hidden,), _mlps),
+    "decoder.layers.{l}.mlp.linear_fc1.weight":
+        Parameter(Axis.OUT, lambda m: (_halves(m) * m.ffn, m.hidden), _dense),
     "decoder.layers.{l}.mlp.linear_fc2.weight":                Parameter(Axis.IN,  lambda m: (m.hidden, m.ffn), _dense),
 
     "decoder.layers.{l}.mlp.router.weight":                    Parameter(None,     lambda m: (m.experts, m.hidden), _sparse),
     "decoder.layers.{l}.mlp.router.expert_bias":               Parameter(None,     lambda m: (m.experts,), _sparse),
     "decoder.layers.{l}.mlp.router.bias":                      Parameter(None,     lambda m: (m.experts,), _sparse),
-    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.bias":      Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn,), _sparse),
+    "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.bias":      Parameter(Axis.OUT, lambda m: (_halves(m) * m.expert_ffn,), _sparse),
     "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.bias":      Parameter(None,     lambda m: (m.hidden,), _sparse),
     "decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight":
-        Parameter(Axis.OUT, lambda m: (2 * m.expert_ffn, m.hidden), _sparse),
+        Parameter(Axis.OUT, lambda m: (_halves(m) * m.expert_ffn, m.latent or m.hidden), _sparse),
     "decoder.layers.{l}.mlp.experts.{e}.linear_fc2.weight":
-        Parameter(Axis.IN,  lambda m: (m.hidden, m.expert_ffn), _sparse),
+        Parameter(Axis.IN,  lambda m: (m.latent or m.hidden, m.expert_ffn), _sparse),
     "decoder.layers.{l}.mlp.shared_experts.linear_fc1.weight":
-        Parameter(Axis.OUT, lambda m: (2 * m.shared_ffn, m.hidden), _sparse),
+        Parameter(Axis.OUT, lambda m: (_halves(m) * m.shared_ffn, m.hidden), _sparse),
     "decoder.layers.{l}.mlp.shared_experts.linear_fc2.weight":
         Parameter(Axis.IN,  lambda m: (m.hidden, m.shared_ffn), _sparse),
+    "decoder.layers.{l}.mlp.shared_experts.gate_weight":       Parameter(None,     lambda m: (1, m.hidden), _sparse),
+    "decoder.layers.{l}.mlp.fc1_latent_proj.weight":           Parameter(None,     lambda m: (m.latent, m.hidden), _sparse),
+    "decoder.layers.{l}.mlp.fc2_latent_proj.weight":           Parameter(None,     lambda m: (m.hidden, m.latent), _sparse),
+
+    # Of linear attention. Megatron has one in_proj of both, which canonical names part: no engine quantizes b and a.
+    "decoder.layers.{l}.self_attention.in_proj.weight":
+        Parameter(Axis.OUT, lambda m: (2 * m.delta.keys + 2 * m.delta.values, m.hidden), _linear),
+    "decoder.layers.{l}.self_attention.in_proj_ba.weight":
+        Parameter(Axis.OUT, lambda m: (2 * m.delta.value_heads, m.hidden), _linear),
+    "decoder.layers.{l}.self_attention.conv1d.weight":
+        Parameter(Axis.OUT, lambda m: (2 * m.delta.keys + m.delta.values, 1, m.delta.kernel), _linear),
+    "decoder.layers.{l}.self_attention.dt_bias":               Parameter(Axis.OUT, lambda m: (m.delta.value_heads,), _linear),
+    "decoder.layers.{l}.self_attention.A_log":                 Parameter(Axis.OUT, lambda m: (m.delta.value_heads,), _linear),
+    "decoder.layers.{l}.self_attention.out_norm.weight":       Parameter(None,     lambda m: (m.delta.value_width,), _linear),
+    "decoder.layers.{l}.self_attention.out_proj.weight":
+        Parameter(Axis.IN,  lambda m: (m.hidden, m.delta.values), _linear),
+
+    "decoder.layers.{l}.mixer.in_proj.weight":
+        Parameter(Axis.OUT, lambda m: (sum(m.mamba.segments), m.hidden), _mamba),
+    "decoder.layers.{l}.mixer.conv1d.weight":
+        Parameter(Axis.OUT, lambda m: (sum(m.mamba.convolved), 1, m.mamba.kernel), _mamba),
+    "decoder.layers.{l}.mixer.conv1d.bias":                    Parameter(Axis.OUT, lambda m: (sum(m.mamba.convolved),), _mamba),
+    "decoder.layers.{l}.mixer.A_log":                          Parameter(Axis.OUT, lambda m: (m.mamba.heads,), _mamba),
+    "decoder.layers.{l}.mixer.D":                              Parameter(Axis.OUT, lambda m: (m.mamba.heads,), _mamba),
+    "decoder.layers.{l}.mixer.dt_bias":                        Parameter(Axis.OUT, lambda m: (m.mamba.heads,), _mamba),
+    "decoder.layers.{l}.mixer.norm.weight":                    Parameter(Axis.OUT, lambda m: (m.mamba.inner,), _mamba),
+    "decoder.layers.{l}.mixer.out_proj.weight":                Parameter(Axis.IN,  lambda m: (m.hidden, m.mamba.inner), _mamba),
 
     # Of a layer that predicts one more token, beside what every layer has.
-    "decoder.layers.{l}.enorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
-    "decoder.layers.{l}.hnorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _predicting),
-    "decoder.layers.{l}.eh_proj.weight":                       Parameter(Axis.OUT, lambda m: (m.hidden, 2 * m.hidden), _predicting),
-    "decoder.layers.{l}.final_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _predicting),
+    "decoder.layers.{l}.enorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _joining),
+    "decoder.layers.{l}.hnorm.weight":                         Parameter(None,     lambda m: (m.hidden,), _joining),
+    "decoder.layers.{l}.eh_proj.weight":                       Parameter(Axis.OUT, lambda m: (m.hidden, 2 * m.hidden), _joining),
+    "decoder.layers.{l}.final_layernorm.weight":               Parameter(None,     lambda m: (m.hidden,), _last),
 
     # Of an EAGLE-3 draft, beside what every model has. Its first layer reads an embedding beside a hidden state.
     "fc.weight":                                               Parameter(None,     lambda m: (m.hidden, m.read * m.hidden)),
@@ -164,10 +205,16 @@ HEAD = "output_layer.weight"  # which a recipe may quantize, if it names it
 
 
 def is_linear_weight(canonical: str) -> bool:
-    """Whether a format may quantize a parameter: Megatron calls only the matrix products inside a layer linear_*.
+    """Whether a format may quantize a parameter: Megatron calls the matrix products inside a layer linear_*, and those of linear
+    attention and Mamba in_proj and out_proj.
 
     Those of an indexer stay as they are: engines join wk and weights_proj without quantization, and NVIDIA's own checkpoints leave
     out all three.
     """
     module, _, leaf = canonical.rpartition(".")
-    return leaf == "weight" and module.rpartition(".")[2].startswith("linear_") and ".indexer." not in canonical
+    name = module.rpartition(".")[2]
+    return (
+        leaf == "weight"
+        and (name.startswith("linear_") or name in ("in_proj", "out_proj"))
+        and ".indexer." not in module
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .layouts import QKV, Copies, Fused, Identity, Layout, Split, Vocab
+from .segment_layouts import OneMore
 from .shape import ModelShape
 
 
@@ -61,8 +62,8 @@ def gated(hf: str, gate: str = "gate_proj", up: str = "up_proj") -> Rule:
 
 
 def qkv(hf: str) -> Rule:
-    """q_proj, k_proj and v_proj, interleaved by query group."""
-    return Rule(hf, lambda shape: QKV(shape.heads // shape.groups, shape.head_dim))
+    """q_proj, k_proj and v_proj, interleaved by query group; q_proj with the gates of queries, if they have any."""
+    return Rule(hf, lambda shape: QKV(shape.heads // shape.groups, shape.head_dim, shape.output_gate))
 
 
 def fused_qkv(hf: str) -> Rule:
@@ -78,3 +79,8 @@ def fused_qkv(hf: str) -> Rule:
 def fused_gate_up(hf: str) -> Rule:
     """Gate over up in one tensor."""
     return Rule(hf, lambda shape: Fused(Split(("gate", "up")), (shape.ffn, shape.ffn)))
+
+
+def one_more(hf: str) -> Rule:
+    """A norm that HF has plain and Megatron zero-centred."""
+    return Rule(hf, lambda shape: OneMore())

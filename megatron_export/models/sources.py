@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..common.errors import report
 from ..common.piece import Axis
+from .architecture import Architecture
 from .hf_config import architecture_of, shape_of, text_of
 from .layouts import Copies, Layout, even_cut
 from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS
+from .registry import known
 from .rules import Rule
 from .shape import ModelShape
 
@@ -111,13 +113,22 @@ def parameters_of(config: dict) -> dict[str, Source]:
     for layer in shape.every:
         here = [name for name in inside if layer in layers[name] and _exists(name, shape)]
         here = [name for name in here if name.replace("{l}", str(layer)) not in rules]  # which are of one layer
-        sources += [_source(name, rules[name], shape, layer) for name in here if "{e}" not in name]
+        own = {name: _of_layer(rules[name], layer, shape, architecture) for name in here}
+        sources += [_source(name, own[name], shape, layer) for name in here if "{e}" not in name]
         experts = [name for name in here if "{e}" in name]
         sources += [
-            _source(name, rules[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
+            _source(name, own[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
         ]
     sources += [_source(name, rules[name], shape) for name in outside]
     return {source.canonical: source for source in sources}
+
+
+def _of_layer(rule: Rule, layer: int, shape: ModelShape, architecture: Architecture) -> Rule:
+    """The rule as it is in a layer: those that predict one more token may have names of their own."""
+    before = _before(architecture)
+    if layer < shape.layers or not architecture.predicting or not rule.hf.startswith(before):
+        return rule
+    return replace(rule, hf=f"{architecture.predicting}{layer - shape.layers}{rule.hf.removeprefix(before + '{l}')}")
 
 
 def copied_prefixes(config: dict) -> tuple[str, ...]:
@@ -127,7 +138,11 @@ def copied_prefixes(config: dict) -> tuple[str, ...]:
 
 def without_mtp(config: dict) -> dict:
     """The config.json of the same model without layers that predict one more token."""
-    return config | {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else config
+    architecture, usual = known(config), "num_nextn_predict_layers"
+    own = architecture.keys.get(usual, usual) if architecture else usual
+    changed = config | {own: 0} if own in config else config
+    inner = config.get("text_config")
+    return changed | {"text_config": inner | {own: 0}} if isinstance(inner, dict) and own in inner else changed
 
 
 def is_mtp(canonical: str, config: dict) -> bool:
@@ -138,21 +153,32 @@ def is_mtp(canonical: str, config: dict) -> bool:
 
 def mtp_prefixes(config: dict, names: Iterable[str] = ()) -> tuple[str, ...]:
     """Prefixes of the HF names in layers that predict one more token: those that config.json means, and those among `names`."""
-    before, shape = _before_layers(config), shape_of(config)
+    architecture, shape = architecture_of(config), shape_of(config)
+    if own := own_of_mtp(architecture):
+        return own if shape.mtp or any(name.startswith(own) for name in names) else ()
+    before = _before(architecture)
     layers, joins = set(shape.predicting), re.compile(rf"{re.escape(before)}(\d{{1,4}})\.eh_proj\.weight")
     layers |= {int(found[1]) for name in names if (found := joins.fullmatch(name))} - set(range(shape.layers))
     return tuple(f"{before}{layer}." for layer in sorted(layers))
 
 
+def own_of_mtp(architecture: Architecture) -> tuple[str, ...]:
+    """What HF names begin with in layers that predict one more token, where those have names of their own."""
+    return (f"{architecture.predicting.partition('.')[0]}.",) if architecture.predicting else ()
+
+
 def is_beyond(name: str, config: dict) -> bool:
     """Whether an HF name is in a layer after the decoder's, where layers that predict one more token are."""
-    found = re.match(rf"{re.escape(_before_layers(config))}(\d+)\.", name)
+    architecture = architecture_of(config)
+    if own := own_of_mtp(architecture):
+        return name.startswith(own)
+    found = re.match(rf"{re.escape(_before(architecture))}(\d+)\.", name)
     return bool(found) and int(found[1]) >= shape_of(config).layers
 
 
-def _before_layers(config: dict) -> str:
-    """What the HF names of all layers begin with."""
-    rules = architecture_of(config).rules
+def _before(architecture: Architecture) -> str:
+    """What the HF names of the decoder's layers begin with, before their numbers."""
+    rules = architecture.rules
     usual, head = (f"decoder.layers.{{l}}.{name}.weight" for name in ("self_attention.linear_proj", "lm_head"))
     return rules[usual if usual in rules else head].hf.partition("{l}")[0]
 

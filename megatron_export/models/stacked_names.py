@@ -10,12 +10,14 @@ and takes them apart when it saves, unless it is told not to. Source: conversion
 An architecture whose own files have stacks (Llama 4, GPT-OSS) has them transposed, and no other names.
 """
 
+import re
 from dataclasses import dataclass
 
 from .hf_config import shape_of
 from .sources import parameters_of
 
 STACK = "gate_up_proj"
+_LAYER = re.compile(r".*?\blayers\.\d+")
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,16 @@ def stacked_names(config: dict) -> dict[str, Slice]:
     """HF tensor name -> where it is in memory, for the experts and routers of config.json's model."""
     found, experts = {}, shape_of(config).experts
     for source in parameters_of(config).values():
-        layer, names = f"model.layers.{source.layer}", source.names()
+        names = source.names()
         if source.stack is None and source.expert is not None:
-            stack = f"{layer}.mlp.experts.{STACK if len(names) > 1 else 'down_proj'}"
+            stack = f"{_layer(names)}.mlp.experts.{STACK if len(names) > 1 else 'down_proj'}"
             for part, name in enumerate(names.values()):
                 found[name] = Slice(stack, source.expert, experts, part, len(names))
         elif source.canonical.endswith(".mlp.router.weight"):
-            found |= {name: Slice(f"{layer}.mlp.gate.weight") for name in names.values()}
+            found |= {name: Slice(f"{_layer(names)}.mlp.gate.weight") for name in names.values()}
     return found
+
+
+def _layer(names: dict[str, str]) -> str:
+    """The module of the layer that HF tensors are in."""
+    return _LAYER.match(next(iter(names.values())))[0]

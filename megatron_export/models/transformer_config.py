@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from ..common.errors import ExportError
 from ..common.safe_files import shown
 from .hf_config import architecture_of, shape_of, text_of
+from .layer_kinds import Kind
+from .registry import known
 from .shape import ModelShape
 
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -31,7 +33,7 @@ def settings_of(config: dict) -> dict:
         "attention_dropout": 0.0,
         **(_expert_settings(config, shape) if shape.experts else {}),
         **(_latent_settings(config, shape) if shape.kv_lora else {}),
-        **({"mtp_num_layers": shape.mtp} if shape.mtp else {}),
+        **({"mtp_num_layers": len(shape.having(Kind.JOIN))} if shape.mtp else {}),
         **architecture.computed(config, shape),
         **architecture.settings,
         **{field: bool(config.get(key)) for key, (field, _) in architecture.where.items()},
@@ -56,7 +58,7 @@ def _expert_settings(config: dict, shape: ModelShape) -> dict:
     group = config.get("n_group") or 1
     return {
         "num_moe_experts": shape.experts,
-        "moe_layer_freq": [int(layer in shape.sparse) for layer in range(shape.layers)],
+        "moe_layer_freq": [int(Kind.EXPERTS in shape.kinds[layer]) for layer in range(shape.layers)],
         "moe_ffn_hidden_size": shape.expert_ffn,
         "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
         "moe_router_topk": config["num_experts_per_tok"],
@@ -89,6 +91,9 @@ def _latent_settings(config: dict, shape: ModelShape) -> dict:
 
 def unscaled_rope_settings(config: dict) -> dict:
     """Arguments of Megatron's `GPTModel` for rotary embeddings, without their scaling."""
+    architecture = known(config)
+    if architecture is not None and not architecture.rotated:
+        return {"position_embedding_type": "none"}
     width, config = shape_of(config).head_dim if text_of(config).get("rotary_dim") else 1, text_of(config)
     if config.get("kv_lora_rank"):
         return {"position_embedding_type": "rope"}
@@ -129,6 +134,8 @@ class Rope:
 def rope_of(config: dict) -> Rope:
     """Rotary embeddings, however config.json spells them; `ExportError` for a scaling that Megatron-Core cannot compute."""
     arguments, config = unscaled_rope_settings(config), text_of(config)
+    if arguments["position_embedding_type"] == "none":
+        return Rope(arguments)
     rope = _rope_of(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     latent = bool(config.get("kv_lora_rank"))

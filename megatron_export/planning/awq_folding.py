@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..formats import Form, Smoothing
 from ..formats.awq import SEARCHES, SHARED
 from ..models import Source, feeders_of, is_linear_weight, other_readers_of, reads_heads, vector_home
+from ..models.segment_layouts import Heads, Segments
 from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .parameter import Smoothed
 
@@ -67,3 +68,15 @@ def _clipped(was: Smoothed, source: Source, how: Smoothing, search: str) -> Smoo
 
 def _queries_per_group(sources: dict[str, Source], feeders: list[tuple[str, str]]) -> int:
     return sources[feeders[0][0]].layout.queries_per_group if feeders else 1
+
+
+def clip_problems(sources: dict[str, Source], forms: dict[str, Form]) -> list[str]:
+    """Why the groups of a linear cannot be clipped one by one."""
+    smoothed = {name: form.smoothing for name, form in forms.items() if form.smoothing}
+    groups = (name for name, how in smoothed.items() if how.clip and not SEARCHES[how.search].per_tensor)
+    of_segments = [name for name in groups if isinstance(sources[name].layout, Segments | Heads)]
+    return [
+        f"--awq-clip: the rows of {name} lie otherwise in HF, where groups are clipped one by one. Leave --awq-clip out, or its "
+        "linears in bfloat16 with --exclude"
+        for name in of_segments[:1]
+    ]

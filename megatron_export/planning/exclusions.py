@@ -73,7 +73,7 @@ def settle(
     stacks = [name for name, source in sources.items() if source.stack and is_linear_weight(name)]
     stacked = bool(stacks) and (architecture.stacked or not quantizing)
     linears = _linears(sources, stacked)
-    matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) == 2)
+    matrices = (source for name, source in sources.items() if name not in linears and len(source.shape) > 1)
     head = head_of(config).removesuffix(".weight")  # engines build one for tied models too
     plain = [head, *(module for source in matrices for module in modules(source)), *_copied_modules(config, copied)]
     never = tuple(dict.fromkeys(plain))
@@ -133,6 +133,12 @@ def _loadable(config: dict, found: dict[str, Form], quantize_mla: bool) -> tuple
             f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
         )
         found = {name: form for name, form in found.items() if name not in risky}
+    predicting = tuple(f"decoder.layers.{layer}." for layer in shape_of(config).predicting)
+    if architecture_of(config).predicting and (later := {name for name in found if name.startswith(predicting)}):
+        remarks.append(
+            "layers that predict one more token stay in bfloat16: SGLang takes all of mtp.* for it, and ModelOpt writes them so"
+        )
+        found = {name: form for name, form in found.items() if name not in later}
     turned = architecture_of(config).turned
     keys = {name for name in found if makes_keys(name) and found[name].by_row} if turned else set()
     if keys:

@@ -133,7 +133,9 @@ class Item:
         layout, rows = self.source.layout, self.source.shape[0]
         factors = layout.split(torch.ones(rows, device=tensor.device), 0, 1)
         factors |= {part: self._row_factors(part, vectors) for part, _ in self.smoothed.rows}
-        return self.source.scaled(tensor, self._mine(layout.join(factors, rows), index, Axis.OUT))
+        joined = layout.join(factors, rows)
+        mine = layout.rows(rows, index, len(self.ranks), self.shard_shape[0])
+        return self.source.scaled(tensor, torch.cat([joined[cut] for cut in mine]) if self.source.cut else joined)
 
     def _row_factors(self, part: str, vectors: dict[str, Tensor]) -> Tensor:
         vector = vectors[dict(self.smoothed.rows)[part]]
@@ -185,8 +187,7 @@ class Item:
     def raw_message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the first rank when the item is gathered first."""
         if not self.splits:
-            axes = (Axis.OUT, Axis.IN)[: len(self.shard_shape)]
-            return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes),)
+            return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes_of(self.shard_shape)),)
         return self._named(_split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
 
     def message(self, index: int) -> tuple[Output, ...]:
@@ -251,8 +252,13 @@ class Item:
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
-    """A tensor that is not quantized: its first dim follows OUT, its second IN."""
-    return Piece(tensor.to(dtype), (Axis.OUT, Axis.IN)[: tensor.dim()])
+    """A tensor that is not quantized."""
+    return Piece(tensor.to(dtype), axes_of(tensor.shape))
+
+
+def axes_of(shape: tuple[int, ...]) -> tuple[Axis | None, ...]:
+    """The first dim follows OUT, the second of a matrix IN; those of a convolution's kernels follow none."""
+    return (Axis.OUT, Axis.IN)[: len(shape)] if len(shape) < 3 else (Axis.OUT, *[None] * (len(shape) - 1))
 
 
 @cache

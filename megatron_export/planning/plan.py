@@ -18,7 +18,7 @@ from ..common.text import parse_size
 from ..formats import Form, KvForm, groups_of
 from ..models import Source, makes_keys, parameters_of
 from ..models.layouts import ByPart
-from .awq_folding import smoothing
+from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
 from .mxfp4_casts import cast_remarks, casts
 from .parameter import Item, Smoothed
@@ -151,6 +151,7 @@ def make_plan(
         )
     policy = settle(config, sources, request, forms, copied)
     problems = list(policy.problems) + _awq_problems(policy.forms.values())
+    problems += clip_problems(sources, policy.forms)
     problems += [
         f"of {', '.join(fused)}, which share a scale, some are cut by tensor parallelism and others are not"
         for fused in policy.fused

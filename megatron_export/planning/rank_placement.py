@@ -128,6 +128,10 @@ def size_problems(config: dict, *, tp: int, etp: int, ep: int) -> list[str]:
         ("the size of shared experts", shape.shared_ffn, "--tp", tp),
         ("the size of experts", shape.expert_ffn, "--etp", etp),
         ("the number of experts", shape.experts, "--ep", ep),
+        ("linear_num_key_heads", shape.delta.key_heads if shape.delta else tp, "--tp", tp),
+        ("linear_num_value_heads", shape.delta.value_heads if shape.delta else tp, "--tp", tp),
+        ("mamba_num_heads", shape.mamba.heads if shape.mamba else tp, "--tp", tp),
+        ("n_groups", shape.mamba.groups if shape.mamba else tp, "--tp", tp),
     )
     problems = [
         f"{name} {size} does not divide by {flag} {by}. Give a {flag} that divides it"

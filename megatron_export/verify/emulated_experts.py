@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import ExportError
 from .transformers_names import Respelled
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -85,6 +86,11 @@ def _gate_of(theirs: nn.Module) -> Callable[[Tensor], Tensor]:
 def take_apart(model: nn.Module, tensors: Respelled, scales: tuple[str, ...]) -> None:
     """Experts that transformers stacks become linears, where the files have them so, with codes or `scales`, or turned."""
     for name, module in list(model.named_modules()):
+        if name.endswith(".experts") and not hasattr(module, STACKS[0]) and hasattr(module, "up_proj"):
+            raise ExportError(
+                f"{tensors.folder}: experts without gates, as at {name}, are not emulated. Leave --text out, or score it with an "
+                "engine"
+            )
         if not all(isinstance(getattr(module, stack, None), nn.Parameter) for stack in STACKS):
             continue
         count = len(module.gate_up_proj)

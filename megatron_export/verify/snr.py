@@ -95,8 +95,8 @@ def likeness(sides: Sides, item: Item, part: str) -> Likeness:
         target = sides.target(item, part, rows)
         target = torch.where(target.isnan(), mine, target)
         again = form.requantize(target, pieces)
-        if mine.dim() == 1:
-            mine, target, again = mine.unsqueeze(1), target.unsqueeze(1), again.unsqueeze(1)
+        if mine.dim() != 2:
+            mine, target, again = (values.reshape(len(values), -1) for values in (mine, target, again))
         _add(found, item, (mine, target, again), rows.start, tolerance(sides, item, part))
         if item.form:
             _add_scales(found, pieces[form.scale].data)

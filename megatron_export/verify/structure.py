@@ -27,6 +27,7 @@ from ..models import (
     shape_of,
     without_mtp,
 )
+from ..models.hf_config import text_of
 from ..models.sources import expected_shapes
 from ..planning.exclusions import fused_with, modules
 from ..planning.plan import Plan, assumed, make_plan
@@ -41,7 +42,7 @@ def plan_of(found: Finished, said: Described, reference: Path) -> tuple[Plan, li
     """The plan of an export of `reference` that gives such a checkpoint, and which linears differ from those fused with them."""
     config = hf_folder.read_config(reference)
     own = json_of(found.folder, CONFIG)
-    if config.get("num_nextn_predict_layers") and not own.get("num_nextn_predict_layers"):
+    if shape_of(config).mtp and not text_of(own).get("num_nextn_predict_layers"):
         config = without_mtp(config)
     sources = parameters_of(config)
     linears = {name: source for name, source in sources.items() if is_linear_weight(name)}

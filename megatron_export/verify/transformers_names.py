@@ -18,6 +18,7 @@ from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import ExportError
 from ..common.safe_files import inside, opened
 from ..models import Architecture
+from ..models.sources import own_of_mtp
 from .folder import tensor_files
 
 CODES = (torch.uint8, torch.float8_e4m3fn)
@@ -38,7 +39,7 @@ class Respelled:
     def __init__(self, files: list[Path], architecture: Architecture | None, device: torch.device | str) -> None:
         self.folder = files[0].parent
         self.replaced = architecture.on_disk if architecture else ()
-        self.unread = architecture.copied if architecture else ()
+        self.unread = (*architecture.copied, *own_of_mtp(architecture)) if architecture else ()
         self.tensors: dict[str, Tensor] = {}
         for path in files:
             file = opened(path)

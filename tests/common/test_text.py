@@ -38,7 +38,7 @@ def test_a_format(word: str, meant: str | None) -> None:
         ("MinistralForCausalLM", None),
         ("PhiForCausalLM", None),
         ("Qwen2MoeForCausalLM", None),
-        ("Qwen3NextForCausalLM", None),
+        ("Qwen4ForCausalLM", None),
         ("Glm4ForCausalLM", None),
         ("DeepseekV2ForCausalLM", None),
         ("Llama5ForCausalLM", None),

@@ -105,8 +105,12 @@ def export_with(source: Path, out: Path, pattern: str) -> str:
 def test_other_patterns_of_layers_and_another_number_of_them_are_refused(
     models: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    (said,) = ranks.call(1, export_with, models["qwen3"], tmp_path / "out", "M-*-*-*-")
-    assert "the layers 'M-*-*-*-': only pairs of attention and MLP" in said
+    (said,) = ranks.call(
+        1, export_with, models["qwen3"], tmp_path / "out", "M-*-*-*-"
+    )  # no pairs: each block is a layer
+    assert "the model has num_layers = 8, but config.json means 4" in said
+    (said,) = ranks.call(1, export_with, models["qwen3"], tmp_path / "out", "*X*-*-*-")
+    assert "the layers '*X*-*-*-': what 'X' is, is not known" in said
     (said,) = ranks.call(1, export_with, models["qwen3"], tmp_path / "out", "*-" * 3)
     assert "the model has num_layers = 3, but config.json means 4" in said
     assert list(tmp_path.iterdir()) == []

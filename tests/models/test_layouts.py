@@ -5,15 +5,27 @@ import torch
 from torch import Tensor
 
 from megatron_export.models.layouts import QKV, Fused, Identity, Layout, Split, Vocab
+from megatron_export.models.segment_layouts import Heads, Segments
 
-LAYOUTS = {"identity": (Identity(), 48), "split": (Split(("gate", "up")), 48), "qkv": (QKV(2, 3), 48)}
+LAYOUTS = {
+    "identity": (Identity(), 48),
+    "split": (Split(("gate", "up")), 48),
+    "qkv": (QKV(2, 3), 48),
+    "gated": (QKV(2, 3, gated=True), 72),
+    "segments": (Segments((8, 16, 4), (1, 1, 1), ("z", "x", "dt")), 28),
+    "heads": (Heads((2, 2, 3)), 28),
+}
 
 
 def shards_of(layout: Layout, whole: Tensor, count: int) -> list[Tensor]:
     """What Megatron's ranks hold: plain rows, but for gate over up, of which every rank holds its rows of each."""
-    if not isinstance(layout, Split):
+    if isinstance(layout, Split):
+        parts = [part.chunk(count) for part in whole.chunk(len(layout.parts))]
+    elif isinstance(layout, Segments | Heads):
+        sizes = layout.sizes if isinstance(layout, Segments) else [4 * width for width in layout.widths]
+        parts = [part.chunk(count) for part in whole.split(sizes)]
+    else:
         return list(whole.chunk(count))
-    parts = [part.chunk(count) for part in whole.chunk(len(layout.parts))]
     return [torch.cat([part[index] for part in parts]) for index in range(count)]
 
 
@@ -30,6 +42,29 @@ def test_shards_split_into_the_rows_that_source_names_and_join_again(name: str, 
         for part, tensor in held.items():
             assert torch.equal(tensor, parts[part][layout.source(parts[part].shape[0], index, count, shard.shape[0])])
         assert torch.equal(layout.join(held, shard.shape[0]), shard)
+        assert torch.equal(torch.cat([whole[cut] for cut in layout.rows(rows, index, count, shard.shape[0])]), shard)
+
+
+def test_a_gate_lies_behind_its_own_query_in_hf_and_behind_all_queries_of_its_group_in_megatron() -> None:
+    rows = torch.tensor([10, 11, 50, 51, 20, 30, 12, 13, 52, 53, 21, 31])  # two groups of two queries, one row a head
+    layout = QKV(2, 1, gated=True)
+    parts = layout.split(rows, 0, 1)
+    found = {part: tensor.tolist() for part, tensor in parts.items()}
+    assert found == {"q": [10, 50, 11, 51, 12, 52, 13, 53], "k": [20, 21], "v": [30, 31]}
+    assert layout.splits(6) and not layout.splits(4)
+
+
+def test_a_part_of_several_segments_is_taken_apart_where_all_of_it_is() -> None:
+    layout, whole = Segments((4, 4, 8), (2, 1), ("qk", "v")), torch.arange(32).reshape(16, 2)
+    shards = shards_of(layout, whole, 2)
+    assert layout.splits(16) and not layout.splits(8)
+    assert torch.equal(layout.gathered(torch.cat(shards), 2), whole)
+    assert [part.tolist() for part in layout.split(whole, 0, 1).values()] == [whole[:8].tolist(), whole[8:].tolist()]
+
+
+def test_hf_has_all_segments_of_a_head_together() -> None:
+    rows = torch.tensor([10, 11, 20, 21, 30, 31, 32, 33])  # two heads of one, one and two rows
+    assert Heads((1, 1, 2)).split(rows, 0, 1)[""].tolist() == [10, 20, 30, 31, 11, 21, 32, 33]
 
 
 def test_qkv_rows_are_queries_key_value_of_one_group_after_another() -> None:

@@ -52,10 +52,16 @@ def test_no_two_parameters_become_the_same_hf_tensor() -> None:
         (f"{MTP}.eh_proj.weight", "decoder.layers.9.eh_proj.weight"),
         (f"{MTP}.transformer_layer.mlp.experts.linear_fc1.weight1", "decoder.layers.9.mlp.experts.5.linear_fc1.weight"),
         (f"{MTP}.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.9.input_layernorm.weight"),
+        (f"{MTP}.mtp_model_layer.layers.1.mlp.linear_fc2.weight", "decoder.layers.10.mlp.linear_fc2.weight"),
+        (f"{MTP}.final_layernorm.weight", "decoder.layers.10.final_layernorm.weight"),
+        (f"{SECOND}.norm.weight", "decoder.layers.7.input_layernorm.weight"),
+        (f"{SECOND}.mixer.in_proj.layer_norm_weight", "decoder.layers.7.input_layernorm.weight"),
+        (f"{SECOND}.mixer.conv1d_bias", "decoder.layers.7.mixer.conv1d.bias"),
+        (f"{SECOND}.self_attention.in_proj.layer_norm_weight", "decoder.layers.7.input_layernorm.weight"),
     ],
 )  # fmt: skip
 def test_every_spec_and_any_stage_come_to_one_name(name: str, expected: str) -> None:
-    assert canonical(name, {"decoder": [3, 7], "mtp": [9]}, [4, 5]) == expected
+    assert canonical(name, {"decoder": [3, 7], "mtp": [9], "last": [10]}, [4, 5]) == expected
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
@@ -160,9 +166,11 @@ def test_all_that_reads_a_norm_takes_the_factors_of_an_awq_vector_the_indexer_to
     assert other_readers_of(f"{layer}.input_layernorm.weight") == (
         f"{indexer}.linear_wk.weight",
         f"{indexer}.linear_weights_proj.weight",
+        f"{layer}.self_attention.in_proj_ba.weight",
     )
     assert other_readers_of(f"{layer}.self_attention.q_layernorm.weight") == (f"{indexer}.linear_wq_b.weight",)
-    assert other_readers_of(f"{layer}.pre_mlp_layernorm.weight") == (f"{layer}.mlp.router.weight",)
+    gate = f"{layer}.mlp.shared_experts.gate_weight"
+    assert other_readers_of(f"{layer}.pre_mlp_layernorm.weight") == (f"{layer}.mlp.router.weight", gate)
 
 
 def test_what_an_original_has_in_float32_stays_so_where_its_rule_says_so() -> None:
