@@ -206,6 +206,55 @@ ARCHITECTURES |= {
     },
 }
 ARCHITECTURES |= {"phi3": {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 8}}
+_LINEAR = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
+_SHARED = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 32,
+}
+_TOWER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+ARCHITECTURES |= {
+    "qwen3_next": _LINEAR | _SHARED | {"model_type": "qwen3_next", "mlp_only_layers": [1]},
+    "qwen3_5": {"model_type": "qwen3_5", "text_config": _SMALL | _LINEAR, "vision_config": _TOWER},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe", "text_config": _SMALL | _LINEAR | _SHARED, "vision_config": _TOWER},
+    "qwen3_5_text": _LINEAR | {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe_text": _LINEAR | _SHARED | {"model_type": "qwen3_5_moe_text"},
+}
+NEMOTRON_H = {  # transformers makes one, and Megatron-Core builds none on a CPU: tests of its own build it of stand-ins
+    "model_type": "nemotron_h",
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96,
+    "n_group": 1,
+    "topk_group": 1,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
+}
 DENSE = ("llama31", "llama32", "qwen2", "qwen3")
 SAMPLES, LENGTH = 8, 24
 
@@ -216,11 +265,12 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
 
     torch.manual_seed(7)
     source = folder / name
-    settings = ARCHITECTURES[name]
+    settings = NEMOTRON_H if name == "nemotron_h" else ARCHITECTURES[name]
     if "text_config" in settings:
         settings = settings | {"text_config": settings["text_config"] | changes}
     else:
-        settings = _SMALL | settings | changes
+        settings = {**_SMALL, **settings, **changes}
+        settings |= {"num_hidden_layers": len(settings["layers_block_type"])} if name == "nemotron_h" else {}
     config = AutoConfig.for_model(**settings)
     model = auto_model(name).from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -263,7 +313,7 @@ def auto_model(name: str) -> Any:
     """The class of transformers that makes and loads a model of that name."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if "vision_config" in ARCHITECTURES[name] else AutoModelForCausalLM
+    return AutoModelForImageTextToText if "vision_config" in ARCHITECTURES.get(name, {}) else AutoModelForCausalLM
 
 
 def add_mtp(source: Path) -> None:

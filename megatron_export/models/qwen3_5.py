@@ -1,0 +1,35 @@
+"""Qwen3_5ForConditionalGeneration and Qwen3_5MoeForConditionalGeneration (Qwen 3.5 and 3.6), and both without a vision tower: as
+Qwen3-Next, with the input linears of linear attention apart, dense MLPs or experts in all layers."""
+
+from dataclasses import replace
+
+from . import qwen3_next
+from .blocks import dense, renamed, zero_centred
+from .layouts import Split
+from .qwen3_next import ATTENTION, EXPERTS, LINEAR, MTP, segments
+from .rules import Rule, Table
+from .segment_layouts import Segments
+
+# fmt: off
+APART: Table = LINEAR | {
+    "decoder.layers.{l}.self_attention.in_proj.weight":
+        Rule("model.layers.{l}.linear_attn.in_proj_{part}.weight",
+             lambda shape: Segments(segments(shape), (3, 1), ("qkv", "z"))),
+    "decoder.layers.{l}.self_attention.in_proj_ba.weight":
+        Rule("model.layers.{l}.linear_attn.in_proj_{part}.weight", lambda shape: Split(("b", "a"))),
+}
+# fmt: on
+RULES = ATTENTION | APART | zero_centred(MTP)
+SEES = "model.language_model."  # where the language model is in one that sees
+_NEXT = qwen3_next.ARCHITECTURE
+
+TEXT = replace(
+    _NEXT,
+    rules=RULES | zero_centred(dense("mlp")),
+    only={key: values for key, values in _NEXT.only.items() if key != "norm_topk_prob"}
+    | {"attn_output_gate": (True, None)},
+)
+MOE_TEXT = replace(TEXT, rules=RULES | EXPERTS)
+_SEEING = {"copied": ("model.visual.",), "on_disk": ((r"^model\.", SEES),)}
+DENSE = replace(TEXT, rules=renamed("model.", SEES, TEXT.rules), **_SEEING)
+MOE = replace(MOE_TEXT, rules=renamed("model.", SEES, MOE_TEXT.rules), **_SEEING)
