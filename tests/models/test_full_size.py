@@ -5,7 +5,9 @@ from time import process_time
 
 import pytest
 
+from megatron_export.common.errors import ExportError
 from megatron_export.engines.verdict import Effect
+from megatron_export.formats import Options
 from megatron_export.models import parameters_of
 from megatron_export.models.sources import expected_shapes
 from megatron_export.planning.engine_check import of_plan, verdicts
@@ -189,3 +191,12 @@ def test_check_finds_nothing_but_that_its_loaders_were_not_read(name: str, form:
         refused = [finding for finding in verdict.findings if finding.effect is not Effect.UNKNOWN]
         assert refused == [], (engine, refused)
         assert verdict.loads is None
+
+
+def test_groups_of_linear_attention_are_not_clipped_one_by_one() -> None:
+    config = QWEN3_NEXT | {"num_hidden_layers": 4, "num_experts": 16}
+    held = assumed(config, 1)
+    with pytest.raises(ExportError, match="--awq-clip: the rows of decoder.layers.0.self_attention.in_proj.weight"):
+        plan_for(config, held, format="int4_awq", options=Options(awq_clip=True))
+    plan_for(config, held, format="nvfp4_awq", options=Options(awq_clip=True))
+    plan_for(config, held, format="int4_awq")
