@@ -19,5 +19,7 @@ ARCHITECTURE = Architecture(
         "sliding_window": (None,),
         "hidden_act": ("silu", None),
     },
+    # Without them vLLM builds routers that have no bias, and SGLang attention without norms.
+    routing={"use_routing_bias": True, "scoring_func": "sigmoid", "use_qk_norm": True},
     on_disk=ON_DISK,
 )

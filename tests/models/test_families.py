@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.calibration import statistics
 from megatron_export.models import check_computed, settings_of, shape_of
+from megatron_export.planning.quant_config import config_json
 from megatron_export.planning.rank_placement import size_problems
 from megatron_export.verify import emulation
 from megatron_export.verify.thresholds import Wanted, inspected
@@ -21,6 +22,7 @@ from megatron_export.verify.thresholds import Wanted, inspected
 from ..export.test_topologies import export
 from ..support.live import batches, loaded
 from ..support.models import ARCHITECTURES, add_mtp, assert_same, auto_model, contents, make_model, read_json, tensors
+from ..support.plans import plan_of
 from ..support.quantized_sources import int4_kimi
 from ..support.ranks import Ranks, living
 from ..support.refusals import assert_says, refused
@@ -244,3 +246,16 @@ def test_samples_beyond_what_an_indexer_chooses_are_refused(models: dict) -> Non
 def test_phi_has_no_awq(flags: tuple, ranks: Ranks, models: dict, tmp_path: Path) -> None:
     said = refused(ranks, tmp_path, "--hf-model", models["phi3"], *flags, "--output", tmp_path / "out")
     assert_says(said, "which are one tensor here. For this architecture there are bf16, fp8")
+
+
+def test_a_config_that_transformers_saved_says_what_engines_ask_of_minimax(models: dict) -> None:
+    """vLLM 0.32 refuses the bias of a router where config.json does not say that there is one."""
+    config = {
+        key: value for key, value in read_json(models["minimax_m2"] / "config.json").items() if key != "scoring_func"
+    }
+    written = config_json(plan_of(config, format="bf16"))
+    assert {key: written[key] for key in ("use_routing_bias", "scoring_func", "use_qk_norm")} == {
+        "use_routing_bias": True,
+        "scoring_func": "sigmoid",
+        "use_qk_norm": True,
+    }
