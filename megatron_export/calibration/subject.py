@@ -4,7 +4,7 @@ Each kind of model has a module with a `Subject`, which is imported where such a
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,3 +89,21 @@ class Subject(Protocol):
 def subject_of(model: Model) -> Subject:
     """The model as calibration sees it."""
     return part(f"calibration.{'hf' if is_transformers(model) else 'mcore'}.subject").Subject(model)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, these are in evaluation mode; afterwards every attribute of each is what it was.
+
+    That takes more than the mode: Megatron's schedules leave numbers of micro-batches and received activations in modules.
+    """
+    modules = list(modules)
+    attributes = [dict(vars(module)) for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, were in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(were)

@@ -19,11 +19,12 @@ from megatron_export import calibrate, export_hf_checkpoint
 from megatron_export.common.errors import ExportError
 from megatron_export.verify.judge import judge
 
+from ..hf.test_other import made as other
 from ..hf.test_sharded import by_tensor_parallelism
 from ..support.live import batches, refusal
 from ..support.live import loaded as megatron
 from ..support.live_hf import Quantizer, assert_untouched, loaded, state_of, traces_of
-from ..support.models import make_model
+from ..support.models import assert_same, make_model
 from ..support.ranks import Ranks
 
 ALL = {
@@ -140,20 +141,33 @@ def test_what_is_measured_is_exported_and_judged_sound(name: str, tmp_path: Path
         assert judge(tmp_path / form, source).problems == []
 
 
-def dealt(source: Path, name: str, cut: bool) -> tuple[dict[str, Tensor], bool]:
+def two_tokens_each(source: Path) -> list[Tensor]:
+    """Two batches of so few tokens that most experts are given none of one of them."""
+    return [batch[:1, 5 * number : 5 * number + 2] for number, batch in enumerate(batches(source, 2)[:2])]
+
+
+def dealt(
+    source: Path,
+    name: str,
+    cut: bool,
+    change: Callable[[nn.Module], nn.Module] | None = None,
+    few: bool = False,
+) -> tuple[dict[str, Tensor], bool]:
     """In a rank: the statistics of every rank's share of the data, of a model that FSDP2 cut or that each rank has; and whether its
     shards are what they were.
     """
     dist.init_process_group("gloo")
     try:
         model, rank, size = loaded(source, name).float(), dist.get_rank(), dist.get_world_size()
+        model = change(model) if change else model
         if cut:
             mesh = init_device_mesh("cpu", (size,))
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         held = {key: type(tensor) for key, tensor in model.named_parameters()}
-        found = calibrate(model, batches(source, 2)[rank::size], format="nvfp4_awq")
+        data = two_tokens_each(source) if few else batches(source, 2)
+        found = calibrate(model, data[rank::size], format="nvfp4_awq")
         return found, held == {key: type(tensor) for key, tensor in model.named_parameters()}
     finally:
         dist.destroy_process_group()
@@ -165,6 +179,15 @@ def test_ranks_that_have_a_share_of_the_data_each_agree(
 ) -> None:
     whole = calibrate(loaded(models[name], name).float(), batches(models[name], 2), format="nvfp4_awq")
     for found, unchanged in ranks.call(2, dealt, models[name], name, cut):
+        assert differing(found, whole) == []
+        assert unchanged
+
+
+def test_an_expert_that_one_rank_alone_gives_tokens_to_holds_up_no_other(models: dict[str, Path], ranks: Ranks) -> None:
+    """Experts that are modules are called where they have tokens; FSDP2 would gather the weights of the others on some ranks."""
+    source, name = models["qwen3_moe"], "qwen3_moe"
+    whole = calibrate(apart(loaded(source, name).float()), two_tokens_each(source), format="nvfp4_awq")
+    for found, unchanged in ranks.call(2, dealt, source, name, True, apart, True, seconds=60):
         assert differing(found, whole) == []
         assert unchanged
 
@@ -185,6 +208,18 @@ def test_ranks_that_see_parts_of_inputs_or_have_more_batches_are_refused(models:
         assert "is cut over ranks, and not by FSDP2" in said
     for said in ranks.call(2, refused_on_ranks, models["llama31"], True):
         assert "ranks have [1, 2] batches. Give all as many" in said
+
+
+def test_a_model_that_was_not_loaded_or_is_in_no_table_is_measured(models: dict[str, Path], tmp_path: Path) -> None:
+    source = models["llama31"]
+    model = loaded(source)
+    expected = calibrate(model, batches(source))
+    model.config.architectures = None  # as transformers leaves it where a model is made of a config
+    assert_same(calibrate(model, batches(source)), expected)
+    model = other("granite")
+    found = calibrate(model, [torch.arange(64).view(2, 32)], format="nvfp4")
+    report = export_hf_checkpoint(model, tmp_path / "out", format="nvfp4", calibration=found)
+    assert "GraniteForCausalLM is in no table here" in report.plan.remarks[0]
 
 
 def test_what_cannot_be_measured_is_refused(models: dict[str, Path]) -> None:

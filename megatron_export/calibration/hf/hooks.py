@@ -41,11 +41,12 @@ def watching(
         for layer, experts in linears.experts().items():
             if isinstance(experts[0][0], InStack):
                 hooks.enter_context(instead(model, layer, Stack(experts), watch, gradients))
-            else:
-                watch.alone[layer] = experts
-                if all_experts and not gradients:
-                    block = model.get_submodule(_parent(model, experts[0][0].modules))
+            elif not gradients:
+                block = model.get_submodule(_parent(model, experts[0][0].modules))
+                if all_experts:
                     hooks.callback(block.register_forward_pre_hook(partial(watch.layer, experts)).remove)
+                after = partial(watch.over, layer, experts)
+                hooks.callback(block.register_forward_hook(after, prepend=True).remove)
         yield watch
 
 
@@ -57,12 +58,11 @@ def _parent(model: nn.Module, modules: dict[str, nn.Module]) -> str:
 
 
 class Watch:
-    """The hooks. `alone` are the experts that are modules of their own, by layer: who of them was given tokens is not told them."""
+    """The hooks."""
 
     def __init__(self, observer: Observer, all_experts: bool) -> None:
         self.observer, self.all_experts = observer, all_experts
         self.shows_experts = False  # while this watch itself calls all experts
-        self.alone: dict[str, list[tuple[Fused, Fused]]] = {}
         self.counts: Counter[str] = Counter()  # tokens that the first linear of an expert was given of this batch
         self.inputs: dict[str, Tensor] = {}
         self.gradients: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -96,15 +96,19 @@ class Watch:
             child(args[0].flatten(0, -2))
         self.shows_experts = False
 
-    def over(self) -> None:
-        """A batch has passed the model: tell how many tokens its experts were given, and show those that were not called."""
-        for layer, experts in self.alone.items():
-            counts = [self.counts.pop(first.name, 0) for first, _ in experts]
-            self.observer.experts(layer, torch.tensor(counts))
-            for pair in (pair for pair, count in zip(experts, counts, strict=True) if not (count or self.all_experts)):
-                for one in pair:
-                    weight = one.weight
-                    self.observer.linear(one.name, weight, weight.new_zeros(0, weight.shape[1]))
+    def over(
+        self, layer: str, experts: list[tuple[Fused, Fused]], module: nn.Module, args: tuple, output: object
+    ) -> None:
+        """Tell how many tokens experts that are modules of their own were given, and show those that were not called.
+
+        Now, before FSDP2 frees the layer: to gather a weight later takes all ranks, and each has other experts to show.
+        """
+        counts = [self.counts.pop(first.name, 0) for first, _ in experts]
+        self.observer.experts(layer, torch.tensor(counts))
+        for pair in (pair for pair, count in zip(experts, counts, strict=True) if not (count or self.all_experts)):
+            for one in pair:
+                weight = one.weight
+                self.observer.linear(one.name, weight, weight.new_zeros(0, weight.shape[1]))
 
     def cached(self, key: Tensor, value: Tensor, layer: int) -> None:
         """Show keys and values [batch, groups, sequence, head_dim]."""

@@ -14,6 +14,7 @@ from ...distributed.collectives import everyone
 from ...distributed.topology import Topology
 from ...hf.dtensors import check_whole_when_called, local_of, reshard
 from ...hf.model import bare, device_of, tensors_of
+from ...hf.original import config_of
 from ...hf.quantizers import quantizers_of
 from ...models import shape_of
 from ...models.hf_config import text_of
@@ -21,7 +22,7 @@ from ...models.layouts import QKV
 from ...planning.request import SILENCE
 from ..checks import QUANTIZED, check_batches
 from ..observer import Observer
-from ..subject import Facts
+from ..subject import Facts, evaluating
 from .hooks import watched_cache, watching
 from .linears import Linears
 
@@ -31,7 +32,7 @@ class Subject:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = bare(model)
-        self.config: dict = self.model.config.to_dict()
+        self.config = config_of(self.model)
         self.linears = Linears(self.model, self.config)
 
     def world(self) -> AbstractContextManager[Topology]:
@@ -50,26 +51,20 @@ class Subject:
         if len({len(theirs) for theirs in shapes}) > 1:
             raise ExportError(f"ranks have {sorted({len(theirs) for theirs in shapes})} batches. Give all as many")
         shape = shape_of(self.config)
-        modules = list(self.model.modules())
-        attributes = [dict(vars(module)) for module in modules]
-        for module in modules:
-            module.training = False
-        try:
-            yield Facts(
-                weights=self.linears,
-                layouts=self.linears.layouts,
-                heads=QKV(shape.heads // shape.groups, shape.head_dim),
-                held_whole=set(),
-                experts=list(range(shape.experts)),
-                repeats=1,
-                groups=shape.groups,
-                topk=text_of(self.config).get("num_experts_per_tok") or 1,
-            )
-        finally:
-            reshard(self.model)
-            for module, were in zip(modules, attributes, strict=True):
-                vars(module).clear()
-                vars(module).update(were)
+        with evaluating(self.model.modules()):
+            try:
+                yield Facts(
+                    weights=self.linears,
+                    layouts=self.linears.layouts,
+                    heads=QKV(shape.heads // shape.groups, shape.head_dim),
+                    held_whole=set(),
+                    experts=list(range(shape.experts)),
+                    repeats=1,
+                    groups=shape.groups,
+                    topk=text_of(self.config).get("num_experts_per_tok") or 1,
+                )
+            finally:
+                reshard(self.model)
 
     def run(
         self,
@@ -94,7 +89,6 @@ class Subject:
                     self._backward(given)
                     continue
                 self.model(**given, logits_to_keep=0 if head else 1)
-                watch.over()
 
     def _backward(self, given: dict) -> None:
         """The gradients of activations by the loss, which is the sum over all tokens that have a next one."""

@@ -25,7 +25,7 @@ from ...mcore.model import (
 )
 from ..checks import check_batches
 from ..observer import Observer
-from ..subject import Facts
+from ..subject import Facts, evaluating
 from .checks import check_modules, check_parallelism, check_replicas
 from .hooks import watching
 
@@ -52,7 +52,7 @@ class Subject:
     def measured(self, here: Topology, batches: list[Tensor]) -> Iterator[Facts]:
         check_replicas(here, self.model, batches)
         finish_gathering(self.model)
-        with _evaluating(self.chunks), without_cuda(here.device):
+        with evaluating(module for chunk in self.chunks for module in chunk.modules()), without_cuda(here.device):
             config = self.chunks[0].config
             # without sequence parallelism, all tensor-parallel ranks send the same token on
             repeats = here.experts.size * (1 if config.sequence_parallel else here.tp_size)
@@ -120,21 +120,3 @@ def _called(chunk: nn.Module, ids: Tensor, labels: Tensor | None) -> Tensor:
     positions = torch.arange(length, device=ids.device).expand_as(ids)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: not attended to
     return chunk(ids, positions, mask, labels=labels)
-
-
-@contextmanager
-def _evaluating(chunks: list[nn.Module]) -> Iterator[None]:
-    """While open, the model is in evaluation mode; afterwards every attribute of every module is what it was.
-
-    That takes more than the mode: the schedules leave numbers of micro-batches and received activations in modules.
-    """
-    modules = [module for chunk in chunks for module in chunk.modules()]
-    attributes = [dict(vars(module)) for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, were in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(were)
