@@ -65,11 +65,17 @@ class MegatronCheckpoint:
         child: str = "",
     ) -> None:
         self.folder, self.config, self.pp_layout, self.child = folder, config, pp_layout, child
+        self._given = {
+            "mtp_dropped": mtp_dropped,
+            "pp_layout": pp_layout,
+            "merge_lora": merge_lora,
+            "adapters": adapters,
+        }
         self.sources = parameters_of(config)
         passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
         self.every = Storage(folder, passed_over)
-        self.storage = own_part(self.every, child)
         shape = shape_of(config)
+        self.storage = own_part(self.every, child, heads=bool(shape.medusa))
         self._experts, self._numbers = range(shape.experts), self._layers()
         self._beside = Storage(adapters, passed_over) if adapters else self.storage
         runs = {storage: run_of(storage.folder) for storage in dict.fromkeys((self.storage, self._beside))}
@@ -82,6 +88,10 @@ class MegatronCheckpoint:
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
         _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
+
+    def of(self, config: dict) -> "MegatronCheckpoint":
+        """The same iteration, read as another config.json means it."""
+        return MegatronCheckpoint(self.folder, config, **self._given)
 
     @property
     def nbytes(self) -> int:
@@ -104,8 +114,13 @@ class MegatronCheckpoint:
     @cached_property
     def quantizers(self) -> dict[str, dict[str, Any]]:
         """ModelOpt's quantizers: canonical name -> attributes (see `quantizers_in`)."""
-        found = quantizers_in(self.storage, self._full, len(self._experts))
+        found = self.every_quantizer
         return {name: one for name, one in found.items() if of_linear(name)} if self.child else found
+
+    @cached_property
+    def every_quantizer(self) -> dict[str, dict[str, Any]]:
+        """The same, with those of a draft that an export does not look at."""
+        return quantizers_in(self.storage, self._full, len(self._experts))
 
     def as_saved(self, name: str, amax: Home) -> Iterator[tuple[Tensor, Tensor]]:
         """The shards of a weight as the ranks that saved it had them, each with the amaxes of its blocks."""
@@ -177,7 +192,7 @@ class MegatronCheckpoint:
         """The numbers that layers have in config.json. A `HybridModel` has a layer for each block."""
         shape = shape_of(self.config)
         hybrid = "decoder.final_norm.weight" in self.storage.tensors
-        of_blocks = [n for n in range(shape.layers) for kind in shape.kinds[n] if kind in LETTERS]
+        of_blocks = [n for n, its in enumerate(shape.kinds[: shape.layers]) for kind in its if kind in LETTERS]
         return {
             "decoder": of_blocks if hybrid else list(range(shape.layers)),
             "mtp": list(shape.having(Kind.JOIN)),

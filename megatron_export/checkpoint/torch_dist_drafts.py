@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 from ..common.errors import ExportError
-from ..models import child_of, draft_config, draft_kind, megatron_llama3
+from ..models import HEADS, child_of, draft_config, draft_kind, megatron_llama3
 from ..models.hf_config import text_of
 from .torch_dist_settings import MODELOPT, modes_of
 from .torch_dist_storage import Storage
@@ -14,12 +14,14 @@ _MODES = {
 }  # the mode that makes a draft, and where its settings are
 
 
-def own_part(storage: Storage, child: str) -> Storage:
-    """The same storage with the keys of one child alone, without the child's name; with "", those of the model without drafts."""
+def own_part(storage: Storage, child: str, heads: bool = False) -> Storage:
+    """The same storage with the keys of one child alone, without the child's name; with "", those of the model without drafts, but
+    for Medusa's heads if `heads`.
+    """
     part = copy.copy(storage)
-    start = f"{child}." if child else ""
+    start, wanted = f"{child}." if child else "", {child, HEADS} if heads else {child}
     part.tensors, part.objects = (
-        {key.removeprefix(start): one for key, one in some.items() if child_of(key) == child}
+        {key.removeprefix(start): one for key, one in some.items() if child_of(key) in wanted}
         for some in (storage.tensors, storage.objects)
     )
     return part

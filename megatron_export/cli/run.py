@@ -29,7 +29,7 @@ from ..export.drafts import Draft, open_draft
 from ..export.origins import Model, Statistics, Stored
 from ..export.pipeline import Clock, Report, exported, with_draft
 from ..export.prepare import Opening, open_export
-from ..models import HEAD, check_computed
+from ..models import HEAD, check_computed, shape_of
 from ..models.statistic_names import is_alpha, is_sensitivity, is_tokens, module_of
 from ..planning.budget import candidates
 from ..planning.plan import Plan
@@ -151,6 +151,7 @@ def _opened(
         check=check,
     )
     place = config.output.resolve() if config.output else None
+    checkpoint = opening.origin.checkpoint if checkpoint else None  # with heads, if they are asked for
     return opening, checkpoint, open_draft(here, opening, place, None, inputs.apart(config))
 
 
@@ -176,6 +177,10 @@ def _calibration(
             check_calibration(opening.plan, known)
         samples, plan = None, opening.plan
         if not known and (is_needed(plan) or config.save_calibration or request.effective_bits is not None):
+            if shape_of(original.config).medusa:
+                raise ExportError(
+                    "calibration runs no heads of Medusa. Give --input-scale, or --load-calibration with theirs"
+                )
             samples = inputs.read_samples(config, original.config, original.folder, example_model, here)
             if config.engine == MEGATRON:
                 check_computed(original.config, samples.shape[1])

@@ -15,6 +15,7 @@ from ..distributed.topology import Topology
 from ..models import architecture_of, is_linear_weight
 from ..planning.engine_check import refusals
 from ..planning.plan import Plan
+from .heads import COMBINED
 from .prepare import Opening, open_export
 
 NONE = "none"
@@ -38,7 +39,7 @@ def open_draft(
     statistics  with those of the draft's linears, whose names begin with that of the draft's module, if it has no quantizers
     """
     request = base.given
-    if request.draft_output == NONE:
+    if request.draft_output == NONE or request.medusa_layout == COMBINED:
         return None
     found = base.origin.draft_beside(here, base.original.config)
     if found is None:
@@ -57,7 +58,9 @@ def open_draft(
             raise ExportError(f"--draft-format {request.draft_format}: {found.child} has only {' and '.join(known)}")
     start = f"{found.child}."
     own = {name.removeprefix(start): one for name, one in (statistics or {}).items() if name.startswith(start)}
-    original = replace(base.original, config=found.config, copied=(), powers=frozenset(), dropped=(), remarks=())
+    original = replace(
+        base.original, config=found.config, copied=(), powers=frozenset(), dropped=(), remarks=found.remarks
+    )
     opening = open_export(here, found.origin, original, asked, own or None, folder, apart)
     shards = found.origin.shards(here, found.config, opening.request)
     with together(here, "check the settings"):
@@ -71,7 +74,8 @@ def open_draft(
 
 def refuse_draft(here: Topology, base: Opening) -> None:
     """`ExportError` for a model with a draft that is not left out, where no draft is written. Collective."""
-    found = base.given.draft_output != NONE and base.origin.draft_beside(here, base.original.config)
+    apart = base.given.draft_output != NONE and base.given.medusa_layout != COMBINED
+    found = apart and base.origin.draft_beside(here, base.original.config)
     with together(here, "check the settings"):
         if found or base.given.draft_output not in ("", NONE):
             raise ExportError(

@@ -18,18 +18,20 @@ from ..common.shards import Shards
 from ..distributed.collectives import everyone, together
 from ..distributed.topology import Topology
 from ..mcore import parallel_state
-from ..mcore.addons import quantizers_of
+from ..mcore.addons import quantizers_below, quantizers_of
 from ..mcore.config_check import contradictions
-from ..mcore.drafts import MegatronDraft, draft_in
+from ..mcore.drafts import MegatronDraft, draft_in, heads_of
 from ..mcore.lora_merge import adapted
 from ..mcore.model import Model, chunks_of, finish_gathering, shards_of, weights_of
 from ..models import (
     draft_config,
+    ignored,
     is_linear_weight,
     is_mtp,
     of_linear,
     parameters_of,
     settings_of,
+    shape_of,
     unscaled_rope_settings,
 )
 from ..planning.plan import Held
@@ -71,8 +73,13 @@ class Live:
 
     def inherit(self, here: Topology, config: dict, request: Request, given: Statistics | None) -> Settled:
         finish_gathering(self.model)
-        found = partial(quantizers_of, self.model), partial(weights_of, self.model)
-        return inherited_from_model(here, *found, config, request, given)
+        heads = draft_in(self.model) if shape_of(config).medusa else None
+
+        def quantizers() -> Quantizers:
+            found = quantizers_of(self.model)
+            return found | quantizers_below(heads.child, heads.module) if heads else found
+
+        return inherited_from_model(here, quantizers, partial(weights_of, self.model), config, request, given)
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
         return transport.locate(here, self.mine(here, config, request))
@@ -87,9 +94,10 @@ class Live:
         with together(here, "read the draft"):
             mine = draft_in(self.model)
             said = (mine.child, mine.settings()) if mine and mine.kind else None
-        found = next((one for one in everyone(here, said) if one), None)
+            remarks = ignored(mine.child, quantizers_below(mine.child, mine.module)) if said else ()
+        found, remarks = next((one for one in everyone(here, (said, remarks)) if one[0]), (None, ()))
         with together(here, "read the draft"):
-            return Beside(found[0], draft_config(*found, base), LiveDraft(mine)) if found else None
+            return Beside(found[0], draft_config(*found, base), LiveDraft(mine), remarks) if found else None
 
     def copied(self, config: dict) -> Iterator[tuple[str, Tensor]]:
         """None: those of the original do not change."""
@@ -99,6 +107,8 @@ class Live:
         """Canonical name -> this rank's shard, without MTP layers if they are dropped. `ExportError` for what cannot be read."""
         dropped = request.mtp == "drop"
         mine = shards_of(self.model).named(lambda name: None if dropped and is_mtp(name, config) else name)
+        if shape_of(config).medusa:
+            mine = Shards(mine.live | heads_of(self.model).live)
         return mine.readable(here.device)
 
 

@@ -23,6 +23,7 @@ from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..hf.model import is_transformers
 from ..hf.original import Tokenizer
+from ..models import ignored
 from ..planning.plan import Held, assumed
 from ..planning.request import Request
 
@@ -51,11 +52,14 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class Beside:
-    """A draft beside a model: which child of the model it is, its config.json, and where its parameters come from."""
+    """A draft beside a model: which child of the model it is, its config.json, where its parameters come from, and what the user
+    should know of it, a sentence each.
+    """
 
     child: str
     config: dict
     origin: Origin
+    remarks: tuple[str, ...] = ()
 
 
 class LiveOrigin(Origin, Protocol):
@@ -127,7 +131,8 @@ class Stored:
             if found is None or self.checkpoint.child:
                 return None
             child, config = found
-            return Beside(child, config, Stored(MegatronCheckpoint(self.checkpoint.folder, config, child=child)))
+            checkpoint = MegatronCheckpoint(self.checkpoint.folder, config, child=child)
+            return Beside(child, config, Stored(checkpoint), ignored(child, checkpoint.every_quantizer))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
 from ..writing.target import check_apart, check_target, trial, try_in_trial
 from .encode_stream import Work
+from .heads import with_heads
 from .origins import Model, Origin, Statistics, Tokenizer, live, origin_of, original_of
 from .weight_amax import survey
 
@@ -87,6 +88,7 @@ def open_export(
     export_dir  where it will be written, if it will: free, on a disk with room, and neither the original nor one of `apart`
     check       may refuse the plan on rank 0
     """
+    origin, original = with_heads(here, origin, original, request)
     with together(here, "read the model's shapes"):
         origin.check(here, original.config, request)
     settled, statistics = origin.inherit(here, original.config, request, statistics)

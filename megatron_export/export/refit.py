@@ -25,6 +25,7 @@ NO_FOLDER = (
     "writers",
     "draft_output",
     "draft_format",
+    "medusa_layout",
 )  # options that a stream has no use for
 
 

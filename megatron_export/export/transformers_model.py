@@ -20,7 +20,7 @@ from ..hf.model import bare, device_of, tensors_of
 from ..hf.original import Tokenizer, original_of
 from ..hf.quantizers import quantizers_of
 from ..hf.view import View
-from ..models import child_of, draft_config, of_linear, parameters_of
+from ..models import HEADS, child_of, draft_config, ignored, of_linear, parameters_of, shape_of
 from ..planning.plan import Held
 from ..planning.request import Request
 from .origins import Beside
@@ -80,8 +80,9 @@ class Live:
             view = View(draft, own_tensors(model, self.child, mapped), quantizers_of(draft), config)
             view.tables = [{name: one for name, one in table.items() if of_linear(name)} for table in view.tables]
             return view
-        tensors = {name: tensor for name, tensor in tensors_of(model).items() if not child_of(name)}
-        quantizers = {name: found for name, found in quantizers_of(model).items() if not child_of(name)}
+        own = ("", HEADS) if shape_of(config).medusa else ("",)
+        tensors = {name: tensor for name, tensor in tensors_of(model).items() if child_of(name) in own}
+        quantizers = {name: found for name, found in quantizers_of(model).items() if child_of(name) in own}
         return View(model, tensors, quantizers, config)
 
     def draft_beside(self, here: Topology, base: dict) -> Beside | None:
@@ -89,7 +90,9 @@ class Live:
             child = draft_in(self.model)
             if not child or self.child:
                 return None
-            return Beside(child, draft_config(child, settings_of(self.model, child), base), Live(self.model, child))
+            config = draft_config(child, settings_of(self.model, child), base)
+            remarks = ignored(child, quantizers_of(draft_of(self.model, child)))
+            return Beside(child, config, Live(self.model, child), remarks)
 
 
 def original(

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..common.errors import ExportError
-from ..models import child_of, draft_kind
+from ..models import HEADS, child_of, draft_kind, spelled
 from .model import bare, tensors_of
 
 HEAD = "lm_head.weight"  # of a draft without one, the base's
@@ -26,8 +26,10 @@ def draft_of(model: nn.Module, child: str) -> nn.Module:
 
 
 def settings_of(model: nn.Module, child: str) -> dict:
-    """What the draft's `eagle_config` says, in words of config.json; `rope_scaling` only where rotary embeddings are scaled."""
+    """What a draft's `eagle_config` or names say, in words of config.json; `rope_scaling` only if they are scaled."""
     model = bare(model)
+    if counts := draft_kind(child, names := tensors_of(draft_of(model, child))).counts:
+        return counts(names)
     if not hasattr(model, "eagle_config"):
         raise ExportError(
             f"the model has {child} and no eagle_config, which says how the draft computes. ModelOpt's conversion sets it"
@@ -43,6 +45,8 @@ def settings_of(model: nn.Module, child: str) -> dict:
 def own_tensors(model: nn.Module, child: str, mapped: bool) -> dict[str, Tensor]:
     """The tensors of a draft by their names in it, with the base's output layer if it has none. `mapped`: it knows fewer tokens."""
     found = tensors_of(draft_of(model, child))
+    if child == HEADS:
+        return {spelled(name): one for name, one in found.items()}
     if HEAD not in found:
         found[HEAD] = bare(model).get_output_embeddings().weight
     if not mapped:

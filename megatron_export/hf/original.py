@@ -63,9 +63,11 @@ def original_of(
 
 
 def config_of(model: nn.Module) -> dict:
-    """config.json's dict as `save_pretrained` writes it, without what it says of quantization; `ExportError` for an unknown one."""
+    """config.json's dict as `save_pretrained` writes it, without quantization and heads of Medusa; `ExportError` for others."""
     found = json.loads(model.config.to_json_string())
-    found = {key: value for key, value in found.items() if key not in ("quantization_config", "_name_or_path")}
+    found = {
+        key: value for key, value in found.items() if key not in ("quantization_config", "_name_or_path", "medusa")
+    }
     found["architectures"] = [name := class_of(model)]
     if model.config.get_text_config().tie_word_embeddings:
         found.setdefault("tie_word_embeddings", True)

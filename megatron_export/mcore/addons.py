@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..common.errors import ExportError
-from ..models import is_expert
+from ..models import is_expert, without_additions
 from ..models.lora import Adapter
 from .model import Model, canonical_modules, chunks_of, local_experts_of
 
@@ -24,12 +24,28 @@ def quantizers_of(model: Model) -> dict[str, dict[str, Any]]:
     for chunk in chunks_of(model):
         experts = local_experts_of(chunk)
         for owner, module in canonical_modules(chunk):
-            if not any(name.endswith("_quantizer") for name, _ in module.named_children()):
-                continue
-            for name, quantizer in module.named_modules():
-                if (kind := _QUANTIZER.fullmatch(name)) and hasattr(quantizer, "_num_bits"):
-                    buffers = {key: value for key, value in quantizer._buffers.items() if value is not None}
-                    found |= dict.fromkeys(_names(owner, *kind.groups(), experts), vars(quantizer) | buffers)
+            found |= _quantizers(owner, module, experts)
+    return found
+
+
+def quantizers_below(name: str, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The same of a module that is called `name` and has no experts."""
+    found = {}
+    for inner, owner in module.named_modules():
+        if without_additions(inner) is not None:
+            found |= _quantizers(f"{name}.{inner}".rstrip("."), owner, [])
+    return found
+
+
+def _quantizers(owner: str, module: nn.Module, experts: list[int]) -> dict[str, dict[str, Any]]:
+    """Those in a linear or an attention."""
+    found = {}
+    if not any(name.endswith("_quantizer") for name, _ in module.named_children()):
+        return found
+    for name, quantizer in module.named_modules():
+        if (kind := _QUANTIZER.fullmatch(name)) and hasattr(quantizer, "_num_bits"):
+            buffers = {key: value for key, value in quantizer._buffers.items() if value is not None}
+            found |= dict.fromkeys(_names(owner, *kind.groups(), experts), vars(quantizer) | buffers)
     return found
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..common.errors import ExportError, report
 from ..common.shards import Shards
-from ..models import Kind, canonical_in, child_of, draft_kind, megatron_llama3
+from ..models import Kind, canonical_in, child_of, draft_kind, megatron_llama3, without_additions
 from .model import Model, canonical_tensors, chunks_of
 
 # Word of config.json -> the field of the draft's `TransformerConfig`, to which ModelOpt adds those of EAGLE.
@@ -91,6 +91,13 @@ class MegatronDraft:
             head = self.chunk.shared_embedding_or_output_weight() if tied else self.chunk.output_layer.weight
             found["output_layer.weight"] = head.detach()
         return Shards(found)
+
+
+def heads_of(model: Model) -> Shards:
+    """Canonical name -> this rank's shard of Medusa's heads that are written with their base; none but on the last stage."""
+    found = draft_in(model)
+    named = found.module.named_parameters() if found else ()
+    return Shards({f"{found.child}.{name}": one.detach() for name, one in named if without_additions(name) is not None})
 
 
 def draft_in(model: Model) -> MegatronDraft | None:

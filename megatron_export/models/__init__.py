@@ -5,6 +5,7 @@ from .awq_mappings import feeders_of, other_readers_of, reads_heads, vector_home
 from .canonical_names import canonical, without_additions
 from .drafts import KINDS, Kind, canonical_in, child_of, draft_config, draft_kind, of_linear
 from .hf_config import architecture_of, shape_of
+from .medusa import HEADS, config_with_heads, format_problems, ignored, spelled
 from .megatron_parameters import HEAD, cut_of, is_expert, is_linear_weight, makes_keys, pooled
 from .registry import ARCHITECTURES, known
 from .sources import (

@@ -26,6 +26,7 @@ class Architecture:
     shared      shared experts of a layer with experts, if no key of config.json says so
     layers      (config.json's dict of the decoder, the layers of it with experts) -> what each layer is made of
     sizes       how config.json says its sizes, if not as a language model's does
+    more_sizes  (config.json's dict) -> fields of `ModelShape` that no other architecture has
     draft       whether it is a draft, which an engine serves beside the model that it was trained on
 
     What it computes:
@@ -63,6 +64,7 @@ class Architecture:
     layers: Callable[[dict, tuple[int, ...]], Layers] = attention_first
     draft: bool = False
     sizes: Callable[[dict], ModelShape] | None = None
+    more_sizes: Callable[[dict], dict[str, int]] = lambda config: {}
 
     rotated: bool = True
     settings: Settings = field(default_factory=dict)

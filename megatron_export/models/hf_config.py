@@ -131,6 +131,7 @@ def shape_of(config: dict) -> ModelShape:
         ungated=bool(table) and table.settings.get("gated_linear_unit") is False,
         latent=config.get("moe_latent_size") or 0,
         **_vocabulary_of(config, table is not None and table.draft),
+        **(table.more_sizes(config) if table else {}),
     )
 
 

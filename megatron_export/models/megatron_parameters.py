@@ -170,19 +170,33 @@ PARAMETERS: dict[str, Parameter] = {
         for leaf in ("weight", "bias")
     },
     "decoder.layers.{l}.lm_head.weight":                       Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
+
+    # Of Medusa's heads that are written with their base. {h} is a head.
+    **{
+        f"medusa_heads.{{h}}.medusa_layers.{block}.linear.{leaf}": Parameter(None, _of_block(block, leaf))
+        for block in range(4)
+        for leaf in ("weight", "bias")
+    },
+    "medusa_heads.{h}.lm_head.weight":                         Parameter(Axis.OUT, lambda m: (m.vocab, m.hidden)),
     "d2t":                                                     Parameter(None,     lambda m: (_mapped(m),)),
 }
 # fmt: on
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.layers.{l}.lm_head.weight")
+PADDED = (
+    "embedding.word_embeddings.weight",
+    "output_layer.weight",
+    "decoder.layers.{l}.lm_head.weight",
+    "medusa_heads.{h}.lm_head.weight",
+)  # fmt: skip
 # Megatron's local spec cuts these; those of Transformer Engine and ModelOpt hold them whole. Their shapes show which.
 EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
 KEPT = {"expert_bias": torch.float32, "d2t": torch.int64}  # everything else becomes bfloat16
 _LAYER, _EXPERT = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.\d+\.")
+_HEAD = re.compile(r"^medusa_heads\.\d+\.")
 
 
 def cut_of(canonical: str) -> Axis | None:
     """The axis that tensor parallelism cuts of a canonical parameter; experts' names may be without their number."""
-    name = _EXPERT.sub(".experts.", _LAYER.sub(".layers.{l}.", canonical, count=1))
+    name = _HEAD.sub("medusa_heads.{h}.", _EXPERT.sub(".experts.", _LAYER.sub(".layers.{l}.", canonical, count=1)))
     return PARAMETERS[re.sub(r"(?<!shared_)experts\.", "experts.{e}.", name)].cut
 
 
@@ -206,15 +220,12 @@ HEAD = "output_layer.weight"  # which a recipe may quantize, if it names it
 
 def is_linear_weight(canonical: str) -> bool:
     """Whether a format may quantize a parameter: Megatron calls the matrix products inside a layer linear_*, and those of linear
-    attention and Mamba in_proj and out_proj.
+    attention and Mamba in_proj and out_proj; and all matrices of Medusa's heads that are written with their base.
 
     Those of an indexer stay as they are: engines join wk and weights_proj without quantization, and NVIDIA's own checkpoints leave
     out all three.
     """
     module, _, leaf = canonical.rpartition(".")
     name = module.rpartition(".")[2]
-    return (
-        leaf == "weight"
-        and (name.startswith("linear_") or name in ("in_proj", "out_proj"))
-        and ".indexer." not in module
-    )
+    inside = name.startswith("linear_") or name in ("in_proj", "out_proj") or canonical.startswith("medusa_heads.")
+    return leaf == "weight" and inside and ".indexer." not in module

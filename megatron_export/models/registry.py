@@ -66,6 +66,10 @@ DRAFTS: dict[str, Architecture] = {
     medusa.NAME: medusa.ARCHITECTURE,
 }  # exported beside a model of those above
 
+TOGETHER: dict[str, Architecture] = {
+    medusa.beside(name): medusa.with_heads(ARCHITECTURES[name]) for name in medusa.BASES
+}  # those of above that may be written with Medusa's heads in one folder
+
 
 _OTHERS: dict[str, Architecture] = {}
 
@@ -81,7 +85,7 @@ def architecture_name(config: dict) -> str:
 def known(config: dict) -> Architecture | None:
     """The table of config.json's architecture; None if it is unknown."""
     name = architecture_name(config)
-    return ARCHITECTURES.get(name) or DRAFTS.get(name) or _OTHERS.get(name)
+    return ARCHITECTURES.get(name) or DRAFTS.get(name) or TOGETHER.get(name) or _OTHERS.get(name)
 
 
 def learn(name: str, architecture: Architecture) -> None:

@@ -66,8 +66,8 @@ class ModelShape:
     more token, `mtp` of them, follow the `layers` of the decoder, in HF's numbers too. `output_gate`: every query has a gate;
     `ungated`: MLPs and experts have none. `latent` is what experts read and write, if that is not `hidden`. Of a draft, `vocab` is
     its own, `base_vocab` that of its base, and `read` the number of the base's hidden states that it reads. Of
-    Medusa's heads, `layers` counts the heads, and `blocks` those of each. `indexed` are the layers with an indexer, which chooses
-    what attention sees.
+    Medusa's heads, `layers` counts the heads, and `blocks` those of each; of a model that they are written with, `medusa` counts
+    them. `indexed` are the layers with an indexer, which chooses what attention sees.
     """
 
     architecture: str
@@ -100,6 +100,7 @@ class ModelShape:
     output_gate: bool = False
     ungated: bool = False
     latent: int = 0
+    medusa: int = 0
 
     @property
     def every(self) -> range:

@@ -104,7 +104,8 @@ def parameters_of(config: dict) -> dict[str, Source]:
     shape = shape_of(config)
     first = "embedding.word_embeddings.weight"  # which a draft has not
     inside = [name for name in rules if "{l}" in name]
-    outside = [name for name in rules if "{l}" not in name and name != first and _exists(name, shape)]
+    heads = [name for name in rules if "{h}" in name and _exists(name, shape)]
+    outside = [n for n in rules if not ("{l}" in n or "{h}" in n) and n != first and _exists(n, shape)]
     if shape.tied:
         outside.remove("output_layer.weight")
     layers = {name: set(PARAMETERS[name].layers(shape)) for name in inside}
@@ -120,6 +121,7 @@ def parameters_of(config: dict) -> dict[str, Source]:
             _source(name, own[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
         ]
     sources += [_source(name, rules[name], shape) for name in outside]
+    sources += [_of_head(name, rules[name], shape, head) for head in range(shape.medusa) for name in heads]
     return {source.canonical: source for source in sources}
 
 
@@ -226,7 +228,7 @@ def _exists(name: str, shape: ModelShape) -> bool:
 def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, expert: int | None = None) -> Source:
     parameter = PARAMETERS[name]
     return Source(
-        canonical=name.format(l=layer, e=expert),
+        canonical=name.format(l=layer, e=expert, h="{h}"),
         cut=Axis.OUT if rule.cut_shape else parameter.cut,
         shape=(rule.cut_shape or parameter.shape)(shape),
         padded=name in PADDED,
@@ -238,6 +240,12 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
         dtype=KEPT.get(name.rpartition(".")[2], torch.bfloat16),
         stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
     )
+
+
+def _of_head(name: str, rule: Rule, shape: ModelShape, head: int) -> Source:
+    """A parameter of one of Medusa's heads, whose output layer HF numbers as if it were one more block."""
+    hf = rule.hf.replace("{h}", str(head)).replace("{b}", str(shape.blocks))
+    return replace(_source(name, replace(rule, hf=hf), shape), canonical=name.replace("{h}", str(head)))
 
 
 def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from ..common.errors import ExportError, report
 from ..common.piece import Axis
 from ..common.text import parse_size
 from ..formats import Form, KvForm, groups_of
-from ..models import Source, makes_keys, parameters_of
+from ..models import Source, format_problems, makes_keys, parameters_of, shape_of
 from ..models.layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
@@ -176,6 +176,7 @@ def make_plan(
         problems += tile_problems(items[-1])
     if not plain and not policy.forms and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
+    problems += format_problems(shape_of(config).medusa and shape_of(config).blocks, policy.forms, policy.left_alone)
     report(problems)
     files = files_of(items, copied, parse_size(request.max_shard_size))
     writing = writers_of(files, items, request.writers, nodes)

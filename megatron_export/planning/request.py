@@ -16,6 +16,7 @@ from .recipe import Line, Recipe, recipe_of, set_line, uniform
 
 RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
 DRAFT_FORMATS = tuple(dict.fromkeys(name for draft in DRAFTS.values() for name in draft.formats))
+LAYOUTS = ("draft", "combined")
 _OF_ALL = ("overwrite", "writers", "sync", "resume", "timeout", "max_shard_size")  # of a model and of its draft
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
@@ -123,6 +124,13 @@ class Request:
         None,
         "format of the draft's linears (default: that of ModelOpt's quantizers in it, else bf16)",
         choices=DRAFT_FORMATS,
+        planned=False,
+    )
+    medusa_layout: str | None = _undigested(
+        None,
+        "where Medusa's heads go: a draft in a folder of its own, in bf16, for vLLM; or combined with the model in one, for "
+        "TensorRT-LLM (default: draft)",
+        choices=LAYOUTS,
         planned=False,
     )
     recipe_lines: tuple[Line, ...] = ()

@@ -30,10 +30,15 @@ def exported(out: Path, tp: int, pp: int, blocks: int, asked: dict, quantized: b
     with with_heads(BASE, tp, pp, blocks=blocks) as (model, whole):
         chunk = chunks_of(model)[-1]
         if quantized and whole:
-            quantize(chunk.medusa_heads, FP8, lambda name: torch.tensor(2.0), also=("linear",))
+            blocked = tuple(name for name, _ in chunk.medusa_heads.named_modules() if name.endswith(".linear"))
+            quantize(chunk.medusa_heads, FP8, lambda name: torch.tensor(2.0), also=blocked)
         if lost and whole:
             chunk.medusa_heads.get_submodule(lost).bias = None
-        said = refusal(export_hf_checkpoint, model, out, hf_model=BASE, **{"format": "bf16"} | asked)
+        done = []
+        asked = {"hf_model": BASE, "format": "bf16"} | asked
+        said = refusal(lambda: done.append(export_hf_checkpoint(model, out, **asked)))
+        told = [one for some in done for one in some.draft.plan.remarks if "quantizers of ModelOpt" in one]
+        assert len(told) == (quantized and not said)
         if whole and not said:
             spelled = {
                 name.replace("medusa_layers", "layers").replace(".linear", ""): one for name, one in whole.items()
@@ -84,9 +89,9 @@ def test_heads_are_in_bfloat16_and_alike_or_refused(ranks: Ranks, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_heads_of_a_transformers_model_are_refused() -> None:
-    with pytest.raises(ExportError, match="those of transformers models are not exported"):
-        draft_kind("medusa_heads", ["0.0.linear.weight", "0.0.linear.bias", "0.1.weight"])
+def test_heads_without_blocks_are_refused() -> None:
+    with pytest.raises(ExportError, match="they have no blocks, as ModelOpt's have them"):
+        draft_kind("medusa_heads", ["0.0.weight"])
 
 
 @pytest.mark.parametrize("key", ["num_heads", "num_hidden_layers", "hidden_size", "vocab_size"])
@@ -96,3 +101,14 @@ def test_counts_that_no_heads_have_are_refused(key: str) -> None:
     for wrong in (0, -1, "3", None, True, 1 << 40):
         with pytest.raises(ExportError, match="needs whole numbers above 0"):
             shape_of(right | {key: wrong})
+
+
+@pytest.mark.parametrize("key", ["num_medusa_heads", "num_medusa_layers"])
+def test_counts_beside_a_base_that_no_heads_have_are_refused(key: str) -> None:
+    right = read_json(GOLDEN / "drafts" / "draft-llama-medusa-bf16" / "config.json")
+    assert (shape_of(right).medusa, shape_of(right).blocks) == (3, 1)
+    for wrong in (0, -1, "3", None, True, 1 << 40):
+        with pytest.raises(ExportError, match="config.json: medusa must say"):
+            shape_of(right | {"medusa": right["medusa"] | {key: wrong}})
+    with pytest.raises(ExportError, match="config.json: medusa must say"):
+        shape_of(right | {"medusa": 3})

@@ -35,15 +35,20 @@ def rebuilt(folder: Path) -> nn.Module:
     model = loaded(GOLDEN / "models" / f"{folder.name.split('-')[0]}-bf16")
     if folder.name.endswith("457"):
         take_experts_apart(model)
-    state, said = load_file(folder / "live.safetensors"), json.loads((folder / "live.json").read_text())
-    for name, tensor in state.items():
+    for name, tensor in load_file(folder / "live.safetensors").items():
         if "_quantizer" not in name:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    hang_quantizers(model, folder)
+    return model
+
+
+def hang_quantizers(model: nn.Module, folder: Path) -> None:
+    """Hang the quantizers that a golden has into a model."""
+    state, said = load_file(folder / "live.safetensors"), json.loads((folder / "live.json").read_text())
     for name, its in said["quantizers"].items():
         buffers = {key: state[f"{name}.{key}"] for key in its.get("buffers", ())}
         put(model, name, _as_python(said["settings"][its["settings"]]), buffers)
-    return model
 
 
 def put(model: nn.Module, name: str, attributes: dict[str, Any], buffers: dict[str, Tensor]) -> None:
