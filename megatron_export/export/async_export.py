@@ -200,9 +200,8 @@ def export_hf_checkpoint_async(
     if memory and not keep_memory:  # the process that writes has it now, and frees it file by file
         memory.release()
         memory = None
-    return Handle(
-        target, time.monotonic() - started, work.plan.nbytes, process, partial(world_of, model, request.timeout), memory
-    )
+    world = partial(world_of, [], request.timeout)  # Megatron's, whatever the model: a handle keeps none alive
+    return Handle(target, time.monotonic() - started, work.plan.nbytes, process, world, memory)
 
 
 def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
