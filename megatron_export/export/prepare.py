@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from .. import __version__
 from ..calibration.lookup import check_calibration
+from ..checkpoint.hf_folder import of_folder
 from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
@@ -69,7 +72,19 @@ def open_model(
             raise ExportError("effective_bits needs calibration: pass what calibrate(..., sensitivities=...) returned")
         into = Path(beside) if beside and (here.first or request.writers != "rank0") else None
         original = original_of(model, hf_model, tokenizer, request.mtp, into)
+    if export_dir and not isinstance(model, MegatronCheckpoint):
+        original = _with_copied(here, model, original, into)
     return open_export(here, origin_of(model), original, request, statistics, export_dir, check=check)
+
+
+def _with_copied(here: Topology, model: Model, original: Original, into: Path | None) -> Original:
+    """The original with the tensors that a live model has of it, put into the folder `into`, if there is one. Collective."""
+    whole = {name: tensor.cpu().contiguous() for name, tensor in live(model).copied(original.config) if into}
+    with together(here, "keep what is copied"):
+        if not (whole and into):
+            return original
+        save_file(whole, into / "model.safetensors")
+        return replace(original, files=of_folder(into))
 
 
 def open_export(

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoint.hf_folder import files_to_copy, find_model, of_folder, tokenizer_remarks
@@ -16,7 +15,7 @@ from ..models import ARCHITECTURES, architecture_of, mtp_prefixes, settings_of, 
 from ..models.other import other_architecture
 from ..models.registry import architecture_name, learn
 from ..planning.tensor_spec import Output
-from .copied import copied_whole
+from .copied import copied_tensors
 from .model import bare, class_of, tensors_of
 
 
@@ -30,7 +29,7 @@ class Tokenizer(Protocol):
 def original_of(
     model: nn.Module, hf_model: str | Path | None, tokenizer: Tokenizer | str | Path | None, mtp: str, into: Path | None
 ) -> Original:
-    """The original of a live model, whose files are put into the folder `into`, if there is one.
+    """The original of a live model, whose files, but for tensors, are put into the folder `into`, if there is one.
 
     The tokenizer is that of `tokenizer`, an object or a folder, else of `hf_model`, else of the folder that the model came from.
     `ExportError` for an unknown architecture and wrong settings.
@@ -43,7 +42,9 @@ def original_of(
     )
     if isinstance(tokenizer, str | Path) and not Path(tokenizer).is_dir():
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
-    copied = _copied(model, config, into)
+    copied = tuple(
+        Output(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in copied_tensors(model, config).items()
+    )
     if into:
         _put(model, [one for one in (folder, tokenizer) if one is not None], into)
     prefixes = mtp_prefixes(config)
@@ -75,14 +76,6 @@ def config_of(model: nn.Module) -> dict:
         learn(name, other_architecture(name, tensors_of(model)))
     architecture_of(found)
     return found
-
-
-def _copied(model: nn.Module, config: dict, into: Path | None) -> tuple[Output, ...]:
-    """The tensors that are copied as they are; put into the folder too. Collective, if the model is cut over ranks."""
-    whole = dict(copied_whole(model, config))
-    if whole and into:
-        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, into / "model.safetensors")
-    return tuple(Output(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in whole.items())
 
 
 def _put(model: nn.Module, origins: list[Tokenizer | str | Path], into: Path) -> None:

@@ -177,6 +177,24 @@ def test_what_is_copied_of_a_model_that_is_cut_is_gathered(ranks: Ranks, tmp_pat
     assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
 
 
+def lacking_a_tokenizer(folder: Path) -> str:
+    """In a rank: what is said where the last rank alone does not find the tokenizer of a model that is cut."""
+    dist.init_process_group("gloo")
+    try:
+        model = fully_shard(other("gemma2"), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        given = {"tokenizer": folder / "none"} if dist.get_rank() else {}
+        return refusal(export_hf_checkpoint, model, folder / "out", format="fp8_pb", **given)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_that_fails_before_what_is_copied_is_gathered_holds_up_no_other(ranks: Ranks, tmp_path: Path) -> None:
+    first, last = ranks.call(2, lacking_a_tokenizer, tmp_path, seconds=60)
+    assert first == last
+    assert first.startswith("rank 1 failed to read the model's shapes: tokenizer")
+    assert list(tmp_path.iterdir()) == []
+
+
 def export_smoothed(source: Path, folder: Path, name: str, shard: Callable, statistics: dict[str, Tensor]) -> None:
     """In a rank: export a model that is cut in AWQ's formats."""
     dist.init_process_group("gloo")
