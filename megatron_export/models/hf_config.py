@@ -5,7 +5,7 @@ It is read as a raw dict: transformers 5 rewrites `rope_theta`, `rope_scaling` a
 
 from ..common.errors import ExportError, report
 from ..common.safe_files import shown
-from ..common.text import near
+from ..common.text import near, some
 from .architecture import Architecture
 from .hf_config_limits import wrong_values
 from .indexers import indexed_layers
@@ -53,7 +53,7 @@ def architecture_of(config: dict) -> Architecture:
     name, architecture = architecture_name(config), known(config)
     if architecture is None:
         raise ExportError(
-            f"unknown architecture {shown(name)} in config.json.{_meant(name)} Known: {', '.join(ARCHITECTURES)}"
+            f"unknown architecture {shown(name)} in config.json.{_meant(name)} Known: {some(list(ARCHITECTURES))} in docs/models.md"
         )
     text = text_of(config)
     report(

@@ -240,7 +240,7 @@ HOSTILE: dict[str, tuple[io.BytesIO, str]] = {
     "far strides": (archive(described((4, 6), (1 << 40, 1))), "in 96 bytes"),
     "negative": (archive(described((4, 6), (6, 1), -8)), "a tensor without sizes"),
     "odd sizes": (archive(described(("4", 6), (6, 1))), "a tensor without sizes"),
-    "other numbers": (archive(described((4, 6), (6, 1), kind=torch.LongStorage)), "a tensor of 'LongStorage'"),
+    "other numbers": (archive(described((4, 6), (6, 1), kind=torch.CharStorage)), "a tensor of 'CharStorage'"),
     "no numbers": (archive(described((4, 6), (6, 1), key="9")), "There is no item named 'archive/data/9'"),
     "empty": (archive(described((0, 6), (6, 1))), "in 96 bytes"),
     "compressed": (archive(described((4, 6), (6, 1)), bytes(1 << 20), zipfile.ZIP_DEFLATED), "is compressed"),

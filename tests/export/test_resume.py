@@ -1,7 +1,9 @@
 """--resume: what it refuses, what it does not do twice, and what it does where there is nothing to go on with."""
 
+import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,14 @@ FORMATS = {  # format -> what it is asked for with
 }
 
 
+def killed_with_a_file(folder: Path) -> None:
+    """In a rank: die as soon as a file is complete, which threads see to."""
+    until = time.monotonic() + 4
+    while not kept(folder) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_goes_on_after_a_kill_to_the_same_bytes(name: str, flags: tuple, tmp_path: Path) -> None:
     more = FORMATS[name]
@@ -85,7 +95,8 @@ def test_every_format_goes_on_after_a_kill_to_the_same_bytes(name: str, flags: t
         flags = tuple(
             one for n, one in enumerate(flags) if not {*map(str, flags[max(n - 1, 0) : n + 1])} & set(CALIBRATION)
         )
-    statuses, said, _ = export_with(Fault("kill", "last bucket", (0,)), tmp_path, *flags, *asked)
+    fault = Fault("kill", "last bucket", (0,), (killed_with_a_file, tmp_path / "out"))
+    statuses, said, _ = export_with(fault, tmp_path, *flags, *asked)
     assert statuses[0] == -signal.SIGKILL, said
     complete = kept(tmp_path / "out")
     statuses, said, _ = export_with(None, tmp_path, *flags, *asked, "--resume")
