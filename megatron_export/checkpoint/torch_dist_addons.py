@@ -143,7 +143,7 @@ def quantizers_in(storage: Storage, canonical: Callable[[str], str], experts: in
     for name, some in held.items():
         attributes = quantizers.setdefault(name, {})
         for buffer, (tensor, lead) in some.items():
-            unknown = "_num_bits" not in attributes and prod(tensor.shape) > 1
+            unknown = "_num_bits" not in attributes and prod(tensor.shape[len(lead) :]) > 1
             many = buffer == "_amax" and (has_blocks(attributes) or unknown)
             attributes[buffer] = home(tensor, lead) if many else storage.entry(tensor, lead)
     return quantizers

@@ -131,6 +131,7 @@ def _draft(job: "Outcome") -> list[tuple[str, str]]:
     said = f"{plan.format}, {readable(plan.nbytes)} in {len(plan.files)} file(s)"
     rows = [("draft", said)] + ([("draft folder", str(job.draft.folder))] if job.draft.folder else [])
     judged = verdicts(of_plan(plan), base=of_plan(job.plan))
+    rows += [("draft note", remark) for remark in plan.remarks]
     return rows + [(f"draft in {engine}", verdict.text) for engine, verdict in judged.items()]
 
 

@@ -47,16 +47,19 @@ def as_modelopt_has_them(chunk: nn.Module, rank: int, tp: int, outputs: bool) ->
         hang(head.lm_head, {part: theirs[f"{start}.1.{part}._amax"] for part in both} if outputs else {})
 
 
+def quantize_all(model: nn.Module | list[nn.Module], tp: int, outputs: bool) -> None:
+    for chunk in chunks_of(model):
+        heads = chunk._modules.pop("medusa_heads", None)
+        quantize(chunk, FP8, lambda name: torch.tensor(2.0))
+        if heads is not None:
+            chunk.medusa_heads = heads
+            as_modelopt_has_them(chunk, torch.distributed.get_rank() % tp, tp, outputs)
+
+
 def exported(out: Path, tp: int, pp: int, outputs: bool, asked: dict) -> str:
     """In a rank: export a base in FP8 with its heads in one folder; what is said if that is refused."""
     with with_heads(BASE, tp, pp) as (model, _):
-        for chunk in chunks_of(model):
-            heads = chunk._modules.pop("medusa_heads", None)
-            quantize(chunk, FP8, lambda name: torch.tensor(2.0))
-            if heads is not None:
-                chunk.medusa_heads = heads
-                rank = torch.distributed.get_rank() % tp
-                as_modelopt_has_them(chunk, rank, tp, outputs)
+        quantize_all(model, tp, outputs)
         return refusal(export_hf_checkpoint, model, out, hf_model=BASE, **asked)
 
 
@@ -118,3 +121,22 @@ def test_saved_heads_have_the_bytes_of_the_live_ones(ranks: Ranks, tmp_path: Pat
     assert read_json(tmp_path / "read" / "config.json") == read_json(tmp_path / "live" / "config.json")
     [(status, said)] = ranks.call(1, command, *asked, "--overwrite")
     assert status == 1 and "calibration runs no heads of Medusa" in said
+
+
+def saved_quantized(folder: Path) -> str:
+    """In a rank: export a model with heads that ModelOpt quantized, and save it as Megatron-LM does."""
+    with with_heads(BASE, 2, 1) as (model, _):
+        quantize_all(model, 2, True)
+        save(model, folder / "saved", read_json(BASE / "config.json"))
+        return refusal(export_hf_checkpoint, model, folder / "live", hf_model=BASE, medusa_layout="combined")
+
+
+def test_saved_quantizers_of_heads_are_read_or_told_of(ranks: Ranks, tmp_path: Path) -> None:
+    assert set(ranks.call(2, saved_quantized, tmp_path)) == {""}
+    asked = ("--device", "cpu", "--hf-model", BASE, "--megatron-checkpoint", tmp_path / "saved", "--format", "fp8")
+    for layout in ("combined", "draft"):
+        [(status, said)] = ranks.call(1, command, *asked, "--medusa-layout", layout, "--output", tmp_path / layout)
+        assert status == 0, said
+    assert_same(tensors(tmp_path / "combined"), tensors(tmp_path / "live"))
+    assert not (tmp_path / "combined-draft").exists() and (tmp_path / "draft-draft").exists()
+    assert "draft note" in said and "medusa_heads have quantizers of ModelOpt, and are written in bfloat16" in said
