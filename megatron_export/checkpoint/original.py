@@ -23,6 +23,7 @@ class Original:
     powers   names of weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
     wide     names of tensors that are in float32, and may stay so
     dropped  prefixes of the names of tensors that are left out
+    inputs   folders of the user that its files were taken from, if `folder` is none of his
     remarks  what the user should know of it, a sentence each
     """
 
@@ -33,6 +34,7 @@ class Original:
     powers: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
+    inputs: tuple[Path, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -71,7 +73,7 @@ def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: 
         config = without_mtp(config)
     settings_of(config)
     powers = _powers(folder, config, dropped, read)
-    return Original(folder, config, {}, (), powers, wide_in(folder, config), dropped, remarks)
+    return Original(folder, config, {}, (), powers, wide_in(folder, config), dropped, remarks=remarks)
 
 
 def wide_in(folder: Path, config: dict) -> frozenset[str]:

@@ -100,7 +100,7 @@ def open_export(
     """Plan an export. Collective. `ExportError` for what can be refused before any work.
 
     statistics  what the formats are chosen by, if a budget chooses them; without them it is planned as small as it can be
-    export_dir  where it will be written, if it will: free, on a disk with room, and neither the original nor one of `apart`
+    export_dir  where it will be written, if it will: free, on a disk with room, and neither in the original nor in one of `apart`
     check       may refuse the plan on rank 0
     """
     origin, original = with_heads(here, origin, original, request)
@@ -127,7 +127,7 @@ def open_export(
                 report(refusals(plan, request.target))
             if export_dir:
                 check_target(export_dir.resolve(), plan, overwrite=request.overwrite, resume=request.resume)
-                check_apart(export_dir, original.folder, *apart)
+                check_apart(export_dir, original.folder, *original.inputs, *apart)
             check(plan, original)
     if export_dir and set(plan.writers.values()) != {0}:
         _try_writers(here, plan, export_dir.resolve())

@@ -37,9 +37,8 @@ def original_of(
     model = bare(model)
     config, dropped, remarks = config_of(model), (), ()
     named = Path(str(getattr(model, "name_or_path", "") or ""))
-    folder = (
-        find_model(hf_model, weights=False) if hf_model else named if str(named) != "." and named.is_dir() else None
-    )
+    home = named if str(named) != "." and named.is_dir() else None
+    folder = find_model(hf_model, weights=False) if hf_model else home
     if isinstance(tokenizer, str | Path) and not Path(tokenizer).is_dir():
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
     copied = tuple(
@@ -60,7 +59,9 @@ def original_of(
         remarks = (*remarks, "the model was given without a tokenizer, and engines want one. Give tokenizer=")
     elif into:
         remarks += tokenizer_remarks(into)
-    return Original(into or Path(), config, of_folder(into) if into else {}, copied, dropped=dropped, remarks=remarks)
+    inputs = tuple(Path(one) for one in (home, folder, tokenizer) if isinstance(one, str | Path))
+    files = of_folder(into) if into else {}
+    return Original(into or Path(), config, files, copied, dropped=dropped, inputs=inputs, remarks=remarks)
 
 
 def config_of(model: nn.Module) -> dict:

@@ -1,5 +1,6 @@
 """A transformers model as it is handed in: what is taken from it, and what is refused in a sentence."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_a_tokenizer_is_an_object_or_a_folder_and_counts_before_the_models_own(m
     model.name_or_path = model.config._name_or_path = ""
     report = export_hf_checkpoint(model, tmp_path / "none", format="bf16")
     assert any("tokenizer" in remark for remark in report.plan.remarks)
+
+
+def test_the_folder_that_a_model_or_its_tokenizer_came_from_is_not_overwritten(models: dict, tmp_path: Path) -> None:
+    home, other = (Path(shutil.copytree(models["llama31"], tmp_path / name)) for name in ("home", "other"))
+    (other / "tokenizer.json").write_text("{}")
+    model, before = loaded(home), {path.name: path.read_bytes() for path in home.iterdir()}
+    for target, more in ((home, {}), (home, {"hf_model": other}), (other, {"tokenizer": other}), (tmp_path, {})):
+        with pytest.raises(ExportError, match=f"{target} holds .*, which this export needs"):
+            export_hf_checkpoint(model, target, format="bf16", overwrite=True, **more)
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+    assert (other / "tokenizer.json").read_text() == "{}"
 
 
 def test_a_plain_model_in_bf16_is_itself(models: dict, tmp_path: Path) -> None:
