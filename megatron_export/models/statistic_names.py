@@ -174,7 +174,7 @@ def in_memory(hf: str, owners: dict[str, tuple[str, str]]) -> str | None:
         return None
     (module, part), kind = owners[found[1]], found[2]
     if kind[:2] in ("k_", "v_"):
-        if part and kind[0] != part:
+        if part not in ("", kind[0]) or not makes_keys(f"{module}.weight"):  # no part: one tensor of q, k and v
             return None
         module = module.rpartition(".")[0]
     by_part = f".{part}" if kind.startswith("clip.") and part else ""
