@@ -61,7 +61,7 @@ def last_words(said: str) -> str:
     ("number", "more", "status"),
     [
         pytest.param(signal.SIGTERM, (), "75", id="SIGTERM"),
-        pytest.param(signal.SIGINT, (), "130", id="SIGINT"),
+        pytest.param(signal.SIGINT, (), "130", id="SIGINT", marks=pytest.mark.slow),  # as SIGTERM, but for the status
         pytest.param(
             signal.SIGUSR1, ("--signals-to-handle", "SIGTERM,SIGUSR1"), "75", id="SIGUSR1", marks=pytest.mark.slow
         ),

@@ -104,7 +104,12 @@ def families(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.parametrize(
-    ("name", "topology"), [(name, topology) for name, some in FAMILIES.items() for topology in some]
+    ("name", "topology"),
+    [  # stages do not differ from one family to another
+        pytest.param(name, topology, marks=pytest.mark.slow if topology == "pp2" and name != "mistral" else ())
+        for name, some in FAMILIES.items()
+        for topology in some
+    ],
 )
 def test_every_topology_writes_the_files_of_one_rank(
     name: str, topology: str, families: dict, ranks: Ranks, tmp_path: Path

@@ -177,6 +177,7 @@ def test_a_plan_of_its_full_size_has_the_tensors_of_its_files(name: str) -> None
     assert all(module.removesuffix(".weight") in left for module in tensors if ".conv1d.weight" in module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_check_finds_nothing_but_that_its_loaders_were_not_read(name: str, form: str) -> None:
