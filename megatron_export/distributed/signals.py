@@ -45,6 +45,7 @@ def noticed() -> Iterator[None]:
         told.close()
         thread.join()
         heard.close()
+        _noticed.clear()  # an export that this process calls later was not asked to stop
 
 
 def _note(number: int, frame: FrameType | None = None) -> None:

@@ -90,3 +90,11 @@ def test_ctrl_c_where_nothing_heeds_it_is_one_line_of_rank_0_and_status_130(rank
         finally:
             one.kill()
     assert (one.returncode, said) == (130, line)
+
+
+def test_what_came_is_forgotten_with_the_run_that_it_stopped() -> None:
+    with signals.noticed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            signals.heed()
+    signals.heed()
