@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..common.errors import ExportError
 from ..models import HEADS, child_of, draft_kind, spelled
+from ..models.drafts import check_single, settings_missing
 from .model import bare, tensors_of
 
 HEAD = "lm_head.weight"  # of a draft without one, the base's
@@ -12,8 +12,7 @@ HEAD = "lm_head.weight"  # of a draft without one, the base's
 def draft_in(model: nn.Module) -> str:
     """The child of a model that is a draft; "" without one. `ExportError` for several, and for one that is not exported."""
     found = [name for name, _ in bare(model).named_children() if child_of(name)]
-    if len(found) > 1:
-        raise ExportError(f"the model has several drafts, {' and '.join(found)}. Remove all but one")
+    check_single(found)
     if not found:
         return ""
     draft_kind(found[0], tensors_of(draft_of(model, found[0])))
@@ -31,9 +30,7 @@ def settings_of(model: nn.Module, child: str) -> dict:
     if counts := draft_kind(child, names := tensors_of(draft_of(model, child))).counts:
         return counts(names)
     if not hasattr(model, "eagle_config"):
-        raise ExportError(
-            f"the model has {child} and no eagle_config, which says how the draft computes. ModelOpt's conversion sets it"
-        )
+        raise settings_missing(child)
     said = model.eagle_config.to_dict()
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..common.errors import ExportError, report
+from ..common.errors import report
 from ..common.shards import Shards
 from ..models import Kind, canonical_in, child_of, draft_kind, megatron_llama3, without_additions
+from ..models.drafts import check_single, settings_missing
 from .model import Model, canonical_tensors, chunks_of
 
 # Word of config.json -> the field of the draft's `TransformerConfig`, to which ModelOpt adds those of EAGLE.
@@ -58,9 +59,7 @@ class MegatronDraft:
         if self.kind.counts:
             return self.kind.counts([name for name, _ in self.module.named_parameters()])
         if not hasattr(self.chunk, "eagle_config"):
-            raise ExportError(
-                f"the model has {self.child} and no eagle_config, which says how the draft computes. ModelOpt's conversion sets it"
-            )
+            raise settings_missing(self.child)
         said, built = vars(self.chunk.eagle_config), vars(self.module.config)
         problems = [
             f"the draft has {name} = {said[name]!r}, and engines compute it with {means!r}"
@@ -105,8 +104,5 @@ def draft_in(model: Model) -> MegatronDraft | None:
     found = [
         MegatronDraft(name, chunk) for chunk in chunks_of(model) for name, _ in chunk.named_children() if child_of(name)
     ]
-    if len(found) > 1:
-        raise ExportError(
-            f"the model has several drafts, {' and '.join(one.child for one in found)}. Remove all but one"
-        )
+    check_single([one.child for one in found])
     return found[0] if found else None

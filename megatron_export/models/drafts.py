@@ -4,7 +4,7 @@ A draft is exported like a model, into a folder of its own: it has an architectu
 settings and of its base's config.json.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from ..common.errors import ExportError
@@ -65,6 +65,19 @@ def draft_kind(child: str, names: Collection[str]) -> Kind:
     if why:
         raise ExportError(f"{child}: {why}. {OUT}")
     return KINDS[child]
+
+
+def settings_missing(child: str) -> ExportError:
+    """What is raised of a live model whose draft has no settings."""
+    return ExportError(
+        f"the model has {child} and no eagle_config, which says how the draft computes. ModelOpt's conversion sets it"
+    )
+
+
+def check_single(children: Sequence[str]) -> None:
+    """`ExportError` for several drafts in a live model."""
+    if len(children) > 1:
+        raise ExportError(f"the model has several drafts, {' and '.join(children)}. Remove all but one")
 
 
 def draft_config(child: str, settings: dict, base: dict) -> dict:
