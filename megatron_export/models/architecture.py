@@ -51,6 +51,8 @@ class Architecture:
     spelled     HF module -> what lists of excluded modules call it, where engines do not have it under its HF name
     turned      whether engines reorder the rows of q and k, so that scales of rows would belong to other rows
     routing     config.json key -> value, which engines read and transformers leaves out when it saves a model
+    respelled   (config.json's dict) -> more such keys where they depend on others, and keys that transformers writes in words that
+                an engine does not know; those of a dict within are added to it
     on_disk     patterns and their replacements, in order, that turn names in transformers' modules into names on disk
     """
 
@@ -80,4 +82,5 @@ class Architecture:
     spelled: Mapping[str, str] = field(default_factory=dict)
     turned: bool = False
     routing: Mapping[str, object] = field(default_factory=dict)
+    respelled: Callable[[dict], dict] = lambda config: {}
     on_disk: tuple[tuple[str, str], ...] = ()

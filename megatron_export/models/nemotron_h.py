@@ -106,6 +106,13 @@ def implied(config: dict) -> dict:
     }
 
 
+def respelled(config: dict) -> dict:
+    """Lists of kinds in NVIDIA's words. transformers 5 has others for Mamba and attention, which SGLang does not know."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    lists = {key: config.get(key) for key in ("layers_block_type", "mtp_layers_block_type")}
+    return {key: [words.get(one, one) for one in found] for key, found in lists.items() if isinstance(found, list)}
+
+
 def computed(config: dict, shape: ModelShape) -> dict:
     """The pattern as Megatron spells it, and sizes."""
     main = "".join(LETTERS[kinds[0]] for kinds in shape.kinds[: shape.layers])
@@ -128,6 +135,7 @@ ARCHITECTURE = Architecture(
     rotated=False,
     settings={"activation_func": "squared_relu", "gated_linear_unit": False},
     computed=computed,
+    respelled=respelled,
     only={
         "mlp_hidden_act": ("relu2", None),
         "mamba_hidden_act": ("silu", None),

@@ -23,6 +23,14 @@ RULES = ATTENTION | APART | zero_centred(MTP)
 SEES = "model.language_model."  # where the language model is in one that sees
 _NEXT = qwen3_next.ARCHITECTURE
 
+
+def _respelled(config: dict) -> dict:
+    """Also that no layer of the vision tower has a merger of its own: SGLang makes three where nothing is said."""
+    found = qwen3_next.respelled(config)
+    said = "deepstack_visual_indexes" in config.get("vision_config", {"deepstack_visual_indexes": []})
+    return found if said else found | {"vision_config": {"deepstack_visual_indexes": []}}
+
+
 TEXT = replace(
     _NEXT,
     rules=RULES | zero_centred(dense("mlp")),
@@ -30,6 +38,6 @@ TEXT = replace(
     | {"attn_output_gate": (True, None)},
 )
 MOE_TEXT = replace(TEXT, rules=RULES | EXPERTS)
-_SEEING = {"copied": ("model.visual.",), "on_disk": ((r"^model\.", SEES),)}
+_SEEING = {"copied": ("model.visual.",), "respelled": _respelled, "on_disk": ((r"^model\.", SEES),)}
 DENSE = replace(TEXT, rules=renamed("model.", SEES, TEXT.rules), **_SEEING)
 MOE = replace(MOE_TEXT, rules=renamed("model.", SEES, MOE_TEXT.rules), **_SEEING)

@@ -67,6 +67,16 @@ def implied(config: dict) -> dict:
     return {"partial_rotary_factor": 0.25, "intermediate_size": config.get("moe_intermediate_size")}
 
 
+def respelled(config: dict) -> dict:
+    """How often attention is not linear: SGLang reads no `layer_types`, which transformers 5 writes in place of it."""
+    kinds = config.get("text_config", config).get("layer_types") or ()
+    full = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
+    if not full or full != list(range(full[0], len(kinds) + 1, full[0])):
+        return {}
+    found = {"full_attention_interval": full[0]}
+    return {"text_config": found} if "text_config" in config else found
+
+
 ARCHITECTURE = Architecture(
     rules=ATTENTION | zero_centred(dense("mlp")) | EXPERTS | LINEAR | zero_centred(MTP),
     predicting="mtp.layers.",
@@ -75,6 +85,7 @@ ARCHITECTURE = Architecture(
     layers=by_layer_types,
     settings={"qk_layernorm": True, "attention_output_gate": True, "layernorm_zero_centered_gamma": True},
     computed=computed,
+    respelled=respelled,
     only={
         "norm_topk_prob": (True, False, None),
         "attention_bias": (False, None),

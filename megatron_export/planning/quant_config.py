@@ -72,12 +72,15 @@ def _groups(forms: tuple[Form, ...], layers: dict[str, dict]) -> dict[str, dict]
 
 def config_json(plan: Plan) -> dict:
     """The original's config with the dtype of what is written, the quantization, and what engines need that transformers leaves out
-    when it saves a model (the architecture's `routing`).
+    or spells otherwise when it saves a model (the architecture's `routing` and `respelled`).
     """
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
     inner = _in_bfloat16(config["text_config"]) if "text_config" in config else {}
-    routing = {key: value for key, value in architecture_of(plan.config).routing.items() if key not in config | inner}
+    architecture = architecture_of(plan.config)
+    routing = {key: value for key, value in architecture.routing.items() if key not in config | inner}
     config |= {"text_config": inner | routing} if inner else routing
+    for key, said in architecture.respelled(plan.config).items():
+        config[key] = config[key] | said if isinstance(said, dict) else said
     quantization = quantization_config(plan)
     return _in_bfloat16(config) | ({"quantization_config": quantization} if quantization else {})
 

@@ -31,6 +31,9 @@ def exported(ranks: Ranks, names: dict[str, list[str]], out: Path) -> list[Path]
         (out / name).mkdir()
         (out / f"{name}-source").mkdir()
         model = product.source(out / f"{name}-source", name)
-        [refused] = ranks.call(1, product.export, model, out / name, forms, seconds=300)
+        if name.partition("-")[0] in product.BY_TABLE:
+            refused = product.export_by_table(model, out / name, forms)
+        else:
+            [refused] = ranks.call(1, product.export, model, out / name, forms, seconds=300)
         folders += [out / name / form for form in forms if form not in refused]
     return folders

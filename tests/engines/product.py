@@ -6,7 +6,9 @@ from megatron_export import formats
 from megatron_export.engines.exclude_lists import JOINED
 from megatron_export.planning import recipe
 
+from ..support.exported import exported
 from ..support.models import add_mtp, make_model
+from ..support.predicting import add_nemotrons, add_qwens
 
 _WIDE = {
     "vocab_size": 512,
@@ -29,7 +31,30 @@ _MLA = {
     "moe_intermediate_size": 128,
 }
 _LLAMA4 = _HEADS | {"intermediate_size": 128, "intermediate_size_mlp": 384}
-MODELS = {
+_LINEAR = _EXPERTS | {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_expert_intermediate_size": 128,
+    "mlp_only_layers": [],
+}
+_MAMBA = _EXPERTS | {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 8,
+    "ssm_state_size": 16,
+    "moe_latent_size": 128,
+    "moe_shared_expert_intermediate_size": 128,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+}
+# Which have layers that Megatron-Core builds on a GPU alone, or slowly: they are exported from their tables.
+BY_TABLE = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
+    "nemotron_h": _MAMBA,
+}
+MODELS = BY_TABLE | {
     "llama31": _WIDE,
     "llama32": _HEADS,
     "qwen2": _WIDE,
@@ -61,6 +86,7 @@ FORMATS |= {name: {"recipe": name} for name in recipe.names()} | {
     "mixed_head_w4a16": {"recipe": "w4a16_nvfp4_mlp_fp8_attention", "set": ("lm_head=w4a16_nvfp4",)},
     "mixed_kvnvfp4": {"recipe": "nvfp4_mlp_fp8_attention", "kv_cache": "nvfp4"},
 }
+_OPTIONS = ("fp8_pb_spelling", "awq_output")
 WITH_MLA = {f"{name}+mla": settings | {"quantize_mla": True} for name, settings in FORMATS.items()}
 
 
@@ -69,7 +95,8 @@ def source(folder: Path, name: str) -> Path:
     name, _, kind = name.partition("-")
     made = make_model(folder, name, **MODELS[name] | ({"mlp_only_layers": []} if kind == "sparse" else {}))
     if kind == "mtp":
-        add_mtp(made)
+        predicting = add_nemotrons if name == "nemotron_h" else add_qwens if name in BY_TABLE else add_mtp
+        predicting(made)
     return made
 
 
@@ -80,6 +107,21 @@ def list_joined(layers: dict[str, dict]) -> None:
         parent, _, last = module.rpartition(".")
         if last in joined:
             layers[f"{parent}.{joined[last]}"] = said
+
+
+def export_by_table(model: Path, out: Path, names: list[str]) -> dict[str, str]:
+    """Write a checkpoint in the formats of those names into folders of `out`; what was refused, and why."""
+    from megatron_export import ExportError
+
+    refused = {}
+    for name in names:
+        settings = {key: value for key, value in FORMATS[name].items() if key not in _OPTIONS}
+        options = {key: value for key, value in FORMATS[name].items() if key in _OPTIONS}
+        try:
+            exported(model, out / name, settings.pop("format", None), options=options, **settings)
+        except ExportError as error:
+            refused[name] = str(error)
+    return refused
 
 
 def export(model: Path, out: Path, names: list[str], **more: object) -> dict[str, str]:

@@ -28,11 +28,17 @@ if TYPE_CHECKING:
 SETTINGS = {"SGLANG_USE_CPU_ENGINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 HOW = {
     "device": "cpu",
+    "mamba_radix_cache_strategy": "no_buffer",  # of models with linear attention or Mamba
+    "disable_overlap_schedule": True,
     "dtype": "bfloat16",
     "skip_tokenizer_init": True,
     "moe_runner_backend": "marlin",  # what it takes on Hopper for experts in four bits; others are loaded alike
 }
 EMPTY = ("IPython", "gguf", "sgl_kernel", "tvm_ffi")
+OPERATORS = (  # that Qwen 3.5 asks for while it is imported where there is no GPU
+    *("fused_sigmoid_mul_cpu", "fused_qk_gemma_rmsnorm_cpu", "fused_qk_gemma_rmsnorm_with_gate_cpu"),
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
 DERIVED = ("blockscale_swizzled",)  # made of what was loaded, later
 DEFAULTS = ("k_scale", "v_scale", "pre_quant_scale")  # are 1 where a checkpoint has none; the first two begin as -1
 
@@ -74,6 +80,11 @@ class Empty(MetaPathFinder, Loader):
 def imported() -> None:
     """Import SGLang and its models, without its kernels, and have them take the way of a GPU."""
     sys.meta_path.append(Empty())
+    import torch
+
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    for name in OPERATORS:
+        library.define(f"{name}(Tensor values) -> Tensor")
     from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.models.registry import ModelRegistry
 

@@ -10,6 +10,7 @@ those are loaded and not run.
 import argparse
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,13 +18,23 @@ from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, expe
 
 
 def without_kernels() -> None:
-    """Quantized experts, and linears with weights alone in four bits, are built and loaded, and never run."""
+    """Experts that are quantized or have no gate, and linears with weights alone in four bits, are loaded and never run."""
     from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
 
+    checked = FusedMoEConfig.__post_init__
+
+    def gated_or_not(self: FusedMoEConfig) -> None:
+        with suppress(
+            NotImplementedError
+        ):  # the last thing that it asks: experts without a gate are computed on GPUs alone
+            checked(self)
+
+    FusedMoEConfig.__post_init__ = gated_or_not
     fp8.select_fp8_moe_backend = modelopt.select_fp8_moe_backend = lambda **named: (Fp8MoeBackend.TRITON, None)
     modelopt.select_nvfp4_moe_backend = lambda **named: (NvFp4MoeBackend.MARLIN, None)
     mxfp4.select_mxfp4_moe_backend = lambda *rest: (Mxfp4MoeBackend.MARLIN, None)

@@ -2,7 +2,6 @@
 and what is refused.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_export.verify.thresholds import Wanted, inspected
 from ..export.test_topologies import calibration_flags, export
 from ..support.live import loaded, refusal
 from ..support.models import assert_same, contents, make_model, read_json, tensors
+from ..support.predicting import add_qwens
 from ..support.ranks import Ranks, command, living
 from ..support.saving import PLACE, changing, reading, renamed, saved_model, without_weights
 
@@ -55,30 +55,13 @@ TRIED = {
 }
 
 
-def add_mtp(source: Path) -> None:
-    """Give a checkpoint a layer that predicts one more token, under `mtp.`: like its last one, with other numbers."""
-    config, held = read_json(source / "config.json"), tensors(source)
-    text = config.get("text_config", config)
-    prefix = "model.language_model." if "text_config" in config else "model."
-    last, hidden = f"{prefix}layers.{text['num_hidden_layers'] - 1}.", text["hidden_size"]
-    made = {f"mtp.layers.0.{n.removeprefix(last)}": t.flip(0) for n, t in held.items() if n.startswith(last)}
-    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-    made |= {f"mtp.{norm}.weight": torch.rand(hidden).bfloat16() for norm in norms}
-    made["mtp.fc.weight"] = (torch.randn(hidden, 2 * hidden) / 10).bfloat16()
-    for path in source.glob("*.safetensors"):
-        path.unlink()
-    save_file({name: tensor.clone() for name, tensor in (held | made).items()}, source / "model.safetensors")
-    text["mtp_num_hidden_layers"] = 1
-    (source / "config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each with a layer that predicts one more token."""
     found = {}
     for name in NAMES:
         found[name] = make_model(tmp_path_factory.mktemp(name), name, **SIZES)
-        add_mtp(found[name])
+        add_qwens(found[name])
     return found
 
 

@@ -2,7 +2,6 @@
 to run, not to be saved), and checkpoints with the keys that it writes of the rest: latents of experts, layers that predict.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_whole
@@ -45,12 +43,12 @@ from ..mcore.test_hybrid_model import PATTERN, STACK_SPEC, HybridModel, HybridSt
 from ..support.live import refusal, world
 from ..support.models import LENGTH, assert_same, contents, make_model, read_json, tensors
 from ..support.plans import plan_for
+from ..support.predicting import add_nemotrons
 from ..support.ranks import Ranks, command, living
 from ..support.saving import PLACE, reading, save, without_weights
 
 pytestmark = pytest.mark.whole
 
-PREDICTING = ("full_attention", "moe")
 SEGMENTS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
 FORMATS = {
     "bf16": (),
@@ -62,25 +60,6 @@ FORMATS = {
     "mixed": ("--input-scale", 1, "--set", "*.experts=nvfp4", "*.mixer.in_proj=fp8", "*.mixer.out_proj=fp8"),
 }
 TOPOLOGIES = {"tp2": ("--tp", 2), "pp2": ("--pp", 2), "ep2": ("--ep", 2)}
-
-
-def add_mtp(source: Path) -> None:
-    """Two blocks that predict one more token together, with numbers of their own."""
-    config, held = read_json(source / "config.json"), tensors(source)
-    kinds, hidden, made = config["layers_block_type"], config["hidden_size"], {}
-    for number, kind in enumerate(PREDICTING):
-        like = f"backbone.layers.{kinds.index(kind)}."
-        made |= {
-            f"mtp.layers.{number}.{n.removeprefix(like)}": t.flip(0) for n, t in held.items() if n.startswith(like)
-        }
-    for norm in ("0.enorm", "0.hnorm", "1.final_layernorm"):
-        made[f"mtp.layers.{norm}.weight"] = torch.rand(hidden).bfloat16()
-    made["mtp.layers.0.eh_proj.weight"] = (torch.randn(hidden, 2 * hidden) / 10).bfloat16()
-    for path in source.glob("*.safetensors"):
-        path.unlink()
-    save_file({name: tensor.clone() for name, tensor in (held | made).items()}, source / "model.safetensors")
-    config |= {"num_nextn_predict_layers": 1, "mtp_layers_block_type": list(PREDICTING)}
-    (source / "config.json").write_text(json.dumps(config))
 
 
 def key_of(canonical: str, layers: int, kinds: tuple) -> str:
@@ -129,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`source` with latent experts and layers that predict, the checkpoint `saved`, and `hf` without weights."""
     base = tmp_path_factory.mktemp("nemotron")
     source = make_model(base, "nemotron_h", moe_latent_size=32)
-    add_mtp(source)
+    add_nemotrons(source)
     stored(source, base / "saved")
     without_weights(source, base / "hf")
     return base

@@ -11,7 +11,7 @@ from megatron_export.planning.plan import Held, Plan, assumed
 from megatron_export.planning.quant_config import config_json, hf_quant_config
 from megatron_export.planning.shard_files import BUCKET_BYTES, LANES
 
-from ..support.configs import LLAMA_70B, SMALL_V3
+from ..support.configs import LLAMA_70B, NEMOTRON, QWEN35, SMALL_V3
 from ..support.models import EXAMPLE, GOLDEN, read_json, tensors
 from ..support.plans import plan_for, plan_of
 
@@ -223,3 +223,18 @@ def test_deepseek_says_how_it_routes_also_where_transformers_left_it_out() -> No
     made = plan_of(config, format="bf16")
     assert config_json(made).items() >= said.items()
     assert config_json(plan()).keys().isdisjoint(said)
+
+
+def test_what_transformers_writes_otherwise_is_written_as_engines_read_it() -> None:
+    """Kinds of layers in NVIDIA's words, how often attention is not linear, and that a vision tower merges once."""
+    kinds = ["linear_attention", "moe", "full_attention"]
+    hybrid = NEMOTRON | {"hybrid_override_pattern": None, "layers_block_type": kinds}
+    assert config_json(plan_of(hybrid, format="bf16"))["layers_block_type"] == ["mamba", "moe", "attention"]
+    layers = ["linear_attention", "full_attention"] * 2
+    assert config_json(plan_of(QWEN35 | {"layer_types": layers}, format="bf16"))["full_attention_interval"] == 2
+    uneven = config_json(plan_of(QWEN35 | {"layer_types": layers[::-1]}, format="bf16"))
+    assert "full_attention_interval" not in uneven
+    sees = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": QWEN35 | {"layer_types": layers}}
+    made = config_json(plan_of(sees | {"vision_config": {"depth": 1}}, format="bf16"))
+    assert made["vision_config"] == {"depth": 1, "deepstack_visual_indexes": []}
+    assert made["text_config"]["full_attention_interval"] == 2

@@ -6,24 +6,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.checkpoint.hf_weights import SourceWeights, copied_tensors
 from megatron_export.common.file_names import INDEX
 from megatron_export.common.piece import Piece
 from megatron_export.formats import Options
+from megatron_export.models import copied_prefixes
 from megatron_export.planning.parameter import Item, Measured
 from megatron_export.planning.plan import Plan
 from megatron_export.planning.quant_config import config_json, hf_quant_config
 from megatron_export.writing.writer import write_json
 
-from .models import read_json
+from .models import read_json, tensors
 from .plans import plan_of
 
 
-def exported(reference: Path, folder: Path, format: str, **settings: object) -> Plan:
+def exported(reference: Path, folder: Path, format: str | None, **settings: object) -> Plan:
     """Write what an export of `reference` would; calibration is made up. Returns its plan."""
     config = read_json(reference / "config.json")
     options = Options(**settings.pop("options", {}))
-    plan = plan_of(config, format=format, options=options, **settings)
+    copied = copied_tensors(reference, copied_prefixes(config))
+    plan = plan_of(config, format=format, options=options, copied=copied, **settings)
     folder.mkdir(parents=True)
     with SourceWeights(reference) as weights:
         parts = {item.source.canonical: _parts(item, weights, plan) for item in plan.items}
@@ -35,6 +37,9 @@ def exported(reference: Path, folder: Path, format: str, **settings: object) -> 
             slices.setdefault(output.name, {})[output.index] = tensor
     held = {name: list(found.values()) for name, found in slices.items()}
     made = {name: torch.stack(found) if len(found) > 1 else found[0] for name, found in held.items()}
+    if copied:
+        kept = tensors(reference)
+        made |= {output.name: kept[output.name] for output in copied}
     for file, outputs in plan.files.items():
         save_file({o.name: made[o.name].contiguous().clone() for o in outputs}, folder / file)
     if len(plan.files) > 1:
