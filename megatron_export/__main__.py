@@ -1,5 +1,6 @@
 """`python -m megatron_export`, and the console script `megatron-export`."""
 
+from .common.garbage import no_garbage_collection
 from .distributed.signals import until_interrupted
 
 
@@ -9,7 +10,8 @@ def script() -> int:
 
 
 def _run() -> int:
-    from .cli.commands import main  # takes seconds, in which Ctrl-C may come
+    with no_garbage_collection():
+        from .cli.commands import main  # takes a second, in which Ctrl-C may come
 
     return main(print)
 

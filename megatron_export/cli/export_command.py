@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import ExportError, Interrupted, RankLost, StartError
+from ..common.garbage import no_garbage_collection
 from ..common.progress import quiet
 from ..common.text import readable
 from ..distributed import last_words
@@ -55,7 +56,8 @@ def _export(say: Say, config: ExportConfig) -> int:
     warnings.filterwarnings("ignore")  # Megatron and torch name every optional package they miss, once per rank
     try:
         with noticed():
-            from .run import run_export
+            with no_garbage_collection():
+                from .run import run_export
 
             heed()  # before this rank waits for others
             job = run_export(config, EXAMPLE_MODEL, bar if first() else quiet)

@@ -16,13 +16,14 @@ from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.hf_weights import copied_tensors
 from ..checkpoint.original import config_alone
 from ..common.errors import ExportError, report
+from ..common.garbage import no_garbage_collection
 from ..common.text import readable, some
 from ..engines import Verdict
 from ..export.memory_forecast import Forecast, forecast
 from ..models import check_computed, copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
-from ..planning.plan import Plan, assumed, make_plan, no_garbage_collection
+from ..planning.plan import Plan, assumed, make_plan
 from ..planning.rank_placement import Grid, grid_of
 from ..planning.tensor_spec import Output
 from ..writing.target import SPARE_BYTES

@@ -189,11 +189,28 @@ class Form:
         return self.quantization.get("quant_algo")
 
     @cached_property
+    def _sample(self) -> tuple[tuple[int, int], dict[str, Piece]]:
+        """The shape of a weight of one tile, and what `encode` makes of it. A weight on meta would bring torch's compiler, which
+        takes a second to import; a larger one its threads, which a process that forks must not have.
+        """
+        shape = tuple(1 if size == WHOLE_ROW else size for size in self.tile)
+        one = torch.ones(())
+        return shape, self.encode(torch.ones(shape, dtype=torch.bfloat16), Amax(one, one))
+
+    @cached_property
     def stored(self) -> dict[str, Stored]:
         """What `encode` makes of a weight, by suffix."""
-        shape, scalar = tuple(2 * size for size in self.tile), torch.empty((), device="meta")
-        weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return {suffix: _stored(piece, shape) for suffix, piece in self.encode(weight, Amax(scalar, scalar)).items()}
+        shape, made = self._sample
+        return {suffix: _stored(piece, shape) for suffix, piece in made.items()}
+
+    def pieces_of(self, shape: tuple[int, int]) -> dict[str, Piece]:
+        """What `encode` makes of a weight [out, in], on the meta device: of whole tiles, as many times what it makes of one."""
+        sample, made = self._sample
+        if any(size % tile for size, tile in zip(shape, sample, strict=True)):
+            scalar = torch.empty((), device="meta")
+            return self.encode(torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(scalar, scalar))
+        times = {axis: size // tile for axis, size, tile in zip((Axis.OUT, Axis.IN), shape, sample, strict=True)}
+        return {suffix: _repeated(piece, times) for suffix, piece in made.items()}
 
     @cached_property
     def scale(self) -> str:
@@ -240,6 +257,11 @@ def _stored(piece: Piece, shape: tuple[int, ...]) -> Stored:
         for axis, size in zip((Axis.OUT, Axis.IN), shape, strict=True)
     )
     return Stored(piece.data.dtype, piece.data.dim(), rows, columns)
+
+
+def _repeated(piece: Piece, times: dict[Axis, int]) -> Piece:
+    shape = [size * times.get(axis, 1) for size, axis in zip(piece.data.shape, piece.axes, strict=True)]
+    return Piece(torch.empty(shape, dtype=piece.data.dtype, device="meta"), piece.axes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,6 +1,7 @@
 """One Megatron parameter on its way to HF tensors: split on the shard, smoothed, encoded, sent, joined.
 
-Shapes are not written down twice: an item runs the real layouts and encoders on meta tensors to know what ranks send and receive.
+Shapes are not written down twice: an item runs the real layouts on meta tensors, and takes what the real encoder makes of a tile,
+to know what ranks send and receive.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..models import Source
 from ..models.layouts import Layout, even_cut, stacked
 from .tensor_spec import Output
 
-SCALAR = torch.empty((), device="meta")
+ONE = torch.ones(())
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class Item:
         encoded += parts if self.form is None else ()
         if self.kv is not None:
             attention = parts[0].name.rsplit(".", 2)[0]
-            scales = self.kv.encode(SCALAR, SCALAR)
+            scales = self.kv.encode(ONE, ONE)
             encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
         return tuple(encoded)
 
@@ -283,5 +284,4 @@ def _whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count
 def _encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
     if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
         return ()  # reported as a problem, or gathered first
-    pieces = form.encode(torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(SCALAR, SCALAR))
-    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in pieces.items())
+    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in form.pieces_of(shape).items())

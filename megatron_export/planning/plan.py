@@ -2,10 +2,8 @@
 rank makes the same plan, and takes the same branches and collectives in the same order.
 """
 
-import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ExportError, report
+from ..common.garbage import no_garbage_collection
 from ..common.piece import Axis
 from ..common.text import parse_size
 from ..formats import Form, KvForm, groups_of
@@ -26,18 +25,6 @@ from .rank_placement import PAD_VOCAB_TO, grid_of
 from .request import Request
 from .shard_files import Bucket, buckets_of, files_of, writers_of
 from .tensor_spec import Output
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """A large plan is millions of objects that all stay; half of its time would go into looking for cycles among them."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @dataclass(frozen=True)

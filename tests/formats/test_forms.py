@@ -46,6 +46,16 @@ def test_it_makes_the_tensors_that_it_says(form: Form) -> None:
 
 
 @every_form
+def test_the_pieces_of_a_shape_are_those_that_it_makes(form: Form) -> None:
+    down, across = size_of(form)
+    for weight in (weight_of(form), torch.ones(down - down % form.tile[0], across // 2, dtype=torch.bfloat16)):
+        for suffix, piece in form.pieces_of(tuple(weight.shape)).items():
+            made = encoded(form, weight)[suffix]
+            assert (piece.data.dtype, piece.data.shape, piece.axes) == (made.data.dtype, made.data.shape, made.axes)
+            assert piece.data.is_meta
+
+
+@every_form
 def test_nothing_outside_a_tile_changes_what_is_made_of_it(form: Form) -> None:
     weight = weight_of(form)
     amax = Amax(weight.abs().amax().float(), torch.tensor(3.0))
