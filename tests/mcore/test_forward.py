@@ -25,13 +25,13 @@ def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
 
 
 def assert_same_logits(name: str, source: Path, tp: int, ranks: Ranks) -> None:
-    """Float32 sums in another order: 2e-5 of logits around 10, where a wrong row or rotation shows as 1."""
+    """Float32 sums in another order, which processors choose: 4e-5 of logits around 10, where a wrong row or rotation shows as 1."""
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = auto_model(name).from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits
     found = torch.cat(ranks.call(tp, megatron_logits, source, ids, tp), dim=2)[..., : expected.shape[2]]
     assert expected.abs().max() > 1
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
