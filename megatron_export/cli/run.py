@@ -140,11 +140,12 @@ def _opened(
         outputs.check(config)
         inputs.check_text(config, original.folder)
 
+    shared = config.report or config.push_to_hub is not None  # with people who want to know that it is what we wrote
     opening = open_export(
         here,
         Stored(checkpoint) if checkpoint else kind.unbuilt(config),
         original,
-        replace(config.request, merge_lora=False),  # the checkpoint does it
+        replace(config.request, merge_lora=False, sha256=config.request.sha256 or shared),  # the checkpoint merges
         {} if config.load_calibration else None,
         config.output,
         apart=inputs.apart(config),

@@ -182,6 +182,7 @@ def export_hf_checkpoint_async(
             request.overwrite,
             False,
             request.sync,
+            request.sha256,
             opening.original,
             identity,
             provenance or {},

@@ -153,6 +153,7 @@ def exported(
         given.overwrite,
         given.resume,
         given.sync,
+        given.sha256,
         opening.original,
         identity,
         provenance or {},

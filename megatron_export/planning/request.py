@@ -17,7 +17,15 @@ from .recipe import Line, Recipe, recipe_of, set_line, uniform
 RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
 DRAFT_FORMATS = tuple(dict.fromkeys(name for draft in DRAFTS.values() for name in draft.formats))
 LAYOUTS = ("draft", "combined")
-_OF_ALL = ("overwrite", "writers", "sync", "resume", "timeout", "max_shard_size")  # of a model and of its draft
+_OF_ALL = (
+    "overwrite",
+    "writers",
+    "sync",
+    "sha256",
+    "resume",
+    "timeout",
+    "max_shard_size",
+)  # of a model and of its draft
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
 
@@ -88,6 +96,9 @@ class Request:
         "publish before everything is on the disk: faster, and lost if the machine fails within a minute",
         flag="no_fsync",
         planned=False,
+    )
+    sha256: bool = _undigested(
+        False, "list the sha256 of every file in export_manifest.json, beside its crc32", planned=False
     )
     resume: bool = _undigested(
         False, "go on with an interrupted export into the same folder; if there is none, start", planned=False

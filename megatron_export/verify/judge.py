@@ -21,6 +21,7 @@ from ..formats import VARIANTS
 from ..models import head_of, is_linear_weight, mtp_prefixes, parameters_of, shape_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
+from ..writing.crc32 import crc32_of_file
 from ..writing.fingerprint import of_file
 from .detect_format import Described, Variant, check_dialect, described
 from .diagnosis import diagnosis
@@ -104,12 +105,24 @@ def _against_manifest(folder: Path) -> list[str]:
         return [f"{MANIFEST}: {shown(files)} is no list of files"]
     paths = [inside(folder, name) for name in files]
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = dict(zip(files, pool.map(lambda path: of_file(path) if path.is_file() else None, paths), strict=True))
+        sums = dict(zip(files, pool.map(_sum_of, paths, files.values()), strict=True))
     return [
         f"{name} is {'missing, a file' if mine is None else 'not the file'} that {MANIFEST} lists"
         for name, mine in sums.items()
-        if mine != files[name].get("sha256")
+        if mine != _sum_in(files[name])
     ]
+
+
+def _sum_in(said: dict) -> object:
+    """What a manifest says of a file's bytes: their sha256, or else their crc32."""
+    return said.get("sha256") or said.get("crc32")
+
+
+def _sum_of(path: Path, said: dict) -> str | None:
+    """The same of the file; None if it is not there."""
+    if not path.is_file():
+        return None
+    return of_file(path) if said.get("sha256") else f"{crc32_of_file(path):08x}"
 
 
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+THREADS = 8  # files whose sha256 is made at a time
 _WORD = 4  # bfloat16 numbers in 64 bits
 _MASK = (1 << 64) - 1
 
@@ -55,6 +57,13 @@ def of_file(path: Path) -> str:
     """sha256 of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(paths: Iterable[Path]) -> dict[str, str]:
+    """File name -> sha256, of several files at a time."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="sha256") as pool:
+        made = [(path.name, pool.submit(of_file, path)) for path in paths]
+        return {name: one.result() for name, one in made}
 
 
 def of_settings(settings: object) -> str:

@@ -8,7 +8,6 @@ the command measured and has not used yet.
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..common.errors import ExportError
+from .crc32 import crc32
 
 JOURNAL, STATISTICS = "journal.jsonl", "statistics.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -54,7 +54,7 @@ def naming(target: Path) -> Iterator[None]:
 def line_of(said: dict) -> bytes:
     """A line of a journal."""
     text = json.dumps(said, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+    return b"%08x %s\n" % (crc32(text), text)
 
 
 def about(folder: Path, file: str, checks: Checks) -> dict:
@@ -83,7 +83,7 @@ def sync(path: Path) -> None:
 def _read_line(line: bytes) -> dict | None:
     """What a line of a journal says, None if it is damaged."""
     crc, _, text = line.partition(b" ")
-    return json.loads(text) if crc == b"%08x" % zlib.crc32(text) else None
+    return json.loads(text) if crc == b"%08x" % crc32(text) else None
 
 
 def read_journal(target: Path) -> tuple[dict, dict[str, Checks]] | None:

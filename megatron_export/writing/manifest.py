@@ -1,6 +1,7 @@
 """`export_manifest.json`: what is in a published folder, and how it came about. No engine reads it.
 
-files     name -> bytes and sha256, of every other file but report.html and README.md, which name the sha256 of this one
+files     name -> bytes, crc32 and, with --sha256, sha256, of every other file but report.html and README.md, which name the
+          sha256 of this one
 tensors   name -> file, dtype, shape, crc32 of its bytes
 identity  what decides the bytes: sha256 of the settings, of the model's weights, of the statistics, and this package's version
 run       the rest, in words: options that are not defaults, versions, topology, the names of what model and statistics came from
@@ -26,8 +27,10 @@ KIND = "megatron_export manifest 1"
 _PACKAGES = ("torch", "megatron-core", "safetensors", "transformers")
 
 
-def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str, str], run: dict) -> dict:
-    """The content of the file."""
+def manifest(
+    contents: Contents, found: dict[str, Verified], sums: dict[str, str], identity: dict[str, str], run: dict
+) -> dict:
+    """The content of the file; `sums` are the sha256 of the files that have one."""
     tensors = {
         output.name: {
             "file": file,
@@ -38,11 +41,16 @@ def manifest(contents: Contents, found: dict[str, Verified], identity: dict[str,
         for file, outputs in contents.files.items()
         for output in outputs
     }
+    files: dict[str, dict] = {}
+    for name, one in sorted(found.items()):
+        files[name] = {"bytes": one.nbytes, "crc32": f"{one.crc32:08x}"}
+        if name in sums:
+            files[name]["sha256"] = sums[name]
     return {
         "kind": KIND,
         "identity": identity,
         "run": run | {"versions": _versions()},
-        "files": {name: {"bytes": one.nbytes, "sha256": one.sha256} for name, one in sorted(found.items())},
+        "files": files,
         "tensors": tensors,
     }
 

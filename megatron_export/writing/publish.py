@@ -10,7 +10,7 @@ from ..common.file_names import MANIFEST, RECIPE
 from ..distributed.signals import heed
 from ..models import architecture_of
 from ..planning.contents import Contents
-from .fingerprint import of_settings
+from .fingerprint import of_settings, sha256_of
 from .journal import naming
 from .manifest import manifest, names_in
 from .read_back import Verified, check_read_back
@@ -23,6 +23,7 @@ from .writer import complete, write_json
 class Destination:
     """Where an export goes: the target, the original model whose other files are copied, and what the manifest says.
 
+    sha256  whether the manifest lists that of every file
     recipe  text of a recipe file that is written too; "" for none
     """
 
@@ -30,6 +31,7 @@ class Destination:
     overwrite: bool
     resume: bool
     sync: bool
+    sha256: bool
     original: Original
     identity: dict[str, str]
     provenance: dict
@@ -56,13 +58,15 @@ def publish(
     check_unchanged(place.original.folder, place.original.files)
     alone = architecture_of(place.original.config).draft  # its base has the tokenizer
     complete(contents, staging, [] if alone else files_to_copy(place.original.folder))
+    if place.recipe:
+        with naming(place.folder):
+            (staging.folder / RECIPE).write_text(place.recipe, encoding="utf-8")
     found = check_read_back(staging, contents, {file: verified for files in read for file, verified in files.items()})
     heed()
-    said = manifest(contents, found, place.identity, {"topology": sizes, **names_in(place.provenance), **place.notes})
+    sums = sha256_of([staging.folder / name for name in found]) if place.sha256 else {}
+    run = {"topology": sizes, **names_in(place.provenance), **place.notes}
     with naming(place.folder):
-        write_json(staging.folder / MANIFEST, said)
-        if place.recipe:
-            (staging.folder / RECIPE).write_text(place.recipe, encoding="utf-8")
+        write_json(staging.folder / MANIFEST, manifest(contents, found, sums, place.identity, run))
     finish(staging.folder)
     heed()
     staging.publish()

@@ -4,9 +4,7 @@ In every file the header must be the plan's, and the checksum of every tensor th
 Inf (e4m3 codes: no NaN), and scales must be above zero. `quantized_modules.py` judges all files together.
 """
 
-import hashlib
 import os
-import zlib
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -23,15 +21,14 @@ from ..common.progress import Progress, quiet
 from ..planning.contents import Contents
 from ..planning.shard_files import LANES
 from ..planning.tensor_spec import Output
-from .crc32 import joined_crc32
-from .fingerprint import of_file
+from .crc32 import crc32, crc32_of_file, joined_crc32
 from .journal import Checks
 from .quantized_modules import is_scale, module_problems
 from .safetensors_file import header_of
 from .staging import Staging
 
 CHUNK = 8 << 20
-THREADS = LANES  # files that are read and hashed at a time: all that grow
+THREADS = LANES  # files that are read at a time: all that grow
 JUDGES = 8  # threads that read and judge their chunks
 BUFFERS = 3  # chunks of each of them
 FILE_BYTES = CHUNK * (BUFFERS + 2)  # of memory for each file that is read: its chunks, and their magnitudes
@@ -39,10 +36,12 @@ FILE_BYTES = CHUNK * (BUFFERS + 2)  # of memory for each file that is read: its 
 
 @dataclass(frozen=True)
 class Verified:
-    """One file: bytes, sha256, crc32s; `damages`: where it is not what was written; `problems`: what is wrong with what was."""
+    """One file: bytes, crc32, that of each tensor; `damages`: where it is not what was written; `problems`: what is wrong with it
+    if it is.
+    """
 
     nbytes: int
-    sha256: str
+    crc32: int
     tensors: dict[str, int] = field(default_factory=dict)
     damages: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -61,9 +60,8 @@ _Found = tuple[Verified, Checks]  # one file, read, and the checksums of its sli
 
 
 class _Judged(NamedTuple):
-    """A chunk of a file, the checksums of what it has of each span (tensor, slice, crc32, length), and what is wrong."""
+    """Of a chunk of a file, the checksums of what it has of each span (tensor, slice, crc32, length), and what is wrong."""
 
-    chunk: memoryview
     crcs: list[tuple[str, int, int, int]]
     problems: list[str]
 
@@ -114,7 +112,7 @@ def check_read_back(staging: Staging, contents: Contents, found: dict[str, Verif
     report([problem for one in found.values() for problem in one.problems] + module_problems(folder, contents))
     others = sorted(path for path in folder.iterdir() if path.name not in found)
     found = {file: found[file] for file in contents.files}
-    return found | {path.name: Verified(path.stat().st_size, of_file(path)) for path in others}
+    return found | {path.name: Verified(path.stat().st_size, crc32_of_file(path)) for path in others}
 
 
 def checks_of(descriptor: int, outputs: tuple[Output, ...], slices: dict[str, int]) -> Checks:
@@ -124,7 +122,7 @@ def checks_of(descriptor: int, outputs: tuple[Output, ...], slices: dict[str, in
         crc = 0
         for offset in range(span.start, span.start + span.nbytes, CHUNK):
             chunk = buffer[: min(CHUNK, span.start + span.nbytes - offset)]
-            crc = zlib.crc32(chunk[: os.preadv(descriptor, [chunk], offset)], crc)
+            crc = crc32(chunk[: os.preadv(descriptor, [chunk], offset)], crc)
         checks[span.output.name].append(crc)
     return dict(checks)
 
@@ -146,44 +144,41 @@ def _read(
     judges: ThreadPoolExecutor,
     copied: frozenset[str],
 ) -> _Found:
-    """Read one file: chunks are read and judged ahead of the one that is hashed."""
+    """Read one file, several chunks of it at a time."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
     buffers = [memoryview(bytearray(min(CHUNK, end - len(header)))) for _ in range(BUFFERS)]
-    digest = hashlib.sha256(header)
     chunks: list[_Judged] = []
     reading: deque[Future[_Judged]] = deque()
 
-    def hash_next() -> None:
-        chunks.append(reading.popleft().result())
-        digest.update(chunks[-1].chunk)
-
     with path.open("rb", buffering=0) as file:
         if file.read(len(header)) != header:
-            return Verified(0, "", damages=(f"{path.name}: its header is not what was written",)), {}
+            return Verified(0, 0, damages=(f"{path.name}: its header is not what was written",)), {}
         for number, offset in enumerate(range(len(header), end, CHUNK)):
             size = min(CHUNK, end - offset)
             if not ready(offset + size):
-                return Verified(0, "", damages=(f"{path.name}: it was not written to its end",)), {}
-            if len(reading) == BUFFERS - 1:
-                hash_next()  # now its buffer is free
+                return Verified(0, 0, damages=(f"{path.name}: it was not written to its end",)), {}
+            if len(reading) == BUFFERS:
+                chunks.append(reading.popleft().result())  # now its buffer is free
             chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
             reading.append(judges.submit(_judge, file.fileno(), path.name, spans, first, offset, chunk, copied))
-        while reading:
-            hash_next()
+        chunks += [one.result() for one in reading]
         damages = (f"{path.name}: longer than its header says",) if os.pread(file.fileno(), 1, end) else ()
     problems: list[str] = []
+    whole = [(crc32(header), len(header))]
     parts: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for one in chunks:
         problems += one.problems
         for name, index, crc, length in one.crcs:
             parts[name, index].append((crc, length))
+            whole.append((crc, length))
     slices, crcs = defaultdict(list), defaultdict(list)
     for span in spans:
         found = parts[span.output.name, span.index]
         slices[span.output.name].append(joined_crc32(found))
         crcs[span.output.name] += found
     sums = {name: joined_crc32(found) for name, found in crcs.items()}
-    return Verified(path.stat().st_size, digest.hexdigest(), sums, damages, tuple(dict.fromkeys(problems))), slices
+    found = Verified(path.stat().st_size, joined_crc32(whole), sums, damages, tuple(dict.fromkeys(problems)))
+    return found, slices
 
 
 def _judge(
@@ -197,9 +192,9 @@ def _judge(
         if start >= len(chunk):
             break
         part = chunk[start:end]
-        crcs.append((span.output.name, span.index, zlib.crc32(part), len(part)))
+        crcs.append((span.output.name, span.index, crc32(part), len(part)))
         problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
-    return _Judged(chunk, crcs, problems)
+    return _Judged(crcs, problems)
 
 
 _EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}

@@ -3,14 +3,13 @@
 import json
 import struct
 import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from ..common.dtypes import SPELLED
 from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
-from .crc32 import joined_crc32
+from .crc32 import crc32, joined_crc32
 from .journal import Checks
 
 
@@ -66,7 +65,7 @@ class SafetensorsFile:
         first = self.starts[output.name] + output.index * output.nbytes + start
         offset = first + len(data)
         self.sheet.write(data, first)
-        crc = zlib.crc32(data) if self.checked else 0
+        crc = crc32(data) if self.checked else 0
         with self.changed:
             chunks = self.crcs[output.name, output.index]
             assert start not in chunks, f"byte {start} of {output.name} was written twice"

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import MANIFEST
 from megatron_export.planning.contents import contents_of
 from megatron_export.planning.plan import Plan
-from megatron_export.writing.fingerprint import added, checksum, of_statistics
+from megatron_export.planning.tensor_spec import Output
+from megatron_export.writing.byte_sink import OnDisk
+from megatron_export.writing.fingerprint import added, checksum, of_statistics, sha256_of
 from megatron_export.writing.journal import kept
 from megatron_export.writing.manifest import identity_of, manifest
 from megatron_export.writing.read_back import ReadBack, Verified, check_read_back
-from megatron_export.writing.safetensors_file import header_of
+from megatron_export.writing.safetensors_file import SafetensorsFile, header_of
 from megatron_export.writing.staging import Staging
 from megatron_export.writing.writer import complete, write_json
 
@@ -72,17 +75,14 @@ def at(plan: Plan, folder: Path, name: str) -> tuple[Path, int]:
 
 
 def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) -> None:
-    paths: list[Path] = []
-    sums: list[str] = []
-
-    def look(folder: Path) -> None:
-        paths.extend(sorted(folder.iterdir()))
-        sums.extend(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-        shutil.copytree(folder, tmp_path / "published")
-
-    found = verified(plan, tmp_path, sound(plan), look)
-    assert {name: one.sha256 for name, one in found.items()} == dict(zip((p.name for p in paths), sums, strict=True))
-    said = manifest(contents_of(plan), found, {"model": "a"}, {"topology": {"tp": 1}})
+    found = verified(plan, tmp_path, sound(plan), lambda folder: shutil.copytree(folder, tmp_path / "published"))
+    held = {path.name: path.read_bytes() for path in (tmp_path / "published").iterdir()}
+    sums = sha256_of((tmp_path / "published").iterdir())
+    said = manifest(contents_of(plan), found, sums, {"model": "a"}, {"topology": {"tp": 1}})
+    assert said["files"] == {
+        name: {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}", "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in held.items()
+    }
     assert said["tensors"].keys() == {output.name for output in plan.files["model.safetensors"]}
     assert said["tensors"][f"{NAME}.input_scale"] == {
         "file": "model.safetensors", "dtype": "F32", "shape": [], "crc32": f"{zlib.crc32(struct.pack('<f', 1.0)):08x}",
@@ -135,6 +135,27 @@ def test_only_files_that_are_as_written_count_as_complete_afterwards(tmp_path: P
 def test_one_bit_that_turned_on_the_way_to_the_disk_is_found(name: str, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=f"{name} is not what was written"):
         verified(plan, tmp_path, sound(plan), lambda folder: flip(*at(plan, folder, name)))
+
+
+def test_every_byte_that_turned_in_a_small_file_is_found(tmp_path: Path) -> None:
+    outputs = (Output("a.weight_scale", torch.float32, (3,)), Output("b.weight", torch.uint8, (2, 5)))
+    contents = SimpleNamespace(copied=frozenset(), slices={"a.weight_scale": 1, "b.weight": 2})
+    path = tmp_path / "small.safetensors"
+    file = SafetensorsFile(path.name, lambda nbytes: OnDisk(path, nbytes, False), outputs, contents.slices, True)
+    file.write(outputs[0], 0, memoryview(torch.ones(3).numpy()).cast("B"))
+    for index in range(2):
+        file.write(Output("b.weight", torch.uint8, (5,), index=index, count=2), 0, memoryview(b"abcde"))
+
+    def damages() -> tuple[str, ...]:
+        with ReadBack(contents) as back:
+            back.follow(path, outputs)
+            return back.found({path.name: file.checks()})[path.name].damages
+
+    assert damages() == ()
+    for place in range(path.stat().st_size):
+        flip(path, place)
+        assert damages(), f"byte {place} was turned"
+        flip(path, place)
 
 
 @pytest.mark.parametrize(
