@@ -42,9 +42,18 @@ class Amax:
         return replace(self, clip=self.clip[rows])
 
 
+def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`; on the meta device without torch's compiler, which torch would import for it, in a second."""
+    first = tensors[0]
+    if not first.is_meta:
+        return torch.cat(tensors, dim)
+    shape = [sum(one.shape[dim] for one in tensors) if at == dim else size for at, size in enumerate(first.shape)]
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
 def join(shards: list[Piece], cut: Axis | None) -> Piece:
     """One tensor from its shards in rank order, cut along `cut`; pieces that do not follow this axis are all the same."""
     axes = shards[0].axes
     if cut is None or cut not in axes or len(shards) == 1:
         return shards[0]
-    return Piece(torch.cat([shard.data for shard in shards], dim=axes.index(cut)), axes)
+    return Piece(cat([shard.data for shard in shards], axes.index(cut)), axes)

@@ -31,8 +31,8 @@ from ..writing.safetensors_file import header_of
 from .encode_stream import Load, load_of, peak
 from .transport import opening_bytes
 
-# Of the interpreter with torch and Megatron; measured, the second with CUDA's context on GPUs of 80 GB, TP=1 and 2, and with torch's
-# compilers, some 70 MiB, which are imported now only where Megatron-Core calls a function that is compiled.
+# Of the interpreter with torch and Megatron; measured, the second with CUDA's context on GPUs of 80 GB, TP=1 and 2, and with
+# torch's compilers, 70 MiB, which are imported where Megatron-Core calls a function that is compiled.
 BASE_BYTES = {"cpu": 315 << 20, "cuda": 1450 << 20}
 CUDA_BUILD_BYTES = 280 << 20  # of the libraries that torch's build for CUDA loads on the CPU too
 PLAN_BYTES = 16 << 10

@@ -188,29 +188,32 @@ class Form:
         """The `quant_algo` of both quantization configs; None for a format that quantizes nothing."""
         return self.quantization.get("quant_algo")
 
-    @cached_property
-    def _sample(self) -> tuple[tuple[int, int], dict[str, Piece]]:
-        """The shape of a weight of one tile, and what `encode` makes of it. A weight on meta would bring torch's compiler, which
-        takes a second to import; a larger one its threads, which a process that forks must not have.
+    def _made(self, shape: tuple[int, ...]) -> dict[str, Piece]:
+        """What `encode` makes of a tile, or a part of one. A weight on meta would bring torch's compiler, which takes a second to
+        import; a larger one its threads, which a process that forks must not have.
         """
-        shape = tuple(1 if size == WHOLE_ROW else size for size in self.tile)
         one = torch.ones(())
-        return shape, self.encode(torch.ones(shape, dtype=torch.bfloat16), Amax(one, one))
+        return self.encode(torch.ones(shape, dtype=torch.bfloat16), Amax(one, one))
+
+    @cached_property
+    def _tile(self) -> tuple[tuple[int, ...], dict[str, Piece]]:
+        shape = tuple(1 if size == WHOLE_ROW else size for size in self.tile)
+        return shape, self._made(shape)
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
         """What `encode` makes of a weight, by suffix."""
-        shape, made = self._sample
-        return {suffix: _stored(piece, shape) for suffix, piece in made.items()}
+        tile, made = self._tile
+        return {suffix: _stored(piece, tile) for suffix, piece in made.items()}
 
     def pieces_of(self, shape: tuple[int, int]) -> dict[str, Piece]:
-        """What `encode` makes of a weight [out, in], on the meta device: of whole tiles, as many times what it makes of one."""
-        sample, made = self._sample
-        if any(size % tile for size, tile in zip(shape, sample, strict=True)):
-            scalar = torch.empty((), device="meta")
-            return self.encode(torch.empty(shape, dtype=torch.bfloat16, device="meta"), Amax(scalar, scalar))
-        times = {axis: size // tile for axis, size, tile in zip((Axis.OUT, Axis.IN), shape, sample, strict=True)}
-        return {suffix: _repeated(piece, times) for suffix, piece in made.items()}
+        """What `encode` makes of a weight [out, in], on the meta device: that of its tiles."""
+        tile, made = self._tile
+        last = tuple(size % block or block for size, block in zip(shape, tile, strict=True))
+        before = [(size - rest) // block for size, rest, block in zip(shape, last, tile, strict=True)]
+        times = dict(zip((Axis.OUT, Axis.IN), before, strict=True))
+        ends = made if last == tile else self._made(last)
+        return {suffix: _extended(ends[suffix], piece, times) for suffix, piece in made.items()}
 
     @cached_property
     def scale(self) -> str:
@@ -259,9 +262,10 @@ def _stored(piece: Piece, shape: tuple[int, ...]) -> Stored:
     return Stored(piece.data.dtype, piece.data.dim(), rows, columns)
 
 
-def _repeated(piece: Piece, times: dict[Axis, int]) -> Piece:
-    shape = [size * times.get(axis, 1) for size, axis in zip(piece.data.shape, piece.axes, strict=True)]
-    return Piece(torch.empty(shape, dtype=piece.data.dtype, device="meta"), piece.axes)
+def _extended(end: Piece, each: Piece, times: dict[Axis, int]) -> Piece:
+    sizes = zip(end.data.shape, each.data.shape, each.axes, strict=True)
+    shape = [last + times.get(axis, 0) * size for last, size, axis in sizes]
+    return Piece(torch.empty(shape, dtype=each.data.dtype, device="meta"), each.axes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..common.piece import cat
+
 
 class Layout(Protocol):
     """How one Megatron tensor is made of HF parts. A part's name fills `{part}` in the rule's HF name.
@@ -58,7 +60,7 @@ def chunk(size: int, index: int, count: int) -> slice:
 
 def stacked(parts: list[Tensor], woven: bool) -> Tensor:
     """One expert's rows of all its parts: one part after the other, or rows of the parts in turn if `woven`."""
-    return torch.stack(parts, dim=1).flatten(0, 1) if woven else torch.cat(parts)
+    return cat([part.unsqueeze(1) for part in parts], 1).flatten(0, 1) if woven else cat(parts)
 
 
 def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> slice:
@@ -270,7 +272,7 @@ class Fused(Layout):
     views: ClassVar[bool] = False
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        return {"": torch.cat(list(self.inner.split(shard, 0, 1).values()))}
+        return {"": cat(list(self.inner.split(shard, 0, 1).values()))}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return self.inner.join(dict(zip(self.inner.parts, parts[""].split(self.sizes), strict=True)), rows)

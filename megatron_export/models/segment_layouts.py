@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..common.piece import cat
 from .layouts import Layout, even_cut
 
 
@@ -65,7 +66,7 @@ class Heads(Layout):
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         heads, rest = shard.shape[0] // sum(self.widths), shard.shape[1:]
         segments = shard.split([heads * width for width in self.widths])
-        return {"": torch.cat([one.reshape(heads, -1, *rest) for one in segments], dim=1).reshape(-1, *rest)}
+        return {"": cat([one.reshape(heads, -1, *rest) for one in segments], dim=1).reshape(-1, *rest)}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         rest = parts[""].shape[1:]
@@ -85,9 +86,8 @@ class OneMore(Layout):
     views: ClassVar[bool] = False
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        return {
-            "": (shard.float() + 1).to(shard.dtype) if shard.is_floating_point() else shard
-        }  # numbers of rows are as they are
+        numbers = shard.is_floating_point() and not shard.is_meta  # those of rows are as they are
+        return {"": (shard.float() + 1).to(shard.dtype) if numbers else shard}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return (parts[""].float() - 1).to(parts[""].dtype)

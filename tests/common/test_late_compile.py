@@ -31,14 +31,18 @@ def test_a_function_is_compiled_at_its_first_call_and_on_a_gpu_alone(monkeypatch
     assert (on_cpu(1), len(compiled)) == (1, 1)
 
 
-def test_neither_a_plan_nor_a_rank_of_megatron_imports_what_it_has_no_use_for() -> None:
+def test_neither_a_plan_nor_a_rank_of_megatron_imports_what_it_has_no_use_for(models: dict) -> None:
     script = """
 import sys
-from megatron_export.cli import plan_command
+from megatron_export.cli.commands import main
+sizes = ("--tp", "2", "--etp", "1", "--ep", "2", "--world", "4")
+for form in ("nvfp4", "fp8_pb"):
+    assert main(lambda *said, **kinds: None, ["plan", "--hf-model", sys.argv[1], "--format", form, *sizes]) == 0
 print({"torch._dynamo", "sympy", "transformers", "megatron.core"} & {*sys.modules})
 from megatron_export.common.optional import part
 part("cli.megatron_model"), part("export.megatron_model"), part("calibration.mcore.subject")
 print({"torch._dynamo", "transformers"} & {*sys.modules}, "megatron.core" in sys.modules)
 """
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    line = [sys.executable, "-c", script, str(models["gpt_oss"])]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert said == "set()\nset() True\n"

@@ -25,7 +25,7 @@ def megatron_logits(source: Path, ids: torch.Tensor, tp: int) -> torch.Tensor:
 
 
 def assert_same_logits(name: str, source: Path, tp: int, ranks: Ranks) -> None:
-    """Float32 sums in another order, which processors choose: 4e-5 of logits around 10, where a wrong row or rotation shows as 1."""
+    """Float32 sums in an order of the processor's: 4e-5 of logits around 10, where a wrong row or rotation shows as 1."""
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = auto_model(name).from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits

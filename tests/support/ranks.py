@@ -14,12 +14,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_export.cli import export_command, flags
+from megatron_export.common.optional import part
 
 from .command_line import said_by
 
+# Megatron-Core comes in through the package, as in an export: what it has compiled is compiled on a GPU alone.
+parallel_state = part("mcore.parallel_state").parallel_state
 # A rank is a fork of a process that has imported this file, and so what an export imports on its way.
 for late in (
     *("cli.run", "cli.plan_command", "calibration.calibrate"),
