@@ -43,6 +43,6 @@ from megatron_export.common.optional import part
 part("cli.megatron_model"), part("export.megatron_model"), part("calibration.mcore.subject")
 print({"torch._dynamo", "transformers"} & {*sys.modules}, "megatron.core" in sys.modules)
 """
-    line = [sys.executable, "-c", script, str(models["gpt_oss"])]
+    line = [sys.executable, "-c", script, str(models["qwen3_moe"])]
     said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert said == "set()\nset() True\n"
