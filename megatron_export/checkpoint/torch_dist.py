@@ -1,8 +1,7 @@
-"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge, seen as parameters under canonical names. Its tensors are whole,
-whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
+"""A checkpoint of Megatron-LM or Megatron-Bridge (`torch_dist`, or Megatron-FSDP's), seen as parameters under canonical names. Its
+tensors are whole, whatever parallelism wrote them: each rank reads the rows and columns of its own shards.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -32,8 +31,9 @@ from ..models.lora import Adapter, merged, misfits
 from ..planning.plan import Held, assumed
 from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
 from .torch_dist_drafts import own_part
-from .torch_dist_keys import UNKNOWN_DELTA_NET, Home, entries, home, in_order, part_of, spans
-from .torch_dist_settings import contradictions_of, run_of
+from .torch_dist_fsdp import joined, opened
+from .torch_dist_keys import UNKNOWN_DELTA_NET, Home, alike, entries, home, in_order, part_of, spans
+from .torch_dist_settings import contradictions_of, run_of, tensor_parallel_of
 from .torch_dist_storage import Storage
 
 _HEADS = (
@@ -73,11 +73,11 @@ class MegatronCheckpoint:
         }
         self.sources = parameters_of(config)
         passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
-        self.every = Storage(folder, passed_over)
+        self.every = opened(folder, passed_over)
         shape = shape_of(config)
         self.storage = own_part(self.every, child, heads=bool(shape.medusa))
         self._experts, self._numbers = range(shape.experts), self._layers()
-        self._beside = Storage(adapters, passed_over) if adapters else self.storage
+        self._beside = opened(adapters, passed_over) if adapters else self.storage
         runs = {storage: run_of(storage.folder) for storage in dict.fromkeys((self.storage, self._beside))}
         self._adapters = adapters_in(self._beside, runs[self._beside], self._full, shape.experts)
         self.adapted = bool(self._adapters)
@@ -85,6 +85,8 @@ class MegatronCheckpoint:
         self._check_adapters(merge_lora)
         for storage, run in runs.items() if not child else ():
             problems = contradictions_of(storage, run, config, mtp_dropped) + problems
+        whole = [name for name, homes in self._homes.items() if len(homes) == 1]
+        problems += joined(self.storage, whole, config, tensor_parallel_of(self.storage, runs[self.storage]))
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
         _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))
@@ -156,7 +158,8 @@ class MegatronCheckpoint:
             if UNKNOWN_DELTA_NET.search(key):
                 raise ExportError(
                     f"{folder}: {shown(key)} is linear attention of another layout than Megatron-Core's, whose checkpoints have "
-                    "its segments one by one (in_proj.weight.query and so on). Save the model with Megatron-Core's GatedDeltaNet"
+                    "its segments one by one (in_proj.weight.query and so on). Save the model with Megatron-Core's GatedDeltaNet, "
+                    "with --ckpt-format torch_dist"
                 )
             whole, part = part_of(key)
             for name, lead in entries(whole, tensor.shape):
@@ -175,9 +178,9 @@ class MegatronCheckpoint:
         problems = []
         if any(is_mtp(name, self.config) for name in lacking):
             problems.append(f"{folder} lacks layers that predict one more token, which config.json means: --mtp drop")
-        problems += [f"{folder}: there is no {name}, which config.json calls for" for name in _alike(lacking)]
-        problems += [f"{folder}: there is a tensor {one} that config.json does not call for" for one in _alike(strange)]
-        problems += [f"{folder}: two tensors are both {name}" for name in _alike(twice)]
+        problems += [f"{folder}: there is no {name}, which config.json calls for" for name in alike(lacking)]
+        problems += [f"{folder}: there is a tensor {one} that config.json does not call for" for one in alike(strange)]
+        problems += [f"{folder}: two tensors are both {name}" for name in alike(twice)]
         return homes, problems + _misshapen(self.sources, homes, folder)
 
     def _full(self, name: str) -> str:
@@ -287,11 +290,3 @@ def _misshapen(sources: dict[str, Source], homes: dict[str, tuple[Home, ...]], f
             has = " and ".join(str(part.shape) for part in parts)
             problems.append(f"{folder}: {name} is {has}, but config.json means {source.shape}")
     return problems
-
-
-def _alike(names: Iterable[str]) -> list[str]:
-    """Of names that differ only in numbers, the first one, and how many more there are."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(re.sub(r"\d+", "0", name), []).append(shown(name)[1:-1])
-    return [first if not more else f"{first} (and {len(more)} more like it)" for first, *more in found.values()]

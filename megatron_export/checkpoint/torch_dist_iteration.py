@@ -8,20 +8,15 @@ from ..common.file_names import CONFIG
 from ..common.safe_files import exists, inside, not_read, read_json, shown
 from .torch_dist_metadata import METADATA
 
-_SETTINGS = "metadata.json"
+SETTINGS = "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-_KINDS = {
-    "fsdp_dtensor": "of Megatron-FSDP. Save it with --ckpt-format torch_dist, from a run without --use-megatron-fsdp",
-    "torch_dcp": "of FSDP. Save it with --ckpt-format torch_dist",
-    "zarr": "of an old Megatron-Core. Load it into the run that made it, and save it with --ckpt-format torch_dist",
-}
 
 
 def find_iteration(folder: Path, iteration: int | None) -> Path:
     """The folder of one iteration: the given or the latest of a checkpoint, or `folder` itself; `ExportError` if it is not read."""
     if not exists(folder) or not folder.is_dir():
         raise ExportError(f"--megatron-checkpoint {folder} is no folder. Give the one that --save of Megatron-LM named")
-    if (folder / METADATA).exists() or (folder / _SETTINGS).exists() or _legacy(folder):
+    if (folder / METADATA).exists() or (folder / SETTINGS).exists() or _legacy(folder):
         if iteration is not None and folder.name != _name(iteration):
             raise ExportError(f"{folder} is one iteration already, not number {iteration}. Leave out --iteration")
         return _checked(folder)
@@ -63,18 +58,19 @@ def _checked(folder: Path) -> Path:
             f"{folder} is a checkpoint of the old kind, a file for each rank (mp_rank_*), which only the run that made it can "
             "read. Convert it there with Megatron-LM's --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
         )
-    path = inside(folder, _SETTINGS)
+    path = inside(folder, SETTINGS)
     if not path.is_file():
-        if (folder / METADATA).is_file():
-            raise ExportError(f"{folder} has no {_SETTINGS}: it is a checkpoint {_KINDS['fsdp_dtensor']}")
-        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither {_SETTINGS} nor {METADATA}")
+        if (folder / METADATA).is_file():  # torch_dist_fsdp.py
+            return folder
+        raise ExportError(f"{folder} is no checkpoint of Megatron: it has neither {SETTINGS} nor {METADATA}")
     try:
         said = read_json(path)
         kind = said.get("sharded_backend") if isinstance(said, dict) else None
     except (OSError, ValueError) as error:
         raise not_read(path, "not JSON", error, "Copy the checkpoint again") from error
-    if kind in _KINDS:
-        raise ExportError(f"{folder} is a {kind} checkpoint {_KINDS[kind]}")
+    if kind == "zarr":
+        way_out = "Load it into the run that made it, and save it with --ckpt-format torch_dist"
+        raise ExportError(f"{folder} is a zarr checkpoint of an old Megatron-Core. {way_out}")
     if kind != "torch_dist":
         raise ExportError(f"{path}: sharded_backend is {shown(kind)}; only 'torch_dist' is read")
     if not (folder / METADATA).is_file():

@@ -6,11 +6,12 @@ and so on.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from ..common.safe_files import shown
 from ..models.sources import MOST_PARAMETERS
 from .torch_dist_metadata import Stored
 
@@ -102,3 +103,11 @@ def by_rank(one: Home) -> tuple[Home, ...]:
     gates = [Home(one.tensor, one.lead, start, start + size) for start, size in parts]
     ups = [Home(one.tensor, one.lead, start + size, start + 2 * size) for start, size in parts]
     return (*gates, *ups)
+
+
+def alike(names: Iterable[str]) -> list[str]:
+    """Of names that differ only in numbers, the first one, and how many more there are."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\d+", "0", name), []).append(shown(name)[1:-1])
+    return [first if not more else f"{first} (and {len(more)} more like it)" for first, *more in found.values()]

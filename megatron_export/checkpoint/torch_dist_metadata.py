@@ -1,7 +1,8 @@
-"""`.metadata` of a `torch_dist` folder, as torch.distributed.checkpoint writes it: every tensor, its parts, and their places in
-`.distcp` files. All of it is untrusted.
+"""`.metadata` of a folder that torch.distributed.checkpoint wrote, such as `torch_dist`: every tensor, its parts, and their places
+in `.distcp` files. All of it is untrusted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -37,7 +38,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint; `key` as it is on disk."""
 
     key: str
     shape: tuple[int, ...]
@@ -59,8 +60,13 @@ class Stored:
         return self._slots[axes].get(lead, [])
 
 
-def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, Extent]]:
-    """Key -> tensor, and key -> place of another object, but for keys that begin with one of `passed_over`; or `ExportError`."""
+def read_metadata(
+    folder: Path, passed_over: tuple[str, ...], named: Callable[[str], str] = lambda key: key
+) -> tuple[dict[str, Stored], dict[str, Extent]]:
+    """Name -> tensor, and name -> place of another object, but for names that begin with one of `passed_over`; or `ExportError`.
+
+    named  key on disk -> name
+    """
     path = inside(folder, METADATA)
     found = read_pickle(path)
     with clear_errors(path):
@@ -68,12 +74,21 @@ def read_metadata(folder: Path, passed_over: tuple[str, ...]) -> tuple[dict[str,
         described = found.get("state_dict_metadata")
         if not isinstance(described, dict) or not all(isinstance(key, str) for key in described):
             raise ValueError("it is no list of tensors")
-        kept = {key: said for key, said in described.items() if not key.startswith(passed_over)}
-        for key in kept:
+        kept: dict[str, str] = {}
+        for key in described:
+            name = named(key)
+            if name.startswith(passed_over):
+                continue
             check_name(key)
-        tensors = {key: _stored(key, said, places) for key, said in kept.items() if _is(said, "Tensor")}
+            if kept.setdefault(name, key) != key:
+                raise ValueError(f"{shown(key)} and {shown(kept[name])} are both {shown(name)}")
+        tensors = {
+            name: _stored(key, described[key], places) for name, key in kept.items() if _is(described[key], "Tensor")
+        }
         objects = {
-            key: places[key, "None"] for key, said in kept.items() if _is(said, "Bytes") and (key, "None") in places
+            name: places[key, "None"]
+            for name, key in kept.items()
+            if _is(described[key], "Bytes") and (key, "None") in places
         }
         return tensors, objects
 

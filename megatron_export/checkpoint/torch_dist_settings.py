@@ -16,7 +16,7 @@ from .torch_dist_storage import Storage
 from .torch_save import read_saved
 
 COMMON, RUN_CONFIG, MODELOPT = "common.pt", "run_config.yaml", "modelopt_state"
-COMMON_OBJECT = "common_state/"
+COMMON_OBJECT, ARGUMENTS = "common_state/", "args"
 _MOST_YAML = 1 << 20
 # What Megatron-LM calls some fields of `TransformerConfig` -> those fields.
 _ARGUMENTS = {"norm_epsilon": "layernorm_epsilon", "num_experts": "num_moe_experts"}
@@ -74,6 +74,12 @@ def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_d
     return problems
 
 
+def tensor_parallel_of(storage: Storage, run: dict[str, Any]) -> int | None:
+    """The tensor-parallel size of the run that saved a checkpoint; None if it does not say."""
+    said = [found.get("tensor_model_parallel_size") for _, found in _sayings(storage, run)]
+    return next((size for size in said if type(size) is int), None)
+
+
 def _meant(config: dict) -> dict[str, Any]:
     """The values of `_COMPARED` that config.json means, without those that have no effect in its model."""
     shape = shape_of(config)
@@ -109,7 +115,7 @@ def _spelled(name: str, value: object, layers: int) -> object:
 def _sayings(storage: Storage, run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Each source of settings, and its settings by the names of `TransformerConfig`."""
     way_out = f"{WAY_OUT}; it is only compared with config.json, so a copy without this file is read too"
-    arguments = _common(storage, way_out).get("args")
+    arguments = _common(storage, way_out).get(ARGUMENTS)
     arguments = arguments.state if isinstance(arguments, Inert) else arguments
     found = [("the arguments", _of_arguments(arguments))] if arguments and isinstance(arguments, dict) else []
     if run:
@@ -124,6 +130,8 @@ def _common(storage: Storage, way_out: str) -> dict[str, Any]:
         common = read_saved(path, way_out)
     elif key := next((key for key in storage.objects if key.startswith(COMMON_OBJECT)), None):
         common = storage.object(key)
+    elif ARGUMENTS in storage.objects:  # of Megatron-FSDP
+        common = {ARGUMENTS: storage.object(ARGUMENTS)}
     else:
         return {}
     if isinstance(common, list) and common:  # it holds a dict for each rank, of which there is one

@@ -3,7 +3,7 @@ experts are read layer by layer, expert by expert. All of it is untrusted.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from itertools import combinations
 from math import prod
@@ -29,14 +29,17 @@ _WAY_OUT = "Copy or save the checkpoint again"
 class Storage:
     """What `.metadata` of a folder says, and the files beside it.
 
-    tensors, objects  key -> tensor, key -> where another object lies; but for keys that begin with one of `passed_over`
+    tensors, objects  name -> tensor, name -> where another object lies; but for names that begin with one of `passed_over`
     nbytes            bytes read so far
     """
 
-    def __init__(self, folder: Path, passed_over: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, passed_over: tuple[str, ...] = (), named: Callable[[str], str] = lambda key: key
+    ) -> None:
+        """`named`: key on disk -> name."""
         self.folder = folder
         self.nbytes = 0
-        self.tensors, self.objects = read_metadata(folder, passed_over)
+        self.tensors, self.objects = read_metadata(folder, passed_over, named)
         self._files: dict[str, tuple[Path, os.stat_result]] = {}
         self._numbers: dict[Extent, Numbers] = {}
 
@@ -52,7 +55,11 @@ class Storage:
             for tensor in tensors
             if tensor.dtype not in UNQUANTIZED.values() and (tensor.dtype, len(tensor.shape)) != (torch.int64, 1)
         ]
-        report(problems + self._missing(chunk.place for tensor in tensors for chunk in tensor.chunks))
+        self.check_files(tensors, problems)
+
+    def check_files(self, tensors: Iterable[Stored], problems: Iterable[str] = ()) -> None:
+        """Raise `ExportError`, with other `problems`, unless the files of these tensors are there and long enough."""
+        report([*problems, *self._missing(chunk.place for tensor in tensors for chunk in tensor.chunks)])
 
     def object(self, key: str) -> Any:
         """An object that is no tensor, its own tensors as `Inert`."""

@@ -43,8 +43,8 @@ class ExportConfig:
     )
     megatron_checkpoint: Path | None = beside(
         None,
-        "checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) to take the weights from, of any parallelism; --hf-model gives "
-        "config and tokenizer",
+        "checkpoint of Megatron-LM or Megatron-Bridge (torch_dist, or fsdp_dtensor of Megatron-FSDP) to take the weights from, of "
+        "any parallelism; --hf-model gives config and tokenizer",
     )
     iteration: int | None = beside(None, "iteration of the Megatron checkpoint (default: its latest)")
     lora_checkpoint: Path | None = beside(

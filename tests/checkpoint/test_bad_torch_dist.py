@@ -157,8 +157,6 @@ def smaller(held: Any) -> None:
 Q = "decoder.layers.0.self_attention.linear_qkv.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "legacy": (legacy, ("is a checkpoint of the old kind", "--ckpt-convert-format torch_dist --ckpt-convert-save DIR")),
-    "fsdp": (of_kind("fsdp_dtensor"), ("is a fsdp_dtensor checkpoint of Megatron-FSDP", "--ckpt-format torch_dist")),
-    "fsdp without a word": (lambda place: (place / "metadata.json").unlink(), ("has no metadata.json", "Megatron-FSDP")),
     "zarr": (of_kind("zarr"), ("is a zarr checkpoint", "--ckpt-format torch_dist")),
     "another kind": (of_kind("x"), ("sharded_backend is 'x'; only 'torch_dist' is read",)),
     "interrupted": (lambda place: (place / ".metadata").unlink(), ("has no .metadata, which is written last",)),
