@@ -236,12 +236,14 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         return {}
     user, modelopt, engines = [], [], []
     latent = bool(shape_of(plan.config).kv_lora)
+    blocks = any(form.tile[0] > 1 for form in plan.forms)
     experts_alone = any(form.native and form.native.alone for form in plan.forms)
     alone = [item for item in plan.items if is_linear_weight(item.source.canonical) and item.form is None]
     for item in alone:
         canonical = item.source.canonical
         # Some plans leave these alone.
-        unread = makes_keys(canonical) or (latent and ".self_attention." in canonical) or experts_alone
+        mixing = blocks and canonical.endswith(".mixer.in_proj.weight")
+        unread = mixing or makes_keys(canonical) or (latent and ".self_attention." in canonical) or experts_alone
         for name in modules(item.source):
             excluded = any(fnmatchcase(name, glob) for glob in exclude)
             (user if excluded else engines if unread else modelopt).append(name)

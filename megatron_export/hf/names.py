@@ -1,8 +1,9 @@
 """Where a live transformers model has each HF tensor: under its own name, or in a stack of experts as transformers 5 keeps them."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from ..models import Source, copied_prefixes, head_of, parameters_of, shape_of
+from ..models import Source, architecture_of, copied_prefixes, head_of, parameters_of, shape_of
 from ..models.sources import expected_shapes
 from ..models.stacked_names import Slice, stacked_names
 
@@ -11,13 +12,13 @@ Places = dict[str, Slice]  # HF tensor name -> the tensor in memory that it is, 
 
 def places_in(config: dict, live: Collection[str]) -> Places:
     """HF tensor name -> where it is, of those that the model has; of experts whose files have stacks (Llama 4), the stack."""
-    elsewhere = stacked_names(config)
+    elsewhere, architecture = stacked_names(config), architecture_of(config)
+    spelled = {architecture.name_on_disk(name): name for name in live} | {name: name for name in live}
     found = {}
     for name in expected_shapes(parameters_of(config).values()):
-        if name in live:
-            found[name] = Slice(name)
-        elif name in elsewhere and elsewhere[name].name in live:
-            found[name] = elsewhere[name]
+        place = Slice(name) if name in spelled else elsewhere.get(name, Slice(name))
+        if place.name in spelled:
+            found[name] = replace(place, name=spelled[place.name])
     return found
 
 

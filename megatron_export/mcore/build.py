@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -23,12 +24,13 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from ..common.errors import ExportError, report
+from ..common.errors import report
 from ..distributed.topology import Topology
 from ..models import Rope, architecture_of, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..models.hf_config import text_of
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import kernels, without_cuda
+from .hybrid import MARKED, hybrid_model
 from .latent_attention import LatentAttention
 from .linear_attention import delta_net
 from .model import ACTIVATIONS, zero_centred_norm
@@ -45,7 +47,16 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
         problems.append(
             "q_lora_rank is null: this Megatron-Core norms queries that are made in one step, HF does not. Use megatron-core 0.16"
         )
+    if topology.vpp_size > 1 and _is_hybrid(config):
+        problems.append(
+            f"--vpp {topology.vpp_size}: Megatron-Core cuts no hybrid model into virtual stages. Leave it out"
+        )
     report(problems + layout_problems(config, stages, pp_layout))
+
+
+def _is_hybrid(config: dict) -> bool:
+    """Whether every layer is one block, so that Megatron has a hybrid model of it."""
+    return "hybrid_layer_pattern" in settings_of(config)
 
 
 def build_model(
@@ -56,8 +67,9 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     initialize: bool = False,
     pp_layout: str | None = None,
-) -> GPTModel | list[GPTModel]:
-    """This rank's part of a `GPTModel` (local spec, no fusions) for config.json's dict; a list of chunks with virtual stages.
+) -> LanguageModule | list[LanguageModule]:
+    """This rank's part of a `GPTModel` or a hybrid model (local spec, no fusions) for config.json's dict; a list of chunks with
+    virtual stages.
 
     max_sequence_length  tokens; None: the model holds weights but cannot run, and may have a rope scaling that Megatron-Core lacks
     initialize           make up weights; otherwise they are left as allocated
@@ -66,11 +78,6 @@ def build_model(
     """
     check_divides(config, topology, pp_layout)
     shape = shape_of(config)
-    if shape.mamba:
-        raise ExportError(
-            "layers of Mamba: this command builds no model of them. Give --megatron-checkpoint, and a format that needs no "
-            "calibration or --load-calibration; or export the live model with export_hf_checkpoint"
-        )
     rope = Rope(unscaled_rope_settings(config))
     if max_sequence_length:
         check_computed(config, max_sequence_length)
@@ -81,13 +88,18 @@ def build_model(
         setattr(settings, name, value)
     padding = PAD_VOCAB_TO * topology.tp_size
     chunks = []
+    vocab = -(-shape.vocab // padding) * padding
     with without_cuda(topology.device), _norms_of_parts():
+        if _is_hybrid(config):
+            stages = stages_of(shape, topology.pp_size, pp_layout)
+            model = hybrid_model(settings, shape, stages, vocab, max_sequence_length or 1)
+            return _converted(model, topology.device, dtype)
         for chunk in range(topology.vpp_size):
             stage = chunk if topology.vpp_size > 1 else None
             model = GPTModel(
                 config=settings,
                 transformer_layer_spec=_layer_spec(settings, stage, sandwiched=bool(local_base)),
-                vocab_size=-(-shape.vocab // padding) * padding,
+                vocab_size=vocab,
                 max_sequence_length=max_sequence_length or 1,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -171,7 +183,7 @@ def _rotate_as_hf(model: GPTModel, scaling: dict) -> None:
             layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = IdentityOp()
 
 
-def _converted(model: GPTModel, device: torch.device, dtype: torch.dtype) -> GPTModel:
+def _converted(model: LanguageModule, device: torch.device, dtype: torch.dtype) -> LanguageModule:
     """The model in `dtype`, but for buffers that Megatron itself keeps in another, such as the biases of routers."""
     kept = {name: buffer.dtype for name, buffer in model.named_buffers()}
     model = model.to(device=device, dtype=dtype)
@@ -214,9 +226,12 @@ def _settings(
     stages = topology.pp_size * topology.vpp_size
     if pp_layout is None and shape.layers % stages:
         pp_layout = "|".join(stages_of(shape, stages, None))
+    if pp_layout and _is_hybrid(config):  # whose layers that predict are none of Megatron's
+        pp_layout = None if MARKED else pp_layout.replace("m", "")
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
-    computed.pop("hybrid_layer_pattern", None)  # of hybrid models, to which it is an argument
+    if computed.pop("hybrid_layer_pattern", None):  # an argument of hybrid models
+        computed.pop("mtp_num_layers", None)
     computed["activation_func"] = ACTIVATIONS[computed["activation_func"]]
     experts = {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
     if computed.get("moe_router_enable_expert_bias"):  # whose scores HF computes in float32

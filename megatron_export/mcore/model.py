@@ -18,10 +18,9 @@ from ..models.layer_kinds import LETTERS
 from ..models.layouts import QKV, Identity, Layout, Split
 from .linear_attention import check_delta_nets, without_beta_and_alpha
 
-Model = (
-    nn.Module | list[nn.Module]
-)  # a rank's part, or its virtual pipeline stages; perhaps wrapped in DDP and the like
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "fast_gelu": fast_gelu}
+# A rank's part, or its virtual pipeline stages; perhaps wrapped in DDP and the like.
+Model = nn.Module | list[nn.Module]
+ACTIVATIONS = {"silu": nn.functional.silu, "quick_gelu": quick_gelu, "fast_gelu": fast_gelu}
 ACTIVATIONS |= {"squared_relu": squared_relu}
 
 
@@ -134,7 +133,8 @@ def _has_experts(layer: nn.Module) -> bool:
 def given_to_experts(layer: nn.Module, tokens: Tensor) -> Callable[[int], Tensor]:
     """Global number of an expert of a `MoELayer` -> its input for `tokens` [tokens, hidden]; for Llama 4, times its scores."""
     if not layer.config.moe_apply_probs_on_input:
-        return lambda expert: tokens
+        given = layer.fc1_latent_proj(tokens)[0] if layer.config.moe_latent_size else tokens
+        return lambda expert: given
     scores = layer.router.gating(tokens).float().sigmoid().to(tokens.dtype)
     return lambda expert: tokens * scores[:, expert, None]
 

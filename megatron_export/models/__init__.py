@@ -15,6 +15,7 @@ from .sources import (
     head_of,
     is_beyond,
     is_mtp,
+    keeps_keys,
     mtp_prefixes,
     parameters_of,
     shared_tensors,

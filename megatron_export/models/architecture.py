@@ -1,5 +1,6 @@
 """What an architecture says of itself, in `ARCHITECTURE` of its file: its rules, and where it differs from a Llama."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Architecture:
     copied      prefixes of HF tensors that Megatron's model does not have; they are copied from the original
     keys        key of config.json as hf_config.py reads it -> this architecture's own word for it
     implied     (config.json's dict of the decoder) -> keys that it leaves out, by their usual words: as HF's code fills them in
+    mtp_unseen  whether calibration does not run layers that predict: they stay as they are, without scales of a cache
     shared      shared experts of a layer with experts, if no key of config.json says so
     layers      (config.json's dict of the decoder, the layers of it with experts) -> what each layer is made of
     sizes       how config.json says its sizes, if not as a language model's does
@@ -62,6 +64,7 @@ class Architecture:
     copied: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     implied: Callable[[dict], dict] = lambda config: {}
+    mtp_unseen: bool = False
     shared: int = 0
     layers: Callable[[dict, tuple[int, ...]], Layers] = attention_first
     draft: bool = False
@@ -84,3 +87,9 @@ class Architecture:
     routing: Mapping[str, object] = field(default_factory=dict)
     respelled: Callable[[dict], dict] = lambda config: {}
     on_disk: tuple[tuple[str, str], ...] = ()
+
+    def name_on_disk(self, name: str) -> str:
+        """How files spell a name in transformers' modules."""
+        for mine, theirs in self.on_disk:
+            name = re.sub(mine, theirs, name)
+        return name

@@ -129,6 +129,7 @@ def computed(config: dict, shape: ModelShape) -> dict:
 ARCHITECTURE = Architecture(
     rules=RULES,
     predicting="mtp.layers.",
+    mtp_unseen=True,
     keys={"rms_norm_eps": "layer_norm_epsilon"},
     implied=implied,
     layers=layers,
@@ -147,7 +148,18 @@ ARCHITECTURE = Architecture(
         "norm_topk_prob": (True, None),
         "mtp_use_repeated_layer": (True, None),
     },
-    formats=("bf16", "fp8", "fp8_pc_pt", "mxfp8", "mxfp4", "nvfp4", "w4a16_nvfp4", "w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8"),
+    formats=(
+        "bf16",
+        "fp8",
+        "fp8_pb",
+        "fp8_pc_pt",
+        "mxfp8",
+        "mxfp4",
+        "nvfp4",
+        "w4a16_nvfp4",
+        "w4a8_nvfp4_fp8",
+        "w4a8_mxfp4_fp8",
+    ),
     on_disk=((r"^model\.", "backbone."),),
     unsmoothed="squared ReLU does not pass a vector on, and Mamba's projections are not smoothed",
 )

@@ -13,7 +13,7 @@ from ..common.piece import Axis
 from .architecture import Architecture
 from .hf_config import architecture_of, shape_of, text_of
 from .layouts import Copies, Layout, even_cut
-from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS
+from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS, makes_keys
 from .registry import known
 from .rules import Rule
 from .shape import ModelShape
@@ -151,6 +151,16 @@ def is_mtp(canonical: str, config: dict) -> bool:
     """Whether a canonical parameter is in a layer that predicts one more token."""
     found = re.match(r"decoder\.layers\.(\d+)\.", canonical)
     return bool(found) and int(found[1]) >= shape_of(config).layers
+
+
+def keeps_keys(canonical: str, config: dict) -> bool:
+    """Whether scales of a KV cache stand beside a parameter."""
+    return makes_keys(canonical) and not is_unseen(canonical, config)
+
+
+def is_unseen(canonical: str, config: dict) -> bool:
+    """Whether a canonical parameter is in a layer that calibration does not run."""
+    return architecture_of(config).mtp_unseen and is_mtp(canonical, config)
 
 
 def mtp_prefixes(config: dict, names: Iterable[str] = ()) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ HF's files have experts one by one, as the tables do; transformers 5 joins them 
     model.layers.{l}.mlp.experts.down_proj      [experts, out, in]
     model.layers.{l}.mlp.gate.weight            the router, whatever files call it
 
+(of Nemotron-H .mixer, as in its files, and experts.up_proj, as its experts have no gate)
 and takes them apart when it saves, unless it is told not to. Source: conversion_mapping.py and core_model_loading.py of 5.23.0.
 An architecture whose own files have stacks (Llama 4, GPT-OSS) has them transposed, and no other names.
 """
@@ -51,14 +52,17 @@ def stacked_names(config: dict) -> dict[str, Slice]:
     for source in parameters_of(config).values():
         names = source.names()
         if source.stack is None and source.expert is not None:
-            stack = f"{_layer(names)}.mlp.experts.{STACK if len(names) > 1 else 'down_proj'}"
+            only = "up_proj" if source.canonical.endswith("linear_fc1.weight") else "down_proj"
+            stack = f"{_block(names)}.experts.{STACK if len(names) > 1 else only}"
             for part, name in enumerate(names.values()):
                 found[name] = Slice(stack, source.expert, experts, part, len(names))
         elif source.canonical.endswith(".mlp.router.weight"):
-            found |= {name: Slice(f"{_layer(names)}.mlp.gate.weight") for name in names.values()}
+            found |= {name: Slice(f"{_block(names)}.gate.weight") for name in names.values()}
     return found
 
 
-def _layer(names: dict[str, str]) -> str:
-    """The module of the layer that HF tensors are in."""
-    return _LAYER.match(next(iter(names.values())))[0]
+def _block(names: dict[str, str]) -> str:
+    """What the module in a layer that HF tensors are in is called in memory."""
+    name = next(iter(names.values()))
+    layer = _LAYER.match(name)[0]
+    return f"{layer}.mixer" if name.startswith(f"{layer}.mixer.") else f"{layer}.mlp"

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 
 from .megatron_parameters import HEAD, is_expert, is_linear_weight, makes_keys, pooled
-from .sources import parameters_of
+from .sources import is_unseen, parameters_of
 
 Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each of its layout parts
 
@@ -120,6 +120,8 @@ def hf_keys(config: dict) -> dict[str, list[str]]:
     """Name in memory -> names on disk, of the statistics that every file has."""
     keys = []
     for name in parameters_of(config):
+        if is_unseen(name, config):
+            continue
         keys += [input_key(name.removesuffix(".weight"))] if is_linear_weight(name) else []
         keys += kv_keys(name.rsplit(".", 2)[0]) if makes_keys(name) else []
         keys += [tokens_key(experts_module(name))] if is_expert(name) else []

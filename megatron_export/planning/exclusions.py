@@ -145,7 +145,9 @@ def _loadable(config: dict, found: dict[str, Form], quantize_mla: bool) -> tuple
         remarks.append(
             f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
         )
-    return {name: form for name, form in found.items() if name not in keys}, remarks
+    if mixed := {name for name in found if name.endswith(".mixer.in_proj.weight") and found[name].tile[0] > 1}:
+        remarks.append("Mamba's in_proj stays in bfloat16: engines cut its five parts by heads, not in whole blocks")
+    return {name: form for name, form in found.items() if name not in keys | mixed}, remarks
 
 
 def _as_published(

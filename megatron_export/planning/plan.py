@@ -15,7 +15,7 @@ from ..common.garbage import no_garbage_collection
 from ..common.piece import Axis
 from ..common.text import parse_size
 from ..formats import Form, KvForm, groups_of
-from ..models import Source, format_problems, makes_keys, parameters_of, shape_of
+from ..models import Source, format_problems, keeps_keys, parameters_of, shape_of
 from ..models.layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
@@ -131,7 +131,11 @@ def make_plan(
             f"--kv-cache {request.kv_cache} with --format {request.format}: vLLM refuses a checkpoint that quantizes the KV cache "
             "alone. Export without it, and serve with the engine's own FP8 KV cache"
         )
-    if kv and not any(makes_keys(name) for name in sources) and (kv.implied is None or request.kv_scale != kv.implied):
+    if (
+        kv
+        and not any(keeps_keys(name, config) for name in sources)
+        and (kv.implied is None or request.kv_scale != kv.implied)
+    ):
         raise ExportError(
             f"--kv-cache {request.kv_cache}: engines cache the latent of this model's attention with a scale of 1, so there is no "
             "scale to export. Give --kv-cache fp8 --kv-scale 1, or start the engine with its own FP8 KV cache"
@@ -153,7 +157,7 @@ def make_plan(
             held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
             held[name].shape,
             policy.forms.get(name),
-            kv if makes_keys(name) else None,
+            kv if keeps_keys(name, config) else None,
             gather_first=False,
             smoothed=smoothed.get(name, Smoothed()),
             stacked=policy.stacked and source.stack is not None,

@@ -5,6 +5,7 @@
     experts.gate_up_proj, experts.down_proj     experts.gate_up_proj.K, experts.down_proj.K, where they are quantized;
                                                 or [in, out] unlike in memory (Qwen3-VL);
                                                 transformers' own module, where they are not
+    experts.K.up_proj, down_proj                the same, of experts without gates
 
 `emulation.py` puts emulated linears into the place of those that are quantized.
 """
@@ -15,10 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import ExportError
 from .transformers_names import Respelled
 
-STACKS = ("gate_up_proj", "down_proj")
+STACKS = {True: ("gate_up_proj", "down_proj"), False: ("up_proj", "down_proj")}  # with gates, and without
 
 
 class EmulatedExperts(nn.Module):
@@ -29,28 +29,32 @@ class EmulatedExperts(nn.Module):
 
     def __init__(self, theirs: nn.Module, alone: bool) -> None:
         super().__init__()
-        self.alone, self.gated, self.count = alone, _gate_of(theirs), len(theirs.gate_up_proj)
-        double, hidden = theirs.gate_up_proj.shape[1:]
+        has_gate = hasattr(theirs, "gate_up_proj")
+        self.alone, self.gated, self.count = alone, _gate_of(theirs, has_gate), len(theirs.down_proj)
+        self.stacks = STACKS[has_gate]
+        rows, hidden = getattr(theirs, self.stacks[0]).shape[1:]
         if hidden != theirs.down_proj.shape[1]:  # [in, out] each
-            double, hidden = hidden, double
-        width, linear = double // 2, partial(nn.Linear, bias=hasattr(theirs, "down_proj_bias"), dtype=torch.bfloat16)
+            rows, hidden = hidden, rows
+        width = rows // (1 + has_gate)
+        linear = partial(nn.Linear, bias=hasattr(theirs, "down_proj_bias"), dtype=torch.bfloat16)
         for name, _ in list(theirs.named_parameters(recurse=False)):
             delattr(theirs, name)
         if not alone:
-            self.gate_up_proj = nn.ModuleList(linear(hidden, double) for _ in range(self.count))
-            self.down_proj = nn.ModuleList(linear(width, hidden) for _ in range(self.count))
+            for stack, size in zip(self.stacks, ((hidden, rows), (width, hidden)), strict=True):
+                self.add_module(stack, nn.ModuleList(linear(*size) for _ in range(self.count)))
             return
-        sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+        sizes = {"gate_proj": (hidden, width)} if has_gate else {}
+        sizes |= {"up_proj": (hidden, width), "down_proj": (width, hidden)}
         for number in range(self.count):
             self.add_module(str(number), nn.ModuleDict({name: linear(*size) for name, size in sizes.items()}))
 
     def expert(self, number: int, inputs: Tensor) -> Tensor:
         """What one expert makes of its tokens, [tokens, hidden] both."""
         if not self.alone:
-            return self.down_proj[number](self.gated(self.gate_up_proj[number](inputs)))
-        linears = self.get_submodule(str(number))
-        both = torch.cat([linears["gate_proj"](inputs), linears["up_proj"](inputs)], dim=-1)
-        return linears["down_proj"](self.gated(both))
+            first, second = (self.get_submodule(stack)[number] for stack in self.stacks)
+            return second(self.gated(first(inputs)))
+        *first, second = self.get_submodule(str(number)).values()
+        return second(self.gated(torch.cat([linear(inputs) for linear in first], dim=-1)))
 
     def forward(self, inputs: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """[tokens, hidden], and the experts of each token and their weights [tokens, k] -> [tokens, hidden].
@@ -71,8 +75,10 @@ class EmulatedExperts(nn.Module):
         return outputs
 
 
-def _gate_of(theirs: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What is done between the linears of an expert: [tokens, 2 * width] -> [tokens, width]."""
+def _gate_of(theirs: nn.Module, has_gate: bool) -> Callable[[Tensor], Tensor]:
+    """What is done between the linears of an expert: [tokens, 2 * width], [tokens, width] without a gate -> [tokens, width]."""
+    if not has_gate:
+        return theirs.act_fn
     if hasattr(theirs, "_apply_gate"):
         return theirs._apply_gate
 
@@ -86,17 +92,13 @@ def _gate_of(theirs: nn.Module) -> Callable[[Tensor], Tensor]:
 def take_apart(model: nn.Module, tensors: Respelled, scales: tuple[str, ...]) -> None:
     """Experts that transformers stacks become linears, where the files have them so, with codes or `scales`, or turned."""
     for name, module in list(model.named_modules()):
-        if name.endswith(".experts") and not hasattr(module, STACKS[0]) and hasattr(module, "up_proj"):
-            raise ExportError(
-                f"{tensors.folder}: experts without gates, as at {name}, are not emulated. Leave --text out, or score it with an "
-                "engine"
-            )
-        if not all(isinstance(getattr(module, stack, None), nn.Parameter) for stack in STACKS):
+        own = STACKS[hasattr(module, "gate_up_proj")]
+        if not all(isinstance(getattr(module, stack, None), nn.Parameter) for stack in own):
             continue
-        count = len(module.gate_up_proj)
-        alone = any(f"{name}.{number}.gate_proj.weight" in tensors for number in range(count))
-        stacks = [f"{name}.{stack}.0" for stack in STACKS]
-        turned = tensors.turned(f"{name}.{STACKS[0]}", module.gate_up_proj)
+        count = len(module.down_proj)
+        alone = any(f"{name}.{number}.up_proj.weight" in tensors for number in range(count))
+        stacks = [f"{name}.{stack}.0" for stack in own]
+        turned = tensors.turned(f"{name}.{own[0]}", getattr(module, own[0]))
         if alone or turned or any(tensors.quantized(stack, scales) for stack in stacks):
             tensors.check_counts([f"{stack}.{leaf}" for stack in stacks for leaf in ("weight", "bias", *scales)], count)
             model.set_submodule(name, EmulatedExperts(module, alone))

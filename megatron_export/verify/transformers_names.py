@@ -38,7 +38,7 @@ class Respelled:
 
     def __init__(self, files: list[Path], architecture: Architecture | None, device: torch.device | str) -> None:
         self.folder = files[0].parent
-        self.replaced = architecture.on_disk if architecture else ()
+        self.architecture = architecture
         self.unread = (*architecture.copied, *own_of_mtp(architecture)) if architecture else ()
         self.tensors: dict[str, Tensor] = {}
         for path in files:
@@ -62,9 +62,7 @@ class Respelled:
         if found := _OF_STACK.fullmatch(name):
             stack, _, leaf = found.groups()
             name = stack if leaf == "weight" else f"{stack}_{leaf}"
-        for mine, theirs in self.replaced:
-            name = re.sub(mine, theirs, name)
-        return name
+        return self.architecture.name_on_disk(name) if self.architecture else name
 
     def is_copied(self, name: str) -> bool:
         """Whether what transformers calls so is not of the language model, so that it was copied."""

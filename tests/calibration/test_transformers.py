@@ -112,10 +112,12 @@ def by_both(source: Path, name: str, how: dict, change: Callable[[nn.Module], nn
         ("mixtral", ALL, None),
         ("llama4", ALL, None),
         ("gpt_oss", {"format": "fp8"}, None),
+        ("nemotron_h", {"format": "fp8", "sensitivities": ("nvfp4", "fp8"), "head": True}, None),
         ("qwen3_moe", {"format": "nvfp4_awq", "all_experts": True}, None),
         ("qwen3_moe", {"format": "nvfp4_awq", "all_experts": True}, apart),
         ("llama4", {"format": "nvfp4_awq", "all_experts": True}, None),
         ("gpt_oss", {"format": "fp8", "all_experts": True}, None),
+        ("nemotron_h", {"format": "fp8", "all_experts": True}, None),
     ],
 )
 def test_both_models_have_the_same_statistics(

@@ -27,9 +27,10 @@ MODELS = {
     "glm4_moe": EXPERTS,
     "gpt_oss": WIDE,
     "llama4": WIDE | {"intermediate_size": 128, "intermediate_size_mlp": 256},
+    "nemotron_h": EXPERTS | {"moe_latent_size": 128, "moe_shared_expert_intermediate_size": 128},
 }
 NONE = ("bf16", "fp8_pb", "fp8_pc_pt", "mxfp8", "w4a16_nvfp4", "mxfp4")  # which measure nothing
-CACHES = ("llama31", "qwen2", "qwen3_moe", "mixtral", "glm4_moe")
+CACHES = ("llama31", "qwen2", "qwen3_moe", "mixtral", "glm4_moe", "nemotron_h")
 
 
 def by_both_routes(name: str, source: Path, folder: Path) -> dict[str, tuple[str, str]]:

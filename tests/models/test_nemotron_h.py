@@ -1,47 +1,27 @@
-"""Nemotron-H and Nemotron 3: layers of one block each. Megatron-Core's own modules where a CPU can hold them (Mamba's need a kernel
-to run, not to be saved), and checkpoints with the keys that it writes of the rest: latents of experts, layers that predict.
+"""Nemotron-H and Nemotron 3: layers of one block each. They are built and calibrated without mamba_ssm; checkpoints are read with
+the keys that Megatron-Core writes of what it builds with Transformer Engine alone: latents of experts, layers that predict.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.ssm import mamba_context_parallel, mamba_mixer
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_whole
 
 from megatron_export import export_hf_checkpoint
 from megatron_export.common.errors import ExportError
-from megatron_export.distributed.topology import Topology
-from megatron_export.mcore.build import _converted, _norms_of_parts, _settings
-from megatron_export.mcore.cpu_compat import without_cuda
-from megatron_export.mcore.load_hf import load_hf_weights
-from megatron_export.mcore.parallel_state import current
 from megatron_export.models import parameters_of, settings_of, shape_of
 from megatron_export.models.layer_kinds import LETTERS, Kind
 from megatron_export.planning.plan import assumed
+from megatron_export.verify.emulation import EmulatedLinear, load
 from megatron_export.verify.thresholds import Wanted, inspected
 
-from ..export.test_topologies import export
-from ..mcore.test_hybrid_model import PATTERN, STACK_SPEC, HybridModel, HybridStack, HybridStackSubmodules
-from ..support.live import refusal, world
-from ..support.models import LENGTH, assert_same, contents, make_model, read_json, tensors
+from ..export.test_topologies import calibration_flags, export
+from ..mcore.test_hybrid_model import PATTERN
+from ..support.live import loaded, refusal
+from ..support.models import assert_same, contents, make_model, read_json, tensors
 from ..support.plans import plan_for
 from ..support.predicting import add_nemotrons
 from ..support.ranks import Ranks, command, living
@@ -49,17 +29,23 @@ from ..support.saving import PLACE, reading, save, without_weights
 
 pytestmark = pytest.mark.whole
 
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_shared_expert_intermediate_size": 128, "moe_latent_size": 64}
 SEGMENTS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
 FORMATS = {
     "bf16": (),
-    "fp8": ("--input-scale", 1),
+    "fp8": ("--kv-cache", "fp8"),
+    "fp8_pb": (),
     "fp8_pc_pt": (),
-    "mxfp8": (),
-    "nvfp4": ("--input-scale", 1),
-    "w4a16_nvfp4": (),
-    "mixed": ("--input-scale", 1, "--set", "*.experts=nvfp4", "*.mixer.in_proj=fp8", "*.mixer.out_proj=fp8"),
+    "nvfp4": (),
+    "mixed": ("--set", "*.experts=nvfp4", "*.mixer.in_proj=fp8", "*.mixer.out_proj=mxfp8"),
 }
-TOPOLOGIES = {"tp2": ("--tp", 2), "pp2": ("--pp", 2), "ep2": ("--ep", 2)}
+MEASURED = ("fp8", "nvfp4", "mixed")
+# of two ranks; the formats that differ there
+TOPOLOGIES = {
+    "tp2": (("--tp", 2), ("bf16", "fp8_pb", "fp8_pc_pt", "nvfp4", "mixed")),
+    "pp2": (("--pp", 2, "--pp-layout", "Ettt|tttmmL"), ("bf16", "mixed")),
+    "ep2": (("--ep", 2), ("bf16", "mixed")),
+}
 
 
 def key_of(canonical: str, layers: int, kinds: tuple) -> str:
@@ -105,9 +91,9 @@ def stored(source: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source` with latent experts and layers that predict, the checkpoint `saved`, and `hf` without weights."""
+    """`nemotron_h` with latent experts and layers that predict, the checkpoint `saved` of it, and `hf` without weights."""
     base = tmp_path_factory.mktemp("nemotron")
-    source = make_model(base, "nemotron_h", moe_latent_size=32)
+    source = make_model(base, "nemotron_h", **WIDE)
     add_nemotrons(source)
     stored(source, base / "saved")
     without_weights(source, base / "hf")
@@ -116,145 +102,108 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, pool: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exports of one rank."""
+    """The exports of one rank from the HF folder, and the statistics that they were made with."""
     out = tmp_path_factory.mktemp("alone")
-    for form, more in FORMATS.items():
-        export(living(pool), 1, *given(folder, form), *more, "--output", out / form)
+    for form in FORMATS:
+        measured = (*calibration_flags(folder / "nemotron_h"), "--save-calibration", out / f"{form}.safetensors")
+        flags = measured if form in MEASURED else ()
+        export(living(pool), 1, "--hf-model", folder / "nemotron_h", *asked(form), *flags, "--output", out / form)
     return out
 
 
-def given(folder: Path, form: str) -> tuple:
-    flags = ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved")
-    return flags if form == "mixed" else (*flags, "--format", form)
+def asked(form: str) -> tuple:
+    return (*(() if form == "mixed" else ("--format", form)), *FORMATS[form])
 
 
-def test_a_checkpoint_gives_every_byte_back(folder: Path, alone: Path) -> None:
+def loading(form: str, alone: Path) -> tuple:
+    return ("--load-calibration", alone / f"{form}.safetensors") if form in MEASURED else ()
+
+
+def test_an_hf_folder_gives_every_byte_back(folder: Path, alone: Path) -> None:
     assert_same(tensors(alone / "bf16"), tensors(folder / "nemotron_h"))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_every_format_has_the_same_bytes_on_every_topology(
+def test_formats_have_the_same_bytes_on_every_topology(
     topology: str, folder: Path, alone: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    for form, more in FORMATS.items():
-        export(ranks, 2, *given(folder, form), *more, *TOPOLOGIES[topology], "--output", tmp_path / form)
+    sizes, forms = TOPOLOGIES[topology]
+    for form in forms:
+        flags = ("--hf-model", folder / "nemotron_h", *asked(form), *loading(form, alone), *sizes)
+        export(ranks, 2, *flags, "--output", tmp_path / form)
         assert_same(tensors(tmp_path / form), tensors(alone / form))
         assert contents(tmp_path / form) == contents(alone / form)
 
 
-def test_what_was_written_is_judged_sound(folder: Path, alone: Path) -> None:
+@pytest.mark.parametrize("sizes", [("--tp", 2), ("--ep", 2)], ids=str)
+def test_a_checkpoint_has_the_same_bytes_without_a_model(
+    sizes: tuple, folder: Path, alone: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    for form in ("bf16", "mixed"):
+        flags = ("--hf-model", folder / "hf", "--megatron-checkpoint", folder / "saved", *asked(form), *sizes)
+        said = export(ranks, 2, *flags, *loading(form, alone), "--output", tmp_path / form)
+        assert "load " not in said  # no model was built
+        assert_same(tensors(tmp_path / form), tensors(alone / form))
+
+
+def test_a_dense_one_gives_every_byte_back(ranks: Ranks, tmp_path: Path) -> None:
+    """As Nemotron-H, in stages that are not even."""
+    kinds = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
+    source = make_model(tmp_path, "nemotron_h", layers_block_type=kinds)
+    for sizes in (("--tp", 2), ("--pp", 2)):
+        out = tmp_path / sizes[0]
+        export(ranks, 2, "--hf-model", source, "--format", "bf16", *sizes, "--output", out)
+        assert_same(tensors(out), tensors(source))
+
+
+def test_what_was_written_is_judged_sound_and_computes(folder: Path, alone: Path) -> None:
+    """transformers' own model of it is emulated: experts without gates, and Mamba's projections."""
+    ids = torch.randint(0, 500, (1, 20), generator=torch.Generator().manual_seed(0))
     for form in FORMATS:
         assert inspected(alone / form, folder / "nemotron_h", Wanted()).problems == [], form
+    with torch.no_grad():
+        expected = load(folder / "nemotron_h")(input_ids=ids).logits
+        assert torch.equal(load(alone / "bf16")(input_ids=ids).logits, expected)
+        emulated = load(alone / "fp8")
+        found = emulated(input_ids=ids).logits
+    assert 0 < (found - expected).norm() < 0.3 * expected.norm()
+    linears = {name: module for name, module in emulated.named_modules() if isinstance(module, EmulatedLinear)}
+    held = tensors(folder / "nemotron_h")
+    for name, module in linears.items():
+        weight = held[name.replace("model.", "backbone.") + ".weight"].float()
+        assert (module.decoded() - weight).norm() < 0.05 * weight.norm()
+    ends = {name.partition(".mixer.")[2] for name in linears}
+    assert {"in_proj", "out_proj", "q_proj", "experts.3.up_proj", "shared_experts.down_proj", "down_proj"} <= ends
 
 
 def test_projections_of_mamba_are_quantized_and_what_engines_leave_out_is_left_out(alone: Path) -> None:
-    held, ignored = (
-        tensors(alone / "fp8"),
-        read_json(alone / "fp8" / "config.json")["quantization_config"]["ignore"],
-    )
-    for module in (
-        "layers.0.mixer.in_proj",
-        "layers.0.mixer.out_proj",
-        "layers.1.mixer.experts.3.up_proj",
-        "layers.3.mixer.up_proj",
-    ):
+    held = tensors(alone / "fp8")
+    ignored = read_json(alone / "fp8" / "config.json")["quantization_config"]["ignore"]
+    for module in ("0.mixer.in_proj", "0.mixer.out_proj", "1.mixer.experts.3.up_proj", "3.mixer.up_proj"):
+        module = f"layers.{module}"
         assert held[f"backbone.{module}.weight"].dtype is torch.float8_e4m3fn
         assert f"backbone.{module}" not in ignored
-    left = (
-        "layers.0.mixer.conv1d",
-        "layers.1.mixer.gate",
-        "layers.1.mixer.fc1_latent_proj",
-        "layers.1.mixer.fc2_latent_proj",
-    )
-    for module in left:
+    for module in ("0.mixer.conv1d", "1.mixer.gate", "1.mixer.fc1_latent_proj", "1.mixer.fc2_latent_proj"):
+        module = f"layers.{module}"
         assert held[f"backbone.{module}.weight"].dtype is torch.bfloat16
         assert f"backbone.{module}" in ignored
     assert {"mtp.layers.0.eh_proj", "mtp.layers.0.mixer.q_proj", "mtp.layers.1.mixer.experts"} <= set(ignored)
+    assert {name for name in held if name.endswith("k_scale")} == {"backbone.layers.2.mixer.k_proj.k_scale"}
+    blocks = tensors(alone / "fp8_pb")  # where ranks have no whole blocks of in_proj
+    assert blocks["backbone.layers.0.mixer.in_proj.weight"].dtype is torch.bfloat16
+    assert blocks["backbone.layers.0.mixer.out_proj.weight"].dtype is torch.float8_e4m3fn
 
 
 def test_layers_that_predict_can_be_dropped(folder: Path, ranks: Ranks, tmp_path: Path) -> None:
-    export(ranks, 1, *given(folder, "bf16"), "--mtp", "drop", "--output", tmp_path / "out")
+    flags = ("--hf-model", folder / "nemotron_h", "--format", "bf16", "--mtp", "drop")
+    export(ranks, 1, *flags, "--output", tmp_path / "out")
     kept = {n: t for n, t in tensors(folder / "nemotron_h").items() if not n.startswith("mtp.")}
     assert_same(tensors(tmp_path / "out"), kept)
     assert read_json(tmp_path / "out" / "config.json")["num_nextn_predict_layers"] == 0
 
 
-class GatedNorm(nn.Module):
-    """Where Mamba's norm is Triton's alone: its weight, saved as Megatron-Core saves it."""
-
-    def __init__(self, size: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        state, group = self.state_dict(prefix="", keep_vars=True), parallel_state.get_tensor_model_parallel_group()
-        more = {"tp_group": group, "dp_cp_group": metadata["dp_cp_group"]}
-        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **more)
-
-
-def build(config: dict, here: Topology, pattern: str) -> nn.Module:
-    """Megatron-Core's own hybrid model with the local spec's linears."""
-    settings = _settings(config, here, torch.bfloat16, initialize=False, pp_layout=None)
-    settings.hidden_dropout = 0.0
-
-    def whole(experts: int | None) -> TransformerLayerSubmodules:
-        return get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm").submodules
-
-    attention = TransformerLayerSubmodules(
-        input_layernorm=WrappedTorchNorm, self_attention=whole(None).self_attention, self_attn_bda=get_bias_dropout_add
-    )
-
-    def feeding(experts: int | None) -> TransformerLayerSubmodules:
-        return TransformerLayerSubmodules(
-            pre_mlp_layernorm=WrappedTorchNorm, mlp=whole(experts).mlp, mlp_bda=get_bias_dropout_add
-        )
-
-    mixer = mamba_mixer.MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-    mamba = MambaLayerSubmodules(
-        norm=WrappedTorchNorm,
-        mixer=ModuleSpec(mamba_mixer.MambaMixer, submodules=mixer),
-        mamba_bda=get_bias_dropout_add,
-    )
-    stack = HybridStackSubmodules(
-        mamba_layer=ModuleSpec(MambaLayer, submodules=mamba),
-        attention_layer=ModuleSpec(TransformerLayer, submodules=attention),
-        mlp_layer=ModuleSpec(MLPLayer, submodules=feeding(None)),
-        moe_layer=ModuleSpec(TransformerLayer, submodules=feeding(settings.num_moe_experts)),
-    )
-    kernels = {"HAVE_MAMBA_SSM": True, "HAVE_EINOPS": True, "ExtendedRMSNorm": GatedNorm}
-    with (
-        without_cuda(),
-        _norms_of_parts(),
-        mock.patch(f"{HybridStack.__module__}.TENorm", WrappedTorchNorm),
-        mock.patch.multiple(mamba_mixer, **kernels),
-        mock.patch.object(mamba_context_parallel, "HAVE_EINOPS", True),
-    ):
-        model = HybridModel(
-            settings,
-            vocab_size=512,
-            max_sequence_length=LENGTH,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=False,
-            **{STACK_SPEC: ModuleSpec(module=HybridStack, submodules=stack), PATTERN: pattern},
-        )
-        return _converted(model, here.device, torch.bfloat16)
-
-
-@contextmanager
-def live(source: Path, pattern: str | None = None, **sizes: int) -> Iterator[nn.Module]:
-    """In a rank: such a model with the weights of `source`."""
-    config = read_json(source / "config.json")
-    meant = settings_of(config)["hybrid_layer_pattern"]
-    with world(**sizes), current() as here:
-        model = build(config, here, pattern or meant)
-        if pattern is None:
-            load_hf_weights(model, source, config, here)
-        yield model
-
-
 def export_and_save(source: Path, out: Path, sizes: dict) -> None:
-    with live(source, **sizes) as model:
+    with loaded(source, **sizes) as (model, _):
         for form in ("bf16", "w4a16_nvfp4"):
             export_hf_checkpoint(model, out / form, hf_model=source, format=form)
         save(model, out / "saved", read_json(source / "config.json"))
@@ -264,7 +213,7 @@ def export_and_save(source: Path, out: Path, sizes: dict) -> None:
 def test_megatrons_own_hybrid_model_is_read_live_and_as_it_saves_itself(
     sizes: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
-    source = make_model(tmp_path, "nemotron_h")
+    source = make_model(tmp_path, "nemotron_h", moe_latent_size=None)
     ranks.call(max(sizes.values()), export_and_save, source, tmp_path / "out", sizes)
     assert_same(tensors(tmp_path / "out" / "bf16"), tensors(source))
     without_weights(source, tmp_path / "out" / "hf")
@@ -274,8 +223,9 @@ def test_megatrons_own_hybrid_model_is_read_live_and_as_it_saves_itself(
         assert_same(tensors(tmp_path / form), tensors(tmp_path / "out" / form))
 
 
-def refused_pattern(source: Path, out: Path, pattern: str, attribute: str | None) -> str:
-    with live(source, pattern) as model:
+def refused_pattern(built: Path, source: Path, out: Path, attribute: str | None) -> str:
+    """In a rank: what an export of a model of the config `built` says of the one of `source`."""
+    with loaded(built) as (model, _):
         if attribute:
             setattr(model, PATTERN, attribute)
         return refusal(export_hf_checkpoint, model, out, hf_model=source, format="bf16")
@@ -285,9 +235,11 @@ def test_a_live_pattern_that_contradicts_config_json_or_has_another_kind_is_refu
     ranks: Ranks, tmp_path: Path
 ) -> None:
     source = make_model(tmp_path, "nemotron_h")
-    [said] = ranks.call(1, refused_pattern, source, tmp_path / "out", "MEM-*E", None)
+    kinds = read_json(source / "config.json")["layers_block_type"]
+    other = make_model(tmp_path / "other", "nemotron_h", layers_block_type=[kinds[n] for n in (0, 1, 0, 3, 2, 1)])
+    [said] = ranks.call(1, refused_pattern, other, source, tmp_path / "out", None)
     assert "the model has hybrid_layer_pattern = 'MEM-*E', but config.json means 'ME*-ME'" in said
-    [said] = ranks.call(1, refused_pattern, source, tmp_path / "out", "ME*-ME", "ME*-MX")
+    [said] = ranks.call(1, refused_pattern, source, source, tmp_path / "out", "ME*-MX")
     assert "what 'X' is, is not known. Known are M (Mamba), * (attention)" in said
 
 
@@ -319,16 +271,26 @@ def test_a_pattern_is_read_in_all_its_spellings(folder: Path) -> None:
     assert set(LETTERS.values()) == {*letters, "G"}
 
 
-def test_awq_and_blocks_of_fp8_are_refused(folder: Path) -> None:
+def test_awq_is_refused(folder: Path) -> None:
     config = read_json(folder / "hf" / "config.json")
-    for form, why in (("nvfp4_awq", "squared ReLU does not pass a vector on"), ("fp8_pb", "no engine loads it")):
-        with pytest.raises(ExportError, match=f"--format {form}: {why}"):
-            plan_for(config, assumed(config, 1), format=form)
+    with pytest.raises(ExportError, match="--format nvfp4_awq: squared ReLU does not pass a vector on"):
+        plan_for(config, assumed(config, 1), format="nvfp4_awq")
 
 
-def test_no_model_of_it_is_built_and_the_way_out_is_told(folder: Path, ranks: Ranks, tmp_path: Path) -> None:
-    flags = ("--hf-model", folder / "nemotron_h", "--format", "bf16", "--output", tmp_path / "out")
-    [(status, said)] = ranks.call(1, command, "--device", "cpu", *flags)
-    assert status == 1
-    assert "this command builds no model of them" in " ".join(said.split())
+def test_virtual_stages_are_refused_at_once(folder: Path, ranks: Ranks, tmp_path: Path) -> None:
+    flags = (
+        "--hf-model",
+        folder / "nemotron_h",
+        "--format",
+        "bf16",
+        "--pp",
+        2,
+        "--vpp",
+        2,
+        "--output",
+        tmp_path / "out",
+    )
+    found = ranks.call(2, command, "--device", "cpu", *flags)
+    assert [status for status, _ in found] == [1, 1]
+    assert "--vpp 2: Megatron-Core cuts no hybrid model into virtual stages" in " ".join(found[0][1].split())
     assert list(tmp_path.iterdir()) == []

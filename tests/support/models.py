@@ -238,7 +238,7 @@ ARCHITECTURES |= {
     "qwen3_5_text": _LINEAR | {"model_type": "qwen3_5_text"},
     "qwen3_5_moe_text": _LINEAR | _SHARED | {"model_type": "qwen3_5_moe_text"},
 }
-NEMOTRON_H = {  # transformers makes one, and Megatron-Core builds none on a CPU: tests of its own build it of stand-ins
+ARCHITECTURES["nemotron_h"] = {
     "model_type": "nemotron_h",
     "head_dim": 16,
     "num_key_value_heads": 2,
@@ -251,6 +251,7 @@ NEMOTRON_H = {  # transformers makes one, and Megatron-Core builds none on a CPU
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 96,
+    "moe_latent_size": 32,
     "n_group": 1,
     "topk_group": 1,
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
@@ -265,7 +266,7 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
 
     torch.manual_seed(7)
     source = folder / name
-    settings = NEMOTRON_H if name == "nemotron_h" else ARCHITECTURES[name]
+    settings = ARCHITECTURES[name]
     if "text_config" in settings:
         settings = settings | {"text_config": settings["text_config"] | changes}
     else:

@@ -31,7 +31,9 @@ class Stack:
         self.module = experts[0][0].module
 
     def gated(self, both: Tensor) -> Tensor:
-        """What is done between the linears of an expert: [tokens, 2 * width] -> [tokens, width]."""
+        """What is done between the linears of an expert: [tokens, 2 * width] -> [tokens, width]; without a gate [tokens, width]."""
+        if self.experts[0][0].leaf == "up_proj":
+            return self.module.act_fn(both)
         if hasattr(self.module, "_apply_gate"):
             return self.module._apply_gate(both)
         if self.experts[0][0].woven:  # GPT-OSS, in transformers 4

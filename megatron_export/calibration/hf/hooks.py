@@ -116,8 +116,11 @@ class Watch:
         self.observer.attention(f"decoder.layers.{layer}.self_attention", *shown)
 
 
-def watched_cache(watch: Watch | None) -> Any:
-    """A cache of transformers that keeps nothing, and shows what it is given; None: that keeps nothing."""
+def watched_cache(watch: Watch | None, config: Any = None) -> Any:
+    """A cache of transformers that keeps no keys, and shows what it is given; None: that keeps none.
+
+    config  of a model with layers that keep a state: those do
+    """
     from transformers import DynamicCache
 
     class Shown(DynamicCache):
@@ -126,4 +129,4 @@ def watched_cache(watch: Watch | None) -> Any:
                 watch.cached(key, value, layer)
             return key, value
 
-    return Shown()
+    return Shown(config=config)

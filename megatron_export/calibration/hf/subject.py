@@ -18,6 +18,7 @@ from ...hf.original import config_of
 from ...hf.quantizers import quantizers_of
 from ...models import shape_of
 from ...models.hf_config import text_of
+from ...models.layer_kinds import Kind
 from ...models.layouts import QKV
 from ...planning.request import SILENCE
 from ..checks import QUANTIZED, check_batches
@@ -76,14 +77,16 @@ class Subject:
         head: bool = False,
         gradients: bool = False,
     ) -> None:
-        cached = not (gradients or shape_of(self.config).kv_lora)
+        shape = shape_of(self.config)
+        cached = not (gradients or shape.kv_lora)
+        keeping = self.model.config if shape.having(Kind.MAMBA, Kind.LINEAR) else None
         with watching(self.model, self.linears, observer, all_experts, head, gradients) as watch:
             for batch in islice(steps, len(batches)):
                 ids = batch.to(here.device)
                 given = {
                     "input_ids": ids,
                     "use_cache": True,
-                    "past_key_values": watched_cache(watch if cached else None),
+                    "past_key_values": watched_cache(watch if cached else None, keeping),
                 }
                 if gradients:
                     self._backward(given)
