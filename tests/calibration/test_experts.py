@@ -18,6 +18,7 @@ from megatron_export.mcore.parallel_state import current, started
 
 from ..export.test_topologies import calibration_flags, export
 from ..mcore.test_live_model import differences, traces
+from ..support.covering import covering
 from ..support.models import LENGTH, SAMPLES, assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks
 
@@ -147,8 +148,7 @@ def layers_in(own: dict[str, Tensor]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("topology", ["dp2", "pp2", "ep2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "topology"), covering(MODELS, ["dp2", "pp2", "ep2"], together=1))
 def test_stages_replicas_and_expert_parallel_ranks_measure_and_choose_exactly_what_one_rank_does(
     name: str, topology: str, plain: dict, alone: dict, ranks: Ranks
 ) -> None:
@@ -160,7 +160,13 @@ def test_stages_replicas_and_expert_parallel_ranks_measure_and_choose_exactly_wh
 
 
 @pytest.mark.parametrize(
-    ("name", "topology"), [("deepseek_v3", "tp2"), ("qwen3_moe", "tp2 etp1"), *((name, "tp2 ep2") for name in MODELS)]
+    ("name", "topology"),
+    [
+        ("deepseek_v3", "tp2"),
+        ("qwen3_moe", "tp2 etp1"),
+        ("mixtral", "tp2 ep2"),
+        *(pytest.param(name, "tp2 ep2", marks=pytest.mark.slow) for name in MODELS if name != "mixtral"),
+    ],
 )
 def test_tensor_parallel_ranks_agree_on_statistics_of_the_same_kinds(
     name: str, topology: str, plain: dict, alone: dict, ranks: Ranks
@@ -182,8 +188,7 @@ def test_tensor_parallel_ranks_agree_on_statistics_of_the_same_kinds(
         assert (counts - alone[name][key]).abs().max() <= 4
 
 
-@pytest.mark.parametrize("topology", ["one rank", *TOPOLOGIES])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "topology"), covering(MODELS, ["one rank", *TOPOLOGIES], together=1))
 def test_experts_are_given_the_tokens_and_inputs_that_transformers_gives_them(
     name: str, topology: str, silenced: dict, own: dict, ranks: Ranks
 ) -> None:
@@ -207,8 +212,7 @@ def test_experts_are_given_the_tokens_and_inputs_that_transformers_gives_them(
     assert any(abs(ratio - 1) > 0.1 for ratio in weighted)  # Megatron's own input of linear_fc2 is another
 
 
-@pytest.mark.parametrize("topology", ["one rank", "ep2", "tp2 etp1", "tp2 ep2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "topology"), covering(MODELS, ["one rank", "ep2", "tp2 etp1", "tp2 ep2"], together=1))
 def test_all_experts_are_measured_on_all_tokens_when_asked(
     name: str, topology: str, silenced: dict, own: dict, ranks: Ranks
 ) -> None:
@@ -238,7 +242,7 @@ def ratios_of(statistics: dict[str, Tensor], numbers: tuple[int, ...]) -> list[f
     return [v.item() for k, v in statistics.items() if ".clip_ratio." in k and any(word in k for word in wanted)]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_an_expert_without_a_token_is_clipped_only_if_all_are_measured(name: str, silenced: dict, ranks: Ranks) -> None:
     form = ("nvfp4_awq",)
     (routed, _), *_ = ranks.call(2, measure, silenced[name], {"ep": 2}, form, awq_clip=True)

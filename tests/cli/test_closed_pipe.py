@@ -35,7 +35,7 @@ def to_nobody(*words: object, errors_too: bool = False) -> tuple[int, bytes]:
     return done.returncode, done.stderr or b""
 
 
-@pytest.mark.parametrize("words", [("--help",), ("verify", "--help"), ("check", "--rules")])
+@pytest.mark.parametrize("words", [("--help",), ("check", "--rules")])
 def test_what_needs_no_model_ends_quietly(words: tuple) -> None:
     assert to_nobody(*words) == (CLOSED, b"")
 

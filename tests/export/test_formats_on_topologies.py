@@ -16,6 +16,7 @@ from megatron_export.mcore.build import build_model
 from megatron_export.mcore.load_hf import load_hf_weights
 from megatron_export.mcore.parallel_state import current, started
 
+from ..support.covering import covering
 from ..support.models import LENGTH, assert_same, contents, make_model, read_json, tensors
 from ..support.ranks import Ranks
 from .test_topologies import TOPOLOGIES, WORLD, export
@@ -23,6 +24,7 @@ from .test_topologies import TOPOLOGIES, WORLD, export
 pytestmark = pytest.mark.whole
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
+SHAPES = {"llama32": SHAPE, "qwen2": {**SHAPE, "num_key_value_heads": 8}}
 VARIANTS = {
     "fp8_pb": ("--kv-cache", "nvfp4"),
     "fp8_pb modelopt": ("--fp8-pb-spelling", "modelopt", "--kv-cache", "fp8", "--kv-scale-at-least", 0.02),
@@ -75,8 +77,7 @@ def measure(source: Path, tp: int, pp: int, batch: int, clip: bool) -> dict[str,
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Grouped queries, and one query per group with biases on q, k, v."""
     folder = tmp_path_factory.mktemp("wide")
-    shapes = {"llama32": SHAPE, "qwen2": {**SHAPE, "num_key_value_heads": 8}}
-    return {name: make_model(folder, name, **shape) for name, shape in shapes.items()}
+    return {name: make_model(folder, name, **shape) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +109,7 @@ def flags(source: Path, folder: Path, variant: str) -> tuple:
     return ("--hf-model", source, *named, *VARIANTS[variant], *more, *loaded)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["llama32", "qwen2"])
+@pytest.mark.parametrize(("name", "variant", "topology"), covering(SHAPES, VARIANTS, TOPOLOGIES, together=2))
 def test_every_topology_writes_the_same_files_as_one_rank(
     name: str, variant: str, topology: str, sources: dict, references: dict, ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -125,8 +124,7 @@ def test_every_topology_writes_the_same_files_as_one_rank(
     assert f"gathered first    {expected} of" in said
 
 
-@pytest.mark.parametrize("topology", ["pp2", "dp2"])
-@pytest.mark.parametrize("name", ["llama32", "qwen2"])
+@pytest.mark.parametrize(("name", "topology"), covering(SHAPES, ["pp2", "dp2"], together=1))
 def test_stages_and_replicas_measure_and_choose_exactly_what_one_rank_does(
     name: str, topology: str, sources: dict, alone: dict, ranks: Ranks
 ) -> None:
@@ -135,8 +133,7 @@ def test_stages_and_replicas_measure_and_choose_exactly_what_one_rank_does(
         assert_same(found, alone[name])
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("name", ["llama32", "qwen2"])
+@pytest.mark.parametrize(("name", "tp"), covering(SHAPES, [2, 4], together=1))
 def test_tensor_parallel_ranks_agree_and_choose_an_alpha_as_good_as_one_rank(
     name: str, tp: int, sources: dict, alone: dict, ranks: Ranks
 ) -> None:

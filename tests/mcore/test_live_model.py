@@ -1,7 +1,12 @@
 """Live models: what calibration and export leave behind, wrapped models, virtual pipelines, float32, fused norms."""
 
+import io
+import runpy
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +23,6 @@ from megatron_export.mcore.build import build_model
 from megatron_export.mcore.cpu_compat import without_cuda
 from megatron_export.mcore.model import linear_input, shards_of
 
-from ..support.command_line import python
 from ..support.live import batches, differences, loaded, traces
 from ..support.models import EXAMPLE, LENGTH, assert_same, read_json, tensors
 from ..support.ranks import Ranks
@@ -267,11 +271,21 @@ def test_padded_vocabulary_rows_are_trimmed_even_when_nan(models: dict, ranks: R
         assert [name for name in found if found[name].float().isnan().any()] == []
 
 
-def test_the_training_example_runs_and_exports(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", SCRIPT)
-    run = python(*torchrun, "--steps", 4, "--export-at", 2, "--output", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 0, run.stderr
-    assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith("step")] == ["1", "2", "3", "4"]
+def as_torchrun_starts(script: Path, *flags: object) -> str:
+    """In a rank: what a script prints that torchrun starts, on the CPU."""
+    arguments = mock.patch.object(sys, "argv", list(map(str, (script, *flags))))
+    no_gpu = mock.patch.object(torch.cuda, "is_available", lambda: False)
+    with arguments, no_gpu, redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(script), run_name="__main__")
+    parallel_state.destroy_model_parallel()
+    return printed.getvalue()
+
+
+def test_the_training_example_runs_and_exports(ranks: Ranks, tmp_path: Path) -> None:
+    flags = ("--steps", 4, "--export-at", 2, "--output", tmp_path / "out")
+    said, nothing = ranks.call(2, as_torchrun_starts, SCRIPT, *flags)
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("step")] == ["1", "2", "3", "4"]
+    assert nothing == ""
     found, config = tensors(tmp_path / "out"), read_json(tmp_path / "out" / "config.json")
     assert config["quantization_config"]["quant_algo"] == "FP8"
     linears = [name.removesuffix(".weight") for name in found if name.endswith("_proj.weight")]
