@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the ranks, one small checkpoint per architecture, and one to damage."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,13 @@ from .support.ranks import Ranks, living
 
 NOT_WHOLE = "not whole and "
 LOWEST_FIRST = ("common", "formats", "models", "planning", "engines", "distributed")  # what fails there fails above too
+LONGEST_FIRST = (  # where several processes share the files: one of these that began last would run on when all others are done
+    *("launch/test_slurm", "formats/test_kernels", "export/test_formats_on_topologies", "export/test_faults"),
+    *("cli/test_plan_command", "calibration/test_experts", "launch/test_benchmark_speed", "models/test_families"),
+    *("calibration/test_memory", "mcore/test_live_model", "export/test_training", "models/test_linear_attention"),
+    *("cli/test_torchrun", "hf/test_sharded", "export/test_streams", "mcore/test_quantized_parameters"),
+    *("models/test_full_size", "cli/test_closed_pipe", "launch/test_benchmark_quality", "hf/test_routes"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
     named = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
     if config.option.whole or named:
         config.option.markexpr = config.option.markexpr.removeprefix(NOT_WHOLE)
+    if "loadscopereorder" in config.option:  # pytest-xdist would have the files with most tests first
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the lowest rooms come first: with -x, a mistake is seen where it is."""
+    """Tests of the lowest rooms come first: with -x, a mistake is seen where it is. Of several processes, the longest files."""
     order = {room: number for number, room in enumerate(LOWEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        longest = {name: number for number, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: longest.get(f"{item.path.parent.name}/{item.path.stem}", len(longest)))
 
 
 @pytest.fixture(scope="session")
