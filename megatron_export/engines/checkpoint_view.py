@@ -21,7 +21,7 @@ _OF_OPENAI = {
     "scales": "weight_scale",
 }  # what follows a stack's name in MXFP4 -> what that is elsewhere
 _NOT_LINEAR = ("eh_proj",)
-_LINEAR = ("fc",)  # of drafts
+_LINEAR = ("fc", "wq_b", "wk")  # of drafts, of indexers
 _SEES = ("vision", "multi_modal", "visual")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 

@@ -5,6 +5,7 @@ that the engine takes it for. Rules have the same names in each engine's table; 
 from collections.abc import Iterator, Mapping
 
 from ..common.folder_kinds import HEADLESS, is_headless
+from .architectures import ARCHITECTURES, Built
 from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
@@ -13,12 +14,6 @@ from .tensor_parallel import check_shared
 from .tensor_specs import HARMLESS, MXFP4_EXPERTS, named, size_of, wanted
 from .verdict import Findings, Rule
 
-# Whose loaders were read in each engine's sources. Of another architecture the verdict is "not known".
-ARCHITECTURES = (
-    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"),
-    *("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM"),
-    *("Llama4ForCausalLM", "Llama4ForConditionalGeneration", "MistralForCausalLM"),
-)
 AGAIN = "fetch it again, or export it again"
 _SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
 
@@ -82,10 +77,12 @@ def release_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
-def check_chunks(checkpoint: CheckpointView, findings: Findings, architectures: tuple[str, ...]) -> None:
-    """Dual chunk attention (Qwen 2.5 with a million tokens) in architectures that the engine builds with it."""
-    chunks = checkpoint.text.get("dual_chunk_attention_config")
-    if chunks is not None and checkpoint.architecture in architectures:
+def check_config(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:
+    """What config.json must say, quantized or not, and must not: dual chunk attention (Qwen 2.5 with a million tokens)."""
+    if lacking := [key for key in built.needs if key not in checkpoint.text]:
+        findings.add("keys", f"config.json does not say {', '.join(lacking)}, which this architecture's class reads",
+                     way="set it there as its publisher does, or export it again")  # fmt: skip
+    if checkpoint.text.get("dual_chunk_attention_config") is not None and built.chunked:
         findings.add("chunks", "config.json asks for dual chunk attention, which it cannot compute any more",
                      way="take dual_chunk_attention_config out of config.json; up to its chunk_size nothing changes")  # fmt: skip
 

@@ -14,6 +14,9 @@ JOINED = {
 }
 
 
+_MEMBERS = {name: parts for parts, name in JOINED.items()}
+
+
 class Partly(Exception):
     """Only some members of a joined module are listed."""
 
@@ -80,6 +83,8 @@ def _within(name: str, prefix: str) -> bool:
 def sglang_skipped(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
     """SGLang's comparison by whole words; every member of a joined module, of both projections to latents if `joined` is named."""
     prefix = full(parent, joined)
+    if len(parts) == 1 and joined in _MEMBERS:  # one tensor in the file too
+        parts = _MEMBERS[joined]
     if parts in JOINED or (joined and len(parts) > 1):
         return _all_or_none([any(_within(name, f"{parent}.{part}") for name in names.listed) for part in parts])
     experts = names.of_experts if "experts" in prefix else ()

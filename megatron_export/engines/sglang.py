@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from .architectures import Built, as_built, as_listed, built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors, release_of
+from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors, release_of
 from .exclude_lists import Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL
 from .quant_configs import (
@@ -42,6 +43,7 @@ _FILES = {
     "llama": "srt/models/llama.py",
     "llama4": "srt/models/llama4.py",
     "loader": "srt/model_loader/loader.py",
+    "minimax": "srt/models/minimax_m2.py",
     "mixtral": "srt/models/mixtral.py",
     "mllama4": "srt/models/mllama4.py",
     "modelopt": "srt/layers/quantization/modelopt_quant.py",
@@ -69,7 +71,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "left out":      (_R, "what is left out of quantization is stored in bfloat16; it takes codes for numbers", "modelopt", SEEN),
     "not left out":  (_R, "what is stored in bfloat16 is left out, lm_head too", "modelopt", SEEN),
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
-    "mixed joined":  (_R, "a mixed model lists joined linears by that name, but in Qwen 3 MoE and Llama 4", "modelopt", SEEN),
+    "mixed joined":  (_R, "a mixed model lists joined linears by that name, if the class does not say which", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
     "old":           (_R, "MXFP8 since 0.5.18, W4A16_NVFP4 alone since 0.5.19, blocks in a mix since 0.5.21", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
@@ -80,10 +82,12 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "blocks":        (_R, "joined linears and experts have rows in whole blocks of 128, each of them", "fp8", SEEN),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "llama", READ),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "fp8", READ),
-    "llama blocks":  (_R, "Llama and Mistral rename weight_scale_inv and lose it (pull request 30234)", "llama", SEEN),
+    "llama blocks":  (_R, "Llama, Mistral and Phi 3 rename weight_scale_inv and lose it (pull request 30234)", "llama", SEEN),
     "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
-    "dense":         (_R, "Qwen 3 MoE has experts in every layer", "qwen", SEEN),
-    "head":          (_R, "the output layer of Mixtral is not quantized: it is built without the config", "mixtral", SEEN),
+    "dense":         (_R, "Qwen 3 MoE, with a vision tower too, has experts in every layer", "qwen", SEEN),
+    "head":          (_R, "the output layer of Mixtral and MiniMax M2 is built without the config, not quantized", "mixtral", SEEN),
+    "joined file":   (_R, "what is one tensor in the file too (Phi 3) is not in W4A16_NVFP4", "modelopt", SEEN),
+    "keys":          (_R, "config.json says what the classes of MiniMax M2 and Kimi K2.5 read", "minimax", SEEN),
     "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", SEEN),
     "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
     "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
@@ -98,7 +102,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
-    "kv ignored":    (_L, "KV scales are loaded in Llama, Mistral and DeepSeek", "attention", SEEN),
+    "kv ignored":    (_L, "KV scales are not loaded in Qwen, Mixtral, GLM 4.5, Llama 4 and GPT-OSS", "attention", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp count":     (_L, "there is one layer that predicts one more token", "deepseek loader", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),
@@ -114,7 +118,6 @@ LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
 _SINCE = {"MXFP8": (0, 5, 18), "W4A16_NVFP4": (0, 5, 19)}
 _SINCE_MIXED = {"blocks": (0, 5, 21)}
 _LEAST_MIXED = {"native MXFP8": 90}  # DeepGEMM computes it; and Marlin FP8 where nothing else does
-_IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
 # What DeepSeek's config.json says of routing.
 _ROUTES = {"topk_method": '"noaux_tc"', "scoring_func": '"sigmoid"', "moe_layer_freq": "1"}
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
@@ -124,16 +127,20 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     """What release `version` of SGLang finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
-    check_chunks(checkpoint, findings, _IN_CHUNKS)
+    built = built_by("sglang", checkpoint)
+    check_config(checkpoint, built, findings)
     reading = read(checkpoint, findings)
     if reading is None:
         return findings
-    modelopt = reading.dialect == "modelopt"
+    reading, modelopt = as_listed(reading, built), reading.dialect == "modelopt"
     prefix = "language_model." if checkpoint.architecture == "Llama4ForConditionalGeneration" else ""
 
     def algorithm_of(group: Group) -> str | None:
         if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not modelopt):
             return None
+        if is_plain(group, built, reading):
+            return None
+        group = as_built(group, built)
         inside = group if group.parent.startswith(prefix) else Group(group.kind, prefix + group.parent, group.parts)
         of_experts = group.kind in ("experts", "stack")
         latent = "" if group.mtp else _LATENT  # models/deepseek_nextn.py does not tell the config what it joins
@@ -154,7 +161,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
     check_cache(checkpoint, reading, gpu, findings)
-    _check_config(checkpoint, findings)
+    _check_experts(checkpoint, built, findings)
     return findings
 
 
@@ -235,15 +242,15 @@ def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{start}{name.removeprefix('model.')}" for name in names for start in ("", "model."))
 
 
-def _check_config(checkpoint: CheckpointView, findings: Findings) -> None:
-    """What config.json must say, and what must not be, quantized or not."""
+def _check_experts(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:
+    """What config.json must say of experts, quantized or not."""
     if checkpoint.architecture == "Llama4ForCausalLM" and checkpoint.experts:
         findings.add("llama4 text", "it loads experts of Llama 4 only in Llama4ForConditionalGeneration")
     dense = checkpoint.text.get("mlp_only_layers") or checkpoint.number("decoder_sparse_step") > 1
-    if checkpoint.architecture == "Qwen3MoeForCausalLM" and dense:
+    if not built.dense and dense:
         findings.add("dense", "it makes experts of every layer, and config.json means some without")
     lacking = [key for key in _ROUTES if key not in checkpoint.text]
-    if checkpoint.architecture.startswith("Deepseek") and lacking:
+    if built.routed and lacking:
         said = ", ".join(f'"{key}": {_ROUTES[key]}' for key in lacking)
         way = f"set {said} there, as DeepSeek does"
         findings.add("bias", f"config.json does not say {', '.join(lacking)}", way=way)

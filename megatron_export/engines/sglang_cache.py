@@ -1,20 +1,20 @@
 """The KV cache that SGLang makes for a checkpoint."""
 
+from .architectures import built_by
 from .checkpoint_view import CheckpointView
 from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
 from .quant_configs import Reading
 from .verdict import Findings
 
-_KEEPS_KV = ("LlamaForCausalLM", "MistralForCausalLM", "DeepseekV3ForCausalLM")
-
 
 def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
     """New findings about its scales and its format."""
     kv = checkpoint.indexed.kv
+    keeps = built_by("sglang", checkpoint).caching
     if not (reading.kv or kv):
         return
-    if reading.algorithm is not None and checkpoint.architecture in _KEEPS_KV:
+    if reading.algorithm is not None and keeps:
         check_kv_scales(checkpoint.indexed, findings)
     if reading.kv == "NVFP4":
         findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
@@ -22,5 +22,5 @@ def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, f
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
     elif reading.algorithm == "blocks" or reading.kv != "FP8":
         findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
-    if kv and checkpoint.expected is not None and checkpoint.architecture not in _KEEPS_KV:
+    if kv and checkpoint.expected is not None and not keeps:
         findings.add("kv ignored", "ignores the scales of this architecture's KV cache")

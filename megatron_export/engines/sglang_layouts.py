@@ -1,13 +1,13 @@
 """How SGLang lays out the linears and experts of a quantized model: what it joins, in which blocks, and what it takes apart."""
 
+from .architectures import Built, as_built, built_by
 from .checkpoint_view import CheckpointView, Group
 from .exclude_lists import JOINED, Partly, full
 from .gpus import BLACKWELL, GPUS
 from .quant_configs import AlgorithmOf, Reading
 from .verdict import Findings
 
-_JOINS_MIXED = ("Qwen3MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration")
-_LIKE_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")  # the latter is a subclass
+_JOINED_IN_FILES = tuple((name,) for name in JOINED.values())
 
 
 def check_layouts(
@@ -17,37 +17,45 @@ def check_layouts(
     if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
         why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
         findings.add("gpt_oss", why, way="--format bf16")
+    built = built_by("sglang", checkpoint)
     blackwell = gpu is not None and GPUS[gpu] >= BLACKWELL
     for group in checkpoint.indexed.groups:
         if group.mtp or not group.quantized:
             continue
-        _check_architecture(checkpoint, reading, group, findings)
+        _check_architecture(checkpoint, reading, built, group, findings)
         if any("weight_scale_inv" in module for module in group.members.values()) or reading.algorithm == "MXFP8":
-            _check_blocks(checkpoint, group, findings)
+            _check_blocks(built, group, findings)
         _check_inputs(group, algorithm_of, blackwell, findings)
 
 
-def _check_architecture(checkpoint: CheckpointView, reading: Reading, group: Group, findings: Findings) -> None:
+def _check_architecture(
+    checkpoint: CheckpointView, reading: Reading, built: Built, group: Group, findings: Findings
+) -> None:
     if checkpoint.architecture.startswith("Llama4"):
         _check_llama4(group, findings)
-    if group.kind == "head" and checkpoint.architecture == "MixtralForCausalLM":
+    if group.kind == "head" and not built.head:
         why = "it does not load a quantized output layer of this architecture"
         findings.add("head", why, *group.members, way="leave lm_head as it is")
+    if group.kind == "linear" and group.parts in _JOINED_IN_FILES:
+        _check_joined_file(group, findings)
     if reading.layers:
-        _check_mixed(checkpoint, reading, group, findings)
+        _check_mixed(checkpoint, reading, built, group, findings)
     if checkpoint.latent and ".self_attn" in group.parent:
         _check_latent(group, findings)
 
 
-def _check_mixed(checkpoint: CheckpointView, reading: Reading, group: Group, findings: Findings) -> None:
+def _check_joined_file(group: Group, findings: Findings) -> None:
+    if _in_four_bits(group) and "input_scale" not in next(iter(group.members.values())):
+        findings.add("joined file", "in W4A16_NVFP4 it fills no weight_scale_2 of what it would join by itself", *group.members,
+                     way="--format nvfp4, or another for it")  # fmt: skip
+
+
+def _check_mixed(checkpoint: CheckpointView, reading: Reading, built: Built, group: Group, findings: Findings) -> None:
     """It looks for the names of its own modules in quantized_layers: for joined linears, and for each expert of Mixtral alone."""
+    group = as_built(group, built)
     said = {reading.layers.get(name) for name in group.members}
     joined = full(group.parent, JOINED.get(group.parts, ""))
-    if (
-        group.parts in JOINED
-        and checkpoint.architecture not in _JOINS_MIXED
-        and reading.layers.get(joined) not in said - {None}
-    ):
+    if group.parts in JOINED and not built.joining and reading.layers.get(joined) not in said - {None}:
         parts, name = ", ".join(group.parts), JOINED[group.parts]
         findings.add("mixed joined", f"it does not find {parts} of this architecture in quantized_layers", group.parent,
                      way=f"list {name} beside them there, in the same algorithm")  # fmt: skip
@@ -86,9 +94,9 @@ def _in_four_bits(group: Group) -> bool:
     return next(iter(group.members.values()))["weight"].dtype == "U8"
 
 
-def _check_blocks(checkpoint: CheckpointView, group: Group, findings: Findings) -> None:
+def _check_blocks(built: Built, group: Group, findings: Findings) -> None:
     """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
-    if checkpoint.architecture in _LIKE_LLAMA and group.kind == "linear":
+    if not built.inverse and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
                      way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
     for name, module in group.members.items():

@@ -1,8 +1,9 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; nothing was run."""
 
+from .architectures import built_by
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors, release_of
-from .exclude_lists import Names, Partly, tensorrt_llm
+from .exclude_lists import JOINED, Names, Partly, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
 from .quant_configs import (
@@ -36,6 +37,7 @@ _FILES = {
     "mode": "quantization/mode.py",
     "model": "_torch/models/modeling_utils.py",
     "moe": "_torch/modules/fused_moe/quantization.py",
+    "phi3": "_torch/models/modeling_phi3.py",
     "reading": "_torch/model_config.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
@@ -68,6 +70,8 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "linear", READ),
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
+    "joined file":   (_R, "scales of what is one tensor in the file too (Phi 3) are numbers, or rows of groups", "phi3", READ),
+    "sees":          (_U, "how names in lists are compared in models that see, but Llama 4", "archs", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),
     "kv shape":      (_R, "a KV scale is one number", "linear", READ),
@@ -86,6 +90,8 @@ _SAME = (
 _ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
 OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
+_JOINED_IN_FILES = tuple((name,) for name in JOINED.values())
+_UNHANDED = ("blocks", "modelopt blocks", "FP8_PER_CHANNEL_PER_TOKEN")
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
     **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
     "W4A8_AWQ": ("on Ada and Hopper", range(89, 91)),
@@ -197,6 +203,9 @@ def check_gpu(reading: Reading, gpu: str | None, findings: Findings) -> None:
 def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
     if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "modelopt":
         findings.add("gpt_oss", "not tried with this architecture")
+    built = built_by("tensorrt_llm", checkpoint)
+    if not built.compared:
+        findings.add("sees", "how it compares names in lists with those of this architecture's modules was not read")
     for group in checkpoint.whole.groups:
         if group.mtp or not group.quantized:
             continue
@@ -204,6 +213,9 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: A
             algorithm = algorithm_of(group)
         except Partly:
             continue
+        if group.kind == "linear" and group.parts in _JOINED_IN_FILES and not built.inverse and algorithm in _UNHANDED:
+            findings.add("joined file", f"it does not hand on scales of {algorithm} of what it takes apart", *group.members,
+                         way="--format fp8 or nvfp4")  # fmt: skip
         if group.kind == "experts" and checkpoint.architecture.startswith("Llama4"):
             findings.add("llama4", "reads experts of Llama 4 only where they are stacked in one tensor", group.parent,
                          way="--format fp8 or nvfp4")  # fmt: skip

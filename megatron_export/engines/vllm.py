@@ -2,9 +2,10 @@
 
 from functools import partial
 
+from .architectures import Built, as_built, as_listed, built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_chunks, check_codes, check_mtp, check_tensors, release_of
-from .exclude_lists import GATE_UP, Names, Partly, vllm_exactly, vllm_modelopt
+from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors, release_of
+from .exclude_lists import GATE_UP, Names, vllm_exactly, vllm_modelopt
 from .gpus import BLACKWELL, GPUS
 from .quant_configs import (
     MIXED,
@@ -27,6 +28,7 @@ from .router_weights import check_router_weights
 from .tensor_specs import MXFP4_EXPERTS
 from .verdict import Effect, Findings, table
 from .vllm_cache import check_cache
+from .vllm_layouts import check_indexers, check_layouts
 
 NAME, VERSION = "vLLM", "0.32.0"
 RELEASES, SEEN_IN = (VERSION, "0.33.0"), "tests/engines/test_vllm.py"
@@ -41,6 +43,8 @@ _FILES = {
     "gpt_oss": "model_executor/models/gpt_oss.py",
     "joined": "model_executor/layers/quantization/utils/quant_utils.py",
     "kv": "model_executor/layers/quantization/kv_cache.py",
+    "minimax": "model_executor/models/minimax_m2.py",
+    "mistral3": "model_executor/models/mistral3.py",
     "llama4": "model_executor/models/llama4.py",
     "loader": "model_executor/model_loader/default_loader.py",
     "model": "model_executor/models/utils.py",
@@ -80,11 +84,14 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "blocks":        (_R, "of joined linears all but the last have whole blocks of 128 rows, of experts all", "blocks", SEEN),
     "inputs":        (_R, "FP8_PB_WO has inputs in whole blocks of 128", "modelopt", SEEN),
     "block experts": (_R, "experts are not in FP8_PER_CHANNEL_PER_TOKEN, nor in FP8_PB_WO but in a mixed model", "modelopt", READ),
+    "inverse":       (_R, "Mistral 3 renames weight_scale_inv, and blocks have no other scale", "mistral3", SEEN),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "model config", SEEN),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in another dialect than OpenAI's", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),
+    "keys":          (_R, "config.json says what the classes of MiniMax M2 and Qwen3-VL read", "minimax", SEEN),
+    "indexers":      (_R, "index_topk_pattern or index_topk_freq says which layers have an indexer", "deepseek", SEEN),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
     "kv latent":     (_R, "latent attention has no NVFP4 KV cache", "config", SEEN),
@@ -114,9 +121,6 @@ NOT_NEEDED = {"W4A16_NVFP4": frozenset(("input_scale",))}
 _LATENT = "fused_qkv_a_proj"
 LEAST = dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", MXFP4_EXPERTS), 80)
 _LEAST_MIXED = {"MXFP8": 80}  # FP8 goes to Marlin there
-_IN_CHUNKS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-_ASKS_ROUTERS = ("Qwen3MoeForCausalLM",)
-_NOT_UNDONE = ("Qwen3MoeForCausalLM",)  # it says that gate and up are joined when lists are already compared
 _FILE = ("exclude_modules", "kv_cache_quant_algo")
 _B12X = ("IQ2_XS", "IQ2_XXS", "Q8_0")  # of a package of that name
 FORMATS = "choose --format fp8, fp8_pb or nvfp4"
@@ -126,37 +130,46 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     """What vLLM finds in a checkpoint on `tp` GPUs of the kind `gpu`; None for any."""
     view = checkpoint.indexed
     findings = check_tensors(RULES, checkpoint, view)
-    check_chunks(checkpoint, findings, _IN_CHUNKS)
+    built = built_by("vllm", checkpoint)
+    check_config(checkpoint, built, findings)
+    check_indexers(checkpoint, built, findings)
     reading = read(checkpoint, version, findings)
     if reading is None:
         return findings
-    modelopt = reading.dialect == "modelopt"
-
-    def algorithm_of(group: Group) -> str | None:
-        if reading.algorithm is None or (group.kind == "head" and not modelopt):
-            return None
-        if group.kind == "router" and not (modelopt and checkpoint.architecture in _ASKS_ROUTERS):
-            return None
-        matcher = vllm_modelopt if modelopt else vllm_exactly
-        if checkpoint.architecture in _NOT_UNDONE and group.parts == GATE_UP:
-            matcher = partial(by_one_name, matcher)
-        found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
-        return found if reading.algorithm else _in_a_mix(reading, group, found)
-
+    algorithm_of = _algorithms(built, as_listed(reading, built))
     if not check_codes(checkpoint, view, reading, algorithm_of, NOT_NEEDED, tp, findings):
         return findings
     if reading.algorithm is not None:
         _check_tied(checkpoint, algorithm_of, findings)
-        _check_layouts(checkpoint, reading, algorithm_of, findings)
+        check_layouts(checkpoint, reading, algorithm_of, findings)
         check_mtp(view, findings, algorithm_of)
         check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 75, findings)
         if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
             findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
         check_router_weights(checkpoint, algorithm_of, gpu, findings)
     check_cache(checkpoint, reading, findings)
-    if checkpoint.latent and checkpoint.architecture.startswith("Deepseek"):
+    if built.routed:
         _check_routers(checkpoint, findings)
     return findings
+
+
+def _algorithms(built: Built, reading: Reading) -> AlgorithmOf:
+    """What it takes each group of a checkpoint for."""
+    modelopt = reading.dialect == "modelopt"
+
+    def algorithm_of(group: Group) -> str | None:
+        if reading.algorithm is None or (group.kind == "head" and not modelopt) or is_plain(group, built, reading):
+            return None
+        if group.kind == "router" and not (modelopt and built.asking):
+            return None
+        matcher = vllm_modelopt if modelopt else vllm_exactly
+        if built.one_name and group.parts == GATE_UP:  # it says that they are joined when lists are already compared
+            matcher = partial(by_one_name, matcher)
+        group = as_built(group, built)
+        found = None if left_out(reading, group, matcher, _LATENT) else algorithm_in(reading, group)
+        return found if reading.algorithm else _in_a_mix(reading, group, found)
+
+    return algorithm_of
 
 
 def by_one_name(matcher: Matcher, names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
@@ -261,39 +274,3 @@ def _check_tied(checkpoint: CheckpointView, algorithm_of: AlgorithmOf, findings:
     if checkpoint.tied and algorithm_of(Group("head", parent, ("lm_head",))):
         why = "it is the embedding, and by the config it is quantized"
         findings.add("not left out", why, "lm_head", way="name it in ignore")
-
-
-def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
-    if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "native":
-        return
-    if checkpoint.architecture == "GptOssForCausalLM":
-        why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
-        findings.add("gpt_oss", why, way="--format bf16")
-        return
-    for group in checkpoint.indexed.groups:
-        if group.mtp or not group.quantized:
-            continue
-        if group.kind == "stack" and checkpoint.architecture != "Llama4ForConditionalGeneration":
-            findings.add("stack", f"it does not load stacked experts of {checkpoint.architecture} with scales",
-                         *group.members, way="export it again: experts of this architecture are written one by one")  # fmt: skip
-            continue
-        try:
-            algorithm = algorithm_of(group)
-        except Partly:
-            continue
-        if group.kind == "experts" and algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
-            way = "--fp8-pb-spelling native" if algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
-            findings.add("block experts", f"it does not load experts in {algorithm}", group.parent, way=way)
-        if algorithm in ("blocks", "FP8_PB_WO"):
-            _check_blocks(group, algorithm, findings)
-
-
-def _check_blocks(group: Group, algorithm: str, findings: Findings) -> None:
-    for name, module in group.members.items():
-        rows, inputs = module["weight"].shape[-2:]
-        last = name.rpartition(".")[2] == group.parts[-1] if group.parts else name.endswith(("down_proj", "w2"))
-        if algorithm == "blocks" and not last and rows % 128:
-            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which vLLM wants of q, k, gate and experts",
-                         name, way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
-        if algorithm == "FP8_PB_WO" and inputs % 128:
-            findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")

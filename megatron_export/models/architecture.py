@@ -51,6 +51,8 @@ class Architecture:
     stacked     whether quantized experts are written stacked as HF has them, in a format that can be; else one by one
     published   the format that its publisher has its experts in, in a dialect of that format's own; "" for none
     spelled     HF module -> what lists of excluded modules call it, where engines do not have it under its HF name
+    called      patterns of HF modules and what an engine calls them, which lists of excluded modules have as well, and of experts
+                lists of formats too
     turned      whether engines reorder the rows of q and k, so that scales of rows would belong to other rows
     routing     config.json key -> value, which engines read and transformers leaves out when it saves a model
     respelled   (config.json's dict) -> more such keys where they depend on others, and keys that transformers writes in words that
@@ -83,6 +85,7 @@ class Architecture:
     stacked: bool = False
     published: str = ""
     spelled: Mapping[str, str] = field(default_factory=dict)
+    called: tuple[tuple[str, str], ...] = ()
     turned: bool = False
     routing: Mapping[str, object] = field(default_factory=dict)
     respelled: Callable[[dict], dict] = lambda config: {}
@@ -93,3 +96,8 @@ class Architecture:
         for mine, theirs in self.on_disk:
             name = re.sub(mine, theirs, name)
         return name
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """What lists in configs call an HF module: its name, and those that engines have for it."""
+        mine = self.spelled.get(module, module)
+        return mine, *(re.sub(pattern, other, module) for pattern, other in self.called if re.search(pattern, module))

@@ -25,6 +25,14 @@ def sparse(config: dict, shape: ModelShape) -> dict:
     }
 
 
+def respelled(config: dict) -> dict:
+    """Which layers have an indexer, in letters: vLLM does not read `indexer_types`, which is all that transformers writes."""
+    kinds = config.get("indexer_types")
+    if not kinds or {"index_topk_freq", "index_topk_pattern"} & config.keys():
+        return {}
+    return {"index_topk_pattern": "".join("F" if kind == "full" else "S" for kind in kinds)}
+
+
 def unlike(config: dict, length: int) -> str:
     """A sample of as many tokens as the indexer chooses, or fewer, is seen whole: then attention is DeepSeek V3's."""
     if length <= (most := config["index_topk"]):
@@ -34,5 +42,9 @@ def unlike(config: dict, length: int) -> str:
 
 
 ARCHITECTURE = replace(
-    deepseek_v3.ARCHITECTURE, rules=deepseek_v3.ARCHITECTURE.rules | INDEXER, computed=sparse, unlike=unlike
+    deepseek_v3.ARCHITECTURE,
+    rules=deepseek_v3.ARCHITECTURE.rules | INDEXER,
+    computed=sparse,
+    unlike=unlike,
+    respelled=respelled,
 )

@@ -9,5 +9,6 @@ ARCHITECTURE = replace(
     gemma3.ARCHITECTURE,
     rules=below("language_model.", gemma3.ARCHITECTURE.rules),
     copied=mistral3.ARCHITECTURE.copied,
+    called=((r"^(vision_tower\..*\.self_attn)\.out_proj$", r"\1.proj"),),  # by SGLang
     on_disk=mistral3.ARCHITECTURE.on_disk,
 )

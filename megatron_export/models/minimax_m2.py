@@ -21,5 +21,6 @@ ARCHITECTURE = Architecture(
     },
     # Without them vLLM builds routers that have no bias, and SGLang attention without norms.
     routing={"use_routing_bias": True, "scoring_func": "sigmoid", "use_qk_norm": True},
+    called=((r"\.block_sparse_moe\.experts$", ".mlp.experts"),),  # by vLLM
     on_disk=ON_DISK,
 )

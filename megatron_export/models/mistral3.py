@@ -9,6 +9,7 @@ ARCHITECTURE = replace(
     mistral.ARCHITECTURE,
     rules=below("language_model.", mistral.ARCHITECTURE.rules),
     copied=("vision_tower.", "multi_modal_projector."),
+    called=((r"^language_model\.model\.", "model."),),  # by SGLang
     on_disk=(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),

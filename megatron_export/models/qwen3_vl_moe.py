@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import qwen3_moe
+from . import qwen3_moe, qwen3_vl
 from .blocks import stacked, within
 
 ARCHITECTURE = replace(
@@ -10,4 +10,6 @@ ARCHITECTURE = replace(
     rules=within("language_model", stacked("mlp", qwen3_moe.ARCHITECTURE.rules)),
     copied=("model.visual.",),
     only=dict(qwen3_moe.ARCHITECTURE.only) | {"norm_topk_prob": (True, None)},  # without the key HF norms too
+    called=qwen3_vl.CALLED,
+    routing={"norm_topk_prob": True},  # which vLLM and SGLang read
 )

@@ -109,7 +109,7 @@ def settle(
     return Policy(
         forms=found,
         left_alone=frozenset(linears.keys() - found.keys()),
-        excluded=tuple(sorted({architecture.spelled.get(module, module) for module in (*never, *left_out)})),
+        excluded=tuple(sorted({name for module in (*never, *left_out) for name in architecture.names(module)})),
         fused=tuple(
             together
             for together in [*_pairs(linears), *_stacks(stacks if stacked else ())]

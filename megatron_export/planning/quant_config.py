@@ -54,8 +54,13 @@ def _quantization(plan: Plan) -> dict:
     if len(plan.forms) == 1:
         return plan.forms[0].quantization
     layers: dict[str, dict] = {}
+    architecture = architecture_of(plan.config)
     for module, form in plan.layers.items():
-        layers[experts_module(module) if ".experts." in module else module] = form.quantization
+        if ".experts." not in module:
+            layers[module] = form.quantization
+        elif (experts := experts_module(module)) not in layers:
+            names = (name for name in architecture.names(experts) if "*" not in name)
+            layers |= dict.fromkeys(names, form.quantization)
     return {"quant_algo": MIXED, "quantized_layers": layers}
 
 

@@ -22,6 +22,7 @@ from ..formats import (
     Options,
     module_of,
 )
+from ..models import Architecture, known
 from ..models.statistic_names import experts_module
 from ..writing.quantized_modules import lists_in
 from .folder import Finished, json_of
@@ -87,14 +88,18 @@ def check_dialect(found: Finished) -> None:
 
 def described(found: Finished) -> Described:
     """Read what a checkpoint is off its headers and its two configs."""
-    config = json_of(found.folder, CONFIG).get("quantization_config")
+    whole = json_of(found.folder, CONFIG)
+    config, architecture = whole.get("quantization_config"), known(whole)
     inner, outer = _table(config), _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
     quantized = _quantized(found)
     claims = {CONFIG: _claimed(inner.get("quant_algo") or _native(inner))}
     if outer:  # older releases of ModelOpt write this file alone: config.json then claims nothing
         claims = (claims if config is not None else {}) | {QUANT_CONFIG: _claimed(outer.get("quant_algo"))}
     if MIXED in claims.values():
-        algorithm, variants, problems = MIXED, *_mixed(found, quantized, {CONFIG: inner, QUANT_CONFIG: outer})
+        algorithm, variants, problems = (
+            MIXED,
+            *_mixed(found, quantized, {CONFIG: inner, QUANT_CONFIG: outer}, architecture),
+        )
     else:
         algorithm = _algorithm(found, quantized, {_PLAIN.get(claim, claim) for claim in claims.values()})
         variants, problems = _one(found, quantized, algorithm, {*claims.values()}), []
@@ -135,7 +140,10 @@ def _one(
 
 
 def _mixed(
-    found: Finished, quantized: dict[str, dict[str, str]], sections: dict[str, dict]
+    found: Finished,
+    quantized: dict[str, dict[str, str]],
+    sections: dict[str, dict],
+    architecture: Architecture | None,
 ) -> tuple[tuple[Variant, ...], list[str]]:
     """The formats of a checkpoint that lists an algorithm for each module, and where the lists and the tensors differ."""
     lists = {file: layers for file, section in sections.items() if (layers := layers_of(section))}
@@ -145,7 +153,11 @@ def _mixed(
     groups: dict[str | None, dict[str, dict[str, str]]] = {}
     for module, tensors in quantized.items():
         groups.setdefault(claim_of(layers, module), {})[module] = tensors
-    there = {*quantized, *map(experts_module, quantized), *(module.rpartition(".")[0] for module in quantized)}
+    there = {
+        *quantized,
+        *(names for one in quantized for names in _of_experts(one, architecture)),
+        *(module.rpartition(".")[0] for module in quantized),
+    }
     problems += [
         f"{module} is in quantized_layers, and it is not quantized" for module in layers if module not in there
     ]
@@ -159,6 +171,12 @@ def _mixed(
             )
         variants += _one(found, group, algorithm, {claim})
     return tuple(variants), problems
+
+
+def _of_experts(module: str, architecture: Architecture | None) -> tuple[str, ...]:
+    """What lists of formats call the experts of a layer, from a module in one of them."""
+    experts = experts_module(module)
+    return architecture.names(experts) if architecture else (experts,)
 
 
 def _quantized(found: Finished) -> dict[str, dict[str, str]]:

@@ -10,8 +10,8 @@ from . import product
 
 ROOT = Path(__file__).parents[2]
 EVERY = {
-    name: [*product.FORMATS, *(product.WITH_MLA if name == "deepseek_v3" else ())]
-    for name in (*product.MODELS, "deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_moe-sparse")
+    name: [*product.FORMATS, *(product.WITH_MLA if name in product.LATENT else ())]
+    for name in (*product.MODELS, "deepseek_v32-mtp", "deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_moe-sparse")
 }
 
 

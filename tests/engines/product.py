@@ -49,11 +49,26 @@ _MAMBA = _EXPERTS | {
     "moe_shared_expert_intermediate_size": 128,
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
 }
-# Which have layers that Megatron-Core builds on a GPU alone, or slowly: they are exported from their tables.
+_SPARSE = _WIDE | _MLA | {"index_n_heads": 4, "index_head_dim": 128, "index_topk": 64}
+_WINDOWS = _HEADS | {"layer_types": ["sliding_attention", "full_attention"]}
+_POSITIONS = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [16, 8, 8], "mrope_interleaved": True}
+# Exported from their tables alone, without a Megatron model, some of whose layers would be slow on a CPU, or missing.
 BY_TABLE = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
     "nemotron_h": _MAMBA,
+    "mistral": _HEADS,
+    "mistral3": _HEADS,
+    "phi3": _WIDE,
+    "gemma3": _WINDOWS,
+    "gemma3_vision": _WINDOWS,
+    "minimax_m2": _HEADS | {"intermediate_size": 128},
+    "qwen3_vl": _HEADS | {"rope_parameters": _POSITIONS},
+    "qwen3_vl_moe": _EXPERTS | {"rope_parameters": _POSITIONS, "moe_intermediate_size": 384},  # no expert is square
+    "kimi_k25": _WIDE | _MLA,
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE | {"indexer_types": ["full", "shared"]},
 }
+LATENT = ("deepseek_v3", "kimi_k25", "deepseek_v32", "glm_moe_dsa")
 MODELS = BY_TABLE | {
     "llama31": _WIDE,
     "llama32": _HEADS,
@@ -95,7 +110,7 @@ def source(folder: Path, name: str) -> Path:
     name, _, kind = name.partition("-")
     made = make_model(folder, name, **MODELS[name] | ({"mlp_only_layers": []} if kind == "sparse" else {}))
     if kind == "mtp":
-        predicting = add_nemotrons if name == "nemotron_h" else add_qwens if name in BY_TABLE else add_mtp
+        predicting = add_nemotrons if name == "nemotron_h" else add_qwens if name.startswith("qwen3") else add_mtp
         predicting(made)
     return made
 
@@ -115,8 +130,9 @@ def export_by_table(model: Path, out: Path, names: list[str]) -> dict[str, str]:
 
     refused = {}
     for name in names:
-        settings = {key: value for key, value in FORMATS[name].items() if key not in _OPTIONS}
-        options = {key: value for key, value in FORMATS[name].items() if key in _OPTIONS}
+        asked = (FORMATS | WITH_MLA)[name]
+        settings = {key: value for key, value in asked.items() if key not in _OPTIONS}
+        options = {key: value for key, value in asked.items() if key in _OPTIONS}
         try:
             exported(model, out / name, settings.pop("format", None), options=options, **settings)
         except ExportError as error:

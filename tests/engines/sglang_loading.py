@@ -92,6 +92,10 @@ def imported() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.") and "rotary" not in name and "_is_cpu" in vars(module):
             module._is_cpu = False
+    importlib.import_module("torch").cuda.get_device_capability = lambda *given: (
+        9,
+        0,
+    )  # asked of before sparse attention
     factory.get_rope_cpu = lambda *given: factory.get_rope(*given[:-1])  # which wants scaled rotations
 
 

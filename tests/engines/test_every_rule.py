@@ -12,7 +12,22 @@ from megatron_export.engines import ENGINES, CheckpointView, verdict_of
 from megatron_export.formats import Options
 
 from ..support.checkpoints import DAMAGES, described, golden, planned
-from ..support.configs import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from ..support.configs import (
+    GLM5,
+    KIMI,
+    LLAMA,
+    LLAMA4,
+    LLAMA4_SEES,
+    MINIMAX,
+    MISTRAL3,
+    MIXTRAL,
+    PHI3,
+    QWEN,
+    QWEN_MOE,
+    QWEN_MOE_SEES,
+    QWEN_SEES,
+    SMALL_V3,
+)
 from .product import list_joined
 from .test_rules import GOLDEN, GPT_OSS, alter, reconfigured, store_the_last_layer_plain
 
@@ -64,6 +79,22 @@ def naming_joined(said: CheckpointView) -> CheckpointView:
     list_joined(said.config["quantization_config"]["quantized_layers"])
     list_joined(said.quant["quantization"]["quantized_layers"])
     return said
+
+
+def unsaid(config: dict, key: str) -> CheckpointView:
+    """In bfloat16, without a key of the language model in config.json."""
+    said = planned(config, format="bf16")
+    inner = {name: value for name, value in said.config["text_config"].items() if name != key}
+    return reconfigured(said, text_config=inner)
+
+
+def unlisted(said: CheckpointView, end: str) -> CheckpointView:
+    """Without the names that end so in lists of modules left out."""
+    lists = {
+        "ignore": said.config["quantization_config"]["ignore"],
+        "exclude_modules": said.quant["quantization"]["exclude_modules"],
+    }
+    return alter(said, **{key: [name for name in found if not name.endswith(end)] for key, found in lists.items()})
 
 
 def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointView:
@@ -337,6 +368,26 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a quantized head in a mix": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", "lm_head=fp8"), {}, "", "", "machine"),
     "a dense layer left out": (
         lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, recipe="fp8_attention_only"), {}, "not left out", "dense", ""),
+    "blocks of Mistral 3": (lambda: planned(MISTRAL3, format="fp8_pb"), {}, "inverse", "llama blocks", "sees"),
+    "blocks of Mistral 3 with a cache": (lambda: planned(MISTRAL3, format="fp8_pb", kv_cache="fp8"), {},
+        "inverse, kv dialect", "llama blocks, kv flag", "sees"),
+    "blocks of Phi 3": (lambda: planned(PHI3, format="fp8_pb"), {}, "", "llama blocks", "joined file"),
+    "rows of Phi 3": (lambda: planned(PHI3, format="fp8_pc_pt"), {}, "", "algorithm", "joined file"),
+    "four bits of Phi 3": (lambda: planned(PHI3, format="w4a16_nvfp4"), {}, "", "joined file", "machine"),
+    "four bits of Phi 3 in a mix": (lambda: planned(PHI3, recipe="w4a16_nvfp4_mlp_fp8_attention"), {},
+        "", "joined file", "machine"),
+    "MiniMax, nothing said": (lambda: without_words(planned(MINIMAX, format="fp8"), "use_routing_bias", "use_qk_norm"), {},
+        "keys", "keys", ""),
+    "Qwen 3 that sees, norm_topk_prob not said": (lambda: unsaid(QWEN_MOE_SEES, "norm_topk_prob"), {}, "keys", "", ""),
+    "Kimi, its class not said": (lambda: unsaid(KIMI, "architectures"), {}, "", "keys", ""),
+    "GLM 5, indexers not said": (
+        lambda: without_words(planned(GLM5, format="nvfp4"), "index_topk_pattern"), {}, "indexers", "", "machine"),
+    "GLM 5, other indexers": (
+        lambda: reconfigured(planned(GLM5, format="bf16"), index_topk_pattern="FFSF"), {}, "indexers", "", ""),
+    "indexers left out": (lambda: unlisted(planned(GLM5, format="fp8"), "indexer.wq_b"), {}, "not left out", "not left out",
+        "not left out"),
+    "a mix of Qwen 3 that sees": (lambda: planned(QWEN_SEES, recipe="nvfp4_mlp_fp8_attention"), {}, "", "mixed joined", "sees"),
+    "experts of MiniMax in a mix": (lambda: planned(MINIMAX, recipe="nvfp4_mlp_fp8_attention"), {}, "", "", "machine"),
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
 }
 # fmt: on

@@ -17,7 +17,7 @@ from megatron_export.planning.engine_check import lines, of_folder, refusals, ru
 
 from ..support.checkpoints import DAMAGES, FP8, HEADERS, NVFP4, Said, damaged, described, golden, planned, written
 from ..support.command_line import command_line
-from ..support.configs import LLAMA, LLAMA4, LLAMA4_SEES, MIXTRAL, QWEN_MOE, SMALL_V3
+from ..support.configs import GLM5, LLAMA, LLAMA4, LLAMA4_SEES, MINIMAX, MISTRAL3, MIXTRAL, PHI3, QWEN_MOE, SMALL_V3
 from ..support.live import refusal
 from ..support.plans import plan_of
 
@@ -104,6 +104,10 @@ def alter(said: CheckpointView, **quantization: object) -> CheckpointView:
     return reconfigured(replace(said, quant=nested), quantization_config=flat)
 
 
+def without_routing(said: CheckpointView) -> CheckpointView:
+    return replace(said, config={key: value for key, value in said.config.items() if key != "use_routing_bias"})
+
+
 OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "gpt-oss": lambda: found(planned(GPT_OSS, format="fp8")),
     "eight GPUs": lambda: found(planned(LLAMA, format="fp8_pb"), tp=8),
@@ -130,6 +134,11 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "weights in four bits alone, on Blackwell": lambda: found(planned(QWEN_MOE, format="w4a16_nvfp4"), gpu="b200"),
     "mxfp8, early": lambda: found(planned(QWEN_MOE, format="mxfp8"), version="0.5.17"),
     "a quantized head": lambda: found(planned(MIXTRAL, format="fp8", set=("lm_head=fp8",))),
+    "mistral 3": lambda: found(planned(MISTRAL3, format="fp8_pb")),
+    "phi 3": lambda: found(planned(PHI3, format="w4a16_nvfp4")),
+    "phi 3, in blocks": lambda: found(planned(PHI3, format="fp8_pb")),
+    "minimax": lambda: found(without_routing(planned(MINIMAX, format="bf16"))),
+    "glm 5": lambda: found(reconfigured(planned(GLM5, format="bf16"), index_topk_pattern="FFFF")),
     "unknown to all": lambda: found(alter(planned(LLAMA, format="fp8"), quant_algo="INT3")),
 }  # fmt: skip
 

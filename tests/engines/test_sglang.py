@@ -32,6 +32,16 @@ SOME = {
     "llama4": ["bf16", "fp8"],
     "llama4_vision": ["fp8_kv", "fp8_pb", "nvfp4"],
     "gpt_oss": ["bf16", "fp8", "mxfp4"],
+    "mistral3": ["fp8_kv", "fp8_pb", "nvfp4_mlp_only", "nvfp4_mlp_fp8_attention"],
+    "phi3": ["fp8_pb", "nvfp4_mlp_only", "w4a16_nvfp4"],
+    "gemma3": ["fp8_kv", "nvfp4_mlp_fp8_attention"],
+    "gemma3_vision": ["fp8_pb"],
+    "minimax_m2": ["fp8_kv", "nvfp4_head", "nvfp4_mlp_fp8_attention"],
+    "qwen3_vl": ["fp8_kv", "nvfp4_mlp_only", "nvfp4_mlp_fp8_attention"],
+    "qwen3_vl_moe": ["bf16", "nvfp4_experts_only", "fp8_attention_only"],
+    "kimi_k25": ["fp8_pb", "nvfp4", "fp8+mla"],
+    "deepseek_v32-mtp": ["fp8_pb", "nvfp4"],
+    "glm_moe_dsa": ["bf16", "nvfp4"],
 }
 WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
 UNNOTICED = ("a tensor repeated",)  # the second one is as good

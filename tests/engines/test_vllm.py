@@ -45,6 +45,15 @@ SOME = {
     "llama4": ["fp8_kv", "fp8_pb", "nvfp4"],
     "llama4_vision": ["fp8_kv", "nvfp4"],
     "gpt_oss": ["bf16", "fp8", "mxfp4"],
+    "mistral3": ["fp8_pb", "nvfp4_mlp_only"],
+    "phi3": ["fp8_pb", "w4a16_nvfp4_mlp_fp8_attention"],
+    "gemma3_vision": ["fp8_kv", "fp8_pb"],
+    "minimax_m2": ["fp8_kv", "nvfp4_mlp_fp8_attention", "fp8_attention_only"],
+    "qwen3_vl": ["nvfp4_mlp_fp8_attention"],
+    "qwen3_vl_moe": ["bf16", "nvfp4_mlp_only"],
+    "kimi_k25": ["fp8_pb", "nvfp4+mla"],
+    "deepseek_v32-mtp": ["fp8_pb"],
+    "glm_moe_dsa": ["bf16", "nvfp4"],
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq",
     "nvfp4_mlp_fp8_attention", "mixed_mxfp8", "fp8_pc_pt", "mxfp8")  # fmt: skip

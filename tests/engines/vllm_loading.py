@@ -20,6 +20,7 @@ from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, expe
 def without_kernels() -> None:
     """Experts that are quantized or have no gate, and linears with weights alone in four bits, are loaded and never run."""
     from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
@@ -35,6 +36,8 @@ def without_kernels() -> None:
             checked(self)
 
     FusedMoEConfig.__post_init__ = gated_or_not
+    built = MLAAttention.__init__  # of sparse attention it builds and loads the same, indexers apart, which the CPU has
+    MLAAttention.__init__ = lambda self, *given, **named: built(self, *given, **named | {"use_sparse": False})
     fp8.select_fp8_moe_backend = modelopt.select_fp8_moe_backend = lambda **named: (Fp8MoeBackend.TRITON, None)
     modelopt.select_nvfp4_moe_backend = lambda **named: (NvFp4MoeBackend.MARLIN, None)
     mxfp4.select_mxfp4_moe_backend = lambda *rest: (Mxfp4MoeBackend.MARLIN, None)

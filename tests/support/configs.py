@@ -105,3 +105,17 @@ NEMOTRON = {
     "moe_shared_expert_intermediate_size": 256,
     "hybrid_override_pattern": "ME*",
 }
+_INSIDE = {"text_config": LLAMA, "tie_word_embeddings": False}
+MISTRAL3 = {"architectures": ["Mistral3ForConditionalGeneration"], **_INSIDE}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "num_key_value_heads": 8}
+MINIMAX = MIXTRAL | {"architectures": ["MiniMaxM2ForCausalLM"], "head_dim": 32, "rotary_dim": 16}
+GLM5 = SMALL_V3 | {"architectures": ["GlmMoeDsaForCausalLM"], "num_nextn_predict_layers": 0, "kv_lora_rank": 128}
+GLM5 |= {
+    "index_topk": 64,
+    "index_n_heads": 2,
+    "index_head_dim": 128,
+    "indexer_types": ["full", "shared", "shared", "full"],
+}
+QWEN_SEES = {"architectures": ["Qwen3VLForConditionalGeneration"], "text_config": LLAMA | {"head_dim": 32}}
+QWEN_MOE_SEES = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": QWEN_MOE | {"head_dim": 32}}
+KIMI = {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": SMALL_V3 | {"num_nextn_predict_layers": 0}}

@@ -201,7 +201,7 @@ ARCHITECTURES |= {
     "gemma3_vision": {
         "model_type": "gemma3",
         "text_config": _SMALL | _GEMMA,
-        "vision_config": _TILES | {"image_size": 28},
+        "vision_config": _TILES | {"image_size": 28, "vision_use_head": False},
         "mm_tokens_per_image": 4,
     },
 }
@@ -285,7 +285,7 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
                 bias = module.e_score_correction_bias
                 module.e_score_correction_bias = (torch.rand_like(bias, dtype=torch.float32) - 0.5) / 8
     model.save_pretrained(source)
-    if name in ("qwen3_vl_moe", "kimi_k25"):
+    if name in ("qwen3_vl_moe", "kimi_k25", "gemma3_vision"):
         _as_published(source)
     (source / "tokenizer_config.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -295,19 +295,32 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     return source
 
 
+_OF_TOWER = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+_OF_PLACES = ("pos_emb_height", "pos_emb_time", "pos_emb_width")
+
+
 def _as_published(source: Path) -> None:
-    """Undo what transformers saves otherwise than the publisher: names of Kimi K2.5, and stacked experts of Qwen3-VL, whose last
-    two dims it leaves as they are in memory.
+    """Undo what transformers saves otherwise than the publisher: names of Kimi K2.5 and of Gemma's vision tower, and stacked
+    experts of Qwen3-VL, whose last two dims it leaves as they are in memory.
     """
     spelled = (("model.blocks.", "model.layers."), ("model.mm_projector.", "mm_projector."))
+    spelled += (("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),)
+    if source.name == "gemma3_vision":
+        spelled = (("vision_tower.", "vision_tower.vision_model."),)
     made = {}
     for name, tensor in tensors(source).items():
         for theirs, own in spelled:
             name = name.replace(theirs, own)
         made[name] = tensor.mT.contiguous() if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else tensor
     save_file(made, source / "model.safetensors", {"format": "pt"})
-    config = (source / "config.json").read_text()
-    (source / "config.json").write_text(config.replace("Kimi_K25For", "KimiK25For"))
+    config = (source / "config.json").read_text().replace("Kimi_K25For", "KimiK25For")
+    if source.name == "kimi_k25":
+        said = json.loads(config)
+        sees = said["vision_config"]
+        sees |= {f"vt_{key}": sees[key] for key in _OF_TOWER} | {f"init_{key}": sees[key] for key in _OF_PLACES}
+        sees |= {"mm_hidden_size": sees["hidden_size"], "text_hidden_size": said["text_config"]["hidden_size"]}
+        config = json.dumps(said)
+    (source / "config.json").write_text(config)
 
 
 def auto_model(name: str) -> Any:
