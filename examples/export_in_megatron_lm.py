@@ -1,75 +1,175 @@
-"""Exports a quantized HuggingFace checkpoint whenever Megatron-LM saves its own. Put this into `pretrain_gpt.py`:
+"""Exports quantized HuggingFace checkpoints while Megatron-LM trains. It is started in the place of the training script:
 
-    from megatron.training import training
-    from export_in_megatron_lm import add_export_args, exporting
+    torchrun ... examples/export_in_megatron_lm.py /path/to/Megatron-LM/pretrain_gpt.py ALL ITS FLAGS \\
+        --export-hf export/run --export-hf-model Qwen/Qwen3-8B --export-format fp8 --export-interval 1000
 
-    training.save_checkpoint_and_time = exporting(training.save_checkpoint_and_time)
+or in a script of your own, with this folder on PYTHONPATH, by two lines before its arguments are parsed:
 
-before `pretrain`, and this folder on PYTHONPATH. The flags below are added by `pretrain` up to Megatron-Core 0.17,
+    from export_in_megatron_lm import install
+    install()
 
-    pretrain(..., extra_args_provider=add_export_args)
-
-and from 0.18 on by the function that parses the arguments before it:
-
-    args = parse_and_validate_args(..., extra_args_provider=add_export_args)
-
-(`pretrain_gpt.py` gives that ModelOpt's provider; `lambda parser: add_export_args(add_modelopt_args(parser))` is both.)
-
-With `--export-hf-model Qwen/Qwen3-8B --export-format fp8` every checkpoint of `--save DIR` has its export in DIR/hf/iter_N.
-Training stops until the encoded model is in memory; another process writes it. An export that fails is told, and training goes on.
-Only arguments that every version of `save_checkpoint_and_time` begins with are used.
+After every 1000th step, and after the last one, the model is exported to export/run/iter_N; checkpoints of `--save` are as without.
+Training stops until the encoded model is in memory; another process writes it. What can be refused of the flags is refused after
+the first step; an export that fails later is told, and training goes on. Seen with Megatron-LM's core_r0.16 and its main after
+core_r0.19: `install` replaces two functions that both have, `parse_args` and `checkpoint_and_decide_exit`.
 """
 
 import argparse
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_export import ExportError, Handle, calibrate, export_hf_checkpoint_async, load_calibration
+from megatron_export import (
+    ExportError,
+    Handle,
+    calibrate,
+    export_hf_checkpoint,
+    export_hf_checkpoint_async,
+    load_calibration,
+    plan_hf_tensors,
+)
+from megatron_export.calibration.data import read_samples
 from megatron_export.checkpoint.hf_folder import find_model, read_config
 from megatron_export.common.errors import RankLost
-from megatron_export.formats import FORMATS, KV_FORMATS, chosen
+from megatron_export.formats import FORMATS, KV_FORMATS
+from megatron_export.planning.request import Request
+
+Batches = Callable[[], list[Tensor]]
+Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def install(batches: Batches | None = None) -> None:
+    """Let Megatron-LM know the flags below, and export after its steps.
+
+    `batches` gives token ids [batch, tokens] to calibrate each export with, in the place of --export-calib-data.
+    """
+    from megatron.training import arguments, initialize, training
+
+    parse = arguments.parse_args
+
+    @wraps(parse)
+    def parse_args(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
+        def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            return add_export_args(extra_args_provider(parser) if extra_args_provider else parser)
+
+        return parse(provider, ignore_unknown_args)
+
+    for module in (arguments, initialize):  # the latter up to core_r0.17
+        if "parse_args" in vars(module):
+            module.parse_args = parse_args
+    training.checkpoint_and_decide_exit = exporting(training.checkpoint_and_decide_exit, batches)
 
 
 def add_export_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron-LM's `extra_args_provider`."""
     group = parser.add_argument_group("export to HuggingFace")
-    group.add_argument(
-        "--export-hf-model", help="original model, folder or hub id: config and tokenizer; turns exports on"
+    add = group.add_argument
+    add("--export-hf", type=Path, metavar="DIR", help="turns exports on: each goes to its own folder DIR/iter_N")
+    add("--export-hf-model", help="original model, folder or hub id: config and tokenizer")
+    add("--export-interval", type=int, metavar="N", help="export after every N steps (default: --save-interval)")
+    formats = group.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--export-format", choices=FORMATS, help="of all linears (default: fp8, or that of ModelOpt's quantizers)"
     )
-    group.add_argument("--export-format", choices=FORMATS, default="fp8")
-    group.add_argument("--export-kv-cache", choices=KV_FORMATS, default="none")
-    group.add_argument(
-        "--export-calibration", type=Path, help="statistics of --save-calibration, for formats that need them"
+    formats.add_argument("--export-recipe", help="a format for each module: a name in docs/recipes.md, or FILE.yaml")
+    add("--export-kv-cache", choices=KV_FORMATS, help="format of the KV cache")
+    add("--export-calibration", type=Path, metavar="FILE", help="statistics of --save-calibration, for all exports")
+    add(
+        "--export-calib-data",
+        type=Path,
+        metavar="FILE",
+        help="text or token ids (.safetensors) to calibrate each export with",
     )
-    group.add_argument("--export-dir", type=Path, help="default: hf in the folder of --save")
+    add("--export-calib-samples", type=int, default=128, help="samples of --seq-length tokens (default: 128)")
+    add(
+        "--no-export-in-background",
+        dest="export_in_background",
+        action="store_false",
+        help="let training wait until each export is written, which keeps a few buffers in memory and not the whole export",
+    )
+    add("--export-overwrite", action="store_true", help="replace exports that a run before this one has written")
     return parser
 
 
-def exporting(save: Callable[..., Any], batches: Callable[[], list[Tensor]] | None = None) -> Callable[..., Any]:
-    """Wrap Megatron-LM's `save_checkpoint_and_time`, so that an export follows. All ranks call it, as they do the original.
+def exporting(decide: Callable[..., bool], batches: Batches | None = None) -> Callable[..., bool]:
+    """Wrap Megatron-LM's `checkpoint_and_decide_exit`, which all ranks call after each step, so that exports follow it."""
+    exports = _Exports(batches)
 
-    `batches` gives token ids [batch, tokens] to calibrate each export with; without it --export-calibration serves them all.
-    """
-    running: list[tuple[int, Handle]] = []
-
-    def save_and_export(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = save(iteration, model, *args, **kwargs)
+    def decide_and_export(
+        model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> bool:
+        exits = decide(model, optimizer, scheduler, iteration, *args, **kwargs)
         flags = _flags()
-        if flags.export_hf_model:
-            while running:
-                earlier, handle = running.pop()
-                with _survived(earlier):
-                    handle.wait()  # it has ended long ago, or disks are slower than training
-            with _survived(iteration):
-                running.append((iteration, _export(iteration, model, flags, batches)))
-        return saved
+        if flags.export_hf:
+            exports.after(iteration, model, optimizer, flags, bool(exits))
+        return exits
 
-    return save_and_export
+    return decide_and_export
+
+
+@dataclass
+class _Exports:
+    """The exports of one training run. All methods are collective."""
+
+    batches: Batches | None
+    checked: bool = False
+    running: list[tuple[int, Handle]] = field(default_factory=list)
+
+    def after(self, iteration: int, model: Any, optimizer: Any, flags: argparse.Namespace, exits: bool) -> None:
+        """What follows a step: a check of the flags after the first, an export where one is due, the end of the one before."""
+        if not self.checked:
+            self._check(model, flags)
+            self.checked = True
+        last = iteration == flags.train_iters
+        if last or iteration % _interval(flags) == 0:
+            self._finish()
+            with _survived(iteration):
+                self._export(iteration, model, optimizer, flags)
+        if last or exits:
+            self._finish()
+
+    def _export(self, iteration: int, model: Any, optimizer: Any, flags: argparse.Namespace) -> None:
+        if flags.overlap_param_gather:  # the optimizer's new weights are not everywhere yet
+            if hasattr(optimizer, "prepare_model_params_for_param_sync"):  # after core_r0.19
+                optimizer.prepare_model_params_for_param_sync()
+            for chunk in model:
+                chunk.start_param_sync(force_sync=True)
+        asked = _asked(flags) | {"calibration": self._statistics(model, flags), "overwrite": flags.export_overwrite}
+        folder = flags.export_hf / f"iter_{iteration:07d}"
+        if flags.export_in_background:
+            self.running.append((iteration, export_hf_checkpoint_async(model, folder, keep_memory=True, **asked)))
+        else:
+            export_hf_checkpoint(model, folder, **asked)
+
+    def _finish(self) -> None:
+        """Wait for the export before; it has ended long ago, or disks are slower than training."""
+        while self.running:
+            iteration, handle = self.running.pop()
+            with _survived(iteration):
+                handle.wait()
+
+    def _statistics(self, model: Any, flags: argparse.Namespace) -> dict[str, Tensor] | None:
+        if flags.export_calibration:
+            return _on_all(lambda: load_calibration(flags.export_calibration, _config(flags)))
+        batches = self.batches() if self.batches else _batches(flags)
+        formats = _formats(flags)
+        return calibrate(model, batches, format=formats) if batches and formats else None
+
+    def _check(self, model: Any, flags: argparse.Namespace) -> None:
+        """`ExportError` for what no export could be made of, so that training ends in its first step and not in its last."""
+        if _interval(flags) < 1:
+            raise ExportError("--export-hf needs --export-interval N, or --save-interval N")
+        measured = self.batches is not None or flags.export_calib_data is not None
+        statistics = self._statistics(model, flags) if measured or flags.export_calibration else None
+        plan_hf_tensors(model, calibration=statistics, **_asked(flags))
 
 
 @contextmanager
@@ -84,32 +184,47 @@ def _survived(iteration: int) -> Iterator[None]:
             print(f"iteration {iteration} was not exported: {error}", flush=True)
 
 
-def _export(
-    iteration: int, model: Any, flags: argparse.Namespace, batches: Callable[[], list[Tensor]] | None
-) -> Handle:
-    calibration = None
-    if chosen(flags.export_format).calibrated or flags.export_kv_cache != "none":
-        if batches:
-            calibration = calibrate(model, batches(), format=flags.export_format)
-        elif flags.export_calibration:
-            calibration = _loaded(flags.export_calibration, flags.export_hf_model)
-    folder = (flags.export_dir or Path(flags.save) / "hf") / f"iter_{iteration:07d}"
-    return export_hf_checkpoint_async(
-        model,
-        folder,
-        hf_model=flags.export_hf_model,
-        format=flags.export_format,
-        kv_cache=flags.export_kv_cache,
-        calibration=calibration,
-        keep_memory=True,
-    )
+def _asked(flags: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of an export, of those flags that were given."""
+    named = {
+        "hf_model": flags.export_hf_model,
+        "format": flags.export_format,
+        "recipe": flags.export_recipe,
+        "kv_cache": flags.export_kv_cache,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def _loaded(file: Path, hf_model: str) -> dict[str, Tensor]:
-    """The statistics of a file. If one rank cannot read it, no rank begins an export that would wait for that one."""
-    found, said = {}, ""
+def _interval(flags: argparse.Namespace) -> int:
+    return flags.export_interval or flags.save_interval or 0
+
+
+def _formats(flags: argparse.Namespace) -> list[str]:
+    """The formats that statistics are measured for; none where the export needs none."""
+    options = {name: value for name, value in _asked(flags).items() if name != "hf_model"}
+    request = Request(**options).plain()
+    forms = request.forms()
+    return list(forms) if request.kv() or any(form.calibrated for form in forms.values()) else []
+
+
+def _config(flags: argparse.Namespace) -> dict[str, Any]:
+    return read_config(find_model(flags.export_hf_model, weights=False), weights=False)
+
+
+def _batches(flags: argparse.Namespace) -> list[Tensor]:
+    """Samples of --export-calib-data, one in each batch, the same on all ranks."""
+    if flags.export_calib_data is None:
+        return []
+    folder = find_model(flags.export_hf_model, weights=False)
+    sizes = {"samples": flags.export_calib_samples, "length": flags.seq_length, "fewer": True}
+    return list(_on_all(lambda: read_samples(flags.export_calib_data, folder, **sizes)).split(1))
+
+
+def _on_all(read: Callable[[], Any]) -> Any:
+    """What every rank reads from its disk. If one cannot, no rank begins an export that would wait for that one."""
+    found, said = None, ""
     try:
-        found = load_calibration(file, read_config(find_model(hf_model, weights=False), weights=False))
+        found = read()
     except ExportError as error:
         said = str(error)
     everyone = [""] * torch.distributed.get_world_size()
@@ -123,3 +238,21 @@ def _flags() -> argparse.Namespace:
     from megatron.training import get_args
 
     return get_args()
+
+
+def main() -> None:
+    """Run a script of Megatron-LM with the flags above beside its own."""
+    parser = argparse.ArgumentParser(description="Start a training script of Megatron-LM that exports, too.")
+    parser.add_argument("script", type=Path, help="pretrain_gpt.py of Megatron-LM")
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, help="all of its flags, and those of exports: --export-hf DIR ..."
+    )
+    asked = parser.parse_args()
+    sys.argv = [str(asked.script), *asked.flags]
+    sys.path[0] = str(asked.script.resolve().parent)
+    install()
+    runpy.run_path(str(asked.script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

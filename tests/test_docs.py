@@ -108,6 +108,7 @@ def test_every_kind_of_command_is_shown_and_run() -> None:
             "launch/benchmark.py",
             "launch/slurm.sh",
             "examples/export_from_training.py",
+            "examples/export_in_megatron_lm.py",
             "examples/train_draft.py",
         ),  # run by tests of their own
         *("tests/mutations.py", "pip", "pytest"),

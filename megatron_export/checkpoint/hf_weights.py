@@ -1,10 +1,9 @@
-"""The safetensors files of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
+"""The tensors of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
 
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG
 from ..common.folder_kinds import HEADLESS, is_headless
-from ..common.safe_files import opened
 from ..common.strips import strips_of
 from ..models import Source, copied_prefixes, head_of, parameters_of, shared_tensors
 from ..models.layouts import stacked_rows
@@ -21,17 +19,13 @@ from ..models.sources import expected_shapes
 from ..models.stacked_names import STACK, Slice, stacked_names
 from ..planning.tensor_spec import Output
 from .dialects import BLOCKS, dialect_of
-from .hf_folder import files_of
+from .hf_storage import ROTARY, HfStorage, SafetensorsFiles
 
-if TYPE_CHECKING:
-    from safetensors import PySafeSlice, safe_open
-
-_ROTARY = "rotary_emb.inv_freq"  # which old files have, and everybody computes
 OTHER_CONFIG = "Give the config.json that belongs to these weights"
 
 
 class SourceWeights:
-    """The tensors of an HF checkpoint folder, by name; slices are read from disk when asked for.
+    """The tensors of an HF checkpoint, by name; slices are read from disk when asked for.
 
     Quantized weights have the names that they would have without, and are multiplied out as their dialect says (dialects.py);
     where config.json says none, that is blocks of FP8. Experts that were saved in stacks are read one by one. Several threads may
@@ -42,29 +36,16 @@ class SourceWeights:
     quantized  the names of the quantized ones
     """
 
-    def __init__(self, folder: Path, only: tuple[str, ...] = ("",), config: dict | None = None) -> None:
-        """Open the files of `folder` that hold tensors whose names begin with one of `only`; stacks are those of `config`."""
-        self.folder, files = folder, files_of(folder)
-        self.homes = {name: path for name, path in files.items() if name.startswith(only)}
+    def __init__(self, place: Path | HfStorage, only: tuple[str, ...] = ("",), config: dict | None = None) -> None:
+        """Open what of a folder's safetensors files, or of another storage, has names that begin with one of `only`; stacks are
+        those of `config`.
+        """
+        self.storage = SafetensorsFiles(place, only) if isinstance(place, Path) else place
+        self.folder = self.storage.folder
+        self.homes = {name: path for name, path in self.storage.homes.items() if name.startswith(only)}
         self.files = dict(self.homes)
-        self.open, self.sizes = {}, {}
         self.nbytes = 0  # read so far
         self.counting = Lock()
-        for path in sorted(set(self.homes.values())):
-            self.open[path] = opened(path)
-            self.sizes[path] = path.stat().st_size
-        seen: dict[str, Path] = {}
-        for path, file in self.open.items():
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if seen.setdefault(name, path) is not path:
-                    both = f"{seen[name].name} and in {path.name}"
-                    raise ExportError(f"{folder}: tensor {name} is in {both}. Fetch both again")
-        lost = ((name, path) for name, path in sorted(self.files.items()) if seen.get(name) != path)
-        said = [f"{path}: the index says that {name} is here. Fetch file and index again" for name, path in lost]
-        odd = ((name, seen[name]) for name in sorted(seen.keys() - files.keys()) if not name.endswith(_ROTARY))
-        report(
-            said + [f"{path}: {name} is here, and the index does not say so. Fetch both again" for name, path in odd]
-        )
         self.slices = self._stacked(config) if config else {}
         self.dialect = dialect_of(config or {}) or BLOCKS
         self.quantized = self._quantized()
@@ -76,7 +57,7 @@ class SourceWeights:
         found = frozenset(
             name
             for name in named
-            if name + codes in self.homes and (codes or self._header(name).get_dtype() == "F8_E4M3")
+            if name + codes in self.homes and (codes or self.storage.dtype(self._stored(name)) == "F8_E4M3")
         )
         own = {name: self.homes[name + codes] for name in found}
         kept = {name + suffix for name in found for suffix in self.dialect.tensors}
@@ -98,7 +79,7 @@ class SourceWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.open.clear()
+        self.storage.close()
 
     def check_model(self, config: dict, dropped: tuple[str, ...] = ()) -> None:
         """`check` of the model that config.json means; names that begin with one of `dropped` are passed over."""
@@ -122,7 +103,7 @@ class SourceWeights:
         It may also hold rotary buffers (as old files do), the tensor `spare` (the output layer of a tied model), and names that
         begin with one of `others`. Tensors in `copies`, which are copies of other tensors, may be missing.
         """
-        found = {name for name in self.files if not name.endswith(_ROTARY) and not name.startswith(others)}
+        found = {name for name in self.files if not name.endswith(ROTARY) and not name.startswith(others)}
         if is_headless(found):
             raise ExportError(f"{self.folder} is {HEADLESS}. Give a model that writes text")
         missing = sorted(expected.keys() - found - copies)
@@ -161,8 +142,8 @@ class SourceWeights:
             if name + suffix not in self.homes:
                 problems.append(f"{self.folder}: tensor {name}{suffix} is missing. Fetch the checkpoint again")
                 continue
-            problems += self._misshapen(name + suffix, self._header(name + suffix).get_shape(), size)
-            if (dtype := self._header(name + suffix).get_dtype()) not in dtypes:
+            problems += self._misshapen(name + suffix, self.storage.shape(name + suffix), size)
+            if (dtype := self.storage.dtype(name + suffix)) not in dtypes:
                 said = f"{self.folder}: tensor {name}{suffix} is {dtype}, not {' or '.join(dtypes)}"
                 problems.append(f"{said}. Fetch the checkpoint again")
         return problems
@@ -207,13 +188,13 @@ class SourceWeights:
 
     def shape(self, name: str) -> list[int]:
         if name in self.quantized:
-            return [*self.dialect.whole(tuple(self._header(name + self.dialect.codes).get_shape()))]
-        whole = self._header(name).get_shape()
+            return [*self.dialect.whole(tuple(self.storage.shape(name + self.dialect.codes)))]
+        whole = self.storage.shape(self._stored(name))
         return self.slices[name].shape(whole) if name in self.slices else whole
 
     def dtype(self, name: str) -> str:
         """As safetensors spells it; of a quantized weight, of its codes."""
-        return self._header(name + self.dialect.codes if name in self.quantized else name).get_dtype()
+        return self.storage.dtype(name + self.dialect.codes if name in self.quantized else self._stored(name))
 
     def read(self, name: str, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of tensor `name` that `where` selects, in `dtype`; `ExportError` for codes that contradict their shape."""
@@ -225,23 +206,16 @@ class SourceWeights:
         place = self.slices.get(name)
         if place is None or not place.experts:
             return self._take(name, "", where).to(dtype)
-        rows = self._header(name).get_shape()[1]
+        rows = self.storage.shape(self._stored(name))[1]
         return self._take(name, "", (*place.where(rows, where[0]), *where[1:]))[0].to(dtype)
 
     def _take(self, name: str, suffix: str, where: tuple[slice, ...]) -> Tensor:
         """A part of a tensor as it is on disk."""
-        stored = self._stored(name + suffix)
-        whole = self._mapped(stored).get_slice(stored)
-        part = whole[tuple(slice(cut.start, cut.stop) for cut in where)]
+        part = self.storage.part(self._stored(name + suffix), tuple(slice(cut.start, cut.stop) for cut in where))
         part = part[tuple(slice(None, None, cut.step) for cut in where)]
         with self.counting:
             self.nbytes += part.nbytes
         return part
-
-    def _header(self, name: str) -> "PySafeSlice":
-        """What the header says of a tensor."""
-        stored = self._stored(name)
-        return self.open[self.homes[stored]].get_slice(stored)
 
     def _stored(self, name: str) -> str:
         """The name on disk of a tensor that is not quantized, or of what a quantized one is kept in."""
@@ -273,26 +247,15 @@ class SourceWeights:
 
     def whole(self, name: str) -> Tensor:
         """A tensor as it is. Not one of a stack."""
-        return self._mapped(name).get_tensor(name)
-
-    def _mapped(self, stored: str) -> "safe_open":
-        """The open file that holds a tensor. Files are mapped: if one got shorter, a read behind its end would kill the process."""
-        path = self.homes[stored]
-        size = path.stat().st_size if path.exists() else 0
-        if size != self.sizes[path]:
-            raise ExportError(
-                f"{path} changed while it was read: it has {size:,} bytes now, it had {self.sizes[path]:,}. Start again when "
-                "nobody writes there"
-            )
-        return self.open[path]
+        return self.storage.part(name, ())
 
 
-def copied_tensors(folder: Path, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
+def copied_tensors(place: Path | HfStorage, prefixes: tuple[str, ...]) -> tuple[Output, ...]:
     """The tensors of a checkpoint whose names begin with one of `prefixes`; `ExportError` if a prefix has none."""
     if not prefixes:
         return ()
-    with SourceWeights(folder, only=prefixes) as weights:
+    with SourceWeights(place, only=prefixes) as weights:
         lacking = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in weights.files)]
         why = "which is copied from the original model. Fetch the checkpoint again"
-        report([f"{folder}: no tensor {prefix}*, {why}" for prefix in lacking])
+        report([f"{weights.folder}: no tensor {prefix}*, {why}" for prefix in lacking])
         return weights.copied()

@@ -11,6 +11,7 @@ from ..models import architecture_of, copied_prefixes, mtp_prefixes, parameters_
 from ..planning.tensor_spec import Output
 from .dialects import dialect_of
 from .hf_folder import files_of, find_model, of_folder, quantized_as, read_config, with_copied
+from .hf_storage import DcpFolder
 from .hf_weights import SourceWeights, copied_tensors
 
 
@@ -23,6 +24,7 @@ class Original:
     powers   names of weights whose values are e2m1 codes times a power of two that 32 inputs share, as MXFP4 has them
     wide     names of tensors that are in float32, and may stay so
     dropped  prefixes of the names of tensors that are left out
+    dcp      the weights, if they are not in the folder but in one that torch.distributed.checkpoint wrote
     inputs   folders of the user that its files were taken from, if `folder` is none of his
     remarks  what the user should know of it, a sentence each
     """
@@ -34,22 +36,33 @@ class Original:
     powers: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
+    dcp: DcpFolder | None = None
     inputs: tuple[Path, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def weights(self) -> Path | DcpFolder:
+        """Where its tensors are."""
+        return self.dcp or self.folder
 
-def read_original(hf_model: str | Path, mtp: str, *, weights: bool, own: bool) -> Original:
+
+def read_original(hf_model: str | Path, mtp: str, *, weights: bool, own: bool, dcp: Path | None = None) -> Original:
     """Open a folder or hub id; with `weights`, all its safetensors files are fetched, and not only those with copied tensors.
 
-    `own`: the export reads its weights, if not now; else they come from Megatron. `ExportError` as of `config_alone`.
+    `own`: the export reads its weights, if not now; else they come from Megatron, or from the folder `dcp`. `ExportError` as of
+    `config_alone`.
     """
-    original = config_alone(hf_model, mtp, weights=weights, own=own)
+    original = config_alone(hf_model, mtp, weights=weights, own=own, dcp=dcp)
     prefixes = copied_prefixes(original.config)
+    if original.dcp:
+        return replace(original, files=of_folder(original.folder), copied=copied_tensors(original.dcp, prefixes))
     folder = with_copied(original.folder, hf_model, prefixes)
     return replace(original, folder=folder, files=of_folder(folder), copied=copied_tensors(folder, prefixes))
 
 
-def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: bool) -> Original:
+def config_alone(
+    hf_model: str | Path, mtp: str, *, weights: bool = False, own: bool, dcp: Path | None = None
+) -> Original:
     """The same from config.json and the names of tensors alone, without what is copied.
 
     All that an export refuses by config.json alone is refused here, for every command: `ExportError` for a folder that is no HF
@@ -68,20 +81,22 @@ def config_alone(hf_model: str | Path, mtp: str, *, weights: bool = False, own: 
     if how:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         remarks = (f"{CONFIG} says {how}: that is left out, as it speaks of weights that are not read",)
+    trained = DcpFolder(dcp, config) if dcp else None
     if mtp == "drop":
-        dropped = mtp_prefixes(config, files_of(folder) if read else ())
+        dropped = mtp_prefixes(config, trained.homes if trained else files_of(folder) if read else ())
         config = without_mtp(config)
     settings_of(config)
     powers = _powers(folder, config, dropped, read)
-    return Original(folder, config, {}, (), powers, wide_in(folder, config), dropped, remarks=remarks)
+    wide = wide_in(trained or folder, config)
+    return Original(folder, config, {}, (), powers, wide, dropped, dcp=trained, remarks=remarks)
 
 
-def wide_in(folder: Path, config: dict) -> frozenset[str]:
+def wide_in(place: Path | DcpFolder, config: dict) -> frozenset[str]:
     """The tensors that are float32 in the files of a folder, of those that an export keeps so; none where there are no files."""
     names = {name for one in parameters_of(config).values() if one.rule.as_stored for name in one.names().values()}
-    if not names or not has_weights(folder):
+    if not names or (isinstance(place, Path) and not has_weights(place)):
         return frozenset()
-    with SourceWeights(folder, tuple(sorted(names))) as weights:
+    with SourceWeights(place, tuple(sorted(names))) as weights:
         return frozenset(name for name in names & weights.files.keys() if weights.dtype(name) == "F32")
 
 

@@ -31,9 +31,7 @@ def opened(folder: Path, passed_over: tuple[str, ...]) -> Storage:
         return Storage(folder, passed_over)
     storage = Storage(folder, passed_over, lambda key: _WRAPPERS.sub("", key, count=1) if _WRAPPERS.match(key) else key)
     if hf := next((one.key for one in storage.tensors.values() if _HF.fullmatch(one.key)), None):
-        raise ExportError(
-            f"{folder} has the names of an HF model ({shown(hf)[1:-1]}), which are not read. Give a checkpoint of Megatron"
-        )
+        raise ExportError(f"{folder} has the names of an HF model ({shown(hf)[1:-1]}). Give it as --dcp-checkpoint")
     return storage
 
 

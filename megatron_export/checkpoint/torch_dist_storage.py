@@ -5,7 +5,7 @@ experts are read layer by layer, expert by expert. All of it is untrusted.
 import os
 from collections.abc import Callable, Iterable
 from io import BytesIO
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,12 @@ def _within(box: tuple[slice, ...], start: Iterable[int]) -> tuple[slice, ...]:
 def _cover(boxes: list[tuple[slice, ...]], where: tuple[slice, ...]) -> bool:
     """Whether boxes inside `where` fill it without overlaps."""
     size, *sizes = (prod(cut.stop - cut.start for cut in box) for box in (where, *boxes))
-    if sum(sizes) != size or len(boxes) > _MOST_PARTS:
+    if sum(sizes) != size:
+        return False
+    if where and all(box[1:] == where[1:] for box in boxes):  # only rows are cut: as many parts as there are
+        rows = sorted((box[0].start, box[0].stop) for box in boxes)
+        return all(before[1] == after[0] for before, after in pairwise(rows))
+    if len(boxes) > _MOST_PARTS:
         return False
     pairs = (zip(*pair, strict=True) for pair in combinations(boxes, 2))
     return not any(all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in pair) for pair in pairs)

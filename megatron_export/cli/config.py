@@ -47,6 +47,11 @@ class ExportConfig:
         "any parallelism; --hf-model gives config and tokenizer",
     )
     iteration: int | None = beside(None, "iteration of the Megatron checkpoint (default: its latest)")
+    dcp_checkpoint: Path | None = beside(
+        None,
+        "folder that torch.distributed.checkpoint wrote, with the names of HF (FSDP2, accelerate), to take the weights "
+        "from; --hf-model gives config and tokenizer",
+    )
     lora_checkpoint: Path | None = beside(
         None,
         "checkpoint with LoRA adapters alone, as Megatron-Bridge saves them, to merge into the weights of --megatron-checkpoint: "
@@ -139,6 +144,10 @@ class ExportConfig:
                 raise ValueError(
                     f"--{given[0].replace('_', '-')} has no effect with --engine transformers. Leave one out"
                 )
+        if self.dcp_checkpoint and self.megatron_checkpoint:
+            raise ValueError("--dcp-checkpoint and --megatron-checkpoint both give the weights. Leave one out")
+        if self.dcp_checkpoint and self.hf_model is None:
+            raise ValueError("--dcp-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.megatron_checkpoint and self.hf_model is None:
             raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):

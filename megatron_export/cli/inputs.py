@@ -24,9 +24,10 @@ def original_of(config: ExportConfig, example_model: Path) -> Original:
     if config.hf_model is None and not example_model.is_dir():
         said = "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         raise ExportError(said)
-    own, judged = config.megatron_checkpoint is None, config.verify or config.report
+    own, judged = not (config.megatron_checkpoint or config.dcp_checkpoint), config.verify or config.report
     weights = not config.dry_run and (own or judged)
-    return read_original(config.hf_model or example_model, config.request.mtp, weights=weights, own=own)
+    dcp = config.dcp_checkpoint.resolve() if config.dcp_checkpoint else None
+    return read_original(config.hf_model or example_model, config.request.mtp, weights=weights, own=own, dcp=dcp)
 
 
 def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint | None:
@@ -42,6 +43,7 @@ def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint
 def apart(config: ExportConfig) -> list[Path]:
     """What --output must lie apart from, beside the HF model."""
     given = (config.calib_data, config.load_calibration, config.megatron_checkpoint, config.lora_checkpoint)
+    given += (config.dcp_checkpoint,)
     return [Path.cwd(), *(path for path in given if path)]
 
 
@@ -125,7 +127,7 @@ def provenance(config: ExportConfig, original: Original) -> dict:
         "calib_all_experts",
         "load_calibration",
     )
-    trained = {name: getattr(config, name) for name in ("megatron_checkpoint", "iteration")}
+    trained = {name: getattr(config, name) for name in ("megatron_checkpoint", "iteration", "dcp_checkpoint")}
     trained |= {"engine": config.engine if config.engine != MEGATRON else None}
     trained |= {"merge_lora": config.request.merge_lora or None, "lora_checkpoint": config.lora_checkpoint}
     trained = {name: value for name, value in trained.items() if value is not None}

@@ -60,7 +60,7 @@ def load(
         if checkpoint:
             read = load_torch_dist.load_checkpoint(model, checkpoint, here, steps)
         else:
-            read = load_hf.load_hf_weights(model, original.folder, original.config, here, steps, original.dropped)
+            read = load_hf.load_hf_weights(model, original.weights, original.config, here, steps, original.dropped)
     here.pulse.at("load the weights", "")
     return model, read
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from ..checkpoint.hf_weights import SourceWeights
 from ..checkpoint.original import Original
 from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError, report
@@ -97,5 +98,13 @@ def _loaded(config: ExportConfig, original: Original, **how: str) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     (name,) = original.config["architectures"]
     known = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    given = {"dtype": torch.bfloat16, "trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    return known.from_pretrained(original.folder, **given, **how).eval()
+    code = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    given = {"dtype": torch.bfloat16, **how}
+    if original.dcp is None:
+        return known.from_pretrained(original.folder, **given, **code).eval()
+    with SourceWeights(original.dcp, config=original.config) as weights:
+        weights.check_model(original.config, original.dropped)
+        kinds = dict.fromkeys(original.wide, torch.float32)
+        state = {name: weights.whole(name).to(kinds.get(name, torch.bfloat16)) for name in weights.homes}
+    settings = transformers.AutoConfig.from_pretrained(original.folder, **code)
+    return known.from_pretrained(None, config=settings, state_dict=state, **given).eval()

@@ -31,15 +31,18 @@ class Amax:
 
     `weight` is taken over the whole fused linear (q+k+v, gate+up), `input` over all calibration tokens. `clip` is for formats with
     groups: codes of the ratios that the maxima of the groups of one (shard of a) weight are clipped to, uint8 [out, in/group].
+    `scales` are what the blocks of one (shard of a) weight have already, [out/tile, in/tile], in place of those of their maxima.
     """
 
     weight: Tensor
     input: Tensor
     clip: Tensor | None = None
+    scales: Tensor | None = None
 
-    def strip(self, rows: slice) -> "Amax":
-        """The same for some rows of the weight."""
-        return replace(self, clip=self.clip[rows])
+    def strip(self, rows: slice, tile: int) -> "Amax":
+        """The same for some rows of the weight, which are whole tiles of so many rows, but for the last."""
+        scales = None if self.scales is None else self.scales[rows.start // tile : -(-rows.stop // tile)]
+        return replace(self, clip=None if self.clip is None else self.clip[rows], scales=scales)
 
 
 def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, blocks_in, scales_in
 from .errors import ExportError, report
 from .storage import kind_of, shortage
 
@@ -30,6 +31,14 @@ class Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.live)
+
+    def scales(self, name: str, blocks: Blocks) -> Tensor:
+        """The scales of the blocks of a parameter that had such blocks when the export was planned; `ExportError` if it has not."""
+        if blocks_in(self.live[name]) != blocks:
+            raise ExportError(
+                f"{name} no longer has the blocks of codes that it had when the export was planned. Plan it again"
+            )
+        return scales_in(self.live[name])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

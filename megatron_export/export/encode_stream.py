@@ -1,7 +1,7 @@
 """Buckets on their way through all ranks: split, smoothed, quantized on the shards, and delivered to the ranks that write them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..formats import encode_bytes
+from ..planning.kept_codes import blocks_of, scales_of_parts
 from ..planning.parameter import Item, Measured
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
@@ -96,6 +97,10 @@ class Stream:
         mine = {item.source.canonical: item for item in bucket.items if here.rank in item.ranks}
         numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
         index = {name: item.ranks.index(here.rank) for name, item in mine.items()}
+        for name, item in mine.items():
+            if item.kept:
+                scales = work.shards.scales(name, blocks_of(item.form))
+                numbers[name] = replace(numbers[name], scales=scales_of_parts(item, scales, index[name]))
         parts = {name: item.split(work.shards[name], index[name], numbers[name]) for name, item in mine.items()}
         return _Split(mine, numbers, parts)
 

@@ -210,7 +210,7 @@ def _write(
         here.pulse.at("export", "")
         with together(here, "finish the files"):
             if writer and plan.copied:
-                with SourceWeights(place.original.folder, only=copied_prefixes(plan.config)) as weights:
+                with SourceWeights(place.original.weights, only=copied_prefixes(plan.config)) as weights:
                     writer.write((o, weights.whole(o.name)) for o in plan.copied if writer.wants(o))
             if writer:
                 writer.flush()

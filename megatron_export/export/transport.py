@@ -5,11 +5,13 @@ A sender packs the tensors of a bucket into one uint8 tensor in the plan's order
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..common.blocks import blocks_in
 from ..common.errors import ExportError
 from ..common.piece import Piece
 from ..common.shards import Shards
@@ -31,21 +33,21 @@ def locate(here: Topology, shards: Shards) -> dict[str, Held]:
     for name, shape in shards.shapes.items():
         cut = here.cut(is_expert(name))
         if cut.replica == 0:
-            mine[name] = (cut.rank, shape, kind_of(shards.live[name]))
-    found: dict[str, list[tuple[int, int, tuple[int, ...], str]]] = {}
+            mine[name] = (cut.rank, shape, kind_of(shards.live[name]), blocks_in(shards.live[name]))
+    found: dict[str, list[tuple]] = {}
     for rank, theirs in enumerate(everyone(here, mine)):
-        for name, (index, shape, kind) in theirs.items():
-            found.setdefault(name, []).append((index, rank, shape, kind))
+        for name, (index, *told) in theirs.items():
+            found.setdefault(name, []).append((index, rank, *told))
     held = {}
     for name, places in found.items():
-        places.sort()
-        indices, ranks, shapes, kinds = zip(*places, strict=True)
+        places.sort(key=itemgetter(0, 1))
+        indices, ranks, shapes, kinds, blocks = zip(*places, strict=True)
         if len(set(indices)) < len(places):
             raise ExportError(f"{name} lives on several pipeline stages: ranks {list(ranks)}")
         odd = ""
         if len(set(shapes)) > 1:
             odd = f"{name} has different shapes on its ranks: {list(zip(ranks, shapes, strict=True))}"
-        held[name] = Held(ranks, shapes[0], odd, max(kinds))
+        held[name] = Held(ranks, shapes[0], odd, max(kinds), blocks=blocks[0] if len(set(blocks)) == 1 else None)
     return held
 
 

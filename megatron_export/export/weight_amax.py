@@ -12,6 +12,7 @@ from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
 from ..models.statistic_names import weight_key
+from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.fingerprint import added, checksum, of_settings
@@ -32,6 +33,9 @@ def survey(
             shard = shards[item.source.canonical]  # once: it may be read from disk
             largest.append(_largest(here, item, shard, calibration))
             sums[item.source.canonical] = _checksum(here, item, shard)
+            if item.kept:
+                scales = shards.scales(item.source.canonical, blocks_of(item.form))
+                sums[f"scales of {item.source.canonical}"] = _checksum_of_scales(here, item, scales)
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
         bad = [item for item, finite in zip(mine, values.isfinite().tolist(), strict=True) if not finite]
         report([f"NaN or Inf in {', '.join(item.source.names().values())}" for item in bad])
@@ -83,6 +87,15 @@ def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
     return checksum(
         source.layout.real(shard, index, len(item.ranks)).to(source.dtype), rows, columns[0].start if columns else 0
     )
+
+
+def _checksum_of_scales(here: Topology, item: Item, scales: Tensor) -> int:
+    source, index = item.source, item.ranks.index(here.rank)
+    cuts, columns = source.share(source.shape[0], item.shard_shape, index, len(item.ranks))
+    numbers = source.layout.real(by_row(item, scales), index, len(item.ranks))
+    halves = numbers.view(torch.int16) if numbers.dtype == torch.float32 else numbers.to(torch.int16)
+    first = columns[0].start // item.form.tile[1] * (halves.shape[1] // numbers.shape[1]) if columns else 0
+    return checksum(halves, tuple(range(cut.start, cut.stop) for cut in cuts), first)
 
 
 def _digest(everyones: list[dict[str, int]] | None) -> str:

@@ -161,8 +161,7 @@ def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
         made = kernel(weight, amax)
     else:
         strips = [
-            form.encode(weight[rows], amax if amax.clip is None else amax.strip(rows))
-            for rows in row_strips(weight, form.tile[0])
+            form.encode(weight[rows], amax.strip(rows, form.tile[0])) for rows in row_strips(weight, form.tile[0])
         ]
         made = {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
     if form.input_scale is not None:

@@ -16,8 +16,8 @@ tests/gpu goes through all X and S. That r is below 1 / s makes e positive, and 
 
 This holds while nothing over- or underflows; LIMITS has the scales for which nothing does. Others, of weights that
 nobody trains, are divided by the book. Triton and a C compiler are needed, and a GPU that rounds to e4m3 (Ada, Hopper,
-or newer); without them, and for weights that are clipped or not contiguous and aligned, the plain path runs. Its
-results for NaN and Inf are not reproduced: a survey refuses these before anything is encoded.
+or newer); without them, and for weights that are clipped, have scales already, or are not contiguous and aligned, the plain
+path runs. Its results for NaN and Inf are not reproduced: a survey refuses these before anything is encoded.
 
 A search rounds a weight times its factors as `int4.rounded` and `nvfp4.rounded` do. The first divides codes, which have less
 than 8 bits, by a scale, and rounds the quotient to bfloat16; between two of those the limit is a number of 9 bits. A weight that
@@ -62,7 +62,7 @@ SEARCHED_REGISTERS = 64  # of a thread, for as many warps on a multiprocessor as
 
 def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
     """What stands for `form.encode` for this weight; None where nothing does."""
-    if amax.clip is not None or not readable(weight):
+    if amax.clip is not None or amax.scales is not None or not readable(weight):
         return None
     if not form.ragged and any(size % tile for size, tile in zip(weight.shape, form.tile, strict=True)):
         return None  # the plain path has the words for it

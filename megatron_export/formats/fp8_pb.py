@@ -32,11 +32,12 @@ NATIVE = Native(DIALECT, sign="weight_block_size")
 
 
 def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
-    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. `amax` is not needed."""
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. Of `amax`, `scales` are used."""
     out, columns = weight.shape
     padded = pad(weight.float(), (0, -columns % BLOCK, 0, -out % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [out/128, 128, in/128, 128]
-    scale = scale_of(blocks.abs().amax(dim=(1, 3), keepdim=True))
+    given = amax.scales if amax else None
+    scale = scale_of(blocks.abs().amax(dim=(1, 3), keepdim=True)) if given is None else given[:, None, :, None]
     scaled = (blocks / scale).clamp_(-E4M3_MAX, E4M3_MAX).flatten(2).flatten(0, 1)[:out, :columns]
     return pieces(scaled.to(torch.float8_e4m3fn), scale, native)
 

@@ -23,9 +23,10 @@ OPTIONS = ()
 
 
 def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
-    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. `amax` is not needed."""
+    """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. Of `amax`, `scales` are used."""
     blocks = weight.float().unflatten(1, (-1, MX_BLOCK))  # [out, in/32, 32]
-    scale = scales_of(blocks.abs().amax(2), E4M3_MAX)
+    given = amax.scales if amax else None
+    scale = scales_of(blocks.abs().amax(2), E4M3_MAX) if given is None else given
     return pieces((blocks / spread(scale)).to(torch.float8_e4m3fn).flatten(1), scale)
 
 

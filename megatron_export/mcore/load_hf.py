@@ -1,4 +1,4 @@
-"""The safetensors files of an HF checkpoint become the shards of a Megatron-Core model.
+"""The tensors of an HF checkpoint become the shards of a Megatron-Core model.
 
 Reading uses the same tables and layouts as writing, inverted, and each rank reads only the rows or columns it holds.
 A few threads read, cast and join parameters ahead of the one that is next. On the CPU they also fill the model; for a
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.hf_storage import HfStorage
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import report
 from ..common.piece import Axis
@@ -29,19 +30,20 @@ LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powe
 
 def load_hf_weights(
     model: Model,
-    folder: Path,
+    place: Path | HfStorage,
     config: dict,
     topology: Topology,
     progress: Callable[[Iterable], Iterable] = iter,
     dropped: tuple[str, ...] = (),
 ) -> int:
-    """Fill this rank's shards, and its copy of the embedding, from the safetensors files in `folder`; returns the bytes read.
+    """Fill this rank's shards, and its copy of the embedding, from the safetensors files of a folder, or another storage; returns
+    the bytes read.
 
     Tensors whose names begin with one of `dropped` are passed over. `ExportError` for tensors that are missing, of another shape or
     too many, for those that would be replaced by another that is not equal, and for NaN and Inf.
     """
     sources, shards = parameters_of(config), fillable(shards_of(model).live | copies_of(model), topology.device)
-    with SourceWeights(folder, config=config) as weights:
+    with SourceWeights(place, config=config) as weights:
         weights.check_model(config, dropped)
         weights.check_shared(config, topology.rank, topology.world)
         jobs = [
@@ -53,7 +55,7 @@ def load_hf_weights(
         good = torch.stack(finite).tolist() if finite else ()  # the one wait for a GPU
         damaged = [name for name, whole in zip(shards, good, strict=True) if not whole]
         said = "{}: NaN or Inf in {}. The checkpoint is damaged: fetch or save it again"
-        report([said.format(folder, ", ".join(sources[name].names().values())) for name in damaged])
+        report([said.format(weights.folder, ", ".join(sources[name].names().values())) for name in damaged])
         return weights.nbytes
 
 

@@ -53,6 +53,7 @@ class Measured:
     vectors  name -> smoothing vector that the item names, float32 [in] of some linear
     ratio    what the weight's amax is clipped to, float32 []
     codes    layout part -> codes of its groups' ratios, uint8 [out, in/group]
+    scales   layout part -> scales of the blocks of this rank's shard, of an item that keeps them
     """
 
     input: Tensor
@@ -60,6 +61,7 @@ class Measured:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     ratio: Tensor | None = None
     codes: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Item:
     gather_first  a tile of the format lies on two shards: they travel to the first rank in bfloat16 and are encoded there
     stacked       it becomes slices of the tensors of all experts
     cast          it comes from MXFP4, and its format keeps the values to the bit
+    kept          its codes and scales are those that the parameter holds (kept_codes.py)
     """
 
     source: Source
@@ -83,6 +86,7 @@ class Item:
     smoothed: Smoothed = Smoothed()
     stacked: bool = False
     cast: bool = False
+    kept: bool = False
 
     @property
     def smoothing_done(self) -> bool:
@@ -160,7 +164,7 @@ class Item:
                 encoded[name] = parts[name]
                 continue
             prefix, weight = name.removesuffix("weight"), parts[name].data
-            amax = Amax(weight_amax, measured.input, self._codes(part, index, measured))
+            amax = Amax(weight_amax, measured.input, self._codes(part, index, measured), measured.scales.get(part))
             form = cast_of(self.form) if self.cast else self.form
             for suffix, piece in formats.encode(form, weight, amax).items():
                 encoded[prefix + suffix] = piece

@@ -2,7 +2,6 @@
 rank makes the same plan, and takes the same branches and collectives in the same order.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..common.blocks import Blocks
 from ..common.errors import ExportError, report
 from ..common.garbage import no_garbage_collection
 from ..common.piece import Axis
@@ -19,6 +19,7 @@ from ..models import Source, format_problems, keeps_keys, parameters_of, shape_o
 from ..models.layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
+from .kept_codes import keeps, kept_remarks
 from .mxfp4_casts import cast_remarks, casts
 from .parameter import Item, Smoothed
 from .rank_placement import PAD_VOCAB_TO, grid_of
@@ -32,7 +33,8 @@ class Held:
     """Where a canonical parameter lives: the global ranks of one tensor-parallel group in order, and the shape of a shard.
 
     `odd` says what is wrong if the shards differ, `kind` the class of tensors that are read through their own `dequantize`; else
-    they are "". `by_part`: its HF parts are cut one by one along `cut`, and not as Megatron cuts it.
+    they are "". `blocks`: how its codes share scales. `by_part`: its HF parts are cut one by one along `cut`, and not as Megatron
+    cuts it.
     """
 
     ranks: tuple[int, ...]
@@ -41,6 +43,7 @@ class Held:
     kind: str = ""
     by_part: bool = False
     cut: Axis | None = None
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,8 @@ def make_plan(
             stacked=policy.stacked and source.stack is not None,
             cast=name in cast,
         )
-        items.append(replace(item, gather_first=_straddles(item)))
+        item = replace(item, gather_first=_straddles(item))
+        items.append(replace(item, kept=not request.merge_lora and keeps(item, held[name].blocks)))
         problems += tile_problems(items[-1])
     if not plain and not policy.forms and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
@@ -182,7 +186,9 @@ def make_plan(
         layers={module: item.form for item in items if item.form for module in modules(item.source, item.stacked)},
         excluded=policy.excluded,
         fused=policy.fused,
-        remarks=policy.remarks + _dequantized(held) + cast_remarks(items),
+        remarks=policy.remarks
+        + kept_remarks({name: one.kind for name, one in held.items() if one.kind}, items)
+        + cast_remarks(items),
         copied=copied,
     )
 
@@ -210,13 +216,6 @@ def _awq_problems(forms: Iterable[Form]) -> list[str]:
     return [
         f"{' and '.join(found)} in one recipe: each needs a search by AWQ of its own, and there is one. Choose one of them"
     ]
-
-
-def _dequantized(held: dict[str, Held]) -> tuple[str, ...]:
-    """What the user should know of parameters that are no plain tensors."""
-    kinds = Counter(one.kind for one in held.values() if one.kind)
-    said = "{} parameters are {}: the checkpoint is made of what their own dequantize() gives, which is rounded already"
-    return tuple(said.format(count, kind) for kind, count in sorted(kinds.items()))
 
 
 def _straddles(item: Item) -> bool:

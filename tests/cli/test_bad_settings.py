@@ -36,6 +36,10 @@ USAGES: dict[str, tuple[tuple, tuple[str, ...]]] = {
         ("--format fp8_pb needs no calibration", "--calib-data"),
     ),
     "calibration of bf16": (("--format", "bf16"), ("--format bf16 needs no calibration", "--calib-data")),
+    "two checkpoints": (
+        ("--megatron-checkpoint", "x", "--dcp-checkpoint", "y"),
+        ("--dcp-checkpoint and --megatron-checkpoint both give the weights",),
+    ),
     "two calibrations": (("--load-calibration", "x"), ("--load-calibration replaces", "--calib-data have no effect")),
 }
 

@@ -1,14 +1,10 @@
 """Twenty steps of training with Megatron's schedules, exports amid them that succeed or fail: training does not notice."""
 
-import argparse
 import gc
-import importlib.util
-import io
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +23,6 @@ from megatron_export import (
     export_hf_checkpoint_async,
     formats,
     iter_hf_tensors,
-    save_calibration,
 )
 from megatron_export.common.piece import Piece
 from megatron_export.distributed.collectives import together
@@ -35,13 +30,12 @@ from megatron_export.mcore import parallel_state
 from megatron_export.mcore.cpu_compat import without_cuda
 
 from ..support.live import batches, loaded
-from ..support.models import EXAMPLE, LENGTH, contents, read_json, tensors
+from ..support.models import LENGTH, contents, tensors
 from ..support.ranks import Ranks
 from .test_failures import broken_encoder, full_disk, on_rank
 
 pytestmark = pytest.mark.whole
 
-MEGATRON_LM = EXAMPLE.parent / "export_in_megatron_lm.py"
 HOW = ("waited for", "in the background", "streamed")
 STEPS, EXPORTED_AFTER, MICRO_BATCHES = 20, 10, 2
 
@@ -255,62 +249,3 @@ def kept_of_a_failure() -> bool:
 
 def test_a_failure_that_was_handled_holds_no_memory(ranks: Ranks) -> None:
     assert ranks.call(1, kept_of_a_failure) == [False]
-
-
-def in_megatron_lm(source: Path, out: Path) -> tuple[list[str], str]:
-    """In a rank: what the example's wrapper does around a stand-in for Megatron-LM's `save_checkpoint_and_time`; what it prints."""
-    spec = importlib.util.spec_from_file_location("example", MEGATRON_LM)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    saved: list[str] = []
-    (out / "hf" / "iter_0000015").mkdir(parents=True, exist_ok=True)
-    (out / "hf" / "iter_0000015" / "precious").touch()
-    with loaded(source, 2) as (model, _), redirect_stdout(io.StringIO()) as printed:
-        flags = example.add_export_args(argparse.ArgumentParser()).parse_args(["--export-hf-model", str(source)])
-        flags.save = str(out)
-        example._flags = lambda: flags
-
-        def save(iteration: int, model: object, optimizer: str, **more: str) -> None:
-            saved.append(f"{iteration} {optimizer} {more}")
-
-        wrapped = example.exporting(save, lambda: batches(source))
-        for iteration in (10, 15, 20):
-            wrapped(iteration, [model], "optimizer", context="any")
-        deadline = time.monotonic() + 60
-        while not (out / "hf" / "iter_0000020").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        statistics, flags.export_calibration = calibrate(model, batches(source)), out / os.environ["RANK"]
-        if os.environ["RANK"] == "0":
-            save_calibration(statistics, flags.export_calibration, read_json(source / "config.json"))
-        example.exporting(save)(25, [model], "optimizer")
-        flags.export_hf_model = None
-        wrapped(30, [model], "optimizer")
-    return saved, printed.getvalue()
-
-
-def test_megatron_lm_exports_what_it_saves_and_goes_on_where_that_fails(
-    ranks: Ranks, models: dict, tmp_path: Path
-) -> None:
-    found = ranks.call(2, in_megatron_lm, models["llama31"], tmp_path)
-    for saved, _ in found:
-        assert saved[:3] == [f"{number} optimizer {{'context': 'any'}}" for number in (10, 15, 20)]
-        assert saved[3:] == ["25 optimizer {}", "30 optimizer {}"]
-    printed = [text for _, text in found]
-    taken, missing = printed[0].splitlines()
-    assert taken.startswith("iteration 15 was not exported: ") and "iter_0000015 is not empty" in taken
-    assert missing.startswith(f"iteration 25 was not exported: no calibration file {tmp_path / '1'}")
-    assert printed[1] == ""
-    made = ["iter_0000010", "iter_0000015", "iter_0000020"]
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == made
-    assert contents(tmp_path / "hf" / "iter_0000010") == contents(tmp_path / "hf" / "iter_0000020")
-    assert [path.name for path in (tmp_path / "hf" / "iter_0000015").iterdir()] == ["precious"]
-
-
-def test_both_forms_of_megatron_lm_are_shown() -> None:
-    """`pretrain` takes a provider of arguments up to Megatron-Core 0.17, and from 0.18 on the function that parses them does."""
-    calls = (
-        "pretrain(..., extra_args_provider=add_export_args)",
-        "parse_and_validate_args(..., extra_args_provider=add",
-    )
-    for page in (MEGATRON_LM, MEGATRON_LM.parents[1] / "docs" / "training.md"):
-        assert [call for call in calls if call not in page.read_text()] == []
