@@ -71,7 +71,8 @@ def config_of(model: nn.Module) -> dict:
         key: value for key, value in found.items() if key not in ("quantization_config", "_name_or_path", "medusa")
     }
     found["architectures"] = [name := class_of(model)]
-    if model.config.get_text_config().tie_word_embeddings:
+    inner = model.config.get_text_config()
+    if (inner if hasattr(inner, "tie_word_embeddings") else model.config).tie_word_embeddings:
         found.setdefault("tie_word_embeddings", True)
     if name not in ARCHITECTURES:
         learn(name, other_architecture(name, tensors_of(model)))

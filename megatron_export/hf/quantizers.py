@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models import parameters_of
+from ..models import Source
 from .names import Places, homes_of
 
 Attributes = dict[str, Any]
@@ -35,7 +35,7 @@ def quantizers_of(model: nn.Module) -> Quantizers:
     return found
 
 
-def by_part(config: dict, quantizers: Quantizers, places: Places) -> list[Quantizers]:
+def by_part(sources: dict[str, Source], quantizers: Quantizers, places: Places) -> list[Quantizers]:
     """The quantizers of the first layout part of each canonical module, of the second, and so on, by canonical name.
 
     Those of no module that a format may quantize are among the first, under their names in memory.
@@ -54,7 +54,7 @@ def by_part(config: dict, quantizers: Quantizers, places: Places) -> list[Quanti
             table[f"{module}.{kind}"] = quantizers[mine]
             taken.add(mine)
 
-    for name, source in parameters_of(config).items():
+    for name, source in sources.items():
         if not name.endswith(".weight") or len(source.shape) < 2:
             continue
         for table, place in zip(tables, homes_of(source, places).values(), strict=False):
@@ -65,17 +65,17 @@ def by_part(config: dict, quantizers: Quantizers, places: Places) -> list[Quanti
                 give(table, module, (owner, stem, f".{source.expert}"))
             else:
                 give(table, module, (tail, "", ""))
-    for attention, place in _attentions(config, places).items():
+    for attention, place in _attentions(sources, places).items():
         give(tables[0], attention, (place, "", ""))
     tables[0] |= {name: found for name, found in quantizers.items() if name not in taken}
     return tables
 
 
-def _attentions(config: dict, places: Places) -> dict[str, str]:
+def _attentions(sources: dict[str, Source], places: Places) -> dict[str, str]:
     """Canonical attention -> its module in memory."""
     ends = ".self_attention.linear_proj.weight"
     return {
         name.rpartition(".linear_proj")[0]: homes_of(source, places)[""].name.rsplit(".", 2)[0]
-        for name, source in parameters_of(config).items()
+        for name, source in sources.items()
         if name.endswith(ends) and homes_of(source, places)
     }

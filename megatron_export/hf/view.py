@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ..common.errors import ExportError, report
 from ..distributed.topology import Topology
-from ..models import head_of, parameters_of, shape_of
+from ..models import head_of, shape_of
 from .compressed import coded, uncompressed
-from .names import places_in, spare_names
+from .names import disk_names, places_in, sources_in, spare_names
 from .offloaded import fetchers_of
 from .quantizers import Quantizers, by_part
 from .tensors import Live, Parameters
@@ -25,7 +25,7 @@ class View:
     """
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor], quantizers: Quantizers, config: dict) -> None:
-        self.config, self.sources = config, parameters_of(config)
+        self.config, self.sources = config, sources_in(config, tensors)
         self.live = Live(tensors, fetchers_of(module))
         for name, tensor in self.live.held.items():
             owner = f"{name.removesuffix('.weight')}.weight_quantizer"
@@ -33,7 +33,7 @@ class View:
                 self.live.codes[name] = found
                 quantizers[owner] = uncompressed(quantizers[owner], found)
         self.places = places_in(config, self.live.held)
-        self.tables: list[Quantizers] = by_part(config, quantizers, self.places)
+        self.tables: list[Quantizers] = by_part(self.sources, quantizers, self.places)
 
     def check(self) -> None:
         """`ExportError` for tensors that are no part of the architecture, or that cannot be read."""
@@ -43,8 +43,9 @@ class View:
         )
         report([said.format(name, len(spare) - 1) for name in spare[:1]])
         self.live.check()
-        head = head_of(self.config)
-        if shape_of(self.config).tied and head in self.live.held:
+        own = {on_disk: name for name, on_disk in disk_names(self.config, self.live.held).items()}
+        head = own.get(head_of(self.config))
+        if shape_of(self.config).tied and head:
             embedding = self.live.read(self.places[self.sources[_EMBEDDING].rule.hf].name)
             if not torch.equal(self.live.read(head).to(embedding.device), embedding):
                 raise ExportError(

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 from .hf_config import shape_of
-from .sources import parameters_of
+from .sources import Source, parameters_of
 
 STACK = "gate_up_proj"
 _LAYER = re.compile(r".*?\blayers\.\d+")
@@ -46,10 +46,10 @@ class Slice:
         return slice(self.expert, self.expert + 1), slice(first + start, first + stop)
 
 
-def stacked_names(config: dict) -> dict[str, Slice]:
-    """HF tensor name -> where it is in memory, for the experts and routers of config.json's model."""
+def stacked_names(config: dict, sources: dict[str, Source] | None = None) -> dict[str, Slice]:
+    """HF tensor name -> where it is in memory, for the experts and routers of config.json's model, or of these `sources` of it."""
     found, experts = {}, shape_of(config).experts
-    for source in parameters_of(config).values():
+    for source in (parameters_of(config) if sources is None else sources).values():
         names = source.names()
         if source.stack is None and source.expert is not None:
             only = "up_proj" if source.canonical.endswith("linear_fc1.weight") else "down_proj"

@@ -18,7 +18,7 @@ from ..checkpoint.hf_weights import SourceWeights
 from ..common.errors import ExportError
 from ..common.safe_files import inside, opened
 from ..models import Architecture
-from ..models.sources import own_of_mtp
+from ..models.predicting import own_of_mtp
 from .folder import tensor_files
 
 CODES = (torch.uint8, torch.float8_e4m3fn)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...common.shards import plain
 from ...hf.dtensors import full_of
-from ...hf.names import homes_of, places_in
-from ...models import HEAD, is_expert, is_linear_weight, parameters_of
+from ...hf.names import homes_of, places_in, sources_in
+from ...models import HEAD, is_expert, is_linear_weight
 from ...models.layouts import Layout
 from ...models.sources import Source
 
@@ -77,8 +77,8 @@ class Linears(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, config: dict) -> None:
-        self.sources = parameters_of(config)
-        live = {name for name, _ in model.named_parameters()}
+        live = dict(model.named_parameters())
+        self.sources = sources_in(config, live)
         places = places_in(config, live)
         self.held: dict[str, Fused | InStack] = {}
         for name, source in self.sources.items():
