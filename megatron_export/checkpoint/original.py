@@ -8,6 +8,8 @@ from ..common.file_names import CONFIG
 from ..common.folder_kinds import has_weights
 from ..common.safe_files import shown
 from ..models import architecture_of, copied_prefixes, mtp_prefixes, parameters_of, settings_of, without_mtp
+from ..models.predicting import with_mtp
+from ..models.sources import stored_names
 from ..planning.tensor_spec import Output
 from .dialects import dialect_of
 from .hf_folder import files_of, find_model, of_folder, quantized_as, read_config, with_copied
@@ -82,8 +84,10 @@ def config_alone(
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         remarks = (f"{CONFIG} says {how}: that is left out, as it speaks of weights that are not read",)
     trained = DcpFolder(dcp, config) if dcp else None
+    names = trained.homes if trained else files_of(folder) if has_weights(folder) else ()
+    config = with_mtp(config, names)
     if mtp == "drop":
-        dropped = mtp_prefixes(config, trained.homes if trained else files_of(folder) if read else ())
+        dropped = mtp_prefixes(config, names if trained or read else ())
         config = without_mtp(config)
     settings_of(config)
     powers = _powers(folder, config, dropped, read)
@@ -93,11 +97,16 @@ def config_alone(
 
 def wide_in(place: Path | DcpFolder, config: dict) -> frozenset[str]:
     """The tensors that are float32 in the files of a folder, of those that an export keeps so; none where there are no files."""
-    names = {name for one in parameters_of(config).values() if one.rule.as_stored for name in one.names().values()}
+    names = stored_names(config)
     if not names or (isinstance(place, Path) and not has_weights(place)):
         return frozenset()
     with SourceWeights(place, tuple(sorted(names))) as weights:
-        return frozenset(name for name in names & weights.files.keys() if weights.dtype(name) == "F32")
+        return wide_of(weights, config)
+
+
+def wide_of(weights: SourceWeights, config: dict) -> frozenset[str]:
+    """The same of files that are open."""
+    return frozenset(name for name in stored_names(config) & weights.files.keys() if weights.dtype(name) == "F32")
 
 
 def _powers(folder: Path, config: dict, dropped: tuple[str, ...], read: bool) -> frozenset[str]:

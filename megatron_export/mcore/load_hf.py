@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoint.hf_storage import HfStorage
 from ..checkpoint.hf_weights import SourceWeights
+from ..checkpoint.original import wide_of
 from ..common.errors import report
 from ..common.piece import Axis
 from ..common.prefetch import in_order
@@ -23,7 +24,7 @@ from ..distributed.topology import Cut, Topology
 from ..models import Source, is_expert, parameters_of
 from ..models.layouts import even_cut
 from ..models.sources import part_shapes
-from .model import Model, copies_of, shards_of
+from .model import Model, canonical_tensors, chunks_of, copies_of, shards_of
 
 LOCKED_BYTES = 32 << 20  # of a page-locked piece: torch rounds these up to powers of two, and keeps them
 
@@ -42,8 +43,11 @@ def load_hf_weights(
     Tensors whose names begin with one of `dropped` are passed over. `ExportError` for tensors that are missing, of another shape or
     too many, for those that would be replaced by another that is not equal, and for NaN and Inf.
     """
-    sources, shards = parameters_of(config), fillable(shards_of(model).live | copies_of(model), topology.device)
     with SourceWeights(place, config=config) as weights:
+        wide = wide_of(weights, config)
+        sources = {name: source.as_stored(wide) for name, source in parameters_of(config).items()}
+        _widen(model, {name for name, one in sources.items() if one.rule.as_stored and one.dtype is torch.float32})
+        shards = fillable(shards_of(model).live | copies_of(model), topology.device)
         weights.check_model(config, dropped)
         weights.check_shared(config, topology.rank, topology.world)
         jobs = [
@@ -57,6 +61,14 @@ def load_hf_weights(
         said = "{}: NaN or Inf in {}. The checkpoint is damaged: fetch or save it again"
         report([said.format(weights.folder, ", ".join(sources[name].names().values())) for name in damaged])
         return weights.nbytes
+
+
+def _widen(model: Model, names: set[str]) -> None:
+    """Make the parameters of these names float32: they are written in it, as the original has them."""
+    for chunk in chunks_of(model):
+        for name, tensor in canonical_tensors(chunk):
+            if name in names:
+                tensor.data = tensor.data.float()
 
 
 def _read(weights: SourceWeights, source: Source, shard: Tensor, cut: Cut) -> Callable[[], Tensor]:

@@ -4,7 +4,7 @@ with a shared one behind a gate of its own, and layers that predict one more tok
 from .architecture import Architecture
 from .blocks import GQA, QK_NORM, TOP, dense, moe, shared_experts, zero_centred
 from .layer_kinds import Kind, by_layer_types
-from .rules import Rule, Table, one_more, same
+from .rules import Rule, Table, as_stored, one_more, same
 from .segment_layouts import Heads, Segments
 from .shape import ModelShape
 
@@ -17,7 +17,7 @@ LINEAR: Table = {
     "decoder.layers.{l}.self_attention.conv1d.weight":
         Rule("model.layers.{l}.linear_attn.conv1d.weight", lambda shape: Segments(segments(shape)[:3], (3,))),
     "decoder.layers.{l}.self_attention.dt_bias":            same("model.layers.{l}.linear_attn.dt_bias"),
-    "decoder.layers.{l}.self_attention.A_log":              same("model.layers.{l}.linear_attn.A_log"),
+    "decoder.layers.{l}.self_attention.A_log":              as_stored("model.layers.{l}.linear_attn.A_log"),
     "decoder.layers.{l}.self_attention.out_norm.weight":    one_more("model.layers.{l}.linear_attn.norm.weight"),
     "decoder.layers.{l}.self_attention.out_proj.weight":    same("model.layers.{l}.linear_attn.out_proj.weight"),
 }

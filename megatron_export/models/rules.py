@@ -82,5 +82,5 @@ def fused_gate_up(hf: str) -> Rule:
 
 
 def one_more(hf: str) -> Rule:
-    """A norm that HF has plain and Megatron zero-centred."""
-    return Rule(hf, lambda shape: OneMore())
+    """A norm that HF has plain and Megatron zero-centred; in float32 where the original has it so."""
+    return Rule(hf, lambda shape: OneMore(), as_stored=True)

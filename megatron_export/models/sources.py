@@ -1,8 +1,9 @@
 """The parameters of one model, from its config.json: how each is cut and shaped in Megatron, and what it is called in HF."""
 
-import re
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from math import prod
 
 import torch
@@ -13,8 +14,8 @@ from ..common.piece import Axis
 from .architecture import Architecture
 from .hf_config import architecture_of, shape_of, text_of
 from .layouts import Copies, Layout, even_cut
-from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS, makes_keys
-from .registry import known
+from .megatron_parameters import EITHER, KEPT, PADDED, PARAMETERS
+from .predicting import before_layers
 from .rules import Rule
 from .shape import ModelShape
 
@@ -53,6 +54,10 @@ class Source:
 
     def names(self) -> dict[str, str]:
         """Layout part -> HF tensor name."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
         if self.rule.copy:
             return {part: self.rule.copy.format(l=part) if part else self.rule.hf for part in self.layout.parts}
         words = dict(self.rule.words)
@@ -60,6 +65,11 @@ class Source:
             part: self.rule.hf.format(l=self.layer, e=self.expert, part=words.get(part, part))
             for part in self.layout.parts
         }
+
+    def as_stored(self, wide: frozenset[str]) -> "Source":
+        """The same in float32, if it stays as the original has it, and `wide` are the HF names of what is float32 there."""
+        kept = self.rule.as_stored and wide >= {*self.names().values()}
+        return replace(self, dtype=torch.float32) if kept else self
 
     def share(
         self, rows: int, shape: tuple[int, ...], index: int, count: int
@@ -87,7 +97,7 @@ class Source:
     def copies(self) -> set[str]:
         """The HF names of its copies: of the first name, if it has several."""
         names = self.names()
-        if isinstance(self.layout, Copies):
+        if type(self.layout) is Copies:  # `isinstance` of a Protocol asks for all that it has
             return {names[part] for part in self.layout.parts[1:]}
         return {name for part, name in names.items() if part} if self.rule.copy else set()
 
@@ -98,6 +108,12 @@ def parameters_of(config: dict) -> dict[str, Source]:
     Tied models have no output layer, and parameters of size 0 (shared experts that a model does not have) are left out.
     `ExportError` for an unknown architecture, and for more parameters or numbers than a model can have.
     """
+    return dict(_parameters_of(json.dumps(config, default=str)))
+
+
+@lru_cache(maxsize=2)  # a base and its draft: each stage of an export asks for them again, and a large model has 50,000
+def _parameters_of(text: str) -> dict[str, Source]:
+    config = json.loads(text)
     architecture = architecture_of(config)  # first: of an unknown one, no key of config.json is known
     lacking = {name for key, (_, rules) in architecture.where.items() if not text_of(config).get(key) for name in rules}
     rules = {name: rule for name, rule in architecture.rules.items() if name not in lacking}
@@ -127,72 +143,21 @@ def parameters_of(config: dict) -> dict[str, Source]:
 
 def _of_layer(rule: Rule, layer: int, shape: ModelShape, architecture: Architecture) -> Rule:
     """The rule as it is in a layer: those that predict one more token may have names of their own."""
-    before = _before(architecture)
+    before = before_layers(architecture)
     if layer < shape.layers or not architecture.predicting or not rule.hf.startswith(before):
         return rule
     return replace(rule, hf=f"{architecture.predicting}{layer - shape.layers}{rule.hf.removeprefix(before + '{l}')}")
 
 
+def stored_names(config: dict) -> frozenset[str]:
+    """The HF names of the tensors that are written in float32 where the original has them so."""
+    kept = (source for source in parameters_of(config).values() if source.rule.as_stored)
+    return frozenset(name for source in kept for name in source.names().values())
+
+
 def copied_prefixes(config: dict) -> tuple[str, ...]:
     """Prefixes of the names of tensors that are copied from the original model as they are."""
     return architecture_of(config).copied
-
-
-def without_mtp(config: dict) -> dict:
-    """The config.json of the same model without layers that predict one more token."""
-    architecture, usual = known(config), "num_nextn_predict_layers"
-    own = architecture.keys.get(usual, usual) if architecture else usual
-    changed = config | {own: 0} if own in config else config
-    inner = config.get("text_config")
-    return changed | {"text_config": inner | {own: 0}} if isinstance(inner, dict) and own in inner else changed
-
-
-def is_mtp(canonical: str, config: dict) -> bool:
-    """Whether a canonical parameter is in a layer that predicts one more token."""
-    found = re.match(r"decoder\.layers\.(\d+)\.", canonical)
-    return bool(found) and int(found[1]) >= shape_of(config).layers
-
-
-def keeps_keys(canonical: str, config: dict) -> bool:
-    """Whether scales of a KV cache stand beside a parameter."""
-    return makes_keys(canonical) and not is_unseen(canonical, config)
-
-
-def is_unseen(canonical: str, config: dict) -> bool:
-    """Whether a canonical parameter is in a layer that calibration does not run."""
-    return architecture_of(config).mtp_unseen and is_mtp(canonical, config)
-
-
-def mtp_prefixes(config: dict, names: Iterable[str] = ()) -> tuple[str, ...]:
-    """Prefixes of the HF names in layers that predict one more token: those that config.json means, and those among `names`."""
-    architecture, shape = architecture_of(config), shape_of(config)
-    if own := own_of_mtp(architecture):
-        return own if shape.mtp or any(name.startswith(own) for name in names) else ()
-    before = _before(architecture)
-    layers, joins = set(shape.predicting), re.compile(rf"{re.escape(before)}(\d{{1,4}})\.eh_proj\.weight")
-    layers |= {int(found[1]) for name in names if (found := joins.fullmatch(name))} - set(range(shape.layers))
-    return tuple(f"{before}{layer}." for layer in sorted(layers))
-
-
-def own_of_mtp(architecture: Architecture) -> tuple[str, ...]:
-    """What HF names begin with in layers that predict one more token, where those have names of their own."""
-    return (f"{architecture.predicting.partition('.')[0]}.",) if architecture.predicting else ()
-
-
-def is_beyond(name: str, config: dict) -> bool:
-    """Whether an HF name is in a layer after the decoder's, where layers that predict one more token are."""
-    architecture = architecture_of(config)
-    if own := own_of_mtp(architecture):
-        return name.startswith(own)
-    found = re.match(rf"{re.escape(_before(architecture))}(\d+)\.", name)
-    return bool(found) and int(found[1]) >= shape_of(config).layers
-
-
-def _before(architecture: Architecture) -> str:
-    """What the HF names of the decoder's layers begin with, before their numbers."""
-    rules = architecture.rules
-    usual, head = (f"decoder.layers.{{l}}.{name}.weight" for name in ("self_attention.linear_proj", "lm_head"))
-    return rules[usual if usual in rules else head].hf.partition("{l}")[0]
 
 
 def head_of(config: dict) -> str:
@@ -260,9 +225,14 @@ def _of_head(name: str, rule: Rule, shape: ModelShape, head: int) -> Source:
 
 def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Layout part -> the shape that config.json means, without the copies of other tensors."""
-    parts = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)
-    names = source.names()
-    return {part: tuple(tensor.shape) for part, tensor in parts.items() if names[part] not in source.copies()}
+    names, copies = source.names(), source.copies()
+    return {part: shape for part, shape in _part_shapes(source.layout, source.shape) if names[part] not in copies}
+
+
+@cache
+def _part_shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    parts = layout.split(torch.empty(shape, device="meta"), 0, 1)
+    return tuple((part, tuple(tensor.shape)) for part, tensor in parts.items())
 
 
 def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:

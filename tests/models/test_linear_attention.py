@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_export import export_hf_checkpoint
+from megatron_export.checkpoint.original import config_alone
 from megatron_export.common.errors import ExportError
-from megatron_export.models import parameters_of
+from megatron_export.models import parameters_of, shape_of
 from megatron_export.verify.emulation import EmulatedLinear, load
 from megatron_export.verify.thresholds import Wanted, inspected
 
@@ -89,6 +90,32 @@ def _measures(form: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_one_rank_gives_every_byte_back_in_bfloat16(name: str, sources: dict, alone: dict) -> None:
     assert_same(tensors(alone[name] / "bf16"), tensors(sources[name]))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
+def test_files_say_that_a_layer_predicts_where_config_json_does_not(name: str, sources: dict, tmp_path: Path) -> None:
+    source = shutil.copytree(sources[name], tmp_path / "source")
+    meant = read_json(source / "config.json")
+    config = read_json(source / "config.json")
+    del config.get("text_config", config)["mtp_num_hidden_layers"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert config_alone(source, "keep", own=True).config == meant
+    left = config_alone(source, "drop", own=True)
+    assert (left.dropped, shape_of(left.config).mtp) == (("mtp.",), 0)
+
+
+def test_what_qwen_3_5_publishes_in_float32_comes_back_to_the_bit(ranks: Ranks, tmp_path: Path) -> None:
+    """Norms between 0.5 and 2, of which float32 has 1 less and 1 more without rounding."""
+    source = make_model(tmp_path, "qwen3_5", **SIZES)
+    held = tensors(source)
+    wide = [name for name in held if name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))]
+    made = held | {name: 0.6 + torch.rand(held[name].shape) for name in wide}
+    save_file(made, source / "model.safetensors", {"format": "pt"})
+    export(ranks, 2, "--hf-model", source, "--tp", 2, "--format", "fp8_pb", "--output", tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert_same({name: found[name] for name in wide}, {name: made[name] for name in wide})
+    assert len(wide) == 2 * 2
+    assert inspected(tmp_path / "out", source, Wanted()).problems == []
 
 
 @pytest.mark.parametrize(
