@@ -84,10 +84,10 @@ def config_alone(
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         remarks = (f"{CONFIG} says {how}: that is left out, as it speaks of weights that are not read",)
     trained = DcpFolder(dcp, config) if dcp else None
-    names = trained.homes if trained else files_of(folder) if has_weights(folder) else ()
+    names = trained.homes if trained else files_of(folder) if read else ()
     config = with_mtp(config, names)
     if mtp == "drop":
-        dropped = mtp_prefixes(config, names if trained or read else ())
+        dropped = mtp_prefixes(config, names)
         config = without_mtp(config)
     settings_of(config)
     powers = _powers(folder, config, dropped, read)

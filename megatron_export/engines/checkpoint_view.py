@@ -63,7 +63,7 @@ class Group:
 class View:
     """What an engine finds in the files that it opens.
 
-    modules  HF module -> suffix -> tensor
+    modules  HF module -> suffix -> tensor; modules with the same tensors share a dict
     groups   the linears among the modules
     kv       name of a scale of the KV cache below its attention -> the attentions that have it
     """
@@ -185,7 +185,8 @@ def _modules(tensors: dict[str, Header]) -> tuple[dict[str, Module], dict[str, l
             last = suffix.removeprefix(stack).removeprefix("_") or "weight"
             module, suffix = f"{module}.{stack}", _OF_OPENAI.get(last, last)
         modules.setdefault(module, {})[suffix] = header
-    return modules, kv
+    known: dict[tuple, Module] = {}
+    return {name: known.setdefault(tuple(module.items()), module) for name, module in modules.items()}, kv
 
 
 def _groups(modules: dict[str, Module], layers: int) -> Iterable[Group]:

@@ -133,9 +133,17 @@ class Load(NamedTuple):
 
     def plus(self, other: "Load", times: int) -> "Load":
         """With so many others like `other`."""
-        added = Load(*(a + times * b for a, b in zip(self, other, strict=True)))
-        splitting, encoding = max(self.splitting, other.splitting), max(self.encoding, other.encoding)
-        return added._replace(splitting=splitting, encoding=encoding)
+        return Load(
+            self.moved + times * other.moved,
+            self.arrived + times * other.arrived,
+            self.copied + times * other.copied,
+            max(self.splitting, other.splitting),
+            self.encoded + times * other.encoded,
+            max(self.encoding, other.encoding),
+            self.sent + times * other.sent,
+            self.parcel + times * other.parcel,
+            self.opening + times * other.opening,
+        )
 
 
 def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:

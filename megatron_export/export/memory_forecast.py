@@ -22,7 +22,6 @@ import torch
 from ..checkpoint.reading_cost import mapped_bytes, reading_bytes
 from ..common import prefetch
 from ..models import is_expert
-from ..planning.parameter import Item
 from ..planning.plan import Held, Plan
 from ..planning.rank_placement import Grid
 from ..writing.device_to_disk import PINNED_BYTES
@@ -119,12 +118,13 @@ def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> 
 
 def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> list[dict[int, Load]]:
     """Of every bucket, what it puts on each rank that takes part in it."""
-    known: dict[tuple, tuple[Load, ...]] = {}
+    known: dict[int, tuple[Load, ...]] = {}  # by the first item of each kind
     loads = []
     for bucket in plan.buckets:
+        firsts = {id(item.first or item): item.first or item for item in bucket.items}
         alike: dict[tuple, int] = defaultdict(int)
         for item in bucket.items:
-            kind = _kind(item)
+            kind = id(item.first or item)
             if kind not in known:
                 known[kind] = tuple(load_of(item, index, device, streamed) for index in range(len(item.ranks)))
             alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
@@ -132,18 +132,10 @@ def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> li
         for (ranks, kind), count in alike.items():
             for rank, load in zip(ranks, known[kind], strict=True):
                 found[rank] = found[rank].plus(load, count)
-        arriving, opening = sum(load.sent for load in found.values()), max(map(opening_bytes, bucket.items))
+        arriving, opening = sum(load.sent for load in found.values()), max(map(opening_bytes, firsts.values()))
         found[bucket.writer] = found[bucket.writer]._replace(parcel=arriving, opening=opening)
         loads.append(dict(found))
     return loads
-
-
-def _kind(item: Item) -> tuple:
-    """What decides an item's sizes."""
-    source, smoothed = item.source, item.smoothed
-    how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
-    shape = (source.layout, source.cut, source.dtype, item.shard_shape, len(item.ranks))
-    return (*shape, item.form, item.kv, item.gather_first, how)
 
 
 def _working(loads: list[dict[int, Load]]) -> dict[int, int]:
@@ -158,10 +150,14 @@ def _working(loads: list[dict[int, Load]]) -> dict[int, int]:
 def _holdings(plan: Plan, held: dict[str, Held], grid: Grid) -> dict[tuple[int, int], Holding]:
     """By place, what a rank holds and reads."""
     found = {(stage, home): Holding() for stage in range(grid.pp) for home in range(grid.ep)}
+    known: dict[int, tuple[int, int, int]] = {}  # by the first item of each kind
     for item in plan.items:
-        source = item.source
-        shard = prod(held[source.canonical].shape) * source.dtype.itemsize
-        read, copied = mapped_bytes(plan.config, source, shard), reading_bytes(plan.config, source, shard)
+        source, kind = item.source, id(item.first or item)
+        if kind not in known:
+            shard = prod(held[source.canonical].shape) * source.dtype.itemsize
+            reading = (of(plan.config, source, shard) for of in (mapped_bytes, reading_bytes))
+            known[kind] = (shard, *reading)
+        shard, read, copied = known[kind]
         homes = [grid.expert_rank(source)] if is_expert(source.canonical) else range(grid.ep)
         stages = [grid.stage_rank(source), *[grid.pp - 1] * grid.copies(source)]
         for copy, stage in enumerate(stages):

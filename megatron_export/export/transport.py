@@ -113,8 +113,7 @@ def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Ten
 
 def opening_bytes(item: Item) -> int:
     """Memory that `open_at_writer` takes of an item beside its messages: shards are joined, the dims of stacks are swapped."""
-    nbytes = sum(output.nbytes for output in item.outputs)
-    return nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
+    return item.nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
 
 
 def deliver(here: Topology, parcel: Parcel) -> int:

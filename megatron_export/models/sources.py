@@ -108,13 +108,13 @@ def parameters_of(config: dict) -> dict[str, Source]:
     Tied models have no output layer, and parameters of size 0 (shared experts that a model does not have) are left out.
     `ExportError` for an unknown architecture, and for more parameters or numbers than a model can have.
     """
-    return dict(_parameters_of(json.dumps(config, default=str)))
+    # First the architecture: of an unknown one, no key of config.json is known.
+    return dict(_parameters_of(architecture_of(config), json.dumps(config, default=str)))
 
 
 @lru_cache(maxsize=2)  # a base and its draft: each stage of an export asks for them again, and a large model has 50,000
-def _parameters_of(text: str) -> dict[str, Source]:
+def _parameters_of(architecture: Architecture, text: str) -> dict[str, Source]:
     config = json.loads(text)
-    architecture = architecture_of(config)  # first: of an unknown one, no key of config.json is known
     lacking = {name for key, (_, rules) in architecture.where.items() if not text_of(config).get(key) for name in rules}
     rules = {name: rule for name, rule in architecture.rules.items() if name not in lacking}
     shape = shape_of(config)

@@ -22,7 +22,8 @@ import re
 from collections.abc import Callable
 
 from .megatron_parameters import HEAD, is_expert, is_linear_weight, makes_keys, pooled
-from .sources import is_unseen, parameters_of
+from .predicting import is_unseen
+from .sources import parameters_of
 
 Homes = dict[str, dict[str, str]]  # canonical module -> the HF module of each of its layout parts
 

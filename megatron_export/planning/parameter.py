@@ -5,7 +5,7 @@ to know what ranks send and receive.
 """
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from ..common.piece import Amax, Axis, Piece, join
 from ..formats import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Stacked
 from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
-from ..models.layouts import Layout, even_cut, stacked
+from ..models.layouts import even_cut, stacked
+from .part_shapes import axes_of, encode_specs, plain, split_specs, whole_specs
 from .tensor_spec import Output
 
 ONE = torch.ones(())
@@ -42,6 +43,9 @@ class Smoothed:
     def vectors(self) -> set[str]:
         """The names of all vectors."""
         return {vector for _, vector in self.rows} | ({self.columns} if self.columns else set())
+
+
+UNSMOOTHED = Smoothed()
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Item:
     stacked       it becomes slices of the tensors of all experts
     cast          it comes from MXFP4, and its format keeps the values to the bit
     kept          its codes and scales are those that the parameter holds (kept_codes.py)
+    first         the first item of the same kind, whose sizes are its own; None for that one
     """
 
     source: Source
@@ -83,10 +88,30 @@ class Item:
     form: Form | None
     kv: KvForm | None
     gather_first: bool
-    smoothed: Smoothed = Smoothed()
+    smoothed: Smoothed = UNSMOOTHED
     stacked: bool = False
     cast: bool = False
     kept: bool = False
+    first: "Item | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def kind(self) -> tuple:
+        """All but names: what decides its sizes, and how it is cut and encoded."""
+        source, smoothed = self.source, self.smoothed
+        how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
+        stack = source.stack.index == 0 if self.stacked else None  # the first has the numbers that all share
+        shape = (source.rule, source.shape, source.layout, source.cut, source.dtype, self.shard_shape, len(self.ranks))
+        return (*shape, self.form, self.kv, self.gather_first, how, stack)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it becomes."""
+        return self.first.nbytes if self.first else sum(output.nbytes for output in self.outputs)
+
+    @cached_property
+    def source_nbytes(self) -> int:
+        """Bytes of its HF tensors before they are encoded."""
+        return self.first.source_nbytes if self.first else sum(part.nbytes for part in self.parts)
 
     @property
     def smoothing_done(self) -> bool:
@@ -108,13 +133,13 @@ class Item:
         dtype, vectors = self.source.dtype, measured.vectors
         if not self.splits:
             smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
-            return {self.source.canonical: _plain(smoothed, dtype)}
+            return {self.source.canonical: plain(smoothed, dtype)}
         names, parts = self.source.names(), {}
         for part, tensor in self.source.layout.split(shard, index, len(self.ranks)).items():
             smoothed = self._smooth_columns(tensor.to(dtype), index, vectors)
             if part in dict(self.smoothed.rows):
                 smoothed = self.source.scaled(smoothed, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
-            parts[names[part]] = _plain(smoothed, dtype)
+            parts[names[part]] = plain(smoothed, dtype)
         return parts
 
     def opened(self, whole: dict[str, Piece]) -> dict[str, Piece]:
@@ -124,7 +149,7 @@ class Item:
         names, fused = self.source.names(), whole[self.source.canonical].data
         fused = self.source.layout.gathered(fused, len(self.ranks)) if self.source.cut else fused
         parts = self.source.layout.split(fused, 0, 1)
-        return {names[part]: _plain(tensor, fused.dtype) for part, tensor in parts.items()}
+        return {names[part]: plain(tensor, fused.dtype) for part, tensor in parts.items()}
 
     def _smooth_columns(self, tensor: Tensor, index: int, vectors: dict[str, Tensor]) -> Tensor:
         if self.smoothed.columns is None or self.smoothing_done:
@@ -193,7 +218,7 @@ class Item:
         """What shard `index` sends to the first rank when the item is gathered first."""
         if not self.splits:
             return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes_of(self.shard_shape)),)
-        return self._named(_split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
+        return self._named(split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
 
     def message(self, index: int) -> tuple[Output, ...]:
         """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
@@ -204,7 +229,7 @@ class Item:
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        return self._named(_whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks)))
+        return self._named(whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks)))
 
     def _named(self, specs: tuple) -> tuple[Output, ...]:
         names = self.source.names()
@@ -245,7 +270,7 @@ class Item:
         encoded: list[Output] = []
         for part in parts if self.form else ():
             prefix = part.name.removesuffix("weight")
-            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in _encode_specs(self.form, part.shape)]
+            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in encode_specs(self.form, part.shape)]
             if self.smoothed.kept:
                 encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", torch.bfloat16, part.shape[1:], (Axis.IN,)))
         encoded += parts if self.form is None else ()
@@ -254,38 +279,3 @@ class Item:
             scales = self.kv.encode(ONE, ONE)
             encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
         return tuple(encoded)
-
-
-def _plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
-    """A tensor that is not quantized."""
-    return Piece(tensor.to(dtype), axes_of(tensor.shape))
-
-
-def axes_of(shape: tuple[int, ...]) -> tuple[Axis | None, ...]:
-    """The first dim follows OUT, the second of a matrix IN; those of a convolution's kernels follow none."""
-    return (Axis.OUT, Axis.IN)[: len(shape)] if len(shape) < 3 else (Axis.OUT, *[None] * (len(shape) - 1))
-
-
-@cache
-def _split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
-    parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
-    return tuple((part, tuple(tensor.shape), _plain(tensor, tensor.dtype).axes) for part, tensor in parts.items())
-
-
-@cache
-def _whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count: int) -> tuple:
-    """What `count` shards of that shape make together, part by part."""
-    shards = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(count)]
-    if not layout.splits(shape[0]):
-        fused = join([_plain(shard, shard.dtype) for shard in shards], cut).data
-        return _split_specs(layout, tuple(fused.shape), 0, 1)
-    split = [layout.split(shard, index, count) for index, shard in enumerate(shards)]
-    whole = {part: join([_plain(found[part], found[part].dtype) for found in split], cut) for part in split[0]}
-    return tuple((part, tuple(piece.data.shape), piece.axes) for part, piece in whole.items())
-
-
-@cache
-def _encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
-    if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
-        return ()  # reported as a problem, or gathered first
-    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in form.pieces_of(shape).items())

@@ -7,21 +7,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..common.blocks import Blocks
 from ..common.errors import ExportError, report
 from ..common.garbage import no_garbage_collection
 from ..common.piece import Axis
 from ..common.text import parse_size
-from ..formats import Form, KvForm, groups_of
+from ..formats import Form, KvForm
 from ..models import Source, format_problems, keeps_keys, parameters_of, shape_of
 from ..models.layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
+from .item_kinds import like_others, tile_problems
 from .kept_codes import keeps, kept_remarks
 from .mxfp4_casts import cast_remarks, casts
-from .parameter import Item, Smoothed
+from .parameter import UNSMOOTHED, Item
 from .rank_placement import PAD_VOCAB_TO, grid_of
 from .request import Request
 from .shard_files import Bucket, buckets_of, files_of, writers_of
@@ -89,15 +88,15 @@ class Plan:
         """The one format whose weights AWQ prepares, if there is one."""
         return next((form for form in self.forms if form.smoothing), None)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors in the checkpoint."""
         return sum(output.nbytes for outputs in self.files.values() for output in outputs)
 
-    @property
+    @cached_property
     def source_nbytes(self) -> int:
         """Bytes of the same model in bfloat16."""
-        return sum(output.nbytes for item in self.items for output in item.parts) + sum(o.nbytes for o in self.copied)
+        return sum(item.source_nbytes for item in self.items) + sum(o.nbytes for o in self.copied)
 
 
 @no_garbage_collection()
@@ -125,9 +124,7 @@ def make_plan(
     request = request if request.recipe_lines else request.plain()
     forms, kv = request.forms(), request.kv()
     plain = not any(form.quantization for form in forms.values())
-    sources = {
-        name: _as_held(_as_stored(source, wide), held.get(name)) for name, source in parameters_of(config).items()
-    }
+    sources = {name: _as_held(source.as_stored(wide), held.get(name)) for name, source in parameters_of(config).items()}
     report(_held_problems(sources, held))
     if kv and plain:
         raise ExportError(
@@ -153,7 +150,7 @@ def make_plan(
     ]
     smoothed = smoothing(sources, policy.forms)
     cast = casts(sources, policy.forms, policy.fused, powers)
-    items = []
+    items, firsts = [], {}
     for name, source in sources.items():
         item = Item(
             source,
@@ -162,13 +159,15 @@ def make_plan(
             policy.forms.get(name),
             kv if keeps_keys(name, config) else None,
             gather_first=False,
-            smoothed=smoothed.get(name, Smoothed()),
+            smoothed=smoothed.get(name, UNSMOOTHED),
             stacked=policy.stacked and source.stack is not None,
             cast=name in cast,
         )
-        item = replace(item, gather_first=_straddles(item))
-        items.append(replace(item, kept=not request.merge_lora and keeps(item, held[name].blocks)))
-        problems += tile_problems(items[-1])
+        item = like_others(item, firsts)
+        kept = not request.merge_lora and keeps(item, held[name].blocks)
+        items.append(replace(item, kept=True) if kept else item)
+    odd = {id(first) for first in firsts.values() if tile_problems(first)}
+    problems += [why for item in items if not item.first or id(item.first) in odd for why in tile_problems(item)]
     if not plain and not policy.forms and not problems:
         problems.append("--exclude leaves nothing to quantize. Exclude less, or use --format bf16")
     problems += format_problems(shape_of(config).medusa and shape_of(config).blocks, policy.forms, policy.left_alone)
@@ -218,23 +217,6 @@ def _awq_problems(forms: Iterable[Form]) -> list[str]:
     ]
 
 
-def _straddles(item: Item) -> bool:
-    """Whether a tile of the format, or rows that the layout cannot part, lie on two shards."""
-    if not item.splits:
-        return True
-    if item.form is None or len(item.ranks) == 1:
-        return False
-    tile = item.form.tile[0 if item.source.cut is Axis.OUT else 1]
-    cut_sizes = [output.shape[output.axes.index(item.source.cut)] for output in item.raw_message(0)]
-    return any(size % tile for size in cut_sizes)
-
-
-def _as_stored(source: Source, wide: frozenset[str]) -> Source:
-    return (
-        replace(source, dtype=torch.float32) if source.rule.as_stored and wide >= {*source.names().values()} else source
-    )
-
-
 def _as_held(source: Source, held: Held | None) -> Source:
     """A parameter as this model holds it: cut by part, or whole where some layer specs cut it."""
     if held and held.by_part:
@@ -266,21 +248,4 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
         if tuple(whole) != source.shape:
             has = f"{name} is {tuple(shard.shape)} on each of {count} ranks"
             problems.append(f"{has}, but config.json means {source.shape} in all")
-    return problems
-
-
-def tile_problems(item: Item) -> list[str]:
-    """Why a format cannot cut the parts of an item into its tiles; [] if it can."""
-    if item.form is None or item.form.ragged:
-        return []
-    problems = []
-    for part in item.parts:
-        for size, block, axis in zip(part.shape, item.form.tile, ("outputs", "inputs"), strict=True):
-            if size % block:
-                fitting = [group for group in groups_of(item.form.name) if axis == "inputs" and size % group == 0]
-                smaller = f"Give --group-size {fitting[0]}, or leave" if fitting else "Leave"
-                problems.append(
-                    f"{part.name} has {size} {axis}, which blocks of {block} ({item.form.name}) do not divide. "
-                    f"{smaller} it in bfloat16 with --exclude {part.name.removesuffix('.weight')!r}"
-                )
     return problems

@@ -61,7 +61,7 @@ def writers_of(
     homes = _homes(files)
     for item in items:
         held = holding[homes[item.outputs[0].name]]
-        share = sum(output.nbytes for output in item.outputs) // len(item.ranks)
+        share = item.nbytes // len(item.ranks)
         for rank in item.ranks:
             held[firsts[nodes[rank]] if mode == "node" else rank] += share
     given: dict[int, int] = defaultdict(int)
@@ -98,7 +98,7 @@ def _cut(items: list[Item], writer: int, limit: int) -> list[Bucket]:
     cuts: list[list[Item]] = []
     size = limit
     for item in items:
-        nbytes = sum(output.nbytes for output in item.outputs)
+        nbytes = item.nbytes
         if size + nbytes > limit:
             cuts.append([])
             size = 0

@@ -1,7 +1,7 @@
 """Name, dtype and shape of one tensor of a checkpoint, or of a message between ranks."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from math import prod
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from ..common.piece import Axis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """One tensor of the checkpoint or of a message; with a `count`, slice `index` of `count` along a dim before its own."""
 
@@ -20,11 +20,16 @@ class Output:
     index: int = 0
     count: int = 0
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return _nbytes(self.shape, self.dtype)
 
     @property
     def whole(self) -> "Output":
         """The tensor of the checkpoint that this is, or is a slice of."""
-        return Output(self.name, self.dtype, (self.count, *self.shape) if self.count else self.shape)
+        return Output(self.name, self.dtype, (self.count, *self.shape)) if self.count else self
+
+
+@cache
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return prod(shape) * dtype.itemsize

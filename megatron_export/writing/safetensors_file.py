@@ -21,13 +21,11 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for output in sorted(outputs, key=lambda o: o.nbytes % 8 and 8 - o.dtype.itemsize):
-        header[output.name] = {
-            "dtype": SPELLED[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": [offset, offset + output.nbytes],
-        }
-        offset += output.nbytes
+    sized = [(output, output.nbytes) for output in outputs]
+    for output, nbytes in sorted(sized, key=lambda one: one[1] % 8 and 8 - one[0].dtype.itemsize):
+        said = {"dtype": SPELLED[output.dtype], "shape": output.shape, "data_offsets": (offset, offset + nbytes)}
+        header[output.name] = said
+        offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     starts = {name: said["data_offsets"][0] + 8 + len(text) for name, said in header.items() if name != "__metadata__"}

@@ -2,6 +2,7 @@
 and what is refused.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
