@@ -196,7 +196,7 @@ def test_vllm_on_two_ranks_computes_what_one_does(name: str, form: str, pool: li
 
 @pytest.mark.slow
 def test_vllm_generates_in_every_format_that_a_cpu_can_compute(pool: list[Ranks], tmp_path: Path) -> None:
-    dense = {name: list(GENERATING) for name in ("llama31", "llama32", "qwen2", "qwen3")}
+    dense = {name: list(GENERATING) for name in ("llama31", "llama32", "qwen2", "qwen3", "phi3", "gemma3", "qwen3_vl")}
     experts = {name: ["bf16"] for name in ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")}
     folders = exported(living(pool), dense | experts, tmp_path)
     assert {str(folder): one["error"] for folder, one in _generated(folders).items() if one["error"]} == {}
