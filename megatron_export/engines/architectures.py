@@ -19,6 +19,7 @@ class Built:
     listed     the same, of names that configs list
     stripped   whether names in configs that begin with language_model. count without that too
     plain      ends of the names of linears that it builds without quantization, whatever configs say
+    plain_fp4  more such, where all of a model is in NVFP4
     needs      keys of config.json that its class reads
     routed     whether its experts are chosen as config.json says in DeepSeek's words
     chunked    whether it builds dual chunk attention
@@ -37,6 +38,7 @@ class Built:
     listed: Mapping[str, str] = field(default_factory=dict)
     stripped: bool = False
     plain: tuple[str, ...] = ()
+    plain_fp4: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     routed: bool = False
     chunked: bool = False
@@ -69,6 +71,11 @@ _DSA = Engines(
     vllm=Built(routed=True, plain=_INDEXER, patterned=True),
     sglang=Built(routed=True, caching=True, plain=_INDEXER[1:]),
 )
+_JOIN = ("mtp.fc",)  # of embedding and hidden state, in layers that predict
+_HYBRID = Built(joining=True, caching=True)  # in SGLang
+_QWEN35 = Engines(vllm=Built(plain_fp4=_JOIN), sglang=replace(_HYBRID, plain=_JOIN))
+_QWEN35_SEES = replace(_QWEN35, vllm=Built(modules=_SEES, listed=_SEES, plain_fp4=_JOIN))
+_QWEN35_TEXT = replace(_QWEN35, sglang=replace(_HYBRID, plain=_JOIN, head=False))
 ARCHITECTURES: dict[str, Engines] = {
     "LlamaForCausalLM": Engines(sglang=_LLAMA),
     "MistralForCausalLM": Engines(sglang=_LLAMA),
@@ -108,6 +115,15 @@ ARCHITECTURES: dict[str, Engines] = {
     ),
     "Glm4MoeForCausalLM": Engines(),
     "GptOssForCausalLM": Engines(),
+    "Qwen3NextForCausalLM": Engines(
+        vllm=Built(plain_fp4=_JOIN, head=False),
+        sglang=replace(_HYBRID, plain=_JOIN, dense=False, modules={"mtp.layers.": "model.layers."}),
+    ),
+    "Qwen3_5ForConditionalGeneration": _QWEN35_SEES,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN35_SEES,
+    "Qwen3_5ForCausalLM": _QWEN35_TEXT,
+    "Qwen3_5MoeForCausalLM": _QWEN35_TEXT,
+    "NemotronHForCausalLM": Engines(sglang=_HYBRID),
     "Llama4ForCausalLM": Engines(sglang=Built(joining=True)),
     "Llama4ForConditionalGeneration": Engines(sglang=Built(joining=True)),
 }
@@ -157,4 +173,5 @@ def as_listed(reading: Reading, built: Built) -> Reading:
 def is_plain(group: Group, built: Built, reading: Reading) -> bool:
     """Whether the engine builds a linear without quantization. Of blocks of FP8 it makes bfloat16 when it loads them."""
     name = full(group.parent, group.parts[0]) if group.parts else ""
-    return name.endswith(built.plain) and not (group.quantized and reading.algorithm == "blocks")
+    plain = built.plain + (built.plain_fp4 if "NVFP4" in (reading.algorithm or "") else ())
+    return name.endswith(plain) and not (group.quantized and reading.algorithm == "blocks")

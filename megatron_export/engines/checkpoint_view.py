@@ -112,6 +112,14 @@ class CheckpointView:
         return self.number("num_hidden_layers")
 
     @property
+    def caching(self) -> int:
+        """Layers of the decoder that have keys and values to cache: those of linear attention and Mamba have none."""
+        keys = {
+            name for name in self.expected or () if name.endswith(".k_proj.weight") and not is_mtp(name, self.layers)
+        }
+        return len(keys) or self.layers
+
+    @property
     def latent(self) -> bool:
         """Whether its attention is latent."""
         return bool(self.text.get("kv_lora_rank"))

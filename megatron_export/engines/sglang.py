@@ -23,6 +23,7 @@ from .quant_configs import (
     sizes_of,
 )
 from .sglang_cache import check_cache
+from .sglang_hybrids import check_hybrid_config, quantizes_predicting
 from .sglang_layouts import check_layouts
 from .verdict import Effect, Findings, table
 
@@ -48,7 +49,9 @@ _FILES = {
     "mllama4": "srt/models/mllama4.py",
     "modelopt": "srt/layers/quantization/modelopt_quant.py",
     "mtp": "srt/models/deepseek_nextn.py",
+    "nemotron config": "srt/configs/nemotron_h.py",
     "qwen": "srt/models/qwen3_moe.py",
+    "qwen next": "srt/models/qwen3_next.py",
     "rope": "srt/layers/rotary_embedding/factory.py",
     "weights": "srt/model_loader/weight_utils.py",
 }
@@ -84,12 +87,15 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "fp8", READ),
     "llama blocks":  (_R, "Llama, Mistral and Phi 3 rename weight_scale_inv and lose it (pull request 30234)", "llama", SEEN),
     "llama4 text":   (_R, "Llama4ForCausalLM has no loader of experts", "llama4", SEEN),
-    "dense":         (_R, "Qwen 3 MoE, with a vision tower too, has experts in every layer", "qwen", SEEN),
-    "head":          (_R, "the output layer of Mixtral and MiniMax M2 is built without the config, not quantized", "mixtral", SEEN),
+    "dense":         (_R, "Qwen 3 MoE, with a vision tower too, and Qwen3-Next have experts in every layer", "qwen", SEEN),
+    "head":          (_R, "the output layer of Mixtral, MiniMax M2 and Qwen 3.5 of text alone is not quantized", "mixtral", SEEN),
     "joined file":   (_R, "what is one tensor in the file too (Phi 3) is not in W4A16_NVFP4", "modelopt", SEEN),
     "keys":          (_R, "config.json says what the classes of MiniMax M2 and Kimi K2.5 read", "minimax", SEEN),
     "stack":         (_R, "stacked experts of Llama 4 are in FP8", "mllama4", SEEN),
     "rotated":       (_R, "q and k of Llama 4, whose rows it moves, are not in four bits", "mllama4", READ),
+    "hybrid":        (_R, "config.json says layers, groups and mergers as SGLang's own classes read them", "nemotron config", SEEN),
+    "hybrid linear": (_R, "no scale of in_proj_qkvz of Qwen3-Next is one number; in_proj of Mamba is not W4A16", "qwen next", SEEN),
+    "next qkv":      (_R, "q, k and v of Qwen3-Next are not in four bits, but in a mix", "qwen next", SEEN),
     "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: get_rope makes five queries of one for no backend", "rope", READ),
     "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
@@ -134,11 +140,12 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         return findings
     reading, modelopt = as_listed(reading, built), reading.dialect == "modelopt"
     prefix = "language_model." if checkpoint.architecture == "Llama4ForConditionalGeneration" else ""
+    quantizes_mtp = quantizes_predicting(checkpoint, reading)
 
     def algorithm_of(group: Group) -> str | None:
         if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not modelopt):
             return None
-        if is_plain(group, built, reading):
+        if is_plain(group, built, reading) or (group.mtp and not quantizes_mtp):
             return None
         group = as_built(group, built)
         inside = group if group.parent.startswith(prefix) else Group(group.kind, prefix + group.parent, group.parts)
@@ -161,6 +168,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
     check_cache(checkpoint, reading, gpu, findings)
+    check_hybrid_config(checkpoint, findings)
     _check_experts(checkpoint, built, findings)
     return findings
 

@@ -2,12 +2,14 @@
 
 from .architectures import Built, as_built, built_by
 from .checkpoint_view import CheckpointView, Group
-from .exclude_lists import JOINED, Partly, full
+from .exclude_lists import IN_FILES, JOINED, Partly, full
 from .gpus import BLACKWELL, GPUS
+from .hybrids import NEXT, rows_of_parts
 from .quant_configs import AlgorithmOf, Reading
+from .tensor_specs import SCALAR
 from .verdict import Findings
 
-_JOINED_IN_FILES = tuple((name,) for name in JOINED.values())
+_NUMBERS = ("weight_scale", "weight_scale_2", "input_scale")
 
 
 def check_layouts(
@@ -24,7 +26,7 @@ def check_layouts(
             continue
         _check_architecture(checkpoint, reading, built, group, findings)
         if any("weight_scale_inv" in module for module in group.members.values()) or reading.algorithm == "MXFP8":
-            _check_blocks(built, group, findings)
+            _check_blocks(checkpoint, built, group, findings)
         _check_inputs(group, algorithm_of, blackwell, findings)
 
 
@@ -36,8 +38,9 @@ def _check_architecture(
     if group.kind == "head" and not built.head:
         why = "it does not load a quantized output layer of this architecture"
         findings.add("head", why, *group.members, way="leave lm_head as it is")
-    if group.kind == "linear" and group.parts in _JOINED_IN_FILES:
+    if group.kind == "linear" and group.parts in IN_FILES:
         _check_joined_file(group, findings)
+    _check_hybrid(checkpoint, reading, group, findings)
     if reading.layers:
         _check_mixed(checkpoint, reading, built, group, findings)
     if checkpoint.latent and ".self_attn" in group.parent:
@@ -72,6 +75,20 @@ def _check_llama4(group: Group, findings: Findings) -> None:
         findings.add("rotated", "it puts rows of q and k in another order", group.parent, way="--exclude q, k and v")
 
 
+def _check_hybrid(checkpoint: CheckpointView, reading: Reading, group: Group, findings: Findings) -> None:
+    """Input projections of linear attention and Mamba, which it loads by itself, and q, k and v beside the former."""
+    module, four = next(iter(group.members.values())), _in_four_bits(group)
+    if group.parts == ("in_proj_qkvz",) and any(one in module and module[one].shape in SCALAR for one in _NUMBERS):
+        findings.add("hybrid linear", "it expects four numbers where a scale is one", *group.members,
+                     way="--exclude it, or --format fp8_pb or mxfp8")  # fmt: skip
+    if group.parts == ("in_proj",) and four and "input_scale" not in module:
+        findings.add("hybrid linear", "of weight_scale_2 it fills one of five numbers in W4A16_NVFP4", *group.members,
+                     way="--exclude it, or --format nvfp4")  # fmt: skip
+    if checkpoint.architecture == NEXT and "q_proj" in group.parts and four and reading.algorithm:
+        findings.add("next qkv", "it builds q, k and v in bfloat16 where all of a model is in four bits", group.parent,
+                     way="--exclude them, or give them --set GLOB=fp8")  # fmt: skip
+
+
 def _check_inputs(group: Group, algorithm_of: AlgorithmOf, blackwell: bool, findings: Findings) -> None:
     """What becomes of the inputs of weights in four bits."""
     of_experts = group.kind == "experts"
@@ -94,18 +111,23 @@ def _in_four_bits(group: Group) -> bool:
     return next(iter(group.members.values()))["weight"].dtype == "U8"
 
 
-def _check_blocks(built: Built, group: Group, findings: Findings) -> None:
+def _check_blocks(checkpoint: CheckpointView, built: Built, group: Group, findings: Findings) -> None:
     """Of MXFP8 the loader itself renames weight_scale to weight_scale_inv, and that architecture's loses it likewise."""
     if not built.inverse and group.kind == "linear":
         findings.add("llama blocks", "this architecture's loader loses weight_scale_inv and computes without", group.parent,
                      way="--format fp8 or nvfp4, or a version with its pull request 30234")  # fmt: skip
     for name, module in group.members.items():
-        rows = module["weight"].shape[0]
+        parts = rows_of_parts(checkpoint, name) or (module["weight"].shape[0],)
         latent = name.endswith("kv_a_proj_with_mqa")  # the last of two that it takes for one
-        joined = len(group.parts) > 1 or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
+        joined = (
+            len(group.parts) > 1
+            or len(parts) > 1
+            or (group.kind == "experts" and not name.endswith(("down_proj", "w2")))
+        )
         in_blocks = module.get("weight_scale_inv", module["weight"]).dtype == "F32"
-        if in_blocks and joined and not latent and rows % 128:
-            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
+        odd = next((rows for rows in parts if rows % 128), 0)
+        if in_blocks and joined and not latent and odd:
+            findings.add("blocks", f"its {odd} rows are no whole blocks of 128, which SGLang wants of joined linears", name,
                          way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
 
 

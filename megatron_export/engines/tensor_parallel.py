@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from .checkpoint_view import CheckpointView, View, is_quantized
 from .exclude_lists import Partly
+from .hybrids import NEXT, rows_of_parts, states_fit
 from .quant_configs import AlgorithmOf, Reading, group_size_in
 from .tensor_specs import size_of, unit_of
 from .verdict import Findings
 
 _LARGEST = 1024  # size that is proposed
 _BY_ROWS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
-_BY_INPUTS = ("o_proj", "down_proj", "w2")
+_BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
 
 
 class _Cut(NamedTuple):
@@ -46,8 +47,7 @@ def check_shared(
     smaller = "no smaller size would do" if fitting == 1 else f"a size of {fitting} would do"
     at = f"at a tensor-parallel size of {tp}"
     if not _heads_fit(checkpoint, tp):
-        heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
-        findings.add("heads", f"{at} it cannot deal out {heads} heads, of keys {groups}", way=smaller)
+        findings.add("heads", f"{at} it cannot deal out {_heads(checkpoint)}", way=smaller)
         return
     for cut, names in cuts.items():
         if not cut.whole(tp):
@@ -59,7 +59,18 @@ def check_shared(
 
 def _heads_fit(checkpoint: CheckpointView, tp: int) -> bool:
     heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
-    return heads % tp == 0 and (checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0)
+    whole = checkpoint.latent or not groups or groups % tp == 0 or tp % groups == 0
+    return heads % tp == 0 and whole and states_fit(checkpoint, tp)
+
+
+def _heads(checkpoint: CheckpointView) -> str:
+    """Its heads, in words."""
+    heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
+    linear = [checkpoint.number(f"linear_num_{kind}_heads") for kind in ("value", "key")]
+    more = f"; of linear attention {linear[0]}, of keys {linear[1]}" if any(linear) else ""
+    if mamba := checkpoint.number("mamba_num_heads"):
+        more = f"; of Mamba {mamba} in {checkpoint.number('n_groups')} groups"
+    return f"{heads} heads, of keys {groups}{more}"
 
 
 def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, reading: Reading) -> dict[_Cut, list[str]]:
@@ -78,6 +89,11 @@ def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, rea
             last = name.rpartition(".")[2]
             codes = algorithm if is_quantized(module) else None
             (rows, inputs), (row_unit, input_unit) = size_of(module, codes), unit_of(codes, group_size)
+            parts = rows_of_parts(checkpoint, name)
+            if parts:  # Qwen3-Next has those of a head beside each other
+                for part in (rows,) if checkpoint.architecture == NEXT else parts:
+                    found.setdefault(_Cut("rows", part, row_unit, part, False), []).append(name)
+                continue
             if last in _BY_ROWS:
                 most = groups if last in ("k_proj", "v_proj") and groups > 0 else rows
                 what, total, unit = "rows", rows, row_unit

@@ -3,7 +3,7 @@
 from .architectures import built_by
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors, release_of
-from .exclude_lists import JOINED, Names, Partly, tensorrt_llm
+from .exclude_lists import IN_FILES, Names, Partly, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
 from .quant_configs import (
@@ -38,6 +38,7 @@ _FILES = {
     "model": "_torch/models/modeling_utils.py",
     "moe": "_torch/modules/fused_moe/quantization.py",
     "phi3": "_torch/models/modeling_phi3.py",
+    "qwen 3.5": "_torch/models/modeling_qwen3_5.py",
     "reading": "_torch/model_config.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
@@ -73,6 +74,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "joined file":   (_R, "scales of what is one tensor in the file too (Phi 3) are numbers, or rows of groups", "phi3", READ),
     "sees":          (_U, "how names in lists are compared in models that see, but Llama 4", "archs", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
+    "packed":        (_U, "what it packs of Qwen 3.5 (in_proj_qkv, in_proj_z) is in bfloat16, FP8 or its blocks", "qwen 3.5", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),
     "kv shape":      (_R, "a KV scale is one number", "linear", READ),
     "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", READ),
@@ -90,7 +92,6 @@ _SAME = (
 _ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
 OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
-_JOINED_IN_FILES = tuple((name,) for name in JOINED.values())
 _UNHANDED = ("blocks", "modelopt blocks", "FP8_PER_CHANNEL_PER_TOKEN")
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
     **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
@@ -213,7 +214,7 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: A
             algorithm = algorithm_of(group)
         except Partly:
             continue
-        if group.kind == "linear" and group.parts in _JOINED_IN_FILES and not built.inverse and algorithm in _UNHANDED:
+        if group.kind == "linear" and group.parts in IN_FILES and not built.inverse and algorithm in _UNHANDED:
             findings.add("joined file", f"it does not hand on scales of {algorithm} of what it takes apart", *group.members,
                          way="--format fp8 or nvfp4")  # fmt: skip
         if group.kind == "experts" and checkpoint.architecture.startswith("Llama4"):
@@ -224,6 +225,12 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: A
                          way="--fp8-pb-spelling native")  # fmt: skip
         if checkpoint.latent and ".self_attn" in group.parent:
             _check_latent(group, findings)
+        _check_packed(group, algorithm, findings)
+
+
+def _check_packed(group: Group, algorithm: str | None, findings: Findings) -> None:
+    if "in_proj_z" in group.parts and algorithm not in ("FP8", "blocks", "modelopt blocks"):
+        findings.add("packed", f"in_proj_qkv and in_proj_z in {algorithm}: how it would pack these was not found")
 
 
 def _check_latent(group: Group, findings: Findings) -> None:

@@ -53,6 +53,7 @@ _FILES = {
     "moe": "model_executor/layers/fused_moe/prepare_finalize/no_dp_ep.py",
     "mtp": "model_executor/models/deepseek_mtp.py",
     "qwen": "model_executor/models/qwen2.py",
+    "qwen next": "model_executor/models/qwen3_next.py",
     "weights": "model_executor/model_loader/weight_utils.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
@@ -87,6 +88,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "inverse":       (_R, "Mistral 3 renames weight_scale_inv, and blocks have no other scale", "mistral3", SEEN),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "model config", SEEN),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "blocks", SEEN),
+    "head":          (_R, "the output layer of Qwen3-Next is not quantized: it is built without the config", "qwen next", SEEN),
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in another dialect than OpenAI's", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),

@@ -26,6 +26,7 @@ def check_cache(checkpoint: CheckpointView, reading: Reading, findings: Findings
         findings.add("kv dialect", "its FP8 KV cache with --kv-cache-dtype fp8")
     if reading.kv and reading.algorithm is not None:
         found = {at for spelled, places in kv.items() for at in places if spelled.endswith(("k_scale", "v_scale"))}
-        if len(found) < checkpoint.layers and (found or reading.kv != "FP8"):
-            findings.add("kv scales", f"KV scales are there for {len(found)} of {checkpoint.layers} layers; the cache of others "
+        layers = checkpoint.caching
+        if len(found) < layers and (found or reading.kv != "FP8"):
+            findings.add("kv scales", f"KV scales are there for {len(found)} of {layers} layers; the cache of others "
                          "has a scale of 1", way="export with --kv-cache fp8")  # fmt: skip

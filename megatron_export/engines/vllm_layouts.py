@@ -3,6 +3,7 @@
 from .architectures import Built, built_by
 from .checkpoint_view import CheckpointView, Group
 from .exclude_lists import Partly
+from .hybrids import NEXT, rows_of_parts
 from .quant_configs import AlgorithmOf, Reading
 from .verdict import Findings
 
@@ -15,7 +16,7 @@ def check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: Al
         why = f"it does not load this architecture in {reading.algorithm or 'a mix'}"
         findings.add("gpt_oss", why, way="--format bf16")
         return
-    inverse = built_by("vllm", checkpoint).inverse
+    built = built_by("vllm", checkpoint)
     for group in checkpoint.indexed.groups:
         if group.mtp or not group.quantized:
             continue
@@ -27,22 +28,34 @@ def check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: Al
             algorithm = algorithm_of(group)
         except Partly:
             continue
-        if group.kind == "experts" and algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
-            way = "--fp8-pb-spelling native" if algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
-            findings.add("block experts", f"it does not load experts in {algorithm}", group.parent, way=way)
-        if algorithm in ("blocks", "FP8_PB_WO"):
-            _check_blocks(group, algorithm, findings)
-        if algorithm == "blocks" and not inverse:
-            findings.add("inverse", "its model renames weight_scale_inv, and then does not know it", group.parent,
-                         way="--format fp8 or nvfp4")  # fmt: skip
+        _check_group(checkpoint, built, group, algorithm, findings)
 
 
-def _check_blocks(group: Group, algorithm: str, findings: Findings) -> None:
+def _check_group(
+    checkpoint: CheckpointView, built: Built, group: Group, algorithm: str | None, findings: Findings
+) -> None:
+    if group.kind == "head" and not built.head:
+        findings.add("head", "it does not load a quantized output layer of this architecture", *group.members,
+                     way="leave lm_head as it is")  # fmt: skip
+    if group.kind == "experts" and algorithm in ("FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
+        way = "--fp8-pb-spelling native" if algorithm == "FP8_PB_WO" else "--format fp8 or fp8_pb"
+        findings.add("block experts", f"it does not load experts in {algorithm}", group.parent, way=way)
+    if algorithm in ("blocks", "FP8_PB_WO"):
+        _check_blocks(checkpoint, group, algorithm, findings)
+    if algorithm == "blocks" and not built.inverse:
+        findings.add("inverse", "its model renames weight_scale_inv, and then does not know it", group.parent,
+                     way="--format fp8 or nvfp4")  # fmt: skip
+
+
+def _check_blocks(checkpoint: CheckpointView, group: Group, algorithm: str, findings: Findings) -> None:
     for name, module in group.members.items():
         rows, inputs = module["weight"].shape[-2:]
         last = name.rpartition(".")[2] == group.parts[-1] if group.parts else name.endswith(("down_proj", "w2"))
-        if algorithm == "blocks" and not last and rows % 128:
-            findings.add("blocks", f"its {rows} rows are no whole blocks of 128, which vLLM wants of q, k, gate and experts",
+        inside = () if checkpoint.architecture == NEXT else rows_of_parts(checkpoint, name)
+        parts = inside or (rows,)
+        odd = next((part for part in (parts[:-1] if last else parts) if part % 128), 0)
+        if algorithm == "blocks" and odd:
+            findings.add("blocks", f"its {odd} rows are no whole blocks of 128, which vLLM wants of q, k, gate and experts",
                          name, way="--format fp8 or nvfp4, or --exclude it and those that it is joined with")  # fmt: skip
         if algorithm == "FP8_PB_WO" and inputs % 128:
             findings.add("inputs", f"its {inputs} inputs are no whole blocks of 128", name, way="--format fp8 or nvfp4")

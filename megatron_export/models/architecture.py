@@ -53,6 +53,8 @@ class Architecture:
     spelled     HF module -> what lists of excluded modules call it, where engines do not have it under its HF name
     called      patterns of HF modules and what an engine calls them, which lists of excluded modules have as well, and of experts
                 lists of formats too
+    left        name of a format -> the ends of canonical modules that stay in bfloat16 in it, as not every engine loads them
+    left_why    which these are, and why
     turned      whether engines reorder the rows of q and k, so that scales of rows would belong to other rows
     routing     config.json key -> value, which engines read and transformers leaves out when it saves a model
     respelled   (config.json's dict) -> more such keys where they depend on others, and keys that transformers writes in words that
@@ -86,6 +88,8 @@ class Architecture:
     published: str = ""
     spelled: Mapping[str, str] = field(default_factory=dict)
     called: tuple[tuple[str, str], ...] = ()
+    left: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_why: str = ""
     turned: bool = False
     routing: Mapping[str, object] = field(default_factory=dict)
     respelled: Callable[[dict], dict] = lambda config: {}

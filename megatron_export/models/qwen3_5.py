@@ -33,6 +33,8 @@ def _respelled(config: dict) -> dict:
 
 TEXT = replace(
     _NEXT,
+    left={},
+    left_why="",
     rules=RULES | zero_centred(dense("mlp")),
     only={key: values for key, values in _NEXT.only.items() if key != "norm_topk_prob"}
     | {"attn_output_gate": (True, None)},

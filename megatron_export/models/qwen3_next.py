@@ -77,6 +77,8 @@ def respelled(config: dict) -> dict:
     return {"text_config": found} if "text_config" in config else found
 
 
+_IN_FOUR_BITS = ("nvfp4", "nvfp4_awq", "w4a16_nvfp4")
+
 ARCHITECTURE = Architecture(
     rules=ATTENTION | zero_centred(dense("mlp")) | EXPERTS | LINEAR | zero_centred(MTP),
     predicting="mtp.layers.",
@@ -86,6 +88,9 @@ ARCHITECTURE = Architecture(
     settings={"qk_layernorm": True, "attention_output_gate": True, "layernorm_zero_centered_gamma": True},
     computed=computed,
     respelled=respelled,
+    left={"fp8": (".in_proj",), **dict.fromkeys(_IN_FOUR_BITS, (".in_proj", ".linear_qkv"))},
+    left_why="in_proj_qkvz, and q, k and v in four bits, stay in bfloat16: SGLang does not load them so "
+    "(--set GLOB=FORMAT quantizes them, for vLLM and TensorRT-LLM)",
     only={
         "norm_topk_prob": (True, False, None),
         "attention_bias": (False, None),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..common.text import some
-from ..formats import PLAIN, PUBLISHED, VARIANTS, Form
+from ..formats import PLAIN, PUBLISHED, Form
 from ..models import (
     HEAD,
     Architecture,
@@ -15,11 +15,11 @@ from ..models import (
     head_of,
     is_expert,
     is_linear_weight,
-    makes_keys,
     pooled,
     shape_of,
 )
 from ..models.statistic_names import experts_module
+from .loadable import loadable
 from .recipe import Line
 from .request import Request
 from .tensor_spec import Output
@@ -99,7 +99,7 @@ def settle(
         problems += _refused(architecture, form, form in of_experts)
     if request.quantize_mla and not shape_of(config).kv_lora:
         problems.append("--quantize-mla has no effect: this model has no latent attention")
-    found, remarks = _loadable(config, found, request.quantize_mla)
+    found, remarks = loadable(config, found, request.quantize_mla, _insisted(linears, others))
     found, said, odd = _as_published(architecture, request, found, linears)
     remarks, problems = remarks + said, problems + odd
     left_out = {module for name in linears.keys() - found.keys() for module in linears[name]}
@@ -119,35 +119,6 @@ def settle(
         remarks=tuple(remarks),
         problems=tuple(problems),
     )
-
-
-def _loadable(config: dict, found: dict[str, Form], quantize_mla: bool) -> tuple[dict[str, Form], list[str]]:
-    """The same formats without those of linears that no engine, or not every one, would load; and sentences that say so."""
-    remarks = []
-    latent = {name for name in found if ".self_attention." in name} if shape_of(config).kv_lora else set()
-    risky = {name for name in latent if not found[name].latent}
-    if risky and not quantize_mla:
-        others = dict.fromkeys(other.name for _, other in VARIANTS if other.latent and other.quantization)
-        remarks.append(
-            f"attention stays in bfloat16: not every engine loads latent attention in {_names(found, risky)} "
-            f"(--quantize-mla quantizes it, --format {' or '.join(others)} always does)",
-        )
-        found = {name: form for name, form in found.items() if name not in risky}
-    predicting = tuple(f"decoder.layers.{layer}." for layer in shape_of(config).predicting)
-    if architecture_of(config).predicting and (later := {name for name in found if name.startswith(predicting)}):
-        remarks.append(
-            "layers that predict one more token stay in bfloat16: SGLang takes all of mtp.* for it, and ModelOpt writes them so"
-        )
-        found = {name: form for name, form in found.items() if name not in later}
-    turned = architecture_of(config).turned
-    keys = {name for name in found if makes_keys(name) and found[name].by_row} if turned else set()
-    if keys:
-        remarks.append(
-            f"q, k and v stay in bfloat16: engines put the rows of q and k in another order, {_names(found, keys)}'s scales not"
-        )
-    if mixed := {name for name in found if name.endswith(".mixer.in_proj.weight") and found[name].tile[0] > 1}:
-        remarks.append("Mamba's in_proj stays in bfloat16: engines cut its five parts by heads, not in whole blocks")
-    return {name: form for name, form in found.items() if name not in keys | mixed}, remarks
 
 
 def _as_published(
@@ -178,6 +149,12 @@ def _names_head(line: Line, head: str) -> bool:
     return line.glob.endswith(head.rpartition(".")[2]) and fnmatchcase(head, line.glob)
 
 
+def _insisted(linears: dict[str, list[str]], lines: tuple[Line, ...]) -> set[str]:
+    """Linears that a line of `--set` quantizes: whoever writes one knows the engine that it is for."""
+    own = [line for line in lines if line.said.startswith("--set ") and line.format != PLAIN]
+    return {name for name, found in linears.items() for line in own for module in found if _is_named(module, line.glob)}
+
+
 def _head_problems(line: Line, form: Form, source: Source | None) -> list[str]:
     """Why the output layer cannot have this format; [] if it can."""
     if source is None:
@@ -191,10 +168,6 @@ def _head_problems(line: Line, form: Form, source: Source | None) -> list[str]:
     if form.smoothing:
         return [f"{line.said}: AWQ has no vector for the output layer. Choose a format without AWQ for it"]
     return []
-
-
-def _names(found: dict[str, Form], linears: Iterable[str]) -> str:
-    return " and ".join(sorted({found[name].name for name in linears}))
 
 
 def _pairs(linears: Iterable[str]) -> list[tuple[str, str]]:

@@ -99,6 +99,10 @@ FORMATS |= {name: {"recipe": name} for name in recipe.names()} | {
     "mixed_pb_native": {"recipe": "nvfp4_mlp_only", "set": ("*.self_attn.*=fp8_pb",)},
     "mixed_head": {"recipe": "nvfp4_mlp_fp8_attention", "set": ("lm_head=fp8",)},
     "mixed_head_w4a16": {"recipe": "w4a16_nvfp4_mlp_fp8_attention", "set": ("lm_head=w4a16_nvfp4",)},
+    "mixed_hybrid": {
+        "format": "bf16",
+        "set": ("*.experts=nvfp4", *(f"*.{last}=fp8" for last in ("in_proj", "out_proj", "[qkvo]_proj"))),
+    },
     "mixed_kvnvfp4": {"recipe": "nvfp4_mlp_fp8_attention", "kv_cache": "nvfp4"},
 }
 _OPTIONS = ("fp8_pb_spelling", "awq_output")

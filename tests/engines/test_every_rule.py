@@ -28,6 +28,7 @@ from ..support.configs import (
     QWEN_SEES,
     SMALL_V3,
 )
+from .hybrid_cases import CASES as HYBRIDS
 from .product import list_joined
 from .test_rules import GOLDEN, GPT_OSS, alter, reconfigured, store_the_last_layer_plain
 
@@ -391,6 +392,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
 }
 # fmt: on
+CASES |= HYBRIDS
 
 
 def found(checkpoint: CheckpointView, asked: dict) -> list[str]:

@@ -20,6 +20,7 @@ from ..support.command_line import command_line
 from ..support.configs import GLM5, LLAMA, LLAMA4, LLAMA4_SEES, MINIMAX, MISTRAL3, MIXTRAL, PHI3, QWEN_MOE, SMALL_V3
 from ..support.live import refusal
 from ..support.plans import plan_of
+from .hybrid_cases import CASES as HYBRIDS
 
 LLAMA4_NAME = {"architectures": ["Llama4ForCausalLM"]}
 GPT_OSS = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "sliding_window": 8, "head_dim": 32}
@@ -147,6 +148,7 @@ def test_every_rule_is_found_somewhere() -> None:
     seen: dict[str, set[str]] = {engine: set() for engine in ENGINES}
     checkpoints = [described(golden(name)) for name in GOLDEN] + [described(damaged(damage)) for damage in DAMAGES]
     everything = [found(checkpoint) for checkpoint in checkpoints] + [make() for make in OTHERS.values()]
+    everything += [found(make(), **asked) for make, asked, *_ in HYBRIDS.values()]
     for judgement in everything:
         engines = ENGINES if len(judgement) == len(ENGINES) else ["tensorrt_llm"]
         for engine, broken in zip(engines, judgement, strict=True):

@@ -42,6 +42,12 @@ SOME = {
     "kimi_k25": ["fp8_pb", "nvfp4", "fp8+mla"],
     "deepseek_v32-mtp": ["fp8_pb", "nvfp4"],
     "glm_moe_dsa": ["bf16", "nvfp4"],
+    "qwen3_next-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "mxfp8", "nvfp4_mlp_fp8_attention", "fp8_head"],
+    "qwen3_5-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "mxfp8", "w4a16_nvfp4_mlp_fp8_attention"],
+    "qwen3_5_moe-mtp": ["bf16", "fp8", "nvfp4", "w4a16_nvfp4_mlp_fp8_attention"],
+    "qwen3_5_text": ["fp8", "fp8_head"],
+    "qwen3_5_moe_text": ["bf16", "nvfp4_awq"],
+    "nemotron_h-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "w4a16_nvfp4", "mxfp8", "mixed_hybrid"],
 }
 WHILE_COMPUTING = {"awq"}  # rules of what a kernel does
 UNNOTICED = ("a tensor repeated",)  # the second one is as good

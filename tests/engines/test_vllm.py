@@ -54,6 +54,12 @@ SOME = {
     "kimi_k25": ["fp8_pb", "nvfp4+mla"],
     "deepseek_v32-mtp": ["fp8_pb"],
     "glm_moe_dsa": ["bf16", "nvfp4"],
+    "qwen3_next-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "mxfp8", "fp8_head"],
+    "qwen3_5-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "w4a16_nvfp4_mlp_fp8_attention"],
+    "qwen3_5_moe-mtp": ["fp8", "nvfp4", "mxfp8", "fp8_pc_pt", "w4a16_nvfp4_mlp_fp8_attention"],
+    "qwen3_5_text": ["fp8_pb_modelopt", "w4a16_nvfp4"],
+    "qwen3_5_moe_text": ["bf16", "nvfp4_awq", "fp8_pb"],
+    "nemotron_h-mtp": ["bf16", "fp8_kv", "fp8_pb", "nvfp4", "w4a16_nvfp4", "mxfp8", "mixed_hybrid"],
 }
 GENERATING = ("bf16", "fp8", "fp8_kv", "fp8_pb", "fp8_pb_modelopt", "nvfp4", "nvfp4_kv", "nvfp4_cast", "nvfp4_awq",
     "nvfp4_mlp_fp8_attention", "mixed_mxfp8", "fp8_pc_pt", "mxfp8")  # fmt: skip

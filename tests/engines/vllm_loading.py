@@ -18,13 +18,15 @@ from launch.bench.vllm_process import HOW, SETTINGS, SHORT, asked, emulate, expe
 
 
 def without_kernels() -> None:
-    """Experts that are quantized or have no gate, and linears with weights alone in four bits, are loaded and never run."""
+    """Experts, and linears with weights alone in four bits, are built and loaded, and never run."""
     from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
 
     checked = FusedMoEConfig.__post_init__
@@ -38,12 +40,14 @@ def without_kernels() -> None:
     FusedMoEConfig.__post_init__ = gated_or_not
     built = MLAAttention.__init__  # of sparse attention it builds and loads the same, indexers apart, which the CPU has
     MLAAttention.__init__ = lambda self, *given, **named: built(self, *given, **named | {"use_sparse": False})
+    unquantized.select_unquantized_moe_backend = lambda **named: (UnquantizedMoeBackend.TRITON, None)
     fp8.select_fp8_moe_backend = modelopt.select_fp8_moe_backend = lambda **named: (Fp8MoeBackend.TRITON, None)
     modelopt.select_nvfp4_moe_backend = lambda **named: (NvFp4MoeBackend.MARLIN, None)
     mxfp4.select_mxfp4_moe_backend = lambda *rest: (Mxfp4MoeBackend.MARLIN, None)
     MarlinNvFp4LinearKernel.is_supported = classmethod(lambda cls, *rest: (True, None))
     MarlinNvFp4LinearKernel.process_weights_after_loading = lambda self, layer: None
     experts = (
+        unquantized.UnquantizedFusedMoEMethod,
         fp8.Fp8MoEMethod,
         modelopt.ModelOptFp8MoEMethod,
         modelopt.ModelOptNvFp4FusedMoE,

@@ -158,7 +158,7 @@ def test_input_linears_of_linear_attention_are_quantized_and_what_engines_cannot
     prefix = "model." if name == "qwen3_next" else "model.language_model."
     linear = f"{prefix}layers.0.linear_attn."
     quantized, plain = (
-        (("in_proj_qkvz", "out_proj"), ("in_proj_ba", "conv1d"))
+        (("out_proj",), ("in_proj_qkvz", "in_proj_ba", "conv1d"))
         if name == "qwen3_next"
         else (("in_proj_qkv", "in_proj_z", "out_proj"), ("in_proj_b", "in_proj_a", "conv1d"))
     )
