@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: saying(planned(SEES, format="fp8"), vision_config={"depth": 1}), {}, "", "hybrid", ""),
     "Nemotron in FP8": (lambda: planned(NEMOTRON, format="fp8"), {}, "", "", ""),
     "Nemotron in FP8 with a cache": (lambda: planned(NEMOTRON, format="fp8", kv_cache="fp8", kv_scale=2.0), {}, "", "", ""),
+    "Nemotron in blocks": (lambda: planned(NEMOTRON, format="fp8_pb"), {}, "", "", ""),
     "Nemotron in four bits": (lambda: planned(NEMOTRON, format="nvfp4"), {}, "", "", "machine"),
     "Nemotron in weights of four bits": (lambda: planned(NEMOTRON, format="w4a16_nvfp4"), {}, "", "", "machine"),
     "Nemotron in weights of four bits, all of it": (
