@@ -22,6 +22,7 @@ from megatron_export.cli.export_command import EXAMPLE_MODEL
 from megatron_export.cli.plan_command import Preview, previewed
 from megatron_export.common.errors import ExportError, report
 from megatron_export.common.host_memory import available
+from megatron_export.common.optional import part
 from megatron_export.common.text import readable
 from megatron_export.formats import FORMATS
 
@@ -113,7 +114,7 @@ def _show(flags: argparse.Namespace, rows: list[Row]) -> None:
 
 def _measured(flags: argparse.Namespace, sizes: list[int | None]) -> list[Row]:
     """A row for each size, format and kind of sync. All is planned first, so that what does not fit is refused before any work."""
-    from megatron_export.mcore import parallel_state
+    parallel_state = part("mcore.parallel_state")
 
     alone_or_torchrun()
     if flags.source != "megatron" and int(os.environ["WORLD_SIZE"]) > 1:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_export.common.errors import ExportError
+from megatron_export.common.optional import part
 
 from .exporting import Case, add_common, case_of, refuse, row_of
 from .measuring import Row, alone, delete, peaks_of, table, timed, write_rows
@@ -41,7 +42,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
 
 def peer(flags: argparse.Namespace) -> None:
     """Measure both on one model, format by format."""
-    from megatron_export.mcore import parallel_state
+    parallel_state = part("mcore.parallel_state")
 
     quantization, peers = modelopt()
     alone()

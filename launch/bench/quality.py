@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_export.cli.export_command import EXAMPLE_MODEL, bar
 from megatron_export.common.errors import ExportError
+from megatron_export.common.optional import part
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.planning import recipe
 from megatron_export.verify.emulation import bits_per_weight, load
@@ -143,7 +144,8 @@ def exported(flags: argparse.Namespace, output: Path) -> dict[str, Path]:
     from megatron_export import calibrate, export_hf_checkpoint
     from megatron_export.calibration import data
     from megatron_export.checkpoint import hf_folder
-    from megatron_export.mcore import build, load_hf, parallel_state
+
+    build, load_hf, parallel_state = (part(f"mcore.{name}") for name in ("build", "load_hf", "parallel_state"))
 
     rows = rows_of(flags.formats, flags.recipes)
     folders = {row.label: output / row.label.replace(",", "").replace(" ", "_") for row in rows}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_export.common.errors import ExportError
+from megatron_export.common.optional import part
 from megatron_export.common.text import readable
 
 from .exporting import add_model
@@ -42,7 +43,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 def search(flags: argparse.Namespace) -> None:
     """Time both, one after the other, on one model."""
     from megatron_export import calibrate
-    from megatron_export.mcore import parallel_state
+
+    parallel_state = part("mcore.parallel_state")
 
     if min(flags.samples, flags.tokens, flags.batch) < 1:
         raise ExportError("--samples, --tokens and --batch must be at least 1")

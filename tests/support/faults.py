@@ -14,16 +14,17 @@ from typing import Any
 from unittest import mock
 
 from megatron_export import formats
-from megatron_export.calibration.mcore import subject
 from megatron_export.cli import export_command
+from megatron_export.common.optional import part
 from megatron_export.distributed import heartbeat, signals
 from megatron_export.export import transport, weight_amax
-from megatron_export.mcore import load_hf
 from megatron_export.planning import shard_files
 from megatron_export.writing import read_back, staging
 
 from .models import LENGTH
 from .ranks import CONTEXT, as_rank, free_port
+
+subject, load_hf = part("calibration.mcore.subject"), part("mcore.load_hf")
 
 SECONDS = 60.0
 SMALL = (20_000, 20_000)  # bytes of a file, beyond which the system itself refuses
