@@ -7,6 +7,10 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 
+LATENT = (
+    "experts that read a latent share no input with the shared experts beside them, so AWQ cannot smooth both by one vector. "
+    "Calibrate for a format without AWQ"
+)
 QUANTIZED = (
     "ModelOpt quantizes this model, so its inputs are not those of the bfloat16 one. Export it without calibration: the "
     "quantizers' own statistics are used; or disable them"

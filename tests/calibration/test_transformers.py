@@ -126,6 +126,21 @@ def test_both_models_have_the_same_statistics(
     assert ranks.call(1, by_both, models[name], name, how, change, seconds=300) == [[]]
 
 
+def search_refused(source: Path) -> tuple[str, str]:
+    """In a rank: what a search by AWQ says of both models."""
+    found, how = [], {"format": "nvfp4_awq"}
+    with megatron(source) as (model, _):
+        for one in (model, loaded(source, source.name)):
+            found.append(refusal(calibrate, one, batches(source), **how))
+    return tuple(found)
+
+
+def test_awq_does_not_smooth_experts_that_read_a_latent(models: dict[str, Path], ranks: Ranks) -> None:
+    [(said, other)] = ranks.call(1, search_refused, models["nemotron_h"])
+    assert said.startswith("experts that read a latent share no input with the shared experts beside them")
+    assert other == said
+
+
 @pytest.mark.parametrize("name", ["llama31", "qwen3_moe"])
 def test_what_is_measured_is_exported_and_judged_sound(name: str, tmp_path: Path) -> None:
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -21,7 +21,7 @@ from ...models.hf_config import text_of
 from ...models.layer_kinds import Kind
 from ...models.layouts import QKV
 from ...planning.request import SILENCE
-from ..checks import QUANTIZED, check_batches
+from ..checks import LATENT, QUANTIZED, check_batches
 from ..observer import Observer
 from ..subject import Facts, evaluating
 from .hooks import watched_cache, watching
@@ -45,6 +45,8 @@ class Subject:
         Shards({name: local_of(tensor) for name, tensor in tensors_of(self.model).items()}).readable(here.device)
         if any(not quantizer["_disabled"] for quantizer in quantizers_of(self.model).values()):
             raise ExportError(QUANTIZED)
+        if searched and shape_of(self.config).latent:
+            raise ExportError(LATENT)
 
     @contextmanager
     def measured(self, here: Topology, batches: list[Tensor]) -> Iterator[Facts]:

@@ -8,7 +8,7 @@ from ...distributed.topology import Topology
 from ...mcore.addons import adapters_of, is_quantized
 from ...mcore.model import Model, chunks_of, linears_of, shards_of, weights_of
 from ...models import pooled
-from ..checks import QUANTIZED
+from ..checks import LATENT, QUANTIZED
 
 
 def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -> None:
@@ -37,6 +37,8 @@ def check_modules(here: Topology, model: Model, searched: bool) -> None:
         pass
     if is_quantized(model):
         raise ExportError(QUANTIZED)
+    if searched and chunks_of(model)[0].config.moe_latent_size:
+        raise ExportError(LATENT)
     if searched and (adapted := adapters_of(model)):
         raise ExportError(
             f"{next(iter(adapted))} (of {len(adapted)} such) has an adapter, without which AWQ would search its weight. Merge "
