@@ -1,4 +1,6 @@
-"""Layers with linear attention (Qwen3-Next, Qwen 3.5) or Mamba (Nemotron-H): the parts that engines make of an input projection."""
+"""Linears that engines take apart: input projections of linear attention (Qwen3-Next, Qwen 3.5) and of Mamba (Nemotron-H), and what
+Phi 3 joins. And the heads of such layers.
+"""
 
 from .checkpoint_view import CheckpointView
 
@@ -9,12 +11,20 @@ QWEN35 = (*QWEN35_TEXT, *QWEN35_SEES)
 
 
 def rows_of_parts(checkpoint: CheckpointView, name: str) -> tuple[int, ...]:
-    """The rows of each part of an HF linear that is an input projection of linear attention or Mamba; () for any other."""
+    """The rows of each part of an HF linear that is an input projection of linear attention or Mamba, or that joins q, k and v,
+    or gate and up; () for any other.
+    """
+    if ".experts." in name:
+        return ()
     keys = checkpoint.number("linear_num_key_heads") * checkpoint.number("linear_key_head_dim")
     values = checkpoint.number("linear_num_value_heads") * checkpoint.number("linear_value_head_dim")
     inner = checkpoint.number("mamba_num_heads") * checkpoint.number("mamba_head_dim")
     states = checkpoint.number("n_groups") * checkpoint.number("ssm_state_size")
+    heads, groups = checkpoint.number("num_attention_heads"), checkpoint.number("num_key_value_heads")
+    width = checkpoint.number("head_dim") or checkpoint.number("hidden_size") // max(heads, 1)
     parts = {
+        "qkv_proj": (heads * width, groups * width, groups * width),
+        "gate_up_proj": (checkpoint.number("intermediate_size"),) * 2,
         "in_proj_qkv": (keys, keys, values),
         "in_proj_z": (values,),
         "in_proj_qkvz": (keys, keys, values, values),

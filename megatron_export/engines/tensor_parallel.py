@@ -91,8 +91,9 @@ def _cuts(checkpoint: CheckpointView, view: View, algorithm_of: AlgorithmOf, rea
             (rows, inputs), (row_unit, input_unit) = size_of(module, codes), unit_of(codes, group_size)
             parts = rows_of_parts(checkpoint, name)
             if parts:  # Qwen3-Next has those of a head beside each other
-                for part in (rows,) if checkpoint.architecture == NEXT else parts:
-                    found.setdefault(_Cut("rows", part, row_unit, part, False), []).append(name)
+                for index, part in enumerate((rows,) if checkpoint.architecture == NEXT else parts):
+                    most = groups if last == "qkv_proj" and index and groups > 0 else part
+                    found.setdefault(_Cut("rows", part, row_unit, max(most, 1), False), []).append(name)
                 continue
             if last in _BY_ROWS:
                 most = groups if last in ("k_proj", "v_proj") and groups > 0 else rows

@@ -373,6 +373,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "blocks of Mistral 3 with a cache": (lambda: planned(MISTRAL3, format="fp8_pb", kv_cache="fp8"), {},
         "inverse, kv dialect", "llama blocks, kv flag", "sees"),
     "blocks of Phi 3": (lambda: planned(PHI3, format="fp8_pb"), {}, "", "llama blocks", "joined file"),
+    "blocks of Phi 3 that hold rows of two": (lambda: planned(PHI3 | {"hidden_size": 192}, format="fp8_pb"), {},
+        "blocks", "blocks, llama blocks", "joined file"),
     "rows of Phi 3": (lambda: planned(PHI3, format="fp8_pc_pt"), {}, "", "algorithm", "joined file"),
     "four bits of Phi 3": (lambda: planned(PHI3, format="w4a16_nvfp4"), {}, "", "joined file", "machine"),
     "four bits of Phi 3 in a mix": (lambda: planned(PHI3, recipe="w4a16_nvfp4_mlp_fp8_attention"), {},

@@ -7,7 +7,7 @@ from megatron_export.planning.engine_check import of_plan, refusals, verdicts
 
 from ..support import configs
 from ..support.checkpoints import planned
-from ..support.configs import LLAMA4, MIXTRAL, QWEN, QWEN_MOE, SMALL_V3
+from ..support.configs import LLAMA4, MIXTRAL, PHI3, QWEN, QWEN_MOE, SMALL_V3
 from ..support.plans import plan_of
 
 LLAMA_70B = configs.LLAMA_70B | {"num_hidden_layers": 6, "vocab_size": 1000}
@@ -19,6 +19,12 @@ QWEN_30B_A3B = QWEN_MOE | {
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "head_dim": 128,
+}
+PHI3_MEDIUM = PHI3 | {
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "intermediate_size": 640,
 }
 QWEN_SMALL = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 
@@ -41,6 +47,8 @@ def found(config: dict, form: str, tp: int, engine: str = "vllm", **settings: ob
         pytest.param(QWEN_SMALL, "bf16", {2}, id="14-heads"),  # of keys 2; 4864 is not 14 times anything
         pytest.param(SMALL_V3, "nvfp4", {2, 4, 8}, id="latent"),
         pytest.param(SMALL_V3, "fp8_pb", set(), id="latent-fp8_pb"),
+        pytest.param(PHI3_MEDIUM, "bf16", {2, 5}, id="joined-bf16"),
+        pytest.param(PHI3_MEDIUM, "fp8_pb", {5}, id="joined-fp8_pb"),  # gate and up are five blocks each
         pytest.param(MIXTRAL | {"hidden_size": 1024}, "fp8_pb", {2, 4}, id="mixtral-fp8_pb"),
     ],
 )
