@@ -1,4 +1,4 @@
-"""MistralForCausalLM: a Llama whose layers may all attend within one window."""
+"""MistralForCausalLM and Ministral3ForCausalLM: a Llama whose layers may all attend within one window."""
 
 from .architecture import Architecture
 from .blocks import GQA, TOP, dense
@@ -11,12 +11,24 @@ def window_of(size: int | None) -> dict:
 
 
 def window(config: dict, shape: ModelShape) -> dict:
-    """Without the key it is 4,096 tokens, and with null there is none."""
-    return window_of(config.get("sliding_window", 4096))
+    """Without the key it is 4,096 tokens of a Mistral and none of a Ministral 3, and with null there is none."""
+    return window_of(config.get("sliding_window", None if config.get("model_type") == "ministral3" else 4096))
+
+
+def unlike(config: dict, length: int) -> str:
+    """Ministral 3 scales queries beyond some position."""
+    rope = config.get("rope_parameters") or {}
+    if not rope.get("llama_4_scaling_beta") or length <= (most := rope["original_max_position_embeddings"]):
+        return ""
+    return (
+        f"samples of {length} tokens: beyond {most} this model scales its queries, which Megatron-Core does not. Give shorter "
+        "samples"
+    )
 
 
 ARCHITECTURE = Architecture(
     rules=TOP | GQA | dense("mlp"),
     computed=window,
-    only={"model_type": ("mistral", "mistral3", None), "hidden_act": ("silu", None)},
+    only={"model_type": ("mistral", "ministral3", "mistral3", None), "hidden_act": ("silu", None)},
+    unlike=unlike,
 )

@@ -211,7 +211,7 @@ def test_a_missing_vision_part_is_refused(name: str, lost: str, message: str, ra
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("mistral3", {"model_type": "ministral3"}, "model_type = 'ministral3' is not supported; only 'mistral' is"),
+        ("mistral3", {"model_type": "ministral"}, "model_type = 'ministral' is not supported; only 'mistral' is"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
         (
             "gemma3",
@@ -243,6 +243,13 @@ def test_samples_beyond_what_an_indexer_chooses_are_refused(models: dict) -> Non
     check_computed(config, 64)
     with pytest.raises(ExportError, match="samples of 65 tokens: beyond index_topk 64 attention is sparse"):
         check_computed(config, 65)
+
+
+def test_samples_beyond_which_ministral_scales_queries_are_refused(models: dict) -> None:
+    config = read_json(models["ministral3"] / "config.json")
+    check_computed(config, 48)
+    with pytest.raises(ExportError, match="samples of 49 tokens: beyond 48 this model scales its queries"):
+        check_computed(config, 49)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,21 @@ _TILES = {
 }
 ARCHITECTURES |= {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": 8},
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 48,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "mistral3": {
         "model_type": "mistral3",
         "text_config": _SMALL | {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
