@@ -158,6 +158,7 @@ def test_kimis_packed_experts_are_read_and_what_was_said_of_them_is_left_out(ran
     assert read_json(tmp_path / "out" / "config.json") == config | {
         "text_config": config["text_config"]
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+        | {"architectures": ["DeepseekV3ForCausalLM"]}  # which SGLang asks for
     }
 
 
