@@ -66,10 +66,11 @@ _SEES = {"model.language_model.": "language_model.model."}
 _UNREAD = Built(compared=False)  # in TensorRT-LLM
 _LLAMA = Built(inverse=False, caching=True)  # in SGLang
 _QWEN_MOE = Built(chunked=True, asking=True, one_name=True)  # in vLLM
-_INDEXER = (".indexer.wk", ".indexer.weights_proj")
+_INDEXER = (".indexer.wk", ".indexer.weights_proj")  # in TensorRT-LLM: _torch/attention_backend/sparse/dsa/indexer.py
 _DSA = Engines(
     vllm=Built(routed=True, plain=_INDEXER, patterned=True),
     sglang=Built(routed=True, caching=True, plain=_INDEXER[1:]),
+    tensorrt_llm=Built(plain=_INDEXER),
 )
 _JOIN = ("mtp.fc",)  # of embedding and hidden state, in layers that predict
 _HYBRID = Built(joining=True, caching=True)  # in SGLang

@@ -1,6 +1,6 @@
 """What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; nothing was run."""
 
-from .architectures import built_by
+from .architectures import built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors, release_of
 from .exclude_lists import IN_FILES, Names, Partly, tensorrt_llm
@@ -110,10 +110,12 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     if reading is None:
         return findings
 
+    built = built_by("tensorrt_llm", checkpoint)
+
     def algorithm_of(group: Group) -> str | None:
         if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not group.quantized):
             return None
-        if left_out(reading, group, tensorrt_llm, "kv_a_proj_with_mqa"):
+        if is_plain(group, built, reading) or left_out(reading, group, tensorrt_llm, "kv_a_proj_with_mqa"):
             return None
         found = algorithm_in(reading, group)
         inverse = any("weight_scale_inv" in module for module in group.members.values())

@@ -387,6 +387,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: without_words(planned(GLM5, format="nvfp4"), "index_topk_pattern"), {}, "indexers", "", "machine"),
     "GLM 5, other indexers": (
         lambda: reconfigured(planned(GLM5, format="bf16"), index_topk_pattern="FFSF"), {}, "indexers", "", ""),
+    "weights of indexers not left out": (lambda: unlisted(planned(GLM5, format="fp8"), "indexer.weights_proj"), {}, "", "", ""),
     "indexers left out": (lambda: unlisted(planned(GLM5, format="fp8"), "indexer.wq_b"), {}, "not left out", "not left out",
         "not left out"),
     "a mix of Qwen 3 that sees": (lambda: planned(QWEN_SEES, recipe="nvfp4_mlp_fp8_attention"), {}, "", "mixed joined", "sees"),
