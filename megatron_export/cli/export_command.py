@@ -103,6 +103,7 @@ def _way_on(config: ExportConfig) -> str:
 def table(job: "Outcome") -> list[tuple[str, str]]:
     """The rows shown at the end: what was written, from what, in how long, with how much memory."""
     from ..planning.engine_check import of_plan, verdicts
+    from ..writing.manifest import accelerators
     from .plan_command import plan_rows
 
     report, rows = job.report, plan_rows(job.plan)
@@ -110,6 +111,8 @@ def table(job: "Outcome") -> list[tuple[str, str]]:
     rows += [(engine, verdict.text) for engine, verdict in verdicts(of_plan(job.plan)).items()]
     if job.tokens:
         rows.append(("experts", _experts(job.tokens)))
+    if loaded := accelerators():
+        rows.append(("Megatron-Core with", ", ".join(f"{name} {number}" for name, number in loaded.items())))
     if report.kept:
         rows.append(("resumed", f"{report.kept} of {len(job.plan.files)} files were complete already"))
     rows += [

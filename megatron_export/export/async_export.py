@@ -33,6 +33,7 @@ from ..planning.plan import Plan
 from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
+from ..writing.manifest import accelerators
 from ..writing.publish import Destination
 from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
@@ -176,7 +177,7 @@ def export_hf_checkpoint_async(
         opening = open_model(here, model, hf_model, request, calibration, target, check)
         refuse_draft(here, opening)
         work, identity = surveyed(here, opening)
-        said = {"settings": opening.request.said()}
+        said = {"settings": opening.request.said(), "versions": accelerators()}
         place = Destination(
             target,
             request.overwrite,

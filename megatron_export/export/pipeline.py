@@ -147,7 +147,7 @@ def exported(
     work, identity = surveyed(here, opening)
     clock.end("survey")
     given = opening.request
-    said = {"settings": manifest.names_in(given.said()), **(notes or {})}
+    said = {"settings": manifest.names_in(given.said()), "versions": manifest.accelerators(), **(notes or {})}
     place = Destination(
         target,
         given.overwrite,

@@ -10,6 +10,7 @@ run       the rest, in words: options that are not defaults, versions, topology,
 import json
 import os
 import platform
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ from .read_back import Verified
 
 KIND = "megatron_export manifest 1"
 _PACKAGES = ("torch", "megatron-core", "safetensors", "transformers")
+_ACCELERATORS = ("transformer_engine", "apex")
 
 
 def manifest(
@@ -49,7 +51,7 @@ def manifest(
     return {
         "kind": KIND,
         "identity": identity,
-        "run": run | {"versions": _versions()},
+        "run": run | {"versions": _versions() | run.get("versions", {})},
         "files": files,
         "tensors": tensors,
     }
@@ -104,6 +106,17 @@ def names_in(said: Any) -> Any:
     if path.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
     return path.name
+
+
+def accelerators() -> dict[str, str]:
+    """Versions of Transformer Engine and Apex, where Megatron-Core has loaded them in this process; "unknown" if not installed."""
+    found = {}
+    for name in _ACCELERATORS:
+        if name in sys.modules:
+            found[name] = "unknown"
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
+    return found
 
 
 def _versions() -> dict[str, str]:

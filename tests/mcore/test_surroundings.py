@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import megatron_export
+from megatron_export.writing.manifest import accelerators
 
 from ..support.models import add_mtp, assert_same, make_model, read_json, tensors
 
@@ -56,3 +59,19 @@ def test_a_source_folder_that_nobody_installed_exports_and_says_its_version(expo
     for name in NAMES:
         run = read_json(folder / name / "export_manifest.json")["run"]
         assert run["versions"]["megatron_export"] == megatron_export.__version__
+
+
+def test_table_and_manifest_name_what_megatron_core_has_loaded(exported: tuple[Path, dict]) -> None:
+    folder, found = exported
+    for name in NAMES:
+        assert re.search(r"Megatron-Core with +apex unknown\n", "\n".join(found["exports"][name][1]))
+        assert read_json(folder / name / "export_manifest.json")["run"]["versions"]["apex"] == "unknown"
+
+
+def test_versions_are_those_of_what_is_loaded_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerators() == {}
+    for name in ("transformer_engine", "apex"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    installed = {"transformer_engine": "2.20.2", "apex": "0.1"}
+    monkeypatch.setattr("megatron_export.writing.manifest.version", installed.__getitem__)
+    assert accelerators() == installed
