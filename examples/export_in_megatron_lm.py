@@ -125,23 +125,23 @@ class _Exports:
 
     def after(self, iteration: int, model: Any, optimizer: Any, flags: argparse.Namespace, exits: bool) -> None:
         """What follows a step: a check of the flags after the first, an export where one is due, the end of the one before."""
+        if _interval(flags) < 1:
+            raise ExportError("--export-hf needs --export-interval N, or --save-interval N")
+        last = iteration == flags.train_iters
+        due = last or iteration % _interval(flags) == 0
+        if flags.overlap_param_gather and (due or not self.checked):
+            _send_weights(model, optimizer)
         if not self.checked:
             self._check(model, flags)
             self.checked = True
-        last = iteration == flags.train_iters
-        if last or iteration % _interval(flags) == 0:
+        if due:
             self._finish()
             with _survived(iteration):
-                self._export(iteration, model, optimizer, flags)
+                self._export(iteration, model, flags)
         if last or exits:
             self._finish()
 
-    def _export(self, iteration: int, model: Any, optimizer: Any, flags: argparse.Namespace) -> None:
-        if flags.overlap_param_gather:  # the optimizer's new weights are not everywhere yet
-            if hasattr(optimizer, "prepare_model_params_for_param_sync"):  # after core_r0.19
-                optimizer.prepare_model_params_for_param_sync()
-            for chunk in model:
-                chunk.start_param_sync(force_sync=True)
+    def _export(self, iteration: int, model: Any, flags: argparse.Namespace) -> None:
         asked = _asked(flags) | {"calibration": self._statistics(model, flags), "overwrite": flags.export_overwrite}
         folder = flags.export_hf / f"iter_{iteration:07d}"
         if flags.export_in_background:
@@ -165,11 +165,17 @@ class _Exports:
 
     def _check(self, model: Any, flags: argparse.Namespace) -> None:
         """`ExportError` for what no export could be made of, so that training ends in its first step and not in its last."""
-        if _interval(flags) < 1:
-            raise ExportError("--export-hf needs --export-interval N, or --save-interval N")
         measured = self.batches is not None or flags.export_calib_data is not None
         statistics = self._statistics(model, flags) if measured or flags.export_calibration else None
         plan_hf_tensors(model, calibration=statistics, **_asked(flags))
+
+
+def _send_weights(model: Any, optimizer: Any) -> None:
+    """Send the optimizer's new weights, which --overlap-param-gather puts off, as Megatron-LM does before it saves."""
+    if hasattr(optimizer, "prepare_model_params_for_param_sync"):  # after core_r0.19
+        optimizer.prepare_model_params_for_param_sync()
+    for chunk in model:
+        chunk.start_param_sync(force_sync=True)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from ..mcore import parallel_state
 from ..mcore.addons import quantizers_below, quantizers_of
 from ..mcore.config_check import contradictions
 from ..mcore.drafts import MegatronDraft, draft_in, heads_of
+from ..mcore.late_weights import finish_gathering
 from ..mcore.lora_merge import adapted
-from ..mcore.model import Model, chunks_of, finish_gathering, shards_of, weights_of
+from ..mcore.model import Model, chunks_of, shards_of, weights_of
 from ..models import (
     draft_config,
     ignored,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.activations import fast_gelu, squared_relu
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor, nn
@@ -26,17 +25,7 @@ ACTIVATIONS |= {"squared_relu": squared_relu}
 
 def chunks_of(model: Model) -> list[nn.Module]:
     """The bare `GPTModel`s of this rank, one per virtual stage, out of DDP and the like. `ExportError` for other models."""
-    return [list(_unwrapping(chunk))[-1] for chunk in (model if isinstance(model, list) else [model])]
-
-
-def finish_gathering(model: Model) -> None:
-    """Let Megatron's DDP send the optimizer's new weights to the other replicas, which `overlap_param_gather` puts off until
-    the next forward pass. Collective over replicas, as in Megatron's own checkpointing.
-    """
-    for chunk in model if isinstance(model, list) else [model]:
-        for wrapper in _unwrapping(chunk):
-            if isinstance(wrapper, DistributedDataParallel) and wrapper.ddp_config.overlap_param_gather:
-                wrapper.start_param_sync(force_sync=True)
+    return [list(unwrapping(chunk))[-1] for chunk in (model if isinstance(model, list) else [model])]
 
 
 def shards_of(model: Model) -> Shards:
@@ -208,7 +197,7 @@ def zero_centred_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.rms_norm(hidden.float(), hidden.shape[-1:], 1 + weight.float(), eps).type_as(hidden)
 
 
-def _unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:
+def unwrapping(chunk: nn.Module) -> Iterator[nn.Module]:
     """A model chunk, what it wraps, and so on down to the bare `GPTModel`."""
     yield chunk
     while not hasattr(chunk, "decoder"):

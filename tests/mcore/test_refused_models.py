@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_export import calibrate, export_hf_checkpoint
+from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.mcore.cpu_compat import without_cuda
 
 from ..support.live import blank, loaded, refusal
@@ -78,6 +78,30 @@ def syncs(folder: Path, overlap: bool) -> list[dict]:
 def test_parameters_that_ddp_gathers_late_are_gathered_first(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.call(1, syncs, tmp_path / "overlapped", True) == [[{"force_sync": True}] * 2]
     assert ranks.call(1, syncs, tmp_path / "plain", False) == [[]]
+
+
+def sent_through_gradients(folder: Path) -> tuple[str, int, bool]:
+    """What is said of MXFP8 weights that travel in the gradients' memory, before and after the caller has sent them; whether it
+    exports then.
+    """
+    with loaded(EXAMPLE, length=16) as (model, _):
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
+        with without_cuda():
+            wrapped = DistributedDataParallel(model.config, settings, model)
+        settings.overlap_param_gather = settings.reuse_grad_buf_for_mxfp8_param_ag = True
+        with mock.patch.object(wrapped, "start_param_sync") as sync:
+            with pytest.raises(ExportError) as refusal:
+                export_hf_checkpoint(wrapped, folder, hf_model=EXAMPLE, format="bf16")
+            for group in wrapped.bucket_groups:
+                group.param_gather_dispatched = True
+            export_hf_checkpoint(wrapped, folder, hf_model=EXAMPLE, format="bf16")
+            return str(refusal.value), sync.call_count, (folder / "config.json").exists()
+
+
+def test_weights_that_travel_through_gradients_must_have_been_sent(ranks: Ranks, tmp_path: Path) -> None:
+    ((said, calls, exported),) = ranks.call(1, sent_through_gradients, tmp_path / "out")
+    assert "call optimizer.prepare_model_params_for_param_sync(), then start_param_sync(force_sync=True)" in said
+    assert (calls, exported) == (0, True)
 
 
 def calibrated_beside_a_gpu(*flags: object) -> tuple[int, str]:

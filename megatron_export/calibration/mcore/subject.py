@@ -13,10 +13,10 @@ from ...distributed.topology import Topology
 from ...mcore import parallel_state
 from ...mcore.cpu_compat import without_cuda
 from ...mcore.gradients import only_activations
+from ...mcore.late_weights import finish_gathering
 from ...mcore.model import (
     Model,
     chunks_of,
-    finish_gathering,
     heads_of,
     layouts_of,
     local_experts_of,
