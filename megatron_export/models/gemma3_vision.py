@@ -10,5 +10,8 @@ ARCHITECTURE = replace(
     rules=below("language_model.", gemma3.ARCHITECTURE.rules),
     copied=mistral3.ARCHITECTURE.copied,
     called=((r"^(vision_tower\..*\.self_attn)\.out_proj$", r"\1.proj"),),  # by SGLang
-    on_disk=mistral3.ARCHITECTURE.on_disk,
+    on_disk=(
+        (r"^model\.vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+        *mistral3.ARCHITECTURE.on_disk,
+    ),
 )
