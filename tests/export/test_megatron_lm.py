@@ -131,6 +131,7 @@ def in_megatron_lm(source: Path, out: Path) -> tuple[list[int], str, str]:
     return called, printed.getvalue(), str(refusal.value)
 
 
+@pytest.mark.whole
 def test_megatron_lm_exports_at_its_intervals_and_goes_on_where_that_fails(
     ranks: Ranks, models: dict, tmp_path: Path
 ) -> None:
