@@ -11,14 +11,8 @@ FUSED: Table = {
     "decoder.layers.{l}.mlp.linear_fc1.weight":            fused_gate_up("model.layers.{l}.mlp.gate_up_proj.weight"),
 }
 # fmt: on
-_AWQ = "its vectors and clipping are of q, k, v, gate and up each, which are one tensor here"
 ARCHITECTURE = Architecture(
     rules=TOP | GQA | dense("mlp") | FUSED,
     computed=lambda config, shape: window_of(config.get("sliding_window")),
     only={"hidden_act": ("silu", None), "attention_bias": (False, None)},
-    formats=(
-        *("bf16", "fp8", "fp8_pb", "fp8_pc_pt", "mxfp8", "nvfp4", "w4a16_nvfp4", "mxfp4"),
-        *("w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8"),
-    ),
-    unsmoothed=_AWQ,
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..formats import Form, Smoothing
 from ..formats.awq import SEARCHES, SHARED
 from ..models import Source, feeders_of, is_linear_weight, other_readers_of, reads_heads, vector_home
+from ..models.layouts import Fused
 from ..models.segment_layouts import Heads, Segments
 from ..models.statistic_names import codes_key, ratio_key, vector_key
 from .parameter import Smoothed
@@ -74,7 +75,7 @@ def clip_problems(sources: dict[str, Source], forms: dict[str, Form]) -> list[st
     """Why the groups of a linear cannot be clipped one by one."""
     smoothed = {name: form.smoothing for name, form in forms.items() if form.smoothing}
     groups = (name for name, how in smoothed.items() if how.clip and not SEARCHES[how.search].per_tensor)
-    of_segments = [name for name in groups if isinstance(sources[name].layout, Segments | Heads)]
+    of_segments = [name for name in groups if isinstance(sources[name].layout, Segments | Heads | Fused)]
     return [
         f"--awq-clip: the rows of {name} lie otherwise in HF, where groups are clipped one by one. Leave --awq-clip out, or its "
         "linears in bfloat16 with --exclude"

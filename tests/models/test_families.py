@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_export import ExportError, calibrate, export_hf_checkpoint
 from megatron_export.calibration import statistics
+from megatron_export.formats import Options
 from megatron_export.models import check_computed, settings_of, shape_of
 from megatron_export.planning.quant_config import config_json
 from megatron_export.planning.rank_placement import size_problems
@@ -68,20 +69,15 @@ AWQ = ("nvfp4_awq", "int4_awq")
 IDS = torch.arange(48).view(2, 24) * 7 % 500
 
 
-def forms_of(name: str) -> dict[str, dict]:
-    """The forms of a model: Phi has no AWQ."""
-    return {form: options for form, options in FORMS.items() if name != "phi3" or form not in AWQ}
-
-
 def exports(source: Path, out: Path, sizes: dict, saved: bool = False) -> None:
     """In a rank: every form, with the calibration file beside `out`, which one rank alone writes; and Megatron's own checkpoint."""
     config, file = read_json(source / "config.json"), out.parent / "calibration.safetensors"
     with loaded(source, **sizes) as (model, _):
         if not file.exists():
-            found = calibrate(model, batches(source), format=AWQ if "nvfp4_awq" in forms_of(source.name) else "fp8")
+            found = calibrate(model, batches(source), format=AWQ)
             statistics.save(found, file, config)
         measured = statistics.load(file, config)
-        for form, options in forms_of(source.name).items():
+        for form, options in FORMS.items():
             given = {"format": form, "calibration": None if form == "bf16" else measured} | options
             given = {name: value for name, value in given.items() if value is not None}
             if shape_of(config).kv_lora:
@@ -118,7 +114,7 @@ def test_every_topology_writes_the_files_of_one_rank(
     source, alone = families[name]
     (tmp_path / "calibration.safetensors").write_bytes((alone.parent / "calibration.safetensors").read_bytes())
     ranks.call(2, exports, source, tmp_path / "out", FAMILIES[name][topology], True)
-    for form in forms_of(name):
+    for form in FORMS:
         assert_same(tensors(tmp_path / "out" / form), tensors(alone / form))
         assert contents(tmp_path / "out" / form) == contents(alone / form)
     if "vision_config" not in ARCHITECTURES[name]:  # whose copied part needs the files
@@ -126,10 +122,9 @@ def test_every_topology_writes_the_files_of_one_rank(
     else:
         (tmp_path / "hf").symlink_to(source)
     cache = () if shape_of(read_json(source / "config.json")).kv_lora else ("--kv-cache", "fp8")
-    form = "nvfp4_awq" if "nvfp4_awq" in forms_of(name) else "fp8"
-    said = export(ranks, 2, *reading(tmp_path, form), *cache, "--output", tmp_path / "again")
+    said = export(ranks, 2, *reading(tmp_path, "nvfp4_awq"), *cache, "--output", tmp_path / "again")
     assert "load " not in said  # no model was built
-    assert_same(tensors(tmp_path / "again"), tensors(alone / form))
+    assert_same(tensors(tmp_path / "again"), tensors(alone / "nvfp4_awq"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -143,7 +138,7 @@ def test_bf16_gives_back_every_tensor_of_the_source_bit_for_bit(name: str, famil
 def test_every_format_is_sound_and_computes(name: str, families: dict) -> None:
     source, alone = families[name]
     expected = auto_model(name).from_pretrained(source, dtype=torch.bfloat16)(IDS).logits.float()
-    for form in forms_of(name):
+    for form in FORMS:
         assert inspected(alone / form, source, Wanted()).problems == []
         found = emulation.load(alone / form)(IDS).logits.float()
         assert (found - expected).norm() <= (0.02 if form == "bf16" else 0.8) * expected.norm()
@@ -253,12 +248,11 @@ def test_samples_beyond_which_ministral_scales_queries_are_refused(models: dict)
         check_computed(config, 49)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--format", "nvfp4_awq"), ("--recipe", "nvfp4_mlp_only", "--set", "*.o_proj=nvfp4_awq")]
-)
-def test_phi_has_no_awq(flags: tuple, ranks: Ranks, models: dict, tmp_path: Path) -> None:
-    said = refused(ranks, tmp_path, "--hf-model", models["phi3"], *flags, "--output", tmp_path / "out")
-    assert_says(said, "which are one tensor here. For this architecture there are bf16, fp8")
+def test_groups_of_phis_joined_linears_are_not_clipped_one_by_one(models: dict) -> None:
+    config = read_json(models["phi3"] / "config.json") | {"hidden_size": 128, "intermediate_size": 256}
+    with pytest.raises(ExportError, match="--awq-clip: the rows of decoder.layers.0.self_attention.linear_qkv.weight"):
+        plan_of(config, format="int4_awq", options=Options(awq_clip=True))
+    plan_of(config, format="int4_awq")
 
 
 def test_a_config_that_transformers_saved_says_what_engines_ask_of_minimax(models: dict) -> None:
