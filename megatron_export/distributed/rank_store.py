@@ -65,13 +65,13 @@ class RankStore:
 
 def _served(host: str, world: int, settings: dict) -> tuple[dist.TCPStore | None, tuple[str, int] | str]:
     """A store that all ranks can talk to, and where it listens, or why there is none."""
-    listening = _listening(host, world)
+    found = listening(host, world)
     try:
-        if listening is None:
+        if found is None:
             store = dist.TCPStore(host, 0, is_master=True, **settings)
             return store, (host, store.port)
-        address, port = listening.getsockname()[:2]
-        return dist.TCPStore(address, port, is_master=True, master_listen_fd=listening.detach(), **settings), (
+        address, port = found.getsockname()[:2]
+        return dist.TCPStore(address, port, is_master=True, master_listen_fd=found.detach(), **settings), (
             address,
             port,
         )
@@ -79,7 +79,7 @@ def _served(host: str, world: int, settings: dict) -> tuple[dist.TCPStore | None
         return None, str(error)
 
 
-def _listening(host: str, world: int) -> socket.socket | None:
+def listening(host: str, world: int) -> socket.socket | None:
     """A socket on the interface over which ranks reach this machine; None where no address of `host` is one of its own that others
     reach, as where a service stands before it: then the store listens on all interfaces.
     """

@@ -1,21 +1,21 @@
-"""An export that training does not wait for: encoded tensors are kept in memory, and another process writes them.
+"""An export that training does not wait for: encoded tensors are kept in memory, and other processes write them.
 
-Training stops while the model is encoded and copied into files in rank 0's memory (`memfd_create`), which have the bytes that they
-will have on disk. Another process (`async_writer.py`), which outlives this one, takes their checksums, copies them into the staging
-folder, reads them back and publishes. Training waits mostly for the system to find memory; `keep_memory` keeps it for the next
-export.
+Training stops while the model is encoded and copied into files in the memory of the ranks that write (`memfd_create`), which have
+the bytes that they will have on disk. Another process of each such rank (`async_writer.py`), which outlives this one, takes their
+checksums, copies them into the staging folder and reads them back; that of rank 0 publishes. Training waits mostly for the system
+to find memory; `keep_memory` keeps it for the next export.
 """
 
 import os
-import pickle
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 from ..checkpoint.original import Original
@@ -24,11 +24,11 @@ from ..common.host_memory import available
 from ..common.options import takes_options
 from ..common.text import readable
 from ..distributed import collectives
+from ..distributed import world as worlds
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..hf.model import is_transformers
+from ..hf.model import device_of, is_transformers
 from ..planning.budget import recipe_text
-from ..planning.contents import contents_of
 from ..planning.plan import Plan
 from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
@@ -38,21 +38,21 @@ from ..writing.publish import Destination
 from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
-from .async_writer import Handover
+from .async_start import start_writing
 from .drafts import refuse_draft
 from .encode_stream import Stream, Work
-from .origins import Model, Statistics, world_of
+from .origins import Model, Statistics, Tokenizer, world_of
 from .prepare import open_model, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
-WAITED = ("resume", "target", "writers", "draft_format")  # options of an export that is waited for
+WAITED = ("resume", "target", "draft_format")  # options of an export that is waited for
 
 
 @dataclass
 class Handle:
-    """An export that another process is writing. Every rank has one; `done` and `wait` are collective.
+    """An export that other processes are writing. Every rank has one; `done` and `wait` are collective.
 
-    `stopped` is how many seconds the caller was held up, `nbytes` what rank 0's host keeps until it is written.
+    `stopped` is how many seconds the caller was held up, `nbytes` what the hosts of the ranks that write keep until it is written.
     """
 
     folder: Path
@@ -67,18 +67,25 @@ class Handle:
         """Whether the export has ended. `ExportError` on every rank if it failed."""
         return self._ended(lambda process: process.poll() is not None)
 
-    def wait(self) -> None:
-        """Return when the checkpoint is published. `ExportError` on every rank if it failed: then `folder` is as it was."""
-        self._ended(lambda process: True)
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when the checkpoint is published. `ExportError` on every rank if it failed: then `folder` is as it was.
+
+        timeout  seconds of waiting, without end if None. `TimeoutError` on every rank when they are over: the export goes on, and
+                 `wait` and `done` may be called again
+        """
+        if not self._ended(partial(_ends_within, timeout)):
+            raise TimeoutError(f"{self.folder} is not written after {timeout:g} s of waiting. It goes on: wait again")
 
     def _ended(self, ready: Callable[[subprocess.Popen], bool]) -> bool:
         with self.world() as here:
             if self.outcome is None:
-                ended = self.process and ready(self.process)
+                ended = here.first and ready(self.process)
                 said = self.process.communicate()[1].decode().strip() if ended else ""
                 self.outcome = collectives.from_first(here, (self.process.returncode, said) if ended else None)
             if self.outcome is None:
                 return False
+            if self.process:
+                self.process.wait()  # those of other ranks end with rank 0's
             if self.memory:
                 self.memory.release()
                 self.memory = None
@@ -89,26 +96,38 @@ class Handle:
             return True
 
 
+def _ends_within(timeout: float | None, process: subprocess.Popen) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout)
+        return True
+    return False
+
+
 class _Memory:
     """Where a writer's files grow in memory (writing.writer.Desk). With `keep`, it serves the next export with the same files."""
 
     spare: ClassVar[dict[tuple, tuple[dict[str, int], dict[str, InMemory]]]] = {}
 
-    def __init__(self, target: Path, plan: Plan, keep: bool) -> None:
+    def __init__(self, target: Path, plan: Plan, rank: int, keep: bool) -> None:
         self.target = target
         self.keep = keep
         self.finished: dict[str, Checks] = {}  # nothing is, when an export begins
-        self.kind = tuple(plan.files.items())
+        self.kind = _files_of(plan, {rank})
         self.descriptors, self.mapped = self.spare.pop(self.kind, ({}, {}))
 
     @classmethod
-    def check(cls, plan: Plan) -> None:
-        """`ExportError` where this host has too little memory: the system would end the training process."""
-        room = available()
-        if tuple(plan.files.items()) not in cls.spare and plan.nbytes + SPARE_BYTES > room:
+    def check(cls, plan: Plan, rank: int, nodes: tuple[int, ...]) -> None:
+        """`ExportError` where the host of a rank that writes has too little memory: the system would end the training process."""
+        own = _files_of(plan, {rank})
+        if not own or own in cls.spare:
+            return
+        there = _files_of(plan, {other for other, node in enumerate(nodes) if node == nodes[rank]})
+        nbytes, room = sum(output.nbytes for _, outputs in there for output in outputs), available()
+        if nbytes + SPARE_BYTES > room:
+            what = "the encoded checkpoint takes" if nbytes == plan.nbytes else "what is written there takes"
             raise ExportError(
-                f"the encoded checkpoint takes {readable(plan.nbytes)} of rank 0's memory, and {readable(room)} are available "
-                "there. Use export_hf_checkpoint, which keeps a few buffers of it at a time"
+                f"{what} {readable(nbytes)} of the memory of rank {rank}'s host, and {readable(room)} are available there. "
+                "Spread it with writers='node', or use export_hf_checkpoint, which keeps a few buffers of it at a time"
             )
 
     def path(self, file: str) -> Path:
@@ -137,12 +156,18 @@ class _Memory:
             os.close(descriptor)
 
 
+def _files_of(plan: Plan, ranks: set[int]) -> tuple:
+    """The files, with their tensors, that these ranks write."""
+    return tuple((file, outputs) for file, outputs in plan.files.items() if plan.writers[file] in ranks)
+
+
 @takes_options(Request, WAITED)
 def export_hf_checkpoint_async(
     model: Model,
     export_dir: str | Path,
     *,
-    hf_model: str | Path,
+    hf_model: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     calibration: Statistics | None = None,
     provenance: dict | None = None,
     keep_memory: bool = False,
@@ -150,17 +175,16 @@ def export_hf_checkpoint_async(
 ) -> Handle:
     """`export_hf_checkpoint`, but return as soon as the encoded model is in memory; the bytes that come out are the same.
 
-    model, export_dir, hf_model, calibration, provenance  as there; rank 0 writes, and what was interrupted is not resumed
-    keep_memory  keep rank 0's memory for the next export of this model; it is free again when the process ends
+    model, export_dir, hf_model, tokenizer, calibration, provenance  as there; what was interrupted is not resumed
+    keep_memory  keep the writers' memory for the next export of this model; it is free again when the process ends
     The model may be changed when this returns. Collective. `ExportError` on every rank for what can be refused at once, such as too
-    little memory for the whole encoded checkpoint on rank 0's host; what fails later is raised by the handle.
+    little memory on a writer's host for all that is encoded for it; what fails later is raised by the handle.
     """
     started = time.monotonic()
     request = requested(options, WAITED)
     target = Path(export_dir).resolve()
 
     def check(plan: Plan, original: Original) -> None:
-        _Memory.check(plan)
         check_empty(target, overwrite=request.overwrite)
         if plan.copied:
             copied = f"{len(plan.copied)} tensors are copied from the original model"
@@ -169,13 +193,15 @@ def export_hf_checkpoint_async(
         stack.push(claims[0].leave)  # the process that writes has it then
 
     claims: list[Claim] = []  # of rank 0
-    if is_transformers(model):
-        raise ExportError(
-            "transformers models are exported by export_hf_checkpoint, which waits until they are written"
-        )
     with world_of(model, request.timeout) as here, ExitStack() as stack:
-        opening = open_model(here, model, hf_model, request, calibration, target, check)
+        beside = mkdtemp() if here.first else None  # the process that writes removes it
+        stack.push(partial(_removed, beside))
+        named = {"tokenizer": tokenizer, "beside": beside}
+        opening = open_model(here, model, hf_model, request, calibration, target, check, **named)
         refuse_draft(here, opening)
+        nodes = collectives.nodes(here)
+        with together(here, "find memory"):
+            _Memory.check(opening.plan, here.rank, nodes)
         work, identity = surveyed(here, opening)
         said = {"settings": opening.request.said(), "versions": accelerators()}
         place = Destination(
@@ -190,11 +216,15 @@ def export_hf_checkpoint_async(
             said,
             recipe_text(opening.request),
         )
-        memory = _Memory(target, work.plan, keep_memory) if here.first else None
+        own = here.first or here.rank in work.plan.writers.values()
+        memory = _Memory(target, work.plan, here.rank, keep_memory) if own else None
         try:
             _keep(here, work, memory)
-            with together(here, "start the process that writes"):
-                process = _started(work.plan, place, here.sizes, memory, claims[0]) if memory else None
+            files, mine = (
+                memory.descriptors if memory else None,
+                {"claim": claims[0], "beside": beside} if here.first else {},
+            )
+            process = start_writing(here, work.plan, place, files, mine)
         except BaseException:
             if memory:
                 memory.release()
@@ -202,15 +232,28 @@ def export_hf_checkpoint_async(
     if memory and not keep_memory:  # the process that writes has it now, and frees it file by file
         memory.release()
         memory = None
-    world = partial(world_of, [], request.timeout)  # Megatron's, whatever the model: a handle keeps none alive
+    plain = is_transformers(model)  # a handle keeps no model alive
+    world = (
+        partial(worlds.plain, request.timeout, device_of(model)) if plain else partial(world_of, [], request.timeout)
+    )
     return Handle(target, time.monotonic() - started, work.plan.nbytes, process, world, memory)
 
 
+def _removed(folder: str | None, failure: type | None, *error: object) -> None:
+    """After a failure, remove a folder, if there is one."""
+    if failure and folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
-    """Encode all buckets; rank 0 keeps them."""
+    """Encode all buckets; the ranks that write keep them."""
     with ExitStack() as stack:
         with together(here, "keep"):
-            writer = CheckpointWriter(work.plan, memory, device=here.device, checked=False) if memory else None
+            writer = (
+                CheckpointWriter(work.plan, memory, rank=here.rank, device=here.device, checked=False)
+                if memory
+                else None
+            )
             if writer:
                 stack.enter_context(writer)
         for _ in Stream(here, work, writer.write if writer else list).run(work.plan.buckets):
@@ -218,21 +261,3 @@ def _keep(here: Topology, work: Work, memory: _Memory | None) -> None:
         with together(here, "keep"):
             if writer:
                 writer.flush()
-
-
-def _started(plan: Plan, place: Destination, sizes: dict[str, int], memory: _Memory, claim: Claim) -> subprocess.Popen:
-    """The process that writes; it has the memory's descriptors, and a session of its own, so that it outlives this one."""
-    job = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
-    with os.fdopen(job, "wb", closefd=False) as file:
-        pickle.dump(Handover(contents_of(plan), place, sizes, memory.descriptors, claim), file)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "megatron_export.export.async_writer", f"{job}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(job, claim.lock, *memory.descriptors.values()),
-            start_new_session=True,
-        )
-    finally:
-        os.close(job)

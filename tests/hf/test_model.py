@@ -25,7 +25,7 @@ from ..support.live_hf import (
     take_experts_apart,
     traces_of,
 )
-from ..support.models import assert_same, read_json, tensors
+from ..support.models import assert_same, contents, read_json, tensors
 
 FP8 = {"_num_bits": (4, 3), "_disabled": False, "_axis": None, "_block_sizes": None}
 NVFP4 = {"_num_bits": (2, 1), "_disabled": False, "_block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
@@ -235,6 +235,16 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(case: str, models: d
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_in_the_background_writes_the_same(models: dict, tmp_path: Path) -> None:
+    model = loaded(models["llama31"])
+    export_hf_checkpoint(model, tmp_path / "waited", format="fp8_pb")
+    handle = export_hf_checkpoint_async(model, tmp_path / "background", format="fp8_pb")
+    del model
+    handle.wait(timeout=100)
+    assert contents(tmp_path / "background") == contents(tmp_path / "waited")
+    assert (tmp_path / "background" / "tokenizer_config.json").is_file()
+
+
 def test_options_that_mean_nothing_are_refused(models: dict, tmp_path: Path) -> None:
     model = loaded(models["llama31"])
     for options, message in (
@@ -246,8 +256,6 @@ def test_options_that_mean_nothing_are_refused(models: dict, tmp_path: Path) -> 
     ):
         with pytest.raises(ExportError, match=message):
             export_hf_checkpoint(model, tmp_path / "out", **({"format": "bf16"} | options))
-    with pytest.raises(ExportError, match="are exported by export_hf_checkpoint"):
-        export_hf_checkpoint_async(model, tmp_path / "out", hf_model=models["llama31"], format="bf16")
     quantize_all(model)
     with pytest.raises(ExportError, match="format is 'nvfp4', but ModelOpt quantized this model to 'fp8'"):
         export_hf_checkpoint(model, tmp_path / "out", format="nvfp4")

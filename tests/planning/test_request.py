@@ -66,5 +66,9 @@ def test_a_keyword_that_is_no_option_is_refused_with_what_was_meant(keywords: di
 
 def test_functions_show_the_options_that_have_an_effect_there() -> None:
     waited = set(inspect.signature(export_hf_checkpoint).parameters)
-    assert waited - set(inspect.signature(export_hf_checkpoint_async).parameters) >= {"resume", "target", "writers"}
+    assert waited - set(inspect.signature(export_hf_checkpoint_async).parameters) >= {
+        "resume",
+        "target",
+        "draft_format",
+    }
     assert "overwrite" not in inspect.signature(plan_hf_tensors).parameters
