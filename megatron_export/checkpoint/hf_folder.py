@@ -60,6 +60,21 @@ def find_model(hf_model: str | Path, *, weights: bool) -> Path:
     return folder
 
 
+def find_tokenizer(tokenizer: str | Path) -> Path:
+    """The folder of a tokenizer: a local path, or a hub id, whose small files are fetched; `ExportError` if it has none."""
+    folder = Path(tokenizer)
+    if not exists(folder) and _HUB_ID.fullmatch(str(tokenizer)) and not str(tokenizer).startswith("."):
+        folder = _fetch(str(tokenizer), list(_COPIED))
+    if not exists(folder) or not folder.is_dir():
+        raise ExportError(
+            f"--tokenizer {tokenizer}: no such folder. Give one with a tokenizer, or a hub id such as org/name"
+        )
+    if lacking := lacks_tokenizer(folder):
+        raise ExportError(f"--tokenizer: {lacking}. Give another folder")
+    files_to_copy(folder)
+    return folder
+
+
 def weights_in(folder: Path) -> Path:
     """The index of a folder's safetensors files, or the only such file; `ExportError` if it has neither."""
     for name in (INDEX, "model.safetensors"):

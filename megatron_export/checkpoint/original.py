@@ -29,6 +29,7 @@ class Original:
     dcp      the weights, if they are not in the folder but in one that torch.distributed.checkpoint wrote
     inputs   folders of the user that its files were taken from, if `folder` is none of his
     remarks  what the user should know of it, a sentence each
+    derived  whether config.json was made of the settings of a Megatron checkpoint, and `folder` has at most a tokenizer
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Original:
     dcp: DcpFolder | None = None
     inputs: tuple[Path, ...] = ()
     remarks: tuple[str, ...] = ()
+    derived: bool = False
 
     @property
     def weights(self) -> Path | DcpFolder:

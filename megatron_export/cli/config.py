@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import ExportError
 from ..common.options import made, option
+from ..common.safe_files import parsed
 from ..common.text import parse_size
 from ..engines import targets_in
 from ..models.hf_config import text_of
@@ -41,12 +42,23 @@ class ExportConfig:
     hf_model: str | None = option(
         None, "HF model folder or hub id: weights, config, tokenizer (default: the example model in this repository)"
     )
-    megatron_checkpoint: Path | None = beside(
+    megatron_checkpoint: Path | None = option(
         None,
         "checkpoint of Megatron-LM or Megatron-Bridge (torch_dist, or fsdp_dtensor of Megatron-FSDP) to take the weights from, of "
-        "any parallelism; --hf-model gives config and tokenizer",
+        "any parallelism; --hf-model gives config and tokenizer. Without it, config.json is made of the checkpoint's own settings",
     )
-    iteration: int | None = beside(None, "iteration of the Megatron checkpoint (default: its latest)")
+    tokenizer: str | None = option(
+        None, "folder or hub id of the tokenizer, for a --megatron-checkpoint without --hf-model"
+    )
+    architecture: str | None = option(
+        None,
+        "what config.json calls the model, for a --megatron-checkpoint without --hf-model whose settings fit several",
+    )
+    config_value: tuple[str, ...] = option(
+        (),
+        "keys of config.json that the settings of a --megatron-checkpoint without --hf-model cannot say, as KEY=VALUE in JSON",
+    )
+    iteration: int | None = option(None, "iteration of the Megatron checkpoint (default: its latest)")
     dcp_checkpoint: Path | None = beside(
         None,
         "folder that torch.distributed.checkpoint wrote, with the names of HF (FSDP2, accelerate), to take the weights "
@@ -132,6 +144,7 @@ class ExportConfig:
         if self.output is None and not self.dry_run:
             raise ValueError("--output DIR is needed (or --dry-run)")
         self._check_source()
+        self._check_alone()
         self._check_calibration()
         self._check_judging()
 
@@ -148,8 +161,6 @@ class ExportConfig:
             raise ValueError("--dcp-checkpoint and --megatron-checkpoint both give the weights. Leave one out")
         if self.dcp_checkpoint and self.hf_model is None:
             raise ValueError("--dcp-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
-        if self.megatron_checkpoint and self.hf_model is None:
-            raise ValueError("--megatron-checkpoint needs --hf-model PATH_OR_ID for config and tokenizer")
         if self.iteration is not None and (self.megatron_checkpoint is None or self.iteration < 0):
             raise ValueError(f"--iteration {self.iteration}: give the number of one in --megatron-checkpoint DIR")
         for flag, given in (("--merge-lora", self.request.merge_lora), ("--lora-checkpoint", self.lora_checkpoint)):
@@ -157,6 +168,30 @@ class ExportConfig:
                 raise ValueError(
                     f"{flag} has no effect without --megatron-checkpoint, which has the weights to merge with"
                 )
+
+    def _check_alone(self) -> None:
+        """What belongs to a Megatron checkpoint without an HF model."""
+        alone = self.megatron_checkpoint is not None and self.hf_model is None
+        for name in ("tokenizer", "architecture", "config_value"):
+            if getattr(self, name) and not alone:
+                other = "with --hf-model, which has it" if self.hf_model else "without --megatron-checkpoint"
+                raise ValueError(f"--{name.replace('_', '-')} has no effect {other}. Leave one out")
+        if alone and (self.verify or self.report):
+            raise ValueError("--verify and --report compare with --hf-model. Give it")
+        self.keys()
+
+    def keys(self) -> dict[str, Any]:
+        """Key of config.json -> value, of --config-value; a value that is no JSON is a text."""
+        found: dict[str, Any] = {}
+        for pair in self.config_value:
+            key, equals, text = pair.partition("=")
+            if not equals or not key.isidentifier() or key in found:
+                raise ValueError(f"--config-value {pair}: give KEY=VALUE, such as rope_theta=1000000, each key once")
+            try:
+                found[key] = parsed(text.encode())
+            except ValueError:
+                found[key] = text
+        return found
 
     def _check_calibration(self) -> None:
         if self.load_calibration and (self.save_calibration or self.calib_data):

@@ -85,7 +85,7 @@ def _argument(one: Field) -> dict[str, Any]:
             "nargs": "+",
             "action": "extend",
             "default": [*one.default],
-            "metavar": "GLOB=FORMAT" if one.name == "set" else "GLOB",
+            "metavar": {"set": "GLOB=FORMAT", "config_value": "KEY=VALUE"}.get(one.name, "GLOB"),
         }
     if choices := told_by(one).choices:
         return {"choices": choices, "default": one.default, "type": type(choices[0])}

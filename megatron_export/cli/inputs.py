@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..calibration import data
+from ..checkpoint.derived import derived_original
 from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.original import Original, read_original
 from ..checkpoint.torch_dist import MegatronCheckpoint
@@ -21,6 +22,8 @@ SAMPLES = 128  # without --calib-samples
 
 def original_of(config: ExportConfig, example_model: Path) -> Original:
     """The HF model, opened; with its weights where they are read from there."""
+    if config.megatron_checkpoint and config.hf_model is None:
+        return derived_of(config)
     if config.hf_model is None and not example_model.is_dir():
         said = "no example model beside this installation: give --hf-model, or run from a clone of the repository"
         raise ExportError(said)
@@ -28,6 +31,26 @@ def original_of(config: ExportConfig, example_model: Path) -> Original:
     weights = not config.dry_run and (own or judged)
     dcp = config.dcp_checkpoint.resolve() if config.dcp_checkpoint else None
     return read_original(config.hf_model or example_model, config.request.mtp, weights=weights, own=own, dcp=dcp)
+
+
+def derived_of(config: ExportConfig) -> Original:
+    """What the settings of a Megatron checkpoint say alone. Where they fit several architectures, its tensors are asked too."""
+
+    def fits(hf_config: dict) -> bool:
+        try:
+            open_checkpoint(config, hf_config)
+        except ExportError:
+            return False
+        return True
+
+    return derived_original(
+        find_iteration(config.megatron_checkpoint.resolve(), config.iteration),
+        tokenizer=config.tokenizer,
+        architecture=config.architecture,
+        values=config.keys(),
+        mtp=config.request.mtp,
+        fits=fits,
+    )
 
 
 def open_checkpoint(config: ExportConfig, hf_config: dict) -> MegatronCheckpoint | None:
@@ -81,7 +104,8 @@ def read_samples(config: ExportConfig, hf_config: dict, folder: Path, example_mo
 
 def remarks(config: ExportConfig, folder: Path, samples: Tensor | None) -> tuple[str, ...]:
     """What the user should know of what was given: no tokenizer, fewer samples than usual."""
-    said = tokenizer_remarks(folder)
+    alone = config.megatron_checkpoint is not None and config.hf_model is None  # of which the original says it
+    said = () if alone else tokenizer_remarks(folder)
     if samples is not None and config.calib_samples is None and len(samples) < SAMPLES:
         said += (f"calibrated on {len(samples)} samples of {samples.shape[1]} tokens, as the data has no more",)
     return said
@@ -135,4 +159,11 @@ def provenance(config: ExportConfig, original: Original) -> dict:
     calibration["calib_seq_len"] = sample_length(config, original.config)
     for said in (trained, calibration):
         said |= {name: str(value) for name, value in said.items() if isinstance(value, Path)}
+    if original.derived:
+        alone = {
+            name: getattr(config, name)
+            for name in ("tokenizer", "architecture", "config_value")
+            if getattr(config, name)
+        }
+        return {"config": "made of the settings of the checkpoint", **alone, **trained, "calibration": calibration}
     return {"hf_model": config.hf_model or str(original.folder), **trained, "calibration": calibration}

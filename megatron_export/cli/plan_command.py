@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..calibration.lookup import is_needed
 from ..calibration.memory import MicroBatch, calibration_bytes
 from ..checkpoint.hf_folder import tokenizer_remarks
 from ..checkpoint.hf_weights import copied_tensors
-from ..checkpoint.original import config_alone
+from ..checkpoint.original import Original, config_alone
 from ..common.errors import ExportError, report
 from ..common.garbage import no_garbage_collection
 from ..common.text import readable, some
@@ -47,6 +47,7 @@ class Preview:
     engines     engine -> whether it loads the result
     disk, free  the folder that is written into, and how many bytes are free there
     device      where the model is: "cuda" or "cpu"
+    config      config.json, where it was made of the settings of a Megatron checkpoint
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Preview:
     disk: Path
     free: int
     device: str
+    config: dict = field(default_factory=dict)
 
     @property
     def needed(self) -> int:
@@ -89,10 +91,10 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     are copied from the original. `ExportError` where the export would be refused.
     """
     request = config.request.plain()
-    original = config_alone(config.hf_model or example_model, request.mtp, own=config.megatron_checkpoint is None)
+    original = _original(config, example_model)
     hf_config = original.config
     copied, remarks = _copied(original.folder, copied_prefixes(hf_config))
-    remarks += tokenizer_remarks(original.folder)
+    remarks += () if original.derived else tokenizer_remarks(original.folder)
     held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
     nodes = tuple(rank // GPUS for rank in range(most + 1))
@@ -102,7 +104,20 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     batch = MicroBatch(config.calib_batch_size, sample_length(config, hf_config)) if calibrates else None
     if batch:
         check_computed(hf_config, batch.length)
-    return preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks)
+    found = preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks)
+    return replace(found, config=hf_config if original.derived else {})
+
+
+def _original(config: ExportConfig, example_model: Path) -> Original:
+    """The model that is planned for; a Megatron checkpoint that is given must be one of it."""
+    mtp = config.request.plain().mtp
+    if config.megatron_checkpoint is None:
+        return config_alone(config.hf_model or example_model, mtp, own=True)
+    from .inputs import derived_of, open_checkpoint  # which imports what calibration needs
+
+    original = config_alone(config.hf_model, mtp, own=False) if config.hf_model else derived_of(config)
+    open_checkpoint(config, original.config)
+    return original
 
 
 def preview_of(
@@ -180,6 +195,10 @@ def rows(preview: Preview) -> Rows:
         *(("left alone", f"{why}: {', '.join(_counted(names))}") for why, names in preview.left.items()),
         *(("note", remark) for remark in preview.remarks),
         *((engine, verdict.text) for engine, verdict in preview.engines.items()),
+        *(
+            ("" if n else "config.json", f"{key}: {json.dumps(said)}")
+            for n, (key, said) in enumerate(preview.config.items())
+        ),
     ]
 
 
@@ -208,6 +227,7 @@ def as_json(preview: Preview) -> dict:
         "gathered_first": {"parameters": len(first), "of": len(plan.items), "first": first[:10]},
         "remarks": list(preview.remarks),
         "engines": {engine: {"loads": v.loads, "why": v.why} for engine, v in preview.engines.items()},
+        **({"config": preview.config} if preview.config else {}),
     }
 
 

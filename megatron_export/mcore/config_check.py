@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..models.transformer_config import each_layer
 from .model import ACTIVATIONS, Model, blocks_per_layer, chunks_of, layers_of, norms_heads, pattern_of
 
 
@@ -80,10 +81,4 @@ def _alike(name: str, value: object, chunk: nn.Module) -> object:
         return "rope"
     if isinstance(value, list) and name == "window_size":
         return tuple(value)
-    if name == "window_attn_skip_freq" and isinstance(value, int):
-        return [int(layer % value != 0) for layer in range(1, chunk.config.num_layers + 1)]
-    if name == "linear_attention_freq" and isinstance(value, int):
-        return [int((layer + 1) % value != 0) for layer in range(chunk.config.num_layers)]
-    if name == "moe_layer_freq" and isinstance(value, int):
-        return [int(layer % value == 0) for layer in range(chunk.config.num_layers)]
-    return value
+    return each_layer(name, value, chunk.config.num_layers)

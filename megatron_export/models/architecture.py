@@ -60,6 +60,13 @@ class Architecture:
     respelled   (config.json's dict) -> more such keys where they depend on others, and keys that transformers writes in words that
                 an engine does not know; those of a dict within are added to it
     on_disk     patterns and their replacements, in order, that turn names in transformers' modules into names on disk
+
+    How its config.json is made of Megatron's settings, where a checkpoint comes without one (models/derivation.py):
+
+    model_type  of config.json
+    written     (fields of TransformerConfig) -> the keys that `layers`, `sizes` and `computed` read, by the usual words: the way
+                back. What both ways make of a checkpoint's settings is compared, so a mistake in one of them is refused
+    unsaid      keys of config.json that change what an engine computes, and that Megatron has no setting for
     """
 
     rules: Table
@@ -94,6 +101,10 @@ class Architecture:
     routing: Mapping[str, object] = field(default_factory=dict)
     respelled: Callable[[dict], dict] = lambda config: {}
     on_disk: tuple[tuple[str, str], ...] = ()
+
+    model_type: str = ""
+    written: Callable[[Settings], dict] = lambda said: {}
+    unsaid: tuple[str, ...] = ()
 
     def name_on_disk(self, name: str) -> str:
         """How files spell a name in transformers' modules."""

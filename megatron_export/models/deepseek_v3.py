@@ -3,6 +3,7 @@ layers that predict one more token."""
 
 from .architecture import Architecture
 from .blocks import EXPERT_BIAS, MLA, MTP, TOP, dense, moe, shared_experts
+from .written_keys import latent, routed
 
 ARCHITECTURE = Architecture(
     rules=TOP | MLA | dense("mlp") | moe("mlp") | shared_experts("mlp.shared_experts") | EXPERT_BIAS | MTP,
@@ -17,4 +18,6 @@ ARCHITECTURE = Architecture(
         "hidden_act": ("silu", None),
     },
     routing={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},  # without, vLLM takes softmax
+    model_type="deepseek_v3",
+    written=lambda said: routed(said) | latent(said),
 )

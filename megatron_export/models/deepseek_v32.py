@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..common.errors import ExportError
 from ..common.safe_files import shown
 from . import deepseek_v3
+from .architecture import Settings
 from .blocks import INDEXER
 from .shape import ModelShape
 
@@ -41,10 +42,26 @@ def unlike(config: dict, length: int) -> str:
     return f"{said}, which Megatron-Core computes with Transformer Engine alone. Give shorter samples"
 
 
+def written(said: Settings) -> dict:
+    """Which layers have an indexer is said where not all have one. HF numbers layers from 0, Megatron from 1."""
+    found = deepseek_v3.ARCHITECTURE.written(said) | {
+        "index_n_heads": said["dsa_indexer_n_heads"],
+        "index_head_dim": said["dsa_indexer_head_dim"],
+        "index_topk": said["dsa_indexer_topk"],
+    }
+    if (woven := said["dsa_indexer_rope_interleaved"]) is not None:  # versions that do not know it rotate halves
+        found["indexer_rope_interleave"] = woven
+    if (every := said["dsa_indexer_topk_freq"] or 1) > 1:
+        found |= {"index_topk_freq": every, "index_skip_topk_offset": max(said["dsa_indexer_skip_topk_offset"] or 0, 1)}
+    return found
+
+
 ARCHITECTURE = replace(
     deepseek_v3.ARCHITECTURE,
     rules=deepseek_v3.ARCHITECTURE.rules | INDEXER,
     computed=sparse,
     unlike=unlike,
     respelled=respelled,
+    model_type="deepseek_v32",
+    written=written,
 )

@@ -4,7 +4,8 @@ windows, with a rotary base of their own; embeddings times the root of their siz
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
-from .architecture import Architecture
+from . import written_keys
+from .architecture import Architecture, Settings
 from .blocks import GQA, QK_NORM, TOP, dense, zero_centred
 from .rules import Table, same
 from .shape import ModelShape
@@ -59,6 +60,17 @@ def local_base(config: dict) -> float:
     return of_windows.get("rope_theta") or config["rope_local_base_freq"]
 
 
+_LEAST = 1e-6  # of factors of scores: that of a head with a million million numbers
+
+
+def written(said: Settings) -> dict:
+    """The factor of scores is the root of a whole number."""
+    scale = said["softmax_scale"]
+    return written_keys.windows(said) | (
+        {"query_pre_attn_scalar": round(scale**-2)} if scale and scale > _LEAST else {}
+    )
+
+
 ARCHITECTURE = Architecture(
     rules=zero_centred(TOP | GQA | QK_NORM | dense("mlp") | NORMS),
     implied=lambda config: DEFAULTS,
@@ -72,4 +84,7 @@ ARCHITECTURE = Architecture(
         "use_bidirectional_attention": (False, None),
     },
     sandwiched=local_base,
+    model_type="gemma3_text",
+    written=written,
+    unsaid=("query_pre_attn_scalar", "rope_local_base_freq"),
 )

@@ -3,9 +3,11 @@ every head, windows of attention in every other layer."""
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
+from . import written_keys
 from .architecture import Architecture
 from .blocks import BIASES, GQA, QKV_BIAS, TOP, moe, stacked
 from .shape import ModelShape
+from .written_keys import local
 
 
 def windows(config: dict, shape: ModelShape) -> dict:
@@ -42,4 +44,8 @@ ARCHITECTURE = Architecture(
     unsmoothed="up_proj has a bias and an offset that cannot be smoothed",
     stacked=True,
     published="mxfp4",
+    model_type="gpt_oss",
+    written=lambda said: (
+        local(said) | written_keys.windows(said) | {"swiglu_limit": said["activation_func_clamp_value"]}
+    ),
 )

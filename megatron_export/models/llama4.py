@@ -1,9 +1,10 @@
 """Llama4ForCausalLM: the language model of Llama 4. Experts stacked in one tensor for each layer, all layers or some, each with
 a shared one; some layers without rotary embeddings."""
 
-from .architecture import Architecture
+from .architecture import Architecture, Settings
 from .blocks import GQA, TOP, dense, moe, shared_experts, stacked
 from .shape import ModelShape
+from .written_keys import layers_with, local
 
 
 def unrotated(config: dict, shape: ModelShape) -> dict:
@@ -25,6 +26,20 @@ def unlike(config: dict, length: int) -> str:
     )
 
 
+def written(said: Settings) -> dict:
+    """Layers with experts are listed; the step is what they would follow if they were not."""
+    if not said["num_moe_experts"]:
+        return {}
+    sparse = layers_with(said["moe_layer_freq"], 1)
+    return local(said) | {
+        "intermediate_size_mlp": said["ffn_hidden_size"],
+        "moe_layers": sparse,
+        "interleave_moe_layer_step": sparse[0] + 1 if sparse else said["num_layers"] + 1,
+        "no_rope_layers": [int(not skipped) for skipped in said["no_rope_freq"] or [0] * said["num_layers"]],
+        "use_qk_norm": bool(said["qk_l2_norm"]),
+    }
+
+
 FEED_FORWARD = moe("feed_forward", router="router") | shared_experts("feed_forward.shared_expert")
 ARCHITECTURE = Architecture(
     rules=stacked("feed_forward", TOP | GQA | dense("feed_forward") | FEED_FORWARD),
@@ -38,4 +53,7 @@ ARCHITECTURE = Architecture(
     only={"num_experts_per_tok": (1,), "attention_bias": (False, None), "hidden_act": ("silu", None)},
     unlike=unlike,
     turned=True,
+    model_type="llama4_text",
+    written=written,
+    unsaid=("attention_chunk_size", "attn_temperature_tuning", "floor_scale", "attn_scale"),
 )

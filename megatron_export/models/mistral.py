@@ -1,5 +1,8 @@
 """MistralForCausalLM and Ministral3ForCausalLM: a Llama whose layers may all attend within one window."""
 
+from dataclasses import replace
+
+from . import written_keys
 from .architecture import Architecture
 from .blocks import GQA, TOP, dense
 from .shape import ModelShape
@@ -31,4 +34,7 @@ ARCHITECTURE = Architecture(
     computed=window,
     only={"model_type": ("mistral", "ministral3", "mistral3", None), "hidden_act": ("silu", None)},
     unlike=unlike,
+    model_type="mistral",
+    written=written_keys.window,
 )
+MINISTRAL = replace(ARCHITECTURE, model_type="ministral3", unsaid=("rope_parameters",))  # which scale queries too

@@ -2,6 +2,7 @@
 
 from .architecture import Architecture
 from .blocks import GQA, TOP, moe
+from .written_keys import local
 
 ON_DISK = (
     (r"\.mlp\.", ".block_sparse_moe."),
@@ -14,4 +15,6 @@ ARCHITECTURE = Architecture(
     settings={"moe_router_pre_softmax": False},
     only={"sliding_window": (None,), "hidden_act": ("silu", None)},
     on_disk=ON_DISK,
+    model_type="mixtral",
+    written=local,
 )

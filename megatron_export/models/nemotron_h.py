@@ -4,11 +4,12 @@ rotation, an MLP or experts whose up is squared where it is above 0; experts may
 
 from ..common.errors import ExportError
 from ..common.safe_files import shown
-from .architecture import Architecture
+from .architecture import Architecture, Settings
 from .layer_kinds import LETTERS, Kind, Layers
 from .rules import Rule, Table, qkv, same, vocab
 from .segment_layouts import Segments
 from .shape import ModelShape
+from .written_keys import routed
 
 # fmt: off
 RULES: Table = {
@@ -126,6 +127,33 @@ def computed(config: dict, shape: ModelShape) -> dict:
     return found
 
 
+CONVOLVED = 4  # tokens that the convolution of Megatron's Mamba mixers sees: no setting of its own
+
+
+def written(said: Settings) -> dict:
+    """The pattern as letters; layers that predict one more token have one of their own, after a slash."""
+    main, *predicting = (said["hybrid_layer_pattern"] or "").replace("|", "").split("/")
+    if said["mtp_num_layers"] and not predicting:  # as older versions of Megatron say it
+        predicting = [said["mtp_hybrid_override_pattern"] or "*E"] * said["mtp_num_layers"]
+    found = routed(said) | {
+        "hybrid_override_pattern": main,
+        "num_hidden_layers": len(main),
+        "mamba_num_heads": said["mamba_num_heads"],
+        "mamba_head_dim": said["mamba_head_dim"],
+        "n_groups": said["mamba_num_groups"],
+        "ssm_state_size": said["mamba_state_dim"],
+        "conv_kernel": CONVOLVED,
+    }
+    found.pop("first_k_dense_replace", None)
+    if said["num_moe_experts"]:
+        found |= {"moe_shared_expert_intermediate_size": said["moe_shared_expert_intermediate_size"] or 0}
+        found |= {"n_shared_experts": int(bool(said["moe_shared_expert_intermediate_size"]))}
+        found |= {"moe_latent_size": said["moe_latent_size"] or None}
+    if predicting:
+        found |= {"mtp_hybrid_override_pattern": predicting[0], "num_nextn_predict_layers": len(predicting)}
+    return found
+
+
 ARCHITECTURE = Architecture(
     rules=RULES,
     predicting="mtp.layers.",
@@ -163,5 +191,7 @@ ARCHITECTURE = Architecture(
     left={"w4a16_nvfp4": (".mixer.in_proj",)},
     left_why="in_proj of Mamba stays in bfloat16: SGLang does not load it so (--set GLOB=FORMAT quantizes it, for vLLM)",
     on_disk=((r"^model\.", "backbone."),),
+    model_type="nemotron_h",
+    written=written,
     unsmoothed="squared ReLU does not pass a vector on, experts may read a latent, and no engine's AWQ of Mamba was read",
 )

@@ -7,4 +7,5 @@ ARCHITECTURE = Architecture(
     rules=TOP | GQA | QKV_BIAS | dense("mlp"),
     settings={"add_qkv_bias": True},
     only={"use_sliding_window": (False, None), "hidden_act": ("silu", None)},
+    model_type="qwen2",
 )

@@ -7,4 +7,5 @@ ARCHITECTURE = Architecture(
     rules=TOP | GQA | QK_NORM | dense("mlp"),
     settings={"qk_layernorm": True},
     only={"attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None)},
+    model_type="qwen3",
 )

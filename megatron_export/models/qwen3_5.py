@@ -4,11 +4,13 @@ Qwen3-Next, with the input linears of linear attention apart, dense MLPs or expe
 from dataclasses import replace
 
 from . import qwen3_next
+from .architecture import Settings
 from .blocks import dense, renamed, zero_centred
 from .layouts import Split
 from .qwen3_next import ATTENTION, EXPERTS, LINEAR, MTP, segments
 from .rules import Rule, Table
 from .segment_layouts import Segments
+from .written_keys import numbered
 
 # fmt: off
 APART: Table = LINEAR | {
@@ -31,6 +33,13 @@ def _respelled(config: dict) -> dict:
     return found if said else found | {"vision_config": {"deepstack_visual_indexes": []}}
 
 
+def written(said: Settings) -> dict:
+    """Experts are in all layers, and their weights always sum up to 1."""
+    experts = numbered(said)
+    kept = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return qwen3_next.linear(said) | {key: experts[key] for key in kept if experts} | qwen3_next.shared_size(said)
+
+
 TEXT = replace(
     _NEXT,
     left={},
@@ -38,8 +47,10 @@ TEXT = replace(
     rules=RULES | zero_centred(dense("mlp")),
     only={key: values for key, values in _NEXT.only.items() if key != "norm_topk_prob"}
     | {"attn_output_gate": (True, None)},
+    model_type="qwen3_5_text",
+    written=qwen3_next.linear,
 )
-MOE_TEXT = replace(TEXT, rules=RULES | EXPERTS)
+MOE_TEXT = replace(TEXT, rules=RULES | EXPERTS, model_type="qwen3_5_moe_text", written=written)
 _SEEING = {"copied": ("model.visual.",), "respelled": _respelled, "on_disk": ((r"^model\.", SEES),)}
 DENSE = replace(TEXT, rules=renamed("model.", SEES, TEXT.rules), **_SEEING)
 MOE = replace(MOE_TEXT, rules=renamed("model.", SEES, MOE_TEXT.rules), **_SEEING)

@@ -2,6 +2,7 @@
 
 from .architecture import Architecture
 from .blocks import GQA, QK_NORM, TOP, dense, moe
+from .written_keys import numbered
 
 ARCHITECTURE = Architecture(
     rules=TOP | GQA | QK_NORM | dense("mlp") | moe("mlp"),
@@ -12,4 +13,6 @@ ARCHITECTURE = Architecture(
         "use_sliding_window": (False, None),
         "hidden_act": ("silu", None),
     },
+    model_type="qwen3_moe",
+    written=numbered,
 )

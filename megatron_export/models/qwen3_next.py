@@ -1,12 +1,13 @@
 """Qwen3NextForCausalLM: linear attention in three of four layers, gates on the outputs of attention, zero-centred norms, experts
 with a shared one behind a gate of its own, and layers that predict one more token under `mtp.`."""
 
-from .architecture import Architecture
+from .architecture import Architecture, Settings
 from .blocks import GQA, QK_NORM, TOP, dense, moe, shared_experts, zero_centred
 from .layer_kinds import Kind, by_layer_types
 from .rules import Rule, Table, as_stored, one_more, same
 from .segment_layouts import Heads, Segments
 from .shape import ModelShape
+from .written_keys import numbered
 
 # fmt: off
 LINEAR: Table = {
@@ -62,6 +63,23 @@ def computed(config: dict, shape: ModelShape) -> dict:
     }
 
 
+def linear(said: Settings) -> dict:
+    """Which layers have linear attention, and its sizes."""
+    kinds = said["linear_attention_freq"] or [0] * said["num_layers"]
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "layer_types": ["linear_attention" if one else "full_attention" for one in kinds],
+        **{f"linear_{size}": said[f"linear_{size}"] for size in sizes},
+        "partial_rotary_factor": said["rotary_percent"],
+    }
+
+
+def shared_size(said: Settings) -> dict:
+    """The size of the shared expert, of a model with experts."""
+    size = said["moe_shared_expert_intermediate_size"]
+    return {"shared_expert_intermediate_size": size or 0} if said["num_moe_experts"] else {}
+
+
 def implied(config: dict) -> dict:
     """A quarter of every head is rotated where nothing else is said."""
     return {"partial_rotary_factor": 0.25, "intermediate_size": config.get("moe_intermediate_size")}
@@ -98,4 +116,6 @@ ARCHITECTURE = Architecture(
         "hidden_act": ("silu", None),
         "mtp_num_hidden_layers": (1, 0, None),
     },
+    model_type="qwen3_next",
+    written=lambda said: linear(said) | numbered(said) | shared_size(said),
 )

@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3VLForConditionalGeneration": qwen3_vl.ARCHITECTURE,
     "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.ARCHITECTURE,
     "MistralForCausalLM": mistral.ARCHITECTURE,
-    "Ministral3ForCausalLM": mistral.ARCHITECTURE,
+    "Ministral3ForCausalLM": mistral.MINISTRAL,
     "Mistral3ForConditionalGeneration": mistral3.ARCHITECTURE,
     "Phi3ForCausalLM": phi3.ARCHITECTURE,
     "Gemma3ForCausalLM": gemma3.ARCHITECTURE,

@@ -1,5 +1,6 @@
 """The Megatron settings that an HF config.json implies: how a model of these sizes computes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..common.errors import ExportError
@@ -11,6 +12,21 @@ from .shape import ModelShape
 
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# Settings that are a number, or a list of 0 and 1 for all layers: what the number means for a layer, counted from 0.
+_EACH_LAYER: dict[str, Callable[[int, int], bool]] = {
+    "moe_layer_freq": lambda layer, every: layer % every == 0,
+    "linear_attention_freq": lambda layer, every: (layer + 1) % every != 0,
+    "window_attn_skip_freq": lambda layer, every: (layer + 1) % every != 0,
+    "no_rope_freq": lambda layer, every: (layer + 1) % every == 0,
+}
+
+
+def each_layer(name: str, value: object, layers: int) -> object:
+    """A setting, as a list for all layers where it may be a number or a list, and is a number."""
+    if name not in _EACH_LAYER or type(value) is not int or value < 1:
+        return value
+    return [int(_EACH_LAYER[name](layer, value)) for layer in range(layers)]
 
 
 def settings_of(config: dict) -> dict:

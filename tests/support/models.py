@@ -281,13 +281,7 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
 
     torch.manual_seed(7)
     source = folder / name
-    settings = ARCHITECTURES[name]
-    if "text_config" in settings:
-        settings = settings | {"text_config": settings["text_config"] | changes}
-    else:
-        settings = {**_SMALL, **settings, **changes}
-        settings |= {"num_hidden_layers": len(settings["layers_block_type"])} if name == "nemotron_h" else {}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**_settings(name, **changes))
     model = auto_model(name).from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -308,6 +302,23 @@ def make_model(folder: Path, name: str, **changes: object) -> Path:
     ids = torch.randint(0, config.get_text_config().vocab_size, (SAMPLES, LENGTH))
     save_file({"input_ids": ids}, folder / "ids" / "calibration.safetensors")
     return source
+
+
+def hf_config(name: str) -> dict:
+    """config.json's dict of such a checkpoint of a language model, without making it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**_settings(name))
+    found = json.loads(config.to_json_string())
+    return found | {"architectures": [AutoModelForCausalLM._model_mapping[type(config)].__name__], "dtype": "bfloat16"}
+
+
+def _settings(name: str, **changes: object) -> dict:
+    settings = ARCHITECTURES[name]
+    if "text_config" in settings:
+        return settings | {"text_config": settings["text_config"] | changes}
+    settings = {**_SMALL, **settings, **changes}
+    return settings | ({"num_hidden_layers": len(settings["layers_block_type"])} if name == "nemotron_h" else {})
 
 
 _OF_TOWER = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")

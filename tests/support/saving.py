@@ -21,8 +21,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_export import calibrate, export_hf_checkpoint, save_calibration
+from megatron_export.common.errors import ExportError
 from megatron_export.mcore.cpu_compat import without_cuda
-from megatron_export.models import settings_of, shape_of, unscaled_rope_settings
+from megatron_export.models import rope_of, settings_of, shape_of, unscaled_rope_settings
+from megatron_export.models.hf_config import text_of
 
 from .live import batches, loaded
 from .models import read_json
@@ -46,17 +48,35 @@ _PROCESSES = SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Proce
 
 def arguments(config: dict) -> argparse.Namespace:
     """What Megatron-LM's arguments would be for a model of config.json's dict; some that no reader knows too."""
-    names = {"layernorm_epsilon": "norm_epsilon", "num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
+    names = {"layernorm_epsilon": "norm_epsilon", "num_moe_experts": "num_experts"}
     settings = settings_of(config) | unscaled_rope_settings(config)
+    activation, gated = settings.pop("activation_func"), settings.pop("gated_linear_unit")
     said = {names.get(name, name): value for name, value in settings.items()}
     return argparse.Namespace(
-        **said,
+        **said | _scaled(config),
+        swiglu=gated and activation != "quick_gelu",  # and for Gemma's, which has no argument of its own
+        quick_geglu=activation == "quick_gelu",
+        squared_relu=activation == "squared_relu",
         group_query_attention=True,
+        vocab_size=text_of(config)["vocab_size"],
+        max_position_embeddings=text_of(config).get("max_position_embeddings"),
         untie_embeddings_and_output_weights=not shape_of(config).tied,
         params_dtype=torch.bfloat16,
         attention_backend=AttnBackend.auto,
         tokenizer_model=Path("/somewhere"),
     )
+
+
+def _scaled(config: dict) -> dict[str, Any]:
+    """The arguments for how rotations are scaled, but for those of latent attention."""
+    try:
+        rope = rope_of(config)
+    except ExportError:  # which Megatron does not compute
+        return {}
+    if rope.llama3:
+        return {"use_rope_scaling": True, "rope_scaling_factor": rope.llama3["factor"]}
+    linear = {"rotary_seq_len_interpolation_factor": rope.arguments.get("seq_len_interpolation_factor")}
+    return rope.yarn | ({"position_embedding_type": "yarn"} if rope.yarn else {}) | linear
 
 
 def save(
