@@ -15,8 +15,9 @@ def check_parallelism(chunk: nn.Module, batches: list[Tensor], here: Topology) -
     """`ExportError` under context parallelism, in FP8 or FP4, and where sequence parallelism does not divide the samples."""
     if here.cp_size > 1:
         raise ExportError(
-            f"calibration under context parallelism ({here.cp_size}) is not supported: measure without it, save the "
-            "statistics, and load them here"
+            f"the ranks share each sample (context parallelism, {here.cp_size}), so no rank sees whole ones, which means and "
+            "searches are of: calibrate the same weights in a run without it, keep what it measures with save_calibration, and "
+            "give load_calibration's result to the export here"
         )
     if chunk.config.fp8 or getattr(chunk.config, "fp4", None):
         raise ExportError(
