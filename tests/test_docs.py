@@ -68,8 +68,9 @@ class Command:
     def runs_here(self) -> bool:
         """Whether two processes on a CPU can run it: it needs no hub, no Megatron checkpoint and no more ranks."""
         if self.exports:
-            return "--hf-model" not in self.flags
-        return self.name.startswith("megatron-export ") and not any(HUB.fullmatch(flag) for flag in self.flags)
+            return not {"--hf-model", "--megatron-checkpoint", "--dcp-checkpoint"} & set(self.flags)
+        known = self.name.startswith("megatron-export ") and "--megatron-checkpoint" not in self.flags
+        return known and not any(HUB.fullmatch(flag) for flag in self.flags)
 
 
 def commands() -> dict[str, Command]:
