@@ -256,7 +256,7 @@ def refused(
         ("moe_layer_freq", [1, 1], "say moe_layer_freq for 2 layers, of 6"),
         ("moe_layer_freq", [2] * 6, "not a number or a list of 0 and 1"),
         ("window_size", (-1, 5), "not how many tokens before are seen, and 0"),
-        ("activation_func", object(), "not a word"),
+        ("activation_func", object, "not a word"),
         ("hybrid_layer_pattern", "M" * 10**6, "hybrid_layer_pattern = 'MMM"),
         ("hybrid_layer_pattern", "XYZ", "fit no architecture that is known"),
         ("softmax_scale", 1e-300, "fit no architecture that is known"),
@@ -265,7 +265,7 @@ def refused(
         ("normalization", "LayerNorm", "normalization is 'LayerNorm', not 'RMSNorm'"),
         ("activation_func", "gelu", "activation_func is 'gelu', not 'silu'"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused_at_once(setting: str, value: object, words: str) -> None:
     said = refused({setting: value})
