@@ -1,8 +1,9 @@
 """Which tensors share a file, which rank writes it, and in which order files grow.
 
 A file holds whole parameters, with all that is made of them, so a parameter has one writer, and its bytes travel once. Files are
-filled in order, as evenly as possible. A writer has `LANES` files that grow side by side, as one core writes, reads back and hashes
-each of them. If files are not small, their number is a multiple of `LANES`, so that no file is left over for one core alone.
+filled in order, as evenly as possible. A writer has `LANES` files that grow side by side, as a file system takes one file at
+the speed of one core, from however many threads. If files are not small, their number is a multiple of `LANES`, so that no file is
+left over alone.
 """
 
 from collections import defaultdict
