@@ -38,7 +38,7 @@ from megatron_export import (
 )
 from megatron_export.calibration.data import read_samples
 from megatron_export.checkpoint.hf_folder import find_model, read_config
-from megatron_export.common.errors import RankLost
+from megatron_export.common.errors import RankLost, message_of
 from megatron_export.formats import FORMATS, KV_FORMATS
 from megatron_export.planning.request import Request
 
@@ -125,9 +125,11 @@ class _Exports:
 
     def after(self, iteration: int, model: Any, optimizer: Any, flags: argparse.Namespace, exits: bool) -> None:
         """What follows a step: a check of the flags after the first, an export where one is due, the end of the one before."""
+        if (flags.export_calib_data or flags.export_calibration) and not flags.export_hf_model:
+            raise ExportError("--export-calib-data and --export-calibration need --export-hf-model PATH_OR_ID")
         if _interval(flags) < 1:
             raise ExportError("--export-hf needs --export-interval N, or --save-interval N")
-        last = iteration == flags.train_iters
+        last = exits or iteration == flags.train_iters
         due = last or iteration % _interval(flags) == 0
         if flags.overlap_param_gather and (due or not self.checked):
             _send_weights(model, optimizer)
@@ -138,7 +140,7 @@ class _Exports:
             self._finish()
             with _survived(iteration):
                 self._export(iteration, model, flags)
-        if last or exits:
+        if last:
             self._finish()
 
     def _export(self, iteration: int, model: Any, flags: argparse.Namespace) -> None:
@@ -160,7 +162,7 @@ class _Exports:
         if flags.export_calibration:
             return _on_all(lambda: load_calibration(flags.export_calibration, _config(flags)))
         batches = self.batches() if self.batches else _batches(flags)
-        formats = _formats(flags)
+        formats = _on_all(lambda: _formats(flags))
         return calibrate(model, batches, format=formats) if batches and formats else None
 
     def _check(self, model: Any, flags: argparse.Namespace) -> None:
@@ -221,9 +223,12 @@ def _batches(flags: argparse.Namespace) -> list[Tensor]:
     """Samples of --export-calib-data, one in each batch, the same on all ranks."""
     if flags.export_calib_data is None:
         return []
-    folder = find_model(flags.export_hf_model, weights=False)
     sizes = {"samples": flags.export_calib_samples, "length": flags.seq_length, "fewer": True}
-    return list(_on_all(lambda: read_samples(flags.export_calib_data, folder, **sizes)).split(1))
+
+    def read() -> Tensor:
+        return read_samples(flags.export_calib_data, find_model(flags.export_hf_model, weights=False), **sizes)
+
+    return list(_on_all(read).split(1))
 
 
 def _on_all(read: Callable[[], Any]) -> Any:
@@ -231,8 +236,8 @@ def _on_all(read: Callable[[], Any]) -> Any:
     found, said = None, ""
     try:
         found = read()
-    except ExportError as error:
-        said = str(error)
+    except Exception as error:  # noqa: BLE001 - the others wait for this rank
+        said = message_of(error)
     everyone = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, said)
     if any(everyone):

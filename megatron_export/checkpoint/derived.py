@@ -11,9 +11,12 @@ from ..common.file_names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from ..common.safe_files import not_read, read_table, shown
 from ..models import mtp_prefixes, settings_of, without_mtp
 from ..models.derivation import derived
+from ..models.drafts import child_of
 from ..models.settled_settings import Stated
 from .hf_folder import find_tokenizer, of_folder
 from .original import Original
+from .torch_dist_fsdp import opened
+from .torch_dist_keys import TRAINING
 from .torch_dist_settings import RUN_CONFIG, run_of, sayings
 from .torch_dist_storage import Storage
 
@@ -35,7 +38,7 @@ def derived_original(
 
     `ExportError` where the settings do not say enough, and how the user can.
     """
-    storage = Storage(folder)
+    storage = opened(folder, TRAINING)
     stated = _stated(storage)
     vocabulary, remarks = _vocabulary(storage, stated, values)
     stated = Stated(stated.where, {**stated.settings, "vocab_size": vocabulary}, stated.provider, stated.hf_model)
@@ -84,7 +87,8 @@ def _vocabulary(storage: Storage, stated: Stated, values: Mapping[str, Any]) -> 
     """How many tokens the model knows, and what to say of that: what was said, without the rows that Megatron pads with; or, where
     nothing is said, all rows.
     """
-    rows = next((tensor.shape[0] for key, tensor in storage.tensors.items() if key.endswith(_EMBEDDING)), None)
+    tables = (one.shape for key, one in storage.tensors.items() if key.endswith(_EMBEDDING) and not child_of(key))
+    rows = next((shape[0] for shape in tables if shape), None)
     said = values.get("vocab_size", stated.settings.get("vocab_size"))
     invented = str(stated.settings.get("tokenizer_type")).startswith("Null")  # some versions count one token more
     if rows is None or (said is not None and not (invented and "vocab_size" not in values)):
@@ -112,6 +116,7 @@ def _ids(folder: Path) -> dict[str, Any]:
     listed = said.get("added_tokens_decoder")
     known = {_content(token): number for number, token in (listed if isinstance(listed, dict) else {}).items()}
     known |= {_content(token): token.get("id") for token in _added(folder) if isinstance(token, dict)}
+    known.pop(None, None)  # an entry without a text
     found = {}
     for name in _TOKENS:
         number = generation.get(f"{name}_id", known.get(_content(said.get(name))))
@@ -124,11 +129,15 @@ def _check_tokens(config: dict, home: Path | None) -> None:
     """Raise `ExportError` for a tokenizer of another model, as far as its special tokens tell."""
     for name in _TOKENS:
         number = config[f"{name}_id"]
+        if number is not None and not (_is_number(number) or _are_numbers(number)):
+            raise ExportError(
+                f"--config-value {name}_id={shown(number)}: give the number of a token, or a list of them"
+            )
         most = max(number) if isinstance(number, list) else number
         if most is not None and type(config["vocab_size"]) is int and most >= config["vocab_size"]:
             raise ExportError(
-                f"{home}: {name} is number {most:,}, but the model knows {config['vocab_size']:,} tokens. Give the tokenizer that "
-                "it was trained with, or the right --config-value vocab_size=VALUE"
+                f"{home or '--config-value'}: {name} is number {most:,}, but the model knows {config['vocab_size']:,} tokens. Give "
+                "the tokenizer that it was trained with, or the right --config-value vocab_size=VALUE"
             )
 
 

@@ -67,7 +67,7 @@ def find_tokenizer(tokenizer: str | Path) -> Path:
         folder = _fetch(str(tokenizer), list(_COPIED))
     if not exists(folder) or not folder.is_dir():
         raise ExportError(
-            f"--tokenizer {tokenizer}: no such folder. Give one with a tokenizer, or a hub id such as org/name"
+            f"--tokenizer {tokenizer} is no folder. Give one with a tokenizer, or a hub id such as org/name"
         )
     if lacking := lacks_tokenizer(folder):
         raise ExportError(f"--tokenizer: {lacking}. Give another folder")

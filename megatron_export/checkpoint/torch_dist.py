@@ -32,15 +32,14 @@ from ..planning.plan import Held, assumed
 from .torch_dist_addons import StoredAdapter, adapters_in, is_adapter, quantizers_in
 from .torch_dist_drafts import own_part
 from .torch_dist_fsdp import joined, opened
-from .torch_dist_keys import UNKNOWN_DELTA_NET, Home, alike, entries, home, in_order, part_of, spans
-from .torch_dist_settings import contradictions_of, run_of, tensor_parallel_of
+from .torch_dist_keys import TRAINING, UNKNOWN_DELTA_NET, Home, alike, entries, home, in_order, part_of, spans
+from .torch_dist_settings import contradictions_of, run_of
 from .torch_dist_storage import Storage
 
 _HEADS = (
     "output_layer.weight",
     "embedding.word_embeddings.weight",
 )  # where the output layer is: in the latter if they are tied
-_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 
 
 class MegatronCheckpoint:
@@ -72,7 +71,7 @@ class MegatronCheckpoint:
             "adapters": adapters,
         }
         self.sources = parameters_of(config)
-        passed_over = (*_TRAINING, "mtp.") if mtp_dropped else _TRAINING
+        passed_over = (*TRAINING, "mtp.") if mtp_dropped else TRAINING
         self.every = opened(folder, passed_over)
         shape = shape_of(config)
         self.storage = own_part(self.every, child, heads=bool(shape.medusa))
@@ -86,7 +85,7 @@ class MegatronCheckpoint:
         for storage, run in runs.items() if not child else ():
             problems = contradictions_of(storage, run, config, mtp_dropped) + problems
         whole = [name for name, homes in self._homes.items() if len(homes) == 1]
-        problems += joined(self.storage, whole, config, tensor_parallel_of(self.storage, runs[self.storage]))
+        problems += joined(self.storage, whole, config, runs[self.storage])
         report(problems + self._misfits())
         _check_tensors(self.storage, (one for homes in self._homes.values() for one in homes))
         _check_tensors(self._beside, (one for some in self._adapters.values() for each in some for one in each.homes))

@@ -12,11 +12,13 @@ of Megatron-LM's checkpointing.py of August 2026.
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import ExportError
 from ..common.safe_files import exists, shown
 from ..models import settings_of
 from .torch_dist_iteration import SETTINGS
+from .torch_dist_settings import tensor_parallel_of
 from .torch_dist_storage import Storage
 
 _WRAPPERS = re.compile(r"model\.(?:module\.)*")
@@ -35,12 +37,12 @@ def opened(folder: Path, passed_over: tuple[str, ...]) -> Storage:
     return storage
 
 
-def joined(storage: Storage, names: Iterable[str], config: dict, tp: int | None) -> list[str]:
+def joined(storage: Storage, names: Iterable[str], config: dict, run: dict[str, Any]) -> list[str]:
     """Which of the parameters `names`, saved whole, have the segments of each tensor-parallel rank together, as sentences.
 
-    tp  the tensor-parallel size of the run, None if the checkpoint does not say
+    run  what the checkpoint's run_config.yaml says
     """
-    if tp == 1 or exists(storage.folder / SETTINGS):
+    if exists(storage.folder / SETTINGS) or (tp := tensor_parallel_of(storage, run)) == 1:
         return []
     patterns = (_SEGMENTS, _GATED) if settings_of(config)["gated_linear_unit"] else (_SEGMENTS,)
     how = "does not say" if tp is None else f"says {tp}"

@@ -15,6 +15,7 @@ from ..common.safe_files import shown
 from ..models.sources import MOST_PARAMETERS
 from .torch_dist_metadata import Stored
 
+TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")  # which nobody reads
 _ALIKE = re.compile(r"decoder\.layers\.(?=[a-z])")
 _ORDER = ("", "w", "v", "query", "key", "value", "z", "beta", "alpha", "x", "B", "C", "dt")
 UNKNOWN_DELTA_NET = re.compile(r"\.self_attention\.(?:in_proj\.weight|in_proj_qkvz\.weight|conv1d\.weight)$")

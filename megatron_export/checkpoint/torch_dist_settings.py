@@ -43,9 +43,10 @@ def contradictions_of(storage: Storage, run: dict[str, Any], config: dict, mtp_d
 
 
 def tensor_parallel_of(storage: Storage, run: dict[str, Any]) -> int | None:
-    """The tensor-parallel size of the run that saved a checkpoint; None if it does not say."""
-    said = [found.get("tensor_model_parallel_size") for _, found in sayings(storage, run)]
-    return next((size for size in said if type(size) is int), None)
+    """The tensor-parallel size of the run that saved a checkpoint, of its experts if that is larger; None if it does not say."""
+    names = ("tensor_model_parallel_size", "expert_tensor_parallel_size")
+    said = [found.get(name) for _, found in sayings(storage, run) for name in names]
+    return max((size for size in said if type(size) is int), default=None)
 
 
 def sayings(storage: Storage, run: dict[str, Any], way_out: str = "") -> list[tuple[str, dict[str, Any]]]:

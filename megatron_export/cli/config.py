@@ -174,8 +174,9 @@ class ExportConfig:
         alone = self.megatron_checkpoint is not None and self.hf_model is None
         for name in ("tokenizer", "architecture", "config_value"):
             if getattr(self, name) and not alone:
-                other = "with --hf-model, which has it" if self.hf_model else "without --megatron-checkpoint"
-                raise ValueError(f"--{name.replace('_', '-')} has no effect {other}. Leave one out")
+                other = "with --hf-model, whose config and tokenizer are taken"
+                other = other if self.hf_model else "without --megatron-checkpoint"
+                raise ValueError(f"--{name.replace('_', '-')} has no effect {other}. Leave it out")
         if alone and (self.verify or self.report):
             raise ValueError("--verify and --report compare with --hf-model. Give it")
         self.keys()

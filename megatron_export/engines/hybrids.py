@@ -34,7 +34,7 @@ def rows_of_parts(checkpoint: CheckpointView, name: str) -> tuple[int, ...]:
 
 
 def states_fit(checkpoint: CheckpointView, tp: int) -> bool:
-    """Whether `tp` GPUs can have as many heads each of linear attention, and of Mamba whole groups of them."""
+    """Whether `tp` GPUs can have as many heads each of linear attention, and of Mamba whole groups of them, or copies of one."""
     keys = ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads")
     groups = checkpoint.number("n_groups") if checkpoint.number("mamba_num_heads") else 0
-    return all(checkpoint.number(key) % tp == 0 for key in keys) and groups % tp == 0
+    return all(checkpoint.number(key) % tp == 0 for key in keys) and (groups == 1 or groups % tp == 0)

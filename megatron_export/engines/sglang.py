@@ -108,7 +108,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),
     "kv nvfp4":      (_M, "an NVFP4 KV cache is on request, and on Blackwell", "kv", READ),
-    "kv ignored":    (_L, "KV scales are not loaded in Qwen, Mixtral, GLM 4.5, Llama 4 and GPT-OSS", "attention", SEEN),
+    "kv ignored":    (_L, "KV scales are not loaded in Qwen 2, 3 and 3-VL, Mixtral, GLM 4.5, Llama 4, GPT-OSS", "attention", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "mtp", READ),
     "mtp count":     (_L, "there is one layer that predicts one more token", "deepseek loader", READ),
     "mtp left out":  (_L, "of such a layer too, what is stored in bfloat16 is left out", "mtp", READ),

@@ -72,7 +72,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
     "joined file":   (_R, "scales of what is one tensor in the file too (Phi 3) are numbers, or rows of groups", "phi3", READ),
-    "sees":          (_U, "how names in lists are compared in models that see, but Llama 4", "archs", READ),
+    "sees":          (_U, "how names in lists are compared in models that see, but Llama 4, Qwen 3.5", "archs", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
     "packed":        (_U, "what it packs of Qwen 3.5 (in_proj_qkv, in_proj_z) is in bfloat16, FP8 or its blocks", "qwen 3.5", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),

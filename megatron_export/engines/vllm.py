@@ -92,7 +92,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "stack":         (_R, "stacked experts are quantized in Llama4ForConditionalGeneration alone", "llama4", SEEN),
     "gpt_oss":       (_R, "GPT-OSS is not quantized in another dialect than OpenAI's", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),
-    "keys":          (_R, "config.json says what the classes of MiniMax M2 and Qwen3-VL read", "minimax", SEEN),
+    "keys":          (_R, "config.json says what the classes of MiniMax M2 and Qwen3-VL MoE read", "minimax", SEEN),
     "indexers":      (_R, "index_topk_pattern or index_topk_freq says which layers have an indexer", "deepseek", SEEN),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),

@@ -33,7 +33,7 @@ from ..planning.plan import Plan
 from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
-from ..writing.manifest import accelerators
+from ..writing.manifest import accelerators, names_in
 from ..writing.publish import Destination
 from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
@@ -80,7 +80,7 @@ class Handle:
         with self.world() as here:
             if self.outcome is None:
                 ended = here.first and ready(self.process)
-                said = self.process.communicate()[1].decode().strip() if ended else ""
+                said = _said(self.process) if ended else ""
                 self.outcome = collectives.from_first(here, (self.process.returncode, said) if ended else None)
             if self.outcome is None:
                 return False
@@ -94,6 +94,12 @@ class Handle:
                 if status:
                     raise ExportError(said or f"the process that writes {self.folder} ended with status {status}")
             return True
+
+
+def _said(process: subprocess.Popen) -> str:
+    """What it said on standard error."""
+    process.stderr.seek(0)
+    return process.stderr.read().decode(errors="replace").strip()
 
 
 def _ends_within(timeout: float | None, process: subprocess.Popen) -> bool:
@@ -122,12 +128,14 @@ class _Memory:
         if not own or own in cls.spare:
             return
         there = _files_of(plan, {other for other, node in enumerate(nodes) if node == nodes[rank]})
+        alone = len(set(nodes)) > 1 and set(plan.writers.values()) == {0}
         nbytes, room = sum(output.nbytes for _, outputs in there for output in outputs), available()
         if nbytes + SPARE_BYTES > room:
+            way_out = "Spread it with writers='node', or use" if alone else "Use"
             what = "the encoded checkpoint takes" if nbytes == plan.nbytes else "what is written there takes"
             raise ExportError(
                 f"{what} {readable(nbytes)} of the memory of rank {rank}'s host, and {readable(room)} are available there. "
-                "Spread it with writers='node', or use export_hf_checkpoint, which keeps a few buffers of it at a time"
+                f"{way_out} export_hf_checkpoint, which keeps a few buffers of it at a time"
             )
 
     def path(self, file: str) -> Path:
@@ -203,7 +211,7 @@ def export_hf_checkpoint_async(
         with together(here, "find memory"):
             _Memory.check(opening.plan, here.rank, nodes)
         work, identity = surveyed(here, opening)
-        said = {"settings": opening.request.said(), "versions": accelerators()}
+        said = {"settings": names_in(opening.request.said()), "versions": accelerators()}
         place = Destination(
             target,
             request.overwrite,

@@ -31,29 +31,32 @@ def start_writing(
     except BaseException:
         if process:
             process.kill()
-            process.communicate()
+            process.wait()
         raise
     return process
 
 
 def _started(job: Handover, links: dict[int, socket.socket]) -> subprocess.Popen:
     """The process that writes; it has the memory's descriptors and the connections, and a session of its own, so that it outlives
-    this one. What a process of rank 0 says on standard error is what the handle raises.
+    this one. What that of rank 0 says on standard error is what the handle raises; the others say it where this one does.
     """
     kept = os.memfd_create("job")  # no pipe: the process takes seconds before it reads
     job = replace(job, links={rank: link.fileno() for rank, link in links.items()})
     with os.fdopen(kept, "wb", closefd=False) as file:
         pickle.dump(job, file)
     locks = (job.claim.lock,) if job.claim else ()
+    told = os.fdopen(os.memfd_create("told"), "rb") if job.claim else None  # no pipe, which fills while nobody reads
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "megatron_export.export.async_writer", f"{kept}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if job.claim else subprocess.DEVNULL,
+            stderr=told,
             pass_fds=(kept, *locks, *job.links.values(), *job.files.values()),
             start_new_session=True,
         )
+        process.stderr = told
+        return process
     finally:
         os.close(kept)
         for link in links.values():  # each end is in one process alone

@@ -29,9 +29,7 @@ def sparse(config: dict, shape: ModelShape) -> dict:
 def respelled(config: dict) -> dict:
     """Which layers have an indexer, in letters: vLLM does not read `indexer_types`, which is all that transformers writes."""
     kinds = config.get("indexer_types")
-    if not kinds or {"index_topk_freq", "index_topk_pattern"} & config.keys():
-        return {}
-    return {"index_topk_pattern": "".join("F" if kind == "full" else "S" for kind in kinds)}
+    return {"index_topk_pattern": "".join("F" if kind == "full" else "S" for kind in kinds)} if kinds else {}
 
 
 def unlike(config: dict, length: int) -> str:

@@ -32,6 +32,13 @@ _LATENT_YARN = {  # the same of latent attention, with what Megatron computes wh
     "mscale": 1.0,
     "mscale_all_dim": 0.0,
 }
+_FIXED = {  # keys that nobody gives -> why
+    "architectures": "the architecture is given with --architecture",
+    "model_type": "the architecture is given with --architecture",
+    "torch_dtype": "what is not quantized is written in bfloat16. Leave it out",
+    "dtype": "what is not quantized is written in bfloat16. Leave it out",
+    "quantization_config": "the format is given with --format or --recipe",
+}
 # How far a difference is from fitting, if not 1: a model of another kind, and "", a config.json that cannot be.
 _FAR = {"num_moe_experts": 10, "multi_latent_attention": 10, "hybrid_layer_pattern": 10, "": 3}
 
@@ -42,6 +49,7 @@ def derived(
     """The config.json of a model with these settings, of the architecture `name`, or of the only one that fits; `values` are keys
     that the user gives, in place of settings. `fits` is asked where several do. `ExportError` says what is missing.
     """
+    report([f"--config-value {key}: {why}" for key, why in _FIXED.items() if key in values])
     said = settled(stated, values)
     if name is not None:
         _check_name(name)

@@ -8,7 +8,7 @@ from .blocks import below
 
 def respelled(config: dict) -> dict:
     """The class of the language model, as Moonshot's config.json says it: SGLang asks for it."""
-    said = "architectures" in config["text_config"]
+    said = config["text_config"].get("architectures")
     return {} if said else {"text_config": {"architectures": ["DeepseekV3ForCausalLM"]}}
 
 

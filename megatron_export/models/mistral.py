@@ -21,7 +21,8 @@ def window(config: dict, shape: ModelShape) -> dict:
 def unlike(config: dict, length: int) -> str:
     """Ministral 3 scales queries beyond some position."""
     rope = config.get("rope_parameters") or {}
-    if not rope.get("llama_4_scaling_beta") or length <= (most := rope["original_max_position_embeddings"]):
+    most = rope.get("original_max_position_embeddings") or 0
+    if not rope.get("llama_4_scaling_beta") or length <= most:
         return ""
     return (
         f"samples of {length} tokens: beyond {most} this model scales its queries, which Megatron-Core does not. Give shorter "

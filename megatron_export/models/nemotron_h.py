@@ -108,10 +108,13 @@ def implied(config: dict) -> dict:
 
 
 def respelled(config: dict) -> dict:
-    """Lists of kinds in NVIDIA's words. transformers 5 has others for Mamba and attention, which SGLang does not know."""
+    """Lists of kinds in NVIDIA's words: transformers 5 has others for Mamba and attention, which SGLang does not know. And how many
+    groups Mamba has, under the key that SGLang reads.
+    """
     words = {"linear_attention": "mamba", "full_attention": "attention"}
     lists = {key: config.get(key) for key in ("layers_block_type", "mtp_layers_block_type")}
-    return {key: [words.get(one, one) for one in found] for key, found in lists.items() if isinstance(found, list)}
+    found = {key: [words.get(one, one) for one in kinds] for key, kinds in lists.items() if isinstance(kinds, list)}
+    return found | ({"mamba_n_groups": config["n_groups"]} if "n_groups" in config else {})
 
 
 def computed(config: dict, shape: ModelShape) -> dict:

@@ -11,5 +11,5 @@ ARCHITECTURE = replace(
     copied=("model.visual.",),
     only=dict(qwen3_moe.ARCHITECTURE.only) | {"norm_topk_prob": (True, None)},  # without the key HF norms too
     called=qwen3_vl.CALLED,
-    routing={"norm_topk_prob": True},  # which vLLM and SGLang read
+    routing={"norm_topk_prob": True},  # which vLLM's class reads
 )

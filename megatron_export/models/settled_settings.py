@@ -106,8 +106,10 @@ def settled(stated: Stated, values: Mapping[str, Any]) -> dict[str, Any]:
         name: stated.settings.get(name) for name in (*_WHOLE, *_NUMBERS, *_YES_OR_NO, *_FLAGS, *_WORDS, "window_size")
     }
     given = {setting: values[key] for setting, key in _NEEDED.items() if key in values}
+    own = {name: value for name, value in said.items() if name not in given}
+    report([f"{stated.where} say {problem}{_DISTRUST}{stated.way_out}" for problem in _wrong(own)])
+    report([f"--config-value {_NEEDED[problem.partition(' ')[0]]}: {problem}" for problem in _wrong(given)])
     said |= given
-    report([f"{stated.where} say {problem}{_DISTRUST}{stated.way_out}" for problem in _wrong(said)])
     said |= in_halves(said["hybrid_layer_pattern"])
     hybrid = said["hybrid_layer_pattern"]
     lacking = {

@@ -150,8 +150,12 @@ def _names_head(line: Line, head: str) -> bool:
 
 
 def _insisted(linears: dict[str, list[str]], lines: tuple[Line, ...]) -> set[str]:
-    """Linears that a line of `--set` quantizes: whoever writes one knows the engine that it is for."""
-    own = [line for line in lines if line.said.startswith("--set ") and line.format != PLAIN]
+    """Linears that a line of `--set` quantizes by name, not with all of a layer: whoever writes one knows the engine it is for."""
+    own = [
+        line
+        for line in lines
+        if line.said.startswith("--set ") and line.format != PLAIN and line.glob.rpartition(".")[2].strip("*")
+    ]
     return {name for name, found in linears.items() for line in own for module in found if _is_named(module, line.glob)}
 
 

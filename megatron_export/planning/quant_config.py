@@ -82,7 +82,7 @@ def config_json(plan: Plan) -> dict:
     config = {key: value for key, value in plan.config.items() if key != "quantization_config"}
     inner = _in_bfloat16(config["text_config"]) if "text_config" in config else {}
     architecture = architecture_of(plan.config)
-    routing = {key: value for key, value in architecture.routing.items() if key not in config | inner}
+    routing = {key: value for key, value in architecture.routing.items() if (config | inner).get(key) is None}
     config |= {"text_config": inner | routing} if inner else routing
     for key, said in architecture.respelled(plan.config).items():
         config[key] = config[key] | said if isinstance(said, dict) else said

@@ -21,7 +21,7 @@ from ..formats import VARIANTS
 from ..models import head_of, is_linear_weight, mtp_prefixes, parameters_of, shape_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.crc32 import crc32_of_file
+from ..writing.crc32 import crc32_of_file, spelled
 from ..writing.fingerprint import of_file
 from .detect_format import Described, Variant, check_dialect, described
 from .diagnosis import diagnosis
@@ -122,7 +122,7 @@ def _sum_of(path: Path, said: dict) -> str | None:
     """The same of the file; None if it is not there."""
     if not path.is_file():
         return None
-    return of_file(path) if said.get("sha256") else f"{crc32_of_file(path):08x}"
+    return of_file(path) if said.get("sha256") else spelled(crc32_of_file(path))
 
 
 def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeights) -> tuple[Plan, list[str]]:

@@ -9,6 +9,11 @@ from isal.isal_zlib import crc32
 _CHUNK = 8 << 20
 
 
+def spelled(crc: int) -> str:
+    """As a manifest has it."""
+    return f"{crc:08x}"
+
+
 def crc32_of_file(path: Path) -> int:
     """The crc32 of the bytes of a file."""
     crc, buffer = 0, memoryview(bytearray(_CHUNK))

@@ -22,6 +22,7 @@ from ..common.errors import ExportError
 from ..common.file_names import MANIFEST
 from ..common.safe_files import exists, shown
 from ..planning.contents import Contents
+from .crc32 import spelled
 from .read_back import Verified
 
 KIND = "megatron_export manifest 1"
@@ -38,14 +39,14 @@ def manifest(
             "file": file,
             "dtype": SPELLED[output.dtype],
             "shape": list(output.shape),
-            "crc32": f"{found[file].tensors[output.name]:08x}",
+            "crc32": spelled(found[file].tensors[output.name]),
         }
         for file, outputs in contents.files.items()
         for output in outputs
     }
     files: dict[str, dict] = {}
     for name, one in sorted(found.items()):
-        files[name] = {"bytes": one.nbytes, "crc32": f"{one.crc32:08x}"}
+        files[name] = {"bytes": one.nbytes, "crc32": spelled(one.crc32)}
         if name in sums:
             files[name]["sha256"] = sums[name]
     return {

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "Nemotron in weights of four bits, all of it": (
         lambda: planned(NEMOTRON, format="w4a16_nvfp4", set=("*.in_proj=w4a16_nvfp4",)), {}, "", "hybrid linear", "machine"),
     "Nemotron of four groups": (
-        lambda: planned(NEMOTRON | {"n_groups": 4}, format="bf16"), {}, "", "hybrid", ""),
+        lambda: saying(planned(NEMOTRON | {"n_groups": 4}, format="bf16"), mamba_n_groups=None), {}, "", "hybrid", ""),
     "Nemotron in transformers' words": (
         lambda: saying(planned(NEMOTRON, format="bf16"), hybrid_override_pattern=None,
                        layers_block_type=["linear_attention", "moe", "full_attention"]), {}, "", "hybrid", ""),
