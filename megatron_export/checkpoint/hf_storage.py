@@ -115,7 +115,7 @@ class DcpFolder:
         if not exists(folder / METADATA):
             raise ExportError(f"--dcp-checkpoint {folder} {_without_metadata(folder)}")
         self.storage = Storage(folder, _TRAINING, _named)
-        start = self._start(parameters_of(config)[_EMBEDDING].names().popitem()[1])
+        start = self._start(parameters_of(config)[_EMBEDDING].names()[""])
         found = self.storage.tensors.items()
         self.tensors = {name.removeprefix(start): one for name, one in found if name.startswith(start)}
         self.storage.check_files(self.tensors.values())

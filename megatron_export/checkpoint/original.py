@@ -8,7 +8,7 @@ from ..common.file_names import CONFIG
 from ..common.folder_kinds import has_weights
 from ..common.safe_files import shown
 from ..models import architecture_of, copied_prefixes, mtp_prefixes, parameters_of, settings_of, without_mtp
-from ..models.predicting import with_mtp
+from ..models.predicting import own_of_mtp, with_mtp
 from ..models.sources import stored_names
 from ..planning.tensor_spec import Output
 from .dialects import dialect_of
@@ -86,7 +86,8 @@ def config_alone(
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         remarks = (f"{CONFIG} says {how}: that is left out, as it speaks of weights that are not read",)
     trained = DcpFolder(dcp, config) if dcp else None
-    names = trained.homes if trained else files_of(folder) if read else ()
+    named = mtp == "drop" or own_of_mtp(architecture_of(config))  # else no file is opened for this
+    names = trained.homes if trained else files_of(folder) if read and named else ()
     config = with_mtp(config, names)
     if mtp == "drop":
         dropped = mtp_prefixes(config, names)

@@ -1,7 +1,7 @@
 """The parameters of one model, from its config.json: how each is cut and shaped in Megatron, and what it is called in HF."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from math import prod
@@ -52,8 +52,8 @@ class Source:
     dtype: torch.dtype = torch.bfloat16
     stack: Stack | None = None
 
-    def names(self) -> dict[str, str]:
-        """Layout part -> HF tensor name."""
+    def names(self) -> Mapping[str, str]:
+        """Layout part -> HF tensor name; all who ask share it."""
         return self._names
 
     @cached_property

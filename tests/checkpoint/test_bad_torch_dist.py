@@ -298,7 +298,8 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(folder: Path) -> 
         checkpoint.shard(one, one.shape, 0, 1)
 
 
-@pytest.mark.parametrize("flags", [("--megatron-checkpoint", "x"), ("--hf-model", "x", "--iteration", 3)])
-def test_flags_that_say_too_little_are_bad_usage(flags: tuple, ranks: Ranks, tmp_path: Path) -> None:
-    said = refused(ranks, tmp_path, *flags, "--format", "bf16", "--output", tmp_path / "out", status=2)
+def test_flags_that_say_too_little_are_bad_usage(ranks: Ranks, tmp_path: Path) -> None:
+    said = refused(
+        ranks, tmp_path, "--hf-model", "x", "--iteration", 3, "--format", "bf16", "--output", tmp_path / "out", status=2
+    )
     assert_says(said, "--megatron-checkpoint")

@@ -102,14 +102,14 @@ def test_the_interface_is_that_of_the_rendezvous(
 
     monkeypatch.setattr(socket, "getaddrinfo", resolved)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    listening = rank_store._listening(host, 8)
+    listening = rank_store.listening(host, 8)
     assert (listening and listening.getsockname()[0]) == found
     if listening:
         listening.close()
 
 
 def test_a_store_without_an_interface_of_its_own_listens_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_store, "_listening", lambda host, world: None)
+    monkeypatch.setattr(rank_store, "listening", lambda host, world: None)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     said = []
     first = RankStore(0, 2, lambda mine: said.append(mine) or mine, 30)
