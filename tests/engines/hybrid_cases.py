@@ -31,6 +31,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "next in FP8": (lambda: planned(QWEN_NEXT, format="fp8"), {}, "", "", ""),
     "next in FP8, predicting": (lambda: planned(QWEN_NEXT | PREDICTS, format="fp8"), {}, "", "mtp left out", ""),
     "next in FP8, all of it": (lambda: planned(QWEN_NEXT, format="fp8", set=(f"{PROJECTION}=fp8",)), {}, "", "hybrid linear", ""),
+    "next in four bits, a layer in FP8": (
+        lambda: planned(QWEN_NEXT, format="nvfp4", set=("*.layers.0.*=fp8",)), {}, "", "", "machine"),
     "next in blocks": (lambda: planned(QWEN_NEXT, format="fp8_pb"), {}, "", "", ""),
     "next in four bits": (lambda: planned(QWEN_NEXT, format="nvfp4"), {}, "", "", "machine"),
     "next in four bits, q, k and v too": (

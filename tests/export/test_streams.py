@@ -146,7 +146,7 @@ def told_of(source: Path, out: Path, how: str) -> str:
         ("killed", "ended with status -9"),
         ("taken meanwhile", "is not empty"),
         ("refused at once", "is not empty. Give another --output"),
-        ("no memory", "of the memory of rank 0's host, and 1.07 GB are available there. Spread it"),
+        ("no memory", "of the memory of rank 0's host, and 1.07 GB are available there. Use export_hf_checkpoint"),
     ],
 )
 def test_what_fails_in_the_background_is_told_on_every_rank(
