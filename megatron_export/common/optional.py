@@ -1,4 +1,4 @@
-"""The modules that need Megatron-Core: imported where a Megatron model is given; without it, refused in a sentence."""
+"""The modules that need Megatron-Core, or what it needs: imported where such a model is given; without it, refused with a hint."""
 
 import sys
 from contextlib import nullcontext
@@ -8,9 +8,17 @@ from types import ModuleType
 from .errors import StartError
 from .garbage import no_garbage_collection
 
+_MEGATRON = "Megatron models need megatron-core, which is not installed here. Install it: pip install megatron-core"
+_NEEDED = {
+    "megatron": _MEGATRON,
+    "megatron.core": _MEGATRON,
+    "triton": "models with layers of Mamba need triton, which Megatron-Core imports for them and torch for CPUs does not bring. "
+    "Install it: pip install triton",
+}
+
 
 def part(name: str) -> ModuleType:
-    """The module `megatron_export.NAME`. `StartError` if it needs Megatron-Core, and that is not installed."""
+    """The module `megatron_export.NAME`. `StartError` if a package that it needs is not installed."""
     from .late_compile import compiled_when_called  # imports torch
 
     late = nullcontext() if "megatron.core" in sys.modules else compiled_when_called()
@@ -18,7 +26,6 @@ def part(name: str) -> ModuleType:
         with no_garbage_collection(), late:
             return import_module(f"megatron_export.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("megatron", "megatron.core"):
+        if error.name not in _NEEDED:
             raise
-        said = "Megatron models need megatron-core, which is not installed here. Install it: pip install megatron-core"
-        raise StartError(said) from error
+        raise StartError(_NEEDED[error.name]) from error

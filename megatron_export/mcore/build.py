@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,12 +26,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ..common.errors import report
+from ..common.optional import part
 from ..distributed.topology import Topology
 from ..models import Rope, architecture_of, check_computed, rope_of, settings_of, shape_of, unscaled_rope_settings
 from ..models.hf_config import text_of
 from ..planning.rank_placement import PAD_VOCAB_TO, layout_problems, size_problems, stages_of
 from .cpu_compat import kernels, without_cuda
-from .hybrid import MARKED, hybrid_model
 from .latent_attention import LatentAttention
 from .linear_attention import delta_net
 from .model import ACTIVATIONS, zero_centred_norm
@@ -57,6 +58,11 @@ def check_divides(config: dict, topology: Topology, pp_layout: str | None = None
 def _is_hybrid(config: dict) -> bool:
     """Whether every layer is one block, so that Megatron has a hybrid model of it."""
     return "hybrid_layer_pattern" in settings_of(config)
+
+
+def _hybrids() -> ModuleType:
+    """The module that builds hybrid models: Megatron-Core's Mamba imports triton, which no other model needs."""
+    return part("mcore.hybrid")
 
 
 def build_model(
@@ -92,7 +98,7 @@ def build_model(
     with without_cuda(topology.device), _norms_of_parts():
         if _is_hybrid(config):
             stages = stages_of(shape, topology.pp_size, pp_layout)
-            model = hybrid_model(settings, shape, stages, vocab, max_sequence_length or 1)
+            model = _hybrids().hybrid_model(settings, shape, stages, vocab, max_sequence_length or 1)
             return _converted(model, topology.device, dtype)
         for chunk in range(topology.vpp_size):
             stage = chunk if topology.vpp_size > 1 else None
@@ -227,7 +233,7 @@ def _settings(
     if pp_layout is None and shape.layers % stages:
         pp_layout = "|".join(stages_of(shape, stages, None))
     if pp_layout and _is_hybrid(config):  # whose layers that predict are none of Megatron's
-        pp_layout = None if MARKED else pp_layout.replace("m", "")
+        pp_layout = None if _hybrids().MARKED else pp_layout.replace("m", "")
     kind = MLATransformerConfig if shape.kv_lora else TransformerConfig
     computed = settings_of(config)
     if computed.pop("hybrid_layer_pattern", None):  # an argument of hybrid models

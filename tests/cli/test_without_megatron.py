@@ -101,3 +101,18 @@ def test_an_export_says_in_a_sentence_what_to_install(folders: tuple[Path, Path,
 def test_so_does_the_library(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     done = python("-c", HIDE + LIBRARY, tmp_path / "out", folders[0])
     assert done.stdout.splitlines() == [TOLD, TOLD], done.stderr
+
+
+def test_triton_is_needed_for_layers_of_mamba_alone() -> None:
+    """torch for CPUs does not bring it, and Megatron-Core's Mamba imports it."""
+    hide = HIDE.replace('"megatron"', '"triton"')
+    done = python(
+        "-c",
+        hide
+        + "from megatron_export.mcore import build\ntry:\n    build._hybrids()\nexcept Exception as error:\n    print(error)",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "models with layers of Mamba need triton, which Megatron-Core imports for them and torch for CPUs does not bring. "
+        "Install it: pip install triton\n"
+    )
