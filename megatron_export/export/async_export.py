@@ -28,13 +28,10 @@ from ..distributed import world as worlds
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..hf.model import device_of, is_transformers
-from ..planning.budget import recipe_text
 from ..planning.plan import Plan
 from ..planning.request import Request, requested
 from ..writing.byte_sink import InMemory, OnDisk, Sheet
 from ..writing.journal import Checks
-from ..writing.manifest import accelerators, names_in
-from ..writing.publish import Destination
 from ..writing.staging import Claim, claimed
 from ..writing.target import check_empty
 from ..writing.writer import CheckpointWriter
@@ -42,7 +39,7 @@ from .async_start import start_writing
 from .drafts import refuse_draft
 from .encode_stream import Stream, Work
 from .origins import Model, Statistics, Tokenizer, world_of
-from .prepare import open_model, surveyed
+from .prepare import destination_of, open_model, surveyed
 
 SPARE_BYTES = 1 << 30  # of memory, for all else
 WAITED = ("resume", "target", "draft_format")  # options of an export that is waited for
@@ -211,19 +208,7 @@ def export_hf_checkpoint_async(
         with together(here, "find memory"):
             _Memory.check(opening.plan, here.rank, nodes)
         work, identity = surveyed(here, opening)
-        said = {"settings": names_in(opening.request.said()), "versions": accelerators()}
-        place = Destination(
-            target,
-            request.overwrite,
-            False,
-            request.sync,
-            request.sha256,
-            opening.original,
-            identity,
-            provenance or {},
-            said,
-            recipe_text(opening.request),
-        )
+        place = destination_of(opening, target, identity, provenance)
         own = here.first or here.rank in work.plan.writers.values()
         memory = _Memory(target, work.plan, here.rank, keep_memory) if own else None
         try:

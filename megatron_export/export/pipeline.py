@@ -21,7 +21,6 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..models import copied_prefixes
-from ..planning.budget import recipe_text
 from ..planning.contents import contents_of
 from ..planning.plan import Plan
 from ..planning.request import Request, requested
@@ -35,7 +34,7 @@ from ..writing.writer import CheckpointWriter
 from .drafts import Draft, open_draft
 from .encode_stream import Stream, Work
 from .origins import Model, Statistics, Tokenizer, world_of
-from .prepare import Opening, open_model, surveyed
+from .prepare import Opening, destination_of, open_model, surveyed
 
 Finish = Callable[[Path], None]
 
@@ -146,20 +145,7 @@ def exported(
     """Do what was opened. Collective."""
     work, identity = surveyed(here, opening)
     clock.end("survey")
-    given = opening.request
-    said = {"settings": manifest.names_in(given.said()), "versions": manifest.accelerators(), **(notes or {})}
-    place = Destination(
-        target,
-        given.overwrite,
-        given.resume,
-        given.sync,
-        given.sha256,
-        opening.original,
-        identity,
-        provenance or {},
-        said,
-        recipe_text(given),
-    )
+    place = destination_of(opening, target, identity, provenance, notes)
     kept, sent = _write(here, work, place, clock, progress, finish)
     peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), sent)), strict=True)
     return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, kept, wire, clock.stages)

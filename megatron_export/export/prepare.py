@@ -17,11 +17,13 @@ from ..common.errors import ExportError, report
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..planning.budget import budgeted
+from ..planning.budget import budgeted, recipe_text
 from ..planning.engine_check import refusals
 from ..planning.plan import Held, Plan, make_plan
 from ..planning.request import Request
 from ..writing.fingerprint import of_settings, of_statistics
+from ..writing.manifest import accelerators, names_in
+from ..writing.publish import Destination
 from ..writing.target import check_apart, check_target, trial, try_in_trial
 from .encode_stream import Work
 from .heads import with_heads
@@ -166,6 +168,25 @@ def built(here: Topology, opening: Opening, model: Model) -> Opening:
     with together(here, "read the model's shapes"):
         assert held == opening.held, "the model was built otherwise than it was planned"
     return replace(opening, origin=origin)
+
+
+def destination_of(
+    opening: Opening, target: Path, identity: dict[str, str], provenance: dict | None, notes: dict | None = None
+) -> Destination:
+    """Where an opened export goes, and what its manifest says of it."""
+    given = opening.request
+    return Destination(
+        target,
+        given.overwrite,
+        given.resume,
+        given.sync,
+        given.sha256,
+        opening.original,
+        identity,
+        provenance or {},
+        {"settings": names_in(given.said()), "versions": accelerators(), **(notes or {})},
+        recipe_text(given),
+    )
 
 
 def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:

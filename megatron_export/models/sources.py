@@ -226,12 +226,15 @@ def _of_head(name: str, rule: Rule, shape: ModelShape, head: int) -> Source:
 def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Layout part -> the shape that config.json means, without the copies of other tensors."""
     names, copies = source.names(), source.copies()
-    return {part: shape for part, shape in _part_shapes(source.layout, source.shape) if names[part] not in copies}
+    return {part: shape for part, shape in split_shapes(source.layout, source.shape) if names[part] not in copies}
 
 
 @cache
-def _part_shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    parts = layout.split(torch.empty(shape, device="meta"), 0, 1)
+def split_shapes(
+    layout: Layout, shape: tuple[int, ...], index: int = 0, count: int = 1
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The parts of shard `index` of `count`, which has this shape, and their shapes."""
+    parts = layout.split(torch.empty(shape, device="meta"), index, count)
     return tuple((part, tuple(tensor.shape)) for part, tensor in parts.items())
 
 

@@ -16,7 +16,7 @@ from ..formats import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Stacked
 from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
 from ..models.layouts import even_cut, stacked
-from .part_shapes import axes_of, encode_specs, plain, split_specs, whole_specs
+from .part_specs import axes_of, encode_specs, plain, split_specs, whole_specs
 from .tensor_spec import Output
 
 ONE = torch.ones(())

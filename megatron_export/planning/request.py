@@ -17,15 +17,8 @@ from .recipe import Line, Recipe, recipe_of, set_line, uniform
 RECIPE_OPTIONS = (*options_of(Options), "kv_cache", "kv_scale", "kv_scale_at_least", "input_scale", "quantize_mla")
 DRAFT_FORMATS = tuple(dict.fromkeys(name for draft in DRAFTS.values() for name in draft.formats))
 LAYOUTS = ("draft", "combined")
-_OF_ALL = (
-    "overwrite",
-    "writers",
-    "sync",
-    "sha256",
-    "resume",
-    "timeout",
-    "max_shard_size",
-)  # of a model and of its draft
+# Options that a model and its draft share.
+_OF_ALL = ("overwrite", "writers", "sync", "sha256", "resume", "timeout", "max_shard_size")
 SILENCE = 600.0  # seconds after which a rank that says nothing counts as gone
 
 

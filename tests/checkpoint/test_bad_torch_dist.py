@@ -19,7 +19,7 @@ from megatron_export.models import parameters_of
 from ..support.models import make_model, read_json
 from ..support.ranks import Ranks, living
 from ..support.refusals import assert_says, refused
-from ..support.saving import PLACE, reading, renamed, saved_model
+from ..support.saving import PLACE, metadata_changed, reading, renamed, saved_model
 from .test_safe_pickle import Calls
 
 
@@ -59,7 +59,7 @@ def in_common(folder: Path, mark: Path) -> None:
 
 
 def in_metadata(folder: Path, mark: Path) -> None:
-    changing(lambda held: vars(held).update(planner_data=evil(mark)))(folder / "saved" / PLACE)
+    metadata_changed(lambda held: vars(held).update(planner_data=evil(mark)))(folder / "saved" / PLACE)
 
 
 def in_tensor(folder: Path, mark: Path) -> None:
@@ -115,19 +115,8 @@ def linked(place: Path) -> None:
     (place / "__0_0.distcp").symlink_to(place.parent / "elsewhere")
 
 
-def changing(change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """Change what `.metadata` holds."""
-
-    def rewrite(place: Path) -> None:
-        held = pickle.loads((place / ".metadata").read_bytes())
-        change(held)
-        (place / ".metadata").write_bytes(pickle.dumps(held))
-
-    return rewrite
-
-
 def without(key: str) -> Callable[[Path], None]:
-    return changing(lambda held: held.state_dict_metadata.pop(key))
+    return metadata_changed(lambda held: held.state_dict_metadata.pop(key))
 
 
 def with_another(held: Any) -> None:
@@ -147,7 +136,7 @@ def on_storage(**changes: Any) -> Callable[[Path], None]:
             if index.fqn == "decoder.final_layernorm.weight":
                 info.__dict__.update(changes)
 
-    return changing(change)
+    return metadata_changed(change)
 
 
 def smaller(held: Any) -> None:
@@ -177,12 +166,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("common.pt: not read (no archive of torch.save",),
     ),
     "tensor lost": (without(Q), (f"there is no {Q}, which config.json calls for",)),
-    "tensors too many": (changing(with_another), ("there is a tensor decoder.layers.2.mlp.gate.weight that config.json",)),
+    "tensors too many": (metadata_changed(with_another), ("there is a tensor decoder.layers.2.mlp.gate.weight that config.json",)),
     "a way out": (on_storage(relative_path="../x"), ("'../x' is not the name of a file in this folder",)),
     "compressed": (on_storage(transform_descriptors=["zstd"]), ("'decoder.final_layernorm.weight' is compressed",)),
     "beyond the end": (on_storage(length=10**9), ("bytes, but .metadata means at least 1,000,",)),
     "at another place": (on_storage(offset=3), (".distcp: not read (no archive of torch.save",)),
-    "a hole": (changing(smaller), ("the parts of 'decoder.final_layernorm.weight' do not make it whole",)),
+    "a hole": (metadata_changed(smaller), ("the parts of 'decoder.final_layernorm.weight' do not make it whole",)),
     "two names": (
         lambda place: renamed(place, lambda key: key.replace("layers.1.mlp.linear_fc2", "layers.0.mlp.linear_fc2")),
         ("there is no decoder.layers.1.mlp.linear_fc2.weight", "there is a tensor decoder.layers.0.mlp.linear_fc2.weight"),

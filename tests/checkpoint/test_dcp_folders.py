@@ -3,7 +3,6 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from ..support.live import refusal
 from ..support.models import assert_same, make_model, read_json, tensors
 from ..support.ranks import Ranks, living
 from ..support.refusals import assert_says, refused
-from ..support.saving import without_weights
+from ..support.saving import metadata_changed, without_weights
 
 pytestmark = pytest.mark.whole
 
@@ -91,17 +90,6 @@ def test_optimizer_state_is_not_read(saved: dict) -> None:
         assert torch.equal(part, weights.whole("model.embed_tokens.weight")[3:400:7, 5:])
 
 
-def rewritten(change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """Change what `.metadata` says."""
-
-    def rewrite(place: Path) -> None:
-        held = pickle.loads((place / ".metadata").read_bytes())
-        change(held)
-        (place / ".metadata").write_bytes(pickle.dumps(held))
-
-    return rewrite
-
-
 class Running:
     def __reduce__(self) -> tuple:
         return (print, ("ran",))
@@ -122,11 +110,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "it names 'builtins.print', which no checkpoint needs; nothing of it was run",
     ),
     "a tensor lost": (
-        rewritten(lambda held: held.state_dict_metadata.pop("model.model.norm.weight")),
+        metadata_changed(lambda held: held.state_dict_metadata.pop("model.model.norm.weight")),
         "tensor model.norm.weight is missing",
     ),
     "no embedding": (
-        rewritten(lambda held: held.state_dict_metadata.pop("model.model.embed_tokens.weight")),
+        metadata_changed(lambda held: held.state_dict_metadata.pop("model.model.embed_tokens.weight")),
         "there is no model.embed_tokens.weight, which config.json means, but ",
     ),
 }

@@ -154,6 +154,17 @@ def changing(*pairs: tuple[str, str]) -> Callable[[str], str]:
     return rename
 
 
+def metadata_changed(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """What changes what `.metadata` of a folder holds."""
+
+    def rewrite(place: Path) -> None:
+        held = pickle.loads((place / ".metadata").read_bytes())
+        change(held)
+        (place / ".metadata").write_bytes(pickle.dumps(held))
+
+    return rewrite
+
+
 def without_weights(source: Path, folder: Path) -> Path:
     """Config and tokenizer of a model, and nothing to take weights from."""
     return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors")))

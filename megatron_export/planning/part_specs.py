@@ -1,4 +1,4 @@
-"""The shapes of what shards and parts become, by the real layouts and formats on meta tensors; each is found out once."""
+"""Shapes, dtypes and axes of what shards and parts become, by the real layouts and formats; each is found out once."""
 
 from functools import cache
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ..common.piece import Axis, Piece, join
 from ..formats import Form
 from ..models.layouts import Layout
+from ..models.sources import split_shapes
 
 
 def plain(tensor: Tensor, dtype: torch.dtype) -> Piece:
@@ -22,8 +23,7 @@ def axes_of(shape: tuple[int, ...]) -> tuple[Axis | None, ...]:
 
 @cache
 def split_specs(layout: Layout, shape: tuple[int, ...], index: int, count: int) -> tuple:
-    parts = layout.split(torch.empty(shape, dtype=torch.bfloat16, device="meta"), index, count)
-    return tuple((part, tuple(tensor.shape), plain(tensor, tensor.dtype).axes) for part, tensor in parts.items())
+    return tuple((part, found, axes_of(found)) for part, found in split_shapes(layout, shape, index, count))
 
 
 @cache
