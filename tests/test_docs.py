@@ -112,7 +112,7 @@ def test_every_kind_of_command_is_shown_and_run() -> None:
             "examples/export_in_megatron_lm.py",
             "examples/train_draft.py",
         ),  # run by tests of their own
-        *("tests/mutations.py", "pip", "pytest"),
+        *("tests/mutations.py", "tests/engines/changed_sources.py", "pip", "pytest"),
     }
 
 

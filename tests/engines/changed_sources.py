@@ -1,28 +1,53 @@
 """Which rules to look at again when an engine has a new release: what changed in the sources that they cite, between two wheels.
 
-    pip download --no-deps vllm==0.32.0 vllm==0.33.0  (each by itself)
-    python -m tests.engines.changed_sources vllm OLD.whl NEW.whl
+    pip download --no-deps vllm==0.32.0 && pip download --no-deps vllm==0.33.0
+    python tests/engines/changed_sources.py vllm OLD.whl NEW.whl
 
 A wheel may also be a folder that holds the package, such as site-packages. Code is compared, not text: comments, docstrings and
-layout do not count. For each file: the rules that cite it, and the functions, classes and statements that changed.
+layout do not count. For each file that changed: the rules and architectures that rest on it, and its functions, classes and
+statements that changed. The exit status is 0 if none did, 1 if some did, 2 for wrong usage.
 """
 
 import argparse
 import ast
+import re
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_export.engines import ENGINES
+from megatron_export.engines import DRAFTS, ENGINES
+from megatron_export.engines.architectures import ARCHITECTURES
 
-PACKAGES = {"vllm": "vllm", "sglang": "sglang", "tensorrt_llm": "tensorrt_llm"}
+MODELS = {  # where an engine has its classes of models
+    "vllm": ("vllm/model_executor/models/", "vllm/models/"),
+    "sglang": ("sglang/srt/models/",),
+    "tensorrt_llm": ("tensorrt_llm/_torch/models/",),
+}
 
 
-def source(wheel: Path, file: str) -> str | None:
-    """A file of a wheel, or of a folder; None if it is not there."""
-    if wheel.is_dir():
-        return (wheel / file).read_text() if (wheel / file).exists() else None
-    with zipfile.ZipFile(wheel) as held:
-        return held.read(file).decode() if file in held.namelist() else None
+class Source:
+    """The Python files of a wheel, or of a folder that holds the package."""
+
+    def __init__(self, wheel: Path, package: str) -> None:
+        if not wheel.is_dir() and not zipfile.is_zipfile(wheel):
+            raise ValueError(f"{wheel} is neither a wheel nor a folder")
+        self.held = None if wheel.is_dir() else zipfile.ZipFile(wheel)
+        self.wheel = wheel
+        self.names = {name for name in self._all(package) if name.endswith(".py")}
+        if not self.names:
+            raise ValueError(f"{wheel} does not hold the package {package}")
+
+    def _all(self, package: str) -> Iterator[str]:
+        if self.held is not None:
+            return (name for name in self.held.namelist() if name.startswith(f"{package}/"))
+        return (str(path.relative_to(self.wheel)) for path in (self.wheel / package).rglob("*.py"))
+
+    def text(self, file: str) -> str | None:
+        """Of a file; None if it is not there."""
+        if file not in self.names:
+            return None
+        return (self.wheel / file).read_text() if self.held is None else self.held.read(file).decode()
 
 
 def parts_of(text: str) -> dict[str, str]:
@@ -63,31 +88,56 @@ def changed(old: str | None, new: str | None) -> list[str]:
     return [f"{mark}{name}" for name, mark in marks.items() if before.get(name) != after.get(name)]
 
 
-def report(engine: str, old: Path, new: Path) -> list[str]:
-    """A line for each cited file that changed, with its rules, and one for each part; files that did not change are counted."""
-    module, root = ENGINES[engine], PACKAGES[engine]
-    cited: dict[str, list[str]] = {}
-    for name, rule in module.RULES.items():
-        cited.setdefault(rule.source.rpartition(" ")[2].removeprefix(f"{root}/"), []).append(name)
-    lines, same = [], 0
-    for file, rules in cited.items():
-        inside = f"{root}/{file}"
-        if parts := changed(source(old, inside), source(new, inside)):
-            lines += [f"{file}: {', '.join(rules)}", *(f"    {part}" for part in parts)]
-        else:
-            same += 1
-    return [*lines, f"{same} of {len(cited)} files that rules cite did not change"]
+def resting(engine: str, *sources: Source) -> dict[str, list[tuple[str, bool]]]:
+    """File -> names of the rules that cite it, and of the architectures whose class it has; whether tests ask the engine itself."""
+    found: dict[str, list[tuple[str, bool]]] = {}
+    for table, of in ((ENGINES, ""), (DRAFTS, " of drafts")):
+        for name, rule in table[engine].RULES.items():
+            file = rule.source.rpartition(" ")[2].removeprefix(f"{engine}/")
+            found.setdefault(f"{engine}/{file}", []).append((f"{name}{of}", rule.seen))
+    for file in sorted({file for source in sources for file in source.names if file.startswith(MODELS[engine])}):
+        texts = "\n".join(source.text(file) or "" for source in sources)
+        defined = re.findall(r'^class (\w+)|register_auto_model\("(\w+)"\)', texts, re.MULTILINE)
+        for name in sorted({one or other for one, other in defined} & ARCHITECTURES.keys()):
+            found.setdefault(file, []).append((name, bool(ENGINES[engine].SEEN_IN)))
+    return found
 
 
-def main() -> None:
-    """Print the report."""
+def report(engine: str, old: Path, new: Path) -> tuple[list[str], int]:
+    """Lines about each file that changed, and how many did."""
+    before, after = Source(old, engine), Source(new, engine)
+    lines, again, count = [], {True: set(), False: set()}, 0
+    files = resting(engine, before, after)
+    for file, rules in files.items():
+        parts = changed(before.text(file), after.text(file))
+        if not parts:
+            continue
+        count += 1
+        lines += [file, f"    rules: {', '.join(name for name, _ in rules)}", *(f"        {part}" for part in parts)]
+        for name, seen in rules:
+            again[seen].add(name)
+    lines.append(f"{count} of {len(files)} files changed")
+    if again[True]:
+        lines.append(f"tests/engines asks the new release: {', '.join(sorted(again[True]))}")
+    if again[False]:
+        lines.append(f"to be read again, as no test asks: {', '.join(sorted(again[False]))}")
+    return lines, count
+
+
+def main(given: list[str] | None = None) -> int:
+    """Print the report; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    given = parser.parse_args()
-    print("\n".join(report(given.engine, given.old, given.new)))
+    parser.add_argument("old", type=Path, help="a wheel, or a folder that holds the package")
+    parser.add_argument("new", type=Path, help="the same of the new release")
+    flags = parser.parse_args(given)
+    try:
+        lines, count = report(flags.engine, flags.old, flags.new)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+    return 1 if count else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
