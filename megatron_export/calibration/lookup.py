@@ -98,7 +98,7 @@ def needed_by(item: Item) -> dict[str, tuple[int, ...] | None]:
         needed |= {channels(key): item.source.shape[1:]} if by_channel else {key: ()}
     if smoothed.ratio:
         needed[smoothed.ratio] = ()
-    for (_, codes), part in zip(smoothed.codes, item.parts, strict=bool(smoothed.codes)):
+    for (_, codes), part in zip(smoothed.codes, item.parts if smoothed.codes else (), strict=True):
         needed[codes] = (part.shape[0], part.shape[1] // item.form.tile[1])
     if item.kv and item.kv.calibrated:
         k_amax, v_amax = kv_keys(name.rsplit(".", 2)[0])

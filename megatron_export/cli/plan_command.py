@@ -23,7 +23,7 @@ from ..export.memory_forecast import Forecast, forecast
 from ..models import check_computed, copied_prefixes, is_linear_weight, makes_keys, shape_of
 from ..planning.engine_check import of_plan, refusals, verdicts
 from ..planning.exclusions import modules
-from ..planning.plan import Plan, assumed, make_plan
+from ..planning.plan import Held, Plan, assumed, make_plan
 from ..planning.rank_placement import Grid, grid_of
 from ..planning.tensor_spec import Output
 from ..writing.target import SPARE_BYTES
@@ -104,7 +104,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     batch = MicroBatch(config.calib_batch_size, sample_length(config, hf_config)) if calibrates else None
     if batch:
         check_computed(hf_config, batch.length)
-    found = preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks)
+    found = preview_of(config, plan, world, config.device or "cuda", batch, original.remarks + remarks, held)
     return replace(found, config=hf_config if original.derived else {})
 
 
@@ -127,10 +127,13 @@ def preview_of(
     device: str,
     batch: MicroBatch | None,
     remarks: tuple[str, ...] = (),
+    held: dict[str, Held] | None = None,
 ) -> Preview:
-    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run in such batches or not."""
+    """What a plan that was made for `config` takes on `world` ranks, on which calibration data is run in such batches or not.
+    `held`: what `assumed` said, where it was asked already.
+    """
     sizes = _sizes(config, world)
-    held = assumed(plan.config, config.tp, config.etp, **sizes)
+    held = held or assumed(plan.config, config.tp, config.etp, **sizes)
     grid = grid_of(plan.config, config.tp, config.etp, **sizes)
     output = (config.output or Path.cwd()).resolve()
     disk = next(folder for folder in (output, *output.parents) if folder.is_dir())

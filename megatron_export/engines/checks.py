@@ -105,6 +105,8 @@ def check_files(checkpoint: CheckpointView, findings: Findings) -> None:
         findings.add("files", "the index names it, and it is not there", *lacking, way="fetch it again")
     if consolidated := [name for name in checkpoint.files if name.startswith("consolidated")]:
         findings.add("consolidated", "a file of Mistral's own format", *consolidated, way="move it out of the folder")
+    if sum(map(len, checkpoint.files.values())) == len(checkpoint.whole.tensors):
+        return  # each is in one file
     homes: dict[str, str] = {}
     for file, tensors in checkpoint.files.items():
         if twice := homes.keys() & tensors.keys():

@@ -99,7 +99,7 @@ def forecast(
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,
-        files={name: len(header_of(file)[0]) + sum(o.nbytes for o in file) for name, file in plan.files.items()},
+        files={name: len(header_of(file)[0]) + plan.sizes[name] for name, file in plan.files.items()},
         sent=_summed(plan, loads, "sent", grid.world),
         gathered=_summed(plan, loads, "moved", grid.world),
         host=tuple(host),
@@ -141,9 +141,10 @@ def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> li
 def _working(loads: list[dict[int, Load]]) -> dict[int, int]:
     """Of every rank, the most that it takes beside the weights, over all buckets."""
     peaks: dict[int, int] = defaultdict(int)
+    nothing = Load()
     for before, now in zip([{}, *loads], loads, strict=False):
         for rank in now.keys() | before.keys():
-            peaks[rank] = max(peaks[rank], peak(before.get(rank, Load()), now.get(rank, Load())))
+            peaks[rank] = max(peaks[rank], peak(before.get(rank, nothing), now.get(rank, nothing)))
     return peaks
 
 

@@ -225,8 +225,10 @@ def _of_head(name: str, rule: Rule, shape: ModelShape, head: int) -> Source:
 
 def part_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Layout part -> the shape that config.json means, without the copies of other tensors."""
-    names, copies = source.names(), source.copies()
-    return {part: shape for part, shape in split_shapes(source.layout, source.shape) if names[part] not in copies}
+    shapes = dict(split_shapes(source.layout, source.shape))
+    if not (copies := source.copies()):
+        return shapes
+    return {part: shape for part, shape in shapes.items() if source.names()[part] not in copies}
 
 
 @cache

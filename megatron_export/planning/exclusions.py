@@ -94,7 +94,7 @@ def settle(
         form, never = quantizing[naming[-1].format], tuple(module for module in never if module != head)
         problems += _head_problems(naming[-1], form, sources.get(HEAD))
         found[HEAD] = form
-    of_experts = {form for name, form in found.items() if any(".experts." in m for m in linears.get(name, ()))}
+    of_experts = {form for name, form in found.items() if is_expert(name)}
     for form in dict.fromkeys(found.values()):
         problems += _refused(architecture, form, form in of_experts)
     if request.quantize_mla and not shape_of(config).kv_lora:

@@ -3,17 +3,35 @@
 from dataclasses import replace
 
 from ..common.piece import Axis
-from ..formats import groups_of
-from .parameter import Item
+from ..formats import Form, KvForm, groups_of
+from ..models import Source
+from .parameter import Item, Smoothed
 
 
-def like_others(item: Item, firsts: dict[tuple, Item]) -> Item:
-    """The item with all that follows from its kind, which is found out once; `firsts`: kind -> the first item of it."""
-    first = firsts.get(kind := item.kind)
-    if first is None:
-        first = firsts[kind] = replace(item, gather_first=_straddles(item))
-        return first
-    return replace(item, gather_first=first.gather_first, first=first)
+def item_of(
+    firsts: dict[tuple, Item],
+    source: Source,
+    ranks: tuple[int, ...],
+    shard_shape: tuple[int, ...],
+    form: Form | None,
+    kv: KvForm | None,
+    smoothed: Smoothed,
+    stacked: bool,
+    cast: bool,
+) -> Item:
+    """An item with all that follows from its kind, which is found out once; `firsts`: kind -> the first item of it.
+
+    The kind is all but names: what decides its sizes, and how it is cut and encoded.
+    """
+    how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
+    stack = source.stack.index == 0 if stacked else None  # the first has the numbers that all share
+    shape = (source.rule, source.shape, source.layout, source.cut, source.dtype, shard_shape, len(ranks))
+    kind = (*shape, form, kv, how, stack)
+    if first := firsts.get(kind):
+        return Item(source, ranks, shard_shape, form, kv, first.gather_first, smoothed, stacked, cast, first=first)
+    item = Item(source, ranks, shard_shape, form, kv, False, smoothed, stacked, cast)
+    firsts[kind] = item = replace(item, gather_first=_straddles(item))
+    return item
 
 
 def _straddles(item: Item) -> bool:

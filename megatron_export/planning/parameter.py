@@ -94,15 +94,6 @@ class Item:
     kept: bool = False
     first: "Item | None" = field(default=None, repr=False, compare=False)
 
-    @property
-    def kind(self) -> tuple:
-        """All but names: what decides its sizes, and how it is cut and encoded."""
-        source, smoothed = self.source, self.smoothed
-        how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
-        stack = source.stack.index == 0 if self.stacked else None  # the first has the numbers that all share
-        shape = (source.rule, source.shape, source.layout, source.cut, source.dtype, self.shard_shape, len(self.ranks))
-        return (*shape, self.form, self.kv, self.gather_first, how, stack)
-
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the tensors that it becomes."""
@@ -224,12 +215,20 @@ class Item:
         """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
         if self.gather_first:
             return self.pieces if index == 0 else ()
-        return tuple(o for o in self._encoded(self.raw_message(index)) if index == 0 or self.source.cut in o.axes)
+        encoded = self._encoded(split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
+        return tuple(output for output in encoded if index == 0 or self.source.cut in output.axes)
 
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        return self._named(whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks)))
+        return self._named(self._whole)
+
+    @cached_property
+    def _whole(self) -> tuple:
+        """Layout part, shape and axes of each."""
+        if self.first:
+            return self.first._whole
+        return whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks))
 
     def _named(self, specs: tuple) -> tuple[Output, ...]:
         names = self.source.names()
@@ -238,7 +237,7 @@ class Item:
     @cached_property
     def pieces(self) -> tuple[Output, ...]:
         """The encoded tensors of the whole parts."""
-        return self._encoded(self.parts)
+        return self._encoded(self._whole)
 
     @cached_property
     def outputs(self) -> tuple[Output, ...]:
@@ -266,16 +265,18 @@ class Item:
                 made.append((Output(name, pieces[0].data.dtype, ()), pieces[0].data))
         return made
 
-    def _encoded(self, parts: tuple[Output, ...]) -> tuple[Output, ...]:
+    def _encoded(self, specs: tuple) -> tuple[Output, ...]:
+        """The tensors that parts become, of each of which there is the layout's name, shape and axes."""
         encoded: list[Output] = []
-        for part in parts if self.form else ():
-            prefix = part.name.removesuffix("weight")
-            encoded += [Output(prefix + suffix, *spec) for suffix, *spec in encode_specs(self.form, part.shape)]
+        names = self.source.names()
+        for part, shape, _ in specs if self.form else ():
+            prefix = names[part].removesuffix("weight")
+            encoded += [Output(prefix + suffix, *spec) for suffix, spec in encode_specs(self.form, shape)]
             if self.smoothed.kept:
-                encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", torch.bfloat16, part.shape[1:], (Axis.IN,)))
-        encoded += parts if self.form is None else ()
+                encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", torch.bfloat16, shape[1:], (Axis.IN,)))
+        encoded += self._named(specs) if self.form is None else ()
         if self.kv is not None:
-            attention = parts[0].name.rsplit(".", 2)[0]
+            attention = names[specs[0][0]].rsplit(".", 2)[0]
             scales = self.kv.encode(ONE, ONE)
             encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
         return tuple(encoded)

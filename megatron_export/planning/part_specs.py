@@ -42,4 +42,4 @@ def whole_specs(layout: Layout, shape: tuple[int, ...], cut: Axis | None, count:
 def encode_specs(form: Form, shape: tuple[int, ...]) -> tuple:
     if not form.ragged and any(size % block for size, block in zip(shape, form.tile, strict=True)):
         return ()  # reported as a problem, or gathered first
-    return tuple((suffix, p.data.dtype, tuple(p.data.shape), p.axes) for suffix, p in form.pieces_of(shape).items())
+    return tuple((suffix, (p.data.dtype, tuple(p.data.shape), p.axes)) for suffix, p in form.pieces_of(shape).items())

@@ -4,7 +4,7 @@ rank makes the same plan, and takes the same branches and collectives in the sam
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from ..common.blocks import Blocks
@@ -17,7 +17,7 @@ from ..models import Source, format_problems, keeps_keys, parameters_of, shape_o
 from ..models.layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
-from .item_kinds import like_others, tile_problems
+from .item_kinds import item_of, tile_problems
 from .kept_codes import keeps, kept_remarks
 from .mxfp4_casts import cast_remarks, casts
 from .parameter import UNSMOOTHED, Item
@@ -89,9 +89,14 @@ class Plan:
         return next((form for form in self.forms if form.smoothing), None)
 
     @cached_property
+    def sizes(self) -> dict[str, int]:
+        """File name -> the bytes of its tensors."""
+        return {file: sum(output.nbytes for output in outputs) for file, outputs in self.files.items()}
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors in the checkpoint."""
-        return sum(output.nbytes for outputs in self.files.values() for output in outputs)
+        return sum(self.sizes.values())
 
     @cached_property
     def source_nbytes(self) -> int:
@@ -152,18 +157,17 @@ def make_plan(
     cast = casts(sources, policy.forms, policy.fused, powers)
     items, firsts = [], {}
     for name, source in sources.items():
-        item = Item(
+        item = item_of(
+            firsts,
             source,
             held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
             held[name].shape,
             policy.forms.get(name),
             kv if keeps_keys(name, config) else None,
-            gather_first=False,
-            smoothed=smoothed.get(name, UNSMOOTHED),
+            smoothed.get(name, UNSMOOTHED),
             stacked=policy.stacked and source.stack is not None,
             cast=name in cast,
         )
-        item = like_others(item, firsts)
         kept = not request.merge_lora and keeps(item, held[name].blocks)
         items.append(replace(item, kept=True) if kept else item)
     odd = {id(first) for first in firsts.values() if tile_problems(first)}
@@ -196,15 +200,20 @@ def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict
     """Where parameters would live in a model that the command builds on a topology of these sizes (see `grid_of`)."""
     grid = grid_of(config, tp, etp, **sizes)
     padding = PAD_VOCAB_TO * tp
-    held = {}
-    for name, source in parameters_of(config).items():
-        ranks, shape = grid.ranks(source), list(source.shape)
-        if source.padded:
+
+    @cache  # alike parameters of the same ranks share it
+    def lives(ranks: range, whole: tuple[int, ...], padded: bool, cut: Axis | None) -> Held:
+        shape = list(whole)
+        if padded:
             shape[0] = -(-shape[0] // padding) * padding
-        if source.cut:
-            shape[0 if source.cut is Axis.OUT else 1] //= len(ranks)
-        held[name] = Held(ranks, tuple(shape))
-    return held
+        if cut:
+            shape[0 if cut is Axis.OUT else 1] //= len(ranks)
+        return Held(tuple(ranks), tuple(shape))
+
+    return {
+        name: lives(grid.ranks(source), source.shape, source.padded, source.cut)
+        for name, source in parameters_of(config).items()
+    }
 
 
 def _awq_problems(forms: Iterable[Form]) -> list[str]:

@@ -37,12 +37,12 @@ class Grid:
         """Ranks that hold the same layers."""
         return self.world // self.pp
 
-    def ranks(self, source: Source) -> tuple[int, ...]:
+    def ranks(self, source: Source) -> range:
         """The ranks that hold the first replica of a parameter, in the order of its shards."""
         size, first = self.tp, self.stage_rank(source) * self.per_stage
         if is_expert(source.canonical):
             size, first = self.etp, first + self.expert_rank(source) * self.etp
-        return tuple(range(first, first + size))
+        return range(first, first + size)
 
     def stage_rank(self, source: Source) -> int:
         """The pipeline rank that holds a parameter."""

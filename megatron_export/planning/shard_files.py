@@ -118,8 +118,8 @@ def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
     where: dict[str, int] = {}  # module -> its group
     for item in items:
         stack = item.source.stack.name if item.stacked else ""
-        outputs = [(stack or output.name.rpartition(".")[0], output.whole) for output in item.outputs]
-        known = sorted({where[module] for module, _ in outputs if module in where})
+        modules = {stack} if stack else {output.name.rpartition(".")[0] for output in item.outputs}
+        known = sorted({where[module] for module in modules if module in where})
         home = known[0] if known else len(groups)
         if not known:
             groups.append({})
@@ -127,9 +127,8 @@ def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
             groups[home] |= groups[other]
             groups[other] = {}
             where |= {module: home for module, group in where.items() if group == other}
-        for module, output in outputs:
-            where[module] = home
-            groups[home][output.name] = output
+        where |= dict.fromkeys(modules, home)
+        groups[home] |= {output.name: output.whole for output in item.outputs}
     return [group for group in groups if group]
 
 

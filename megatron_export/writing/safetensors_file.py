@@ -5,12 +5,17 @@ import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
 
 from ..common.dtypes import SPELLED
 from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
 from .crc32 import crc32, joined_crc32
 from .journal import Checks
+
+_quoted = json.JSONEncoder().encode
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
@@ -19,17 +24,22 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     Tensors stand in the given order, so that the file grows from its start. Those whose size is no multiple of 8 bytes come last,
     from large dtypes to small ones, so that every tensor is aligned.
     """
-    header: dict = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    entries, starts, offset = ['"__metadata__":{"format":"pt"}'], {}, 0
     sized = [(output, output.nbytes) for output in outputs]
     for output, nbytes in sorted(sized, key=lambda one: one[1] % 8 and 8 - one[0].dtype.itemsize):
-        said = {"dtype": SPELLED[output.dtype], "shape": output.shape, "data_offsets": (offset, offset + nbytes)}
-        header[output.name] = said
-        offset += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+        end = offset + nbytes
+        entries.append(f"{_quoted(output.name)}:{{{_described(output.dtype, output.shape)}:[{offset},{end}]}}")
+        starts[output.name], offset = offset, end
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
-    starts = {name: said["data_offsets"][0] + 8 + len(text) for name, said in header.items() if name != "__metadata__"}
-    return struct.pack("<Q", len(text)) + text, starts
+    return struct.pack("<Q", len(text)) + text, {name: start + 8 + len(text) for name, start in starts.items()}
+
+
+@cache
+def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """What a header says of a tensor, up to its place."""
+    said = json.dumps({"dtype": SPELLED[dtype], "shape": shape}, separators=(",", ":"))
+    return f'{said[1:-1]},"data_offsets"'
 
 
 class SafetensorsFile:
