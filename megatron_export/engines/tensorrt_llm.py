@@ -1,11 +1,12 @@
-"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; nothing was run."""
+"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; what is marked seen, its own files did on a CPU."""
+
+from dataclasses import replace
 
 from .architectures import built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors, release_of
 from .exclude_lists import IN_FILES, Names, Partly, tensorrt_llm
 from .gpus import BLACKWELL, GPUS
-from .kv_scales import check_kv_scales
 from .quant_configs import (
     MIXED,
     AlgorithmOf,
@@ -20,10 +21,11 @@ from .quant_configs import (
     size_in,
     sizes_of,
 )
+from .tensorrt_llm_cache import check_cache
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
-RELEASES, SEEN_IN = (VERSION,), ""
+RELEASES, SEEN_IN = (VERSION,), "tests/engines/test_tensorrt_llm.py"
 _FILES = {
     "archs": "_torch/models/modeling_auto.py",
     "attention": "_torch/modules/attention.py",
@@ -42,7 +44,7 @@ _FILES = {
     "reading": "_torch/model_config.py",
 }
 _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
-READ = False
+SEEN, READ = True, False
 
 # fmt: off
 RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
@@ -50,22 +52,22 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
     "twice":         (_R, "no tensor is in two files: all are read, and the index is not", "loader", READ),
     "architecture":  (_U, "an architecture with rules", "archs", READ),
-    "missing":       (_R, "every tensor of the model is there", "model", READ),
+    "missing":       (_R, "every tensor of the model is there", "model", SEEN),
     "experts":       (_R, "every expert is there", "moe", READ),
-    "unknown":       (_M, "tensors that the model does not have are not looked at", "model", READ),
-    "shape":         (_R, "shapes are those of config.json and of the algorithm", "linear", READ),
-    "dtype":         (_R, "dtypes are those of the algorithm", "linear", READ),
-    "scale":         (_R, "every quantized linear has all its scales; FP8 goes without input_scale", "linear", READ),
-    "extra":         (_M, "other tensors of a quantized linear are not looked at", "linear", READ),
-    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "excluded", READ),
-    "not left out":  (_R, "what is stored in bfloat16 is left out", "excluded", READ),
-    "partly":        (_R, "a mixed model has one algorithm for q, k and v, and for gate and up", "linear", READ),
-    "algorithm":     (_R, "quant_algo is one of its own, to the letter", "mode", READ),
-    "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", READ),
+    "unknown":       (_M, "tensors that the model does not have are not looked at", "model", SEEN),
+    "shape":         (_R, "shapes are those of config.json and of the algorithm", "linear", SEEN),
+    "dtype":         (_R, "dtypes are those of the algorithm", "linear", SEEN),
+    "scale":         (_R, "every quantized linear has all its scales; FP8 goes without input_scale", "linear", SEEN),
+    "extra":         (_M, "other tensors of a quantized linear are not looked at", "linear", SEEN),
+    "left out":      (_R, "what is left out of quantization is stored in bfloat16", "excluded", SEEN),
+    "not left out":  (_R, "what is stored in bfloat16 is left out", "excluded", SEEN),
+    "partly":        (_R, "a mixed model has one algorithm for q, k and v, and for gate and up", "linear", SEEN),
+    "algorithm":     (_R, "quant_algo is one of its own, to the letter", "mode", SEEN),
+    "two configs":   (_M, "hf_quant_config.json counts, and config.json says the same", "configs", SEEN),
     "case":          (_M, "releases up to 1.2 know fp8_pb_wo in small letters alone", "configs", READ),
     "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
-    "unquantized":   (_R, "codes need a quantization config", "reading", READ),
+    "unquantized":   (_R, "codes need a quantization config", "reading", SEEN),
     "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "attention", READ),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "linear", READ),
@@ -76,9 +78,15 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
     "packed":        (_U, "what it packs of Qwen 3.5 (in_proj_qkv, in_proj_z) is in bfloat16, FP8 or its blocks", "qwen 3.5", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),
-    "kv shape":      (_R, "a KV scale is one number", "linear", READ),
-    "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", READ),
-    "kv flat":       (_L, "config.json alone can say an FP8 KV cache, not one of NVFP4", "configs", READ),
+    "joined inputs": (_R, "of joined linears in FP8 each has an input_scale, or none has", "linear", SEEN),
+    "joined factor": (_R, "joined q, k and v have no pre_quant_scale in NVFP4, and no joined linear in W4A16_AWQ", "linear", SEEN),
+    "group size":    (_R, "the config says the group_size of AWQ", "reading", SEEN),
+    "kv shape":      (_R, "a KV scale is one number", "linear", SEEN),
+    "kv half":       (_R, "there is no k_scale without a v_scale", "linear", SEEN),
+    "kv nvfp4":      (_R, "of an NVFP4 cache q, k and v are in FP8, NVFP4 or bfloat16", "attention", READ),
+    "kv fp8":        (_L, "scales of an FP8 cache are not handed to attention", "attention", READ),
+    "kv dialect":    (_M, "DeepSeek's own dialect says nothing of the cache", "reading", SEEN),
+    "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "deepseek", READ),
     "machine":       (_M, "some formats run on some GPUs alone", "linear", READ),
     "gpu":           (_R, "the GPU computes it", "linear", READ),
@@ -91,7 +99,8 @@ _SAME = (
 # As configs spell them -> as tensor_specs does.
 _ALGORITHMS = {name: name for name in _SAME} | dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO", "fp8_pb_wo"), "blocks")
 _NEW = ("NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO")
-OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4_AWQ": frozenset(("pre_quant_scale",))}
+_FACTOR = frozenset(("pre_quant_scale",))
+OPTIONAL = {"FP8": frozenset(("input_scale",)), "NVFP4": _FACTOR, "NVFP4_AWQ": _FACTOR}
 _UNHANDED = ("blocks", "modelopt blocks", "FP8_PER_CHANNEL_PER_TOKEN")
 _MACHINES = {  # algorithm -> on what, and the compute capabilities
     **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "MXFP8"), ("on Blackwell", range(BLACKWELL, 1000))),
@@ -128,10 +137,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     if reading.algorithm is not None:
         _check_layouts(checkpoint, reading, algorithm_of, findings)
         check_gpu(reading, gpu, findings)
-    if checkpoint.whole.kv and "k_proj.k_scale" not in checkpoint.whole.kv:
-        findings.add("kv spelling", "it reads KV scales as k_proj.k_scale alone, so its cache has a scale of 1")
-    elif reading.algorithm is not None:
-        check_kv_scales(checkpoint.whole, findings, pairs=False)
+    check_cache(checkpoint, reading, algorithm_of, findings)
     return findings
 
 
@@ -144,7 +150,7 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
     if inline is None:
         return Reading()
     if inline.get("quant_method") == "fp8":
-        return in_blocks(inline, listed(inline, "modules_to_not_convert", "ignored_layers"), findings)
+        return _in_blocks(inline, findings)
     if inline.get("quant_method") == "mxfp4":
         return of_openai(checkpoint.architecture, findings)
     producer = inline.get("producer")
@@ -152,12 +158,13 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
     if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":
         findings.add("another", f"no rules about quant_method {inline.get('quant_method')}")
         return None
-    scheme = inline.get("kv_cache_scheme")
-    if kv_of(scheme) == "NVFP4":
-        why = "without hf_quant_config.json it does not know an NVFP4 KV cache"
-        findings.add("kv flat", why, way="write that file too")
-        scheme = None
-    return _named(inline, "ignore", scheme, version, findings)
+    return _named(inline, "ignore", inline.get("kv_cache_scheme"), version, findings)
+
+
+def _in_blocks(inline: dict, findings: Findings) -> Reading | None:
+    """DeepSeek's own dialect, of which it reads neither ignored_layers nor what is said of the cache."""
+    found = in_blocks(inline, listed(inline, "modules_to_not_convert"), findings)
+    return found and replace(found, kv=None)
 
 
 def _named(section: dict, where: str, kv: object, version: str, findings: Findings) -> Reading | None:
@@ -225,9 +232,34 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: A
         elif group.kind == "experts" and algorithm == "modelopt blocks":
             findings.add("block experts", "it reads scales of experts as weight_scale_inv alone", group.parent,
                          way="--fp8-pb-spelling native")  # fmt: skip
+        _check_inputs(group, algorithm, reading, findings)
         if checkpoint.latent and ".self_attn" in group.parent:
             _check_latent(group, findings)
         _check_packed(group, algorithm, findings)
+
+
+def _check_inputs(group: Group, algorithm: str | None, reading: Reading, findings: Findings) -> None:
+    """Scales of inputs that joined linears share, and AWQ's groups."""
+    if group.kind != "linear":
+        return
+    joined, modules = len(group.parts) > 1, group.members.values()
+    if joined and algorithm == "FP8" and len({"input_scale" in module for module in modules}) > 1:
+        why = "some of its joined linears have an input_scale, and some have none"
+        findings.add("joined inputs", why, group.parent, way=AGAIN)
+    dropping = (algorithm or "").startswith("NVFP4") and "q_proj" in group.parts
+    if joined and (dropping or algorithm == "W4A16_AWQ") and any("pre_quant_scale" in module for module in modules):
+        findings.add(
+            "joined factor",
+            "it does not read pre_quant_scale of what it joins",
+            group.parent,
+            way="fold it into the norm",
+        )
+    if algorithm in ("W4A16_AWQ", "W4A8_AWQ") and not (
+        reading.group_size or any(one in reading.sizes for one in group.members)
+    ):
+        findings.add(
+            "group size", f"the config does not say the group_size of {algorithm}", way='set "group_size": 128'
+        )
 
 
 def _check_packed(group: Group, algorithm: str | None, findings: Findings) -> None:

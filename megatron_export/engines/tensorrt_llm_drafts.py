@@ -74,7 +74,6 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "case":          (_M, "releases up to 1.2 know fp8_pb_wo in small letters alone", "configs", READ),
     "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, or fp8 in blocks of 128", "configs", READ),
-    "kv flat":       (_L, "config.json alone can say an FP8 KV cache, not one of NVFP4", "configs", READ),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "attention", READ),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "linear", READ),
     "machine":       (_M, "some formats run on some GPUs alone", "linear", READ),

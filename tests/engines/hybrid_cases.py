@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "next with attention elsewhere": (
         lambda: saying(planned(QWEN_NEXT, format="bf16"), full_attention_interval=4), {}, "", "hybrid", ""),
     "next on four GPUs, with two heads of keys": (lambda: planned(QWEN_NEXT, format="fp8"), {"tp": 4}, "heads", "heads", "heads"),
-    "next with a cache": (lambda: planned(QWEN_NEXT, format="fp8", kv_cache="fp8", kv_scale=2.0), {}, "", "", ""),
+    "next with a cache": (lambda: planned(QWEN_NEXT, format="fp8", kv_cache="fp8", kv_scale=2.0), {}, "", "", "kv fp8"),
     "3.5 in FP8": (lambda: planned(QWEN35 | PREDICTS, format="fp8"), {}, "", "", ""),
     "3.5 in FP8 with its head": (lambda: planned(QWEN35, format="fp8", set=("lm_head=fp8",)), {}, "", "head", ""),
     "3.5 in blocks": (lambda: planned(QWEN35, format="fp8_pb"), {}, "", "", ""),
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "3.5 that sees, with mergers of nothing": (
         lambda: saying(planned(SEES, format="fp8"), vision_config={"depth": 1}), {}, "", "hybrid", ""),
     "Nemotron in FP8": (lambda: planned(NEMOTRON, format="fp8"), {}, "", "", ""),
-    "Nemotron in FP8 with a cache": (lambda: planned(NEMOTRON, format="fp8", kv_cache="fp8", kv_scale=2.0), {}, "", "", ""),
+    "Nemotron in FP8 with a cache": (lambda: planned(NEMOTRON, format="fp8", kv_cache="fp8", kv_scale=2.0), {}, "", "", "kv fp8"),
     "Nemotron in blocks": (lambda: planned(NEMOTRON, format="fp8_pb"), {}, "", "", ""),
     "Nemotron in four bits": (lambda: planned(NEMOTRON, format="nvfp4"), {}, "", "", "machine"),
     "Nemotron in weights of four bits": (lambda: planned(NEMOTRON, format="w4a16_nvfp4"), {}, "", "", "machine"),

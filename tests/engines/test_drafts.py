@@ -262,7 +262,7 @@ CASES: dict[str, Case] = {
     "two algorithms": (coded, (other_algorithm,), BASE, {},
         "", "", "scale, dtype, aux argument, two configs, machine"),
     "a cache in four bits": (coded, (in_config_alone(kv_cache_scheme="NVFP4"),), BASE, {},
-        "", "", "kv flat, aux argument"),
+        "", "", "aux argument"),
     "Medusa": (heads, (), BASE, {},
         "tokens", "medusa", "alone"),
     "Medusa, two blocks": (heads, (second_block,), BASE, {},

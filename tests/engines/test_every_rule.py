@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_export.engines import ENGINES, CheckpointView, verdict_of
+from megatron_export.engines import ENGINES, CheckpointView, Header, verdict_of
 from megatron_export.formats import Options
 
 from ..support.checkpoints import DAMAGES, described, golden, planned
@@ -107,6 +107,20 @@ def with_a_dim(said: CheckpointView, *ends: str, size: int = 1) -> CheckpointVie
     return replace(said, files=files)
 
 
+def with_factors(said: CheckpointView, last: str) -> CheckpointView:
+    """With factors of the inputs of every module of that name."""
+    files = {
+        f: held
+        | {
+            n.replace(".weight", ".pre_quant_scale"): Header("BF16", (said.number("hidden_size"),))
+            for n in held
+            if n.endswith(f"{last}.weight")
+        }
+        for f, held in said.files.items()
+    }
+    return replace(said, files=files)
+
+
 def with_header(said: CheckpointView, end: str, **changes: Any) -> CheckpointView:
     """With another dtype or shape of the tensors whose names end so."""
     files = {
@@ -144,7 +158,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: without_tensors(planned(MIXTRAL, format="fp8"), "layers.1.block_sparse_moe.experts.3.w1.weight"), {},
         "experts", "experts", "experts"),
     "integers": (hurt("qwen3-FP8", "stored in integers"), {}, "dtype", "dtype", "dtype"),
-    "a factor too many": (hurt("qwen3-NVFP4", "a factor too many"), {}, "extra", "awq", "extra, machine"),
+    "a factor too many": (hurt("qwen3-NVFP4", "a factor too many"), {}, "extra", "awq", "machine"),
     "partly": (hurt("qwen3-NVFP4", "a part left out"), {}, "partly", "partly", "left out, machine"),
     "no method": (hurt("qwen3-NVFP4", "the method forgotten"), {}, "dialect", "", "machine"),
     "the file alone": (hurt("qwen3-NVFP4", "the file without a size"), {}, "config", "config", "machine"),
@@ -161,7 +175,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "blocks in Mistral": (
         lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8_pb"), {}, "", "llama blocks", ""),
     "cache in Mistral": (
-        lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8", kv_cache="fp8"), {}, "", "", ""),
+        lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8", kv_cache="fp8"), {},
+        "", "", "kv fp8"),
     "few rows": (lambda: planned(QWEN_MOE | {"num_key_value_heads": 2}, format="fp8_pb"), {}, "blocks", "blocks", ""),
     "few inputs": (
         lambda: planned(LLAMA | {"intermediate_size": 576}, format="fp8_pb", options=SPELLED), {},
@@ -212,7 +227,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: planned(SMALL_V3, format="fp8", kv_cache="fp8", kv_scale=1.0), {}, "", "", ""),
     "latent cache with scales": (
         lambda: alter(hurt("deepseekv3-NVFP4-KVNVFP4", "routers, cache")(), **FP8_CACHE), {},
-        "kv mla", "latent", "latent, machine"),
+        "kv mla", "latent", "latent, kv fp8, machine"),
     "predicts, plain": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="nvfp4")), {},
         "mtp left out", "mtp left out", "machine"),
     "predicts twice": (lambda: planned(SMALL_V3 | {"num_nextn_predict_layers": 2}, format="fp8"), {}, "", "mtp count", ""),
@@ -222,17 +237,25 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "dense among experts": (lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, format="bf16"), {}, "", "dense", ""),
     "experts in every other": (lambda: planned(QWEN_MOE | {"decoder_sparse_step": 2}, format="fp8"), {}, "", "dense", ""),
     "cache in blocks": (lambda: planned(QWEN_MOE, format="fp8_pb", kv_cache="fp8"), {},
-        "kv dialect", "kv ignored, kv flag", ""),
+        "kv dialect", "kv ignored, kv flag", "kv fp8"),
     "cache in blocks, dense": (lambda: planned(QWEN, format="fp8_pb", kv_cache="fp8"), {},
-        "kv dialect", "kv ignored, kv flag", ""),
+        "kv dialect", "kv ignored, kv flag", "kv fp8"),
+    "cache in blocks, alone": (lambda: replace(planned(QWEN, format="fp8_pb", kv_cache="fp8"), quant=None), {},
+        "kv dialect", "kv ignored, kv flag", "kv dialect"),
+    "cache in blocks of experts, alone": (lambda: replace(planned(QWEN_MOE, format="fp8_pb", kv_cache="fp8"), quant=None), {},
+        "kv dialect", "kv ignored, kv flag", "kv dialect"),
+    "cache in four bits in blocks": (lambda: planned(QWEN, format="fp8_pb", kv_cache="nvfp4"), {},
+        "kv dialect, kv nvfp4", "kv ignored, kv nvfp4", "kv nvfp4"),
+    "cache in four bits in int4": (lambda: planned(QWEN, format="int4_awq", kv_cache="nvfp4"), {},
+        "algorithm", "algorithm", "kv nvfp4"),
     "cache in four bits": (lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {}, "kv nvfp4", "kv nvfp4", "machine"),
     "cache in four bits, alone": (lambda: replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None), {},
-        "kv nvfp4", "kv nvfp4", "kv flat, machine"),
+        "kv nvfp4", "kv nvfp4", "machine"),
     "cache in four bits of Qwen, alone": (lambda: replace(planned(QWEN, format="fp8", kv_cache="nvfp4"), quant=None), {},
-        "kv nvfp4", "kv ignored, kv nvfp4", "kv flat"),
+        "kv nvfp4", "kv ignored, kv nvfp4", ""),
     "cache scales of a layer lost": (
         lambda: without_tensors(planned(QWEN, format="fp8", kv_cache="fp8"), *CACHE_OF_2), {},
-        "kv scales", "kv ignored", ""),
+        "kv scales", "kv ignored", "kv fp8"),
     "no scales of a cache": (lambda: planned(QWEN, format="fp8", kv_cache="fp8", kv_scale=1.0), {}, "", "", ""),
     "no scales of a cache in four bits": (
         lambda: without_tensors(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), "k_scale", "v_scale"), {},
@@ -240,9 +263,9 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "cache scales spelled short": (hurt("qwen3-FP8-KVFP8", "the cache spelt short"), {}, "", "kv ignored", "kv spelling"),
     "cache scales of heads": (
         lambda: with_a_dim(planned(LLAMA, format="nvfp4", kv_cache="fp8"), "k_scale", "v_scale", size=4), {},
-        "kv shape", "kv shape", "kv shape, machine"),
+        "kv shape", "kv shape", "kv shape, kv fp8, machine"),
     "cache scales of keys alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "v_scale"), {},
-        "kv half", "kv half", ""),
+        "kv half", "kv half", "kv half, kv fp8"),
     "cache scales of values alone": (lambda: without_tensors(planned(LLAMA, format="fp8", kv_cache="fp8"), "k_scale"), {},
         "kv pair", "kv pair", "kv spelling"),
     "dual chunks": (lambda: reconfigured(planned(QWEN2, format="fp8"), dual_chunk_attention_config={"chunk_size": 32768}), {},
@@ -266,6 +289,16 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "kv nvfp4", "gpu, kv ignored, kv nvfp4", "gpu"),
     "smoothed, kept": (lambda: planned(LLAMA, format="nvfp4_awq", options=KEPT), {},
         "algorithm", "awq", "machine"),
+    "factors of what is joined": (lambda: with_factors(planned(LLAMA, format="nvfp4"), "q_proj"), {},
+        "extra", "awq", "joined factor, machine"),
+    "factors of what is joined, int4": (lambda: with_factors(planned(QWEN, format="int4_awq"), "up_proj"), {},
+        "algorithm", "algorithm", "joined factor"),
+    "inputs of some": (lambda: without_tensors(planned(LLAMA, format="fp8"), "up_proj.input_scale"), {},
+        "scale", "scale", "joined inputs"),
+    "no size of groups": (lambda: alter(planned(QWEN, format="int4_awq"), group_size=None), {},
+        "algorithm", "algorithm", "group size"),
+    "no size of groups, w4a8": (lambda: alter(planned(QWEN, format="w4a8_awq"), group_size=None), {},
+        "algorithm", "algorithm", "group size, machine"),
     "smoothed in int4": (lambda: planned(QWEN, format="int4_awq"), {}, "algorithm", "algorithm", ""),
     "no words for scores": (lambda: without_words(planned(SMALL_V3, format="fp8"), "scoring_func"), {}, "softmax", "bias", ""),
     "no words for scores, bf16": (lambda: without_words(planned(SMALL_V3, format="bf16"), "scoring_func", "topk_method"), {},
@@ -282,7 +315,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "", "latent scale", "latent"),
     "plain, predicts in fp8": (lambda: store_the_last_layer_plain(planned(SMALL_V3, format="fp8")), {},
         "mtp left out", "mtp left out", ""),
-    "kv in w4": (lambda: planned(LLAMA, format="w4a8_awq", kv_cache="fp8"), {"gpu": "b200"}, "algorithm", "algorithm", "gpu"),
+    "kv in w4": (lambda: planned(LLAMA, format="w4a8_awq", kv_cache="fp8"), {"gpu": "b200"},
+        "algorithm", "algorithm", "gpu, kv fp8"),
     "stacks in four bits, not seen": (
         lambda: replace(planned(LLAMA4_SEES, format="nvfp4"), config=planned(LLAMA4, format="nvfp4").config), {},
         "not left out, stack, router kernel", "llama4 text, stack", "llama4 text, two configs, machine"),

@@ -15,7 +15,19 @@ from megatron_export.engines import exclude_lists as matching
 from megatron_export.formats import Options
 from megatron_export.planning.engine_check import lines, of_folder, refusals, rules, verdicts
 
-from ..support.checkpoints import DAMAGES, FP8, HEADERS, NVFP4, Said, damaged, described, golden, planned, written
+from ..support.checkpoints import (
+    DAMAGES,
+    FP8,
+    HEADERS,
+    NVFP4,
+    Said,
+    damaged,
+    described,
+    golden,
+    planned,
+    storing,
+    written,
+)
 from ..support.command_line import command_line
 from ..support.configs import GLM5, LLAMA, LLAMA4, LLAMA4_SEES, MINIMAX, MISTRAL3, MIXTRAL, PHI3, QWEN_MOE, SMALL_V3
 from ..support.live import refusal
@@ -29,7 +41,7 @@ MODELOPT = Options(fp8_pb_spelling="modelopt")
 # fmt: off
 USUAL = {
     "FP8":             ("", "", ""),
-    "FP8-KVFP8":       ("", "", ""),
+    "FP8-KVFP8":       ("", "", "kv fp8"),
     "FP8-mcore":       ("", "", ""),
     "FP8_PB_WO":       ("shape", "algorithm", ""),
     "INT4_AWQ":        ("algorithm", "algorithm", ""),
@@ -42,10 +54,10 @@ USUAL = {
 GOLDEN = {f"models/{name}-{form}": said for name in ("llama", "qwen3", "qwen3moe") for form, said in USUAL.items()}
 del GOLDEN["models/qwen3moe-W4A8_AWQ"]
 GOLDEN |= {
-    "models/qwen3-FP8-KVFP8":           ("", "kv ignored", ""),
+    "models/qwen3-FP8-KVFP8":           ("", "kv ignored", "kv fp8"),
     "models/qwen3-FP8-mcore":           ("not left out", "", ""),
     "models/qwen3-NVFP4-KVNVFP4":       ("kv nvfp4", "kv ignored", "machine"),
-    "models/qwen3moe-FP8-KVFP8":        ("", "kv ignored", ""),
+    "models/qwen3moe-FP8-KVFP8":        ("", "kv ignored", "kv fp8"),
     "models/qwen3moe-FP8_PB_WO":        ("shape", "algorithm", "block experts"),
     "models/qwen3moe-NVFP4-KVNVFP4":    ("kv nvfp4", "kv ignored", "machine"),
     "models/deepseekv3-FP8":            ("bias", "bias", "latent"),
@@ -105,6 +117,11 @@ def alter(said: CheckpointView, **quantization: object) -> CheckpointView:
     return reconfigured(replace(said, quant=nested), quantization_config=flat)
 
 
+def with_factors(said: Said) -> Said:
+    storing(f"{ATTENTION}.q_proj.pre_quant_scale", "BF16", 128)(said)
+    return said
+
+
 def without_routing(said: CheckpointView) -> CheckpointView:
     return replace(said, config={key: value for key, value in said.config.items() if key != "use_routing_bias"})
 
@@ -129,6 +146,10 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "old": lambda: found(planned(LLAMA, format="fp8_pb", options=MODELOPT), "tensorrt_llm", version="1.2.1"),
     "llama 4 on Hopper": lambda: found(planned(LLAMA4, format="nvfp4"), gpu="h200"),
     "on a T4": lambda: found(planned(LLAMA, format="fp8"), gpu="t4"),
+    "keys and values in four bits, blocks": lambda: found(planned(QWEN_MOE, format="fp8_pb", kv_cache="nvfp4")),
+    "DeepSeek's dialect, with cache": lambda: found(replace(planned(LLAMA, format="fp8_pb", kv_cache="fp8"), quant=None)),
+    "factors of q": lambda: found(described(with_factors(golden("models/llama-NVFP4")))),
+    "groups of no size": lambda: found(alter(planned(LLAMA, format="int4_awq"), group_size=None)),
     "cache alone": lambda: found(replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None)),
     "mixed, a cache in four bits": lambda: found(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention", kv_cache="nvfp4")),
     "mixed, in config.json alone": lambda: found(replace(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention"), quant=None)),
@@ -295,7 +316,7 @@ def test_check_prints_json(tmp_path: Path) -> None:
         (("plan", "--format", "nvfp4", "--target", "vllm,sglang,tensorrt_llm"), 0, "vLLM              loads"),
         (("check", "--rules"), 0, "every expert is there; it does not look"),
         (("check", "--rules"), 0, "SGLang 0.5.23, seen in tests/engines/test_sglang.py\n  files"),
-        (("check", "--rules"), 0, "TensorRT-LLM 1.3, not run\n  files"),
+        (("check", "--rules"), 0, "TensorRT-LLM 1.3, seen in tests/engines/test_tensorrt_llm.py\n  files"),
     ],
 )  # fmt: skip
 def test_exit_statuses_of_commands(arguments: tuple, status: int, says: str, capsys: pytest.CaptureFixture) -> None:
