@@ -93,7 +93,7 @@ def weights_in(folder: Path) -> Path:
 def files_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> its file, by the index of a folder or its only safetensors file; `ExportError` if it has neither."""
     home = weights_in(folder)
-    return read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home).keys(), home)
+    return read_index(folder) if home.name == INDEX else dict.fromkeys(opened(home, framework="numpy").keys(), home)
 
 
 def with_copied(folder: Path, hf_model: str | Path, prefixes: tuple[str, ...]) -> Path:

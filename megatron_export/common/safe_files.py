@@ -195,13 +195,16 @@ def read_index(folder: Path) -> dict[str, Path]:
     return {name: files[file] for name, file in homes.items()}
 
 
-def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
-    """A safetensors file, open for reading; `ExportError` for a header that is damaged, too large or names a tensor twice."""
+def opened(path: Path, way_out: str = "Fetch this file again", framework: str = "pt") -> "safe_open":
+    """A safetensors file, open for reading; `ExportError` for a header that is damaged, too large or names a tensor twice.
+
+    Where only names are asked for, `framework` is numpy: torch maps a file so that Linux refuses one that is larger than memory.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         header = read_header(path)
-        file = safe_open(path, framework="pt")
+        file = safe_open(path, framework=framework)
         for name, said in header.items():
             check_name(name)
             if name != "__metadata__" and max(said["shape"], default=0) > MOST_ELEMENTS:
@@ -213,7 +216,7 @@ def opened(path: Path, way_out: str = "Fetch this file again") -> "safe_open":
 
 def headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> dtype, as safetensors spells it, and shape; `ExportError` as of `opened`."""
-    opened(path)
+    opened(path, framework="numpy")
     said = read_header(path)
     return {name: (one["dtype"], tuple(one["shape"])) for name, one in said.items() if name != "__metadata__"}
 

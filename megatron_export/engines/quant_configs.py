@@ -89,9 +89,14 @@ def of_openai(architecture: str, findings: Findings) -> Reading | None:
 
 def inner_section(inline: dict | None) -> dict | None:
     """hf_quant_config.json's section where it stands, producer and all, in config.json: ModelOpt writes drafts so."""
-    found, producer = (inline or {}).get("quantization"), (inline or {}).get("producer")
-    by_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
-    return found if isinstance(found, dict) and by_modelopt and "quant_method" not in (inline or {}) else None
+    found = (inline or {}).get("quantization")
+    return found if isinstance(found, dict) and by_modelopt(inline) and "quant_method" not in (inline or {}) else None
+
+
+def by_modelopt(said: dict | None) -> bool:
+    """Whether a config names ModelOpt as what made it."""
+    producer = (said or {}).get("producer")
+    return isinstance(producer, dict) and producer.get("name") == "modelopt"
 
 
 def listed(section: dict, *keys: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from .quant_configs import (
     Matcher,
     Reading,
     algorithm_in,
+    by_modelopt,
     check_entries,
     in_blocks,
     inner_section,
@@ -194,6 +195,10 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
         return Reading()
+    if inline is None and not by_modelopt(checkpoint.quant):
+        why = "hf_quant_config.json does not say that ModelOpt made it, so it is not read"
+        findings.add("config", why, way='put "producer": {"name": "modelopt"} there')
+        return None
     if inline is None or (inner := inner_section(inline)):
         return _read_nested(checkpoint, nested if inline is None else inner, version, findings)
     method = str(inline.get("quant_method", "")).lower()

@@ -13,6 +13,7 @@ from megatron_export.planning.engine_check import expected_of
 
 from ..support.configs import LLAMA, QWEN, QWEN_MOE
 from ..support.models import GOLDEN, read_json
+from ..support.published import coded
 
 PUBLISHED = {path.stem: read_json(path) for path in sorted((GOLDEN / "configs").glob("*.json"))}
 TEXT = (r"model\.language_model\.", "model."), (r"layers\.3\.", "layers.1.")
@@ -64,20 +65,6 @@ CASES = {
         *("dtype, scale, extra", "", "left out, machine"),
     ),
 }
-
-
-def coded(rows: int, inputs: int, algorithm: str, mx_scale: str = "weight_scale") -> dict[str, Header]:
-    """The tensors of a linear as ModelOpt, or of "blocks" as DeepSeek, stores it."""
-    scalar = Header("F32", ())
-    if algorithm == "blocks":
-        blocks = -(-rows // 128), -(-inputs // 128)
-        return {"weight": Header("F8_E4M3", (rows, inputs)), "weight_scale_inv": Header("F32", blocks)}
-    if algorithm == "MXFP8":
-        return {"weight": Header("F8_E4M3", (rows, inputs)), mx_scale: Header("U8", (rows, inputs // 32))}
-    if algorithm == "FP8":
-        return {"weight": Header("F8_E4M3", (rows, inputs)), "weight_scale": scalar, "input_scale": scalar}
-    four = {"weight": Header("U8", (rows, inputs // 2)), "weight_scale": Header("F8_E4M3", (rows, inputs // 16))}
-    return four | {"weight_scale_2": scalar} | ({"input_scale": scalar} if algorithm == "NVFP4" else {})
 
 
 def sections(said: dict) -> list[dict]:
