@@ -1,12 +1,25 @@
 """Strips of rows: how many weights are worked on at a time, so that float32 copies stay small."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
+from threading import Barrier
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
 CUDA_STRIP_ELEMENTS = 1 << 22
+SHARED_ELEMENTS = 1 << 19  # of a strip that is encoded beside others
+THREADS = 8  # that do so, at most
+
+_pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("strips", default=None)
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
@@ -15,6 +28,17 @@ def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
     On the CPU a strip's float32 copies stay in its cache, and glibc reuses their memory; a GPU wants more work at a time.
     """
     return strips_of(weight.shape, rows, strip_elements(weight.device.type))
+
+
+def shared_strips(weight: Tensor, rows: int) -> Iterator[slice]:
+    """The same, of those that are encoded side by side: smaller ones on the CPU."""
+    elements = strip_elements(weight.device.type)
+    return strips_of(weight.shape, rows, elements if weight.is_cuda else min(elements, SHARED_ELEMENTS))
+
+
+def cached_strips(tensor: Tensor) -> Iterator[slice]:
+    """Those that a CPU reads more than once before the next; on a GPU, which is not to be waited for, all at once."""
+    return iter([slice(0, tensor.shape[0])]) if tensor.is_cuda and tensor.dim() else strips_of(tensor.shape)
 
 
 def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENTS) -> Iterator[slice]:
@@ -32,3 +56,50 @@ def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENT
 def strip_elements(device: str) -> int:
     """How many weights are encoded at a time on a "cpu" or a "cuda" device."""
     return CUDA_STRIP_ELEMENTS if device == "cuda" else STRIP_ELEMENTS
+
+
+@contextmanager
+def side_by_side(device: torch.device) -> Iterator[None]:
+    """Meanwhile `each` has as many threads as torch has here, where tensors are on the CPU. Each of them works alone: torch's own
+    threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that write and read.
+    """
+    before = torch.get_num_threads()
+    count = min(before, THREADS)
+    if count == 1 or device.type != "cpu":
+        yield
+        return
+    begun = Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread; but also of those that begin after it
+        begun.wait()
+
+    with ThreadPoolExecutor(count, thread_name_prefix="strip", initializer=begin) as pool:
+        for _ in range(count):
+            pool.submit(int)
+        begun.wait()
+        torch.set_num_threads(before)
+        token = _pool.set(pool)
+        try:
+            yield
+        finally:
+            _pool.reset(token)
+
+
+def each(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+    """What `work` gives for each job, in their order."""
+    pool, todo = _pool.get(), list(jobs)
+    if pool is None or len(todo) == 1:
+        return [work(job) for job in todo]
+    found: dict[int, Result] = {}
+    numbers = iter(range(len(todo)))  # from which every thread takes its next one
+
+    def some() -> None:
+        for number in numbers:
+            found[number] = work(todo[number])
+
+    threads = [pool.submit(some) for _ in range(min(THREADS, len(todo)))]
+    wait(threads)
+    for thread in threads:
+        thread.result()
+    return [found[number] for number in range(len(todo))]

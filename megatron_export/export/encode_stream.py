@@ -161,7 +161,7 @@ def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
         arrived = sum(size_of(item.raw_message(other)) for other in range(len(item.ranks)))
         copied = sum(part.nbytes for part in item.parts)
         splitting += copied if len(item.shard_shape) > 1 and not item.splits else 0
-    encoded, encoding = (sent, encode_bytes(largest, sent, device)) if item.form else (0, 0)
+    encoded, encoding = (sent, encode_bytes(largest, device)) if item.form else (0, 0)
     return Load(0, arrived, copied, splitting, encoded, encoding, sent, sent)
 
 

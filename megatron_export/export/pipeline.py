@@ -17,6 +17,7 @@ from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError
 from ..common.options import takes_options
 from ..common.progress import Progress, quiet
+from ..common.strips import side_by_side
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
@@ -143,10 +144,11 @@ def exported(
     progress: Progress,
 ) -> Report:
     """Do what was opened. Collective."""
-    work, identity = surveyed(here, opening)
-    clock.end("survey")
-    place = destination_of(opening, target, identity, provenance, notes)
-    kept, sent = _write(here, work, place, clock, progress, finish)
+    with side_by_side(here.device):
+        work, identity = surveyed(here, opening)
+        clock.end("survey")
+        place = destination_of(opening, target, identity, provenance, notes)
+        kept, sent = _write(here, work, place, clock, progress, finish)
     peak_host, peak_gpu, wire = zip(*collectives.everyone(here, (*_peaks(here), sent)), strict=True)
     return Report(target, opening.plan, clock.seconds, peak_host, peak_gpu, kept, wire, clock.stages)
 

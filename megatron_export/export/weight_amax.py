@@ -1,12 +1,13 @@
 """One pass over this rank's weights before any is encoded: their maxima, agreed over ranks, and a checksum of the whole model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..calibration.lookup import measured
 from ..common.errors import report
+from ..common.strips import cached_strips, each
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
@@ -15,7 +16,7 @@ from ..models.statistic_names import weight_key
 from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.fingerprint import added, checksum, of_settings
+from ..writing.fingerprint import added, checksum, checksum_of, of_settings
 
 
 def survey(
@@ -31,8 +32,8 @@ def survey(
         largest, sums = [], {}
         for item in heeded(mine):
             shard = shards[item.source.canonical]  # once: it may be read from disk
-            largest.append(_largest(here, item, shard, calibration))
-            sums[item.source.canonical] = _checksum(here, item, shard)
+            found, sums[item.source.canonical] = _read(here, item, shard, calibration)
+            largest.append(found)
             if item.kept:
                 scales = shards.scales(item.source.canonical, blocks_of(item.form))
                 sums[f"scales of {item.source.canonical}"] = _checksum_of_scales(here, item, scales)
@@ -64,29 +65,30 @@ def _agreed(
     return amaxes
 
 
-def _largest(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> Tensor:
-    index = item.ranks.index(here.rank)
-    if item.smoothed.vectors:
-        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
-        return torch.stack([_amax(part.data) for part in parts]).amax()
-    return _amax(item.source.layout.real(shard, index, len(item.ranks)))
-
-
-def _amax(values: Tensor) -> Tensor:
-    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
-    if values.numel() == 0:
-        return torch.zeros((), device=values.device)
-    low, high = torch.aminmax(values)
-    return torch.maximum(-low, high).to(torch.bfloat16).float()
-
-
-def _checksum(here: Topology, item: Item, shard: Tensor) -> int:
+def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The amax of what is quantized of a shard, float32 [], and the checksum of the shard."""
     source, index = item.source, item.ranks.index(here.rank)
     cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
     rows = tuple(range(cut.start, cut.stop) for cut in cuts)
-    return checksum(
-        source.layout.real(shard, index, len(item.ranks)).to(source.dtype), rows, columns[0].start if columns else 0
-    )
+    real = source.layout.real(shard, index, len(item.ranks))
+    summed = checksum_of(real.to(source.dtype), rows, columns[0].start if columns else 0)
+    if not item.smoothed.vectors:
+        return _amax(real, summed)
+    parts = item.split(shard, index, measured(item, calibration, here.device)).values()
+    return torch.stack([_amax(part.data)[0] for part in parts]).amax(), _amax(real, summed)[1]
+
+
+def _amax(values: Tensor, summed: Callable[[slice], int] = lambda rows: 0) -> tuple[Tensor, int]:
+    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible. And the sum of what `summed` says of all
+    rows, which are in the cache then.
+    """
+    if values.numel() == 0:
+        return torch.zeros((), device=values.device), 0
+    values = values if values.dim() else values.reshape(1)
+    found = each(lambda rows: (*torch.aminmax(values[rows]), summed(rows)), cached_strips(values))
+    low, high, sums = zip(*found, strict=True)
+    most = torch.maximum(-torch.stack(low).amin(), torch.stack(high).amax())
+    return most.to(torch.bfloat16).float(), added(sums)
 
 
 def _checksum_of_scales(here: Topology, item: Item, scales: Tensor) -> int:

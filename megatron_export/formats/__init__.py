@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
-from ..common.piece import Amax, Axis, Piece, join
-from ..common.strips import row_strips, strip_elements
+from ..common.piece import Amax, Axis, Piece
+from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, THREADS, each, shared_strips
 from ..common.text import near
 from . import (
     bf16,
@@ -42,6 +42,7 @@ from . import (
     w4a8_nvfp4_fp8,
     w4a16_nvfp4,
 )
+from .cpu import in_large_pages
 from .form import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing, Stacked
 
 FORMATS: dict[str, ModuleType] = {
@@ -157,23 +158,45 @@ def _given(form: KvForm, scale: float | None, least: float, k_amax: Tensor, v_am
 
 def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """`form.encode` in strips of whole tiles; on CUDA by a kernel with the same result, where there is one."""
-    if kernel := cuda_kernels.kernel_of(form, weight, amax):
-        made = kernel(weight, amax)
-    else:
-        strips = [
-            form.encode(weight[rows], amax.strip(rows, form.tile[0])) for rows in row_strips(weight, form.tile[0])
-        ]
-        made = {suffix: join([strip[suffix] for strip in strips], Axis.OUT) for suffix in strips[0]}
+    kernel = cuda_kernels.kernel_of(form, weight, amax) or partial(_in_strips, form)
+    made = kernel(weight, amax)
     if form.input_scale is not None:
         made["input_scale"] = Piece(torch.full_like(made["input_scale"].data, form.input_scale), ())
     return made
 
 
-def encode_bytes(weights: int, encoded: int, device: str) -> int:
-    """Memory that `encode` takes beside a part of so many weights and its pieces: 16 bytes for each weight of a strip, and
-    `encoded` bytes for the pieces of strips that are joined."""
-    strip = strip_elements(device)
-    return 16 * min(weights, strip) + (encoded if weights > strip else 0)
+def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
+    strips = list(shared_strips(weight, form.tile[0]))
+    if len(strips) == 1:
+        return form.encode(weight, amax.strip(strips[0], form.tile[0]))
+    planned = form.pieces_of(tuple(weight.shape))
+    whole = {suffix: Piece(_empty(piece.data, weight.device), piece.axes) for suffix, piece in planned.items()}
+
+    def put(number: int) -> None:
+        rows = strips[number]
+        for suffix, piece in form.encode(weight[rows], amax.strip(rows, form.tile[0])).items():
+            dim = piece.axes.index(Axis.OUT) if Axis.OUT in piece.axes else None
+            if dim is None:
+                whole[suffix].data.copy_(piece.data)  # the same of every strip
+                continue
+            size, rest = whole[suffix].data.shape[dim], piece.data.shape[dim]
+            start = size - rest if number == len(strips) - 1 else number * rest
+            whole[suffix].data.narrow(dim, start, rest).copy_(piece.data)
+
+    each(put, range(len(strips)))
+    return whole
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu" and like.dim():
+        return in_large_pages(like.shape, like.dtype)
+    return torch.empty_like(like, device=device)
+
+
+def encode_bytes(weights: int, device: str) -> int:
+    """Memory that `encode` takes beside a part of so many weights and its pieces: 24 bytes for each weight of the strips that are
+    encoded side by side."""
+    return 24 * min(weights, CUDA_STRIP_ELEMENTS if device == "cuda" else THREADS * SHARED_ELEMENTS)
 
 
 def _found(table: dict[str, T], name: str) -> T:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
+from .cpu import looked_up
 from .form import AS_HF, Arithmetic, Form, Options
 
 NAME = "fp8"
@@ -34,8 +35,12 @@ def scale_of(amax: Tensor, largest: float = E4M3_MAX) -> Tensor:
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     scale = scale_of(amax.weight)
-    scaled = (weight.float() / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX)
-    return pieces(scaled.to(torch.float8_e4m3fn), scale, scale_of(amax.input))
+    return pieces(looked_up(weight, codes_of, scale), scale, scale_of(amax.input))
+
+
+def codes_of(weight: Tensor, scale: Tensor) -> Tensor:
+    """The e4m3 codes of a weight of any float dtype under a float32 scale []."""
+    return (weight.float() / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def pieces(codes: Tensor, scale: Tensor, input_scale: Tensor) -> dict[str, Piece]:
@@ -55,7 +60,7 @@ def decode(pieces: dict[str, Piece]) -> Tensor:
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scale on disk."""
     scale = pieces["weight_scale"].data
-    return (weight / scale).to(torch.bfloat16).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    return codes_of(weight, scale).float() * scale
 
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
+from .cpu import above, below_zero, divided, in_float32, largest, magnitudes
 from .form import AS_HF, Arithmetic, Form, Options
 from .fp8 import E4M3_MAX, scale_of
 from .packing import pack, unpack
@@ -54,20 +55,13 @@ LARGEST_SCALE = {"max": E4M3_MAX, "mse": E4M3_MAX, "four_over_six": 256.0}  # of
 
 def e2m1_codes(scaled: Tensor) -> Tensor:
     """Round float32 values to e2m1 codes, uint8 of the same shape: the code is the number of midpoints below."""
-    size = scaled.abs()
-    code = (size > 0.25).to(torch.uint8)
-    code += size >= 0.75
-    code += size > 1.25
-    code += size >= 1.75
-    code += size > 2.5
-    code += size >= 3.5
-    code += size > 5.0
-    return code + (scaled < 0).to(torch.uint8) * 8
+    code = above(magnitudes(scaled), (0.25, 1.25, 2.5, 5.0), at=(0.75, 1.75, 3.5))
+    return code.add_(below_zero(scaled), alpha=8)
 
 
 def block_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
-    """The e4m3 scale of each block of a float32 [out, in/16, 16] weight: [out, in/16]."""
-    scale = blocks.abs().amax(2) / (E2M1_MAX * tensor_scale)
+    """The e4m3 scale of each block of a bfloat16 or float32 [out, in/16, 16] weight: [out, in/16]."""
+    scale = largest(blocks) / (E2M1_MAX * tensor_scale)
     return torch.where(scale == 0, 1.0, scale).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
@@ -146,10 +140,10 @@ def encode(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, Piece]:
     tensor_scale = scale_of(amax.weight, E2M1_MAX * LARGEST_SCALE[scales])
     if scales != "max":  # before the blocks of their own take memory
         block_scale = SEARCHES[scales](weight.abs().float().unflatten(1, (-1, BLOCK)), amax.weight, tensor_scale)
-    blocks = weight.float().unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
+    blocks = in_float32(weight).unflatten(1, (-1, BLOCK))  # [out, in/16, 16]
     if scales == "max":
-        block_scale = block_scales(blocks, tensor_scale)
-    codes = e2m1_codes(blocks / (block_scale.float() * tensor_scale).unsqueeze(2)).flatten(1)
+        block_scale = block_scales(weight.unflatten(1, (-1, BLOCK)), tensor_scale)
+    codes = e2m1_codes(divided(blocks, (block_scale.float() * tensor_scale).unsqueeze(2))).flatten(1)
     return pieces(pack(codes, dim=1), block_scale, tensor_scale, scale_of(amax.input, E2M1_MAX * E4M3_MAX))
 
 

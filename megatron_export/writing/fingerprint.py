@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..common.strips import cached_strips, each
 
 THREADS = 8  # files whose sha256 is made at a time
 _WORD = 4  # bfloat16 numbers in 64 bits
@@ -23,6 +25,11 @@ def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int =
     rows    which rows of the tensor it has, in its order; None: all of them
     column  which column of the tensor its first is
     """
+    return added(each(checksum_of(shard, rows, column), cached_strips(shard)))
+
+
+def checksum_of(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> Callable[[slice], int]:
+    """The same of some of its rows."""
     matrix = shard.flatten(1) if shard.dim() > 1 else shard.reshape(-1, 1)
     bits = matrix.contiguous().view(torch.int16)
     height, width = bits.shape
@@ -35,7 +42,12 @@ def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int =
         columns = torch.arange(column, column + width, device=bits.device)
         numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD))
         of_columns = of_words[columns // _WORD - words.start]
-    return int((numbers.sum(dim=1) * of_rows).sum() + (numbers.sum(dim=0) * of_columns).sum()) & _MASK
+
+    def of_strip(strip: slice) -> int:
+        mine = numbers[strip]
+        return int((mine.sum(dim=1) * of_rows[strip]).sum() + (mine.sum(dim=0) * of_columns).sum())
+
+    return of_strip
 
 
 @lru_cache(maxsize=64)  # layers are alike; on the CPU, as a GPU has nothing to spare for later

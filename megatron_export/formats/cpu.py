@@ -1,0 +1,125 @@
+"""What torch does slowly on a CPU: the same numbers by numpy and Arrow, which use its vector units, in memory that a thread keeps.
+
+Memory of a strip's size comes from the system anew each time, page by page, which takes longer than what is done in it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from math import prod
+from threading import local
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TABLED = 1 << 16  # weights from which on a table of all bfloat16 numbers is worth making
+KEPT = 1 << 20  # elements of the largest tensor whose memory is kept
+
+_mine = local()
+
+
+def scratch(use: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU with any numbers in it; the next call of this thread for the same use may return its memory."""
+    shape = tuple(shape)
+    nbytes = prod(shape) * dtype.itemsize
+    if prod(shape) > KEPT:
+        return torch.empty(shape, dtype=dtype)
+    held: dict[str, np.ndarray] = _mine.__dict__  # no tensors, which could not leave an inference mode
+    if use not in held or held[use].size < nbytes:
+        held[use] = np.empty(nbytes, np.uint8)
+    return torch.from_numpy(held[use][:nbytes]).view(dtype).view(shape)
+
+
+def in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU with any numbers in it, of at least one dim. numpy asks the system for pages of 2 MB where it would give
+    small ones, each of which takes as long as copying some thousand bytes; torch does not.
+    """
+    return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def above(values: Tensor, bounds: Iterable[float], at: Iterable[float] = ()) -> Tensor:
+    """How many of `bounds` each float32 value is above, and how many of `at` it is not below: uint8 of the same shape.
+
+    On a CPU numpy compares, eight times as fast as torch.
+    """
+    code = torch.zeros_like(values, dtype=torch.uint8)
+    if values.device.type != "cpu":
+        for bound in bounds:
+            code += values > bound
+        for bound in at:
+            code += values >= bound
+        return code
+    numbers, total = values.detach().numpy(), code.numpy()
+    found = scratch("found", values.shape, torch.bool).numpy()
+    for bound in bounds:
+        total += np.greater(numbers, np.float32(bound), out=found).view(np.uint8)
+    for bound in at:
+        total += np.greater_equal(numbers, np.float32(bound), out=found).view(np.uint8)
+    return code
+
+
+def below_zero(values: Tensor) -> Tensor:
+    """1 for each float32 value below zero, 0 for others, uint8 of the same shape."""
+    if values.device.type != "cpu":
+        return (values < 0).to(torch.uint8)
+    found = scratch("found", values.shape, torch.bool)
+    np.less(values.detach().numpy(), np.float32(0), out=found.numpy())
+    return found.view(torch.uint8)
+
+
+def magnitudes(values: Tensor) -> Tensor:
+    """Those of float32 values; on a CPU in memory that the next call takes again."""
+    if values.device.type != "cpu":
+        return values.abs()
+    return torch.abs(values.detach(), out=scratch("magnitudes", values.shape, torch.float32))
+
+
+def in_float32(weight: Tensor) -> Tensor:
+    """A weight, in float32; on a CPU in memory that the next call takes again."""
+    if weight.device.type != "cpu" or weight.dtype == torch.float32:
+        return weight.float()
+    return scratch("in_float32", weight.shape, torch.float32).copy_(weight.detach())
+
+
+def divided(values: Tensor, scales: Tensor) -> Tensor:
+    """The quotients of float32 values; on a CPU in memory that the next call takes again."""
+    if values.device.type != "cpu":
+        return values / scales
+    return torch.div(values.detach(), scales, out=scratch("divided", values.shape, torch.float32))
+
+
+def largest(blocks: Tensor) -> Tensor:
+    """The amax of each block of bfloat16 or float32 numbers [..., block], in float32."""
+    if blocks.device.type != "cpu" or blocks.dtype != torch.bfloat16:
+        return blocks.abs().amax(-1).float()
+    bits = blocks.detach().view(torch.int16)  # those of magnitudes are in their order
+    sizes = torch.bitwise_and(bits, 0x7FFF, out=scratch("sizes", bits.shape, torch.int16))
+    return sizes.amax(-1).view(torch.bfloat16).float()
+
+
+def looked_up(weight: Tensor, codes_of: Callable[[Tensor, Tensor], Tensor], scale: Tensor) -> Tensor:
+    """`codes_of(weight, scale)`, a byte for each number of a weight: of a large bfloat16 one on the CPU, from a table of the codes
+    of all such numbers.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() < TABLED:
+        return codes_of(weight, scale)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table, dtype = _table(codes_of, float(scale))
+    numbers = pa.py_buffer(weight.detach().contiguous().view(torch.int16).numpy())
+    indices = pa.Array.from_buffers(pa.uint16(), weight.numel(), [None, numbers])
+    found = pc.take(table, indices, boundscheck=False)
+    codes = np.frombuffer(found.buffers()[1], np.uint8, weight.numel())
+    return torch.from_numpy(codes).view(dtype).view(weight.shape)
+
+
+@lru_cache(maxsize=8)  # strips of one weight, and linears that engines fuse, have one scale
+def _table(codes_of: Callable[[Tensor, Tensor], Tensor], scale: float) -> tuple[Any, torch.dtype]:
+    """The codes of all bfloat16 numbers, in the order of their bits, as an array of Arrow's, and their dtype."""
+    import pyarrow as pa
+
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    codes = codes_of(numbers, torch.tensor(scale))
+    return pa.array(codes.view(torch.uint8).numpy()), codes.dtype

@@ -1,0 +1,82 @@
+"""What is done by numpy and Arrow on a CPU is what torch does there."""
+
+import pytest
+import torch
+
+from megatron_export import formats
+from megatron_export.common import strips
+from megatron_export.common.piece import Amax
+from megatron_export.formats import cpu, fp8
+
+EVERY = (
+    torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+)  # bfloat16 numbers, and NaN and Inf
+FINITE = EVERY[EVERY.isfinite()]
+
+
+@pytest.mark.parametrize("amax", [0.0, 1e-30, 0.0173, 1.0, 448.0, 3e38])
+def test_fp8_codes_from_a_table_are_those_of_two_roundings(amax: float) -> None:
+    scale = fp8.scale_of(torch.tensor(amax))
+    weight = torch.cat([FINITE, FINITE.flip(0)]).view(2, -1)
+    assert weight.numel() >= cpu.TABLED
+    rounded = (weight.float() / scale).to(torch.bfloat16).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(fp8.encode(weight, Amax(torch.tensor(amax), scale))["weight"].data.float(), rounded.float())
+
+
+def test_bounds_are_counted_as_torch_compares() -> None:
+    values = torch.cat([FINITE.float(), FINITE.float().nextafter(torch.tensor(0.0))])
+    bounds, at = (0.25, 2.5, -1.0), (0.75, 3.5)
+    expected = sum((values > one).to(torch.uint8) for one in bounds) + sum(
+        (values >= one).to(torch.uint8) for one in at
+    )
+    assert torch.equal(cpu.above(values, bounds, at), expected)
+    assert torch.equal(cpu.below_zero(values), (values < 0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_of_a_block_is_its_amax(dtype: torch.dtype) -> None:
+    blocks = FINITE[torch.randperm(len(FINITE), generator=torch.Generator().manual_seed(0))][: 4000 * 16].view(
+        40, 100, 16
+    )
+    assert torch.equal(cpu.largest(blocks.to(dtype)), blocks.float().abs().amax(-1))
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_awq", "fp8_pb"])
+def test_strips_side_by_side_make_the_same_bytes_and_leave_torchs_threads(name: str) -> None:
+    weight = torch.randn(1100, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    form, amax = formats.chosen(name), Amax(weight.abs().amax().float(), torch.tensor(3.0))
+    whole = form.encode(weight, amax)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with strips.side_by_side(weight.device):
+            found = formats.encode(form, torch.nn.Parameter(weight), amax)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found.keys() == whole.keys()
+    for suffix, piece in whole.items():
+        assert torch.equal(found[suffix].data.float(), piece.data.float()), suffix
+
+
+def test_what_one_strip_raises_is_raised() -> None:
+    def work(number: int) -> int:
+        return 1 // (3 - number)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with strips.side_by_side(torch.device("cpu")):
+            assert strips.each(work, [0, 1, 2]) == [0, 0, 1]
+            with pytest.raises(ZeroDivisionError):
+                strips.each(work, range(9))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_was_kept_in_inference_mode_serves_outside() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    form, amax = formats.chosen("nvfp4"), Amax(weight.abs().amax().float(), torch.tensor(3.0))
+    with torch.inference_mode():
+        inside = form.encode(weight, amax)["weight"].data
+    assert torch.equal(form.encode(weight, amax)["weight"].data, inside)
