@@ -16,6 +16,7 @@ from types import ModuleType
 
 from . import sglang, sglang_drafts, tensorrt_llm, tensorrt_llm_drafts, vllm, vllm_drafts
 from .checkpoint_view import CheckpointView, Header
+from .checks import release_of
 from .drafts import kind_of
 from .gpus import GPUS
 from .verdict import Effect, Finding, Rule, Verdict
@@ -38,6 +39,7 @@ def verdict_of(
     module = ENGINES[engine]
     asked = version or module.VERSION
     known = next((one for one in module.RELEASES if f"{one}.".startswith(f"{asked}.")), None)
+    rules = known or _nearest(module.RELEASES, asked)
     if kind := kind_of(checkpoint):
         found = DRAFTS[engine].judge(checkpoint, kind, base, known or asked, gpu, tp).all()
     else:
@@ -45,8 +47,15 @@ def verdict_of(
     if unknown := tuple(one for one in found if one.effect is Effect.UNKNOWN):
         return Verdict(module.NAME, asked, unknown)  # what other rules find was looked for in something else
     if known is None:
-        found += (Finding("version", Effect.MINDS, f"these are the rules of {module.VERSION}", "", ()),)
+        found += (Finding("version", Effect.MINDS, f"these are the rules of {rules}", "", ()),)
     return Verdict(module.NAME, asked, found)
+
+
+def _nearest(releases: tuple[str, ...], asked: str) -> str:
+    """The newest of some releases that is not later than one that is none of them, or else the oldest."""
+    in_order = sorted(releases, key=release_of)
+    earlier = [one for one in in_order if release_of(one) <= release_of(asked)]
+    return (earlier or in_order)[-1 if earlier else 0]
 
 
 def targets_in(text: str) -> dict[str, int]:

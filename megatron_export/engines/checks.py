@@ -2,6 +2,7 @@
 that the engine takes it for. Rules have the same names in each engine's table; their effects differ.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 from ..common.folder_kinds import HEADLESS, is_headless
@@ -75,8 +76,8 @@ def check_codes(
 
 
 def release_of(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version, or as many as it has."""
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+    """The first three numbers of a version, or as many as it has; words behind a number do not count."""
+    return tuple(map(int, re.findall(r"(?:^v?|\.)(\d+)", version)[:3]))
 
 
 def check_config(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:

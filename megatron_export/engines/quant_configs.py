@@ -26,6 +26,7 @@ class Reading:
     kv         FP8 or NVFP4; None if the config does not quantize the cache
     dialect    modelopt, native, or '' for none
     experts    what counts for experts alone
+    spelled    HF module -> quant_algo as the config spells it, of a mixed model, where that matters
     """
 
     algorithm: str | None = None
@@ -37,6 +38,7 @@ class Reading:
     dialect: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
     experts: "Reading | None" = None
+    spelled: dict[str, str] = field(default_factory=dict)
 
 
 def left_out(reading: Reading, group: Group, matcher: Matcher, latent: str) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .architectures import Built, as_built, as_listed, built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors, release_of
+from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors
 from .exclude_lists import Names, sglang_excluded, sglang_skipped
 from .gpus import BLACKWELL
 from .quant_configs import (
@@ -22,6 +22,7 @@ from .quant_configs import (
     size_in,
     sizes_of,
 )
+from .releases import CHANGES, has
 from .sglang_cache import check_cache
 from .sglang_hybrids import check_hybrid_config, quantizes_predicting
 from .sglang_layouts import check_layouts
@@ -76,7 +77,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
     "mixed joined":  (_R, "a mixed model lists joined linears by that name, if the class does not say which", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
-    "old":           (_R, "MXFP8 since 0.5.18, W4A16_NVFP4 alone since 0.5.19, blocks in a mix since 0.5.21", "modelopt", READ),
+    "old":           (_R, "the release knows each format: engines/releases.py has since when", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
     "no cache said": (_R, "a mixed model whose config.json says nothing of a KV cache has hf_quant_config.json", "weights", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
@@ -121,8 +122,6 @@ _MIXED = {"FP8": "FP8", "FP8_PB_WO": "blocks", "FP8_BLOCK_SCALES": "blocks", "MX
 NOT_NEEDED = dict.fromkeys((*_ALGORITHMS, *_MIXED.values()), frozenset(("pre_quant_scale",)))
 _LATENT = "fused_qkv_a_proj_with_mqa"
 LEAST = {"FP8": 89, "MXFP8": BLACKWELL}
-_SINCE = {"MXFP8": (0, 5, 18), "W4A16_NVFP4": (0, 5, 19)}
-_SINCE_MIXED = {"blocks": (0, 5, 21)}
 _LEAST_MIXED = {"native MXFP8": 90}  # DeepGEMM computes it; and Marlin FP8 where nothing else does
 # What DeepSeek's config.json says of routing.
 _ROUTES = {"topk_method": '"noaux_tc"', "scoring_func": '"sigmoid"', "moe_layer_freq": "1"}
@@ -135,7 +134,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     findings = check_tensors(RULES, checkpoint, view)
     built = built_by("sglang", checkpoint)
     check_config(checkpoint, built, findings)
-    reading = read(checkpoint, findings)
+    reading = read(checkpoint, version, findings)
     if reading is None:
         return findings
     reading, modelopt = as_listed(reading, built), reading.dialect == "modelopt"
@@ -173,7 +172,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     return findings
 
 
-def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
+def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Reading | None:
     """What SGLang takes from the configs: from config.json, or from hf_quant_config.json if that does not quantize."""
     inline, nested = checkpoint.inline, checkpoint.nested
     if inline is None and nested is None:
@@ -205,13 +204,15 @@ def read(checkpoint: CheckpointView, findings: Findings) -> Reading | None:
     if not method.startswith("modelopt"):
         findings.add("another", f"no rules about quant_method {method}")
         return None
-    return _read_modelopt(checkpoint, section, where, findings)
+    return _read_modelopt(checkpoint, section, where, version, findings)
 
 
-def _read_modelopt(checkpoint: CheckpointView, section: dict, where: str, findings: Findings) -> Reading | None:
+def _read_modelopt(
+    checkpoint: CheckpointView, section: dict, where: str, version: str, findings: Findings
+) -> Reading | None:
     algorithm = str(section.get("quant_algo") or "")
     kv = kv_of(section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo"))
-    names = Names(listed(section, where, "exclude_modules", "ignore"))
+    names = Names(listed(section, where, *_other_keys(algorithm, where, version)))
     if algorithm == MIXED:
         layers = layers_of(section)
         if not set(layers.values()) & {"NVFP4", "W4A16_NVFP4"}:
@@ -220,7 +221,7 @@ def _read_modelopt(checkpoint: CheckpointView, section: dict, where: str, findin
             return None
         check_entries(layers, _MIXED, checkpoint.indexed, FORMATS, findings)
         known = {name: _MIXED[one] for name, one in layers.items() if one in _MIXED}
-        return Reading("", where, names, known, 0, kv, "modelopt", sizes_of(section))
+        return Reading("", where, names, known, 0, kv, "modelopt", sizes_of(section), spelled=layers)
     if algorithm.upper() == "FP8_PB_WO":
         findings.add("algorithm", "refuses FP8_PB_WO", way="--fp8-pb-spelling native")
         return None
@@ -235,14 +236,26 @@ def _read_modelopt(checkpoint: CheckpointView, section: dict, where: str, findin
     return Reading(algorithm, where, names, {}, size_in(section), kv, "modelopt")
 
 
+def _other_keys(algorithm: str, where: str, version: str) -> tuple[str, ...]:
+    """Keys of the list where the first, `where`, is not there."""
+    if algorithm == "MXFP8":
+        return ("exclude_modules", "ignore")
+    if where == "ignore" and algorithm == MIXED:
+        return ("exclude_modules",)
+    if where == "ignore" and "NVFP4" in algorithm and has("sglang", "other key of NVFP4", version):
+        return ("modules_to_not_convert", "exclude_modules")
+    return ()
+
+
 def _check_release(reading: Reading, version: str, findings: Findings) -> None:
-    since = _SINCE if reading.algorithm else _SINCE_MIXED
-    for algorithm in sorted({reading.algorithm, *reading.layers.values()} & since.keys()):
-        if release_of(version) < since[algorithm]:
-            needed = ".".join(map(str, since[algorithm]))
-            findings.add(
-                "old", f"release {version} does not know {algorithm} here", way=f"serve with {needed} or later"
-            )
+    asked = {reading.algorithm}
+    for name, algorithm in reading.spelled.items():
+        of_experts = algorithm == "FP8_PB_WO" and ".experts" in name
+        asked.add(f"{algorithm} of experts in a mix" if of_experts else f"{algorithm} in a mix")
+    for algorithm in sorted(asked & CHANGES["sglang"].keys()):
+        if not has("sglang", algorithm, version):
+            since = CHANGES["sglang"][algorithm].since
+            findings.add("old", f"release {version} does not know {algorithm}", way=f"serve with {since} or later")
 
 
 def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -96,12 +96,12 @@ def judge(
     elif kind != EAGLE3:
         findings.add("medusa", "it has no Medusa", way="draft with EAGLE-3")
     elif check_class(checkpoint, checkpoint.architecture == _CLASS, checkpoint.architecture == _UNREAD, findings):
-        _judge_eagle3(checkpoint, base, gpu, tp, findings)
+        _judge_eagle3(checkpoint, base, version, gpu, tp, findings)
     return findings
 
 
 def _judge_eagle3(
-    checkpoint: CheckpointView, base: CheckpointView | None, gpu: str | None, tp: int, findings: Findings
+    checkpoint: CheckpointView, base: CheckpointView | None, version: str, gpu: str | None, tp: int, findings: Findings
 ) -> None:
     draft = draft_of(checkpoint, base, _spelled, "hidden_norm", count_in(checkpoint))
     tensors = draft.checkpoint.whole.tensors
@@ -119,7 +119,7 @@ def _judge_eagle3(
     if named and not draft.smaller and "lm_head.weight" not in tensors:
         why = "config.json says a draft_vocab_size, and then it takes no lm_head from the base"
         findings.add("head", why, "lm_head", way='"draft_vocab_size": null, or write its lm_head')
-    reading = read(draft.checkpoint, findings)
+    reading = read(draft.checkpoint, version, findings)
     fc = tensors.get("fc.weight")
     if fc is not None and fc.dtype in ("F8_E4M3", "U8"):
         why = f"it is {fc.dtype}: its codes are taken for numbers, and its scales skipped"

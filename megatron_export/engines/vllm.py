@@ -4,9 +4,8 @@ from functools import partial
 
 from .architectures import Built, as_built, as_listed, built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors, release_of
+from .checks import check_capability, check_codes, check_config, check_mtp, check_tensors
 from .exclude_lists import GATE_UP, Names, vllm_exactly, vllm_modelopt
-from .gpus import BLACKWELL, GPUS
 from .quant_configs import (
     MIXED,
     AlgorithmOf,
@@ -25,6 +24,7 @@ from .quant_configs import (
     size_in,
     sizes_of,
 )
+from .releases import has
 from .router_weights import check_router_weights
 from .tensor_specs import MXFP4_EXPERTS
 from .verdict import Effect, Findings, table
@@ -147,10 +147,8 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         check_layouts(checkpoint, reading, algorithm_of, findings)
         check_mtp(view, findings, algorithm_of)
         check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 75, findings)
-        if gpu is not None and reading.kv == "NVFP4" and not (GPUS[gpu] in (80, 90) or GPUS[gpu] >= BLACKWELL):
-            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="--kv-cache fp8")
         check_router_weights(checkpoint, algorithm_of, gpu, findings)
-    check_cache(checkpoint, reading, findings)
+    check_cache(checkpoint, reading, gpu, findings)
     if built.routed:
         _check_routers(checkpoint, findings)
     return findings
@@ -213,7 +211,7 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
         findings.add("another", f"no rules about quant_method {method}")
         return None
     mixed_in_file = inline.get("quant_algo") == MIXED and "quantized_layers" not in inline and nested is not None
-    if release_of(version) >= (0, 33) and "ignore" not in inline:
+    if has("vllm", "other key", version) and "ignore" not in inline:
         inline = inline | {"ignore": inline.get("exclude_modules")}
     section, where, kv = (nested, *_FILE) if mixed_in_file else (inline, "ignore", "kv_cache_scheme")
     return _read_modelopt(checkpoint, section, where, kv_of(section.get(kv)), findings)
@@ -222,7 +220,7 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
 def _read_nested(checkpoint: CheckpointView, nested: dict, version: str, findings: Findings) -> Reading | None:
     algorithm = str(nested.get("quant_algo") or "").upper()
     lacking = {"group_size", "kv_cache_quant_algo", "exclude_modules"} - nested.keys()
-    if algorithm not in (*_NESTED, *((MIXED,) if release_of(version) >= (0, 33) else ())):
+    if algorithm not in (*_NESTED, *((MIXED,) if has("vllm", "mixed alone", version) else ())):
         later = "or serve with 0.33, " if algorithm == MIXED else ""
         why = f"hf_quant_config.json alone, or its section in config.json, says {algorithm}"
         findings.add("config", why, way=f"{later}put it into config.json, with quant_method")

@@ -3,7 +3,7 @@
 from functools import partial
 
 from .checkpoint_view import CheckpointView, Group
-from .checks import check_capability, release_of
+from .checks import check_capability
 from .drafts import (
     ANOTHER,
     COMBINED,
@@ -20,6 +20,7 @@ from .drafts import (
 )
 from .exclude_lists import full, vllm_exactly, vllm_modelopt
 from .medusa_heads import check_heads, heads_of
+from .releases import has
 from .verdict import Effect, Findings, table
 from .vllm import LEAST, NAME, NOT_NEEDED, VERSION, by_one_name, read
 
@@ -112,7 +113,7 @@ def judge(
         findings.add("draft", "no rules about this kind of draft: they are of EAGLE-3 and of Medusa")
     elif kind == EAGLE3:
         _judge_eagle3(checkpoint, base, version, gpu, tp, findings)
-    elif release_of(version) >= (0, 33):
+    elif has("vllm", "no Medusa", version):
         findings.add("gone", f"{version} has no Medusa", way="serve with 0.32, or draft with EAGLE-3")
     elif kind == COMBINED:
         why = "it takes heads from a folder of their own, and misreads the base's config for theirs"

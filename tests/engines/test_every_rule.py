@@ -248,6 +248,13 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "kv dialect, kv nvfp4", "kv ignored, kv nvfp4", "kv nvfp4"),
     "cache in four bits in int4": (lambda: planned(QWEN, format="int4_awq", kv_cache="nvfp4"), {},
         "algorithm", "algorithm", "kv nvfp4"),
+    "cache in four bits on L4": (
+        lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {"gpu": "l4"}, "kv nvfp4", "gpu, kv nvfp4", "gpu"),
+    "cache in four bits, narrow heads": (
+        lambda: planned(LLAMA | {"head_dim": 64}, format="nvfp4", kv_cache="nvfp4"), {"gpu": "rtx5090"},
+        "gpu, kv nvfp4", "kv nvfp4", ""),
+    "cache in four bits, narrow heads on B200": (
+        lambda: planned(LLAMA | {"head_dim": 64}, format="nvfp4", kv_cache="nvfp4"), {"gpu": "b200"}, "kv nvfp4", "kv nvfp4", ""),
     "cache in four bits": (lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {}, "kv nvfp4", "kv nvfp4", "machine"),
     "cache in four bits, alone": (lambda: replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None), {},
         "kv nvfp4", "kv nvfp4", "machine"),
@@ -345,14 +352,14 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "weights of NVFP4, before": (lambda: planned(QWEN, format="w4a16_nvfp4"), {"version": "0.5.17"},
         "version", "old, version", "old, version"),
     "mxfp8, before": (lambda: planned(QWEN, format="mxfp8"), {"version": "0.5.17"}, "version", "old, version", "old, version"),
-    "a mix with blocks, before": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"), {"version": "0.5.20"},
+    "a mix with blocks, before": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"), {"version": "0.5.19"},
         "left out, version", "old, version", "machine, version"),
     "left out under the other key": (
         lambda: replace(renamed(planned(QWEN, format="fp8", exclude=("*.layers.1.*",)), "ignore", "exclude_modules"), quant=None),
-        {}, "not left out", "", "not left out"),
+        {}, "not left out", "not left out", "not left out"),
     "left out under the other key, later": (
         lambda: replace(renamed(planned(QWEN, format="fp8", exclude=("*.layers.1.*",)), "ignore", "exclude_modules"), quant=None),
-        {"version": "0.33"}, "", "version", "not left out, version"),
+        {"version": "0.33"}, "", "not left out, version", "not left out, version"),
     "a quantized head of Mixtral": (lambda: planned(MIXTRAL, format="fp8", set=("lm_head=fp8",)), {}, "", "head", ""),
     "a quantized head of Mixtral, in four bits": (
         lambda: planned(MIXTRAL, format="nvfp4", set=("lm_head=nvfp4",)), {}, "", "head", "machine"),

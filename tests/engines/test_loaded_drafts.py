@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.engines import DRAFTS, Effect, verdict_of
+from megatron_export.engines import DRAFTS, Effect
 
 from ..support.checkpoints import described, written
 from ..support.draft_headers import said_of_base
-from .asking import tried
+from .asking import judged, tried
 from .test_drafts import BASE, CASES, of_case
 
 WORST = (Effect.REFUSES, Effect.UNKNOWN)
@@ -44,10 +44,11 @@ def seen(engine: str, loading: str, folder: Path, flags: tuple[str, ...] = ()) -
     found = {}
     for path, one in tried(loading, *folders, flags=flags).items():
         case = folders[path]
-        verdict = verdict_of(described(of_case(case)), engine, base=BASE if CASES[case][2] else None)
+        verdict = judged(described(of_case(case)), engine, base=BASE if CASES[case][2] else None)
         broken = {one.rule for one in verdict.findings if DRAFTS[engine].RULES[one.rule].effect in WORST}
         loaded = one["error"] is None and all(case in EMPTY[engine].get(name, ()) for name in one["lacking"])
-        if loaded == (bool(broken) and case not in UNNOTICED[engine]):
+        unnoticed = case in UNNOTICED[engine] and "gone" not in broken
+        if loaded == (bool(broken) and not unnoticed):
             found[case] = f"{', '.join(broken) or 'nothing'} | {one['error']} | {one['lacking']}"
     return found
 

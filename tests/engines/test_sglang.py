@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_export.engines import Verdict, verdict_of
+from megatron_export.engines import Verdict
 from megatron_export.planning import recipe
 from megatron_export.planning.engine_check import of_folder
 
 from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
 from ..support.ranks import Ranks, living
-from .asking import EVERY, exported, tried
+from .asking import EVERY, exported, judged, told_otherwise, tried
 from .product import list_joined
 
 pytestmark = pytest.mark.sglang
@@ -69,7 +69,7 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     found = {}
     for folder, one in tried("sglang_loading", *folders).items():
         checkpoint = of_folder(folder)
-        verdict = verdict_of(checkpoint, "sglang")
+        verdict = judged(checkpoint, "sglang")
         keeps = bool(checkpoint.indexed.kv) and all(finding.rule != "kv ignored" for finding in verdict.findings)
         if not agrees(verdict, one) or (filled(one) and one["kv"] != keeps):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one}"
@@ -92,19 +92,26 @@ def test_sglang_finds_joined_linears_of_a_mix_where_they_are_named(pool: list[Ra
         list_joined((said.get("quantization_config") or said.get("quantization"))["quantized_layers"])
         file.write_text(json.dumps(said))
     assert disagreements(folders) == {}
-    assert all(verdict_of(of_folder(folder), "sglang").loads for folder in folders)
+    assert all(judged(of_folder(folder), "sglang").loads for folder in folders)
+
+
+def test_sglang_reads_configs_as_its_release_does(pool: list[Ranks], tmp_path: Path) -> None:
+    folders = exported(living(pool), {"qwen3_moe-sparse": ["fp8", "nvfp4", "nvfp4_mlp_fp8_attention"]}, tmp_path)
+    for folder in folders:
+        told_otherwise(folder)
+    assert disagreements(folders) == {}
 
 
 def test_sglang_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
     folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
     for folder, one in tried("sglang_loading", *folders).items():
-        verdict = verdict_of(described(golden(folders[folder])), "sglang")
+        verdict = judged(described(golden(folders[folder])), "sglang")
         assert agrees(verdict, one), f"{folders[folder]}: {verdict.text} | {one}"
 
 
 def test_sglang_refuses_what_is_damaged_or_leaves_it_empty(tmp_path: Path) -> None:
     damages = {written(damaged(damage), tmp_path / str(n)): damage for n, damage in enumerate(DAMAGES)}
     for folder, one in tried("sglang_loading", *damages).items():
-        verdict = verdict_of(described(damaged(damages[folder])), "sglang")
+        verdict = judged(described(damaged(damages[folder])), "sglang")
         unnoticed = damages[folder] in UNNOTICED
         assert filled(one) if unnoticed else agrees(verdict, one), f"{damages[folder]}: {verdict.text} | {one}"

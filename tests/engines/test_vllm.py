@@ -11,7 +11,7 @@ import torch
 
 from launch.bench.serving import through_engine
 from launch.bench.vllm_process import of_scales
-from megatron_export.engines import Effect, verdict_of, vllm
+from megatron_export.engines import Effect, vllm
 from megatron_export.engines.exclude_lists import Names, Partly, full, vllm_exactly, vllm_modelopt
 from megatron_export.planning.engine_check import of_folder
 from megatron_export.verify.perplexity import of_window
@@ -19,7 +19,7 @@ from megatron_export.verify.perplexity import of_window
 from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
 from ..support.models import auto_model
 from ..support.ranks import Ranks, living
-from .asking import EVERY, exported, tried
+from .asking import EVERY, exported, judged, told_otherwise, tried
 from .product import MODELS
 
 pytestmark = pytest.mark.vllm
@@ -81,7 +81,7 @@ def disagreements(folders: list[Path]) -> dict[str, str]:
     """Where vLLM did not do what the rules say, or warned of scales; of those that are 1 it warns once, so these are asked last."""
     found = {}
     for folder, one in tried("vllm_loading", *sorted(folders, key=is_cast)).items():
-        verdict = verdict_of(of_folder(folder), "vllm")
+        verdict = judged(of_folder(folder), "vllm")
         warned = [text for text in of_scales(one["warned"]) if not (is_cast(folder) and CAST in text)]
         if (one["error"] is None) != (verdict.loads is not False) or (one["error"] is None and warned):
             found[f"{folder.parent.name} {folder.name}"] = f"{verdict.text} | {one['error']} | {warned}"
@@ -93,11 +93,18 @@ def test_vllm_loads_what_the_rules_say(names: dict[str, list[str]], pool: list[R
     assert disagreements(exported(living(pool), names, tmp_path)) == {}
 
 
+def test_vllm_reads_configs_as_its_release_does(pool: list[Ranks], tmp_path: Path) -> None:
+    folders = exported(living(pool), {"qwen3": ["fp8", "nvfp4_mlp_fp8_attention"]}, tmp_path)
+    for folder in folders:
+        told_otherwise(folder)
+    assert disagreements(folders) == {}
+
+
 def test_vllm_loads_of_modelopts_checkpoints_those_that_the_rules_say(tmp_path: Path) -> None:
     folders = {written(golden(name), tmp_path / name.replace("/", "-")): name for name in HEADERS}
     for folder, one in tried("vllm_loading", *folders).items():
         name = folders[folder]
-        loads = verdict_of(described(golden(name)), "vllm").loads
+        loads = judged(described(golden(name)), "vllm").loads
         assert (one["error"] is None) == (loads or name in UNNOTICED), f"{name}: {one['error']}"
 
 
@@ -194,7 +201,7 @@ def test_vllm_on_two_ranks_computes_what_one_does(name: str, form: str, pool: li
     windows = torch.randint(512, (64, 17), generator=torch.Generator().manual_seed(0)).tolist()
     how = {"engine": "vllm", "timeout": 300, "attention": None}
     one, two = (through_engine(folder, windows, Namespace(**how, tp=tp)) for tp in (1, 2))
-    loads = verdict_of(of_folder(folder), "vllm", tp=2).loads
+    loads = judged(of_folder(folder), "vllm", tp=2).loads
     assert (one["error"], two["error"] is None) == (None, loads), two["error"]
     if loads:
         assert rms(torch.tensor(two["losses"]) - torch.tensor(one["losses"])) < (0.1 if "nvfp4" in form else 0.03)

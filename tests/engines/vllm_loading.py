@@ -28,7 +28,14 @@ def without_kernels() -> None:
     from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
+    from vllm.platforms.cpu import CpuPlatform
 
+    backend = CpuPlatform.get_attn_backend_cls  # which refuses caches that it cannot compute, since 0.33
+    CpuPlatform.get_attn_backend_cls = staticmethod(
+        lambda chosen, attn_selector_config, **rest: backend(
+            chosen, attn_selector_config._replace(kv_cache_dtype=None), **rest
+        )
+    )
     checked = FusedMoEConfig.__post_init__
 
     def gated_or_not(self: FusedMoEConfig) -> None:
