@@ -32,6 +32,7 @@ HOW = {
     "mem_fraction_static": 0.3,  # others may share the GPU; the next line bounds what is taken of it
     "max_total_tokens": 1 << 15,
     "max_running_requests": 32,
+    "enable_multimodal": False,  # text alone, so that no processor of images is looked for
     "skip_server_warmup": True,
     "log_level": "info",
 }

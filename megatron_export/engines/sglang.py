@@ -1,4 +1,4 @@
-"""What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, but not its kernels."""
+"""What SGLang 0.5.23 accepts: read in its sources; its configs and loaders were run on a CPU, and 0.5.17 on a GPU."""
 
 from dataclasses import replace
 
@@ -166,7 +166,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         if checkpoint.number("num_nextn_predict_layers") > 1:
             findings.add("mtp count", "speculative decoding needs num_nextn_predict_layers of 1")
         check_capability(reading, gpu, LEAST if reading.algorithm else _LEAST_MIXED, 80, findings)
-    check_cache(checkpoint, reading, gpu, findings)
+    check_cache(checkpoint, reading, findings)
     check_hybrid_config(checkpoint, findings)
     _check_experts(checkpoint, built, findings)
     return findings

@@ -2,13 +2,12 @@
 
 from .architectures import built_by
 from .checkpoint_view import CheckpointView
-from .gpus import BLACKWELL, GPUS
 from .kv_scales import check_kv_scales
 from .quant_configs import Reading
 from .verdict import Findings
 
 
-def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, findings: Findings) -> None:
+def check_cache(checkpoint: CheckpointView, reading: Reading, findings: Findings) -> None:
     """New findings about its scales and its format."""
     kv = checkpoint.indexed.kv
     keeps = built_by("sglang", checkpoint).caching
@@ -17,9 +16,7 @@ def check_cache(checkpoint: CheckpointView, reading: Reading, gpu: str | None, f
     if reading.algorithm is not None and keeps:
         check_kv_scales(checkpoint.indexed, findings)
     if reading.kv == "NVFP4":
-        findings.add("kv nvfp4", "with --kv-cache-dtype nvfp4 on Blackwell")
-        if gpu is not None and GPUS[gpu] < BLACKWELL:
-            findings.add("gpu", f"no NVFP4 KV cache on {gpu}", way="serve without --kv-cache-dtype nvfp4")
+        findings.add("kv nvfp4", "its KV cache is in bfloat16, or in NVFP4 with --kv-cache-dtype nvfp4 on Blackwell")
     elif reading.algorithm == "blocks" or reading.kv != "FP8":
         findings.add("kv flag", "its FP8 KV cache with --kv-cache-dtype fp8_e4m3")
     if kv and checkpoint.expected is not None and not keeps:

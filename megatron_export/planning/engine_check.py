@@ -9,7 +9,7 @@ from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import refuse_adapters
 from ..common.safe_files import exists, headers, inside, not_read, read_index, read_table
-from ..engines import DRAFTS, ENGINES, CheckpointView, Header, Verdict, targets_in, verdict_of
+from ..engines import DRAFTS, ENGINES, CheckpointView, Header, Rule, Verdict, runs, targets_in, verdict_of
 from ..engines.drafts import COMBINED, kind_of
 from ..models import copied_prefixes, parameters_of
 from ..models.sources import expected_shapes
@@ -135,14 +135,22 @@ def lines(found: dict[str, Verdict]) -> list[str]:
 
 
 def rules() -> list[str]:
-    """Every rule of every engine as text: effect, whether a run has shown it, demand, source."""
+    """Every rule of every engine as text: effect, where a run has shown it, demand, source; then where a run has shown which
+    architecture in which formats.
+    """
     rows = []
     for engine, module in ENGINES.items():
         for of, tables in (("", module), (", drafts", DRAFTS[engine])):
             seen = f"seen in {tables.SEEN_IN}" if tables.SEEN_IN else "not run"
             rows.append(f"{module.NAME} {module.VERSION}{of}, {seen}")
             rows += [
-                f"  {name:<14} {rule.effect.value:<9}  {'seen' if rule.seen else 'read'}  {rule.says} [{rule.source}]"
+                f"  {name:<14} {rule.effect.value:<9}  {_seen(engine, of, name, rule)}  {rule.says} [{rule.source}]"
                 for name, rule in tables.RULES.items()
             ]
+        rows += [f"{module.NAME}, architectures", *(f"  {line}" for line in runs.coverage(engine))]
     return rows
+
+
+def _seen(engine: str, of: str, name: str, rule: Rule) -> str:
+    where = runs.seen_of(engine, f"{name}{of}", rule.seen)
+    return "read         " if where == runs.READ else f"seen on a {where}"

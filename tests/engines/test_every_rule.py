@@ -293,7 +293,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "shape, extra, block experts", "algorithm", "shape, block experts, extra, case"),
     "on a T4": (lambda: planned(LLAMA, format="fp8"), {"gpu": "t4"}, "gpu", "gpu", "gpu"),
     "on an A100": (lambda: planned(MIXTRAL, format="nvfp4", kv_cache="nvfp4"), {"gpu": "a100"},
-        "kv nvfp4", "gpu, kv ignored, kv nvfp4", "gpu"),
+        "kv nvfp4", "kv ignored, kv nvfp4", "gpu"),
     "smoothed, kept": (lambda: planned(LLAMA, format="nvfp4_awq", options=KEPT), {},
         "algorithm", "awq", "machine"),
     "factors of what is joined": (lambda: with_factors(planned(LLAMA, format="nvfp4"), "q_proj"), {},

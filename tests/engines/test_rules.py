@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_export.engines import DRAFTS, ENGINES, CheckpointView, Effect, verdict_of
+from megatron_export.engines import DRAFTS, ENGINES, CheckpointView, Effect, runs, verdict_of
 from megatron_export.engines import exclude_lists as matching
+from megatron_export.engines.architectures import ARCHITECTURES
 from megatron_export.formats import Options
 from megatron_export.planning.engine_check import lines, of_folder, refusals, rules, verdicts
 
@@ -185,7 +186,8 @@ def test_rules_say_where_they_were_read() -> None:
         assert seen == bool(module.SEEN_IN) and (Path(__file__).parents[2] / module.SEEN_IN).exists()
         for rule in module.RULES.values():
             assert rule.source.endswith(".py") and rule.source.startswith(ENGINES[name].NAME)
-    assert len(rules()) == sum(len(module.RULES) + 1 for _, module in tables)
+    listed = sum(len(module.RULES) + 1 for _, module in tables) + len(ENGINES) * (len(ARCHITECTURES) + 1)
+    assert len(rules()) == listed
 
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -372,3 +374,14 @@ def test_no_config_and_no_header_however_odd_breaks_the_rules() -> None:
         checkpoint = described(said)
         asked = {"gpu": dice.choice((None, "h200", "t4")), "tp": dice.choice((1, 3, 8, 10**9))}
         assert all(verdict.text for verdict in verdicts(checkpoint, **asked).values())
+
+
+def test_where_it_was_seen_is_said_of_rules_and_architectures_that_there_are() -> None:
+    for engine, module in ENGINES.items():
+        marked = {name for name in module.RULES if runs.seen_of(engine, name, False) == runs.GPU}
+        assert marked == set(runs._RULES.get(engine, ()))
+        assert runs._MODELS.get(engine, {}).keys() <= ARCHITECTURES.keys()
+        assert len(runs.coverage(engine)) == len(ARCHITECTURES)
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    assert page.split("<!-- seen -->\n")[1].split("\n<!-- /seen -->")[0].splitlines() == runs.table()
+    assert "seen on a GPU  " in "\n".join(rules())

@@ -49,7 +49,7 @@ def test_what_to_mind_is_told_with_the_engine() -> None:
     plan = plan_of(LLAMA, format="nvfp4", kv_cache="nvfp4")
     assert {engine: verdict.text for engine, verdict in verdicts(of_plan(plan)).items()} == {
         "vLLM": "loads: its NVFP4 KV cache with FlashInfer only",
-        "SGLang": "loads: with --kv-cache-dtype nvfp4 on Blackwell",
+        "SGLang": "loads: its KV cache is in bfloat16, or in NVFP4 with --kv-cache-dtype nvfp4 on Blackwell",
         "TensorRT-LLM": "loads: on Blackwell",
     }
     plan = plan_of(QWEN_MOE, format="fp8_pb", kv_cache="fp8")
