@@ -12,6 +12,7 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
+from ..formats.cpu import amax_of
 from ..models.statistic_names import weight_key
 from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
@@ -85,10 +86,9 @@ def _amax(values: Tensor, summed: Callable[[slice], int] = lambda rows: 0) -> tu
     if values.numel() == 0:
         return torch.zeros((), device=values.device), 0
     values = values if values.dim() else values.reshape(1)
-    found = each(lambda rows: (*torch.aminmax(values[rows]), summed(rows)), cached_strips(values))
-    low, high, sums = zip(*found, strict=True)
-    most = torch.maximum(-torch.stack(low).amin(), torch.stack(high).amax())
-    return most.to(torch.bfloat16).float(), added(sums)
+    found = each(lambda rows: (amax_of(values[rows]), summed(rows)), cached_strips(values))
+    largest, sums = zip(*found, strict=True)
+    return torch.stack(largest).amax(), added(sums)
 
 
 def _checksum_of_scales(here: Topology, item: Item, scales: Tensor) -> int:

@@ -98,6 +98,16 @@ def largest(blocks: Tensor) -> Tensor:
     return sizes.amax(-1).view(torch.bfloat16).float()
 
 
+def amax_of(values: Tensor) -> Tensor:
+    """The largest magnitude of numbers of any float dtype as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
+    if values.device.type != "cpu" or values.dtype != torch.bfloat16:
+        low, high = torch.aminmax(values)
+        return torch.maximum(-low, high).to(torch.bfloat16).float()
+    bits = values.detach().view(torch.int16).numpy()
+    negative = int(bits.view(np.uint16).max()) & 0x7FFF  # or the largest there is, if none is
+    return torch.tensor(max(int(bits.max()), negative), dtype=torch.int16).view(torch.bfloat16).float()
+
+
 def looked_up(weight: Tensor, codes_of: Callable[[Tensor, Tensor], Tensor], scale: Tensor) -> Tensor:
     """`codes_of(weight, scale)`, a byte for each number of a weight: of a large bfloat16 one on the CPU, from a table of the codes
     of all such numbers.

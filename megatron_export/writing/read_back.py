@@ -27,11 +27,12 @@ from .quantized_modules import is_scale, module_problems
 from .safetensors_file import header_of
 from .staging import Staging
 
-CHUNK = 8 << 20
+CHUNK = 8 << 20  # what is read and judged at a time
+BLOCK = 1 << 20  # of it, what passes through a core's cache, where it is looked at twice
 THREADS = LANES  # files that are read at a time: all that grow
 JUDGES = 8  # threads that read and judge their chunks
-BUFFERS = 3  # chunks of each of them
-FILE_BYTES = CHUNK * (BUFFERS + 2)  # of memory for each file that is read: its chunks, and their magnitudes
+BUFFERS = 3  # chunks of one file that are read at a time
+FILE_BYTES = BLOCK * (BUFFERS + 2)  # of memory for each file that is read: its blocks, and their magnitudes
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _read(
 ) -> _Found:
     """Read one file, several chunks of it at a time."""
     starts, end = [span.start for span in spans], spans[-1].start + spans[-1].nbytes
-    buffers = [memoryview(bytearray(min(CHUNK, end - len(header)))) for _ in range(BUFFERS)]
+    buffers = [memoryview(bytearray(min(BLOCK, end - len(header)))) for _ in range(BUFFERS)]
     chunks: list[_Judged] = []
     reading: deque[Future[_Judged]] = deque()
 
@@ -159,8 +160,9 @@ def _read(
                 return Verified(0, 0, damages=(f"{path.name}: it was not written to its end",)), {}
             if len(reading) == BUFFERS:
                 chunks.append(reading.popleft().result())  # now its buffer is free
-            chunk, first = buffers[number % BUFFERS][:size], bisect_right(starts, offset) - 1
-            reading.append(judges.submit(_judge, file.fileno(), path.name, spans, first, offset, chunk, copied))
+            buffer, mine = buffers[number % BUFFERS], spans[bisect_right(starts, offset) - 1 :]
+            where = range(offset, offset + size)
+            reading.append(judges.submit(_judge, file.fileno(), path.name, mine, where, buffer, copied))
         chunks += [one.result() for one in reading]
         damages = (f"{path.name}: longer than its header says",) if os.pread(file.fileno(), 1, end) else ()
     problems: list[str] = []
@@ -182,19 +184,27 @@ def _read(
 
 
 def _judge(
-    descriptor: int, file: str, spans: list[_Span], first: int, offset: int, chunk: memoryview, copied: frozenset[str]
+    descriptor: int, file: str, spans: list[_Span], where: range, buffer: memoryview, copied: frozenset[str]
 ) -> _Judged:
-    """Read a chunk, which starts at `offset` in its file and in span `first`."""
-    chunk = chunk[: os.preadv(descriptor, [chunk], offset)]
-    crcs, problems = [], []
-    for span in (spans[number] for number in range(first, len(spans))):
-        start, end = max(span.start - offset, 0), min(span.start + span.nbytes - offset, len(chunk))
-        if start >= len(chunk):
-            break
-        part = chunk[start:end]
-        crcs.append((span.output.name, span.index, crc32(part), len(part)))
-        problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
-    return _Judged(crcs, problems)
+    """Read a chunk of a file, whose first byte is in the first span, block by block."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    problems, first = [], 0
+    for offset in where[:: len(buffer)]:
+        block = buffer[: where.stop - offset]
+        block = block[: os.preadv(descriptor, [block], offset)]
+        for number in range(first, len(spans)):
+            span = spans[number]
+            start, end = max(span.start - offset, 0), min(span.start + span.nbytes - offset, len(block))
+            if start >= len(block):
+                break
+            first = number  # where the next block begins, if not behind it
+            if end == start:
+                continue
+            part, key = block[start:end], (span.output.name, span.index)
+            crc, length = found.get(key, (0, 0))
+            found[key] = crc32(part, crc), length + len(part)
+            problems += [] if span.output.name in copied else _wrong_values(file, span.output, part)
+    return _Judged([(*key, *one) for key, one in found.items()], problems)
 
 
 _EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}

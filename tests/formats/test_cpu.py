@@ -41,6 +41,22 @@ def test_the_largest_of_a_block_is_its_amax(dtype: torch.dtype) -> None:
     assert torch.equal(cpu.largest(blocks.to(dtype)), blocks.float().abs().amax(-1))
 
 
+@pytest.mark.parametrize(
+    "numbers", [[-3.0, 2.0], [3.0, -2.0], [-3.0], [2.0], [-0.0], [1.0, float("inf")], [float("-inf"), 1.0]]
+)
+def test_the_largest_magnitude_is_found_whatever_the_signs(numbers: list[float]) -> None:
+    values = torch.tensor(numbers)
+    assert torch.equal(cpu.amax_of(values.to(torch.bfloat16)), values.abs().amax())
+    assert torch.equal(cpu.amax_of(values), values.abs().amax())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_number_that_is_none_stays_visible(dtype: torch.dtype, sign: float) -> None:
+    values = torch.tensor([1.0, torch.nan, -2.0]).copysign(torch.tensor(sign)).to(dtype)
+    assert cpu.amax_of(values).isnan()
+
+
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_awq", "fp8_pb"])
 def test_strips_side_by_side_make_the_same_bytes_and_leave_torchs_threads(name: str) -> None:
     weight = torch.randn(1100, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)

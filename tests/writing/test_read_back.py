@@ -19,6 +19,7 @@ from megatron_export.common.file_names import MANIFEST
 from megatron_export.planning.contents import contents_of
 from megatron_export.planning.plan import Plan
 from megatron_export.planning.tensor_spec import Output
+from megatron_export.writing import read_back as reading
 from megatron_export.writing.byte_sink import OnDisk
 from megatron_export.writing.fingerprint import added, checksum, of_statistics, sha256_of
 from megatron_export.writing.journal import kept
@@ -93,6 +94,22 @@ def test_a_sound_folder_is_described_file_by_file(plan: Plan, tmp_path: Path) ->
     assert identity_of(tmp_path / "nowhere") is None
     (tmp_path / "published" / "config.json").write_text("{}")
     assert identity_of(tmp_path / "published") is None
+
+
+@pytest.mark.parametrize("chunk, block", [(4096, 1000), (8 << 20, 8192), (1000, 4096)])
+def test_checksums_do_not_depend_on_how_a_file_is_cut_to_be_read(
+    chunk: int, block: int, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = sound(plan)
+    expected = verified(plan, tmp_path / "whole", tensors, lambda folder: None)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "BLOCK", block)
+    found = verified(plan, tmp_path / "cut", tensors, lambda folder: None)
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    name = f"{NAME}.weight_scale"
+    tensors[name].view(torch.uint8)[-1, -1] = 0x7F
+    with pytest.raises(ExportError, match=f"{name} holds NaN"):
+        verified(plan, tmp_path / "wrong", tensors, lambda folder: None)
 
 
 def flip(path: Path, place: int) -> None:
