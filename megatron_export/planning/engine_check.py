@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+
+import torch
 
 from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
@@ -20,11 +23,16 @@ from .quant_config import config_json, hf_quant_config
 def of_plan(plan: Plan) -> CheckpointView:
     """The checkpoint that a plan will write."""
     files = {
-        file: {output.name: Header(SPELLED[output.dtype], output.shape) for output in outputs}
+        file: {output.name: _header(output.dtype, output.shape) for output in outputs}
         for file, outputs in plan.files.items()
     }
     expected = expected_shapes(item.source for item in plan.items)
     return CheckpointView(config_json(plan), hf_quant_config(plan), files, None, expected, copied_prefixes(plan.config))
+
+
+@cache  # alike tensors share one
+def _header(dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
+    return Header(SPELLED[dtype], shape)
 
 
 def of_folder(folder: Path) -> CheckpointView:

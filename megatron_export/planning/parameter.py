@@ -94,15 +94,19 @@ class Item:
     kept: bool = False
     first: "Item | None" = field(default=None, repr=False, compare=False)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors that it becomes."""
-        return self.first.nbytes if self.first else sum(output.nbytes for output in self.outputs)
+        return (self.first or self)._nbytes[0]
 
-    @cached_property
+    @property
     def source_nbytes(self) -> int:
         """Bytes of its HF tensors before they are encoded."""
-        return self.first.source_nbytes if self.first else sum(part.nbytes for part in self.parts)
+        return (self.first or self)._nbytes[1]
+
+    @cached_property
+    def _nbytes(self) -> tuple[int, int]:
+        return sum(output.nbytes for output in self.outputs), sum(part.nbytes for part in self.parts)
 
     @property
     def smoothing_done(self) -> bool:
@@ -221,13 +225,11 @@ class Item:
     @cached_property
     def parts(self) -> tuple[Output, ...]:
         """The HF tensors of this item, whole, before they are encoded."""
-        return self._named(self._whole)
+        return self._named((self.first or self)._whole)
 
     @cached_property
     def _whole(self) -> tuple:
         """Layout part, shape and axes of each."""
-        if self.first:
-            return self.first._whole
         return whole_specs(self.source.layout, self.shard_shape, self.source.cut, len(self.ranks))
 
     def _named(self, specs: tuple) -> tuple[Output, ...]:
@@ -237,13 +239,15 @@ class Item:
     @cached_property
     def pieces(self) -> tuple[Output, ...]:
         """The encoded tensors of the whole parts."""
-        return self._encoded(self._whole)
+        return self._encoded((self.first or self)._whole)
 
-    @cached_property
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """The tensors of the checkpoint that this item becomes, or slices of them."""
-        if not self.stacked:
-            return self.pieces
+        return self._slices if self.stacked else self.pieces
+
+    @cached_property
+    def _slices(self) -> tuple[Output, ...]:
         whole = {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in self.pieces}
         return tuple(output for output, _ in self.assembled(whole))
 

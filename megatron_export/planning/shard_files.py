@@ -30,7 +30,7 @@ class Bucket:
 
 def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
     """File name -> its tensors: at most `max_bytes`, or what must share a file and is larger."""
-    groups = [[*tensors.values()] for tensors in _groups(items)] + [[output] for output in copied]
+    groups = _groups(items) + [[output] for output in copied]
     sizes = [sum(output.nbytes for output in group) for group in groups]
     files = _filled(sizes, max_bytes)
     count = min(-(-len(files) // LANES) * LANES, max(len(files), sum(sizes) // SMALL_BYTES))
@@ -112,23 +112,28 @@ def _homes(files: dict[str, tuple[Output, ...]]) -> dict[str, str]:
     return {output.name: file for file, outputs in files.items() for output in outputs}
 
 
-def _groups(items: Sequence[Item]) -> list[dict[str, Output]]:
-    """What must share a file, in order, by name: the tensors of an item, and those of a module."""
-    groups: list[dict[str, Output]] = []
+def _groups(items: Sequence[Item]) -> list[list[Output]]:
+    """What must share a file, in order: the tensors of an item, and those of a module."""
+    groups: list[list[Output]] = []
     where: dict[str, int] = {}  # module -> its group
+    whole: set[str] = set()  # tensors that are made of slices
     for item in items:
         stack = item.source.stack.name if item.stacked else ""
         modules = {stack} if stack else {output.name.rpartition(".")[0] for output in item.outputs}
         known = sorted({where[module] for module in modules if module in where})
         home = known[0] if known else len(groups)
         if not known:
-            groups.append({})
+            groups.append([])
         for other in known[1:]:
-            groups[home] |= groups[other]
-            groups[other] = {}
+            groups[home] += groups[other]
+            groups[other] = []
             where |= {module: home for module, group in where.items() if group == other}
         where |= dict.fromkeys(modules, home)
-        groups[home] |= {output.name: output.whole for output in item.outputs}
+        if not item.stacked:
+            groups[home] += item.outputs
+            continue
+        groups[home] += [output.whole for output in item.outputs if output.name not in whole]
+        whole |= {output.name for output in item.outputs}
     return [group for group in groups if group]
 
 
