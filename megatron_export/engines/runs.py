@@ -65,7 +65,9 @@ _MODELS: dict[str, dict[str, tuple[str, ...]]] = {
 ENGINES = ("vllm", "sglang", "tensorrt_llm")
 # On a CPU: of vLLM and SGLang every architecture, of TensorRT-LLM these, in every format (tests/engines/test_ENGINE.py).
 _ON_CPU = dict.fromkeys(ENGINES[:2], tuple(ARCHITECTURES)) | {
-    "tensorrt_llm": ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    "tensorrt_llm": (
+        *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    )
 }
 
 

@@ -22,6 +22,7 @@ from .quant_configs import (
     sizes_of,
 )
 from .tensorrt_llm_cache import check_cache
+from .tensorrt_llm_scales import check_experts, check_inputs
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "TensorRT-LLM", "1.3"
@@ -30,6 +31,7 @@ _FILES = {
     "archs": "_torch/models/modeling_auto.py",
     "attention": "_torch/modules/attention.py",
     "configs": "quantization/modelopt_config.py",
+    "cutlass": "_torch/modules/fused_moe/fused_moe_cutlass.py",
     "deepseek": "_torch/models/modeling_deepseekv3.py",
     "excluded": "models/modeling_utils.py",
     "gpt_oss": "_torch/models/modeling_gpt_oss.py",
@@ -53,7 +55,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "twice":         (_R, "no tensor is in two files: all are read, and the index is not", "loader", READ),
     "architecture":  (_U, "an architecture with rules", "archs", READ),
     "missing":       (_R, "every tensor of the model is there", "model", SEEN),
-    "experts":       (_R, "every expert is there", "moe", READ),
+    "experts":       (_R, "every expert is there", "moe", SEEN),
     "unknown":       (_M, "tensors that the model does not have are not looked at", "model", SEEN),
     "shape":         (_R, "shapes are those of config.json and of the algorithm", "linear", SEEN),
     "dtype":         (_R, "dtypes are those of the algorithm", "linear", SEEN),
@@ -68,7 +70,12 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "old":           (_R, "releases up to 1.2 lack NVFP4_AWQ, W4A16_NVFP4, MXFP8, and FP8_PB_WO in capitals", "mode", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),
     "unquantized":   (_R, "codes need a quantization config", "reading", SEEN),
-    "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", READ),
+    "block experts": (_R, "experts in blocks of FP8 have weight_scale_inv", "moe", SEEN),
+    "expert inputs": (_R, "experts in FP8 have an input_scale each", "moe", SEEN),
+    "expert factors": (_R, "experts in W4A8_AWQ have a pre_quant_scale each", "moe", READ),
+    "expert codes":  (_R, "experts are not in FP8_PER_CHANNEL_PER_TOKEN", "cutlass", SEEN),
+    "expert int4":   (_R, "experts in W4A16_AWQ or W4A8_MXFP4_FP8 have an input_scale, as ModelOpt writes none", "moe", READ),
+    "expert backend": (_M, "experts in W4A8_NVFP4_FP8 are not of its usual backend", "cutlass", SEEN),
     "heads":         (_R, "GPUs that share layers have as many heads each, of keys too or copies of one", "attention", READ),
     "shared":        (_R, "so they have whole blocks and groups of every linear that is cut", "linear", READ),
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
@@ -229,37 +236,12 @@ def _check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: A
         if group.kind == "experts" and checkpoint.architecture.startswith("Llama4"):
             findings.add("llama4", "reads experts of Llama 4 only where they are stacked in one tensor", group.parent,
                          way="--format fp8 or nvfp4")  # fmt: skip
-        elif group.kind == "experts" and algorithm == "modelopt blocks":
-            findings.add("block experts", "it reads scales of experts as weight_scale_inv alone", group.parent,
-                         way="--fp8-pb-spelling native")  # fmt: skip
-        _check_inputs(group, algorithm, reading, findings)
+        check_inputs(group, algorithm, reading, findings)
+        if group.kind == "experts":
+            check_experts(group, algorithm, findings)
         if checkpoint.latent and ".self_attn" in group.parent:
             _check_latent(group, findings)
         _check_packed(group, algorithm, findings)
-
-
-def _check_inputs(group: Group, algorithm: str | None, reading: Reading, findings: Findings) -> None:
-    """Scales of inputs that joined linears share, and AWQ's groups."""
-    if group.kind != "linear":
-        return
-    joined, modules = len(group.parts) > 1, group.members.values()
-    if joined and algorithm == "FP8" and len({"input_scale" in module for module in modules}) > 1:
-        why = "some of its joined linears have an input_scale, and some have none"
-        findings.add("joined inputs", why, group.parent, way=AGAIN)
-    dropping = (algorithm or "").startswith("NVFP4") and "q_proj" in group.parts
-    if joined and (dropping or algorithm == "W4A16_AWQ") and any("pre_quant_scale" in module for module in modules):
-        findings.add(
-            "joined factor",
-            "it does not read pre_quant_scale of what it joins",
-            group.parent,
-            way="fold it into the norm",
-        )
-    if algorithm in ("W4A16_AWQ", "W4A8_AWQ") and not (
-        reading.group_size or any(one in reading.sizes for one in group.members)
-    ):
-        findings.add(
-            "group size", f"the config does not say the group_size of {algorithm}", way='set "group_size": 128'
-        )
 
 
 def _check_packed(group: Group, algorithm: str | None, findings: Findings) -> None:

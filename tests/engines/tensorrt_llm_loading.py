@@ -5,7 +5,7 @@ about each.
 
 What differs between the two was never loaded; what was copied from codes into numbers is counted too. Its own are the configs'
 reader, what is left out and in which algorithm each module is, the walk over modules and names, and its linears with their loaders.
-The test's own is the tree of modules, of those linears, as Llama, Mistral, Qwen 2 and Qwen 3 have it.
+The test's own is the tree of modules, of those linears, as Llama, Mistral, Qwen 2, Qwen 3 and Qwen 3 MoE have it.
 """
 
 import json
@@ -28,6 +28,17 @@ DERIVED = (
     "inv_kv_scales",
     "alpha",
 )  # of other numbers, or 1 where a checkpoint has none
+
+# Scales that are 1 from the beginning, and must be filled.
+ONES = (
+    "weight_scale",
+    "fc31_alpha",
+    "fc2_alpha",
+    "fc31_input_scale",
+    "fc2_input_scale",
+    "fc2_quant",
+    "fc31_input_dequant",
+)
 
 
 class Weight(nn.Module):
@@ -84,6 +95,49 @@ def mlp(own: ModuleType, config: Any, text: Any) -> nn.Module:
     return built
 
 
+def experts(own: ModuleType, config: Any, text: Any) -> nn.Module:
+    """A router and experts, one by one in the checkpoint, on the backend that it takes where it has the choice."""
+    built, inside = nn.Module(), own.CutlassFusedMoE()
+    built.gate, built.experts = Weight(own, text.num_experts, text.hidden_size), inside
+    numbers = {
+        "num_experts": text.num_experts,
+        "expert_size_per_partition": text.num_experts,
+        "tp_size": 1,
+        "tp_rank": 0,
+    }
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size_per_partition": text.moe_intermediate_size,
+        "expand_intermediate_size_per_partition": 2 * text.moe_intermediate_size,
+        "intermediate_size_expand_ratio": 2,
+    }
+    kinds = {"bias": False, "dtype": torch.bfloat16, "is_gated_activation": True, "has_int8_woq_per_channel": False}
+    told = {
+        "weight_loading_mode": own.MoEWeightLoadingMode.VANILLA,
+        "_weights_created": False,
+        "layer_load_balancer": None,
+    }
+    vars(inside).update(numbers | sizes | kinds | told, initial_local_expert_ids=list(range(text.num_experts)))
+    inside.quant_config = config.quant_config
+    inside._add_raw_shared_weights_for_unmap = own.silent
+
+    def create_weights() -> None:
+        inside.quant_method = inside._get_quant_method()
+        inside.quant_method.create_weights(inside)
+
+    def load_weights(weights: list[dict], allow_partial_loading: bool = False) -> None:
+        inside.quant_method.load_weights(inside, weights[0], inside.weight_loading_mode)
+
+    inside.create_weights, inside.load_weights = create_weights, load_weights
+    return built
+
+
+def routed(text: Any, number: int) -> bool:
+    """Whether a layer has experts."""
+    step = getattr(text, "decoder_sparse_step", 1)
+    return "moe" in text.model_type and number not in text.mlp_only_layers and (number + 1) % step == 0
+
+
 def model(own: ModuleType, config: Any) -> nn.Module:
     """A model whose linears are as its config says, each made when it is known in which algorithm."""
     text = config.pretrained_config
@@ -93,8 +147,9 @@ def model(own: ModuleType, config: Any) -> nn.Module:
     built.model.embed_tokens = Weight(own, text.vocab_size, text.hidden_size)
     built.model.norm = Weight(own, text.hidden_size)
     built.model.layers = nn.ModuleList(nn.Module() for _ in range(text.num_hidden_layers))
-    for layer in built.model.layers:
-        layer.self_attn, layer.mlp = attention(own, config, text), mlp(own, config, text)
+    for number, layer in enumerate(built.model.layers):
+        layer.self_attn = attention(own, config, text)
+        layer.mlp = (experts if routed(text, number) else mlp)(own, config, text)
         layer.input_layernorm, layer.post_attention_layernorm = (
             Weight(own, text.hidden_size),
             Weight(own, text.hidden_size),
@@ -137,9 +192,10 @@ def loaded(own: ModuleType, folder: Path, byte: int) -> tuple[dict[str, torch.Te
     weights = {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in load_file(file).items()}
     built = model(own, config)
     for name, one in built.named_parameters():
-        if name.endswith("weight_scale"):  # of FP8 it is 1 from the beginning
+        if name.endswith(ONES):
             one.data.copy_(own.torch.empty(one.shape, dtype=one.dtype))
-    mapper = own.HfWeightMapper()
+    of_experts = "moe" in config.pretrained_config.model_type
+    mapper = own.Qwen2MoeHfWeightMapper() if of_experts else own.HfWeightMapper()
     mapper.init_model_and_config(built, config)
     reads = Reads()
     with reads:
@@ -148,7 +204,7 @@ def loaded(own: ModuleType, folder: Path, byte: int) -> tuple[dict[str, torch.Te
     methods = {
         name: type(module.quant_method).__name__
         for name, module in built.named_modules()
-        if isinstance(module, own.Linear)
+        if isinstance(module, own.Linear | own.MoE)
     }
     return found, methods, sorted(name for name, one in weights.items() if id(one) not in reads.ids)
 

@@ -39,7 +39,14 @@ _MODEL = (
     *("_checkpoint_has_lm_head_scale", "_resolve_lm_head_quant_config", "apply_layerwise_quant_config"),
     *("apply_quant_config_exclude_modules", "__post_init__", "config"),
 )
-# File -> its definitions; of a class that inherits from others' parts, the methods that are taken.
+_MOE = "_torch/modules/fused_moe"
+BASES = {
+    "ModelConfig": "Given",
+    "DecoderModelForCausalLM": "Module",
+    "CutlassFusedMoE": "MoE",
+}  # of classes taken in part
+LATER = ("has_mxfp8",)  # questions of a mode that its experts ask, and that earlier modes do not know
+# File -> its definitions; of a class that is taken in part, the methods.
 TAKEN: dict[str, dict[str, tuple[str, ...]]] = {
     "quantization/mode.py": dict.fromkeys(
         ("QuantAlgo", "QUANT_ALGO_LIST", "KV_CACHE_QUANT_ALGO_LIST", "QuantMode"), ()
@@ -72,6 +79,22 @@ TAKEN: dict[str, dict[str, tuple[str, ...]]] = {
     "_torch/models/modeling_utils.py": {"DecoderModelForCausalLM": _MODEL, "_load_weights_impl_v2": ()},
     "_torch/models/checkpoints/base_weight_mapper.py": {"BaseWeightMapper": ()},
     "_torch/models/checkpoints/hf/weight_mapper.py": {"HfWeightMapper": ()},
+    "_torch/models/checkpoints/hf/qwen2_moe_weight_mapper.py": {
+        "_unfuse_moe_expert_weights": (),
+        "Qwen2MoeHfWeightMapper": (),
+    },
+    f"{_MOE}/quantization.py": dict.fromkeys(
+        (
+            *("FUSED_MOE_NVFP4_WEIGHT_DTYPE", "FUSED_MOE_NVFP4_WEIGHT_BLOCK_SCALE_DTYPE", "EplbSupportStatus"),
+            *(f"FusedMoEQuantScales{name}" for name in ("FP8", "DeepSeekFP8BlockScales", "NVFP4")),
+            *(f"load_expert_fc{name}_input_scale_fp8_qdq" for name in ("31", "2")),
+            *("load_activation_scales_fp8_qdq", "requantize_expert_w3_w1_weight_fp8_qdq", "FusedMoEMethodBase"),
+            *(f"{name}FusedMoEMethod" for name in ("Unquantized", "FP8QDQ", "DeepSeekFP8BlockScales", "NVFP4")),
+            "NVFP4CutlassFusedMoEMethod",
+        ),
+        (),
+    ),
+    f"{_MOE}/fused_moe_cutlass.py": {"CutlassFusedMoE": ("_get_quant_method",)},
 }
 
 
@@ -90,6 +113,14 @@ class Later(enum.EnumMeta):
         if name.isupper():
             return name
         raise AttributeError(name)
+
+
+class Modes(enum.Enum):
+    """How experts lie in a checkpoint."""
+
+    VANILLA = 0
+    FUSED_GATE_UP_PROJ = 1
+    W4A8_CUSTOM = 2
 
 
 class Strict(pydantic.BaseModel):
@@ -119,7 +150,7 @@ class Torch(ModuleType):
     byte = 0
 
     ops = SimpleNamespace(trtllm=SimpleNamespace(block_scale_interleave=lambda scales: padded(scales)))
-    cuda = SimpleNamespace(set_device=lambda number: None, is_available=lambda: False)
+    cuda = SimpleNamespace(set_device=lambda number: None, is_available=lambda: False, synchronize=lambda: None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -128,7 +159,7 @@ class Torch(ModuleType):
     def device(name: str) -> torch.device:
         return torch.device("cpu")
 
-    def empty(self, *sizes: Any, **named: Any) -> torch.Tensor:
+    def empty(self, *sizes: Any, device: object = None, **named: Any) -> torch.Tensor:
         made = torch.empty(*sizes, **named)
         made.view(-1).view(torch.uint8).fill_(self.byte)
         return made
@@ -147,42 +178,45 @@ def silent(*said: object, **named: object) -> None:
 def stand_ins() -> dict[str, Any]:
     """What the definitions find in their modules, beside one another."""
     torch.Tensor.cuda = lambda self: self
-    fp4 = SimpleNamespace(
-        float4_e2m1x2=torch.uint8,
-        float4_sf_dtype=torch.uint8,
-        pad_up=lambda size, to: -(-size // to) * to,
-        shuffle_matrix_a=lambda weight, *rest: weight,
-        shuffle_matrix_sf_a=lambda scales, *rest: padded(scales),
-    )
-    own = {one.__name__: one for one in (ABC, Path, SimpleNamespace, cached_property, dataclass)}
+    moves = torch.Tensor.to
+    torch.Tensor.to = lambda tensor, *given, **named: moves(tensor, *given, **staying(named))
+    owners = {name: type(name, (torch.nn.Module,), {}) for name in ("MoE", "VanillaMoE", "Attention")}
+    fp4 = {
+        "float4_e2m1x2": torch.uint8,
+        "float4_sf_dtype": torch.uint8,
+        "pad_up": lambda size, to: -(-size // to) * to,
+        "shuffle_matrix_a": lambda weight, *rest: weight,
+        "shuffle_matrix_sf_a": lambda scales, *rest: padded(scales),
+    }
     modules = {one.__name__: one for one in (enum, fnmatch, inspect, json, math, os, re, struct, transformers)}
-    return (
-        own
-        | modules
-        | {
-            **{name: getattr(typing, name) for name in typing.__all__},
-            **{"torch": Torch("torch"), "nn": torch.nn, "Parameter": torch.nn.Parameter, "fp4_utils": fp4},
-            **{"StrEnum": Names, "BaseEnumMeta": Later, "IntFlag": enum.IntFlag, "auto": enum.auto},
-            **{"StrictBaseModel": Strict, "Field": pydantic.Field, "QuantModeWrapper": lambda modes: modes[0]},
-            **{"Mapping": Alone, "Given": Given, "Module": torch.nn.Module, "TConfig": Any, "Callable": Callable},
-            **{"logger": SimpleNamespace(**dict.fromkeys(("info", "warning", "warning_once", "debug"), silent))},
-            **{
-                "LoraLayer": None,
-                "AllReduceStrategy": SimpleNamespace(AUTO=None),
-                "tqdm": lambda items, **named: items,
-            },
-            **{"mpi_disabled": lambda: True, "is_device_integrated": lambda: False, "local_mpi_rank": lambda: 0},
-            **{"get_sm_version": lambda: 90, "is_sm_100f": lambda: False, "get_model_extra_attrs": lambda: None},
-            **{"preprocess_weights_for_mixed_gemm": lambda weight, *kinds: weight, "config_file_lock": nullcontext},
-            **{"register_mapper": lambda *names: lambda kind: kind, "load_pretrained_config": described},
-            **{
-                "is_moe_weight_owner": lambda module: False,
-                "_DEEPSEEK_V4_ARCHITECTURES": (),
-                "_MINIMAX_M3_ARCHITECTURES": (),
-            },
-            **{name: type(name, (torch.nn.Module,), {}) for name in ("MoE", "VanillaMoE", "Attention")},
-        }
-    )
+    python = {one.__name__: one for one in (ABC, Path, enum.Enum, enum.IntFlag, cached_property, dataclass)}
+    types = {name: getattr(typing, name) for name in typing.__all__} | {"TConfig": Any, "Callable": Callable}
+    torches = {"torch": Torch("torch"), "nn": torch.nn, "Parameter": torch.nn.Parameter, "Module": torch.nn.Module}
+    configs = {"StrictBaseModel": Strict, "Field": pydantic.Field, "load_pretrained_config": described}
+    enums = {"StrEnum": Names, "BaseEnumMeta": Later, "auto": enum.auto, "MoEWeightLoadingMode": Modes}
+    objects = {"Mapping": Alone, "Given": Given, "fp4_utils": SimpleNamespace(**fp4), **fp4, "LoraLayer": None}
+    objects |= {"AllReduceStrategy": SimpleNamespace(AUTO=None), "_DEEPSEEK_V4_ARCHITECTURES": ()}
+    objects |= {
+        "logger": SimpleNamespace(**dict.fromkeys(("info", "warning", "warning_once", "debug", "error"), silent))
+    }
+    machine = {"mpi_disabled": True, "is_device_integrated": False, "local_mpi_rank": 0, "get_sm_version": 90}
+    machine |= {"is_sm_100f": False, "get_model_extra_attrs": None}
+    does = {
+        "QuantModeWrapper": lambda modes: modes[0],
+        "config_file_lock": nullcontext,
+        "is_moe_weight_owner": lambda module: isinstance(module, owners["MoE"]),
+        "preprocess_weights_for_mixed_gemm": lambda weight, *kinds: weight,
+        "register_mapper": lambda *names: lambda kind: kind,
+        "silent": silent,
+        "tqdm": lambda items, **named: items,
+    }
+    told = {name: lambda said=said: said for name, said in machine.items()}
+    return modules | python | types | torches | configs | enums | objects | owners | told | does
+
+
+def staying(named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Tensor.to`, without a move to a GPU."""
+    return {name: one for name, one in named.items() if (name, one) != ("device", "cuda")}
 
 
 def described(folder: str, **rest: Any) -> transformers.PretrainedConfig:
@@ -229,6 +263,9 @@ def taken() -> ModuleType:
         )  # the flag is that of `from __future__ import annotations`
         exec(program, vars(home))
     home.converted = []
+    for flag in LATER:
+        if not hasattr(home.QuantMode, flag):
+            setattr(home.QuantMode, flag, lambda mode: False)
     for copies in ("copy_weight", "copy_weight_shard"):
         setattr(home, copies, noted(getattr(home, copies), home.converted))
     return home
@@ -246,6 +283,5 @@ def reduced(node: ast.stmt, methods: tuple[str, ...]) -> ast.stmt:
     if not methods:
         return node
     assert isinstance(node, ast.ClassDef)
-    base = "Module" if "__post_init__" in methods else "Given"
     body = [one for one in node.body if of(one) in methods]
-    return ast.ClassDef(node.name, [ast.Name(base, ast.Load())], [], body, [], type_params=[])
+    return ast.ClassDef(node.name, [ast.Name(BASES[node.name], ast.Load())], [], body, [], type_params=[])

@@ -182,7 +182,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         lambda: planned(LLAMA | {"intermediate_size": 576}, format="fp8_pb", options=SPELLED), {},
         "inputs", "algorithm", "case"),
     "blocks of experts": (lambda: alter(planned(QWEN_MOE, format="fp8"), quant_algo="FP8_PER_CHANNEL_PER_TOKEN"), {},
-        "shape, extra, block experts", "algorithm", "shape, extra"),
+        "shape, extra, block experts", "algorithm", "shape, expert codes, extra"),
     "heads": (lambda: planned(LLAMA, format="bf16"), {"tp": 3}, "heads", "heads", "heads"),
     "heads of keys": (
         lambda: planned(QWEN | {"num_key_value_heads": 8, "num_attention_heads": 24, "head_dim": 32}, format="bf16"), {"tp": 3},
@@ -249,7 +249,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "cache in four bits in int4": (lambda: planned(QWEN, format="int4_awq", kv_cache="nvfp4"), {},
         "algorithm", "algorithm", "kv nvfp4"),
     "cache in four bits on L4": (
-        lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {"gpu": "l4"}, "kv nvfp4", "gpu, kv nvfp4", "gpu"),
+        lambda: planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), {"gpu": "l4"}, "kv nvfp4", "kv nvfp4", "gpu"),
     "cache in four bits, narrow heads": (
         lambda: planned(LLAMA | {"head_dim": 64}, format="nvfp4", kv_cache="nvfp4"), {"gpu": "rtx5090"},
         "gpu, kv nvfp4", "kv nvfp4", ""),
@@ -306,6 +306,15 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "algorithm", "algorithm", "group size"),
     "no size of groups, w4a8": (lambda: alter(planned(QWEN, format="w4a8_awq"), group_size=None), {},
         "algorithm", "algorithm", "group size, machine"),
+    "experts of no inputs": (lambda: without_tensors(planned(QWEN_MOE, format="fp8"), "experts.0.up_proj.input_scale"), {},
+        "scale", "scale", "expert inputs"),
+    "experts, smoothed": (lambda: planned(QWEN_MOE, format="w4a8_awq"), {}, "algorithm", "algorithm", "expert factors, machine"),
+    "experts of no inputs, Mixtral": (lambda: without_tensors(planned(MIXTRAL, format="fp8"), "experts.0.w3.input_scale"), {},
+        "scale", "scale", "expert inputs"),
+    "experts, smoothed, Mixtral": (lambda: planned(MIXTRAL, format="w4a8_awq"), {},
+        "algorithm", "algorithm", "expert factors, machine"),
+    "experts of another backend": (lambda: planned(MIXTRAL, format="w4a8_nvfp4_fp8"), {},
+        "algorithm", "algorithm", "expert backend, machine"),
     "smoothed in int4": (lambda: planned(QWEN, format="int4_awq"), {}, "algorithm", "algorithm", ""),
     "no words for scores": (lambda: without_words(planned(SMALL_V3, format="fp8"), "scoring_func"), {}, "softmax", "bias", ""),
     "no words for scores, bf16": (lambda: without_words(planned(SMALL_V3, format="bf16"), "scoring_func", "topk_method"), {},
@@ -363,11 +372,12 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a quantized head of Mixtral": (lambda: planned(MIXTRAL, format="fp8", set=("lm_head=fp8",)), {}, "", "head", ""),
     "a quantized head of Mixtral, in four bits": (
         lambda: planned(MIXTRAL, format="nvfp4", set=("lm_head=nvfp4",)), {}, "", "head", "machine"),
-    "rows of experts": (lambda: planned(MIXTRAL, format="fp8_pc_pt"), {}, "block experts", "algorithm", ""),
+    "rows of experts": (lambda: planned(MIXTRAL, format="fp8_pc_pt"), {}, "block experts", "algorithm", "expert codes"),
     "rows": (lambda: planned(QWEN, format="fp8_pc_pt"), {}, "", "algorithm", ""),
     "mxfp4": (lambda: planned(QWEN, format="mxfp4"), {}, "algorithm", "algorithm", "algorithm"),
     "w4a8, e8m0": (lambda: planned(QWEN, format="w4a8_mxfp4_fp8"), {"gpu": "b200"}, "algorithm", "algorithm", ""),
-    "w4a8, e4m3": (lambda: planned(MIXTRAL, format="w4a8_nvfp4_fp8"), {"gpu": "h200"}, "algorithm", "algorithm", "gpu"),
+    "w4a8, e4m3": (lambda: planned(MIXTRAL, format="w4a8_nvfp4_fp8"), {"gpu": "h200"},
+        "algorithm", "algorithm", "gpu, expert backend"),
     "stacked weights of NVFP4, a scale lost": (
         lambda: without_tensors(planned(LLAMA4_SEES, format="w4a16_nvfp4"), "experts.down_proj_weight_scale_2"), {"gpu": "b200"},
         "scale", "scale, stack", "scale, gpu"),
@@ -381,7 +391,7 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a mix with channels": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pc_pt"), {}, "", "left out, mixed", "machine"),
     "a mix with experts in channels": (
         lambda: mixed(QWEN_MOE, "*.self_attn.*=nvfp4", "*.experts=fp8_pc_pt"), {},
-        "block experts", "left out, mixed", "machine"),
+        "block experts", "left out, mixed", "expert codes, machine"),
     "a mix with int4 in groups of 64, shared": (
         lambda: mixed(LLAMA, "*.self_attn.*=int4_awq", options=Options(group_size=64)), {"tp": 4},
         "left out, mixed", "left out, mixed joined, mixed, awq", "machine"),

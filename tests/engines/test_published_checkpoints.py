@@ -15,6 +15,7 @@ from ..support.published import published, write
 
 LOADS = ("", "", "")
 FP4 = ("", "", "machine")
+FP4_CACHED = ("", "", "kv fp8, machine")  # with scales of an FP8 cache
 UNKNOWN = ("architecture",) * 3
 UNKNOWN_PACKED = ("architecture, another",) * 3
 SEES = ("", "", "sees")
@@ -24,22 +25,26 @@ VERDICTS = {
     **dict.fromkeys(("Qwen/Qwen3-235B-A22B-FP8", "Qwen/Qwen3-30B-A3B-FP8", "Qwen/Qwen3-32B-FP8"), LOADS),
     "Qwen/Qwen3.8-2.4T-A95B-FP8": LOADS,
     # vLLM 0.32: "Model quantization method is not specified in the config."
-    "Qwen/Qwen3-32B-FP8-Static-PerTensor": ("dialect", "kv ignored", ""),
+    "Qwen/Qwen3-32B-FP8-Static-PerTensor": ("dialect", "kv ignored", "kv fp8"),
     **dict.fromkeys(("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V3.2"), LOADS),
     **dict.fromkeys((f"zai-org/GLM-{version}-FP8" for version in ("5", "5.1", "5.2", "5.3")), LOADS),
     "moonshotai/Kimi-K2-Instruct": LOADS,
     **dict.fromkeys(("openai/gpt-oss-20b", "openai/gpt-oss-120b"), LOADS),
-    "nvidia/Llama-3.1-70B-Instruct-FP8": LOADS,
+    "nvidia/Llama-3.1-70B-Instruct-FP8": ("", "", "kv fp8"),
     **dict.fromkeys(("nvidia/DeepSeek-V3.1-NVFP4", "nvidia/DeepSeek-V3.2-NVFP4"), FP4),
     **dict.fromkeys((f"nvidia/GLM-{version}-NVFP4" for version in ("5", "5.1", "5.2", "5.3")), FP4),
-    **dict.fromkeys(("nvidia/MiniMax-M2.5-NVFP4", "nvidia/MiniMax-M2.7-NVFP4"), FP4),
-    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4": FP4,
-    "nvidia/Qwen3-235B-A22B-NVFP4": ("", "kv ignored", "machine"),
+    **dict.fromkeys(("nvidia/MiniMax-M2.5-NVFP4", "nvidia/MiniMax-M2.7-NVFP4"), FP4_CACHED),
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4": FP4_CACHED,
+    "nvidia/Qwen3-235B-A22B-NVFP4": ("", "kv ignored", "kv fp8, machine"),
     **dict.fromkeys(
-        ("nvidia/Qwen3.5-122B-A10B-NVFP4", "nvidia/Qwen3.5-397B-A17B-NVFP4", "nvidia/Qwen3.6-27B-NVFP4"), FP4
+        ("nvidia/Qwen3.5-122B-A10B-NVFP4", "nvidia/Qwen3.5-397B-A17B-NVFP4", "nvidia/Qwen3.6-27B-NVFP4"), FP4_CACHED
     ),
-    "nvidia/Qwen3.6-35B-A3B-NVFP4": ("", "", "two configs, machine"),
-    "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4": ("config", "", "machine"),  # vLLM reads it from 0.33 on
+    "nvidia/Qwen3.6-35B-A3B-NVFP4": ("", "", "kv fp8, two configs, machine"),
+    "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4": (
+        "config",
+        "",
+        "kv fp8, machine",
+    ),  # vLLM reads it from 0.33 on
     **dict.fromkeys(("nvidia/Kimi-K2.5-NVFP4", "nvidia/Kimi-K2.6-NVFP4", "nvidia/Kimi-K2.7-Code-NVFP4"), SEES),
     "moonshotai/Kimi-K2.5": ("another",) * 3,
     **dict.fromkeys(("moonshotai/Kimi-K3", "RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8"), UNKNOWN_PACKED),
@@ -54,11 +59,11 @@ VERDICTS = {
     # Of these the algorithm alone is at hand, not the list of what is left out, nor who made it.
     **dict.fromkeys(
         ("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8", "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-FP8"),
-        ("config", "not left out, mtp left out", "not left out"),
+        ("config", "not left out, mtp left out", "not left out, kv fp8"),
     ),
     **dict.fromkeys(
         ("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4", "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-NVFP4"),
-        ("config", "config", "not left out, machine"),
+        ("config", "config", "not left out, kv fp8, machine"),
     ),
 }
 

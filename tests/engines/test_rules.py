@@ -25,6 +25,7 @@ from ..support.checkpoints import (
     damaged,
     described,
     golden,
+    losing,
     planned,
     storing,
     written,
@@ -59,12 +60,13 @@ GOLDEN |= {
     "models/qwen3-FP8-mcore":           ("not left out", "", ""),
     "models/qwen3-NVFP4-KVNVFP4":       ("kv nvfp4", "kv ignored", "machine"),
     "models/qwen3moe-FP8-KVFP8":        ("", "kv ignored", "kv fp8"),
+    "models/qwen3moe-INT4_AWQ":         ("algorithm", "algorithm", "expert int4"),
     "models/qwen3moe-FP8_PB_WO":        ("shape", "algorithm", "block experts"),
     "models/qwen3moe-NVFP4-KVNVFP4":    ("kv nvfp4", "kv ignored", "machine"),
     "models/deepseekv3-FP8":            ("bias", "bias", "latent"),
     "models/deepseekv3-FP8-KVFP8":      ("bias", "bias", "latent"),
     "models/deepseekv3-FP8-mcore":      ("bias", "latent scale", "latent"),
-    "models/deepseekv3-INT4_AWQ":       ("algorithm", "algorithm", "latent"),
+    "models/deepseekv3-INT4_AWQ":       ("algorithm", "algorithm", "expert int4"),
     "models/deepseekv3-NVFP4":          ("bias", "latent", "latent"),
     "models/deepseekv3-NVFP4-KVNVFP4":  ("bias", "latent", "latent"),
     "models/deepseekv3-NVFP4_AWQ":      ("algorithm", "awq", "latent"),
@@ -123,6 +125,11 @@ def with_factors(said: Said) -> Said:
     return said
 
 
+def without_an_input(said: Said) -> Said:
+    losing("model.layers.0.mlp.experts.1.up_proj.input_scale")(said)
+    return said
+
+
 def without_routing(said: CheckpointView) -> CheckpointView:
     return replace(said, config={key: value for key, value in said.config.items() if key != "use_routing_bias"})
 
@@ -150,6 +157,10 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "keys and values in four bits, blocks": lambda: found(planned(QWEN_MOE, format="fp8_pb", kv_cache="nvfp4")),
     "DeepSeek's dialect, with cache": lambda: found(replace(planned(LLAMA, format="fp8_pb", kv_cache="fp8"), quant=None)),
     "factors of q": lambda: found(described(with_factors(golden("models/llama-NVFP4")))),
+    "experts in channels": lambda: found(planned(QWEN_MOE, format="fp8_pc_pt")),
+    "experts of no inputs": lambda: found(described(without_an_input(golden("models/qwen3moe-FP8")))),
+    "experts, smoothed": lambda: found(planned(QWEN_MOE, format="w4a8_awq")),
+    "experts of another backend": lambda: found(planned(QWEN_MOE, format="w4a8_nvfp4_fp8")),
     "groups of no size": lambda: found(alter(planned(LLAMA, format="int4_awq"), group_size=None)),
     "cache alone": lambda: found(replace(planned(LLAMA, format="nvfp4", kv_cache="nvfp4"), quant=None)),
     "mixed, a cache in four bits": lambda: found(planned(LLAMA, recipe="nvfp4_mlp_fp8_attention", kv_cache="nvfp4")),
