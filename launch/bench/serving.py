@@ -38,6 +38,11 @@ from . import vllm_process
 from .measuring import compared, markdown
 from .vllm_process import MARK, PROMPT, TOKENS, of_scales
 
+CENTERED = (
+    "Gemma",
+    "Qwen3Next",
+    "Qwen3_5",
+)  # their norms multiply by one more than their weights, and round once by themselves
 TOKENIZING = Lock()  # transformers makes its names when they are first asked for, and not by several threads at a time
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 SAID = {True: "loads", False: "refused", None: "unknown"}
@@ -220,9 +225,12 @@ def leave_inputs(model: torch.nn.Module, formats: tuple[str, ...]) -> None:
 
 
 def round_norms_once(model: torch.nn.Module) -> None:
-    """From now on norms multiply by their weights in float32; transformers rounds what it multiplies to bfloat16 first."""
+    """From now on norms multiply by their weights in float32; transformers rounds what it multiplies to bfloat16 first, but not in
+    norms that multiply by one more than their weights.
+    """
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        name = type(module).__name__
+        if name.endswith("RMSNorm") and not name.startswith(CENTERED):
             module.forward = partial(_normed, module)
 
 

@@ -31,6 +31,7 @@ class Built:
     head       whether its output layer may be quantized
     caching    whether its loader keeps KV scales
     compared   whether it was read how it compares names in lists
+    windowed   whether it computes attention in the sliding windows that config.json says
     patterned  whether it reads in index_topk_pattern and index_topk_freq alone which layers have an indexer
     """
 
@@ -50,6 +51,7 @@ class Built:
     head: bool = True
     caching: bool = False
     compared: bool = True
+    windowed: bool = True
     patterned: bool = False
 
 
@@ -64,7 +66,7 @@ class Engines:
 
 _SEES = {"model.language_model.": "language_model.model."}
 _UNREAD = Built(compared=False)  # in TensorRT-LLM
-_LLAMA = Built(inverse=False, caching=True)  # in SGLang
+_LLAMA = Built(inverse=False, caching=True, windowed=False)  # in SGLang
 _QWEN_MOE = Built(chunked=True, asking=True, one_name=True)  # in vLLM
 _INDEXER = (".indexer.wk", ".indexer.weights_proj")  # in TensorRT-LLM: _torch/attention_backend/sparse/dsa/indexer.py
 _DSA = Engines(
@@ -86,12 +88,14 @@ ARCHITECTURES: dict[str, Engines] = {
         tensorrt_llm=_UNREAD,
     ),
     "Phi3ForCausalLM": Engines(sglang=_LLAMA, tensorrt_llm=Built(inverse=False)),
-    "Qwen2ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(chunked=True)),
-    "Qwen3ForCausalLM": Engines(vllm=Built(chunked=True)),
+    "Qwen2ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(chunked=True, windowed=False)),
+    "Qwen3ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(windowed=False)),
     "Qwen3VLForConditionalGeneration": Engines(
         vllm=Built(modules=_SEES, listed=_SEES), sglang=Built(listed=_SEES, stripped=True), tensorrt_llm=_UNREAD
     ),
-    "Qwen3MoeForCausalLM": Engines(vllm=_QWEN_MOE, sglang=Built(chunked=True, dense=False, joining=True)),
+    "Qwen3MoeForCausalLM": Engines(
+        vllm=_QWEN_MOE, sglang=Built(chunked=True, dense=False, joining=True, windowed=False)
+    ),
     "Qwen3VLMoeForConditionalGeneration": Engines(
         vllm=Built(modules=_SEES, listed=_SEES, asking=True, one_name=True, needs=("norm_topk_prob",)),
         sglang=Built(listed=_SEES, stripped=True, dense=False),
@@ -99,7 +103,7 @@ ARCHITECTURES: dict[str, Engines] = {
     ),
     "Gemma3ForCausalLM": Engines(sglang=Built(joining=True, caching=True)),
     "Gemma3ForConditionalGeneration": Engines(sglang=Built(joining=True, caching=True), tensorrt_llm=_UNREAD),
-    "MixtralForCausalLM": Engines(sglang=Built(head=False)),
+    "MixtralForCausalLM": Engines(sglang=Built(head=False, windowed=False)),
     "MiniMaxM2ForCausalLM": Engines(
         vllm=Built(modules={".block_sparse_moe.experts": ".mlp.experts"}, needs=("use_routing_bias", "scoring_func")),
         sglang=Built(head=False, joining=True, caching=True, needs=("use_routing_bias", "scoring_func", "use_qk_norm")),

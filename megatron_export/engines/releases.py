@@ -25,11 +25,13 @@ CHANGES: dict[str, dict[str, Change]] = {
     "sglang": {
         "NVFP4_AWQ":                    Change("0.5.17", "NVFP4_AWQ"),
         "MXFP8 in a mix":               Change("0.5.17", "MXFP8 in a mixed model"),
-        "MXFP8":                        Change("0.5.18", "MXFP8 as the format of a whole model"),
+        "MXFP8":                        Change("0.5.18", "MXFP8 as the format of a whole model", SEEN),
         "FP8_PB_WO in a mix":           Change("0.5.18", "FP8_PB_WO in linears of a mixed model"),
-        "W4A16_NVFP4":                  Change("0.5.19", "W4A16_NVFP4 as the format of a whole model"),
+        "W4A16_NVFP4":                  Change("0.5.19", "W4A16_NVFP4 as the format of a whole model", SEEN),
+        "FP8 in shared experts":        Change("0.5.19", "FP8 in the shared experts of DeepSeek", SEEN),
         "FP8_BLOCK_SCALES in a mix":    Change("0.5.20", "FP8_BLOCK_SCALES in a mixed model"),
         "FP8_PB_WO of experts in a mix": Change("0.5.21", "FP8_PB_WO in experts of a mixed model"),
+        "no swiglu_limit":              Change("0.5.22", "GPT-OSS without `swiglu_limit` in config.json", SEEN),
         "other key of NVFP4":           Change("0.5.23", "`exclude_modules` in config.json of NVFP4, without `ignore`", SEEN),
     },
     "tensorrt_llm": {

@@ -17,7 +17,7 @@ _RULES: dict[str, tuple[str, ...]] = {
     "vllm": ("gpt_oss", "shared", "router"),
     "sglang": (
         *("algorithm", "old", "mixed joined", "llama blocks", "awq"),
-        *("kv flag", "kv nvfp4", "kv ignored"),
+        *("kv flag", "kv nvfp4", "kv ignored", "window"),
     ),
 }
 _FIVE = FORMATS[:5]

@@ -22,10 +22,11 @@ from .quant_configs import (
     size_in,
     sizes_of,
 )
-from .releases import CHANGES, has
+from .releases import has
 from .sglang_cache import check_cache
 from .sglang_hybrids import check_hybrid_config, quantizes_predicting
 from .sglang_layouts import check_layouts
+from .sglang_releases import check_release
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
@@ -98,6 +99,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "hybrid linear": (_R, "no scale of in_proj_qkvz of Qwen3-Next is one number; in_proj of Mamba is not W4A16", "qwen next", SEEN),
     "next qkv":      (_R, "q, k and v of Qwen3-Next are not in four bits, but in a mix", "qwen next", SEEN),
     "gpt_oss":       (_R, "stacked experts of GPT-OSS are not quantized in ModelOpt's dialect", "gpt_oss", SEEN),
+    "window":        (_L, "attention has no sliding windows but in Gemma 3 and GPT-OSS: others compute it in full", "llama", READ),
     "chunks":        (_R, "attention is not in dual chunks: get_rope makes five queries of one for no backend", "rope", READ),
     "awq":           (_R, "pre_quant_scale is applied on Blackwell alone, and not to experts", "modelopt", READ),
     "expert inputs": (_L, "inputs of experts in W4A16_NVFP4 stay as they are; Blackwell rounds them", "modelopt", READ),
@@ -159,8 +161,8 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
 
     if not check_codes(checkpoint, view, reading, algorithm_of, NOT_NEEDED, tp, findings):
         return findings
+    check_release(checkpoint, reading, version, algorithm_of, findings)
     if reading.algorithm is not None:
-        _check_release(reading, version, findings)
         check_layouts(checkpoint, reading, algorithm_of, gpu, findings)
         check_mtp(view, findings, algorithm_of)
         if checkpoint.number("num_nextn_predict_layers") > 1:
@@ -169,6 +171,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     check_cache(checkpoint, reading, findings)
     check_hybrid_config(checkpoint, findings)
     _check_experts(checkpoint, built, findings)
+    _check_window(checkpoint, built, findings)
     return findings
 
 
@@ -247,15 +250,11 @@ def _other_keys(algorithm: str, where: str, version: str) -> tuple[str, ...]:
     return ()
 
 
-def _check_release(reading: Reading, version: str, findings: Findings) -> None:
-    asked = {reading.algorithm}
-    for name, algorithm in reading.spelled.items():
-        of_experts = algorithm == "FP8_PB_WO" and ".experts" in name
-        asked.add(f"{algorithm} of experts in a mix" if of_experts else f"{algorithm} in a mix")
-    for algorithm in sorted(asked & CHANGES["sglang"].keys()):
-        if not has("sglang", algorithm, version):
-            since = CHANGES["sglang"][algorithm].since
-            findings.add("old", f"release {version} does not know {algorithm}", way=f"serve with {since} or later")
+def _check_window(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:
+    window = checkpoint.number("sliding_window") if checkpoint.text.get("use_sliding_window", True) else 0
+    if 0 < window < checkpoint.number("max_position_embeddings") and not built.windowed:
+        findings.add("window", f"it computes attention in full, which config.json wants in windows of {window} tokens",
+                     way=f"serve with --context-length {window}")  # fmt: skip
 
 
 def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from ..support.configs import (
 )
 from .hybrid_cases import CASES as HYBRIDS
 from .product import list_joined
-from .test_rules import GOLDEN, GPT_OSS, alter, reconfigured, store_the_last_layer_plain
+from .test_rules import GOLDEN, GPT_OSS, MISTRAL, alter, reconfigured, store_the_last_layer_plain
 
 SPELLED = Options(fp8_pb_spelling="modelopt")
 KEPT = Options(awq_output="modelopt")
@@ -200,6 +200,9 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "one by one in blocks": (lambda: planned(LLAMA4, format="fp8_pb"), {}, "", "llama4 text", "llama4 text, llama4"),
     "rotated": (lambda: reconfigured(planned(LLAMA, format="nvfp4"), architectures=["Llama4ForCausalLM"]), {},
         "", "rotated", "llama4 text, machine"),
+    "windows": (lambda: planned(MISTRAL, format="fp8"), {}, "", "window", ""),
+    "windows in Phi 3": (
+        lambda: planned(PHI3 | {"sliding_window": 8, "max_position_embeddings": 16}, format="bf16"), {}, "", "window", ""),
     "gpt-oss": (lambda: planned(GPT_OSS, format="fp8"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
     "gpt-oss in four bits": (lambda: planned(GPT_OSS, format="nvfp4"), {}, "gpt_oss", "gpt_oss", "gpt_oss"),
     "gpt-oss as OpenAI has it": (lambda: planned(GPT_OSS, format="mxfp4"), {}, "", "", ""),

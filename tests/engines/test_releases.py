@@ -16,9 +16,10 @@ from megatron_export.engines.releases import CHANGES
 from megatron_export.formats import FORMATS, Options
 
 from ..support.checkpoints import described, planned
-from ..support.configs import LLAMA, QWEN, QWEN_MOE
+from ..support.configs import LLAMA, QWEN, QWEN_MOE, SMALL_V3
 from .test_drafts import heads
 from .test_every_rule import mixed, renamed
+from .test_rules import GPT_OSS
 
 PAGE = (Path(__file__).parents[2] / "docs/engines.md").read_text()
 SPELLED, KEPT = Options(fp8_pb_spelling="modelopt"), Options(awq_output="modelopt")
@@ -66,6 +67,8 @@ CASES: dict[tuple[str, str], Callable[[], CheckpointView]] = {
     ("sglang", "MXFP8"): lambda: planned(QWEN, format="mxfp8"),
     ("sglang", "FP8_PB_WO in a mix"): lambda: respelled(mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"), "FP8_BLOCK_SCALES", "FP8_PB_WO"),
     ("sglang", "W4A16_NVFP4"): lambda: planned(QWEN, format="w4a16_nvfp4"),
+    ("sglang", "FP8 in shared experts"): lambda: planned(SMALL_V3, format="fp8"),
+    ("sglang", "no swiglu_limit"): lambda: planned(GPT_OSS, format="bf16"),
     ("sglang", "FP8_BLOCK_SCALES in a mix"): lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8_pb"),
     ("sglang", "FP8_PB_WO of experts in a mix"): lambda: of_experts("FP8_PB_WO"),
     ("sglang", "other key of NVFP4"): lambda: without_ignore(format="nvfp4"),

@@ -38,6 +38,7 @@ from .hybrid_cases import CASES as HYBRIDS
 
 LLAMA4_NAME = {"architectures": ["Llama4ForCausalLM"]}
 GPT_OSS = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "sliding_window": 8, "head_dim": 32}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 32, "max_position_embeddings": 64}
 MODELOPT = Options(fp8_pb_spelling="modelopt")
 # What ModelOpt wrote -> the first rule that vLLM, SGLang and TensorRT-LLM find broken, or mind; '' for none.
 # fmt: off
@@ -135,6 +136,7 @@ def without_routing(said: CheckpointView) -> CheckpointView:
 
 
 OTHERS = {  # more checkpoints, so that every rule is found somewhere
+    "windows": lambda: found(planned(MISTRAL, format="fp8")),
     "gpt-oss": lambda: found(planned(GPT_OSS, format="fp8")),
     "eight GPUs": lambda: found(planned(LLAMA, format="fp8_pb"), tp=8),
     "five GPUs": lambda: found(planned(LLAMA, format="fp8_pb"), tp=5),
@@ -396,3 +398,13 @@ def test_where_it_was_seen_is_said_of_rules_and_architectures_that_there_are() -
     page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
     assert page.split("<!-- seen -->\n")[1].split("\n<!-- /seen -->")[0].splitlines() == runs.table()
     assert "seen on a GPU  " in "\n".join(rules())
+
+
+def test_windows_are_a_matter_of_the_class_and_of_the_positions() -> None:
+    for changes, broken in (
+        ({}, ["window"]),
+        ({"sliding_window": MISTRAL["max_position_embeddings"]}, []),
+        ({"use_sliding_window": False}, []),
+        ({"sliding_window": None}, []),
+    ):
+        assert found(reconfigured(planned(MISTRAL, format="fp8"), **changes), "sglang") == [broken]
