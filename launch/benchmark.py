@@ -11,6 +11,7 @@ from bench.peering import add_peer
 from bench.quality import add_quality
 from bench.searching import add_search
 from bench.serving import add_serve
+from bench.verifying import add_verify
 
 from megatron_export.common.errors import ExportError
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_export(commands.add_parser("export", help="seconds, bytes and memory of exports, beside save_file"))
     add_peer(commands.add_parser("peer", help="exports beside those of NVIDIA ModelOpt, where it is installed"))
     add_search(commands.add_parser("search", help="the search of an AWQ format, beside that of ModelOpt"))
+    add_verify(commands.add_parser("verify", help="the command verify, beside one CPU thread of it, as a table"))
     add_scale(commands.add_parser("scale", help="the same against the number of layers, as a table and a plot"))
     add_serve(
         commands.add_parser(

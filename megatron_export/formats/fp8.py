@@ -12,6 +12,8 @@ does on the CPU; the quotient saturates at +-448. An amax of zero is replaced by
 Source: ModelOpt 0.47 unified checkpoint, quant_algo FP8.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -54,18 +56,30 @@ def pieces(codes: Tensor, scale: Tensor, input_scale: Tensor) -> dict[str, Piece
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    return pieces["weight"].data.float() * pieces["weight_scale"].data
+    return e4m3_values(pieces["weight"].data).mul_(pieces["weight_scale"].data)
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scale on disk."""
     scale = pieces["weight_scale"].data
-    return codes_of(weight, scale).float() * scale
+    return e4m3_values(codes_of(weight, scale)).mul_(scale)
 
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:
     """Values as e4m3 holds them under scales that broadcast to them, in float32."""
-    return (values.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    return e4m3_values((values.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)).mul_(scale)
+
+
+def e4m3_values(codes: Tensor) -> Tensor:
+    """What float8_e4m3fn numbers are in float32, in memory of their own; on a CPU from a table, which takes a fifth of the time."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    return _e4m3().index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+
+
+@cache
+def _e4m3() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 FORM = Form(

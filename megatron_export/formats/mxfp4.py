@@ -19,7 +19,7 @@ from ..common.piece import Amax, Piece
 from . import nvfp4
 from .e8m0 import MX_BLOCK, pieces, scales_of, spread
 from .form import Arithmetic, Form, Options, not_rounded
-from .packing import pack, unpack
+from .packing import pack
 
 NAME = "mxfp4"
 OPTIONS = ()
@@ -44,8 +44,8 @@ def encode(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    codes = unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, MX_BLOCK))
-    return nvfp4.values_of(codes, spread(pieces["weight_scale"].data))
+    values = nvfp4.unpacked(pieces["weight"].data).unflatten(1, (-1, MX_BLOCK))
+    return (values * spread(pieces["weight_scale"].data)).flatten(1)
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:

@@ -41,7 +41,7 @@ from ..common.piece import Amax, Axis, Piece
 from .cpu import above, below_zero, divided, in_float32, largest, magnitudes
 from .form import AS_HF, Arithmetic, Form, Options
 from .fp8 import E4M3_MAX, scale_of
-from .packing import pack, unpack
+from .packing import pack
 
 NAME = "nvfp4"
 BLOCK = 16
@@ -159,18 +159,33 @@ def pieces(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scal
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
     """The float32 [out, in] weight that an engine multiplies with."""
-    return values_of(unpack(pieces["weight"].data, dim=1).unflatten(1, (-1, BLOCK)), scales_in(pieces))
+    return (unpacked(pieces["weight"].data).unflatten(1, (-1, BLOCK)) * scales_in(pieces)).flatten(1)
 
 
 def requantize(weight: Tensor, pieces: dict[str, Piece]) -> Tensor:
     """A float32 [out, in] weight rounded once more with the scales on disk."""
     scales = scales_in(pieces)
-    return values_of(e2m1_codes(weight.unflatten(1, (-1, BLOCK)) / scales), scales)
+    blocks = weight.unflatten(1, (-1, BLOCK)) / torch.where(scales == 0, 1.0, scales)
+    return nearest(blocks).mul_(scales).flatten(1)
 
 
 def scales_in(pieces: dict[str, Piece]) -> Tensor:
     """What the codes of each block are multiplied with, float32 [out, in/16, 1]."""
     return (pieces["weight_scale"].data.float() * pieces["weight_scale_2"].data).unsqueeze(2)
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """The e2m1 values of codes, two in each byte of a uint8 [out, n]: float32 [out, 2 * n]."""
+    both = _pairs(packed.device).index_select(0, packed.flatten().int())
+    return torch.view_as_real(both).view(len(packed), -1)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """What each byte holds, as the two halves of a complex number."""
+    values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=device)
+    byte = torch.arange(256, device=device)
+    return torch.complex(values[byte & 15], values[byte >> 4])
 
 
 def values_of(codes: Tensor, scales: Tensor) -> Tensor:
@@ -185,8 +200,10 @@ def round_inputs(values: Tensor, scale: Tensor) -> Tensor:
 
     The scale of a block is made as it comes: e4m3(block amax / (6 * scale)), 1 for zeros.
     """
-    amax = scale * (E2M1_MAX * E4M3_MAX)
-    return decode(encode(values.flatten(0, -2), Amax(amax, amax))).view(values.shape)
+    tensor_scale = scale_of(scale * (E2M1_MAX * E4M3_MAX), E2M1_MAX * E4M3_MAX)
+    blocks = values.flatten(0, -2).float().unflatten(1, (-1, BLOCK))
+    scales = (block_scales(blocks, tensor_scale).float() * tensor_scale).unsqueeze(2)
+    return nearest(blocks / scales).mul_(scales).view(values.shape)
 
 
 FORM = Form(

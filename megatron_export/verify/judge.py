@@ -6,6 +6,7 @@ strip of a tensor, and a row of numbers for each smoothing vector.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ..common.file_names import MANIFEST
 from ..common.folder_kinds import refuse_adapters
 from ..common.progress import Progress, quiet
 from ..common.safe_files import inside, shown
+from ..common.threads import threads
 from ..formats import VARIANTS
 from ..models import head_of, is_linear_weight, mtp_prefixes, parameters_of, shape_of
 from ..planning.parameter import Item
@@ -26,7 +28,7 @@ from ..writing.fingerprint import of_file
 from .detect_format import Described, Variant, check_dialect, described
 from .diagnosis import diagnosis
 from .folder import Finished, json_of
-from .snr import Likeness, likeness, tolerance
+from .snr import Likeness, likenesses, tolerance
 from .structure import bad_numbers, faults, plan_of, unequal, without_place
 from .weight_pairs import Sides
 
@@ -85,10 +87,12 @@ def judge(
             )
         problems += [*mixed, *faults(found, said, plan), *without_place(weights, plan)]
         judged = Judgement(folder, reference, said, plan, problems, nbytes=found.nbytes())
-        for name in progress("numbers", list(found)):
-            problems += bad_numbers(found, name)
-        problems += unequal(found, plan)
-        _compare(judged, Sides(plan, found, weights, torch.device(device)), min_snr, progress)
+        with threads() as each:
+            names = list(found)
+            for _, bad in zip(progress("numbers", names), each(partial(bad_numbers, found), names), strict=True):
+                problems += bad
+            problems += unequal(found, plan)
+            _compare(judged, Sides(plan, found, weights, torch.device(device), each), min_snr, progress)
     judged.scalars = {
         name: float(found.read(name))
         for name in found
@@ -147,23 +151,23 @@ def _plan(found: Finished, said: Described, reference: Path, weights: SourceWeig
 
 def _compare(judged: Judgement, sides: Sides, min_snr: float | None, progress: Progress) -> None:
     diagnosed = 0
-    for item in progress("compare", sides.plan.items):
-        for part in item.source.names():
-            if not sides.comparable(item, part):
-                continue
-            found = likeness(sides, item, part)
-            judged.weights.append(found)
-            text = _verdict(found, tolerance(sides, item, part), min_snr)
-            if found.wrong and diagnosed < DIAGNOSED and (more := diagnosis(sides, item, part, found.first[0])):
-                text += f"; {more}"
-            diagnosed += bool(found.wrong)
-            judged.problems += [text] if text else []
-            judged.problems += [] if found.wrong else _factors(sides, item, part)
-    for output in sides.plan.copied:
-        name = output.name
-        if name in sides.found and not torch.equal(sides.found.read(name), sides.weights.whole(name)):
-            judged.problems.append(f"{name} is not the reference's, of which it should be a copy")
+    parts = [(i, part) for i in sides.plan.items for part in i.source.names() if sides.comparable(i, part)]
+    for (item, part), found in zip(progress("compare", parts), likenesses(sides, parts), strict=True):
+        judged.weights.append(found)
+        text = _verdict(found, tolerance(sides, item, part), min_snr)
+        if found.wrong and diagnosed < DIAGNOSED and (more := diagnosis(sides, item, part, found.first[0])):
+            text += f"; {more}"
+        diagnosed += bool(found.wrong)
+        judged.problems += [text] if text else []
+        judged.problems += [] if found.wrong else _factors(sides, item, part)
+    copied = [output.name for output in sides.plan.copied if output.name in sides.found]
+    for name, same in zip(copied, sides.each(partial(_is_copy, sides), copied), strict=True):
+        judged.problems += [] if same else [f"{name} is not the reference's, of which it should be a copy"]
     _compare_head(judged, sides)
+
+
+def _is_copy(sides: Sides, name: str) -> bool:
+    return torch.equal(sides.found.read(name), sides.weights.whole(name))
 
 
 def _compare_head(judged: Judgement, sides: Sides) -> None:

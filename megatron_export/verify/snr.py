@@ -6,7 +6,9 @@ the weights were others, or codes were not rounded to the nearest value.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..formats import PRE_QUANT_SCALE, Form, chosen
 from ..models import is_linear_weight
 from ..planning.parameter import Item
-from .weight_pairs import Sides
+from .weight_pairs import Sides, block_sums, total
 
 EXPLAINED = 4.0  # a block's noise, in that of rounding
 HALF = 0.5  # of what is in a block may be noise: the worst group of int4 has 0.4, beside an outlier
@@ -70,6 +72,15 @@ class Likeness:
         length = math.sqrt(self.signal * self.size)
         return self.dot / length if length else float(self.signal == self.size)
 
+    def add(self, strip: "Likeness") -> None:
+        """Take over what a strip adds to the strips before it."""
+        for name in ("signal", "noise", "dot", "size", "codes", "blocks", "wrong"):
+            setattr(self, name, getattr(self, name) + getattr(strip, name))
+        self.first = strip.first if self.first is None else self.first
+        if strip.worst < self.worst:
+            self.worst, self.at = strip.worst, strip.at
+        self.scales = [have + more for have, more in zip(self.scales, strip.scales, strict=True)]
+
 
 def decibels(signal: float, noise: float) -> float:
     """10 log10 of the quotient; inf where there is no noise."""
@@ -83,23 +94,44 @@ def finite(decibels: float) -> float | None:
     return round(decibels, 3) if math.isfinite(decibels) else None
 
 
-def likeness(sides: Sides, item: Item, part: str) -> Likeness:
-    """Compare one part of an item, strip by strip."""
-    name = item.source.names()[part]
+def likenesses(sides: Sides, parts: list[tuple[Item, str]]) -> Iterator[Likeness]:
+    """Compare parts of items, strip by strip, by `sides.each`; the figures do not depend on how many threads that has."""
+
+    def strips() -> Iterator[tuple[Item, str, slice]]:
+        for item, part in parts:
+            sides.prepare(item, part)
+            yield from ((item, part, rows) for rows in sides.strips(item, part))
+
+    compared = sides.each(partial(_compared, sides), strips())
+    for item, part in parts:
+        found = _nothing(sides, item, part)
+        for _ in sides.strips(item, part):
+            found.add(next(compared))
+        yield found
+
+
+def _nothing(sides: Sides, item: Item, part: str) -> Likeness:
     smoothed = bool(item.smoothed.columns or part in dict(item.smoothed.rows))
     form = item.form or chosen("bf16")
-    found = Likeness(name, form, smoothed, sides.shape(item, part))
-    for rows in sides.strips(item, part):
-        pieces = sides.pieces(item, part, rows)
-        mine = item.form.decode(pieces) if item.form else next(iter(pieces.values())).data.float()
-        target = sides.target(item, part, rows)
+    return Likeness(item.source.names()[part], form, smoothed, sides.shape(item, part))
+
+
+def _compared(sides: Sides, strip: tuple[Item, str, slice]) -> Likeness:
+    """What a strip adds."""
+    item, part, rows = strip
+    found = _nothing(sides, item, part)
+    pieces = sides.pieces(item, part, rows)
+    mine = item.form.decode(pieces) if item.form else next(iter(pieces.values())).data.float()
+    target = sides.target(item, part, rows)
+    if found.smoothed:
         target = torch.where(target.isnan(), mine, target)
-        again = form.requantize(target, pieces)
-        if mine.dim() != 2:
-            mine, target, again = (values.reshape(len(values), -1) for values in (mine, target, again))
+    again = found.form.requantize(target, pieces)
+    if mine.dim() != 2:
+        mine, target, again = (values.reshape(len(values), -1) for values in (mine, target, again))
+    if mine.numel():
         _add(found, item, (mine, target, again), rows.start, tolerance(sides, item, part))
-        if item.form:
-            _add_scales(found, pieces[form.scale].data)
+    if item.form:
+        _add_scales(found, pieces[item.form.scale].data)
     return found
 
 
@@ -121,40 +153,46 @@ def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], star
     if item.form:
         scale = item.form.stored[item.form.scale]
         high, wide = scale.rows or high, scale.columns or wide
-    noise, rest, signal = (
-        _sums(values, high, wide) for values in ((mine - target).square(), (again - target).square(), target.square())
+    odd = mine != again
+    noise, rest = ((one - target).square_() for one in (mine, again))
+    noise, rest, signal, dot, size = (
+        block_sums(values, high, wide) for values in (noise, rest, target * target, mine * target, mine * mine)
     )
-    found.signal += float(signal.sum(dtype=torch.float64))
-    found.noise += float(noise.sum(dtype=torch.float64))
-    found.dot += float((mine * target).sum(dtype=torch.float64))
-    found.size += float(mine.square().sum(dtype=torch.float64))
-    found.codes += int((mine != again).sum())
-    found.blocks += noise.numel()
-    floor = signal.mean() * 1e-3  # what is less than this in a block counts as this
+    floor = total(signal) / signal.numel() * 1e-3  # what is less than this in a block counts as this
     wrong = ~(noise <= EXPLAINED * rest + tolerance**2 * signal)  # NaN is wrong too
+    others = odd.count_nonzero()
     if item.form:
-        codes = _sums((mine != again).float(), high, wide) / _sums(torch.ones_like(mine), high, wide)
-        wrong |= (noise > HALF * signal.clamp(min=floor)) | ((codes > MOST) & (signal > floor))
-    if wrong.any() and found.first is None:
-        row, column = divmod(int(wrong.flatten().int().argmax()), wrong.shape[1])
-        found.first = (start + row * high, column * wide)
-    found.wrong += int(wrong.sum())
-    quotient = torch.where(noise == 0, torch.inf, signal.clamp(min=floor) / noise)
-    worst = float(quotient.min())
-    if (low := decibels(worst, 1.0)) < found.worst:
-        row, column = divmod(int(quotient.flatten().argmin()), quotient.shape[1])
-        found.worst, found.at = low, (start + row * high, column * wide)
+        least = floor.float()
+        codes = block_sums(odd.float(), high, wide)
+        codes /= _sizes(mine, high, wide)
+        wrong |= (noise > HALF * signal.clamp(min=least)) | ((codes > MOST) & (signal > least))
+    quotient = torch.where(noise == 0, torch.inf, signal.clamp(min=floor.float()) / noise)
+    sums = [*(total(values) for values in (signal, noise, dot, size)), others, wrong.sum(), quotient.min()]
+    places = wrong.flatten().int().argmax(), quotient.flatten().argmin()
+    told = torch.stack([one.double() for one in (*sums, *places)]).tolist()  # one transfer from a GPU
+    found.signal, found.noise, found.dot, found.size = told[:4]
+    found.codes, found.wrong, found.blocks = int(told[4]), int(told[5]), noise.numel()
+    first, at = (divmod(int(place), noise.shape[1]) for place in told[7:])
+    if found.wrong:
+        found.first = (start + first[0] * high, first[1] * wide)
+    if (low := decibels(told[6], 1.0)) < found.worst:
+        found.worst, found.at = low, (start + at[0] * high, at[1] * wide)
 
 
-def _sums(values: Tensor, high: int, wide: int) -> Tensor:
-    """The sum of every block of `high` rows and `wide` columns; the last ones may be partial."""
-    rows, columns = values.shape
-    if columns % wide or rows % high:
-        values = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
-    return values.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).sum(dim=(1, 3))
+def _sizes(values: Tensor, high: int, wide: int) -> Tensor:
+    """How many elements each block has, but for those at the end as many as any; broadcasts to the blocks."""
+    rows, columns = (
+        torch.full((-(-size // block),), float(block), device=values.device)
+        for size, block in zip(values.shape, (high, wide), strict=True)
+    )
+    rows[-1] -= -values.shape[0] % high
+    columns[-1] -= -values.shape[1] % wide
+    return rows[:, None] * columns
 
 
 def _add_scales(found: Likeness, scales: Tensor) -> None:
-    powers = scales.float().flatten().log2().nan_to_num(BINS[0], BINS[-1], BINS[0])
-    counts = torch.bincount((powers.floor() - BINS[0]).clamp(0, len(BINS) - 1).long(), minlength=len(BINS))
-    found.scales = [have + more for have, more in zip(found.scales, counts.tolist(), strict=True)]
+    values = scales.float().flatten()
+    powers = torch.frexp(values)[1] - 1 - BINS[0]
+    powers = torch.where(values > 0, powers, 0).masked_fill_(values == torch.inf, len(BINS) - 1)
+    counts = torch.bincount(powers.clamp(0, len(BINS) - 1).long(), minlength=len(BINS))
+    found.scales = counts.tolist()

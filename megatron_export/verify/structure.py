@@ -1,11 +1,13 @@
 """A finished checkpoint against the plan of such an export: names, dtypes, shapes, settings, exclude lists, shared scales."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import SourceWeights, copied_tensors
@@ -190,8 +192,15 @@ def bad_numbers(found: Finished, name: str) -> list[str]:
         return []
     problems = []
     for strip in found.strips(name):
-        values = strip.float()
-        problems += [] if values.isfinite().all() else [f"{name} holds NaN or Inf"]
-        if is_scale(name) and not (values > 0).all():
+        problems += [] if _finite(strip) else [f"{name} holds NaN or Inf"]
+        if is_scale(name) and not (strip.float() > 0).all():
             problems.append(f"{name} holds a scale that is not above zero")
     return list(dict.fromkeys(problems))
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no Inf. e4m3fn has no Inf, and NaN is the largest of its codes but for the sign."""
+    if values.dtype is torch.float8_e4m3fn:
+        return not (values.view(torch.uint8) & 0x7F == 0x7F).any()
+    values = values.float() if values.dtype.itemsize == 1 else values
+    return bool(values.isfinite().all()) if values.numel() < 2 else all(math.isfinite(one) for one in values.aminmax())

@@ -12,6 +12,7 @@ The linears that read a norm show whether it took the right vector over.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import lcm
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.piece import Axis, Piece
 from ..common.strips import strips_of
+from ..common.threads import Each
 from ..formats import PRE_QUANT_SCALE
 from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
@@ -31,10 +33,15 @@ STRIP_ROWS = 128  # a strip's rows are a multiple of it
 
 
 class Sides:
-    """The tensors of `found`, and those of `weights` as a checkpoint of `plan` has them; float32 on `device`."""
+    """The tensors of `found`, and those of `weights` as a checkpoint of `plan` has them; float32 on `device`.
 
-    def __init__(self, plan: Plan, found: Finished, weights: SourceWeights, device: torch.device) -> None:
-        self.plan, self.found, self.weights, self.device = plan, found, weights, device
+    Vectors that are fitted to rows are fitted by `each`, strip by strip. Several threads may read, once `prepare` was called.
+    """
+
+    def __init__(
+        self, plan: Plan, found: Finished, weights: SourceWeights, device: torch.device, each: Each = map
+    ) -> None:
+        self.plan, self.found, self.weights, self.device, self.each = plan, found, weights, device, each
         self.items = {item.source.canonical: item for item in plan.items}
         self.feeders: dict[str, list[tuple[Item, str]]] = {}
         for item in plan.items:
@@ -121,6 +128,11 @@ class Sides:
             made = item.source.scaled(made, factors[rows])
         return made.to(item.source.dtype).float()
 
+    def prepare(self, item: Item, part: str) -> None:
+        """Know the vectors that `target` of a part needs."""
+        self.columns(item, part)
+        self.factors(item, part)
+
     def _divided(self, item: Item, part: str, rows: slice) -> Tensor:
         columns, plain = self.columns(item, part), self.plain(item, part, rows)
         return plain if columns is None else plain / columns
@@ -159,13 +171,39 @@ class Sides:
             return torch.full(self.shape(item, part)[:1], torch.nan, device=self.device)
         if item.source.canonical.endswith(".bias"):  # of v: as its weight
             return self.factors(self.items[item.source.canonical.removesuffix("bias") + "weight"], part)
-        found = []
-        for rows in self.strips(item, part):
-            mine, theirs = self.decoded(item, part, rows), self._divided(item, part, rows)
-            if mine.dim() == 1:
-                found.append(item.source.factors(mine, theirs))
-                continue
-            theirs = theirs.nan_to_num(0)
-            length = theirs.square().sum(1)
-            found.append(torch.where(length == 0, 1.0, (mine * theirs).sum(1) / length))
-        return torch.cat(found)
+        self.columns(item, part)  # not by several at once
+        return torch.cat([*self.each(partial(self._fitted_rows, item, part), self.strips(item, part))])
+
+    def _fitted_rows(self, item: Item, part: str, rows: slice) -> Tensor:
+        mine, theirs = self.decoded(item, part, rows), self._divided(item, part, rows)
+        if mine.dim() == 1:
+            return item.source.factors(mine, theirs)
+        theirs = theirs.nan_to_num(0)
+        length, along = (block_sums(product, 1, mine.shape[1])[:, 0] for product in (theirs * theirs, mine * theirs))
+        return torch.where(length == 0, 1.0, along / length)
+
+
+def block_sums(values: Tensor, high: int, wide: int) -> Tensor:
+    """The sum of every block of `high` rows and `wide` columns of a float32 [out, in]; the last ones may be partial.
+
+    Halves are added to halves, so that every device adds in the same order; `values` are overwritten.
+    """
+    rows, columns = values.shape
+    if columns % wide or rows % high:
+        values = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
+    return _folded(_folded(values.unflatten(1, (-1, wide)), 2).unflatten(0, (-1, high)), 1)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of all, float64 [], in an order that is the same on every device."""
+    return _folded(values.double().flatten(), 0)
+
+
+def _folded(values: Tensor, dim: int) -> Tensor:
+    """The sums along a dim, which is left out; `values` are overwritten."""
+    while (size := values.shape[dim]) > 1:
+        half = (size + 1) // 2
+        first, rest = values.narrow(dim, 0, half), values.narrow(dim, half, size - half)
+        first.narrow(dim, 0, size - half).add_(rest)
+        values = first
+    return values.squeeze(dim)
