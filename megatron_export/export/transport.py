@@ -18,6 +18,7 @@ from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
+from ..formats.cpu import empty
 from ..models import is_expert
 from ..planning.parameter import Item
 from ..planning.plan import Held
@@ -162,7 +163,7 @@ def size_of(message: Sequence[Output]) -> int:
 
 def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
     """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype; nobody reads the padding."""
-    packed = torch.empty(size_of(message), dtype=torch.uint8, device=tensors[0].device)
+    packed = empty((size_of(message),), torch.uint8, tensors[0].device)
     offset = 0
     for output, data in zip(message, tensors, strict=True):
         found = data.dtype, tuple(data.shape)

@@ -42,7 +42,7 @@ from . import (
     w4a8_nvfp4_fp8,
     w4a16_nvfp4,
 )
-from .cpu import in_large_pages
+from .cpu import empty
 from .form import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing, Stacked
 
 FORMATS: dict[str, ModuleType] = {
@@ -170,7 +170,10 @@ def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
     if len(strips) == 1:
         return form.encode(weight, amax.strip(strips[0], form.tile[0]))
     planned = form.pieces_of(tuple(weight.shape))
-    whole = {suffix: Piece(_empty(piece.data, weight.device), piece.axes) for suffix, piece in planned.items()}
+    whole = {
+        suffix: Piece(empty(piece.data.shape, piece.data.dtype, weight.device), piece.axes)
+        for suffix, piece in planned.items()
+    }
 
     def put(number: int) -> None:
         rows = strips[number]
@@ -185,12 +188,6 @@ def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
 
     each(put, range(len(strips)))
     return whole
-
-
-def _empty(like: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu" and like.dim():
-        return in_large_pages(like.shape, like.dtype)
-    return torch.empty_like(like, device=device)
 
 
 def encode_bytes(weights: int, device: str) -> int:

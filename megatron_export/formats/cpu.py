@@ -31,10 +31,12 @@ def scratch(use: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(held[use][:nbytes]).view(dtype).view(shape)
 
 
-def in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU with any numbers in it, of at least one dim. numpy asks the system for pages of 2 MB where it would give
-    small ones, each of which takes as long as copying some thousand bytes; torch does not.
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; on the CPU in memory that numpy asks for, which the system gives in pages of 2 MB. Small ones, as torch gets
+    them, each take as long as copying some thousand bytes.
     """
+    if device.type != "cpu" or not shape:
+        return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
