@@ -13,10 +13,11 @@ from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
 CUDA_STRIP_ELEMENTS = 1 << 22
-SHARED_ELEMENTS = 1 << 19  # of a strip that is encoded beside others
+SHARED_ELEMENTS = 1 << 22  # of all strips that are encoded side by side on the CPU
 THREADS = 8  # that do so, at most
 
 _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("strips", default=None)
+_threads: ContextVar[int] = ContextVar("threads", default=1)  # of that pool
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -31,9 +32,9 @@ def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
 
 
 def shared_strips(weight: Tensor, rows: int) -> Iterator[slice]:
-    """The same, of those that are encoded side by side: smaller ones on the CPU."""
+    """The same, of those that `each` works on side by side: smaller ones where it has many threads."""
     elements = strip_elements(weight.device.type)
-    return strips_of(weight.shape, rows, elements if weight.is_cuda else min(elements, SHARED_ELEMENTS))
+    return strips_of(weight.shape, rows, min(elements, SHARED_ELEMENTS // _threads.get()))
 
 
 def cached_strips(tensor: Tensor) -> Iterator[slice]:
@@ -79,11 +80,12 @@ def side_by_side(device: torch.device) -> Iterator[None]:
             pool.submit(int)
         begun.wait()
         torch.set_num_threads(before)
-        token = _pool.set(pool)
+        tokens = _pool.set(pool), _threads.set(count)
         try:
             yield
         finally:
-            _pool.reset(token)
+            _pool.reset(tokens[0])
+            _threads.reset(tokens[1])
 
 
 def each(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece
-from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, THREADS, each, shared_strips
+from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, each, shared_strips
 from ..common.text import near
 from . import (
     bf16,
@@ -193,7 +193,7 @@ def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
 def encode_bytes(weights: int, device: str) -> int:
     """Memory that `encode` takes beside a part of so many weights and its pieces: 24 bytes for each weight of the strips that are
     encoded side by side."""
-    return 24 * min(weights, CUDA_STRIP_ELEMENTS if device == "cuda" else THREADS * SHARED_ELEMENTS)
+    return 24 * min(weights, CUDA_STRIP_ELEMENTS if device == "cuda" else SHARED_ELEMENTS)
 
 
 def _found(table: dict[str, T], name: str) -> T:
