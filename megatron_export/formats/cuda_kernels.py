@@ -185,18 +185,9 @@ def encode_w4a8_nvfp4_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """w4a8_nvfp4_fp8.encode."""
     words, made, programs, blocks = _in_blocks(weight, torch.float8_e4m3fn)
     amaxes, scales = _scalars(weight, amax)
-    limits = LIMITS["nvfp4"]  # which hold of any weight_scale_2
-    _launch(
-        _kernels("triton_blocks").w4a8_nvfp4,
-        programs,
-        words,
-        *amaxes,
-        *made,
-        *scales,
-        made[1].numel(),
-        *limits,
-        BLOCKS=blocks,
-    )
+    sizes = made[1].numel(), *LIMITS["nvfp4"]  # which hold of any weight_scale_2
+    tensors = words, *amaxes, *made, *scales
+    _launch(_kernels("triton_blocks").w4a8_nvfp4, programs, *tensors, *sizes, BLOCKS=blocks)
     return nvfp4.pieces(*made, *scales)
 
 
@@ -241,17 +232,23 @@ def encode_w4a16_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[
 
 def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """int4.encode."""
-    rows, columns = weight.shape
-    codes = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(rows, columns // group, device=weight.device)
-    programs, tile = -(-weight.numel() // TILE), {"GROUP": group, "GROUPS": TILE // 2 // group}
-    _launch(_kernels().int4, programs, weight, codes, scale, rows // 2, columns, *LIMITS["int4"], **tile)
-    return int4.pieces(codes, scale)
+    return int4.pieces(*_in_pairs(_kernels().int4, weight, group))
 
 
 def encode_w4a8(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """w4a8_awq.encode."""
-    return encode_int4(weight, amax, group) | w4a8_awq.scalars(amax)
+    amaxes, scales = _scalars(weight, amax)
+    return int4.pieces(*_in_pairs(_kernels().w4a8, weight, group, *amaxes, *scales)) | w4a8_awq.scalar_pieces(*scales)
+
+
+def _in_pairs(kernel: Any, weight: Tensor, group: int, *scalars: Tensor) -> tuple[Tensor, Tensor]:
+    """int4's codes and scales of a weight by a kernel that makes them of pairs of rows."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, columns // group, device=weight.device)
+    programs, tile = -(-weight.numel() // TILE), {"GROUP": group, "GROUPS": TILE // 2 // group}
+    _launch(kernel, programs, weight, codes, scale, *scalars, rows // 2, columns, *LIMITS["int4"], **tile)
+    return codes, scale
 
 
 def rounded_int4(weight: Tensor, factors: Tensor, amax: None, group: int) -> Tensor:

@@ -128,6 +128,18 @@ def nvfp4(
     tl.store(codes + place, code.to(tl.uint8), mask=inside)
 
 
+@triton.jit(do_not_specialize_on_alignment=AMAXES)
+def w4a8(
+    weight, codes, scale, weight_amax, input_amax, weight_scale, input_scale, pairs, columns, low, high,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """As int4; the first program stores the scales of the whole weight and of the input too."""
+    if tl.program_id(0) == 0:
+        tl.store(weight_scale, scale_of(tl.load(weight_amax), E4M3))
+        tl.store(input_scale, scale_of(tl.load(input_amax), E4M3))
+    int4(weight, codes, scale, pairs, columns, low, high, GROUP, GROUPS)
+
+
 @triton.jit
 def int4(weight, codes, scale, pairs, columns, low, high, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Groups of two neighbouring rows each, one after another along the rows."""

@@ -34,7 +34,12 @@ def encode(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
 
 def scalars(amax: Amax) -> dict[str, Piece]:
     """What this format has beside int4's tensors, by suffix."""
-    return {"weight_scale_2": Piece(scale_of(amax.weight), ()), "input_scale": Piece(scale_of(amax.input), ())}
+    return scalar_pieces(scale_of(amax.weight), scale_of(amax.input))
+
+
+def scalar_pieces(weight_scale: Tensor, input_scale: Tensor) -> dict[str, Piece]:
+    """Both scales, float32 [], by suffix."""
+    return {"weight_scale_2": Piece(weight_scale, ()), "input_scale": Piece(input_scale, ())}
 
 
 def decode(pieces: dict[str, Piece]) -> Tensor:
