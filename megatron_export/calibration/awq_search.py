@@ -13,8 +13,9 @@ Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_lite, there per rank.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +76,8 @@ class LinearShard:
         """inputs @ weight.T, float32 or bfloat16: the rows of this shard, or whole where the inputs are cut."""
         if self.axis is Axis.IN:
             return total(_float32_product(inputs, weight), self.cut.group)
-        if inputs.is_cuda:  # where a bfloat16 product may round partial sums too
-            return _float32_product(inputs, weight)
-        return inputs @ weight.T
+        with _rounded_once():
+            return inputs @ weight.T
 
     def difference(self, product: Tensor, expected: Tensor) -> Tensor:
         """Sum of the squares of the differences of bfloat16 outputs over the whole linear, float64 []."""
@@ -92,6 +92,18 @@ class LinearShard:
         """Largest magnitudes of the whole weight times each of some bfloat16 factors [alphas, in]: float32 [alphas]."""
         mine = awq.largest(weight, factors)
         return maximum(mine, self.cut.group) if self.axis is not None else mine
+
+
+@contextmanager
+def _rounded_once() -> Iterator[None]:
+    """bfloat16 products on CUDA are rounded when all is summed: by default partial sums may be, too."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 def _float32_product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -207,7 +219,7 @@ def _squares(shard: LinearShard, search: awq.Search, vectors: Tensor) -> Tensor:
     factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)
     amaxes = shard.amaxes(shard.weight, factors) if search.per_tensor else [None] * len(factors)
     products = (
-        shard.product(shard.inputs * inverse, awq.rounded(search, shard.weight, mine, amax))
+        shard.product(awq.scaled(search, shard.inputs, inverse), awq.rounded(search, shard.weight, mine, amax))
         for mine, inverse, amax in zip(factors, inverses, amaxes, strict=True)
     )
     return torch.stack([shard.difference(product, expected) for product in products])

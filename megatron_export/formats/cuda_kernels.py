@@ -12,7 +12,7 @@ it is, or whether it is one. q answers as the rounded x / s does. Let m = M * 2^
 and s = S in units that make D = S * M - X * 2^t a whole number. If D = 0, then q = m. Otherwise the answers differ only if
 x / s is within 2^-44 of where float32 starts to round to m: | |D| * 2^j - S | <= 32, where M * 2^j has 25 bits. Comparing
 the low bits of both sides of D's equation leaves |D| = M, S = M * 2^j - 1, hence M = 1 and S = 2^24 - 1, where q is right.
-tests/gpu goes through all X and S. That r is below 1 / s makes e positive, and q keep the sign of a zero.
+tests/gpu goes through all X and S. That r is below 1 / s makes e positive, and q keep the sign of a zero. nvfp4 has another e.
 
 This holds while nothing over- or underflows; LIMITS has the scales for which nothing does. Others, of weights that
 nobody trains, are divided by the book. Triton and a C compiler are needed, and a GPU that rounds to e4m3 (Ada, Hopper,
@@ -56,8 +56,8 @@ LIMITS = {
     "int4_rounded": OWN,  # of 7 / amax
 }
 SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
-SEARCHED_BLOCKS, SEARCHED_STEPS = 32, 4  # of a program that searches scales: a block for each thread of a warp, in turn
-SEARCHED_REGISTERS = 64  # of a thread, for as many warps on a multiprocessor as it takes
+LANES, STEPS = 32, 4  # of a program of nvfp4: a block for each thread of a warp, in turn
+SEARCHED_REGISTERS = 64  # of a thread that searches scales, for as many warps on a multiprocessor as it takes
 
 
 def kernel_of(form: Form, weight: Tensor, amax: Amax) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
@@ -165,18 +165,18 @@ def encode_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, P
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // nvfp4.BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
     amaxes, both = _scalars(weight, amax)
-    words, blocks, made = weight.view(torch.int32), scale.numel(), (codes, scale, *both)
+    words, blocks, made = weight.view(torch.int64), scale.numel(), (codes, scale, *both)
+    size, settings = LANES, {"BLOCKS": LANES, "num_warps": 1, "enable_fp_fusion": False}
+    if scales != "mse":
+        size, settings = size * STEPS, settings | {"STEPS": STEPS, "EVEN": blocks % (size * STEPS) == 0}
     if scales == "max":
-        tile = TILE // nvfp4.BLOCK
-        _launch(_kernels().nvfp4, -(-blocks // tile), words, *amaxes, *made, blocks, *LIMITS["nvfp4"], BLOCKS=tile)
-        return nvfp4.pieces(*made)
-    size, settings = SEARCHED_BLOCKS, {"BLOCKS": SEARCHED_BLOCKS, "num_warps": 1, "enable_fp_fusion": False}
-    kernel, limits = _kernels("triton_scales").least_squares, ()
-    if scales == "four_over_six":
-        kernel, limits = _kernels("triton_scales").four_over_six, LIMITS[scales]
-        size, settings["STEPS"] = size * SEARCHED_STEPS, SEARCHED_STEPS
-        settings |= {"EVEN": blocks % size == 0, "maxnreg": SEARCHED_REGISTERS}
-    arguments = weight.view(torch.int64), *amaxes, codes.view(torch.int32), *made[1:], blocks, *limits
+        kernel, limits, into = _kernels("triton_nvfp4").nvfp4, LIMITS["nvfp4"], torch.int64
+    elif scales == "mse":
+        kernel, limits, into = _kernels("triton_scales").least_squares, (), torch.int32
+    else:
+        kernel, limits, into = _kernels("triton_scales").four_over_six, LIMITS[scales], torch.int32
+        settings["maxnreg"] = SEARCHED_REGISTERS
+    arguments = words, *amaxes, codes.view(into), *made[1:], blocks, *limits
     _launch(kernel, -(-blocks // size), *arguments, **settings)
     return nvfp4.pieces(*made)
 
@@ -218,10 +218,9 @@ def encode_mxfp8(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
 
 def encode_fp8_pc_pt(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     """fp8_pc_pt.encode."""
-    rows, columns = weight.shape
-    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(rows, device=weight.device)
-    _launch(_kernels("triton_blocks").fp8_pc_pt, rows, weight, codes, scale, columns, *LIMITS["fp8_pc_pt"], TILE=TILE)
+    codes, scale = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(len(weight), device=weight.device)
+    sizes = weight.shape[1], *LIMITS["fp8_pc_pt"]
+    _launch(_kernels("triton_blocks").fp8_pc_pt, len(scale), weight, codes, scale, *sizes, TILE=TILE)
     return fp8_pc_pt.pieces(codes, scale)
 
 
@@ -261,8 +260,13 @@ def rounded_nvfp4(weight: Tensor, factors: Tensor, amax: Tensor) -> Tensor:
     return _smoothed(_kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
 
 
+def scaled(inputs: Tensor, factors: Tensor, group: int) -> Tensor:
+    """inputs * factors, [tokens, in] and [in], both bfloat16, whose groups are whole."""
+    return _smoothed(_kernels().scaled, inputs, factors, (), (), group)
+
+
 def _smoothed(
-    kernel: Any, weight: Tensor, factors: Tensor, amax: tuple[Tensor, ...], limits: tuple[float, float], group: int
+    kernel: Any, weight: Tensor, factors: Tensor, amax: tuple[Tensor, ...], limits: tuple[float, ...], group: int
 ) -> Tensor:
     rows, columns = weight.shape
     made = torch.empty_like(weight)

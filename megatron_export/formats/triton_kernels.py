@@ -109,26 +109,6 @@ def block_scale(amax, tensor_scale):
 
 
 @triton.jit(do_not_specialize_on_alignment=AMAXES)
-def nvfp4(
-    weight, weight_amax, input_amax, codes, scale, tensor_scale, input_scale, blocks, low, high, BLOCKS: tl.constexpr
-):
-    """A flat part of the weight, in 32-bit words of two elements: 8 in a block, each of which becomes a byte."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = (block < blocks)[:, None]
-    place = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    words = tl.load(weight + place, mask=inside, other=0)
-    first = (words << 16).to(tl.float32, bitcast=True)
-    second = (words & -65536).to(tl.float32, bitcast=True)
-    tensor = scalars(weight_amax, input_amax, tensor_scale, input_scale, E2M1 * E4M3, E2M1 * E4M3)
-    size = block_scale(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), tensor)
-    tl.store(scale + block, size, mask=block < blocks)
-    divisor = (size.to(tl.float32) * tensor)[:, None]
-    usual = (tensor >= low) & (tensor <= high)
-    code = e2m1(quotients(first, divisor, usual)) | e2m1(quotients(second, divisor, usual)) << 4
-    tl.store(codes + place, code.to(tl.uint8), mask=inside)
-
-
-@triton.jit(do_not_specialize_on_alignment=AMAXES)
 def w4a8(
     weight, codes, scale, weight_amax, input_amax, weight_scale, input_scale, pairs, columns, low, high,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
@@ -180,6 +160,13 @@ def smoothed(weight, factors, rows, columns, ROWS: tl.constexpr, ACROSS: tl.cons
     values = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     values *= tl.load(factors + column, mask=inside, other=0.0).to(tl.float32)
     return place, inside, values.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def scaled(weight, factors, made, rows, columns, ROWS: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr):
+    """The products that `smoothed` gives."""
+    place, inside, values = smoothed(weight, factors, rows, columns, ROWS, ACROSS, GROUP)
+    tl.store(made + place, values.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit

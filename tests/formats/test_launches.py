@@ -20,6 +20,7 @@ from megatron_export.formats.cuda_kernels import (
     encode_w4a8,
     rounded_int4,
     rounded_nvfp4,
+    scaled,
     squares,
 )
 
@@ -37,6 +38,7 @@ KERNELS: dict[str, Callable[[Tensor], object]] = {
     "w4a8": lambda weight: encode_w4a8(weight, Amax(ONE, ONE), 128),
     "int4 rounded": lambda weight: rounded_int4(weight, FACTORS, None, 128),
     "nvfp4 rounded": lambda weight: rounded_nvfp4(weight, FACTORS, ONE),
+    "scaled": lambda weight: scaled(weight, FACTORS, 16),
     "squares": lambda weight: squares(weight.float(), weight),
     "squares of another": lambda weight: squares(weight, torch.zeros_like(weight)),
 }

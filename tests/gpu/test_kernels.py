@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_export import formats
 from megatron_export.common.piece import Amax
-from megatron_export.formats import Form, cuda_kernels, triton_kernels
+from megatron_export.formats import Form, cuda_kernels, triton_kernels, triton_nvfp4
 from megatron_export.formats.mxfp4_to_nvfp4 import cast_of
 
 from ..support.kernel_cases import FORMS, SEARCHED, amaxes, cases, of, searched_cases, wrong
@@ -72,24 +72,30 @@ def test_elements_beyond_two_to_the_31_are_where_they_belong(name: str) -> None:
 
 
 @triton.jit
-def differing(found, TILE: tl.constexpr):
+def differing(found, TILE: tl.constexpr, ABOVE: tl.constexpr):
     """How many quotients of 8-bit numbers by some scales in [1, 2) are on another side of a 9-bit number, or only on one."""
     mantissa = tl.program_id(0) * TILE + tl.arange(0, TILE)
     scale = (mantissa | 0x3F800000).to(tl.float32, bitcast=True)
     count = tl.zeros((TILE,), tl.int32)
     for number in range(128, 256):
         value = tl.zeros((TILE,), tl.float32) + number
-        ours = triton_kernels.quotients(value, scale, True).to(tl.int32, bitcast=True)
+        if ABOVE:
+            rough, rest = triton_nvfp4.inverted_above(scale)
+            quotient = tl.fma(value, rough, tl.fma(value, rest, 0.0))
+        else:
+            quotient = triton_kernels.quotients(value, scale, True)
+        ours = quotient.to(tl.int32, bitcast=True)
         exact = triton_kernels.quotients(value, scale, False).to(tl.int32, bitcast=True)
         same_side = (ours >> 15 == exact >> 15) & ((ours & 0x7FFF == 0) == (exact & 0x7FFF == 0))
         count += tl.where(same_side, 0, 1)
     tl.store(found + tl.program_id(0), tl.sum(count))
 
 
-def test_quotients_compare_as_divisions_do_for_every_scale_and_every_number() -> None:
+@pytest.mark.parametrize("above", [False, True])
+def test_quotients_compare_as_divisions_do_for_every_scale_and_every_number(above: bool) -> None:
     tile = 1024
     found = torch.full(((1 << 23) // tile,), -1, dtype=torch.int32, device="cuda")
-    differing[len(found),](found, TILE=tile)
+    differing[len(found),](found, TILE=tile, ABOVE=above)
     assert found.min().item() == found.max().item() == 0
 
 

@@ -57,12 +57,13 @@ def main() -> None:
     for name in ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, cast)
     with np.errstate(all="ignore"):
+        cuda_kernels.LANES = 256  # the interpreter is as slow for 32
         said = [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in cases(seed=0, count=3)]
         said += [wrongly_rounded(smoothed, "cpu") for smoothed in smoothings(seed=0)]
-        cuda_kernels.SEARCHED_BLOCKS = 1 << 14  # the interpreter is as slow for 32
+        cuda_kernels.LANES = 1 << 14
         amaxes = torch.tensor([0.0, 7.0, 0.1, 2.0**-133, 3.0e38])
         said += [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in searched_cases(0, amaxes)]
-        cuda_kernels.SEARCHED_BLOCKS = 32
+        cuda_kernels.LANES = 32
         label, form, weight, amax = decided()
         few = (weight * 100).round() / 128  # whose errors are often equal
         for numbers, ratio in ((weight, 0.3), (weight, 0.6), (few, 1.0)):  # as clipping does

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_export.common.piece import Amax, Piece
-from megatron_export.formats import Form, Options, chosen
+from megatron_export.formats import Form, Options, chosen, cuda_kernels
 from megatron_export.formats.awq import SEARCHES, largest
 
 from .models import same
@@ -146,6 +146,9 @@ def wrongly_rounded(case: Smoothed, device: str) -> str:
     search, amax = SEARCHES[name], largest(weight, factors.unsqueeze(0))[0]
     expected = search.rounded(weight * factors, amax)
     found = search.kernel(weight.to(device), factors.to(device), amax.to(device)).cpu()
+    made = cuda_kernels.scaled(weight.to(device), factors.to(device), search.group).cpu()
+    if not same(made, weight * factors):
+        return f"{label}: products with the factors"
     finite = expected.isfinite()
     if not torch.equal(found.isfinite(), finite):
         return f"{label}: other numbers are finite"
