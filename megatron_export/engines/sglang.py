@@ -106,7 +106,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "latent":        (_R, "kv_b_proj is in bfloat16, FP8 or blocks of FP8", "deepseek loader", SEEN),
     "latent scale":  (_R, "scales of q_a_proj and kv_a_proj_with_mqa have no dims", "deepseek loader", READ),
     "bias":          (_R, "DeepSeek's config.json says topk_method, scoring_func and moe_layer_freq", "deepseek", SEEN),
-    "kv shape":      (_R, "a KV scale is one number", "weights", READ),
+    "kv shape":      (_R, "a KV scale is one number", "weights", SEEN),
     "kv pair":       (_R, "there is no v_scale without a k_scale", "kv scales", SEEN),
     "kv half":       (_L, "nor a k_scale without a v_scale, or it serves for both", "kv scales", READ),
     "kv flag":       (_M, "the KV cache is FP8 by itself only if a config of ModelOpt's dialect says so", "cache", READ),

@@ -10,7 +10,7 @@ from megatron_export.engines import Verdict
 from megatron_export.planning import recipe
 from megatron_export.planning.engine_check import of_folder
 
-from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, written
+from ..support.checkpoints import DAMAGES, HEADERS, damaged, described, golden, storing, written
 from ..support.ranks import Ranks, living
 from .asking import EVERY, exported, judged, told_otherwise, tried
 from .product import list_joined
@@ -115,3 +115,12 @@ def test_sglang_refuses_what_is_damaged_or_leaves_it_empty(tmp_path: Path) -> No
         verdict = judged(described(damaged(damages[folder])), "sglang")
         unnoticed = damages[folder] in UNNOTICED
         assert filled(one) if unnoticed else agrees(verdict, one), f"{damages[folder]}: {verdict.text} | {one}"
+
+
+def test_sglang_refuses_a_kv_scale_of_two_numbers(tmp_path: Path) -> None:
+    said = golden("models/llama-FP8-KVFP8")
+    storing("model.layers.0.self_attn.k_proj.k_scale", "F32", 2)(said)
+    verdict = judged(described(said), "sglang")
+    [one] = tried("sglang_loading", written(said, tmp_path / "two")).values()
+    assert [finding.rule for finding in verdict.findings] == ["kv shape"]
+    assert "Attempted to load weight" in one["error"] and agrees(verdict, one)
