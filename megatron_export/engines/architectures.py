@@ -32,6 +32,7 @@ class Built:
     caching    whether its loader keeps KV scales
     compared   whether it was read how it compares names in lists
     windowed   whether it computes attention in the sliding windows that config.json says
+    read       whether its class was read
     patterned  whether it reads in index_topk_pattern and index_topk_freq alone which layers have an indexer
     """
 
@@ -52,6 +53,7 @@ class Built:
     caching: bool = False
     compared: bool = True
     windowed: bool = True
+    read: bool = True
     patterned: bool = False
 
 
@@ -67,6 +69,7 @@ class Engines:
 _SEES = {"model.language_model.": "language_model.model."}
 _UNREAD = Built(compared=False)  # in TensorRT-LLM
 _LLAMA = Built(inverse=False, caching=True, windowed=False)  # in SGLang
+_WITHIN = Built(modules={"language_model.": ""})  # there: the model of text compares lists with names of its own
 _QWEN_MOE = Built(chunked=True, asking=True, one_name=True)  # in vLLM
 _INDEXER = (".indexer.wk", ".indexer.weights_proj")  # in TensorRT-LLM: _torch/attention_backend/sparse/dsa/indexer.py
 _DSA = Engines(
@@ -85,13 +88,21 @@ ARCHITECTURES: dict[str, Engines] = {
     "Mistral3ForConditionalGeneration": Engines(
         vllm=Built(inverse=False),
         sglang=replace(_LLAMA, modules={"language_model.model.": "model."}),
-        tensorrt_llm=_UNREAD,
+        tensorrt_llm=_WITHIN,
+    ),
+    "Ministral3ForCausalLM": Engines(sglang=_LLAMA, tensorrt_llm=Built(read=False)),
+    "Mistral3ForConditionalGeneration of ministral3": Engines(
+        vllm=Built(inverse=False),
+        sglang=replace(_LLAMA, modules={"language_model.model.": "model."}),
+        tensorrt_llm=Built(read=False),
     ),
     "Phi3ForCausalLM": Engines(sglang=_LLAMA, tensorrt_llm=Built(inverse=False)),
     "Qwen2ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(chunked=True, windowed=False)),
     "Qwen3ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(windowed=False)),
     "Qwen3VLForConditionalGeneration": Engines(
-        vllm=Built(modules=_SEES, listed=_SEES), sglang=Built(listed=_SEES, stripped=True), tensorrt_llm=_UNREAD
+        vllm=Built(modules=_SEES, listed=_SEES),
+        sglang=Built(listed=_SEES, stripped=True),
+        tensorrt_llm=Built(modules={"model.language_model.": "model."}),
     ),
     "Qwen3MoeForCausalLM": Engines(
         vllm=_QWEN_MOE, sglang=Built(chunked=True, dense=False, joining=True, windowed=False)
@@ -102,7 +113,7 @@ ARCHITECTURES: dict[str, Engines] = {
         tensorrt_llm=_UNREAD,
     ),
     "Gemma3ForCausalLM": Engines(sglang=Built(joining=True, caching=True)),
-    "Gemma3ForConditionalGeneration": Engines(sglang=Built(joining=True, caching=True), tensorrt_llm=_UNREAD),
+    "Gemma3ForConditionalGeneration": Engines(sglang=Built(joining=True, caching=True), tensorrt_llm=_WITHIN),
     "MixtralForCausalLM": Engines(sglang=Built(head=False, windowed=False)),
     "MiniMaxM2ForCausalLM": Engines(
         vllm=Built(modules={".block_sparse_moe.experts": ".mlp.experts"}, needs=("use_routing_bias", "scoring_func")),
@@ -136,7 +147,8 @@ ARCHITECTURES: dict[str, Engines] = {
 
 def built_by(engine: str, checkpoint: CheckpointView) -> Built:
     """How an engine, by its name in `Engines`, builds a checkpoint's architecture."""
-    return getattr(ARCHITECTURES.get(checkpoint.architecture, Engines()), engine)
+    name, inside = checkpoint.architecture, f"{checkpoint.architecture} of {checkpoint.text.get('model_type')}"
+    return getattr(ARCHITECTURES.get(inside, ARCHITECTURES.get(name, Engines())), engine)
 
 
 def called(name: str, parts: Mapping[str, str]) -> str:

@@ -80,6 +80,8 @@ def seen_in(engine: str, architecture: str, form: str) -> str:
     """The same of an architecture in one of FORMATS."""
     if form in _MODELS.get(engine, {}).get(architecture, ()):
         return GPU
+    if not getattr(ARCHITECTURES[architecture], engine).read:
+        return "not known"
     return CPU if architecture in _ON_CPU[engine] else READ
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .architectures import built_by, is_plain
+from .architectures import as_built, built_by, is_plain
 from .checkpoint_view import CheckpointView, Group
 from .checks import AGAIN, check_codes, check_tensors, release_of
 from .exclude_lists import IN_FILES, Names, Partly, tensorrt_llm
@@ -81,7 +81,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "llama4 text":   (_R, "Llama 4 is Llama4ForConditionalGeneration", "llama", READ),
     "llama4":        (_R, "experts of Llama 4 are stacked, in FP8 or NVFP4", "llama", READ),
     "joined file":   (_R, "scales of what is one tensor in the file too (Phi 3) are numbers, or rows of groups", "phi3", READ),
-    "sees":          (_U, "how names in lists are compared in models that see, but Llama 4, Qwen 3.5", "archs", READ),
+    "sees":          (_U, "how names in lists are compared in Kimi K2.5 and Qwen3-VL with experts", "archs", READ),
     "gpt_oss":       (_U, "GPT-OSS in ModelOpt's dialect", "gpt_oss", READ),
     "packed":        (_U, "what it packs of Qwen 3.5 (in_proj_qkv, in_proj_z) is in bfloat16, FP8 or its blocks", "qwen 3.5", READ),
     "latent":        (_R, "kv_b_proj is in bfloat16 or blocks of FP8, kv_a_proj_with_mqa in these or NVFP4", "deepseek", READ),
@@ -127,10 +127,15 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
         return findings
 
     built = built_by("tensorrt_llm", checkpoint)
+    if not built.read:
+        findings.add(
+            "architecture", f"no rules about {checkpoint.text.get('model_type')}: nobody has read how it is loaded"
+        )
 
     def algorithm_of(group: Group) -> str | None:
         if reading.algorithm is None or group.kind == "router" or (group.kind == "head" and not group.quantized):
             return None
+        group = as_built(group, built)
         if is_plain(group, built, reading) or left_out(reading, group, tensorrt_llm, "kv_a_proj_with_mqa"):
             return None
         found = algorithm_in(reading, group)

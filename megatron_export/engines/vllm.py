@@ -29,7 +29,7 @@ from .router_weights import check_router_weights
 from .tensor_specs import MXFP4_EXPERTS
 from .verdict import Effect, Findings, table
 from .vllm_cache import check_cache
-from .vllm_layouts import check_indexers, check_layouts
+from .vllm_layouts import check_indexers, check_layouts, check_queries
 
 NAME, VERSION = "vLLM", "0.32.0"
 RELEASES, SEEN_IN = (VERSION, "0.33.0"), "tests/engines/test_vllm.py"
@@ -45,6 +45,7 @@ _FILES = {
     "joined": "model_executor/layers/quantization/utils/quant_utils.py",
     "kv": "model_executor/layers/quantization/kv_cache.py",
     "minimax": "model_executor/models/minimax_m2.py",
+    "mistral": "model_executor/models/mistral.py",
     "mistral3": "model_executor/models/mistral3.py",
     "llama4": "model_executor/models/llama4.py",
     "loader": "model_executor/model_loader/default_loader.py",
@@ -94,6 +95,7 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "gpt_oss":       (_R, "GPT-OSS is not quantized in another dialect than OpenAI's", "gpt_oss", SEEN),
     "chunks":        (_R, "attention is not in dual chunks: no backend takes what Qwen's models hand to it then", "qwen", READ),
     "keys":          (_R, "config.json says what the classes of MiniMax M2 and Qwen3-VL MoE read", "minimax", SEEN),
+    "queries":       (_L, "no queries are scaled by position as HF's rope_parameters say (Ministral 3)", "mistral", READ),
     "indexers":      (_R, "index_topk_pattern or index_topk_freq says which layers have an indexer", "deepseek", SEEN),
     "bias":          (_R, "DeepSeek's router bias goes with topk_method noaux_tc in config.json", "deepseek", SEEN),
     "softmax":       (_R, "DeepSeek's config.json says scoring_func, or routers take softmax", "deepseek", READ),
@@ -136,6 +138,7 @@ def judge(checkpoint: CheckpointView, version: str, gpu: str | None, tp: int) ->
     built = built_by("vllm", checkpoint)
     check_config(checkpoint, built, findings)
     check_indexers(checkpoint, built, findings)
+    check_queries(checkpoint, findings)
     reading = read(checkpoint, version, findings)
     if reading is None:
         return findings

@@ -8,6 +8,17 @@ from .quant_configs import AlgorithmOf, Reading
 from .verdict import Findings
 
 
+def check_queries(checkpoint: CheckpointView, findings: Findings) -> None:
+    """Ministral 3's queries grow with their position, by the logarithm, beyond the first few thousand tokens."""
+    said = checkpoint.text.get("rope_parameters")
+    if not isinstance(said, dict) or not said.get("llama_4_scaling_beta") or checkpoint.text.get("llama_4_scaling"):
+        return
+    first = said.get("original_max_position_embeddings")
+    read = f'{{"beta": {said["llama_4_scaling_beta"]}, "original_max_position_embeddings": {first}}}'
+    findings.add("queries", f"it does not scale queries from position {first} on, as rope_parameters say",
+                 way=f'set "llama_4_scaling": {read} beside rope_parameters')  # fmt: skip
+
+
 def check_layouts(checkpoint: CheckpointView, reading: Reading, algorithm_of: AlgorithmOf, findings: Findings) -> None:
     """New findings about how linears and experts are stored."""
     if checkpoint.architecture == "GptOssForCausalLM" and reading.dialect == "native":

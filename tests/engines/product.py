@@ -57,6 +57,7 @@ BY_TABLE = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
     "nemotron_h": _MAMBA,
     "mistral": _HEADS,
+    "ministral3": _HEADS,
     "mistral3": _HEADS,
     "phi3": _WIDE,
     "gemma3": _WINDOWS,

@@ -19,6 +19,8 @@ from ..support.configs import (
     LLAMA4,
     LLAMA4_SEES,
     MINIMAX,
+    MINISTRAL3,
+    MINISTRAL3_SEES,
     MISTRAL3,
     MIXTRAL,
     PHI3,
@@ -172,6 +174,13 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
         "unquantized", "unquantized", "unquantized"),
     "blocks cut off": (hurt("qwen3-FP8", "a block cut"), {}, "inputs", "algorithm", "case"),
     "blocks in Llama": (lambda: planned(LLAMA, format="fp8_pb"), {}, "", "llama blocks", ""),
+    "Ministral 3": (lambda: planned(MINISTRAL3, format="fp8"), {}, "queries", "", "architecture"),
+    "Ministral 3 in blocks": (lambda: planned(MINISTRAL3, format="fp8_pb"), {}, "queries", "llama blocks", "architecture"),
+    "Ministral 3 that sees": (lambda: planned(MINISTRAL3_SEES, format="nvfp4"), {}, "queries", "", "architecture"),
+    "Ministral 3 that sees, in blocks": (
+        lambda: planned(MINISTRAL3_SEES, format="fp8_pb"), {}, "inverse, queries", "llama blocks", "architecture"),
+    "Ministral 3, told as vLLM reads it": (
+        lambda: reconfigured(planned(MINISTRAL3, format="bf16"), llama_4_scaling={"beta": 0.1}), {}, "", "", "architecture"),
     "blocks in Mistral": (
         lambda: planned(LLAMA | {"architectures": ["MistralForCausalLM"]}, format="fp8_pb"), {}, "", "llama blocks", ""),
     "cache in Mistral": (
@@ -423,9 +432,15 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "a quantized head in a mix": (lambda: mixed(QWEN_MOE, "*.self_attn.*=fp8", "lm_head=fp8"), {}, "", "", "machine"),
     "a dense layer left out": (
         lambda: planned(QWEN_MOE | {"mlp_only_layers": [1]}, recipe="fp8_attention_only"), {}, "not left out", "dense", ""),
-    "blocks of Mistral 3": (lambda: planned(MISTRAL3, format="fp8_pb"), {}, "inverse", "llama blocks", "sees"),
+    "Kimi in blocks": (lambda: planned(KIMI, format="fp8_pb"), {}, "", "", "sees"),
+    "experts of Qwen3-VL": (lambda: planned(QWEN_MOE_SEES, format="fp8"), {}, "", "", "sees"),
+    "a layer of Mistral 3 left out": (
+        lambda: planned(MISTRAL3, format="fp8", exclude=("*.layers.1.*",)), {}, "", "", ""),
+    "a layer of Qwen3-VL left out": (
+        lambda: planned(QWEN_SEES, format="fp8", exclude=("*.layers.1.*",)), {}, "", "", "not left out"),
+    "blocks of Mistral 3": (lambda: planned(MISTRAL3, format="fp8_pb"), {}, "inverse", "llama blocks", ""),
     "blocks of Mistral 3 with a cache": (lambda: planned(MISTRAL3, format="fp8_pb", kv_cache="fp8"), {},
-        "inverse, kv dialect", "llama blocks, kv flag", "sees"),
+        "inverse, kv dialect", "llama blocks, kv flag", "kv fp8"),
     "blocks of Phi 3": (lambda: planned(PHI3, format="fp8_pb"), {}, "", "llama blocks", "joined file"),
     "blocks of Phi 3 that hold rows of two": (lambda: planned(PHI3 | {"hidden_size": 192}, format="fp8_pb"), {},
         "blocks", "blocks, llama blocks", "joined file"),
@@ -444,7 +459,8 @@ CASES: dict[str, tuple[Callable[[], CheckpointView], dict, str, str, str]] = {
     "weights of indexers not left out": (lambda: unlisted(planned(GLM5, format="fp8"), "indexer.weights_proj"), {}, "", "", ""),
     "indexers left out": (lambda: unlisted(planned(GLM5, format="fp8"), "indexer.wq_b"), {}, "not left out", "not left out",
         "not left out"),
-    "a mix of Qwen 3 that sees": (lambda: planned(QWEN_SEES, recipe="nvfp4_mlp_fp8_attention"), {}, "", "mixed joined", "sees"),
+    "a mix of Qwen 3 that sees": (
+        lambda: planned(QWEN_SEES, recipe="nvfp4_mlp_fp8_attention"), {}, "", "mixed joined", "left out, machine"),
     "experts of MiniMax in a mix": (lambda: planned(MINIMAX, recipe="nvfp4_mlp_fp8_attention"), {}, "", "", "machine"),
     "smoothed in w4a8": (lambda: planned(QWEN, format="w4a8_awq"), {}, "algorithm", "algorithm", "machine"),
 }

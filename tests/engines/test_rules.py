@@ -31,7 +31,20 @@ from ..support.checkpoints import (
     written,
 )
 from ..support.command_line import command_line
-from ..support.configs import GLM5, LLAMA, LLAMA4, LLAMA4_SEES, MINIMAX, MISTRAL3, MIXTRAL, PHI3, QWEN_MOE, SMALL_V3
+from ..support.configs import (
+    GLM5,
+    KIMI,
+    LLAMA,
+    LLAMA4,
+    LLAMA4_SEES,
+    MINIMAX,
+    MINISTRAL3,
+    MISTRAL3,
+    MIXTRAL,
+    PHI3,
+    QWEN_MOE,
+    SMALL_V3,
+)
 from ..support.live import refusal
 from ..support.plans import plan_of
 from .hybrid_cases import CASES as HYBRIDS
@@ -170,6 +183,8 @@ OTHERS = {  # more checkpoints, so that every rule is found somewhere
     "weights in four bits alone, on Blackwell": lambda: found(planned(QWEN_MOE, format="w4a16_nvfp4"), gpu="b200"),
     "mxfp8, early": lambda: found(planned(QWEN_MOE, format="mxfp8"), version="0.5.17"),
     "a quantized head": lambda: found(planned(MIXTRAL, format="fp8", set=("lm_head=fp8",))),
+    "kimi": lambda: found(planned(KIMI, format="fp8_pb")),
+    "ministral 3": lambda: found(planned(MINISTRAL3, format="bf16")),
     "mistral 3": lambda: found(planned(MISTRAL3, format="fp8_pb")),
     "phi 3": lambda: found(planned(PHI3, format="w4a16_nvfp4")),
     "phi 3, in blocks": lambda: found(planned(PHI3, format="fp8_pb")),

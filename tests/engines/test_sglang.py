@@ -32,6 +32,7 @@ SOME = {
     "llama4": ["bf16", "fp8"],
     "llama4_vision": ["fp8_kv", "fp8_pb", "nvfp4"],
     "gpt_oss": ["bf16", "fp8", "mxfp4"],
+    "ministral3": ["fp8_kv", "fp8_pb", "nvfp4", "nvfp4_mlp_only"],
     "mistral3": ["fp8_kv", "fp8_pb", "nvfp4_mlp_only", "nvfp4_mlp_fp8_attention"],
     "phi3": ["fp8_pb", "nvfp4_mlp_only", "w4a16_nvfp4"],
     "gemma3": ["fp8_kv", "nvfp4_mlp_fp8_attention"],

@@ -45,6 +45,7 @@ SOME = {
     "llama4": ["fp8_kv", "fp8_pb", "nvfp4"],
     "llama4_vision": ["fp8_kv", "nvfp4"],
     "gpt_oss": ["bf16", "fp8", "mxfp4"],
+    "ministral3": ["fp8_kv", "nvfp4", "nvfp4_mlp_fp8_attention"],
     "mistral3": ["fp8_pb", "nvfp4_mlp_only"],
     "phi3": ["fp8_pb", "w4a16_nvfp4_mlp_fp8_attention"],
     "gemma3_vision": ["fp8_kv", "fp8_pb"],

@@ -107,6 +107,10 @@ NEMOTRON = {
 }
 _INSIDE = {"text_config": LLAMA, "tie_word_embeddings": False}
 MISTRAL3 = {"architectures": ["Mistral3ForConditionalGeneration"], **_INSIDE}
+_GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "llama_4_scaling_beta": 0.1}
+MINISTRAL3 = LLAMA | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 32}
+MINISTRAL3 |= {"rope_parameters": _GROWING | {"original_max_position_embeddings": 16384}, "rope_theta": 1e6}
+MINISTRAL3_SEES = MISTRAL3 | {"text_config": MINISTRAL3}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "num_key_value_heads": 8}
 MINIMAX = MIXTRAL | {"architectures": ["MiniMaxM2ForCausalLM"], "head_dim": 32, "rotary_dim": 16}
 GLM5 = SMALL_V3 | {"architectures": ["GlmMoeDsaForCausalLM"], "num_nextn_predict_layers": 0, "kv_lora_rank": 128}
