@@ -102,9 +102,9 @@ class MegatronCheckpoint:
     def held(self, sizes: dict[str, int]) -> dict[str, Held]:
         """Where parameters would live in a model on a topology of these sizes: these ranks read them."""
         if self.child:  # a draft needs no more than one stage
-            return assumed(self.config, sizes["tp"])
+            return assumed(self.config, sizes["tp"], at_hand=False)
         rest = {name: sizes[name] for name in ("pp", "ep", "vpp", "world")}
-        return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, **rest)
+        return assumed(self.config, sizes["tp"], sizes["etp"], pp_layout=self.pp_layout, at_hand=False, **rest)
 
     def shard(self, source: Source, shape: tuple[int, ...], index: int, count: int) -> Tensor:
         """Shard `index` of `count` of a parameter, read from disk, in its dtype there; padding rows are 0."""

@@ -95,7 +95,8 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     hf_config = original.config
     copied, remarks = _copied(original.folder, copied_prefixes(hf_config))
     remarks += () if original.derived else tokenizer_remarks(original.folder)
-    held = assumed(hf_config, config.tp, config.etp, **_sizes(config, world))
+    at_hand = config.megatron_checkpoint is None  # or shards are read from disk, whole
+    held = assumed(hf_config, config.tp, config.etp, at_hand=at_hand, **_sizes(config, world))
     most = max(rank for one in held.values() for rank in one.ranks)
     nodes = tuple(rank // GPUS for rank in range(most + 1))
     plan = make_plan(hf_config, held, request, copied=copied, powers=original.powers, wide=original.wide, nodes=nodes)

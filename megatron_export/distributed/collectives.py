@@ -36,9 +36,7 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
     except Exception as error:  # noqa: BLE001 - every failure must reach the other ranks, which wait for this one
         failure = error
     here.pulse.check()
-    failed = torch.tensor([0 if failure is None else 1])
-    dist.all_reduce(failed, group=here.control)
-    if not failed.item():
+    if not _anywhere(here, failure is not None):
         return
     mine = None if failure is None else (message_of(failure), isinstance(failure, Interrupted), stage)
     messages = everyone(here, mine)
@@ -53,6 +51,15 @@ def together(here: Topology, stage: str, heeding: bool = True, tensor: str = "")
         raise common from failure
     finally:  # a traceback holds its frames: without these names, tensors of the stage are free when the caller has handled it
         del failure, common
+
+
+def _anywhere(here: Topology, mine: bool) -> bool:
+    """Whether it is so on any rank. One rank asks nobody: even so short a collective waits for other threads of its process."""
+    if here.world == 1:
+        return mine
+    found = torch.tensor([int(mine)])
+    dist.all_reduce(found, group=here.control)
+    return bool(found.item())
 
 
 def everyone(here: Topology, mine: object) -> list:

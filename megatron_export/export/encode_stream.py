@@ -118,7 +118,8 @@ class Load(NamedTuple):
     moved, arrived   of what is gathered first: the shards that this rank sends to the first rank, and on that those of all ranks
     copied           what splitting copied, and what was made whole
     encoded, sent    the pieces, and the message for the writer
-    parcel, opening  when all has travelled: the message, on the writer those of all ranks; and what taking them copies
+    parcel, opening  when all has travelled: the message, on the writer those of other ranks, as it keeps its own pieces; and what
+                     taking them copies
     """
 
     moved: int = 0
@@ -167,9 +168,10 @@ def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
 
 def peak(old: Load, new: Load) -> int:
     """The most memory that a rank has at a time, in bytes, while bucket `old` is taken and `new` is encoded and delivered."""
+    kept = old.copied + old.encoded + old.parcel
     return max(
-        old.copied + old.encoded + old.parcel + new.moved + new.arrived + new.copied + new.splitting,
-        old.encoded + old.parcel + new.copied + new.encoded + new.encoding,
-        old.parcel + new.copied + new.encoded + new.sent + new.parcel,
+        kept + new.moved + new.arrived + new.copied + new.splitting,
+        kept + new.copied + new.encoded + new.encoding,
+        kept + new.copied + new.encoded + new.sent + new.parcel,
         new.copied + new.encoded + new.parcel + new.opening,
     )

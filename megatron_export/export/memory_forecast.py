@@ -133,7 +133,8 @@ def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> li
             for rank, load in zip(ranks, known[kind], strict=True):
                 found[rank] = found[rank].plus(load, count)
         arriving, opening = sum(load.sent for load in found.values()), max(map(opening_bytes, firsts.values()))
-        found[bucket.writer] = found[bucket.writer]._replace(parcel=arriving, opening=opening)
+        own = found[bucket.writer].sent  # which the writer keeps as it was encoded
+        found[bucket.writer] = found[bucket.writer]._replace(sent=0, parcel=arriving - own, opening=opening)
         loads.append(dict(found))
     return loads
 

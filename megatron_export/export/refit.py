@@ -76,7 +76,8 @@ def iter_hf_tensors(
         slices: dict[str, dict[int, Tensor]] = {}  # of one tensor, until all have come
         taken: list[tuple[Output, Tensor]] = []
         for bucket in Stream(here, work, taken.extend).run(plan.plan.buckets):
-            tensors = transport.to_all(here, bucket, taken) if everywhere else list(taken)
+            own = ((output, tensor.clone()) for output, tensor in taken)  # some are the model's own memory
+            tensors = transport.to_all(here, bucket, taken) if everywhere else list(own)
             taken.clear()
             for output, tensor in tensors:
                 if not output.count:

@@ -4,7 +4,7 @@ A sender packs the tensors of a bucket into one uint8 tensor in the plan's order
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.blocks import blocks_in
 from ..common.errors import ExportError
-from ..common.piece import Piece
+from ..common.piece import Axis, Piece
 from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..distributed.collectives import everyone
@@ -22,6 +22,7 @@ from ..formats.cpu import empty
 from ..models import is_expert
 from ..planning.parameter import Item
 from ..planning.plan import Held
+from ..planning.row_strips import placed
 from ..planning.shard_files import Bucket
 from ..planning.tensor_spec import Output
 
@@ -48,13 +49,16 @@ def locate(here: Topology, shards: Shards) -> dict[str, Held]:
         odd = ""
         if len(set(shapes)) > 1:
             odd = f"{name} has different shapes on its ranks: {list(zip(ranks, shapes, strict=True))}"
-        held[name] = Held(ranks, shapes[0], odd, max(kinds), blocks=blocks[0] if len(set(blocks)) == 1 else None)
+        same = blocks[0] if len(set(blocks)) == 1 else None
+        held[name] = Held(ranks, shapes[0], odd, max(kinds), blocks=same, at_hand=not any(kinds))
     return held
 
 
 @dataclass(frozen=True)
 class Parcel:
     """Messages on their way to rank `to`, ready to travel: this rank's own, packed, and there a buffer for every other.
+
+    own  on rank `to`, what it made itself of its items, by canonical name, which is not packed
 
     All that can fail for one rank alone (packing, allocating, unpacking) is done before and after `deliver`, inside
     `together`; `deliver` itself only moves bytes.
@@ -63,6 +67,7 @@ class Parcel:
     to: int
     mine: Tensor | None
     received: dict[int, Tensor]
+    own: dict[str, dict[str, Piece]] = field(default_factory=dict)
 
 
 def parcel_to_first(here: Topology, item: Item, parts: dict[str, Piece]) -> Parcel:
@@ -93,28 +98,37 @@ def parcel_to_writer(here: Topology, bucket: Bucket, encoded: dict[str, dict[str
         for index, rank in enumerate(item.ranks):
             if not (theirs := item.message(index)):
                 continue
+            if rank == here.rank == bucket.writer:
+                continue
             sizes[rank] = sizes.get(rank, 0) + size_of(theirs)
             if rank == here.rank:
                 message += theirs
                 tensors += (encoded[item.source.canonical][output.name].data for output in theirs)
-    return _parcel(here, bucket.writer, sizes, _packed(message, tensors) if message else None)
+    parcel = _parcel(here, bucket.writer, sizes, _packed(message, tensors) if message else None)
+    return replace(parcel, own=encoded) if here.rank == bucket.writer else parcel
 
 
 def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Tensor]]:
-    """The tensors of the checkpoint that are in a bucket, or slices of them, on its writer's device."""
+    """The tensors of the checkpoint that are in a bucket, or slices or strips of them, on its writer's device."""
     offsets = dict.fromkeys(parcel.received, 0)
     for item in bucket.items:
         shards = []
         for index, rank in enumerate(item.ranks):
-            if message := item.message(index):
+            if not (message := item.message(index)):
+                continue
+            if rank == parcel.to:
+                own = parcel.own[item.source.canonical]
+                shards.append({output.name: own[output.name] for output in message})
+            else:
                 shards.append(_unpack(parcel.received[rank], offsets[rank], message))
                 offsets[rank] += size_of(message)
-        yield from item.assembled(item.join(shards))
+        yield from placed(item, shards)
 
 
 def opening_bytes(item: Item) -> int:
     """Memory that `open_at_writer` takes of an item beside its messages: shards are joined, the dims of stacks are swapped."""
-    return item.nbytes * ((len(item.ranks) > 1 and not item.gather_first) + item.stacked)
+    by_rank = item.gather_first or (item.rows and item.source.cut is Axis.OUT)  # nothing is to be joined
+    return item.nbytes * ((len(item.ranks) > 1 and not by_rank) + item.stacked)
 
 
 def deliver(here: Topology, parcel: Parcel) -> int:

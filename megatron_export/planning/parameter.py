@@ -6,6 +6,7 @@ to know what ranks send and receive.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class Item:
     stacked       it becomes slices of the tensors of all experts
     cast          it comes from MXFP4, and its format keeps the values to the bit
     kept          its codes and scales are those that the parameter holds (kept_codes.py)
+    rows          of each part of every shard, first and end, if it is one strip of a parameter (row_strips.py); None for all
     first         the first item of the same kind, whose sizes are its own; None for that one
     """
 
@@ -92,11 +94,12 @@ class Item:
     stacked: bool = False
     cast: bool = False
     kept: bool = False
+    rows: tuple[int, int] | None = None
     first: "Item | None" = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that it becomes."""
+        """Bytes of the tensors that it becomes; of a strip, of what it is of them."""
         return (self.first or self)._nbytes[0]
 
     @property
@@ -106,7 +109,8 @@ class Item:
 
     @cached_property
     def _nbytes(self) -> tuple[int, int]:
-        return sum(output.nbytes for output in self.outputs), sum(part.nbytes for part in self.parts)
+        made = self.outputs if self.rows is None else chain(*(self.message(index) for index in range(len(self.ranks))))
+        return sum(output.nbytes for output in made), sum(part.nbytes for part in self.parts)
 
     @property
     def smoothing_done(self) -> bool:
@@ -131,7 +135,8 @@ class Item:
             return {self.source.canonical: plain(smoothed, dtype)}
         names, parts = self.source.names(), {}
         for part, tensor in self.source.layout.split(shard, index, len(self.ranks)).items():
-            smoothed = self._smooth_columns(tensor.to(dtype), index, vectors)
+            mine = tensor if self.rows is None else tensor[slice(*self.rows)]
+            smoothed = self._smooth_columns(mine.to(dtype), index, vectors)
             if part in dict(self.smoothed.rows):
                 smoothed = self.source.scaled(smoothed, self._mine(self._row_factors(part, vectors), index, Axis.OUT))
             parts[names[part]] = plain(smoothed, dtype)
@@ -213,14 +218,22 @@ class Item:
         """What shard `index` sends to the first rank when the item is gathered first."""
         if not self.splits:
             return (Output(self.source.canonical, self.source.dtype, self.shard_shape, axes_of(self.shard_shape)),)
-        return self._named(split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
+        return self._named(self._specs(index))
+
+    def _specs(self, index: int) -> tuple:
+        """Layout part, shape and axes of each that shard `index` has, or of its rows that are in this strip."""
+        specs = split_specs(self.source.layout, self.shard_shape, index, len(self.ranks))
+        if self.rows is None:
+            return specs
+        first, end = self.rows
+        return tuple((part, (max(min(end, n) - first, 0), *rest), axes) for part, (n, *rest), axes in specs)
 
     def message(self, index: int) -> tuple[Output, ...]:
-        """What shard `index` sends to the writer: tensors that do not follow the cut axis come from shard 0 alone."""
+        """What shard `index` sends to the writer; what has no rows of its own comes from shard 0, or the first strip, alone."""
         if self.gather_first:
             return self.pieces if index == 0 else ()
-        encoded = self._encoded(split_specs(self.source.layout, self.shard_shape, index, len(self.ranks)))
-        return tuple(output for output in encoded if index == 0 or self.source.cut in output.axes)
+        sent = (output for output in self._encoded(self._specs(index)) if index == 0 or self.source.cut in output.axes)
+        return tuple(output for output in sent if not (self.rows and self.rows[0]) or Axis.OUT in output.axes)
 
     @cached_property
     def parts(self) -> tuple[Output, ...]:

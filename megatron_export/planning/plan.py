@@ -3,7 +3,7 @@ rank makes the same plan, and takes the same branches and collectives in the sam
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ class Held:
 
     `odd` says what is wrong if the shards differ, `kind` the class of tensors that are read through their own `dequantize`; else
     they are "". `blocks`: how its codes share scales. `by_part`: its HF parts are cut one by one along `cut`, and not as Megatron
-    cuts it.
+    cuts it. `at_hand`: the shards are in memory as they are, so that some rows of one can be read alone.
     """
 
     ranks: tuple[int, ...]
@@ -43,6 +43,7 @@ class Held:
     by_part: bool = False
     cut: Axis | None = None
     blocks: Blocks | None = None
+    at_hand: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,13 @@ def make_plan(
     report(problems)
     files = files_of(items, copied, parse_size(request.max_shard_size))
     writing = writers_of(files, items, request.writers, nodes)
+    cut = () if request.bucket_bytes else {name for name, one in held.items() if one.at_hand}
     return Plan(
         config=config,
         format=request.format,
         kv=kv,
         items=tuple(items),
-        buckets=buckets_of(items, files, writing, request.bucket_bytes),
+        buckets=buckets_of(items, files, writing, request.bucket_bytes, cut),
         files=files,
         writers=writing,
         layers={module: item.form for item in items if item.form for module in modules(item.source, item.stacked)},
@@ -196,7 +198,7 @@ def make_plan(
     )
 
 
-def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict[str, Held]:
+def assumed(config: dict, tp: int, etp: int | None = None, *, at_hand: bool = True, **sizes: Any) -> dict[str, Held]:
     """Where parameters would live in a model that the command builds on a topology of these sizes (see `grid_of`)."""
     grid = grid_of(config, tp, etp, **sizes)
     padding = PAD_VOCAB_TO * tp
@@ -208,7 +210,7 @@ def assumed(config: dict, tp: int, etp: int | None = None, **sizes: Any) -> dict
             shape[0] = -(-shape[0] // padding) * padding
         if cut:
             shape[0 if cut is Axis.OUT else 1] //= len(ranks)
-        return Held(tuple(ranks), tuple(shape))
+        return Held(tuple(ranks), tuple(shape), at_hand=at_hand)
 
     return {
         name: lives(grid.ranks(source), source.shape, source.padded, source.cut)

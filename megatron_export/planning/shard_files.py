@@ -7,11 +7,12 @@ left over alone.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ..common.errors import ExportError
 from .parameter import Item
+from .row_strips import strips_of
 from .tensor_spec import Output
 
 BUCKET_BYTES = 64 << 20
@@ -22,7 +23,7 @@ MODES = ("rank0", "node", "all")
 
 @dataclass(frozen=True)
 class Bucket:
-    """What is encoded and sent at a time: parameters of one file, on their way to the rank that writes it."""
+    """What is encoded and sent at a time: parameters of one file, or a strip of one, on their way to the rank that writes it."""
 
     items: tuple[Item, ...]
     writer: int
@@ -77,18 +78,24 @@ def writers_of(
 
 
 def buckets_of(
-    items: Sequence[Item], files: dict[str, tuple[Output, ...]], writers: dict[str, int], limit: int | None = None
+    items: Sequence[Item],
+    files: dict[str, tuple[Output, ...]],
+    writers: dict[str, int],
+    limit: int | None = None,
+    cut: Container[str] = (),
 ) -> tuple[Bucket, ...]:
     """Every item once, in the order of sending: a bucket for each lane of each writer in turn. A bucket has at most `limit` bytes
-    (`BUCKET_BYTES` if it is None), or one larger item.
+    (`BUCKET_BYTES` if it is None), or one larger item. Of those with a canonical name in `cut`, strips are taken where they can be.
     """
-    homes, contents = _homes(files), defaultdict(list)
+    homes, contents, known = _homes(files), defaultdict(list), {}
+    limit = limit or BUCKET_BYTES
     for item in items:
-        contents[homes[item.outputs[0].name]].append(item)
+        strips = strips_of(item, limit, known) if item.source.canonical in cut else (item,)
+        contents[homes[item.outputs[0].name]] += strips
     lanes: dict[tuple[int, int], list[Bucket]] = defaultdict(list)
     begun: dict[int, int] = defaultdict(int)
     for file, writer in writers.items():
-        lanes[begun[writer] % LANES, writer] += _cut(contents[file], writer, limit or BUCKET_BYTES)
+        lanes[begun[writer] % LANES, writer] += _cut(contents[file], writer, limit)
         begun[writer] += 1
     waiting = [lanes[key] for key in sorted(lanes)]
     rounds = max((len(lane) for lane in waiting), default=0)
@@ -100,7 +107,8 @@ def _cut(items: list[Item], writer: int, limit: int) -> list[Bucket]:
     size = limit
     for item in items:
         nbytes = item.nbytes
-        if size + nbytes > limit:
+        another = item.rows and item.rows[0]  # strip of the parameter whose strip came before
+        if another or size + nbytes > limit:
             cuts.append([])
             size = 0
         cuts[-1].append(item)

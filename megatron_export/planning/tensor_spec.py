@@ -11,7 +11,9 @@ from ..common.piece import Axis
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor of the checkpoint or of a message; with a `count`, slice `index` of `count` along a dim before its own."""
+    """One tensor of the checkpoint or of a message; with a `count`, slice `index` of `count` along a dim before its own; with
+    `rows`, a strip of a tensor of so many rows, from its byte `first` on.
+    """
 
     name: str
     dtype: torch.dtype
@@ -19,6 +21,8 @@ class Output:
     axes: tuple[Axis | None, ...] = ()
     index: int = 0
     count: int = 0
+    first: int = 0
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -26,7 +30,9 @@ class Output:
 
     @property
     def whole(self) -> "Output":
-        """The tensor of the checkpoint that this is, or is a slice of."""
+        """The tensor of the checkpoint that this is, or is a slice or strip of."""
+        if self.rows:
+            return Output(self.name, self.dtype, (self.rows, *self.shape[1:]), self.axes)
         return Output(self.name, self.dtype, (self.count, *self.shape)) if self.count else self
 
 

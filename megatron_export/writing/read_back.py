@@ -28,11 +28,11 @@ from .safetensors_file import header_of
 from .staging import Staging
 
 CHUNK = 8 << 20  # what is read and judged at a time
-BLOCK = 1 << 20  # of it, what passes through a core's cache, where it is looked at twice
+BLOCK = 4 << 20  # of it, what is looked at twice while it is in a cache
 THREADS = LANES  # files that are read at a time: all that grow
 JUDGES = 8  # threads that read and judge their chunks
 BUFFERS = 3  # chunks of one file that are read at a time
-FILE_BYTES = BLOCK * (BUFFERS + 2)  # of memory for each file that is read: its blocks, and their magnitudes
+FILE_BYTES = BLOCK * BUFFERS  # of memory for each file that is read
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
     signs = 1 << 8 * output.dtype.itemsize - 1
     whole = len(chunk) // output.dtype.itemsize  # of a file that was cut off, half a number may be left
     bits = np.frombuffer(chunk, dtype=f"<u{output.dtype.itemsize}", count=whole)
-    sizes = bits & (signs - 1)
-    wrong = int(sizes.max()) == 0x7F if codes else int(sizes.max()) >= _EXPONENTS[output.dtype]
+    least = 0x7F if codes else _EXPONENTS[output.dtype]  # what is no number begins here, but for its sign
+    wrong = int(bits.view(f"<i{bits.itemsize}").max()) >= least or int(bits.max()) >= signs + least
     problems = [f"{file}: {output.name} holds NaN or Inf"] if wrong else []
-    if is_scale(output.name) and (int(sizes.min()) == 0 or int(bits.max()) >= signs):
+    if is_scale(output.name) and (int(bits.min()) == 0 or int(bits.max()) >= signs):
         problems.append(f"{file}: {output.name} holds a scale that is not above zero")
     return problems

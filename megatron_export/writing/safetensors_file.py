@@ -63,13 +63,17 @@ class SafetensorsFile:
         self.sheet.write(header, 0)
         self.changed = threading.Condition()
         self.frontier = len(header)  # all before it is written
+        self.awaited = 0  # what the one reader of the file waits for
         self.ahead: dict[int, int] = {}  # what is written after it: start -> end
         self.crcs: dict[tuple[str, int], dict[int, tuple[int, int]]] = defaultdict(dict)  # by chunk: crc32, length
         self.abandoned = False
 
     def write(self, output: Output, start: int, data: memoryview) -> bool:
-        """Write a chunk of a tensor, or of a slice of one, that starts at its byte `start`; returns whether that was the last."""
+        """Write a chunk of a tensor, or of a slice or strip of one, that starts at its byte `start`; returns whether that was the
+        last.
+        """
         assert output.whole == self.outputs[output.name], f"{output.name} is not the tensor that the header has"
+        start += output.first
         first = self.starts[output.name] + output.index * output.nbytes + start
         offset = first + len(data)
         self.sheet.write(data, first)
@@ -82,12 +86,14 @@ class SafetensorsFile:
             self.ahead[first] = offset
             while self.frontier in self.ahead:
                 self.frontier = self.ahead.pop(self.frontier)
-            self.changed.notify_all()
+            if self.frontier >= self.awaited:
+                self.changed.notify_all()
             return self.left == 0
 
     def ready(self, end: int) -> bool:
-        """Wait until all bytes before `end` are written; whether they are, or will never be."""
+        """Wait until all bytes before `end` are written; whether they are, or will never be. For one reader."""
         with self.changed:
+            self.awaited = end
             self.changed.wait_for(lambda: self.frontier >= end or self.abandoned)
             return self.frontier >= end
 

@@ -66,7 +66,7 @@ class CheckpointWriter:
         self.homes, self.slices = contents.homes, contents.slices
         self.missing = {file for file, writer in plan.writers.items() if writer == rank} - staging.finished.keys()
         self.shards: dict[str, SafetensorsFile] = {}
-        self.conveyor = Conveyor(device or torch.device("cpu"), self._write)
+        self.conveyor = Conveyor(device or torch.device("cpu"), self._write, lambda output: self.homes[output.name])
         self.finishing: list[Future] = []
 
     def __enter__(self) -> "CheckpointWriter":

@@ -57,6 +57,29 @@ def test_export_shows_a_row_for_every_format_and_kind_of_sync_beside_save_file(t
     assert list(out.iterdir()) == []
 
 
+def test_trace_shows_what_each_kind_of_thread_did_and_writes_every_call(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "events.json"
+    done = run("trace", "--shape", "tiny", "--device", "cpu", "--format", "fp8", "--output", out, "--events", file)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert {"MainThread", "write", "read", "judge", "finish"} <= {row["thread"] for row in rows}
+    calls = {(row["thread"], row["what"]): int(row["calls"]) for row in rows}
+    events = read_json(file)["traceEvents"]
+    assert sum(calls.values()) == len(events)
+    assert calls["write", "write"] == calls["write", "checksum of what is written"]
+    assert calls["MainThread", "encode"] == sum(event["name"] == "encode" for event in events)
+    assert list(out.iterdir()) == []
+
+
+def test_load_is_compared_with_safetensors_alone(tmp_path: Path) -> None:
+    done = run("load", *SMALL, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    [row] = rows_of(done.stdout)
+    assert (row["model"], row["bytes"]) == ("tiny", "1.05 MB")
+    assert float(row["speed against safetensors"]) > 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_scale_shows_models_of_ever_more_layers_and_draws_them(tmp_path: Path) -> None:
     out, first, plot = tmp_path / "out", tmp_path / "first.json", tmp_path / "plot.svg"
     flags = ("scale", *SMALL, "--fsync", "no", "--alone", "--output", out)
