@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..common.text import clean
-from ..engines import ENGINES, GPUS
+from ..engines import ENGINES, GPUS, release_of
 from .flags import Say
 
 DESCRIPTION = "Which engines load a checkpoint: from its configs and the headers of its files alone, without an engine."
@@ -31,6 +31,8 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     """The exit status: 0 all engines that were asked for load it, 1 not, 2 bad usage."""
     if flags.version and not flags.engine:
         parser.error("--version needs --engine")
+    if flags.version and not release_of(flags.version):
+        parser.error(f"--version: {flags.version!r} is no release: it has no number")
     if flags.tp < 1:
         parser.error(f"--tp: {flags.tp} is no number of GPUs")
     if bool(flags.rules) == bool(flags.folder):

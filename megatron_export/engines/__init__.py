@@ -34,10 +34,12 @@ def verdict_of(
     base: CheckpointView | None = None,
 ) -> Verdict:
     """What an engine, by its name in `ENGINES`, makes of a checkpoint on `tp` GPUs of a kind in `GPUS` that share each layer; of a
-    draft, also beside its `base`.
+    draft, also beside its `base`. Raises `ValueError` for a version without a number.
     """
     module = ENGINES[engine]
     asked = version or module.VERSION
+    if not release_of(asked):
+        raise ValueError(f"{asked!r} is no release: it has no number")
     known = next((one for one in module.RELEASES if f"{one}.".startswith(f"{asked}.")), None)
     rules = known or _nearest(module.RELEASES, asked)
     if kind := kind_of(checkpoint):

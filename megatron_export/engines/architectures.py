@@ -31,7 +31,7 @@ class Built:
     head       whether its output layer may be quantized
     caching    whether its loader keeps KV scales
     compared   whether it was read how it compares names in lists
-    windowed   whether it computes attention in the sliding windows that config.json says
+    windowed   whether it computes attention in the sliding windows that HF's class takes from config.json
     read       whether its class was read
     patterned  whether it reads in index_topk_pattern and index_topk_freq alone which layers have an indexer
     """
@@ -68,7 +68,8 @@ class Engines:
 
 _SEES = {"model.language_model.": "language_model.model."}
 _UNREAD = Built(compared=False)  # in TensorRT-LLM
-_LLAMA = Built(inverse=False, caching=True, windowed=False)  # in SGLang
+_LLAMA = Built(inverse=False, caching=True)  # in SGLang
+_MISTRAL = replace(_LLAMA, windowed=False)
 _WITHIN = Built(modules={"language_model.": ""})  # there: the model of text compares lists with names of its own
 _QWEN_MOE = Built(chunked=True, asking=True, one_name=True)  # in vLLM
 _INDEXER = (".indexer.wk", ".indexer.weights_proj")  # in TensorRT-LLM: _torch/attention_backend/sparse/dsa/indexer.py
@@ -84,19 +85,19 @@ _QWEN35_SEES = replace(_QWEN35, vllm=Built(modules=_SEES, listed=_SEES, plain_fp
 _QWEN35_TEXT = replace(_QWEN35, sglang=replace(_HYBRID, plain=_JOIN, head=False))
 ARCHITECTURES: dict[str, Engines] = {
     "LlamaForCausalLM": Engines(sglang=_LLAMA),
-    "MistralForCausalLM": Engines(sglang=_LLAMA),
+    "MistralForCausalLM": Engines(sglang=_MISTRAL),
     "Mistral3ForConditionalGeneration": Engines(
         vllm=Built(inverse=False),
-        sglang=replace(_LLAMA, modules={"language_model.model.": "model."}),
+        sglang=replace(_MISTRAL, modules={"language_model.model.": "model."}),
         tensorrt_llm=_WITHIN,
     ),
-    "Ministral3ForCausalLM": Engines(sglang=_LLAMA, tensorrt_llm=Built(read=False)),
+    "Ministral3ForCausalLM": Engines(sglang=_MISTRAL, tensorrt_llm=Built(read=False)),
     "Mistral3ForConditionalGeneration of ministral3": Engines(
         vllm=Built(inverse=False),
-        sglang=replace(_LLAMA, modules={"language_model.model.": "model."}),
+        sglang=replace(_MISTRAL, modules={"language_model.model.": "model."}),
         tensorrt_llm=Built(read=False),
     ),
-    "Phi3ForCausalLM": Engines(sglang=_LLAMA, tensorrt_llm=Built(inverse=False)),
+    "Phi3ForCausalLM": Engines(sglang=_MISTRAL, tensorrt_llm=Built(inverse=False)),
     "Qwen2ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(chunked=True, windowed=False)),
     "Qwen3ForCausalLM": Engines(vllm=Built(chunked=True), sglang=Built(windowed=False)),
     "Qwen3VLForConditionalGeneration": Engines(

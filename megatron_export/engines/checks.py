@@ -76,8 +76,9 @@ def check_codes(
 
 
 def release_of(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version, or as many as it has; words behind a number do not count."""
-    return tuple(map(int, re.findall(r"(?:^v?|\.)(\d+)", version)[:3]))
+    """The first three numbers of a version, 0 where it has fewer, or () if it has none; words behind a number do not count."""
+    found = tuple(map(int, re.findall(r"(?:^v?|\.)(\d+)", version)))
+    return (*found, 0, 0)[:3] if found else ()
 
 
 def check_config(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:

@@ -49,12 +49,13 @@ _MODELS: dict[str, dict[str, tuple[str, ...]]] = {
     "sglang": {
         **dict.fromkeys(
             (
-                *("MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM"),
-                *("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM"),
-                "DeepseekV3ForCausalLM",
+                *("Qwen2ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM"),
+                *("MiniMaxM2ForCausalLM", "DeepseekV3ForCausalLM"),
             ),
             _THREE,
         ),
+        **dict.fromkeys(("MistralForCausalLM", "Phi3ForCausalLM"), ("bf16", "fp8_pb")),
+        "Gemma3ForCausalLM": ("bf16",),
         "LlamaForCausalLM": FORMATS[:4],
         "Qwen3ForCausalLM": FORMATS,
         "Qwen3VLForConditionalGeneration": FORMATS[:2],

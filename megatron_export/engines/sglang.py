@@ -30,7 +30,8 @@ from .sglang_releases import check_release
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
-RELEASES, SEEN_IN = (VERSION, "0.5.22", "0.5.21"), "tests/engines/test_sglang.py"
+RELEASES = (VERSION, "0.5.22", "0.5.21", "0.5.20", "0.5.19", "0.5.18", "0.5.17")
+SEEN_IN = "tests/engines/test_sglang.py"
 _FILES = {
     "archs": "srt/models/registry.py",
     "attention": "srt/layers/radix_attention.py",
@@ -251,10 +252,22 @@ def _other_keys(algorithm: str, where: str, version: str) -> tuple[str, ...]:
 
 
 def _check_window(checkpoint: CheckpointView, built: Built, findings: Findings) -> None:
-    window = checkpoint.number("sliding_window") if checkpoint.text.get("use_sliding_window", True) else 0
+    window = _window(checkpoint)
     if 0 < window < checkpoint.number("max_position_embeddings") and not built.windowed:
         findings.add("window", f"it computes attention in full, which config.json wants in windows of {window} tokens",
                      way=f"serve with --context-length {window}")  # fmt: skip
+
+
+def _window(checkpoint: CheckpointView) -> int:
+    """How many tokens some layer of the model attends to, as HF's class reads config.json; 0 for all."""
+    text, architecture = checkpoint.text, checkpoint.architecture
+    if not text.get("use_sliding_window", not architecture.startswith("Qwen")):
+        return 0
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):  # whose first layers have none
+        first = checkpoint.number("max_window_layers") if "max_window_layers" in text else 28
+        if first >= checkpoint.number("num_hidden_layers"):
+            return 0
+    return checkpoint.number("sliding_window")
 
 
 def _either_way(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; what is marked seen, its own files did on a CPU."""
+"""What TensorRT-LLM's PyTorch backend accepts: read in its sources of 2026; what is marked seen, copies of parts of its files
+did on a CPU."""
 
 from dataclasses import replace
 
@@ -92,7 +93,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "kv half":       (_R, "there is no k_scale without a v_scale", "linear", SEEN),
     "kv nvfp4":      (_R, "of an NVFP4 cache q, k and v are in FP8, NVFP4 or bfloat16", "attention", READ),
     "kv fp8":        (_L, "scales of an FP8 cache are not handed to attention", "attention", READ),
-    "kv dialect":    (_M, "DeepSeek's own dialect says nothing of the cache", "reading", SEEN),
+    "kv dialect":    (_M, "DeepSeek's own dialect says nothing of the cache", "reading", READ),
     "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", SEEN),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "deepseek", READ),
     "machine":       (_M, "some formats run on some GPUs alone", "linear", READ),

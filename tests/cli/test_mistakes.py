@@ -79,6 +79,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     (f"{EXPORT} --output new --target vllm:x", 2, "Write vllm:8"),
     ("check", 2, "give a folder, or --rules"),
     ("check fp8 --version 0.32", 2, "--version needs --engine"),
+    ("check fp8 --engine vllm --version main", 2, "--version: 'main' is no release: it has no number"),
     ("verify fp8 --reference base --max-ppl-ratio 1.1", 2, "--max-ppl-ratio needs --text"),
     ("verify fp8 --reference base --windows 4", 2, "--windows needs --text"),
     ("plan --hf-model base --format fp8 --group-size 64", 1, "--group-size has no effect with --format fp8"),

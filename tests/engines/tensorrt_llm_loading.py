@@ -1,11 +1,11 @@
-"""Checkpoints loaded by TensorRT-LLM's own code on a CPU, each twice: into memory of zeros and into memory of ones; a JSON line
-about each.
+"""Checkpoints loaded by parts of TensorRT-LLM's files on a CPU, each twice: into memory of zeros and into memory of ones; a JSON
+line about each.
 
     TENSORRT_LLM=SOURCES python -m tests.engines.tensorrt_llm_loading CHECKPOINT...
 
-What differs between the two was never loaded; what was copied from codes into numbers is counted too. Its own are the configs'
-reader, what is left out and in which algorithm each module is, the walk over modules and names, and its linears with their loaders.
-The test's own is the tree of modules, of those linears, as Llama, Mistral, Qwen 2, Qwen 3 and Qwen 3 MoE have it.
+What differs between the two was never loaded; what was copied from codes into numbers is counted too. Parts of its files are the
+configs' reader, what is left out and in which algorithm each module is, the walk over modules and names, and its linears with their
+loaders. The test's own is the tree of modules, of those linears, as Llama, Mistral, Qwen 2, Qwen 3 and Qwen 3 MoE have it.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What TensorRT-LLM's own files do with a checkpoint, without its compiled parts: definitions out of its sources, run on a CPU.
+"""What parts of TensorRT-LLM's files do with a checkpoint, without what is compiled: definitions out of its sources, run on a CPU.
 
-`TENSORRT_LLM` names a folder with its sources: a checkout, or those of its files alone that TAKEN names. Its package is not
-imported, as that needs bindings that are compiled. What the definitions call of these has a stand-in: kernels that move codes into
-another order keep the order and the size, and a GPU's memory is the CPU's.
+`TENSORRT_LLM` names a folder with its sources, or with the files that TAKEN lists. A complete checkout was not tried. Its package
+is not imported, as that needs bindings that are compiled. What the definitions call of these has a stand-in: kernels that move
+codes into another order keep the order and the size, and a GPU's memory is the CPU's.
 """
 
 import ast

@@ -82,8 +82,8 @@ LEAVES = {("vllm", "no Medusa"): lambda: described(heads())}  # and what release
 
 
 def before(release: str) -> str:
-    *first, last = release_of(release)
-    return ".".join(map(str, (*first, last - 1)))
+    first, _, last = release.rpartition(".")
+    return f"{first}.{int(last) - 1}"
 
 
 def test_there_is_a_checkpoint_for_each_change() -> None:
@@ -99,6 +99,30 @@ def test_a_release_decides_by_the_table(engine: str, name: str) -> None:
         found = verdict_of(said, engine, release).findings
         loads.append(not [one for one in found if one.effect is Effect.REFUSES and one.rule not in decisive])
     assert loads == ([True, False] if (engine, name) in LEAVES else [False, True])
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "rules"),
+    [
+        ("vllm", "0.33rc1", "0.33.0"),
+        ("vllm", "0.33", ""),
+        ("vllm", "0.33.1", "0.33.0"),
+        ("sglang", "0.5.16", "0.5.17"),
+        *(("sglang", f"0.5.{patch}", "") for patch in range(17, 24)),
+        ("sglang", "0.5.19.post1", "0.5.19"),
+        ("sglang", "v0.6", "0.5.23"),
+    ],
+)
+def test_of_a_release_that_nobody_looked_at_the_rules_are_said(engine: str, version: str, rules: str) -> None:
+    found = verdict_of(planned(LLAMA, format="fp8"), engine, version).findings
+    assert [one.why for one in found] == ([f"these are the rules of {rules}"] if rules else [])
+
+
+@pytest.mark.parametrize("version", ["main", "nightly.x"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_version_without_a_number_is_refused(engine: str, version: str) -> None:
+    with pytest.raises(ValueError, match=f"'{version}' is no release"):
+        verdict_of(planned(LLAMA, format="fp8"), engine, version)
 
 
 FORMS: dict[str, dict] = {  # what is written -> how; into a model without experts and one with

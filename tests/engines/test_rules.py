@@ -42,6 +42,7 @@ from ..support.configs import (
     MISTRAL3,
     MIXTRAL,
     PHI3,
+    QWEN,
     QWEN_MOE,
     SMALL_V3,
 )
@@ -416,10 +417,19 @@ def test_where_it_was_seen_is_said_of_rules_and_architectures_that_there_are() -
 
 
 def test_windows_are_a_matter_of_the_class_and_of_the_positions() -> None:
-    for changes, broken in (
-        ({}, ["window"]),
-        ({"sliding_window": MISTRAL["max_position_embeddings"]}, []),
-        ({"use_sliding_window": False}, []),
-        ({"sliding_window": None}, []),
+    windows = {"sliding_window": 32, "max_position_embeddings": 64}
+    layers = QWEN["num_hidden_layers"]
+    for config, changes, broken in (
+        (MISTRAL, {}, ["window"]),
+        (MISTRAL, {"sliding_window": MISTRAL["max_position_embeddings"]}, []),
+        (MISTRAL, {"use_sliding_window": False}, []),
+        (MISTRAL, {"sliding_window": None}, []),
+        (LLAMA, windows, []),
+        (QWEN, windows, []),
+        (QWEN, windows | {"use_sliding_window": True}, []),  # max_window_layers is 28
+        (QWEN, windows | {"use_sliding_window": True, "max_window_layers": layers}, []),
+        (QWEN, windows | {"use_sliding_window": True, "max_window_layers": layers - 1}, ["window"]),
+        (QWEN_MOE, windows, []),
+        (QWEN_MOE, windows | {"use_sliding_window": True, "max_window_layers": layers}, ["window"]),
     ):
-        assert found(reconfigured(planned(MISTRAL, format="fp8"), **changes), "sglang") == [broken]
+        assert found(reconfigured(planned(config, format="fp8"), **changes), "sglang") == [broken]

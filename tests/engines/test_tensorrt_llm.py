@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own files, on a CPU: they fill what the rules say they fill, and refuse or leave empty what is not loaded.
+"""Parts of TensorRT-LLM's files, on a CPU: they fill what the rules say they fill, and refuse or leave empty what is not loaded.
 CONTRIBUTING.md has their setup."""
 
 from pathlib import Path
