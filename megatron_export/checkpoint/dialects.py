@@ -140,7 +140,7 @@ def _int4(group: int) -> Dialect:
         said = tuple(take("_shape", ()).tolist())
         if said != shape:
             raise ValueError(f"is {shape}, but its weight_shape says {said}")
-        rows, columns = _all(where, shape)
+        rows, columns = all_of(where, shape)
         packed = take("_packed", (rows, _spanned(columns, group, group // 8)))
         scales = take("_scale", (rows, _spanned(columns, group)))
         return _decoded(packed.contiguous().view(torch.uint8), scales, CODES["int4"])[:, _within(columns, group)]
@@ -168,7 +168,7 @@ def _microscaled() -> Dialect:
         return (shape[0], shape[1] // 2), (shape[0], _groups_in(shape[1], MX_BLOCK))
 
     def read(take: Take, shape: Shape, where: tuple[slice, ...]) -> Tensor:
-        rows, columns = _all(where, shape)
+        rows, columns = all_of(where, shape)
         packed = take("_packed", (rows, _spanned(columns, MX_BLOCK, MX_BLOCK // 2)))
         scales = _powers(take("_scale", (rows, _spanned(columns, MX_BLOCK))))
         return _decoded(packed, scales, CODES["fp4"])[:, _within(columns, MX_BLOCK)]
@@ -184,7 +184,7 @@ def _mxfp4_shapes(shape: Shape) -> tuple[Shape, ...]:
 
 
 def _mxfp4_read(take: Take, shape: Shape, where: tuple[slice, ...]) -> Tensor:
-    experts, inputs, outputs = _all(where, shape)
+    experts, inputs, outputs = all_of(where, shape)
     place = (experts, outputs, _spanned(inputs, MX_BLOCK))
     values = _decoded(take("_blocks", place).flatten(2), _powers(take("_scales", place)), CODES["fp4"])
     return values[..., _within(inputs, MX_BLOCK)].transpose(1, 2)
@@ -195,11 +195,16 @@ def _fp8_shapes(shape: Shape) -> tuple[Shape, ...]:
 
 
 def _fp8_read(take: Take, shape: Shape, where: tuple[slice, ...]) -> Tensor:
-    cuts = _all(where, shape)
-    scales = take("_scale_inv", tuple(_spanned(cut, BLOCK) for cut in cuts)).float()
+    cuts = all_of(where, shape)
+    return in_blocks(take("", cuts), take("_scale_inv", tuple(_spanned(cut, BLOCK) for cut in cuts)), cuts)
+
+
+def in_blocks(codes: Tensor, scales: Tensor, cuts: tuple[slice, ...]) -> Tensor:
+    """What `cuts` select of a weight, float32, from its codes there and the scales of the blocks that they touch."""
+    scales = scales.float()
     for dim, cut in enumerate(cuts):
         scales = scales.index_select(dim, torch.arange(cut.start, cut.stop, cut.step) // BLOCK - cut.start // BLOCK)
-    return take("", cuts).float() * scales
+    return codes.float() * scales
 
 
 def _is_expert(source: Source) -> bool:
@@ -212,7 +217,7 @@ def _groups_in(inputs: int, group: int) -> int:
     return inputs // group
 
 
-def _all(where: tuple[slice, ...], shape: Shape) -> tuple[slice, ...]:
+def all_of(where: tuple[slice, ...], shape: Shape) -> tuple[slice, ...]:
     """A slice of every dim, with its start and stop."""
     whole = (*where, *[slice(None)] * (len(shape) - len(where)))
     return tuple(slice(*cut.indices(size)) for cut, size in zip(whole, shape, strict=True))

@@ -6,9 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..common.errors import ExportError
 from ..common.file_names import CONFIG, QUANT_CONFIG
-from ..common.safe_files import shown
 from ..engines.quant_configs import MIXED, layers_of
 from ..formats import (
     ALGORITHMS,
@@ -53,7 +51,8 @@ class Described:
     variants    its formats; none for a checkpoint that is not quantized
     kv          name of the KV cache's format
     kv_scale    the scale that engines take for it, if the checkpoint has none and they can; else None
-    excludes    by file, the modules that it names as not quantized
+    excludes    by file, the modules that it names as not quantized; not of a file that lists the quantized ones alone
+    unlisted    whether config.json is in a native dialect, and names no module as not quantized, as DeepSeek's own
     problems    where configs and tensors contradict one another
     """
 
@@ -62,6 +61,7 @@ class Described:
     kv: str
     kv_scale: float | None
     excludes: dict[str, list[str]] = field(default_factory=dict)
+    unlisted: bool = False
     problems: list[str] = field(default_factory=list)
 
     @cached_property
@@ -75,24 +75,13 @@ class Described:
         return frozenset(self.forms)
 
 
-def check_dialect(found: Finished) -> None:
-    """Raise `ExportError` for a checkpoint that says that it is quantized in a dialect whose tensors are not known here."""
-    inner = _table(json_of(found.folder, CONFIG).get("quantization_config"))
-    method = inner.get("quant_method")
-    if isinstance(method, str) and method and not method.lower().startswith("modelopt") and not _native(inner):
-        raise ExportError(
-            f"{found.folder} is quantized in the dialect {shown(method)}, which is not known here, so it cannot be judged. Give a "
-            "checkpoint of this tool or of ModelOpt"
-        )
-
-
 def described(found: Finished) -> Described:
     """Read what a checkpoint is off its headers and its two configs."""
     whole = json_of(found.folder, CONFIG)
     config, architecture = whole.get("quantization_config"), known(whole)
     inner, outer = _table(config), _table(json_of(found.folder, QUANT_CONFIG).get("quantization"))
     quantized = _quantized(found)
-    claims = {CONFIG: _claimed(inner.get("quant_algo") or _native(inner))}
+    claims = {CONFIG: _claimed(inner.get("quant_algo") or native_in(inner))}
     if outer:  # older releases of ModelOpt write this file alone: config.json then claims nothing
         claims = (claims if config is not None else {}) | {QUANT_CONFIG: _claimed(outer.get("quant_algo"))}
     if MIXED in claims.values():
@@ -122,6 +111,7 @@ def described(found: Finished) -> Described:
         kv=kv or (next(cache.name for cache in KV_FORMATS.values() if cache) if scaled else "none"),
         kv_scale=None if scaled or not (cache := KV_FORMATS.get(kv or "none")) else cache.implied,
         excludes=_excludes(inner, outer),
+        unlisted=bool(native_in(inner)) and "modules_to_not_convert" not in inner,
         problems=problems,
     )
 
@@ -242,11 +232,20 @@ def _table(said: object) -> dict:
     return said if isinstance(said, dict) else {}
 
 
-def _native(inner: dict) -> str | None:
+def native_in(inner: dict) -> str | None:
     """The algorithm that a `quantization_config` means which is in a dialect of its own."""
     natives = [(form.algorithm, form.native) for form in (*ALGORITHMS.values(), *PUBLISHED.values()) if form.native]
     method = inner.get("quant_method")
-    return next((a for a, own in natives if method == own.config["quant_method"] and inner.get(own.sign)), None)
+    return next(
+        (
+            algorithm
+            for algorithm, own in natives
+            if method == own.config["quant_method"]
+            and inner.get(own.sign)
+            and inner[own.sign] == own.config.get(own.sign, inner[own.sign])
+        ),
+        None,
+    )
 
 
 def _claimed(said: object) -> str | None:
@@ -265,5 +264,9 @@ def _cache(said: dict) -> str | None:
 
 
 def _excludes(inner: dict, outer: dict) -> dict[str, list[str]]:
-    lists = lists_in(inner, outer)
-    return {file: [str(entry) for entry in said] if isinstance(said, list) else [] for file, said in lists.items()}
+    lists, sections = lists_in(inner, outer), {CONFIG: inner, QUANT_CONFIG: outer}
+    return {
+        file: [str(entry) for entry in said] if isinstance(said, list) else []
+        for file, said in lists.items()
+        if said or not layers_of(sections[file])  # ModelOpt writes mixed models of Hugging Face without a list
+    }

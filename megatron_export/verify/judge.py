@@ -25,8 +25,9 @@ from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..writing.crc32 import crc32_of_file, spelled
 from ..writing.fingerprint import of_file
-from .detect_format import Described, Variant, check_dialect, described
+from .detect_format import Described, Variant, described
 from .diagnosis import diagnosis
+from .dialects import check_judged
 from .folder import Finished, json_of
 from .snr import Likeness, likenesses, tolerance
 from .structure import bad_numbers, faults, plan_of, unequal, without_place
@@ -72,7 +73,7 @@ def judge(
     """
     refuse_adapters(folder)
     found = Finished(folder)
-    check_dialect(found)
+    check_judged(found)
     said = described(found)
     problems = [*found.problems, *said.problems, *(_against_manifest(folder) if listed else ())]
     parameters_of(config := hf_folder.read_config(reference))  # what is wrong with the reference itself is raised

@@ -153,7 +153,7 @@ def _meaning(config: dict) -> dict:
 
 def _excludes(said: Described, plan: Plan) -> Iterator[str]:
     """Where an exclude list names what is quantized, or does not name a linear that is not."""
-    items = [item for item in plan.items if _is_multiplied(item.source.canonical) and not item.form]
+    items = [item for item in plan.items if _is_multiplied(item.source.canonical, said, plan) and not item.form]
     left = {module for item in items for module in modules(item.source, item.stacked) if plan.forms}
     for file, entries in said.excludes.items():
         named = {module for module in said.quantized | left if any(covers(entry, module) for entry in entries)}
@@ -163,9 +163,13 @@ def _excludes(said: Described, plan: Plan) -> Iterator[str]:
             yield f"{file} does not exclude {module}, whose {module}.weight is not quantized"
 
 
-def _is_multiplied(canonical: str) -> bool:
-    """Whether a weight is that of a linear layer, of whatever kind."""
-    return is_linear_weight(canonical) or canonical.endswith((".router.weight", "output_layer.weight"))
+def _is_multiplied(canonical: str, said: Described, plan: Plan) -> bool:
+    """Whether a weight is that of a linear layer that engines may quantize: without a list, no head and no router of DeepSeek's."""
+    if canonical.endswith("output_layer.weight"):
+        return not said.unlisted
+    if canonical.endswith(".router.weight"):
+        return not (said.unlisted and shape_of(plan.config).kv_lora)
+    return is_linear_weight(canonical)
 
 
 def unequal(found: Finished, plan: Plan) -> Iterator[str]:
