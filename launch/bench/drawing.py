@@ -1,8 +1,9 @@
 """Plots as SVG, by hand: seconds and memory of exports against the size of the model; KL against bits."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
+from statistics import median
 
 from .measuring import Row
 
@@ -14,29 +15,41 @@ Line = list[tuple[float, float]]
 
 
 def drawn(rows: Iterable[Row]) -> str:
-    """Two panels: seconds; GPU memory above the model, or host memory where there is no GPU."""
+    """Two panels: seconds, those of `save_file` beside them; GPU memory above the model, or host memory where there is no GPU."""
     rows = list(rows)
     on_gpu = all(row.device != "cpu" for row in rows)
     memory = ("GB of GPU above the model", lambda row: row.gpu / GB)
-    panels = [("seconds", lambda row: row.seconds), memory if on_gpu else ("GB of host", lambda row: row.host / GB)]
     runs: dict[str, list[Row]] = {}
     for row in rows:
         label = f"{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
         runs.setdefault(label, []).append(row)
-    height = HEIGHT + 16 * len(runs) + 8
+    seconds = {label: _line(some, lambda row: row.seconds) for label, some in runs.items()}
+    seconds |= {
+        f"save_file: {label}": _line(some, _saved) for label, some in runs.items() if all(row.saved for row in some)
+    }
+    title, value = memory if on_gpu else ("GB of host", lambda row: row.host / GB)
+    panels = {"seconds": seconds, title: {label: _line(some, value) for label, some in runs.items()}}
+    height = HEIGHT + 16 * len(seconds) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {height}" font-family="sans-serif" '
         'font-size="11">',
         f'<rect width="{2 * WIDTH}" height="{height}" fill="white"/>',
     ]
-    for number, (title, value) in enumerate(panels):
-        lines = {label: sorted((row.model_bytes / GB, value(row)) for row in some) for label, some in runs.items()}
+    for number, (title, lines) in enumerate(panels.items()):
         parts += _panel(number * WIDTH, title, lines)
-    for number, label in enumerate(runs):
+    for number, label in enumerate(seconds):
         y = HEIGHT + 16 * number
         parts.append(f'<rect x="{MARGIN}" y="{y}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
         parts.append(f'<text x="{MARGIN + 16}" y="{y + 9}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _line(rows: Iterable[Row], value: Callable[[Row], float]) -> Line:
+    return sorted((row.model_bytes / GB, value(row)) for row in rows)
+
+
+def _saved(row: Row) -> float:
+    return median(row.saved)
 
 
 def _panel(left: int, title: str, lines: dict[str, Line]) -> list[str]:
