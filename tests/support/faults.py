@@ -33,7 +33,7 @@ SMALL = (20_000, 20_000)  # bytes of a file, beyond which the system itself refu
 POINTS: dict[str, tuple[Any, str, int]] = {
     "load": (load_hf, "shard_of", 5),
     "calibrate": (subject, "_step", 2),
-    "survey": (weight_amax, "_largest", 3),
+    "survey": (weight_amax, "_read", 3),
     "first bucket": (formats, "encode", 2),
     "last bucket": (formats, "encode", 26),
     "send": (transport, "deliver", 3),
