@@ -76,9 +76,13 @@ def side_by_side(device: torch.device) -> Iterator[None]:
         begun.wait()
 
     with ThreadPoolExecutor(count, thread_name_prefix="strip", initializer=begin) as pool:
-        for _ in range(count):
-            pool.submit(int)
-        begun.wait()
+        try:
+            for _ in range(count):
+                pool.submit(int)
+            begun.wait()
+        except BaseException:  # a thread that the system does not give, or Ctrl-C: those that wait here must end
+            begun.abort()
+            raise
         torch.set_num_threads(before)
         tokens = _pool.set(pool), _threads.set(count)
         try:
@@ -88,19 +92,26 @@ def side_by_side(device: torch.device) -> Iterator[None]:
             _threads.reset(tokens[1])
 
 
-def each(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
-    """What `work` gives for each job, in their order."""
+def at_once(elements: int) -> int:
+    """How many strips of so many weights may be worked on side by side: those of tall tiles are larger than others."""
+    return max(SHARED_ELEMENTS // max(elements, 1), 1)
+
+
+def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = THREADS) -> list[Result]:
+    """What `work` gives for each job, in their order; at most `most` at a time."""
     pool, todo = _pool.get(), list(jobs)
-    if pool is None or len(todo) == 1:
+    if pool is None or len(todo) == 1 or most == 1:
         return [work(job) for job in todo]
     found: dict[int, Result] = {}
     numbers = iter(range(len(todo)))  # from which every thread takes its next one
+    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
 
     def some() -> None:
-        for number in numbers:
-            found[number] = work(todo[number])
+        with torch.inference_mode(inference):
+            for number in numbers:
+                found[number] = work(todo[number])
 
-    threads = [pool.submit(some) for _ in range(min(THREADS, len(todo)))]
+    threads = [pool.submit(some) for _ in range(min(THREADS, most, len(todo)))]
     wait(threads)
     for thread in threads:
         thread.result()

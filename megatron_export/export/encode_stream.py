@@ -118,8 +118,8 @@ class Load(NamedTuple):
     moved, arrived   of what is gathered first: the shards that this rank sends to the first rank, and on that those of all ranks
     copied           what splitting copied, and what was made whole
     encoded, sent    the pieces, and the message for the writer
-    parcel, opening  when all has travelled: the message, on the writer those of other ranks, as it keeps its own pieces; and what
-                     taking them copies
+    parcel, opening  when all has travelled: the message, on the writer those of others and its own pieces; and what taking them
+                     copies
     """
 
     moved: int = 0
@@ -154,24 +154,23 @@ def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
     smoothed = bool(item.smoothed.columns or item.smoothed.rows)
     copies = smoothed or (interleaved and item.splits)
     copied, arrived = raw if copies or streamed else 0, 0
-    largest = max(prod(part.shape) for part in (item.parts if item.gather_first else item.raw_message(index)))
-    splitting = 8 * largest * smoothed + raw * (copies and streamed)  # twice in float32
+    parts = item.parts if item.gather_first else item.raw_message(index)
+    largest = max((part.shape for part in parts), key=prod)
+    splitting = 8 * prod(largest) * smoothed + raw * (copies and streamed)  # twice in float32
     if item.gather_first and index:
         return Load(moved=raw, copied=copied, splitting=splitting)
     if item.gather_first:
         arrived = sum(size_of(item.raw_message(other)) for other in range(len(item.ranks)))
         copied = sum(part.nbytes for part in item.parts)
         splitting += copied if len(item.shard_shape) > 1 and not item.splits else 0
-    encoded, encoding = (sent, encode_bytes(largest, device)) if item.form else (0, 0)
+    encoded, encoding = (sent, encode_bytes(item.form, largest, device)) if item.form else (0, 0)
     return Load(0, arrived, copied, splitting, encoded, encoding, sent, sent)
 
 
 def peak(old: Load, new: Load) -> int:
     """The most memory that a rank has at a time, in bytes, while bucket `old` is taken and `new` is encoded and delivered."""
-    kept = old.copied + old.encoded + old.parcel
     return max(
-        kept + new.moved + new.arrived + new.copied + new.splitting,
-        kept + new.copied + new.encoded + new.encoding,
-        kept + new.copied + new.encoded + new.sent + new.parcel,
-        new.copied + new.encoded + new.parcel + new.opening,
+        old.copied + old.parcel + new.moved + new.arrived + new.copied + new.splitting,
+        old.parcel + new.copied + new.encoded + max(new.encoding, new.sent),
+        old.parcel + new.sent + new.parcel + new.opening,
     )

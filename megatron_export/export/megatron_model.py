@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,10 @@ class Live:
         return inherited_from_model(here, quantizers, partial(weights_of, self.model), config, request, given)
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
-        return transport.locate(here, self.mine(here, config, request))
+        found = transport.locate(here, self.mine(here, config, request))
+        if not request.merge_lora:
+            return found
+        return {name: replace(one, at_hand=False) for name, one in found.items()}  # a shard is merged whole
 
     def shards(self, here: Topology, config: dict, request: Request) -> Mapping[str, Tensor]:
         return adapted(here, self.model, self.mine(here, config, request), request.merge_lora)

@@ -100,19 +100,19 @@ def forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,
         files={name: len(header_of(file)[0]) + plan.sizes[name] for name, file in plan.files.items()},
-        sent=_summed(plan, loads, "sent", grid.world),
-        gathered=_summed(plan, loads, "moved", grid.world),
+        sent=_summed(loads, "sent", grid.world),
+        gathered=_summed(loads, "moved", grid.world),
         host=tuple(host),
         gpu=tuple(gpu),
     )
 
 
-def _summed(plan: Plan, loads: list[dict[int, Load]], name: str, world: int) -> tuple[int, ...]:
-    """By rank, over all buckets; what a writer has for itself is not sent."""
+def _summed(loads: list[dict[int, Load]], name: str, world: int) -> tuple[int, ...]:
+    """By rank, over all buckets."""
     totals = [0] * world
-    for bucket, found in zip(plan.buckets, loads, strict=True):
+    for found in loads:
         for rank, load in found.items():
-            totals[rank] += 0 if name == "sent" and rank == bucket.writer else getattr(load, name)
+            totals[rank] += getattr(load, name)
     return tuple(totals)
 
 
@@ -129,12 +129,15 @@ def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> li
                 known[kind] = tuple(load_of(item, index, device, streamed) for index in range(len(item.ranks)))
             alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
         found: dict[int, Load] = defaultdict(Load)
+        own = 0
         for (ranks, kind), count in alike.items():
             for rank, load in zip(ranks, known[kind], strict=True):
                 found[rank] = found[rank].plus(load, count)
+                if rank == bucket.writer:  # it keeps what it encoded until that is written
+                    own += count * (load.encoded or load.copied)
         arriving, opening = sum(load.sent for load in found.values()), max(map(opening_bytes, firsts.values()))
-        own = found[bucket.writer].sent  # which the writer keeps as it was encoded
-        found[bucket.writer] = found[bucket.writer]._replace(sent=0, parcel=arriving - own, opening=opening)
+        mine = found[bucket.writer]
+        found[bucket.writer] = mine._replace(sent=0, parcel=arriving - mine.sent + own, opening=opening)
         loads.append(dict(found))
     return loads
 

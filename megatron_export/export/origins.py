@@ -153,7 +153,7 @@ class Unbuilt:
 
     def held(self, here: Topology, config: dict, request: Request) -> dict[str, Held]:
         if self.alone:
-            return assumed(config, 1)
+            return assumed(config, 1, at_hand=False)
         sizes = {name: here.sizes[name] for name in ("pp", "ep", "vpp", "world")}
         return assumed(config, here.sizes["tp"], here.sizes["etp"], pp_layout=self.pp_layout, **sizes)
 

@@ -98,7 +98,7 @@ def parcel_to_writer(here: Topology, bucket: Bucket, encoded: dict[str, dict[str
         for index, rank in enumerate(item.ranks):
             if not (theirs := item.message(index)):
                 continue
-            if rank == here.rank == bucket.writer:
+            if rank == here.rank == bucket.writer or not size_of(theirs):
                 continue
             sizes[rank] = sizes.get(rank, 0) + size_of(theirs)
             if rank == here.rank:
@@ -119,6 +119,8 @@ def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Ten
             if rank == parcel.to:
                 own = parcel.own[item.source.canonical]
                 shards.append({output.name: own[output.name] for output in message})
+            elif not size_of(message):  # rows that pad a vocabulary: nothing travels
+                shards.append({o.name: Piece(torch.empty(o.shape, dtype=o.dtype), o.axes) for o in message})
             else:
                 shards.append(_unpack(parcel.received[rank], offsets[rank], message))
                 offsets[rank] += size_of(message)

@@ -8,10 +8,11 @@ A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-f
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
+from math import prod
 from types import ModuleType
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece
-from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, each, shared_strips
+from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, at_once, each, shared_strips
 from ..common.text import near
 from . import (
     bf16,
@@ -186,14 +187,16 @@ def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
             start = size - rest if number == len(strips) - 1 else number * rest
             whole[suffix].data.narrow(dim, start, rest).copy_(piece.data)
 
-    each(put, range(len(strips)))
+    each(put, range(len(strips)), at_once(prod(weight[strips[0]].shape)))
     return whole
 
 
-def encode_bytes(weights: int, device: str) -> int:
-    """Memory that `encode` takes beside a part of so many weights and its pieces: 24 bytes for each weight of the strips that are
-    encoded side by side."""
-    return 24 * min(weights, CUDA_STRIP_ELEMENTS if device == "cuda" else SHARED_ELEMENTS)
+def encode_bytes(form: Form, shape: Sequence[int], device: str) -> int:
+    """Memory that `encode` takes beside a part of this shape and its pieces: 24 bytes for each weight of the strips that are
+    encoded side by side, of which there is one where a tile's rows are more.
+    """
+    together = max(CUDA_STRIP_ELEMENTS if device == "cuda" else SHARED_ELEMENTS, form.tile[0] * prod(shape[1:]))
+    return 24 * min(prod(shape), together)
 
 
 def _found(table: dict[str, T], name: str) -> T:

@@ -35,7 +35,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """`torch.empty`; on the CPU in memory that numpy asks for, which the system gives in pages of 2 MB. Small ones, as torch gets
     them, each take as long as copying some thousand bytes.
     """
-    if device.type != "cpu" or not shape:
+    if device.type != "cpu" or not prod(shape) or not shape:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 

@@ -20,7 +20,7 @@ from ..planning.tensor_spec import Output
 CHUNK = 32 << 20  # as each costs some turns of Python, for which all threads wait
 SLOTS = 8
 PINNED_BYTES = SLOTS * CHUNK  # on the host of a GPU
-THREADS = min(12, max(6, len(os.sched_getaffinity(0))))
+THREADS = min(SLOTS, max(6, len(os.sched_getaffinity(0))))
 
 Write = Callable[[Output, int, memoryview], None]
 
@@ -70,7 +70,8 @@ class Conveyor:
             thread.join()
 
     def put(self, tensors: Iterable[tuple[Output, Tensor]]) -> None:
-        """Send tensors, or slices of them, on the way; raises what went wrong with earlier ones."""
+        """Send tensors, or slices of them, on the way; raises what went wrong with earlier ones, and sends nothing more then."""
+        self._check()
         for output, tensor in tensors:
             data = tensor.contiguous().reshape(-1).view(torch.uint8)
             for start in range(0, data.numel(), CHUNK):
@@ -79,6 +80,7 @@ class Conveyor:
 
     def flush(self) -> None:
         """Wait until all that was sent is written."""
+        self._check()
         taken = [self.free.get() for _ in range(SLOTS)]
         for slot in taken:
             self.free.put(slot)
@@ -112,16 +114,19 @@ class Conveyor:
         self.slot, self.load, self.size = None, [], 0
 
     def _work(self) -> None:
-        """Write what is waiting, until this thread is to end."""
+        """Write what is waiting, until this thread is to end; what is written is let go before it waits for more."""
         while self.sent.get():
-            file, load = self._next()
-            try:
-                self._write(load)
-            except BaseException as error:  # noqa: BLE001 - the thread that sends must hear of it
-                self.failure = error
-            with self.choosing:
-                self.writing[file] -= 1
-            self.free.put(load.slot)
+            self._write_next()
+
+    def _write_next(self) -> None:
+        file, load = self._next()
+        try:
+            self._write(load)
+        except BaseException as error:  # noqa: BLE001 - the thread that sends must hear of it
+            self.failure = error
+        with self.choosing:
+            self.writing[file] -= 1
+        self.free.put(load.slot)
 
     def _next(self) -> tuple[Hashable, _Load]:
         """A load of the file that the fewest threads write."""

@@ -22,6 +22,8 @@ LIMIT = 6_000
 CASES = [  # model, format, what is set besides, topology, along what large parameters are cut there
     ("llama31", "bf16", (), {"tp": 2}, {Axis.OUT, Axis.IN}),
     ("llama31", "fp8", ("lm_head=fp8",), {"tp": 2}, {Axis.OUT, Axis.IN}),
+    ("llama31", "fp8_pc_pt", ("lm_head=fp8_pc_pt",), {"tp": 4}, {Axis.OUT}),
+    ("llama31", "fp8_pb", ("lm_head=fp8_pb",), {"tp": 2}, {Axis.OUT}),
     ("llama31", "fp8_pb", (), {"tp": 1}, {Axis.OUT, Axis.IN}),
     ("llama31", "nvfp4", ("lm_head=mxfp8",), {"tp": 4}, {Axis.OUT}),
     ("llama31", "fp8_pc_pt", ("*.down_proj=mxfp8",), {"tp": 2, "pp": 2}, {Axis.OUT}),
@@ -44,7 +46,9 @@ def exported(source: Path, out: Path, asked: dict, sizes: dict, limit: int) -> l
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "sets", "sizes", "cuts"), CASES, ids=[f"{name} {form}" for name, form, *_ in CASES]
+    ("name", "form", "sets", "sizes", "cuts"),
+    CASES,
+    ids=[" ".join((name, form, *sets)) for name, form, sets, *_ in CASES],
 )
 def test_strips_make_the_bytes_of_whole_parameters(
     name: str, form: str, sets: tuple, sizes: dict, cuts: set, ranks: Ranks, models: dict, tmp_path: Path
@@ -61,9 +65,9 @@ def test_strips_make_the_bytes_of_whole_parameters(
 
 def streamed(source: Path) -> list[tuple[str, torch.Tensor]]:
     """In a rank: the tensors that a loop would be given, and whether they are the model's own memory."""
-    with loaded(source, length=1) as (model, _), mock.patch.object(shard_files, "BUCKET_BYTES", LIMIT):
+    with loaded(source, length=1) as (model, _):
         mine = {parameter.data_ptr() for parameter in model.parameters()}
-        given = list(iter_hf_tensors(model, hf_model=source, format="bf16"))
+        given = list(iter_hf_tensors(model, hf_model=source, format="bf16", bucket_bytes=LIMIT))
         assert not mine & {tensor.data_ptr() for _, tensor in given}
         return given
 

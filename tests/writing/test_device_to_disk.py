@@ -1,7 +1,10 @@
 """Chunks on their way into files: several files are written at a time, and what goes wrong is raised to who sends."""
 
 import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,9 +59,27 @@ def test_what_goes_wrong_is_raised_to_who_sends_and_ends_the_writing() -> None:
         written.append(output.name)
 
     with Conveyor(torch.device("cpu"), write, file_of) as conveyor:
-        with pytest.raises(OSError, match="no room"):
-            for _ in range(2 * SLOTS):
-                conveyor.put(tensors("a0", "a1", "b0"))
+        conveyor.put(tensors("a0", "a1"))
+        while conveyor.failure is None:
+            time.sleep(0.001)
+        for _ in range(2 * SLOTS):
+            with pytest.raises(OSError, match="no room"):
+                conveyor.put(tensors("b0"))
         with pytest.raises(OSError, match="no room"):
             conveyor.flush()
-    assert len(written) < 3 * 2 * SLOTS
+    assert written in (["a0"], [])
+
+
+def test_what_is_written_is_held_no_longer() -> None:
+    """A thread that waits for more would keep what it wrote last, and with it the memory of a whole bucket."""
+    with Conveyor(torch.device("cpu"), lambda output, start, data: None, file_of) as conveyor:
+        arrays = [np.zeros(SIZE, np.uint8) for _ in range(4)]
+        alive = [weakref.ref(array) for array in arrays]
+        named = [(Output(f"a{n}", torch.uint8, (SIZE,)), torch.from_numpy(array)) for n, array in enumerate(arrays)]
+        conveyor.put(named)
+        conveyor.flush()
+        del arrays, named
+        deadline = time.monotonic() + 10
+        while any(one() is not None for one in alive):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
