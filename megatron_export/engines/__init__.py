@@ -3,7 +3,8 @@
 Each is a module with
 
 NAME      as people call it
-VERSION   the release whose sources its rules were read in
+VERSION   the release whose rules they are
+SOURCES   the sources that they were read in
 RELEASES  that one, and others that were read for what differs
 SEEN_IN   the tests that show rules marked as seen in a real engine; '' for none
 RULES     name -> rule, with its source beside it

@@ -7,7 +7,7 @@ from .checks import release_of
 
 @dataclass(frozen=True)
 class Change:
-    """The first release with it, what it is, and whether runs of releases on both sides have shown it."""
+    """The first release with it, which was read; what it is, and whether runs of an earlier and a later release have shown it."""
 
     since: str
     says: str

@@ -1,23 +1,18 @@
 """What was seen in runs of the engines themselves, on a GPU or on a CPU: rules, and architectures in formats."""
 
+from . import ENGINES
 from .architectures import ARCHITECTURES
 
-FORMATS = (
-    "bf16",
-    "fp8",
-    "fp8_pb",
-    "nvfp4",
-    "KV scales",
-    "mixes",
-)  # nvfp4 with AWQ or without; fp8 and nvfp4 with KV scales
-GPU, CPU, READ = "GPU", "CPU", "read"
+# nvfp4 with AWQ or without; fp8 and nvfp4 with KV scales
+FORMATS = ("bf16", "fp8", "fp8_pb", "nvfp4", "KV scales", "mixes")
+GPU, CPU, READ, UNWRITTEN = "GPU", "CPU", "read", "not written"
 ON_GPU = {"vllm": "vLLM 0.25.1 on one H200", "sglang": "SGLang 0.5.17 on one H200"}
 # Rules that a run on a GPU has shown.
 _RULES: dict[str, tuple[str, ...]] = {
     "vllm": ("gpt_oss", "shared", "router"),
     "sglang": (
         *("algorithm", "old", "mixed joined", "llama blocks", "awq"),
-        *("kv flag", "kv nvfp4", "kv ignored", "window"),
+        *("kv flag", "kv nvfp4", "window"),
     ),
 }
 _FIVE = FORMATS[:5]
@@ -63,12 +58,20 @@ _MODELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Gemma3ForConditionalGeneration": FORMATS[:1],
     },
 }
-ENGINES = ("vllm", "sglang", "tensorrt_llm")
 # On a CPU: of vLLM and SGLang every architecture, of TensorRT-LLM these, in every format (tests/engines/test_ENGINE.py).
-_ON_CPU = dict.fromkeys(ENGINES[:2], tuple(ARCHITECTURES)) | {
+ON_CPU = dict.fromkeys(("vllm", "sglang"), tuple(ARCHITECTURES)) | {
     "tensorrt_llm": (
         *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     )
+}
+PARTS = {"tensorrt_llm": "parts of its files "}  # of an engine that did not run as a whole
+# What the exporter refuses, as no engine could use it.
+_REFUSED = {
+    ("GptOssForCausalLM", "fp8_pb"),
+    ("DeepseekV3ForCausalLM", "KV scales"),
+    ("DeepseekV32ForCausalLM", "KV scales"),
+    ("GlmMoeDsaForCausalLM", "KV scales"),
+    ("KimiK25ForConditionalGeneration", "KV scales"),
 }
 
 
@@ -78,12 +81,14 @@ def seen_of(engine: str, rule: str, seen: bool) -> str:
 
 
 def seen_in(engine: str, architecture: str, form: str) -> str:
-    """The same of an architecture in one of FORMATS."""
+    """The same of an architecture in one of FORMATS; UNWRITTEN for what the exporter refuses."""
+    if (architecture, form) in _REFUSED:
+        return UNWRITTEN
     if form in _MODELS.get(engine, {}).get(architecture, ()):
         return GPU
     if not getattr(ARCHITECTURES[architecture], engine).read:
         return "not known"
-    return CPU if architecture in _ON_CPU[engine] else READ
+    return CPU if architecture in ON_CPU[engine] else READ
 
 
 def coverage(engine: str) -> list[str]:
@@ -101,6 +106,6 @@ def table() -> list[str]:
     """The same of all engines as the lines of a table, a row for each architecture."""
     rows = [("architecture", *FORMATS), *(("---",) * 7,)]
     for architecture in ARCHITECTURES:
-        cells = [", ".join(seen_in(engine, architecture, form) for engine in ENGINES) for form in FORMATS]
-        rows.append((architecture, *cells))
+        found = [[seen_in(engine, architecture, form) for engine in ENGINES] for form in FORMATS]
+        rows.append((architecture, *(UNWRITTEN if UNWRITTEN in cell else ", ".join(cell) for cell in found)))
     return [f"| {' | '.join(row)} |" for row in rows]

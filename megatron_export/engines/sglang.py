@@ -30,6 +30,7 @@ from .sglang_releases import check_release
 from .verdict import Effect, Findings, table
 
 NAME, VERSION = "SGLang", "0.5.23"
+SOURCES = f"{NAME} {VERSION}"
 RELEASES = (VERSION, "0.5.22", "0.5.21", "0.5.20", "0.5.19", "0.5.18", "0.5.17")
 SEEN_IN = "tests/engines/test_sglang.py"
 _FILES = {
@@ -62,7 +63,7 @@ _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
 SEEN, READ = True, False
 
 # fmt: off
-RULES = table(f"{NAME} {VERSION}", _FILES, {
+RULES = table(SOURCES, _FILES, {
     "files":         (_R, "every file of the index is there", "weights", SEEN),
     "consolidated":  (_M, "files of Mistral's own format are left out", "loader", SEEN),
     "twice":         (_R, "no tensor is in two files that are read", "weights", READ),
@@ -79,7 +80,8 @@ RULES = table(f"{NAME} {VERSION}", _FILES, {
     "partly":        (_R, "q, k, v and gate, up are left out together", "joined", SEEN),
     "mixed joined":  (_R, "a mixed model lists joined linears by that name, if the class does not say which", "modelopt", SEEN),
     "algorithm":     (_R, "quant_algo is one of its six, in capitals", "modelopt", SEEN),
-    "old":           (_R, "the release knows each format: engines/releases.py has since when", "modelopt", READ),
+    "old":           (_R, "the release knows each format (engines/releases.py); seen of MXFP8, W4A16_NVFP4, FP8 in shared experts "
+                          "and swiglu_limit", "modelopt", READ),
     "config":        (_R, "hf_quant_config.json alone says the group_size of NVFP4", "modelopt", SEEN),
     "no cache said": (_R, "a mixed model whose config.json says nothing of a KV cache has hf_quant_config.json", "weights", READ),
     "another":       (_U, "a dialect with rules: ModelOpt's, fp8 in blocks of 128, or GPT-OSS in mxfp4", "configs", READ),

@@ -13,6 +13,7 @@ from .quant_configs import (
     AlgorithmOf,
     Reading,
     algorithm_in,
+    by_modelopt,
     in_blocks,
     kv_of,
     layers_of,
@@ -26,7 +27,7 @@ from .tensorrt_llm_cache import check_cache
 from .tensorrt_llm_scales import check_experts, check_inputs
 from .verdict import Effect, Findings, table
 
-NAME, VERSION = "TensorRT-LLM", "1.3"
+NAME, VERSION, SOURCES = "TensorRT-LLM", "1.3", "TensorRT-LLM main of 2026"
 RELEASES, SEEN_IN = (VERSION,), "tests/engines/test_tensorrt_llm.py"
 _FILES = {
     "archs": "_torch/models/modeling_auto.py",
@@ -50,7 +51,7 @@ _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
 SEEN, READ = True, False
 
 # fmt: off
-RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
+RULES = table(f"{SOURCES}, tensorrt_llm/", _FILES, {
     "files":         (_R, "every file of the index is there", "loader", READ),
     "consolidated":  (_M, "files of Mistral's own format are left out", "loader", READ),
     "twice":         (_R, "no tensor is in two files: all are read, and the index is not", "loader", READ),
@@ -94,7 +95,7 @@ RULES = table("TensorRT-LLM main of 2026, tensorrt_llm/", _FILES, {
     "kv nvfp4":      (_R, "of an NVFP4 cache q, k and v are in FP8, NVFP4 or bfloat16", "attention", READ),
     "kv fp8":        (_L, "scales of an FP8 cache are not handed to attention", "attention", READ),
     "kv dialect":    (_M, "DeepSeek's own dialect says nothing of the cache", "reading", READ),
-    "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", SEEN),
+    "kv spelling":   (_L, "KV scales are k_proj.k_scale and v_proj.v_scale", "linear", READ),
     "mtp":           (_L, "layers that predict one more token are there if config.json means them", "deepseek", READ),
     "machine":       (_M, "some formats run on some GPUs alone", "linear", READ),
     "gpu":           (_R, "the GPU computes it", "linear", READ),
@@ -166,9 +167,7 @@ def read(checkpoint: CheckpointView, version: str, findings: Findings) -> Readin
         return _in_blocks(inline, findings)
     if inline.get("quant_method") == "mxfp4":
         return of_openai(checkpoint.architecture, findings)
-    producer = inline.get("producer")
-    maker = producer.get("name") if isinstance(producer, dict) else None
-    if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and maker != "modelopt":
+    if not str(inline.get("quant_method", "")).lower().startswith("modelopt") and not by_modelopt(inline):
         findings.add("another", f"no rules about quant_method {inline.get('quant_method')}")
         return None
     return _named(inline, "ignore", inline.get("kv_cache_scheme"), version, findings)

@@ -32,6 +32,7 @@ from .vllm_cache import check_cache
 from .vllm_layouts import check_indexers, check_layouts, check_queries
 
 NAME, VERSION = "vLLM", "0.32.0"
+SOURCES = f"{NAME} {VERSION}"
 RELEASES, SEEN_IN = (VERSION, "0.33.0"), "tests/engines/test_vllm.py"
 _FILES = {
     "archs": "model_executor/models/registry.py",
@@ -62,7 +63,7 @@ _R, _L, _M, _U = Effect.REFUSES, Effect.LOSES, Effect.MINDS, Effect.UNKNOWN
 SEEN, READ = True, False
 
 # fmt: off
-RULES = table(f"{NAME} {VERSION}", _FILES, {
+RULES = table(SOURCES, _FILES, {
     "files":         (_R, "every file of the index is there", "weights", SEEN),
     "consolidated":  (_R, "no consolidated*.safetensors, which are read as Mistral's own format", "loader", SEEN),
     "twice":         (_R, "no tensor is in two files; it does not look, and keeps the last", "loader", SEEN),

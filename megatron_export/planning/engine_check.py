@@ -149,13 +149,14 @@ def rules() -> list[str]:
     rows = []
     for engine, module in ENGINES.items():
         for of, tables in (("", module), (", drafts", DRAFTS[engine])):
-            seen = f"seen in {tables.SEEN_IN}" if tables.SEEN_IN else "not run"
-            rows.append(f"{module.NAME} {module.VERSION}{of}, {seen}")
+            seen = f"{runs.PARTS.get(engine, '')}seen in {tables.SEEN_IN}" if tables.SEEN_IN else "not run"
+            rows.append(f"{module.SOURCES}{of}, {seen}")
             rows += [
                 f"  {name:<14} {rule.effect.value:<9}  {_seen(engine, of, name, rule)}  {rule.says} [{rule.source}]"
                 for name, rule in tables.RULES.items()
             ]
-        rows += [f"{module.NAME}, architectures", *(f"  {line}" for line in runs.coverage(engine))]
+        on = f", on a GPU: {runs.ON_GPU[engine]}" if engine in runs.ON_GPU else ""
+        rows += [f"{module.NAME}, architectures{on}", *(f"  {line}" for line in runs.coverage(engine))]
     return rows
 
 

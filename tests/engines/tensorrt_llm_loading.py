@@ -183,9 +183,9 @@ class Reads(TorchFunctionMode):
         return does(*given, **(named or {}))
 
 
-def loaded(own: ModuleType, folder: Path, byte: int) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str]]:
-    """The bytes of all parameters, loaded into memory that is full of one; each linear's method; tensors that nobody looked at.
-    Raises what TensorRT-LLM raises."""
+def loaded(own: ModuleType, folder: Path, byte: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The bytes of all parameters, loaded into memory that is full of one; tensors that nobody looked at. Raises what TensorRT-LLM
+    raises."""
     own.torch.byte = byte
     own.converted.clear()
     config = own.ModelConfig.from_pretrained(str(folder), mapping=Alone())
@@ -201,32 +201,19 @@ def loaded(own: ModuleType, folder: Path, byte: int) -> tuple[dict[str, torch.Te
     with reads:
         own._load_weights_impl_v2(built, weights, mapper)
     found = {name: one.data.contiguous().view(-1).view(torch.uint8) for name, one in filled(own, built).items()}
-    methods = {
-        name: type(module.quant_method).__name__
-        for name, module in built.named_modules()
-        if isinstance(module, own.Linear | own.MoE)
-    }
-    return found, methods, sorted(name for name, one in weights.items() if id(one) not in reads.ids)
+    return found, sorted(name for name, one in weights.items() if id(one) not in reads.ids)
 
 
 def tried(own: ModuleType, folder: Path) -> dict:
     """What became of a checkpoint: an `error`, parameters that were not filled (`lacking`), codes that were taken for numbers
-    (`converted`), tensors that were not read (`unread`), and the loaders (`methods`)."""
-    said = {
-        "folder": str(folder),
-        "error": None,
-        "lacking": [],
-        "converted": [],
-        "unread": [],
-        "cache": None,
-        "methods": {},
-    }
+    (`converted`), tensors that were not read (`unread`)."""
+    said = {"folder": str(folder), "error": None, "lacking": [], "converted": [], "unread": []}
     try:
-        (zeros, methods, unread), (ones, *_) = loaded(own, folder, 0), loaded(own, folder, 255)
+        (zeros, unread), (ones, _) = loaded(own, folder, 0), loaded(own, folder, 255)
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is its verdict
         return said | {"error": f"{type(error).__name__}: {error}"}
     lacking = [name for name in zeros if not zeros[name].equal(ones[name])]
-    return said | {"lacking": lacking, "converted": own.converted[:], "unread": unread, "methods": methods}
+    return said | {"lacking": lacking, "converted": own.converted[:], "unread": unread}
 
 
 def main(folders: list[str]) -> None:

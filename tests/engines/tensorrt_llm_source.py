@@ -235,14 +235,27 @@ def noted(copies: Callable, converted: list[str]) -> Callable:
     return copied
 
 
+def sources() -> Path:
+    """The folder with TensorRT-LLM's files; FileNotFoundError without one."""
+    root = Path(os.environ.get(FOLDER, "")) / "tensorrt_llm"
+    if FOLDER not in os.environ or not root.is_dir():
+        raise FileNotFoundError(f"{FOLDER} must name a folder with TensorRT-LLM's sources (CONTRIBUTING.md)")
+    return root
+
+
+def algorithms() -> set[str]:
+    """The names that its QuantAlgo has."""
+    modes = ast.parse((sources() / "quantization/mode.py").read_text())
+    (known,) = (node for node in modes.body if of(node) == "QuantAlgo")
+    return {of(node) for node in ast.walk(known) if isinstance(node, ast.Assign)}
+
+
 def taken() -> ModuleType:
     """TensorRT-LLM's own definitions, in one module, whose list `converted` grows while something is loaded.
 
     Raises FileNotFoundError without its sources, LookupError where they have other names.
     """
-    root = Path(os.environ.get(FOLDER, "")) / "tensorrt_llm"
-    if FOLDER not in os.environ or not root.is_dir():
-        raise FileNotFoundError(f"{FOLDER} must name a folder with TensorRT-LLM's sources (CONTRIBUTING.md)")
+    root = sources()
     name = "tensorrt_llm._torch.modules.taken"
     home = ModuleType(name)
     home.__package__ = name.rpartition(".")[0]

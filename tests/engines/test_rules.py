@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_export import ExportError
 from megatron_export.engines import DRAFTS, ENGINES, CheckpointView, Effect, runs, verdict_of
 from megatron_export.engines import exclude_lists as matching
 from megatron_export.engines.architectures import ARCHITECTURES
@@ -347,7 +348,7 @@ def test_check_prints_json(tmp_path: Path) -> None:
         (("plan", "--format", "nvfp4", "--target", "vllm,sglang,tensorrt_llm"), 0, "vLLM              loads"),
         (("check", "--rules"), 0, "every expert is there; it does not look"),
         (("check", "--rules"), 0, "SGLang 0.5.23, seen in tests/engines/test_sglang.py\n  files"),
-        (("check", "--rules"), 0, "TensorRT-LLM 1.3, seen in tests/engines/test_tensorrt_llm.py\n  files"),
+        (("check", "--rules"), 0, "TensorRT-LLM main of 2026, parts of its files seen in tests/engines/test_tensorrt_llm.py\n"),
     ],
 )  # fmt: skip
 def test_exit_statuses_of_commands(arguments: tuple, status: int, says: str, capsys: pytest.CaptureFixture) -> None:
@@ -414,6 +415,37 @@ def test_where_it_was_seen_is_said_of_rules_and_architectures_that_there_are() -
     page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
     assert page.split("<!-- seen -->\n")[1].split("\n<!-- /seen -->")[0].splitlines() == runs.table()
     assert "seen on a GPU  " in "\n".join(rules())
+
+
+def test_what_is_said_not_to_be_written_is_refused_and_nothing_else() -> None:
+    sparse = GLM5 | {"architectures": ["DeepseekV32ForCausalLM"]}
+    known = (
+        LLAMA,
+        MISTRAL,
+        PHI3,
+        QWEN,
+        QWEN_MOE,
+        MIXTRAL,
+        MINIMAX,
+        LLAMA4,
+        LLAMA4_SEES,
+        GPT_OSS,
+        SMALL_V3,
+        sparse,
+        GLM5,
+        KIMI,
+    )
+    said, refused = set(), set()
+    for config in known:
+        architecture = config["architectures"][0]
+        for form, asked in (("fp8_pb", {"format": "fp8_pb"}), ("KV scales", {"format": "fp8", "kv_cache": "fp8"})):
+            if runs.seen_in("vllm", architecture, form) == runs.UNWRITTEN:
+                said.add((architecture, form))
+            try:
+                plan_of(config, **asked)
+            except ExportError:
+                refused.add((architecture, form))
+    assert said == refused == runs._REFUSED
 
 
 def test_windows_are_a_matter_of_the_class_and_of_the_positions() -> None:
