@@ -39,7 +39,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "send": (transport, "deliver", 3),
     "first file": (staging.Staging, "finish", 1),
     "last file": (staging.Staging, "finish", 5),
-    "verify": (read_back, "_read", 2),
+    "verify": (read_back, "replace", 2),
     "publish": (staging.Staging, "publish", 1),
     "rename": (staging.Staging, "_replace", 1),
     "published": (staging.Staging, "__exit__", 1),
