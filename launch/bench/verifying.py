@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from megatron_export.checkpoint import hf_folder
 from megatron_export.common.errors import ExportError
 from megatron_export.common.optional import part
 from megatron_export.common.text import readable
@@ -94,7 +95,7 @@ def _given(flags: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Pat
     for name in flags.formats:
         line = ["--hf-model", flags.hf_model, "--format", name, "--output", folder / name, "--device", flags.device]
         _run([sys.executable, "-m", "megatron_export", "export", *map(str, line)], {})
-    return Path(flags.hf_model), {name: folder / name for name in flags.formats}
+    return hf_folder.find_model(flags.hf_model, weights=True), {name: folder / name for name in flags.formats}
 
 
 def _measured(flags: argparse.Namespace, name: str, folder: Path, reference: Path) -> list[dict]:
