@@ -23,7 +23,8 @@ with signals.noticed():
 """
 
 WAITING = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script ignores
 from megatron_export.distributed.signals import until_interrupted
 def run():
     print("ready", flush=True)
