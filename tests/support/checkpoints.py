@@ -208,7 +208,7 @@ DAMAGES: dict[str, tuple[str, Change, str, str, str, bool]] = {
     "a norm lost":                (NVFP4, losing("model.norm.weight"), "missing", "missing", "missing", True),
     "a scale lost":               (NVFP4, losing(f"{DOWN}.weight_scale"), "scale", "scale", "scale", True),
     "an input scale lost":        (FP8, losing(f"{DOWN}.input_scale"), "scale", "scale", "", True),
-    "an input scale of q lost":   (FP8, losing(f"{ATTENTION}.q_proj.input_scale"), "scale", "scale", "joined inputs", True),
+    "an input scale of q lost":   (FP8, losing(f"{ATTENTION}.q_proj.input_scale"), "scale", "scale", "joined inputs", False),
     "an expert's scale lost":     (MOE, losing("model.layers.0.mlp.experts.1.down_proj.weight_scale_2"),
                                    "scale", "scale", "scale", False),
     "a weight cut":               (FP8, storing(f"{ATTENTION}.o_proj.weight", "F8_E4M3", 64, 128),
