@@ -9,6 +9,8 @@ take turns, each into a new folder that is deleted before the next; with and wit
 
 import argparse
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,19 @@ from megatron_export.formats import FORMATS
 
 from . import measuring
 from .drawing import drawn
-from .measuring import Row, alone_or_torchrun, delete, held_from, peaks_of, read_rows, save, table, timed, write_rows
+from .measuring import (
+    Row,
+    alone,
+    alone_or_torchrun,
+    delete,
+    held_from,
+    peaks_of,
+    read_rows,
+    save,
+    table,
+    timed,
+    write_rows,
+)
 from .shapes import SHAPES, build, config_of, made_up, write_config
 
 SOURCES = ("megatron", "transformers")
@@ -146,6 +160,25 @@ def case_of(flags: argparse.Namespace, config: dict, form: str, source: Path) ->
     settings = configured(hf_model=model, format=form, output=flags.output / "run", **asked)
     name = Path(flags.hf_model).name if flags.hf_model else flags.shape
     return Case(name, config, form, previewed(settings, EXAMPLE_MODEL, int(os.environ["WORLD_SIZE"])))
+
+
+@contextmanager
+def model_for(flags: argparse.Namespace, forms: Iterable[str]) -> Iterator[tuple[Any, Path, list[Case]]]:
+    """On one rank: a model of made-up weights, the folder of its config, and what the plan tells of it in each format. What does
+    not fit is refused before it is built.
+    """
+    parallel_state = part("mcore.parallel_state")
+    alone()
+    flags = argparse.Namespace(**vars(flags) | {"tp": 1, "pp": 1, "ep": 1, "etp": None, "alone": True})
+    config = config_of(flags.shape, flags.hf_model, flags.layers)
+    with TemporaryDirectory() as temporary:
+        source = Path(temporary)
+        cases = [case_of(flags, config, form, source) for form in dict.fromkeys(forms)]
+        refuse(flags, cases)
+        with parallel_state.started(1, 1, flags.device):
+            with parallel_state.current() as here:
+                model = build("megatron", config, here)
+            yield model, source, cases
 
 
 def refuse(flags: argparse.Namespace, cases: list[Case]) -> None:

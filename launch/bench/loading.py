@@ -10,7 +10,6 @@ import argparse
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -18,19 +17,17 @@ from safetensors.torch import load_file
 from megatron_export.common.optional import part
 from megatron_export.common.text import readable
 
-from .exporting import add_model, case_of, refuse
-from .measuring import alone, delete, markdown, timed
-from .shapes import build, config_of
+from .exporting import add_model, model_for
+from .measuring import delete, markdown, timed
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
     """The flags of `load`."""
-    parser.set_defaults(run=load, tp=1, pp=1, ep=1, etp=None)
+    parser.set_defaults(run=load)
     parser.add_argument("--layers", type=int, help="instead of as many as the model has")
     parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
     parser.add_argument("--output", type=Path, default=Path("export/benchmark"), help="folder to write in and clear")
     add_model(parser)
-    parser.set_defaults(alone=True)
 
 
 def load(flags: argparse.Namespace) -> None:
@@ -38,17 +35,12 @@ def load(flags: argparse.Namespace) -> None:
     from megatron_export import export_hf_checkpoint
 
     parallel_state, load_hf = part("mcore.parallel_state"), part("mcore.load_hf")
-    alone()
-    config, out = config_of(flags.shape, flags.hf_model, flags.layers), flags.output.resolve() / "run"
-    with TemporaryDirectory() as temporary, parallel_state.started(1, 1, flags.device):
-        case = case_of(flags, config, "bf16", Path(temporary))
-        refuse(flags, [case])
-        with parallel_state.current() as here:
-            model = build("megatron", config, here)
+    out = flags.output.resolve() / "run"
+    with model_for(flags, ["bf16"]) as (model, source, [case]):
         delete(out)
-        nbytes = export_hf_checkpoint(model, out, hf_model=Path(temporary), format="bf16", sync=False).plan.nbytes
+        nbytes = export_hf_checkpoint(model, out, hf_model=source, format="bf16", sync=False).plan.nbytes
         with parallel_state.current() as here:
-            ours = partial(_waited, here.device, partial(load_hf.load_hf_weights, model, out, config, here))
+            ours = partial(_waited, here.device, partial(load_hf.load_hf_weights, model, out, case.config, here))
             theirs = partial(_waited, here.device, partial(_load_files, out, here.device))
             ours(), theirs()
             times = [(timed(ours), timed(theirs)) for _ in range(flags.repeat)]

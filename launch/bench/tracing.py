@@ -17,16 +17,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from megatron_export.common.optional import part
 from megatron_export.formats import FORMATS
 
-from .exporting import add_model, case_of, refuse
-from .measuring import alone_or_torchrun, delete, markdown
-from .shapes import build, config_of, made_up
+from .exporting import add_model, model_for
+from .measuring import delete, markdown
+from .shapes import made_up
 
 SPANS = {  # what it does -> the functions that do it
     "survey: maxima and checksum of the model": ("export.weight_amax:_read",),
@@ -113,22 +111,14 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sync", action="store_true", help="wait until all is on the disk")
     parser.add_argument("--events", type=Path, help="write every call here, for chrome://tracing")
     add_model(parser)
-    parser.set_defaults(tp=1, pp=1, ep=1, etp=None, alone=True)
 
 
 def trace(flags: argparse.Namespace) -> None:
     """Export once to warm up and once with all timed."""
     from megatron_export import export_hf_checkpoint
 
-    parallel_state = part("mcore.parallel_state")
-    alone_or_torchrun()
-    config, out = config_of(flags.shape, flags.hf_model, flags.layers), flags.output.resolve() / "run"
-    with TemporaryDirectory() as temporary, parallel_state.started(1, 1, flags.device):
-        source = Path(temporary)
-        case = case_of(flags, config, flags.format, source)
-        refuse(flags, [case])
-        with parallel_state.current() as here:
-            model = build("megatron", config, here)
+    out = flags.output.resolve() / "run"
+    with model_for(flags, [flags.format]) as (model, source, [case]):
         statistics = made_up(case.told.plan)
         run = partial(export_hf_checkpoint, model, out, hf_model=source, format=flags.format, calibration=statistics)
         for _ in range(2):  # the first also starts what is compiled late
@@ -136,7 +126,7 @@ def trace(flags: argparse.Namespace) -> None:
             with tracing() as found:
                 report = run(sync=flags.sync)
         delete(out)
-    print(f"{case.model} {config['num_hidden_layers']} layers, {flags.format}: {report.seconds:.2f} s")
+    print(f"{case.model} {case.config['num_hidden_layers']} layers, {flags.format}: {report.seconds:.2f} s")
     print(", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.stages.items()))
     print("\n".join(markdown(["thread", "of them", "what", "calls", "seconds in all", "last end"], found.told())))
     if flags.events:

@@ -23,13 +23,12 @@ import torch
 
 from megatron_export.checkpoint import hf_folder
 from megatron_export.common.errors import ExportError
-from megatron_export.common.optional import part
 from megatron_export.common.text import readable
 from megatron_export.formats import FORMATS
 
-from .exporting import add_model, case_of, refuse
+from .exporting import add_model, model_for
 from .measuring import alone, markdown
-from .shapes import build, config_of, made_up, write_config
+from .shapes import made_up
 
 COLUMNS = ("format", "weights", "read", "on", "seconds", "each", "CPU seconds", "seconds a billion", "times faster")
 ONE = "one CPU thread"
@@ -37,7 +36,7 @@ ONE = "one CPU thread"
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     """The flags of `verify`."""
-    parser.set_defaults(run=verify, tp=1, pp=1, ep=1, etp=None)
+    parser.set_defaults(run=verify)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8", "nvfp4"], help="default: fp8 nvfp4")
     parser.add_argument("--layers", type=int, help="instead of as many as the model has")
     parser.add_argument("--repeat", type=int, default=3, help="of which the median is shown; default: 3")
@@ -71,16 +70,7 @@ def _made(flags: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Path
     """A model of made-up weights, exported as it is and in each format."""
     from megatron_export import export_hf_checkpoint
 
-    parallel_state = part("mcore.parallel_state")
-
-    config = config_of(flags.shape, flags.hf_model, flags.layers)
-    (source := folder / "config").mkdir()
-    write_config(source, config)
-    cases = [case_of(flags, config, name, source) for name in dict.fromkeys(("bf16", *flags.formats))]
-    refuse(argparse.Namespace(**vars(flags) | {"alone": True}), cases)
-    with parallel_state.started(1, 1, flags.device):
-        with parallel_state.current() as here:
-            model = build("megatron", config, here)
+    with model_for(flags, ("bf16", *flags.formats)) as (model, source, cases):
         for case in cases:
             how = {"format": case.format, "calibration": made_up(case.told.plan), "sync": False}
             export_hf_checkpoint(model, folder / case.format, hf_model=source, **how)
