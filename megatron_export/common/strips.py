@@ -1,26 +1,15 @@
 """Strips of rows: how many weights are worked on at a time, so that float32 copies stay small."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from math import prod
-from threading import Barrier
-from typing import TypeVar
 
-import torch
 from torch import Tensor
+
+from .threads import working
 
 STRIP_ELEMENTS = 1 << 20
 CUDA_STRIP_ELEMENTS = 1 << 22
 SHARED_ELEMENTS = 1 << 22  # of all strips that are encoded side by side on the CPU
-THREADS = 8  # that do so, at most
-
-_pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("strips", default=None)
-_threads: ContextVar[int] = ContextVar("threads", default=1)  # of that pool
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
@@ -34,7 +23,7 @@ def row_strips(weight: Tensor, rows: int) -> Iterator[slice]:
 def shared_strips(weight: Tensor, rows: int) -> Iterator[slice]:
     """The same, of those that `each` works on side by side: smaller ones where it has many threads."""
     elements = strip_elements(weight.device.type)
-    return strips_of(weight.shape, rows, min(elements, SHARED_ELEMENTS // _threads.get()))
+    return strips_of(weight.shape, rows, min(elements, SHARED_ELEMENTS // working()))
 
 
 def cached_strips(tensor: Tensor) -> Iterator[slice]:
@@ -59,60 +48,6 @@ def strip_elements(device: str) -> int:
     return CUDA_STRIP_ELEMENTS if device == "cuda" else STRIP_ELEMENTS
 
 
-@contextmanager
-def side_by_side(device: torch.device) -> Iterator[None]:
-    """Meanwhile `each` has as many threads as torch has here, where tensors are on the CPU. Each of them works alone: torch's own
-    threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that write and read.
-    """
-    before = torch.get_num_threads()
-    count = min(before, THREADS)
-    if count == 1 or device.type != "cpu":
-        yield
-        return
-    begun = Barrier(count + 1)
-
-    def begin() -> None:
-        torch.set_num_threads(1)  # of this thread; but also of those that begin after it
-        begun.wait()
-
-    with ThreadPoolExecutor(count, thread_name_prefix="strip", initializer=begin) as pool:
-        try:
-            for _ in range(count):
-                pool.submit(int)
-            begun.wait()
-        except BaseException:  # a thread that the system does not give, or Ctrl-C: those that wait here must end
-            begun.abort()
-            raise
-        torch.set_num_threads(before)
-        tokens = _pool.set(pool), _threads.set(count)
-        try:
-            yield
-        finally:
-            _pool.reset(tokens[0])
-            _threads.reset(tokens[1])
-
-
 def at_once(elements: int) -> int:
     """How many strips of so many weights may be worked on side by side: those of tall tiles are larger than others."""
     return max(SHARED_ELEMENTS // max(elements, 1), 1)
-
-
-def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = THREADS) -> list[Result]:
-    """What `work` gives for each job, in their order; at most `most` at a time."""
-    pool, todo = _pool.get(), list(jobs)
-    if pool is None or len(todo) == 1 or most == 1:
-        return [work(job) for job in todo]
-    found: dict[int, Result] = {}
-    numbers = iter(range(len(todo)))  # from which every thread takes its next one
-    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
-
-    def some() -> None:
-        with torch.inference_mode(inference):
-            for number in numbers:
-                found[number] = work(todo[number])
-
-    threads = [pool.submit(some) for _ in range(min(THREADS, most, len(todo)))]
-    wait(threads)
-    for thread in threads:
-        thread.result()
-    return [found[number] for number in range(len(todo))]

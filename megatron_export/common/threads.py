@@ -2,16 +2,44 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from threading import Barrier
+from typing import Any, TypeVar
 
 import torch
 
 MOST = 8  # threads; each holds what it works on
 SPARED = 31 << 20  # glibc keeps memory of up to so many bytes for the next use, once it was given such a piece back
 
+_pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
+_working: ContextVar[int] = ContextVar("working", default=1)  # threads of that pool
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 Each = Callable[[Callable[[Any], Any], Iterable], Iterator]  # as `map`
+
+
+@contextmanager
+def _started(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, of which each has one of torch's; this thread keeps its own. All have begun when it is entered."""
+    before, begun = torch.get_num_threads(), Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread; but also of those that begin after it
+        begun.wait()
+
+    with ThreadPoolExecutor(count, thread_name_prefix="strip", initializer=begin) as pool:
+        try:
+            for _ in range(count):
+                pool.submit(int)
+            begun.wait()
+        except BaseException:  # a thread that the system does not give, or Ctrl-C: those that wait here must end
+            begun.abort()
+            raise
+        torch.set_num_threads(before)
+        yield pool
 
 
 @contextmanager
@@ -28,7 +56,7 @@ def threads(most: int = MOST) -> Iterator[Each]:
         yield map
         return
 
-    def each(function: Callable[[Any], Any], jobs: Iterable) -> Iterator:
+    def in_order(function: Callable[[Any], Any], jobs: Iterable) -> Iterator:
         waiting: deque[Future] = deque()
         try:
             for job in jobs:
@@ -41,10 +69,54 @@ def threads(most: int = MOST) -> Iterator[Each]:
             for future in waiting:
                 future.cancel()
 
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with _started(count) as pool:
         torch.set_num_threads(1)
         try:
-            yield each
+            yield in_order
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
+
+
+@contextmanager
+def side_by_side(device: torch.device) -> Iterator[None]:
+    """Meanwhile `each` has as many threads as torch has here, where tensors are on the CPU. Each of them works alone: torch's own
+    threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that write and read.
+    """
+    count = min(torch.get_num_threads(), MOST)
+    if count == 1 or device.type != "cpu":
+        yield
+        return
+    with _started(count) as pool:
+        tokens = _pool.set(pool), _working.set(count)
+        try:
+            yield
+        finally:
+            _pool.reset(tokens[0])
+            _working.reset(tokens[1])
+
+
+def working() -> int:
+    """How many threads `each` has."""
+    return _working.get()
+
+
+def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -> list[Result]:
+    """What `work` gives for each job, in their order; at most `most` at a time."""
+    pool, todo = _pool.get(), list(jobs)
+    if pool is None or len(todo) == 1 or most == 1:
+        return [work(job) for job in todo]
+    found: dict[int, Result] = {}
+    numbers = iter(range(len(todo)))  # from which every thread takes its next one
+    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
+
+    def some() -> None:
+        with torch.inference_mode(inference):
+            for number in numbers:
+                found[number] = work(todo[number])
+
+    threads = [pool.submit(some) for _ in range(min(MOST, most, len(todo)))]
+    wait(threads)
+    for thread in threads:
+        thread.result()
+    return [found[number] for number in range(len(todo))]

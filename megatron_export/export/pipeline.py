@@ -17,7 +17,7 @@ from ..checkpoint.torch_dist import MegatronCheckpoint
 from ..common.errors import ExportError
 from ..common.options import takes_options
 from ..common.progress import Progress, quiet
-from ..common.strips import side_by_side
+from ..common.threads import side_by_side
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.topology import Topology

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..calibration.lookup import measured
 from ..common.errors import report
-from ..common.strips import cached_strips, each
+from ..common.strips import cached_strips
+from ..common.threads import each
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded

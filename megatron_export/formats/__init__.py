@@ -22,8 +22,9 @@ from torch import Tensor
 from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece
-from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, at_once, each, shared_strips
+from ..common.strips import CUDA_STRIP_ELEMENTS, SHARED_ELEMENTS, at_once, shared_strips
 from ..common.text import near
+from ..common.threads import each
 from . import (
     bf16,
     cuda_kernels,

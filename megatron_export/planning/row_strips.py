@@ -58,7 +58,7 @@ def placed(item: Item, shards: list[dict[str, Piece]]) -> Iterator[tuple[Output,
         if Axis.OUT not in piece.axes:
             yield wholes[name], piece.data
         elif item.source.cut is Axis.OUT:
-            yield from (_strip(item, wholes[name], n, one.data) for n, one in enumerate(found) if one.data.numel())
+            yield from (_strip(item, wholes[name], n, one.data) for n, one in enumerate(found))
         else:
             yield _strip(item, wholes[name], 0, join(found, item.source.cut).data)
 

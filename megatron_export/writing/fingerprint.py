@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.strips import cached_strips, each
+from ..common.strips import cached_strips
+from ..common.threads import each
 
 THREADS = 8  # files whose sha256 is made at a time
 _WORD = 4  # bfloat16 numbers in 64 bits

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_export import formats
-from megatron_export.common import strips
+from megatron_export.common import threads
 from megatron_export.common.piece import Amax
 from megatron_export.formats import cpu, fp8
 
@@ -65,7 +65,7 @@ def test_strips_side_by_side_make_the_same_bytes_and_leave_torchs_threads(name: 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        with strips.side_by_side(weight.device):
+        with threads.side_by_side(weight.device):
             found = formats.encode(form, torch.nn.Parameter(weight), amax)
         assert torch.get_num_threads() == 3
     finally:
@@ -82,10 +82,10 @@ def test_what_one_strip_raises_is_raised() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with strips.side_by_side(torch.device("cpu")):
-            assert strips.each(work, [0, 1, 2]) == [0, 0, 1]
+        with threads.side_by_side(torch.device("cpu")):
+            assert threads.each(work, [0, 1, 2]) == [0, 0, 1]
             with pytest.raises(ZeroDivisionError):
-                strips.each(work, range(9))
+                threads.each(work, range(9))
     finally:
         torch.set_num_threads(before)
 
