@@ -41,12 +41,23 @@ def check_calibration(plan: Plan, calibration: Statistics | None) -> None:
     report([problem for item in plan.items for problem in _problems(item, calibration)])
 
 
+def numbers_on(device: torch.device, calibration: Statistics) -> Statistics:
+    """The same statistics, those that are one float32 number on `device`: all are sent at once, as each alone is waited for."""
+    numbers = [name for name, value in calibration.items() if not value.dim() and value.dtype == torch.float32]
+    if device.type == "cpu" or not numbers:
+        return calibration
+    sent = torch.stack([calibration[name] for name in numbers]).to(device)
+    return calibration | dict(zip(numbers, sent.unbind(), strict=True))
+
+
 def measured(item: Item, calibration: Statistics, device: torch.device) -> Measured:
     """What the statistics say of one item, on `device`."""
     needed = {name: calibration[name] for name in needed_by(item)}
     smoothed = item.smoothed
     vectors = {name: needed[name] for name in smoothed.vectors}
-    amax = torch.tensor(torch.nan)  # a format that is given none and uses it writes NaN, which is refused
+    amax = torch.full(
+        (), torch.nan, device=device
+    )  # a format that is given none and uses it writes NaN, which is refused
     if item.form and item.form.measures:
         name = input_key(item.source.canonical.removesuffix(".weight"))
         # ModelOpt rounds the amax of smoothed inputs to the model's bfloat16

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..calibration.lookup import measured
+from ..calibration.lookup import measured, numbers_on
 from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
@@ -52,6 +52,7 @@ class Stream:
         self.here = here
         self.work = work
         self.take = take
+        self.statistics = numbers_on(here.device, work.calibration)
         self.sent = 0
 
     def run(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
@@ -95,7 +96,7 @@ class Stream:
     def _split(self, bucket: Bucket) -> _Split:
         here, work = self.here, self.work
         mine = {item.source.canonical: item for item in bucket.items if here.rank in item.ranks}
-        numbers = {name: measured(item, work.calibration, here.device) for name, item in mine.items()}
+        numbers = {name: measured(item, self.statistics, here.device) for name, item in mine.items()}
         index = {name: item.ranks.index(here.rank) for name, item in mine.items()}
         for name, item in mine.items():
             if item.kept:

@@ -178,9 +178,9 @@ def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
     packed = empty((size_of(message),), torch.uint8, tensors[0].device)
     offset = 0
     for output, data in zip(message, tensors, strict=True):
-        found = data.dtype, tuple(data.shape)
-        said = f"{output.name} is {found[0]} {found[1]}, and was planned as {output.dtype} {output.shape}"
-        assert found == (output.dtype, output.shape), said
+        assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), (
+            f"{output.name} is {data.dtype} {tuple(data.shape)}, and was planned as {output.dtype} {output.shape}"
+        )
         packed[offset : offset + output.nbytes] = data.contiguous().reshape(-1).view(torch.uint8)
         offset += _padded(output.nbytes)
     return packed

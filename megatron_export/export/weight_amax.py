@@ -18,7 +18,7 @@ from ..models.statistic_names import weight_key
 from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.fingerprint import added, checksum, checksum_of, of_settings
+from ..writing.fingerprint import added, checksum, checksum_of, forget, of_settings
 
 
 def survey(
@@ -31,17 +31,21 @@ def survey(
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
     with together(here, "read the weights"):
-        largest, sums = [], {}
+        largest, summed, scales_of = [], [], {}
         for item in heeded(mine):
             shard = shards[item.source.canonical]  # once: it may be read from disk
-            found, sums[item.source.canonical] = _read(here, item, shard, calibration)
+            found, number = _read(here, item, shard, calibration)
             largest.append(found)
+            summed.append(number)
             if item.kept:
                 scales = shards.scales(item.source.canonical, blocks_of(item.form))
-                sums[f"scales of {item.source.canonical}"] = _checksum_of_scales(here, item, scales)
+                scales_of[f"scales of {item.source.canonical}"] = _checksum_of_scales(here, item, scales)
         values = torch.stack(largest) if largest else torch.zeros(0, device=here.device)
         bad = [item for item, finite in zip(mine, values.isfinite().tolist(), strict=True) if not finite]
         report([f"NaN or Inf in {', '.join(item.source.names().values())}" for item in bad])
+        numbers = torch.stack(summed).tolist() if summed else []
+        sums = scales_of | {item.source.canonical: number for item, number in zip(mine, numbers, strict=True)}
+        forget()
     return _agreed(here, plan, mine, values, calibration), _digest(collectives.at_first(here, sums))
 
 
@@ -67,8 +71,8 @@ def _agreed(
     return amaxes
 
 
-def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The amax of what is quantized of a shard, float32 [], and the checksum of the shard."""
+def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The amax of what is quantized of a shard, float32 [], and the checksum of the shard, int64 []; a GPU is not waited for."""
     source, index = item.source, item.ranks.index(here.rank)
     cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
     rows = tuple(range(cut.start, cut.stop) for cut in cuts)
@@ -80,16 +84,17 @@ def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tens
     return torch.stack([_amax(part.data)[0] for part in parts]).amax(), _amax(real, summed)[1]
 
 
-def _amax(values: Tensor, summed: Callable[[slice], int] = lambda rows: 0) -> tuple[Tensor, int]:
+def _amax(values: Tensor, summed: Callable[[slice], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible. And the sum of what `summed` says of all
-    rows, which are in the cache then.
+    rows, which are in the cache then, int64 [].
     """
+    nothing = torch.zeros((), dtype=torch.int64, device=values.device)
     if values.numel() == 0:
-        return torch.zeros((), device=values.device), 0
+        return nothing.float(), nothing
     values = values if values.dim() else values.reshape(1)
-    found = each(lambda rows: (amax_of(values[rows]), summed(rows)), cached_strips(values))
+    found = each(lambda rows: (amax_of(values[rows]), summed(rows) if summed else nothing), cached_strips(values))
     largest, sums = zip(*found, strict=True)
-    return torch.stack(largest).amax(), added(sums)
+    return torch.stack(largest).amax(), torch.stack(sums).sum()
 
 
 def _checksum_of_scales(here: Topology, item: Item, scales: Tensor) -> int:

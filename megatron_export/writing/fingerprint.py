@@ -26,17 +26,17 @@ def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int =
     rows    which rows of the tensor it has, in its order; None: all of them
     column  which column of the tensor its first is
     """
-    return added(each(checksum_of(shard, rows, column), cached_strips(shard)))
+    return added(map(int, each(checksum_of(shard, rows, column), cached_strips(shard))))
 
 
-def checksum_of(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> Callable[[slice], int]:
-    """The same of some of its rows."""
+def checksum_of(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> Callable[[slice], Tensor]:
+    """The same of some of its rows, int64 [] on their device, so that a GPU need not be waited for."""
     matrix = shard.flatten(1) if shard.dim() > 1 else shard.reshape(-1, 1)
     bits = matrix.contiguous().view(torch.int16)
     height, width = bits.shape
     words = range(column // _WORD, -(-(column + width) // _WORD))
-    of_rows = _mixed(rows or (range(height),)).to(bits.device) | 1
-    of_words = _mixed((words,)).to(bits.device) << 1
+    of_rows = _mixed(rows or (range(height),), bits.device) | 1
+    of_words = _mixed((words,), bits.device) << 1
     if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
         numbers, of_columns = bits.view(torch.int64), of_words
     else:
@@ -44,21 +44,26 @@ def checksum_of(shard: Tensor, rows: tuple[range, ...] | None = None, column: in
         numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD))
         of_columns = of_words[columns // _WORD - words.start]
 
-    def of_strip(strip: slice) -> int:
+    def of_strip(strip: slice) -> Tensor:
         mine = numbers[strip]
-        return int((mine.sum(dim=1) * of_rows[strip]).sum() + (mine.sum(dim=0) * of_columns).sum())
+        return (mine.sum(dim=1) * of_rows[strip]).sum() + (mine.sum(dim=0) * of_columns).sum()
 
     return of_strip
 
 
-@lru_cache(maxsize=64)  # layers are alike; on the CPU, as a GPU has nothing to spare for later
-def _mixed(numbers: tuple[range, ...]) -> Tensor:
+@lru_cache(maxsize=64)  # layers are alike
+def _mixed(numbers: tuple[range, ...], device: torch.device) -> Tensor:
     """A number for each whose bits are well mixed, int64, much as splitmix64 mixes them."""
     mixed = torch.cat([torch.arange(part.start + 1, part.stop + 1) for part in numbers])
     mixed = mixed * -7046029254386353131
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
-    return mixed ^ (mixed >> 31)
+    return (mixed ^ (mixed >> 31)).to(device)
+
+
+def forget() -> None:
+    """Give back what was kept for shards that are alike: a GPU has nothing to spare for later."""
+    _mixed.cache_clear()
 
 
 def added(checksums: Iterable[int]) -> int:

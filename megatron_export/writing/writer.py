@@ -96,9 +96,9 @@ class CheckpointWriter:
         for output, tensor in tensors:
             if not self.wants(output):
                 continue
-            found = tensor.dtype, tuple(tensor.shape)
-            said = f"{output.name} is {found[0]} {found[1]}, and was planned as {output.dtype} {output.shape}"
-            assert found == (output.dtype, output.shape), said
+            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (
+                f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, and was planned as {output.dtype} {output.shape}"
+            )
             self._begin(self.homes[output.name])
             yield output, tensor
 
