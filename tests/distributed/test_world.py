@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_export import load_calibration
+from megatron_export import calibrate, load_calibration
 from megatron_export.checkpoint.original import read_original
 from megatron_export.checkpoint.torch_dist import MegatronCheckpoint
 from megatron_export.common.errors import ExportError, RankLost
@@ -19,7 +19,7 @@ from megatron_export.export.pipeline import Clock, exported
 from megatron_export.export.prepare import open_export
 from megatron_export.planning.request import Request
 
-from ..support.live import loaded
+from ..support.live import batches, loaded
 from ..support.models import assert_same, read_json, tensors
 from ..support.ranks import Ranks
 from ..support.saving import PLACE, export_and_save
@@ -122,3 +122,20 @@ def test_a_process_alone_starts_a_world_and_ends_it() -> None:
     with pytest.raises(ExportError, match="no such layer"), world.plain(5):
         raise ExportError("no such layer")
     assert not dist.is_initialized()
+
+
+def calibrated(source: Path) -> None:
+    """In a rank: a model whose rotary embeddings Megatron-Core keeps in a cache, and its groups with them."""
+    with loaded(source, tp=2) as (model, _):
+        calibrate(model, batches(source), format="fp8")
+
+
+def threads() -> list[str]:
+    """In a rank: the names of its threads."""
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+def test_the_threads_of_a_world_end_with_it(models: dict[str, Path], ranks: Ranks) -> None:
+    """In the ranks of these tests, which are many worlds one after another: what one left would slow down all later ones."""
+    ranks.call(2, calibrated, models["llama31"])
+    assert [name for names in ranks.call(2, threads) for name in names if "gloo" in name] == []

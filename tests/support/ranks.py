@@ -1,5 +1,6 @@
 """A pool of processes that play the ranks of a `torchrun`: they import once, and every call is a new little world."""
 
+import gc
 import os
 import pickle
 import socket
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_export.cli import export_command, flags
 from megatron_export.common.optional import part
@@ -30,6 +32,13 @@ for late in (
     import_module(f"megatron_export.{late}")
 for late in ("rich.console", "rich.progress", "numpy.ctypeslib", "safetensors.torch"):
     import_module(late)
+ROTARY = [
+    getattr(import_module(f"megatron.core.models.common.embeddings.{file}"), name)
+    for file, name in (
+        ("rotary_pos_embedding", "RotaryEmbedding"),
+        ("yarn_rotary_pos_embedding", "YarnRotaryEmbedding"),
+    )
+]
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 3  # which of pytest's processes
@@ -114,6 +123,7 @@ def as_rank(rank: int, world: int, port: int) -> None:
 
 
 def _serve(pipe: Connection, rank: int) -> None:
+    gc.freeze()  # what was imported is not looked through after every call
     while True:
         world, port, function, args, kwargs = pipe.recv()
         as_rank(rank, world, port)
@@ -125,7 +135,21 @@ def _serve(pipe: Connection, rank: int) -> None:
             with suppress(Exception):  # the next test starts groups of its own
                 parallel_state.destroy_model_parallel()
                 torch.distributed.destroy_process_group()
+        _forget_world()
         pipe.send(answer)
+
+
+def _forget_world() -> None:
+    """Let go of what holds groups of a world that has ended: each has a thread of gloo's, which wakes a hundred times a second.
+
+    Megatron-Core caches what its rotary embeddings gave, and with it up to 32 of them, and leaves some groups in its globals.
+    """
+    for kind in ROTARY:
+        kind.forward.cache_clear()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, ProcessGroup):
+            setattr(parallel_state, name, None)
+    gc.collect()
 
 
 def command(*flags: object) -> tuple[int, str]:
