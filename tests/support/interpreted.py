@@ -4,6 +4,8 @@ Run as a module of its own, as the interpreter must be asked for before Triton i
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa:
 from megatron_export.common.piece import Amax  # noqa: E402
 from megatron_export.formats import awq, cuda_kernels, triton_scales  # noqa: E402
 
-from .kernel_cases import cases, decided, outputs, searched_cases, smoothings, wrong, wrongly_rounded  # noqa: E402
+from .kernel_cases import FORMS, cases, decided, outputs, searched_cases, smoothings, wrong, wrongly_rounded  # noqa: E402
 from .models import same  # noqa: E402
 
 DTYPES = {
@@ -25,6 +27,7 @@ DTYPES = {
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
 }
+ALL_NUMBERS = 510 * 128  # finite ones of bfloat16
 NUMPY = {tl.float64: np.float64, tl.float32: np.float32, tl.bfloat16: np.uint16, tl.float8e4nv: np.uint8}
 
 
@@ -51,15 +54,28 @@ def cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, mode:
     return TensorHandle(made.view(torch.uint8).numpy().view(NUMPY[target.scalar]), target.scalar)
 
 
+def by_size(judge: Callable, case: tuple, *rest: Any) -> str:
+    """What `judge` says, with few large programs for weights of all numbers, several small ones for others.
+
+    The interpreter takes nearly as long for a program of few elements as for one of thousands. Those of fp8_pc_pt take a row each.
+    """
+    large = case[2].numel() >= ALL_NUMBERS
+    cuda_kernels.LANES, cuda_kernels.TILE, cuda_kernels.SMOOTHED_ROWS = (
+        (1024, 1 << 14, 512) if large else (256, 4096, 32)
+    )
+    if case[1] is FORMS["fp8_pc_pt"]:
+        cuda_kernels.TILE = 128
+    return judge(case, *rest)
+
+
 def main() -> None:
     """Run all cases."""
     InterpreterBuilder.create_fma = fma
     for name in ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, cast)
     with np.errstate(all="ignore"):
-        cuda_kernels.LANES = 256  # the interpreter is as slow for 32
-        said = [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in cases(seed=0, count=3)]
-        said += [wrongly_rounded(smoothed, "cpu") for smoothed in smoothings(seed=0)]
+        said = [by_size(wrong, case, cuda_kernels.made_for(case[1]), "cpu") for case in cases(seed=0, count=3)]
+        said += [by_size(wrongly_rounded, smoothed, "cpu") for smoothed in smoothings(seed=0)]
         cuda_kernels.LANES = 1 << 14
         amaxes = torch.tensor([0.0, 7.0, 0.1, 2.0**-133, 3.0e38])
         said += [wrong(case, cuda_kernels.made_for(case[1]), "cpu") for case in searched_cases(0, amaxes)]
