@@ -67,7 +67,7 @@ class Clips(Observer):
                 nothing = torch.zeros(len(CLIP_RATIOS), *groups, dtype=torch.float64, device=weight.device)
                 self.losses.setdefault((name, key), nothing)
                 continue
-            vector = shard.columns(self.statistics[vector_key(vector_home(name), key)])
+            vector = shard.mine_of(self.statistics[vector_key(vector_home(name), key)])
             smoothed = (shard.weight.float() / vector).to(torch.bfloat16)
             inputs_of = shard.inputs * vector.to(torch.bfloat16)
             losses = (

@@ -1,14 +1,16 @@
 """The second look at activations: AWQ's search for alpha, and with it for the smoothing vector.
 
-Each linear is compared with itself as it is called: its output with a rounded weight against its output without. Nothing is kept
-but losses. An alpha's loss is the mean squared difference of the bfloat16 outputs of a micro-batch, rounded to float32 and summed
-over micro-batches in float64, which rounds nothing: it does not matter which replica saw which. The first smallest loss wins.
-Linears that read one norm share their vector, and so do the experts of a layer: the loss is that of all of them. An expert's loss
-is the mean over all tokens that it was given; its squares add up in float64, nearly exactly.
+Each linear is compared with itself as it is called: its output with a rounded weight against its output without; where it is called
+with many tokens, by the square of its inputs (formats/awq_gram.py). Nothing is kept but losses. An alpha's loss is the mean squared
+difference of the bfloat16 outputs of a micro-batch, rounded to float32 and summed over micro-batches in float64, which rounds
+nothing: it does not matter which replica saw which. The first smallest loss wins. Linears that read one norm share their vector,
+and so do the experts of a layer: the loss is that of all of them. An expert's loss is the mean over all tokens that it was given;
+its squares add up in float64, nearly exactly.
 
 Under tensor parallelism the loss is that of the whole linear. Column-parallel ranks add up the squares of their rows. Row-parallel
-ranks add up partial products in float32, and only then round and square. If a group lies on two ranks, both gather weight and
-input. Vectors are made on the CPU. Only the order in which products are summed depends on the topology.
+ranks add up partial products in float32, and only then round and square; for the square they gather the inputs, and each takes some
+rows of the weight. If a group lies on two ranks, both gather weight and input. Vectors are made on the CPU. Only the order in which
+products are summed depends on the topology.
 Source: AWQ, arXiv 2306.00978; ModelOpt 0.47's awq_lite, there per rank.
 """
 
@@ -25,7 +27,7 @@ from ..common.errors import ExportError
 from ..common.piece import Axis
 from ..distributed.collectives import everyone, maximum, spread, total, whole
 from ..distributed.topology import Cut, Topology
-from ..formats import awq
+from ..formats import awq, awq_gram
 from ..formats.awq import ALPHAS, SHARED, search_of
 from ..models import cut_of, is_expert, pooled, vector_home
 from ..models.layouts import even_cut
@@ -52,13 +54,27 @@ class LinearShard:
             return None  # such a linear cannot be exported in the format, and may be left out of it
         weight, inputs = weight.detach().to(torch.bfloat16), inputs.flatten(0, -2).to(torch.bfloat16)
         if axis is Axis.IN and weight.shape[1] % group:
-            return cls(cut, None, whole(cut, weight, 1), whole(cut, inputs, 1))
+            return cls(cut, None, *_whole_inputs(cut, weight, inputs))
         return cls(cut, axis, weight, inputs)
 
     @property
     def rows(self) -> int:
         """Outputs of the whole linear."""
         return self.weight.shape[0] * (self.cut.size if self.axis is Axis.OUT else 1)
+
+    @property
+    def columns(self) -> int:
+        """Inputs of the whole linear."""
+        return self.weight.shape[1] * (self.cut.size if self.axis is Axis.IN else 1)
+
+    def with_whole_inputs(self) -> "LinearShard":
+        """The same linear, where ranks that had some of the inputs each have all for some of the rows, or for all."""
+        if self.axis is not Axis.IN:
+            return self
+        weight, inputs = _whole_inputs(self.cut, self.weight, self.inputs)
+        if len(weight) % self.cut.size:
+            return LinearShard(self.cut, None, weight, inputs)
+        return LinearShard(self.cut, Axis.OUT, weight.chunk(self.cut.size)[self.cut.rank].clone(), inputs)
 
     def importance(self, group: int) -> Tensor:
         """AWQ's |w| / largest |w| of its group, summed over the rows of the whole linear: float64 [in], exact."""
@@ -67,7 +83,7 @@ class LinearShard:
             return total(sums, self.cut.group)
         return whole(self.cut, sums, 0) if self.axis is Axis.IN else sums
 
-    def columns(self, vectors: Tensor) -> Tensor:
+    def mine_of(self, vectors: Tensor) -> Tensor:
         """What this shard has of vectors [..., in], on its device."""
         mine = even_cut(vectors.shape[-1], self.cut.rank, self.cut.size) if self.axis is Axis.IN else slice(None)
         return vectors[..., mine].to(self.weight.device)
@@ -75,7 +91,7 @@ class LinearShard:
     def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """inputs @ weight.T, float32 or bfloat16: the rows of this shard, or whole where the inputs are cut."""
         if self.axis is Axis.IN:
-            return total(_float32_product(inputs, weight), self.cut.group)
+            return total(awq.float32_product(inputs, weight), self.cut.group)
         with _rounded_once():
             return inputs @ weight.T
 
@@ -94,6 +110,11 @@ class LinearShard:
         return maximum(mine, self.cut.group) if self.axis is not None else mine
 
 
+def _whole_inputs(cut: Cut, *shards: Tensor) -> list[Tensor]:
+    """Weights and inputs of which each rank has a part of the columns, in the memory that they have where nothing is cut."""
+    return [whole(cut, shard, 1).contiguous() for shard in shards]
+
+
 @contextmanager
 def _rounded_once() -> Iterator[None]:
     """bfloat16 products on CUDA are rounded when all is summed: by default partial sums may be, too."""
@@ -104,12 +125,6 @@ def _rounded_once() -> Iterator[None]:
         yield
     finally:
         settings.allow_bf16_reduced_precision_reduction = before
-
-
-def _float32_product(inputs: Tensor, weight: Tensor) -> Tensor:
-    if inputs.is_cuda:
-        return torch.mm(inputs, weight.T, out_dtype=torch.float32)
-    return inputs.float() @ weight.float().T
 
 
 class Alphas(Observer):
@@ -180,7 +195,12 @@ class Alphas(Observer):
                 continue
             squares = torch.zeros(len(ALPHAS), dtype=torch.float64, device=weight.device)
             if tokens := shard.inputs.shape[0]:
-                squares = _squares(shard, search, shard.columns(self.factors[vector_home(name), key]))
+                # the calls of an expert have as many tokens as ranks exchange, whose number decides nothing
+                by_gram = not expert and awq_gram.pays(tokens, shard.rows, shard.columns)
+                shard = shard.with_whole_inputs() if by_gram else shard
+                squares = (_squares_by_gram if by_gram else _squares)(
+                    shard, search, shard.mine_of(self.factors[vector_home(name), key])
+                )
             name_of_all, count = pooled(name), tokens * shard.rows if expert else 1
             losses = squares if expert else shard.mean(squares)
             self.losses[name_of_all, key] = self.losses.get((name_of_all, key), 0) + losses
@@ -216,13 +236,25 @@ class Alphas(Observer):
 def _squares(shard: LinearShard, search: awq.Search, vectors: Tensor) -> Tensor:
     """Squares of what each of some vectors of factors [alphas, in] changes in the outputs of a linear, float64 [alphas]."""
     expected = shard.product(shard.inputs, shard.weight).to(torch.bfloat16)
-    factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)
-    amaxes = shard.amaxes(shard.weight, factors) if search.per_tensor else [None] * len(factors)
+    factors, inverses, amaxes = _rounding(shard, search, vectors)
     products = (
         shard.product(awq.scaled(search, shard.inputs, inverse), awq.rounded(search, shard.weight, mine, amax))
         for mine, inverse, amax in zip(factors, inverses, amaxes, strict=True)
     )
     return torch.stack([shard.difference(product, expected) for product in products])
+
+
+def _squares_by_gram(shard: LinearShard, search: awq.Search, vectors: Tensor) -> Tensor:
+    """The same without outputs, of a shard that has all inputs."""
+    found = awq_gram.squares(search, shard.inputs, shard.weight, *_rounding(shard, search, vectors))
+    return total(found, shard.cut.group) if shard.axis is Axis.OUT else found
+
+
+def _rounding(shard: LinearShard, search: awq.Search, vectors: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """bfloat16 factors and their inverses, and the amaxes of the whole weight times each, where its rounding depends on them."""
+    factors, inverses = vectors.to(torch.bfloat16), (1 / vectors).to(torch.bfloat16)
+    amaxes = [*shard.amaxes(shard.weight, factors)] if search.per_tensor else [None] * len(factors)
+    return factors, inverses, amaxes
 
 
 def check_finite(here: Topology, losses: dict[tuple[str, str], Tensor]) -> None:

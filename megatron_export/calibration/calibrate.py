@@ -52,9 +52,10 @@ def calibrate(
     head        measure the input of the output layer too, for a recipe that quantizes it
     sensitivities  formats, or `Form`s with options, whose cost in every linear is measured too, as `effective_bits` chooses by it:
                 one more pass, with gradients, which keeps the activations of all layers (calibration/sensitivity.py)
-    Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input and
-    twice the output in float32 of one linear, four copies of its weight (the whole linear's, where a shard cuts a group), 44 bytes
-    for every input channel and search, and, when clipping, at most 1 GiB (or one linear's) of losses.
+    Every result serves fp8, nvfp4 and every KV cache too; bf16 alone needs nothing and gives {}. Memory on a rank: the input of one
+    linear, and twice its output in float32 or, of many tokens, its square [in, in], four copies of its weight (the whole linear's,
+    where a shard's inputs are gathered), 44 bytes for every input channel and search, and, when clipping, at most 1 GiB (or one
+    linear's) of losses.
     Collective: all ranks call it. `ExportError` for tokens outside the (padded) vocabulary, and for NaN or Inf in activations,
     naming the module. An exception of the model itself is raised on its rank alone, as in training.
     """

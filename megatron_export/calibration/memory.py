@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ..common.strips import strip_elements
+from ..formats import awq_gram
 from ..models import is_expert
 from ..models.hf_config import text_of
 from ..planning.parameter import Item
@@ -26,6 +27,9 @@ GATED = {"cpu": 12, "cuda": 8}  # gate and up, silu(gate), their product; a CPU 
 LOGITS = {"cpu": 6, "cuda": 4}  # as computed, and transposed, or on a CPU in float32
 LOGITS_WITH_LOSS = 12  # in float32 for the loss of layers that predict one more token
 SEARCHED = {"input": 4, "output": 10}  # bfloat16 and smoothed; bfloat16, and in float32 twice
+SQUARED = {"cpu": 12, "cuda": 4}  # inputs of a linear whose square is made: as gathered, on a CPU in float32 too
+SQUARE = {"cpu": 12, "cuda": 6}  # what is kept of it, and a block in float32
+PRODUCT = 4  # of a float32 output of one block of it
 COPIES = {"cpu": 16, "cuda": 8}  # of a searched weight: four, which the CPU multiplies in float32
 STRIP_COPIES = 24  # of a number in a strip of a weight that is rounded: six in float32
 
@@ -78,8 +82,18 @@ def _searched(plan: Plan, grid: Grid, batch: MicroBatch, device: str) -> Iterato
         tokens = _exchanged(grid, batch) if is_expert(item.source.canonical) else batch.tokens
         out, inputs = item.shard_shape
         held = tokens * (SEARCHED["input"] * inputs + SEARCHED["output"] * out)
+        if not is_expert(item.source.canonical) and awq_gram.pays(tokens, *item.source.shape):
+            held = _squared(item, tokens, device)
         strip = STRIP_COPIES * min(strip_elements(device), out * inputs)
         yield held + strip + COPIES[device] * prod(item.shard_shape) + CLIP_BYTES * plan.awq.smoothing.clip
+
+
+def _squared(item: Item, tokens: int, device: str) -> int:
+    """What the square of a linear's inputs takes, and inputs and weights that are gathered for it."""
+    rows, columns = item.source.shape
+    gathered = 4 * rows * columns if item.shard_shape[1] < columns else 0  # bfloat16 parts, and joined
+    product = PRODUCT * rows * min(columns, awq_gram.WIDTH)
+    return SQUARED[device] * tokens * columns + SQUARE[device] * columns**2 + product + gathered
 
 
 def _size_of(item: Item) -> tuple:

@@ -85,8 +85,19 @@ def largest(weight: Tensor, factors: Tensor) -> Tensor:
 
     Of a column's magnitudes the largest stays so when all are multiplied by one factor and rounded: it alone need be.
     """
-    columns = torch.maximum(weight.amax(0), -weight.amin(0))
-    return (columns * factors).amax(dim=1).float()
+    return (largest_of_columns(weight) * factors).amax(dim=1).float()
+
+
+def largest_of_columns(weight: Tensor) -> Tensor:
+    """The largest magnitude of each column of a [out, in] weight: [in]."""
+    return torch.maximum(weight.amax(0), -weight.amin(0))
+
+
+def float32_product(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other.T of numbers of 16 bits or float32, added up in float32: float32."""
+    if one.is_cuda:
+        return torch.mm(one, other.T, out_dtype=torch.float32)
+    return one.float() @ other.float().T
 
 
 def squares(product: Tensor, expected: Tensor) -> Tensor:

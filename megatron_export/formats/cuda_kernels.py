@@ -95,15 +95,14 @@ def works(device: torch.device) -> bool:
     try:
         encode_fp8(torch.ones(1, 1, dtype=torch.bfloat16, device=device), Amax(*torch.ones(2, device=device)))
     except Exception as error:  # of Triton, of the compilers it calls, of a cache that cannot be written
-        warnings.warn(
-            f"{device}: Triton cannot compile kernels, so encoding and AWQ's search take longer. It says: {error}",
-            stacklevel=2,
-        )
+        said = f"{device}: Triton cannot compile kernels, so encoding and AWQ's search take longer. It says: {error}"
+        warnings.warn(said, stacklevel=2)
         return False
     return True
 
 
-def _kernels(file: str = "triton_kernels") -> ModuleType:
+def kernels(file: str = "triton_kernels") -> ModuleType:
+    """A file of kernels, which needs Triton."""
     return import_module(f".{file}", __package__)
 
 
@@ -130,7 +129,7 @@ def _check(*tensors: Tensor) -> None:
             )
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
     """Run so many programs of a kernel: the one place where kernels start."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     _check(*tensors)
@@ -143,7 +142,7 @@ def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     amaxes, scales = _scalars(weight, amax)
     size = weight.numel()
-    _launch(_kernels().fp8, -(-size // TILE), weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
+    launch(kernels().fp8, -(-size // TILE), weight, *amaxes, codes, *scales, size, *LIMITS["fp8"], TILE=TILE)
     return fp8.pieces(codes, *scales)
 
 
@@ -154,7 +153,7 @@ def encode_fp8_pb(weight: Tensor, amax: Amax | None = None, native: bool = True)
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     scale = torch.empty(down, 1, across, 1, device=weight.device)
     sizes = *weight.shape, *LIMITS["fp8_pb"]
-    _launch(_kernels().fp8_pb, down * across, weight, codes, scale, *sizes, BLOCK=block, num_warps=8)
+    launch(kernels().fp8_pb, down * across, weight, codes, scale, *sizes, BLOCK=block, num_warps=8)
     return fp8_pb.pieces(codes, scale, native)
 
 
@@ -170,14 +169,14 @@ def encode_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[str, P
     if scales != "mse":
         size, settings = size * STEPS, settings | {"STEPS": STEPS, "EVEN": blocks % (size * STEPS) == 0}
     if scales == "max":
-        kernel, limits, into = _kernels("triton_nvfp4").nvfp4, LIMITS["nvfp4"], torch.int64
+        kernel, limits, into = kernels("triton_nvfp4").nvfp4, LIMITS["nvfp4"], torch.int64
     elif scales == "mse":
-        kernel, limits, into = _kernels("triton_scales").least_squares, (), torch.int32
+        kernel, limits, into = kernels("triton_scales").least_squares, (), torch.int32
     else:
-        kernel, limits, into = _kernels("triton_scales").four_over_six, LIMITS[scales], torch.int32
+        kernel, limits, into = kernels("triton_scales").four_over_six, LIMITS[scales], torch.int32
         settings["maxnreg"] = SEARCHED_REGISTERS
     arguments = words, *amaxes, codes.view(into), *made[1:], blocks, *limits
-    _launch(kernel, -(-blocks // size), *arguments, **settings)
+    launch(kernel, -(-blocks // size), *arguments, **settings)
     return nvfp4.pieces(*made)
 
 
@@ -187,14 +186,14 @@ def encode_w4a8_nvfp4_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     amaxes, scales = _scalars(weight, amax)
     sizes = made[1].numel(), *LIMITS["nvfp4"]  # which hold of any weight_scale_2
     tensors = words, *amaxes, *made, *scales
-    _launch(_kernels("triton_blocks").w4a8_nvfp4, programs, *tensors, *sizes, BLOCKS=blocks)
+    launch(kernels("triton_blocks").w4a8_nvfp4, programs, *tensors, *sizes, BLOCKS=blocks)
     return nvfp4.pieces(*made, *scales)
 
 
 def encode_mxfp4(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     """mxfp4.encode."""
     words, made, programs, blocks = _in_blocks(weight, torch.uint8)
-    _launch(_kernels("triton_blocks").mxfp4, programs, words, *made, made[1].numel(), BLOCKS=blocks)
+    launch(kernels("triton_blocks").mxfp4, programs, words, *made, made[1].numel(), BLOCKS=blocks)
     return mxfp4.pieces(*made)
 
 
@@ -212,7 +211,7 @@ def encode_mxfp8(weight: Tensor, amax: Amax | None = None) -> dict[str, Piece]:
     codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     scale = torch.empty(weight.shape[0], weight.shape[1] // MX_BLOCK, dtype=torch.uint8, device=weight.device)
     programs, blocks = -(-weight.numel() // TILE), TILE // MX_BLOCK
-    _launch(_kernels("triton_blocks").mxfp8, programs, weight, codes, scale, scale.numel(), BLOCKS=blocks)
+    launch(kernels("triton_blocks").mxfp8, programs, weight, codes, scale, scale.numel(), BLOCKS=blocks)
     return mxfp8.pieces(codes, scale)
 
 
@@ -220,7 +219,7 @@ def encode_fp8_pc_pt(weight: Tensor, amax: Amax | None = None) -> dict[str, Piec
     """fp8_pc_pt.encode."""
     codes, scale = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(len(weight), device=weight.device)
     sizes = weight.shape[1], *LIMITS["fp8_pc_pt"]
-    _launch(_kernels("triton_blocks").fp8_pc_pt, len(scale), weight, codes, scale, *sizes, TILE=TILE)
+    launch(kernels("triton_blocks").fp8_pc_pt, len(scale), weight, codes, scale, *sizes, TILE=TILE)
     return fp8_pc_pt.pieces(codes, scale)
 
 
@@ -231,13 +230,13 @@ def encode_w4a16_nvfp4(weight: Tensor, amax: Amax, scales: str = "max") -> dict[
 
 def encode_int4(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """int4.encode."""
-    return int4.pieces(*_in_pairs(_kernels().int4, weight, group))
+    return int4.pieces(*_in_pairs(kernels().int4, weight, group))
 
 
 def encode_w4a8(weight: Tensor, amax: Amax, group: int) -> dict[str, Piece]:
     """w4a8_awq.encode."""
     amaxes, scales = _scalars(weight, amax)
-    return int4.pieces(*_in_pairs(_kernels().w4a8, weight, group, *amaxes, *scales)) | w4a8_awq.scalar_pieces(*scales)
+    return int4.pieces(*_in_pairs(kernels().w4a8, weight, group, *amaxes, *scales)) | w4a8_awq.scalar_pieces(*scales)
 
 
 def _in_pairs(kernel: Any, weight: Tensor, group: int, *scalars: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,23 +245,23 @@ def _in_pairs(kernel: Any, weight: Tensor, group: int, *scalars: Tensor) -> tupl
     codes = torch.empty(rows // 2, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, columns // group, device=weight.device)
     programs, tile = -(-weight.numel() // TILE), {"GROUP": group, "GROUPS": TILE // 2 // group}
-    _launch(kernel, programs, weight, codes, scale, *scalars, rows // 2, columns, *LIMITS["int4"], **tile)
+    launch(kernel, programs, weight, codes, scale, *scalars, rows // 2, columns, *LIMITS["int4"], **tile)
     return codes, scale
 
 
 def rounded_int4(weight: Tensor, factors: Tensor, amax: None, group: int) -> Tensor:
     """int4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
-    return _smoothed(_kernels().int4_rounded, weight, factors, (), LIMITS["int4_rounded"], group)
+    return _smoothed(kernels().int4_rounded, weight, factors, (), LIMITS["int4_rounded"], group)
 
 
 def rounded_nvfp4(weight: Tensor, factors: Tensor, amax: Tensor) -> Tensor:
     """nvfp4.rounded of weight * factors, [out, in] and [in], both bfloat16."""
-    return _smoothed(_kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
+    return _smoothed(kernels().nvfp4_rounded, weight, factors, (amax,), LIMITS["nvfp4"], nvfp4.BLOCK)
 
 
 def scaled(inputs: Tensor, factors: Tensor, group: int) -> Tensor:
     """inputs * factors, [tokens, in] and [in], both bfloat16, whose groups are whole."""
-    return _smoothed(_kernels().scaled, inputs, factors, (), (), group)
+    return _smoothed(kernels().scaled, inputs, factors, (), (), group)
 
 
 def _smoothed(
@@ -273,7 +272,7 @@ def _smoothed(
     programs = -(-rows // SMOOTHED_ROWS) * -(-columns // SMOOTHED_COLUMNS)
     tile = {"ROWS": SMOOTHED_ROWS, "ACROSS": SMOOTHED_COLUMNS // group, "GROUP": group}
     tensors = weight, factors.expand(columns), *amax, made  # which raises unless there are as many
-    _launch(kernel, programs, *tensors, rows, columns, *limits, **tile, enable_fp_fusion=False)
+    launch(kernel, programs, *tensors, rows, columns, *limits, **tile, enable_fp_fusion=False)
     return made
 
 
@@ -282,7 +281,7 @@ def squares(product: Tensor, expected: Tensor) -> Tensor:
     size = product.numel()
     sums = torch.empty(-(-size // TILE), dtype=torch.float64, device=product.device)
     tensors = product, expected.expand_as(product), sums  # which raises unless it is as large
-    _launch(_kernels().squares, len(sums), *tensors, size, TILE=TILE, enable_fp_fusion=False)
+    launch(kernels().squares, len(sums), *tensors, size, TILE=TILE, enable_fp_fusion=False)
     return sums.sum()
 
 

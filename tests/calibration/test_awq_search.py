@@ -18,7 +18,7 @@ from megatron_export.calibration.mcore import hooks
 from megatron_export.calibration.mcore.hooks import watching
 from megatron_export.common.piece import Amax, Axis
 from megatron_export.distributed.topology import Topology
-from megatron_export.formats import int4, nvfp4
+from megatron_export.formats import awq_gram, int4, nvfp4
 from megatron_export.formats.awq import ALPHAS, SEARCHES, SHARED
 from megatron_export.formats.int4 import CLIP_RATIOS
 from megatron_export.mcore import parallel_state
@@ -122,9 +122,9 @@ def everything_of(
     return statistics, {f"{n}.pre_quant_scale.{key}": s for (n, key), s in alphas.factors.items()}
 
 
-def searched(tp: int, pp: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """In a rank: the same for all linears; pipeline stages have every other one."""
-    with ready(tp, pp) as here:
+def searched(way: str, tp: int, pp: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """In a rank: the same for all linears, whose losses are made in this way; pipeline stages have every other one."""
+    with ready(tp, pp) as here, mock.patch.object(awq_gram, "pays", lambda *sizes: way == "squares"):
         stage = here.rank // (here.world // pp)
         mine = {name: mine_of(here, name) for name in list(LINEARS)[stage::pp]}
         return everything_of(here, mine, lambda name: LINEARS[name][2])
@@ -134,10 +134,12 @@ def searched(tp: int, pp: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]
 TOPOLOGIES = {"alone": (1, 1), "tp2": (2, 2), "tp4": (4, 4), "dp2": (2, 1), "tp2dp2": (4, 2), "pp2": (2, 1, 2)}
 
 
-@pytest.fixture(scope="module")
-def found(pool: list[Ranks]) -> dict[str, list]:
-    """What every rank of a topology found."""
-    return {name: living(pool).call(world, searched, *sizes) for name, (world, *sizes) in TOPOLOGIES.items()}
+@pytest.fixture(scope="module", params=["outputs", "squares"])
+def found(request: pytest.FixtureRequest, pool: list[Ranks]) -> dict[str, list]:
+    """What every rank of a topology found, by the outputs of linears or by the squares of their inputs."""
+    return {
+        name: living(pool).call(world, searched, request.param, *sizes) for name, (world, *sizes) in TOPOLOGIES.items()
+    }
 
 
 def split_off(statistics: dict[str, Tensor], kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from megatron_export.calibration.memory import MicroBatch, calibration_bytes
 from megatron_export.cli.config import configured
 from megatron_export.cli.plan_command import previewed
-from megatron_export.formats import Options
+from megatron_export.formats import Options, awq_gram
 from megatron_export.planning.plan import assumed
 from megatron_export.planning.rank_placement import grid_of
 
@@ -73,3 +73,14 @@ def test_it_knows_experts_their_exchange_losses_and_searches() -> None:
     searched, clipped = (told(LLAMA, batch, "nvfp4_awq", Options(awq_clip=clip)) for clip in (False, True))
     assert clipped - searched == 1 << 30
     assert searched > told(LLAMA, batch)
+
+
+def test_a_search_of_many_tokens_takes_a_square_of_inputs_in_place_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the linear that takes most: its gathered input, the square, a block of outputs, copies of its weight, one strip."""
+    of_8b = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128, "max_position_embeddings": 1024}
+    config, batch = LLAMA | of_8b, MicroBatch(64, 512)
+    searched = told(config, batch, "int4_awq") - told(config, batch)
+    square, strip = 6 * 14336**2, 24 << 22
+    assert searched == 4 * batch.tokens * 14336 + square + 4 * 4096 * 1024 + 8 * 4096 * 14336 + strip
+    monkeypatch.setattr(awq_gram, "pays", lambda *sizes: False)
+    assert told(config, batch, "int4_awq") > told(config, batch) + 2 * searched

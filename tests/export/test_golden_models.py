@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_export import ExportError
 from megatron_export.calibration import statistics
-from megatron_export.formats import packing
+from megatron_export.formats import awq_gram, packing
 from megatron_export.models.statistic_names import hf_keys
 
 from ..support.models import GOLDEN, assert_same, read_json, same, tensors
 from ..support.ranks import Ranks
-from .test_topologies import export
+from .test_topologies import command, export
 
 SOURCES = {name: GOLDEN / "models" / f"{name}-bf16" for name in ("llama", "qwen3")}
 UNMEASURED = [
@@ -171,6 +172,12 @@ def test_fp8_pb_in_modelopt_spelling_is_equal_but_for_the_dims_of_single_blocks(
     assert all(ours[key] <= reshaped[key] for key in fused if key.endswith("scale"))
 
 
+def searched_by(squares: bool, *flags: object) -> tuple[int, str]:
+    """In a rank: the command, whose searches make losses of the squares of inputs, or all of them of outputs."""
+    with mock.patch.object(awq_gram, "pays", lambda *sizes: squares):
+        return command(*flags)
+
+
 @pytest.mark.parametrize(("name", "form"), [("llama", "int4_awq"), ("llama", "w4a8_awq"), ("qwen3", "int4_awq")])
 def test_an_awq_search_of_a_whole_model_comes_out_as_modelopt_did(
     name: str, form: str, ids: dict, ranks: Ranks, tmp_path: Path
@@ -179,8 +186,11 @@ def test_an_awq_search_of_a_whole_model_comes_out_as_modelopt_did(
     linear that they are. Inputs differ by roundings (see below): a factor is a mean in bfloat16, and moves by one of its
     steps, 2^-7 of its value at most; the alphas are the same, or factors would move by far more.
     """
-    export(ranks, 1, "--hf-model", SOURCES[name], "--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2,
-        "--format", form, "--output", tmp_path / "out")  # fmt: skip
+    data = ("--calib-data", ids[name], "--calib-samples", 8, "--calib-batch-size", 2)
+    flags = ("--device", "cpu", "--hf-model", SOURCES[name], *data, "--format", form, "--output")
+    for way, squares in (("out", False), ("squares", True)):
+        assert ranks.call(1, searched_by, squares, *flags, tmp_path / way)[0][0] == 0
+    assert_same(tensors(tmp_path / "squares"), tensors(tmp_path / "out"))
     ours, golden = tensors(tmp_path / "out"), tensors(GOLDEN / "models" / f"{name}-{form.upper()}")
     assert sorted(ours) == sorted(golden)
     assert [key for key in golden if (ours[key].dtype, ours[key].shape) != (golden[key].dtype, golden[key].shape)] == []

@@ -127,7 +127,7 @@ def test_without_a_compiler_a_warning_says_so_once_and_the_plain_path_runs(monke
     def fails() -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(cuda_kernels, "_kernels", fails)
+    monkeypatch.setattr(cuda_kernels, "kernels", fails)
     cuda_kernels.works.cache_clear()
     weight = torch.randn(256, 256, device="cuda").to(torch.bfloat16)
     amax = Amax(torch.ones((), device="cuda"), torch.ones((), device="cuda"))

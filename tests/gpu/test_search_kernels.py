@@ -1,15 +1,17 @@
 """The kernels of AWQ's search on a GPU: the numbers of plain torch on the CPU, and the losses of plain torch there."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_export.calibration.awq_search import Alphas
-from megatron_export.formats import awq, cuda_kernels
+from megatron_export.formats import awq, awq_gram, cuda_gram, cuda_kernels
 from megatron_export.formats.awq import ALPHAS, SEARCHES, largest
 
 from ..formats.test_golden_vectors import alone
-from ..support.kernel_cases import outputs, smoothings, wrongly_rounded
+from ..support.kernel_cases import changed, outputs, smoothings, wrongly_rounded
 from ..support.models import same
 from .test_kernels import aside, behind
 
@@ -51,7 +53,7 @@ def test_other_weights_are_rounded_by_plain_torch(name: str, monkeypatch: pytest
     weight, factors = drawn(64, 256)
     amax = largest(weight, factors.unsqueeze(0))[0]
     expected = SEARCHES[name].rounded(weight * factors, amax)
-    monkeypatch.setattr(cuda_kernels, "_kernels", None)
+    monkeypatch.setattr(cuda_kernels, "kernels", None)
     for other in (aside(weight.cuda()), behind(weight.cuda())):
         assert same(awq.rounded(SEARCHES[name], other, factors.cuda(), amax.cuda()).cpu(), expected)
 
@@ -107,3 +109,47 @@ def test_a_search_has_the_losses_of_plain_torch(key: str, monkeypatch: pytest.Mo
         found.append(alphas.losses[name, key])
     assert len(found[1].unique()) == len(ALPHAS)
     assert same(*found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_changes_of_weights_and_their_dot_products_are_those_of_the_cpu(seed: int) -> None:
+    for weights, product, start in changed(seed):
+        made = cuda_gram.changes(*(tensor.cuda() for tensor in weights), torch.float16)
+        assert same(made.cpu(), awq_gram.changes(*weights, torch.float16))
+        found = cuda_gram.dot(product.cuda(), made, start)
+        assert same(found.cpu(), awq_gram.dot(product, made.cpu(), start))
+
+
+@pytest.mark.parametrize("key", SEARCHES)
+def test_losses_by_the_square_of_the_inputs_are_those_of_outputs(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are rounded to bfloat16, as scaled inputs are: 1e-3, much alike for all alphas. On a CPU the square is of float32."""
+    name, generator = "decoder.layers.0.mlp.linear_fc2", torch.Generator().manual_seed(0)
+    weight = drawn(768, 1536)[0].cuda()
+    channels = torch.randn(1536, generator=generator).exp2()
+    channels[7] = 0
+    inputs = (torch.randn(4096, 1536, generator=generator) * channels).to(torch.bfloat16).cuda()
+    found = {}
+    for way, device in ((True, "cuda"), (False, "cuda"), (True, "cpu")):
+        monkeypatch.setattr(awq_gram, "pays", lambda *sizes, way=way: way)
+        here = dataclasses.replace(alone(), device=torch.device(device))
+        mine = weight.to(device)
+        alphas = Alphas(here, {name: channels}, lambda name: (key,), lambda values: values, {name: mine})
+        alphas.linear(name, mine, inputs.to(device))
+        found[way, device] = alphas.losses[name, key].cpu()
+    square, outputs_of, cpu = found.values()
+    shift = outputs_of / square - 1
+    assert square.argmin() == outputs_of.argmin()
+    assert shift.abs().max() < 2e-3
+    assert shift.std() < 5e-4
+    torch.testing.assert_close(square, cpu, rtol=2e-5, atol=0)
+
+
+def test_a_square_takes_room_for_its_blocks_and_one_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(512, 8192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).cuda()
+    before = torch.cuda.memory_allocated()
+    awq_gram.Square.of(inputs)
+    torch.cuda.reset_peak_memory_stats()
+    square = awq_gram.Square.of(inputs)
+    blocks = sum(block.nbytes for block in square.blocks)
+    assert blocks == 2 * 8192 * 8192 * 9 // 16
+    assert torch.cuda.max_memory_allocated() - before < blocks + 4 * 8192 * 1024 + (64 << 20)

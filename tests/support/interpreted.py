@@ -16,19 +16,36 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 from megatron_export.common.piece import Amax  # noqa: E402
-from megatron_export.formats import awq, cuda_kernels, triton_scales  # noqa: E402
+from megatron_export.formats import awq, awq_gram, cuda_gram, cuda_kernels, triton_scales  # noqa: E402
 
-from .kernel_cases import FORMS, cases, decided, outputs, searched_cases, smoothings, wrong, wrongly_rounded  # noqa: E402
+from .kernel_cases import (  # noqa: E402
+    FORMS,
+    cases,
+    changed,
+    decided,
+    outputs,
+    searched_cases,
+    smoothings,
+    wrong,
+    wrongly_rounded,
+)
 from .models import same  # noqa: E402
 
 DTYPES = {
     tl.float64: torch.float64,
     tl.float32: torch.float32,
+    tl.float16: torch.float16,
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
 }
 ALL_NUMBERS = 510 * 128  # finite ones of bfloat16
-NUMPY = {tl.float64: np.float64, tl.float32: np.float32, tl.bfloat16: np.uint16, tl.float8e4nv: np.uint8}
+NUMPY = {
+    tl.float64: np.float64,
+    tl.float32: np.float32,
+    tl.float16: np.float16,
+    tl.bfloat16: np.uint16,
+    tl.float8e4nv: np.uint8,
+}
 
 
 def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
@@ -90,6 +107,11 @@ def main() -> None:
         for pair in outputs(seed=0):
             equal = same(cuda_kernels.squares(*pair), awq.squares(*pair))
             said.append("" if equal else f"squares of {tuple(pair[0].shape)}")
+    for weights, product, start in changed(seed=0):
+        made = cuda_gram.changes(*weights, torch.float16)
+        said.append("" if same(made, awq_gram.changes(*weights, torch.float16)) else f"changes of {tuple(made.shape)}")
+        equal = same(cuda_gram.dot(product, made, start), awq_gram.dot(product.clone(), made, start))
+        said.append("" if equal else f"dot of {tuple(product.shape)}")
     print(*filter(None, said), f"{len(said)} cases", sep="\n")
 
 

@@ -162,3 +162,15 @@ def outputs(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     for shape in ((1, 1), (1, 4096), (7, 1171), (64, 320)):
         product, expected = (torch.randint(-(1 << 13), 1 << 13, shape, generator=generator) / 64 for _ in range(2))
         yield product, expected.to(torch.bfloat16)
+
+
+def changed(seed: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor, int]]:
+    """What awq_gram.changes is given, in awkward sizes, and a product of whole numbers with the columns from one on, whose dot
+    products float64 holds to the bit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for rows, columns, start in ((1, 16, 0), (3, 400, 256), (130, 48, 0), (33, 1040, 512)):
+        rounded, weight = torch.randn(2, rows, columns, generator=generator).to(torch.bfloat16)
+        ours, theirs = torch.randn(2, columns, generator=generator).exp()
+        product = torch.randint(-64, 65, (rows, columns - start), generator=generator).float()
+        yield (rounded, ours, weight, theirs), product, start
