@@ -1,6 +1,7 @@
 """`python -m megatron_export`, and the console script `megatron-export`."""
 
 from .common.garbage import no_garbage_collection
+from .common.later import import_later
 from .distributed.signals import until_interrupted
 
 
@@ -10,8 +11,9 @@ def script() -> int:
 
 
 def _run() -> int:
+    import_later("torch", "numpy")
     with no_garbage_collection():
-        from .cli.commands import main  # takes a second, in which Ctrl-C may come
+        from .cli.commands import main  # takes a while, in which Ctrl-C may come
 
     return main(print)
 

@@ -30,6 +30,6 @@ def test_it_writes_the_tensors_that_an_export_has(tmp_path: Path) -> None:
     config, held = read_json(tmp_path / "draft" / "config.json"), tensors(tmp_path / "draft")
     sources = parameters_of(config).values()
     assert {name: tuple(tensor.shape) for name, tensor in held.items()} == expected_shapes(sources)
-    assert all(held[name].dtype == source.dtype for source in sources for name in source.names().values())
+    assert all(held[name].dtype == source.torch_dtype for source in sources for name in source.names().values())
     known = held["d2t"] + torch.arange(300)
     assert known.unique().equal(known) and int(known.max()) < config["vocab_size"]

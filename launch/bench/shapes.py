@@ -16,6 +16,7 @@ from megatron_export.calibration.lookup import needed_by
 from megatron_export.common.errors import ExportError
 from megatron_export.common.file_names import CONFIG
 from megatron_export.models import Source, is_expert, parameters_of
+from megatron_export.models.sources import split_shapes
 from megatron_export.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -91,13 +92,13 @@ class MadeWeights:
 
     def read_part(self, source: Source, part: str, where: tuple[slice, ...]) -> Tensor:
         """What `where` selects of a part of a parameter, [out, in] or [out]; norms are around 1."""
-        shape = source.layout.split(torch.empty(source.shape, device="meta"), 0, 1)[part].shape
+        shape = dict(split_shapes(source.layout, source.shape))[part]
         place = zlib.crc32(f"{source.canonical}.{part}".encode()) % NUMBERS
         rows = range(*where[0].indices(shape[0]))
         if len(shape) == 1:
-            return (1 + self.numbers[place:][: shape[0]][where[0]]).to(source.dtype)
+            return (1 + self.numbers[place:][: shape[0]][where[0]]).to(source.torch_dtype)
         columns = range(*(where[1] if len(where) > 1 else slice(None)).indices(shape[1]))
-        numbers = self.numbers.to(source.dtype).unfold(0, len(columns), 1)
+        numbers = self.numbers.to(source.torch_dtype).unfold(0, len(columns), 1)
         first = (place + torch.arange(rows.start, rows.stop, device=numbers.device) * STRIDE) % NUMBERS
         return numbers[first + columns.start]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.hf_folder import lacks_tokenizer
-from ..common.dtypes import DTYPES
+from ..common.dtypes import torch_dtypes
 from ..common.errors import ExportError
 from ..common.safe_files import exists, not_read, opened, panics, reason_of
 
@@ -64,7 +64,7 @@ def _ids(file: Path, samples: int, fewer: bool) -> Tensor:
     ids = found.get("input_ids")
     shape = ids.get_shape() if ids else []
     if len(shape) != 2 or shape[1] == 0 or (fewer and shape[0] == 0) or ids.get_dtype() not in _INTEGERS:
-        dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in found.items()}
+        dtypes = {name: torch_dtypes().get(part.get_dtype(), part.get_dtype()) for name, part in found.items()}
         said = ", ".join(f"{name} {dtypes[name]} {found[name].get_shape()[:8]}" for name in sorted(found)[:5])
         raise ExportError(f"{file}: needs an integer tensor `input_ids` [samples, tokens]; it holds {said or 'none'}")
     samples = min(samples, shape[0]) if fewer else samples

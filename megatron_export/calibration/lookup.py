@@ -1,16 +1,23 @@
 """From calibration statistics to the numbers that each item of a plan is quantized with; refuses what is missing."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.errors import ExportError, report
 from ..formats import groups_of
 from ..formats.int4 import CLIP_RATIOS
 from ..models.statistic_names import channels, input_key, is_clipping, is_vector, kv_keys
-from ..planning.parameter import Item, Measured
+from ..planning.parameter import Item
 from ..planning.plan import Plan
+from ..planning.smoothed import Measured
 
-Statistics = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Statistics = dict[str, "Tensor"]
 
 
 def is_needed(plan: Plan) -> bool:

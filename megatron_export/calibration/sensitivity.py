@@ -92,7 +92,7 @@ class Sensitivities(Observer):
         amax = Amax(torch.stack([part.abs().amax() for part in parts.values()]).amax().float(), input_amax)
         made = {part: formats.encode(form, tensor.contiguous(), amax) for part, tensor in parts.items()}
         scale = next(iter(made.values())).get("input_scale")
-        decoded = {part: form.decode(pieces).to(form.arithmetic.weight).float() for part, pieces in made.items()}
+        decoded = {part: form.decode(pieces).to(form.arithmetic.torch_dtype).float() for part, pieces in made.items()}
         return decoded, scale.data if scale else None
 
     def agreed(self) -> dict[str, Tensor]:

@@ -22,11 +22,13 @@ compressors/pack_quantized and quantization/lifecycle/forward_helpers.py of comp
 this is.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.safe_files import shown
@@ -35,8 +37,11 @@ from ..formats.e8m0 import MX_BLOCK
 from ..formats.nvfp4 import E2M1
 from ..models import Source, is_expert, is_linear_weight
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Shape = tuple[int, ...]
-Take = Callable[[str, tuple[slice, ...]], Tensor]  # (suffix, where) -> what is there of that tensor
+Take = Callable[[str, tuple[slice, ...]], "Tensor"]  # (suffix, where) -> what is there of that tensor
 
 BLOCK = 128  # outputs, and inputs, that share a scale in blocks of FP8
 CODES = {"fp4": (*E2M1, *(-value for value in E2M1)), "int4": tuple(range(-8, 8))}

@@ -2,19 +2,23 @@
 dict of a model with HF's names (FSDP2, accelerate). Both are untrusted.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
-from ..common.dtypes import SPELLED
+from ..common.dtypes import dtype_names
 from ..common.errors import ExportError, report
 from ..common.safe_files import exists, opened, shown
 from ..models import parameters_of
 from .hf_folder import files_of
 from .torch_dist_metadata import METADATA
 from .torch_dist_storage import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from safetensors import PySafeSlice, safe_open
@@ -87,11 +91,11 @@ class SafetensorsFiles:
     def close(self) -> None:
         self.open.clear()
 
-    def _header(self, name: str) -> "PySafeSlice":
+    def _header(self, name: str) -> PySafeSlice:
         """What the header says of a tensor."""
         return self.open[self.homes[name]].get_slice(name)
 
-    def _mapped(self, name: str) -> "safe_open":
+    def _mapped(self, name: str) -> safe_open:
         """The open file that holds a tensor. Files are mapped: if one got shorter, a read behind its end would kill the process."""
         path = self.homes[name]
         size = path.stat().st_size if path.exists() else 0
@@ -149,7 +153,7 @@ class DcpFolder:
 
     def dtype(self, name: str) -> str:
         dtype = self.tensors[name].dtype
-        return SPELLED.get(dtype, str(dtype).removeprefix("torch."))
+        return dtype_names().get(dtype, str(dtype).removeprefix("torch."))
 
     def part(self, name: str, where: tuple[slice, ...]) -> Tensor:
         tensor = self.tensors[name]

@@ -1,12 +1,14 @@
 """The tensors of an HF checkpoint: names, shapes and dtypes are checked first, then slices are read."""
 
+from __future__ import annotations
+
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.dtypes import UNQUANTIZED
 from ..common.errors import ExportError, report
@@ -20,6 +22,9 @@ from ..models.stacked_names import STACK, Slice, stacked_names
 from ..planning.tensor_spec import Output
 from .dialects import BLOCKS, dialect_of
 from .hf_storage import ROTARY, HfStorage, SafetensorsFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OTHER_CONFIG = "Give the config.json that belongs to these weights"
 
@@ -75,7 +80,7 @@ class SourceWeights:
         self.files = {name: path for name, path in self.files.items() if name not in taken} | own
         return found
 
-    def __enter__(self) -> "SourceWeights":
+    def __enter__(self) -> SourceWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -225,7 +230,7 @@ class SourceWeights:
         """What `where` selects of a layout part of a parameter, [out, in] or [out], from its own tensor or from a stack."""
         stack = source.stack
         if stack is None:
-            return self.read(source.names()[part], where, source.dtype)
+            return self.read(source.names()[part], where, source.torch_dtype)
         parts = list(source.names())
         size = self.shape(stack.name)[-1] // len(parts)
         rows = slice(*where[0].indices(size)[:2])
@@ -233,7 +238,7 @@ class SourceWeights:
         place = (slice(stack.index, stack.index + 1), *where[1:], columns)
         if len(place) < len(self.shape(stack.name)):
             place = (place[0], slice(None), columns)
-        found = self.read(stack.name, place, source.dtype)[0]
+        found = self.read(stack.name, place, source.torch_dtype)[0]
         return found.T if found.dim() == 2 else found
 
     def copied(self) -> tuple[Output, ...]:
@@ -243,7 +248,7 @@ class SourceWeights:
             raise ExportError(
                 f"{self.folder}: tensor {odd[0]} is {dtypes[odd[0]]}, not one of {', '.join(UNQUANTIZED)}"
             )
-        return tuple(Output(name, UNQUANTIZED[dtypes[name]], tuple(self.shape(name))) for name in sorted(dtypes))
+        return tuple(Output(name, dtypes[name], tuple(self.shape(name))) for name in sorted(dtypes))
 
     def whole(self, name: str) -> Tensor:
         """A tensor as it is. Not one of a stack."""

@@ -2,6 +2,7 @@
 
 from math import prod
 
+from ..common.dtypes import SIZES
 from ..common.piece import Axis
 from ..models import Source
 from ..models.hf_config import text_of
@@ -14,7 +15,7 @@ def mapped_bytes(config: dict, source: Source, shard: int) -> int:
     dialect = _dialect_of(config, source)
     turned = source.stack and not (dialect and dialect.powers)  # MXFP4 has the rows of stacks in Megatron's order
     across = Axis.OUT if turned else Axis.IN  # a cut along it takes a part of every row, so it touches all pages
-    nbytes = prod(source.shape) * source.dtype.itemsize if source.cut is across else shard
+    nbytes = prod(source.shape) * SIZES[source.dtype] if source.cut is across else shard
     if dialect:
         return int(nbytes * dialect.ratio)
     return nbytes * 2 if _in_float32(config) else nbytes

@@ -5,11 +5,14 @@ checkpoints is a `Name`, and calling it makes an `Inert`, which only keeps the a
 pickle can hold a thing twice, that twice, and so on 45 times: what would walk through that, such as hashing it, is never done.
 """
 
+from __future__ import annotations
+
 import io
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,12 @@ _INERT = {  # packages whose objects are in checkpoints; nothing of them is need
 _BUILTINS = ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")
 _TABLES = ("collections.OrderedDict", "collections.defaultdict")
 _SETS = ("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset")  # of pickle 3, and 2
-_DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+
+
+@cache
+def _dtypes() -> dict[str, torch.dtype]:
+    """Of torch, by the names in pickles."""
+    return {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,8 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         named = f"{module}.{name}"
-        if named in _DTYPES:
-            return _DTYPES[named]
+        if named in _dtypes():
+            return _dtypes()[named]
         builtin = module in ("builtins", "__builtin__") and name in _BUILTINS
         # `getattr`: by which Python 3.11 named members of enums
         if not builtin and module.partition(".")[0] not in _INERT and name != "getattr":

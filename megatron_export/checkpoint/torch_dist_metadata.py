@@ -2,6 +2,8 @@
 in `.distcp` files. All of it is untrusted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product

@@ -2,23 +2,27 @@
 experts are read layer by layer, expert by expert. All of it is untrusted.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterable
 from io import BytesIO
 from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ..common.dtypes import UNQUANTIZED
+from ..common.dtypes import UNQUANTIZED, dtype_names, torch_dtypes
 from ..common.errors import ExportError, report
 from ..common.safe_files import inside
 from .safe_pickle import clear_errors
 from .torch_dist_metadata import METADATA, Chunk, Extent, Stored, read_metadata
 from .torch_save import Numbers, saved, saved_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STRIP = 16 << 20  # bytes that are read at once where only some columns of them are wanted
 _MOST_PARTS = 4096  # of a matrix: as many ranks as may have cut it
@@ -48,12 +52,13 @@ class Storage:
         vector of whole numbers may be there too: it numbers the tokens of a draft.
         """
         tensors = list(tensors)
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in UNQUANTIZED.values())
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in map(torch_dtypes().get, UNQUANTIZED))
         problems = [
             f"{self.folder}: tensor {tensor.key} is {str(tensor.dtype).removeprefix('torch.')}, not one of {kinds}: "
             "quantized already? Give a checkpoint of the original model"
             for tensor in tensors
-            if tensor.dtype not in UNQUANTIZED.values() and (tensor.dtype, len(tensor.shape)) != (torch.int64, 1)
+            if dtype_names().get(tensor.dtype) not in UNQUANTIZED
+            and (tensor.dtype, len(tensor.shape)) != (torch.int64, 1)
         ]
         self.check_files(tensors, problems)
 

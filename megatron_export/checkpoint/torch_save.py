@@ -2,6 +2,8 @@
 `safe_pickle.py` reads; the tensors' bytes lie beside it.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import struct
@@ -18,13 +20,13 @@ from ..common.safe_files import reason_of, shown
 from .safe_pickle import MOST_BYTES, Inert, Name, check_size, clear_errors, is_sizes, unpickled
 
 _MOST_AT_ONCE = 1 << 20  # of what describes an archive
-_STORAGES = {  # what `data.pkl` calls the numbers of a tensor
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "ByteStorage": torch.uint8,
-    "LongStorage": torch.int64,
+_DTYPES = {  # what `data.pkl` calls the numbers of a tensor
+    "BFloat16Storage": "bfloat16",
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "ByteStorage": "uint8",
+    "LongStorage": "int64",
 }
 
 
@@ -64,9 +66,9 @@ def saved_tensor(file: BinaryIO, start: int, length: int) -> Numbers:
         if not isinstance(named, Name) or not isinstance(key, str):
             raise ValueError("a tensor without numbers")
         kind = named.name.removeprefix("torch.")
-        if kind not in _STORAGES:
-            raise ValueError(f"a tensor of {shown(kind)}, not one of {', '.join(_STORAGES)}")
-        dtype = _STORAGES[kind]
+        if kind not in _DTYPES:
+            raise ValueError(f"a tensor of {shown(kind)}, not one of {', '.join(_DTYPES)}")
+        dtype = getattr(torch, _DTYPES[kind])
         if not all(is_sizes(sizes) for sizes in ((offset,), shape, strides)) or len(shape) != len(strides):
             raise ValueError("a tensor without sizes")
         reach = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..common.errors import ExportError, message_of
+from ..common.later import import_now
 from . import terminal
 from .flags import Parser, Say
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "verify": "judge a checkpoint against the model that it was made from",
     "diff": "what differs between two checkpoints",
 }
+NAMES_ALONE = ("plan", "check")  # what they look at: they need no tensors, and do not wait until torch is imported
 
 
 def main(say: Say, arguments: list[str] | None = None) -> int:
@@ -29,7 +31,9 @@ def main(say: Say, arguments: list[str] | None = None) -> int:
     terminal.clean_logs()
     given = sys.argv[1:] if arguments is None else arguments
     chosen = given[0] if given and given[0] in COMMANDS else None
-    module = import_module(f".{chosen}_command", __package__) if chosen else None  # others may need torch, or seconds
+    if chosen and chosen not in NAMES_ALONE:
+        import_now("torch")
+    module = import_module(f".{chosen}_command", __package__) if chosen else None  # others may take seconds
     started = Path(sys.argv[0]).name  # as what: the console script, or python -m
     parser = Parser(prog=started if started == "megatron-export" else "python -m megatron_export")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

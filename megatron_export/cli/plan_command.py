@@ -36,6 +36,8 @@ DESCRIPTION = "What an export would write and take, from config.json alone: on o
 ON_ERROR = 1
 GPUS = 8  # of a node, where none is there to ask
 
+_NUMBERED = re.compile(r"\.\d+(?=\.|$)")
+
 Rows = list[tuple[str, str]]
 
 
@@ -82,7 +84,8 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
     config = config_of(parser, values | {"dry_run": True})
     with no_garbage_collection():
         found = previewed(config, EXAMPLE_MODEL, world)
-    say(json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan"), flush=True)
+        said = json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan")
+    say(said, flush=True)
     return 0
 
 
@@ -97,7 +100,7 @@ def previewed(config: ExportConfig, example_model: Path, world: int | None) -> P
     remarks += () if original.derived else tokenizer_remarks(original.folder)
     at_hand = config.megatron_checkpoint is None  # or shards are read from disk, whole
     held = assumed(hf_config, config.tp, config.etp, at_hand=at_hand, **_sizes(config, world))
-    most = max(rank for one in held.values() for rank in one.ranks)
+    most = max(max(ranks) for ranks in {one.ranks for one in held.values()})
     nodes = tuple(rank // GPUS for rank in range(most + 1))
     plan = make_plan(hf_config, held, request, copied=copied, powers=original.powers, wide=original.wide, nodes=nodes)
     report(refusals(plan, request.target))
@@ -279,7 +282,7 @@ def _left(plan: Plan, exclude: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 def _patterns(names: Iterable[str]) -> dict[str, int]:
     """Names with * for their numbers, and how many are so called."""
-    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    return dict(Counter(_NUMBERED.sub(".*", name) for name in names))
 
 
 def _counted(names: Iterable[str]) -> list[str]:

@@ -5,10 +5,17 @@ of a row: what fp8_pb and mxfp8 write. The attributes are those of Transformer E
 holds its scales in the order that a GEMM takes them in, has no blocks for us, and is read through its own `dequantize`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+from .dtypes import torch_dtypes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _E4M3 = "kFloat8E4M3"  # of its enum of dtypes
 
@@ -22,17 +29,17 @@ class Blocks:
     """
 
     tile: tuple[int, int]
-    dtype: torch.dtype
+    dtype: str
 
 
-SQUARES, MX = Blocks((128, 128), torch.float32), Blocks((1, 32), torch.uint8)
+SQUARES, MX = Blocks((128, 128), "F32"), Blocks((1, 32), "U8")
 
 
 def blocks_in(tensor: Tensor) -> Blocks | None:
     """How the codes of a parameter share scales; None if they are not of these kinds. Reads no number."""
     has = vars(tensor)
     codes, scales, kind = (has.get(name) for name in ("_rowwise_data", "_rowwise_scale_inv", "_fp8_dtype"))
-    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or tensor.dim() != 2:
+    if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor) or tensor.dim() != 2:
         return None
     if kind is None or kind.name != _E4M3 or codes.shape != tensor.shape:
         return None
@@ -41,7 +48,7 @@ def blocks_in(tensor: Tensor) -> Blocks | None:
         found = SQUARES
     elif has.get("_with_gemm_swizzled_scales") is False:
         found = MX
-    if found is None or scales.dtype != found.dtype or scales.dim() != 2:
+    if found is None or scales.dtype != torch_dtypes()[found.dtype] or scales.dim() != 2:
         return None
     enough = all(have >= need for have, need in zip(scales.shape, _counts(tensor, found), strict=True))
     return found if enough else None

@@ -1,6 +1,6 @@
 """What a folder is that is no language model, known by the names in it: adapters of PEFT, an embedding model."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from .errors import ExportError
@@ -34,7 +34,6 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
 
 
-def is_headless(names: Iterable[str]) -> bool:
+def is_headless(names: Collection[str]) -> bool:
     """Whether these are the tensors of a model that was saved without its output layer, as embedding models are."""
-    names = set(names)
     return "embed_tokens.weight" in names and not any(name.startswith(("model.", "lm_head.")) for name in names)

@@ -1,10 +1,15 @@
 """The value that keeps formats and ranks apart: a tensor, and the weight axis that each of its dims follows."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Axis(Enum):
@@ -39,19 +44,10 @@ class Amax:
     clip: Tensor | None = None
     scales: Tensor | None = None
 
-    def strip(self, rows: slice, tile: int) -> "Amax":
+    def strip(self, rows: slice, tile: int) -> Amax:
         """The same for some rows of the weight, which are whole tiles of so many rows, but for the last."""
         scales = None if self.scales is None else self.scales[rows.start // tile : -(-rows.stop // tile)]
         return replace(self, clip=None if self.clip is None else self.clip[rows], scales=scales)
-
-
-def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """`torch.cat`; on the meta device without torch's compiler, which torch would import for it, in a second."""
-    first = tensors[0]
-    if not first.is_meta:
-        return torch.cat(tensors, dim)
-    shape = [sum(one.shape[dim] for one in tensors) if at == dim else size for at, size in enumerate(first.shape)]
-    return torch.empty(shape, dtype=first.dtype, device="meta")
 
 
 def join(shards: list[Piece], cut: Axis | None) -> Piece:
@@ -59,4 +55,4 @@ def join(shards: list[Piece], cut: Axis | None) -> Piece:
     axes = shards[0].axes
     if cut is None or cut not in axes or len(shards) == 1:
         return shards[0]
-    return Piece(cat([shard.data for shard in shards], axes.index(cut)), axes)
+    return Piece(torch.cat([shard.data for shard in shards], axes.index(cut)), axes)

@@ -1,19 +1,25 @@
 """Shards that are not what they say: found before anything is read, and read through their own `dequantize` where they have one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .blocks import Blocks, blocks_in, scales_in
+from .dtypes import dtype_names
 from .errors import ExportError, report
 from .storage import kind_of, shortage
 
-NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NUMBERS = ("BF16", "F16", "F32", "F64", "I64")  # the last numbers tokens, in a draft
 _OTHERWISE = "or export from a checkpoint of this model that was saved in bfloat16"
 
 
-class Shards(Mapping[str, Tensor]):
+class Shards(Mapping[str, "Tensor"]):
     """This rank's shards by name: the live tensor of each, or what its own `dequantize` gives, made whenever it is asked for, so
     that one is held at a time.
 
@@ -45,11 +51,11 @@ class Shards(Mapping[str, Tensor]):
         """Name -> shape. Makes nothing."""
         return {name: tuple(tensor.shape) for name, tensor in self.live.items()}
 
-    def named(self, name_of: Callable[[str], str | None]) -> "Shards":
+    def named(self, name_of: Callable[[str], str | None]) -> Shards:
         """The same under other names, without those that have none."""
         return Shards({new: tensor for name, tensor in self.live.items() if (new := name_of(name)) is not None})
 
-    def readable(self, device: torch.device) -> "Shards":
+    def readable(self, device: torch.device) -> Shards:
         """These, if all can be read by a rank that works on `device`; else one `ExportError` that names those that cannot."""
         report([why for name, tensor in self.live.items() if (why := unreadable(name, tensor, device))])
         return self
@@ -77,7 +83,7 @@ def unreadable(name: str, tensor: Tensor, device: torch.device) -> str:
         return f"{name} is on {tensor.device}, and this rank works on {device}. Move it there before the export"
     if why := "" if kind else shortage(tensor):
         return f"{name}: {why}. Let what has freed or offloaded it (FSDP, for example) bring it back before the export"
-    if not kind and tensor.dtype not in (*NUMBERS, torch.int64):  # the latter numbers tokens, in a draft
+    if not kind and dtype_names().get(tensor.dtype) not in NUMBERS:
         return f"{name} is {tensor.dtype}: codes, whose scales are elsewhere. Export the model that they were made of"
     return ""
 

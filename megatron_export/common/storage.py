@@ -1,15 +1,19 @@
 """What a tensor has in memory, against what it says: an FP8 tensor of Transformer Engine says bfloat16 and has a byte a number."""
 
-import torch
-from torch import Tensor, nn
+from __future__ import annotations
 
-PLAIN = (Tensor, nn.Parameter)  # a tensor of another class may say what it likes of its dtype and device
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def kind_of(tensor: Tensor) -> str:
     """The class of a tensor that is not plain, with its module; "" for a plain one."""
-    kind = type(tensor)
-    return "" if kind in PLAIN else f"{kind.__module__}.{kind.__qualname__}"
+    kind = type(tensor)  # one of another class may say what it likes of its dtype and device
+    return "" if kind in (torch.Tensor, torch.nn.Parameter) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def shortage(tensor: Tensor) -> str:

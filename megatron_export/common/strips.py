@@ -1,11 +1,15 @@
 """Strips of rows: how many weights are worked on at a time, so that float32 copies stay small."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from math import prod
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .threads import working
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
 CUDA_STRIP_ELEMENTS = 1 << 22

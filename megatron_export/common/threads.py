@@ -1,5 +1,7 @@
 """Threads that work on parts of tensors: torch lets go of the interpreter while it computes, so that each of them takes a core."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait

@@ -23,6 +23,10 @@ _OF_OPENAI = {
 _NOT_LINEAR = ("eh_proj",)
 _LINEAR = ("fc", "wq_b", "wk")  # of drafts, of indexers
 _SEES = ("vision", "multi_modal", "visual")
+_OF_MODELS = ("model.", "language_model.", "backbone.")  # no tensor that tells a draft is called so
+SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
+_OF_LINEAR = frozenset(("weight", *SCALES))
+_IN_CODES = ("F8_E4M3", "U8", "I8")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -66,12 +70,38 @@ class View:
     modules  HF module -> suffix -> tensor; modules with the same tensors share a dict
     groups   the linears among the modules
     kv       name of a scale of the KV cache below its attention -> the attentions that have it
+    expected what config.json means: HF tensor -> shape
     """
 
     tensors: dict[str, Header]
     modules: dict[str, Module]
     groups: tuple[Group, ...]
     kv: dict[str, list[str]]
+    expected: dict[str, tuple[int, ...]]
+
+    @cached_property
+    def unfit(self) -> tuple[tuple[str, Header | None], ...]:
+        """The tensors, other than codes, that are not there (None) or have another shape than the model that config.json means."""
+        found = []
+        for name, shape in self.expected.items():
+            header = self.tensors.get(name) or self.modules.get(name, {}).get("weight")  # of a stack in blocks
+            if header is None or (header.shape != shape and header.dtype not in _IN_CODES):
+                found.append((name, header))
+        return tuple(found)
+
+    @cached_property
+    def means(self) -> dict[str, tuple[int, ...]]:
+        """Linear, or stack of experts -> the shape of its weight in that model."""
+        return {name.removesuffix(".weight"): shape for name, shape in self.expected.items()}
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The modules that are no linears of that model with the tensors of a linear."""
+        return tuple(
+            module
+            for module, tensors in self.modules.items()
+            if f"{module}.weight" not in self.expected or not tensors.keys() <= _OF_LINEAR
+        )
 
 
 @dataclass(frozen=True)
@@ -153,16 +183,23 @@ class CheckpointView:
         return self._view(self.files)
 
     @cached_property
+    def outside(self) -> frozenset[str]:
+        """The tensors that are in no model of a base by their names, but perhaps in a draft."""
+        return frozenset(name for name in self.whole.tensors if not name.startswith(_OF_MODELS))
+
+    @cached_property
     def indexed(self) -> View:
         """What an engine finds that opens the files of the index; all files if there is none."""
         named = set((self.index or {}).values())
         return self.whole if self.index is None or named >= set(self.files) else self._view(named & set(self.files))
 
     def _view(self, files: Iterable[str]) -> View:
-        tensors = {name: header for file in sorted(files) for name, header in self.files[file].items()}
+        tensors: dict[str, Header] = {}
+        for file in sorted(files):
+            tensors |= self.files[file]
         modules, kv = _modules(tensors)
         linears = {name: module for name, module in modules.items() if not name.startswith(_SEES + self.copied)}
-        return View(tensors, modules, tuple(_groups(linears, self.layers)), kv)
+        return View(tensors, modules, tuple(_groups(linears, self.layers)), kv, self.expected or {})
 
 
 def is_mtp(name: str, layers: int) -> bool:
@@ -175,24 +212,31 @@ def is_mtp(name: str, layers: int) -> bool:
 
 def is_quantized(module: Module) -> bool:
     """Whether a linear is stored in codes."""
-    return module["weight"].dtype in ("F8_E4M3", "U8", "I8") or "weight_scale" in module
+    return module["weight"].dtype in _IN_CODES or "weight_scale" in module
 
 
 def _modules(tensors: dict[str, Header]) -> tuple[dict[str, Module], dict[str, list[str]]]:
     modules: dict[str, Module] = {}
     kv: dict[str, list[str]] = {}
+    usual: set[str] = set()  # suffixes
     for name, header in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in ("k_scale", "v_scale"):
+        if suffix in usual:
+            pass
+        elif suffix in ("k_scale", "v_scale"):
             parent, _, last = module.rpartition(".")
             at, spelled = (parent, f"{last}.{suffix}") if last.endswith("_proj") else (module, suffix)
             kv.setdefault(spelled, []).append(at)
             continue
-        if suffix.startswith(_STACKS):
+        elif not suffix.startswith(_STACKS):
+            usual.add(suffix)
+        else:
             stack = next(stack for stack in _STACKS if suffix.startswith(stack))
             last = suffix.removeprefix(stack).removeprefix("_") or "weight"
             module, suffix = f"{module}.{stack}", _OF_OPENAI.get(last, last)
-        modules.setdefault(module, {})[suffix] = header
+        if module not in modules:
+            modules[module] = {}
+        modules[module][suffix] = header
     known: dict[tuple, Module] = {}
     return {name: known.setdefault(tuple(module.items()), module) for name, module in modules.items()}, kv
 

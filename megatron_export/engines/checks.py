@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ..common.folder_kinds import HEADLESS, is_headless
 from .architectures import ARCHITECTURES, Built
-from .checkpoint_view import CheckpointView, Group, Module, View, is_mtp, is_quantized
+from .checkpoint_view import SCALES, CheckpointView, Group, Module, View, is_mtp, is_quantized
 from .exclude_lists import Partly
 from .gpus import GPUS
 from .quant_configs import AlgorithmOf, Reading, group_size_in
@@ -17,8 +17,6 @@ from .verdict import Findings, Rule
 
 Expected = dict[str, tuple[int, ...]]  # HF tensor -> shape
 AGAIN = "fetch it again, or export it again"
-_SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "pre_quant_scale")
-_OF_LINEAR = frozenset(("weight", *_SCALES))
 
 
 def check_tensors(rules: dict[str, Rule], checkpoint: CheckpointView, view: View) -> Findings:
@@ -46,7 +44,7 @@ def check_codes(
     if reading.algorithm is None and any(group.quantized for group in view.groups):
         findings.add("unquantized", "weights are stored in codes, and neither config says so", way=AGAIN)
         return False
-    expected, known = checkpoint.expected or {}, {}
+    known: dict[tuple, tuple[tuple[str, str, str], ...]] = {}
     for group in view.groups:
         if group.mtp:
             continue
@@ -58,14 +56,13 @@ def check_codes(
             findings.add("partly", why, group.parent, way="exclude all of them, or none; one algorithm for all")
             continue
         group_size = group_size_in(reading, group, algorithm)
+        alike = (algorithm, group_size, group.kind, group.parts)
         for name, module in group.members.items():
-            if algorithm is None or not is_quantized(module):
-                _agree(name, module, algorithm, reading.where, findings)
-                continue
-            shape = expected.get(f"{name}.weight") or expected.get(name)
-            size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
-            key = (algorithm, size, group_size, group.kind, group.parts, id(module))  # which alike modules share
-            if key not in known:
+            key = (alike, id(module), shape := view.means.get(name))  # which alike modules share
+            if key not in known and (algorithm is None or not is_quantized(module)):
+                known[key] = tuple(_agree(module, algorithm, reading.where))
+            elif key not in known:
+                size = size_of(module, algorithm) if shape is None and group.kind != "stack" else (shape or ())[-2:]
                 known[key] = tuple(
                     _problems(module, algorithm, size, group, group_size, optional.get(algorithm, frozenset()))
                 )
@@ -130,22 +127,19 @@ def _check_model(checkpoint: CheckpointView, view: View, findings: Findings) -> 
     if checkpoint.architecture not in ARCHITECTURES:
         findings.add("architecture", f"no rules about the architecture {shown}: nobody has read how it is loaded")
     written_one_by_one = {group.parent for group in view.groups if group.kind == "experts"}
-    for name, shape in expected.items():
-        header = view.tensors.get(name) or view.modules.get(name, {}).get("weight")  # of a stack in blocks
+    for name, header in view.unfit:
         if header is None:
             _missing(checkpoint, name, written_one_by_one, findings)
-        elif header.shape != shape and header.dtype not in ("F8_E4M3", "U8", "I8"):
-            why = f"it is {list(header.shape)}, and config.json means {list(shape)}"
+        else:
+            why = f"it is {list(header.shape)}, and config.json means {list(expected[name])}"
             findings.add("shape", why, name, way="give the config.json that belongs to these weights")
     _check_names(checkpoint, expected, view, findings)
 
 
 def _check_names(checkpoint: CheckpointView, expected: Expected, view: View, findings: Findings) -> None:
     """Whether the architecture has every tensor that is there."""
-    for module, tensors in view.modules.items():
-        if f"{module}.weight" in expected and tensors.keys() <= _OF_LINEAR:
-            continue
-        for suffix in tensors:
+    for module in view.others:
+        for suffix in view.modules[module]:
             if not _known(checkpoint, expected, module, suffix):
                 findings.add("unknown", "no tensor of this architecture", f"{module}.{suffix}".strip("."),
                              way="move the file that has it out of the folder")  # fmt: skip
@@ -176,7 +170,7 @@ def _known(checkpoint: CheckpointView, expected: Expected, module: str, suffix: 
     container, inside, _ = module.partition(".experts.")
     stacked = bool(inside) and f"{container}.experts.down_proj" in expected
     of_module = f"{module}.weight" in expected or module in expected or stacked
-    return of_module and (suffix in _SCALES or suffix == "weight" or (stacked and suffix == "bias"))
+    return of_module and (suffix in SCALES or suffix == "weight" or (stacked and suffix == "bias"))
 
 
 def check_mtp(view: View, findings: Findings, algorithm_of: AlgorithmOf) -> None:
@@ -194,14 +188,14 @@ def check_mtp(view: View, findings: Findings, algorithm_of: AlgorithmOf) -> None
             findings.add("mtp left out", why, group.parent, way="name its layer in the list with a star")
 
 
-def _agree(name: str, module: Module, algorithm: str | None, ignored: str, findings: Findings) -> None:
+def _agree(module: Module, algorithm: str | None, ignored: str) -> Iterator[tuple[str, str, str]]:
     """Of a linear that the file has in bfloat16, or the engine takes for one: whether both agree."""
     if algorithm is None and is_quantized(module):
         why = f"it is stored in {module['weight'].dtype}, and by the config it is not quantized"
-        findings.add("left out", why, name, way=f"take it out of {ignored}, or store it in bfloat16")
+        yield "left out", why, f"take it out of {ignored}, or store it in bfloat16"
     elif algorithm is not None and not is_quantized(module):
         why = f"it is stored in {module['weight'].dtype}, and by the config it is quantized in {algorithm}"
-        findings.add("not left out", why, name, way=f"name it in {ignored}")
+        yield "not left out", why, f"name it in {ignored}"
 
 
 def _problems(

@@ -17,28 +17,26 @@ from .verdict import Findings
 
 EAGLE3, MEDUSA, COMBINED, ANOTHER = "eagle3", "medusa", "combined", "another"
 _HEADS = re.compile(r"(medusa_heads\.)?\d+\.\d+\.(linear\.)?(weight|bias)|blocks\.\d+\.layers\.\d+\.weight")
-_OF_MODELS = ("model.", "language_model.", "backbone.")  # no tensor that tells a draft is called so
 _NOT_LOADED = ("t2d", "d2t", "embed_tokens.weight", "lm_head.weight")
 _INTEGERS = ("I64", "I32")
 
 
 def kind_of(checkpoint: CheckpointView) -> str:
     """EAGLE3, MEDUSA (heads in a folder of their own), COMBINED (with their base), ANOTHER that has no rules; '' for no draft."""
-    config, names = checkpoint.config, checkpoint.whole.tensors
-    outside = [name for name in names if not name.startswith(_OF_MODELS)]
+    config, outside = checkpoint.config, checkpoint.outside
     if (
         config.get("model_type") == "medusa"
         or isinstance(config.get("medusa"), dict)
         or any(map(_HEADS.fullmatch, outside))
     ):
-        return COMBINED if any(name.startswith("model.layers.") for name in names) else MEDUSA
+        return COMBINED if any(name.startswith("model.layers.") for name in checkpoint.whole.tensors) else MEDUSA
     said = "eagle3" in checkpoint.architecture.lower() or isinstance(config.get("eagle_config"), dict)
     two_norms = any(
         name.startswith(("midlayer.", "layers.")) and name.endswith(".hidden_norm.weight") for name in outside
     )
     if said or "draft_vocab_size" in config or two_norms:
         return EAGLE3
-    return ANOTHER if "fc.weight" in names else ""
+    return ANOTHER if "fc.weight" in outside else ""
 
 
 @dataclass(frozen=True)

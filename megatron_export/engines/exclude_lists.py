@@ -44,6 +44,11 @@ class Names:
         return Names(tuple(found))
 
     @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The names between points."""
+        return tuple(f".{name.rstrip('.')}." for name in self.listed)
+
+    @cached_property
     def tails(self) -> frozenset[str]:
         """The last words of the names."""
         return frozenset(name.rpartition(".")[2] for name in self.listed)
@@ -79,9 +84,10 @@ def vllm_modelopt(names: Names, parent: str, parts: tuple[str, ...], joined: str
     return inside or any(fnmatch(prefix, glob) for glob in names.globs)
 
 
-def _within(name: str, prefix: str) -> bool:
+def _within(names: Names, module: str) -> bool:
     """Whether a listed name is the module, an ancestor, or whole words in the middle of its name."""
-    return f".{name.rstrip('.')}." in f".{prefix}."
+    inside = f".{module}."
+    return any(words in inside for words in names.words)
 
 
 def sglang_skipped(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:
@@ -90,9 +96,9 @@ def sglang_skipped(names: Names, parent: str, parts: tuple[str, ...], joined: st
     if len(parts) == 1 and joined in _MEMBERS:  # one tensor in the file too
         parts = _MEMBERS[joined]
     if parts in JOINED or (joined and len(parts) > 1):
-        return _all_or_none([any(_within(name, f"{parent}.{part}") for name in names.listed) for part in parts])
+        return _all_or_none([_within(names, f"{parent}.{part}") for part in parts])
     experts = names.of_experts if "experts" in prefix else ()
-    return any(_within(name, prefix) for name in names.listed) or any(prefix in name for name in experts)
+    return _within(names, prefix) or any(prefix in name for name in experts)
 
 
 def sglang_excluded(names: Names, parent: str, parts: tuple[str, ...], joined: str) -> bool:

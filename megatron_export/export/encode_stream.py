@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,14 +9,14 @@ from ..calibration.lookup import measured, numbers_on
 from ..common.piece import Piece
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
-from ..formats import encode_bytes
 from ..planning.kept_codes import blocks_of, scales_of_parts
-from ..planning.parameter import Item, Measured
+from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..planning.shard_files import Bucket
+from ..planning.smoothed import Measured
 from ..planning.tensor_spec import Output
 from . import transport
-from .transport import Parcel, size_of
+from .transport import Parcel
 
 Take = Callable[[Iterator[tuple[Output, Tensor]]], None]
 
@@ -111,67 +109,3 @@ class Stream:
             item, amax = split.mine[name], self.work.amaxes.get(name)
             encoded[name] = item.encode(parts, item.ranks.index(self.here.rank), amax, split.numbers[name])
         return transport.parcel_to_writer(self.here, bucket, encoded)
-
-
-class Load(NamedTuple):
-    """Memory that a bucket takes on a rank, in bytes; of `splitting`, `encoding` and `opening`, which pass, the most at a time.
-
-    moved, arrived   of what is gathered first: the shards that this rank sends to the first rank, and on that those of all ranks
-    copied           what splitting copied, and what was made whole
-    encoded, sent    the pieces, and the message for the writer
-    parcel, opening  when all has travelled: the message, on the writer those of others and its own pieces; and what taking them
-                     copies
-    """
-
-    moved: int = 0
-    arrived: int = 0
-    copied: int = 0
-    splitting: int = 0
-    encoded: int = 0
-    encoding: int = 0
-    sent: int = 0
-    parcel: int = 0
-    opening: int = 0
-
-    def plus(self, other: "Load", times: int) -> "Load":
-        """With so many others like `other`."""
-        return Load(
-            self.moved + times * other.moved,
-            self.arrived + times * other.arrived,
-            self.copied + times * other.copied,
-            max(self.splitting, other.splitting),
-            self.encoded + times * other.encoded,
-            max(self.encoding, other.encoding),
-            self.sent + times * other.sent,
-            self.parcel + times * other.parcel,
-            self.opening + times * other.opening,
-        )
-
-
-def load_of(item: Item, index: int, device: str, streamed: bool) -> Load:
-    """What shard `index` of an item takes on its rank; `device` is "cpu" or "cuda". If `streamed`, the shard itself counts too."""
-    raw, sent = size_of(item.raw_message(index)), size_of(item.message(index))
-    interleaved = not item.source.layout.views and len(item.shard_shape) == 2
-    smoothed = bool(item.smoothed.columns or item.smoothed.rows)
-    copies = smoothed or (interleaved and item.splits)
-    copied, arrived = raw if copies or streamed else 0, 0
-    parts = item.parts if item.gather_first else item.raw_message(index)
-    largest = max((part.shape for part in parts), key=prod)
-    splitting = 8 * prod(largest) * smoothed + raw * (copies and streamed)  # twice in float32
-    if item.gather_first and index:
-        return Load(moved=raw, copied=copied, splitting=splitting)
-    if item.gather_first:
-        arrived = sum(size_of(item.raw_message(other)) for other in range(len(item.ranks)))
-        copied = sum(part.nbytes for part in item.parts)
-        splitting += copied if len(item.shard_shape) > 1 and not item.splits else 0
-    encoded, encoding = (sent, encode_bytes(item.form, largest, device)) if item.form else (0, 0)
-    return Load(0, arrived, copied, splitting, encoded, encoding, sent, sent)
-
-
-def peak(old: Load, new: Load) -> int:
-    """The most memory that a rank has at a time, in bytes, while bucket `old` is taken and `new` is encoded and delivered."""
-    return max(
-        old.copied + old.parcel + new.moved + new.arrived + new.copied + new.splitting,
-        old.parcel + new.copied + new.encoded + max(new.encoding, new.sent),
-        old.parcel + new.sent + new.parcel + new.opening,
-    )

@@ -1,9 +1,9 @@
 """What an export will take, from a plan and a topology alone: bytes on disk and between ranks, memory of every rank.
 
-Bytes are exact. Memory is what is alive at once, as each stage tells it beside its code:
+Bytes are exact. Memory is what is alive at once, as each stage tells it:
 
     weights   the shards of the model, of replicas too, with copies of the embedding; without a model, only those of a bucket
-    buckets   one that is taken while the next one is encoded and sent (encode_stream.peak)
+    buckets   one that is taken while the next one is encoded and sent (bucket_load.py)
     base      of a host: the interpreter with torch and Megatron, as measured; `PLAN_BYTES` for each parameter; the statistics
     loading   of a host: pages and copies (checkpoint/reading_cost.py), and what is read ahead for a GPU, which stays
     writing   of a host that writes: the buffers of read_back.py, with a GPU also those of device_to_disk.py
@@ -13,22 +13,27 @@ run, of which a bound is told (calibration/memory.py). Not counted: what an allo
 some hundred MB).
 """
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from runpy import run_path
 
 import torch
 
 from ..checkpoint.reading_cost import mapped_bytes, reading_bytes
 from ..common import prefetch
+from ..common.dtypes import SIZES
 from ..models import is_expert
+from ..planning.parameter import Item
 from ..planning.plan import Held, Plan
 from ..planning.rank_placement import Grid
 from ..writing.device_to_disk import PINNED_BYTES
 from ..writing.read_back import FILE_BYTES, THREADS
-from ..writing.safetensors_file import header_of
-from .encode_stream import Load, load_of, peak
-from .transport import opening_bytes
+from ..writing.safetensors_file import file_bytes
+from .bucket_load import Load, load_of, opening_bytes, peak
 
 # Of the interpreter with torch and Megatron; measured, the second with CUDA's context on GPUs of 80 GB, TP=1 and 2, and with
 # torch's compilers, 70 MiB, which are imported where Megatron-Core calls a function that is compiled.
@@ -36,6 +41,8 @@ BASE_BYTES = {"cpu": 315 << 20, "cuda": 1450 << 20}
 CUDA_BUILD_BYTES = 280 << 20  # of the libraries that torch's build for CUDA loads on the CPU too
 PLAN_BYTES = 16 << 10
 STATISTIC_BYTES = 1 << 10  # of one number, as Python keeps it
+
+Loads = dict[int, Load]  # of one bucket, by rank
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def forecast(
     """
     loads, holdings = _loads(plan, held, device, streamed), _holdings(plan, held, grid)
     working = _working(loads)
-    built = CUDA_BUILD_BYTES if device == "cpu" and torch.version.cuda else 0
+    built = CUDA_BUILD_BYTES if device == "cpu" and _for_cuda() else 0
     own = BASE_BYTES[device] + built + PLAN_BYTES * len(plan.items) + _statistics(plan)
     files, leaving = Counter(plan.writers.values()), PINNED_BYTES if device == "cuda" else 0
     host, gpu = [], []
@@ -99,7 +106,7 @@ def forecast(
     return Forecast(
         tensors=sum(len(outputs) for outputs in plan.files.values()),
         nbytes=plan.nbytes,
-        files={name: len(header_of(file)[0]) + plan.sizes[name] for name, file in plan.files.items()},
+        files={name: file_bytes(file) for name, file in plan.files.items()},
         sent=_summed(loads, "sent", grid.world),
         gathered=_summed(loads, "moved", grid.world),
         host=tuple(host),
@@ -107,46 +114,62 @@ def forecast(
     )
 
 
-def _summed(loads: list[dict[int, Load]], name: str, world: int) -> tuple[int, ...]:
+def _for_cuda() -> bool:
+    """Whether torch here is a build for CUDA. Its version.py says so; torch itself would take a second to import."""
+    return run_path(str(Path(torch.__spec__.origin).with_name("version.py")))["cuda"] is not None
+
+
+def _summed(loads: list[Loads], name: str, world: int) -> tuple[int, ...]:
     """By rank, over all buckets."""
-    totals = [0] * world
-    for found in loads:
-        for rank, load in found.items():
-            totals[rank] += getattr(load, name)
+    totals, alike = [0] * world, {id(found): found for found in loads}
+    for key, times in Counter(map(id, loads)).items():
+        for rank, load in alike[key].items():
+            totals[rank] += times * getattr(load, name)
     return tuple(totals)
 
 
-def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> list[dict[int, Load]]:
-    """Of every bucket, what it puts on each rank that takes part in it."""
+def _loads(plan: Plan, held: dict[str, Held], device: str, streamed: bool) -> list[Loads]:
+    """Of every bucket, what it puts on each rank that takes part in it; buckets that are alike have it in common."""
     known: dict[int, tuple[Load, ...]] = {}  # by the first item of each kind
+    firsts: dict[int, Item] = {}
+    made: dict[tuple, Loads] = {}
     loads = []
     for bucket in plan.buckets:
-        firsts = {id(item.first or item): item.first or item for item in bucket.items}
-        alike: dict[tuple, int] = defaultdict(int)
+        alike: dict[tuple[tuple[int, ...], int], int] = defaultdict(int)
         for item in bucket.items:
-            kind = id(item.first or item)
+            kind = id(first := item.first or item)
             if kind not in known:
                 known[kind] = tuple(load_of(item, index, device, streamed) for index in range(len(item.ranks)))
+                firsts[kind] = first
             alike[held[item.source.canonical].ranks[: len(item.ranks)], kind] += 1
-        found: dict[int, Load] = defaultdict(Load)
-        own = 0
-        for (ranks, kind), count in alike.items():
-            for rank, load in zip(ranks, known[kind], strict=True):
-                found[rank] = found[rank].plus(load, count)
-                if rank == bucket.writer:  # it keeps what it encoded until that is written
-                    own += count * (load.encoded or load.copied)
-        arriving, opening = sum(load.sent for load in found.values()), max(map(opening_bytes, firsts.values()))
-        mine = found[bucket.writer]
-        found[bucket.writer] = mine._replace(sent=0, parcel=arriving - mine.sent + own, opening=opening)
-        loads.append(dict(found))
+        key = bucket.writer, frozenset(alike.items())
+        if key not in made:
+            opening = max(opening_bytes(firsts[kind]) for _, kind in alike)
+            made[key] = _of_bucket(alike, known, bucket.writer, opening)
+        loads.append(made[key])
     return loads
 
 
-def _working(loads: list[dict[int, Load]]) -> dict[int, int]:
+def _of_bucket(
+    alike: dict[tuple[tuple[int, ...], int], int], known: dict[int, tuple[Load, ...]], writer: int, opening: int
+) -> Loads:
+    """What a bucket puts on each rank, from how many items of each kind it has on which ranks."""
+    found: Loads = defaultdict(Load)
+    own = 0
+    for (ranks, kind), count in alike.items():
+        for rank, load in zip(ranks, known[kind], strict=True):
+            found[rank] = found[rank].plus(load, count)
+            if rank == writer:  # it keeps what it encoded until that is written
+                own += count * (load.encoded or load.copied)
+    arriving, mine = sum(load.sent for load in found.values()), found[writer]
+    return {**found, writer: mine._replace(sent=0, parcel=arriving - mine.sent + own, opening=opening)}
+
+
+def _working(loads: list[Loads]) -> dict[int, int]:
     """Of every rank, the most that it takes beside the weights, over all buckets."""
     peaks: dict[int, int] = defaultdict(int)
-    nothing = Load()
-    for before, now in zip([{}, *loads], loads, strict=False):
+    nothing, pairs = Load(), zip([{}, *loads], loads, strict=False)
+    for before, now in {(id(before), id(now)): (before, now) for before, now in pairs}.values():
         for rank in now.keys() | before.keys():
             peaks[rank] = max(peaks[rank], peak(before.get(rank, nothing), now.get(rank, nothing)))
     return peaks
@@ -159,7 +182,7 @@ def _holdings(plan: Plan, held: dict[str, Held], grid: Grid) -> dict[tuple[int, 
     for item in plan.items:
         source, kind = item.source, id(item.first or item)
         if kind not in known:
-            shard = prod(held[source.canonical].shape) * source.dtype.itemsize
+            shard = prod(held[source.canonical].shape) * SIZES[source.dtype]
             reading = (of(plan.config, source, shard) for of in (mapped_bytes, reading_bytes))
             known[kind] = (shard, *reading)
         shard, read, copied = known[kind]

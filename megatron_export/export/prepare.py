@@ -199,7 +199,7 @@ def surveyed(here: Topology, opening: Opening) -> tuple[Work, dict[str, str]]:
     with together(here, "check the calibration"):
         check_calibration(plan, opening.statistics)
     amaxes, digest = survey(here, plan, shards, statistics)
-    files = {file: [(o.name, str(o.dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
+    files = {file: [(o.name, str(o.torch_dtype), o.shape) for o in outputs] for file, outputs in plan.files.items()}
     layers = {module: form.name for module, form in plan.layers.items()}
     planned = {"config": plan.config, "files": files, "layers": layers}
     if cast := [item.source.canonical for item in plan.items if item.cast]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.blocks import blocks_in
 from ..common.errors import ExportError
-from ..common.piece import Axis, Piece
+from ..common.piece import Piece
 from ..common.shards import Shards
 from ..common.storage import kind_of
 from ..distributed.collectives import everyone
@@ -25,8 +25,7 @@ from ..planning.plan import Held
 from ..planning.row_strips import placed
 from ..planning.shard_files import Bucket
 from ..planning.tensor_spec import Output
-
-ALIGNMENT = 16
+from .bucket_load import padded, size_of
 
 
 def locate(here: Topology, shards: Shards) -> dict[str, Held]:
@@ -123,12 +122,6 @@ def open_at_writer(bucket: Bucket, parcel: Parcel) -> Iterator[tuple[Output, Ten
         yield from placed(item, shards)
 
 
-def opening_bytes(item: Item) -> int:
-    """Memory that `open_at_writer` takes of an item beside its messages: shards are joined, the dims of stacks are swapped."""
-    by_rank = item.gather_first or (item.rows and item.source.cut is Axis.OUT)  # nothing is to be joined
-    return item.nbytes * ((len(item.ranks) > 1 and not by_rank) + item.stacked)
-
-
 def deliver(here: Topology, parcel: Parcel) -> int:
     """Move the bytes; every rank that has a part in the parcel calls this. Returns how many this one sent."""
     if here.rank == parcel.to:
@@ -164,33 +157,24 @@ def _wait(operations: list[dist.P2POp]) -> None:
         work.wait()
 
 
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def size_of(message: Sequence[Output]) -> int:
-    """Bytes of a message."""
-    return sum(_padded(output.nbytes) for output in message)
-
-
 def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
     """One uint8 tensor: each tensor's bytes, padded so that the next one is aligned for any dtype; nobody reads the padding."""
     packed = empty((size_of(message),), torch.uint8, tensors[0].device)
     offset = 0
     for output, data in zip(message, tensors, strict=True):
-        assert (data.dtype, tuple(data.shape)) == (output.dtype, output.shape), (
-            f"{output.name} is {data.dtype} {tuple(data.shape)}, and was planned as {output.dtype} {output.shape}"
+        assert (data.dtype, tuple(data.shape)) == (output.torch_dtype, output.shape), (
+            f"{output.name} is {data.dtype} {tuple(data.shape)}, and was planned as {output.torch_dtype} {output.shape}"
         )
         packed[offset : offset + output.nbytes] = data.contiguous().reshape(-1).view(torch.uint8)
-        offset += _padded(output.nbytes)
+        offset += padded(output.nbytes)
     return packed
 
 
 def _unpacked(packed: Tensor, offset: int, message: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
     """The tensors of a message that starts at byte `offset`: views of its bytes."""
     for output in message:
-        yield output, packed[offset : offset + output.nbytes].view(output.dtype).reshape(output.shape)
-        offset += _padded(output.nbytes)
+        yield output, packed[offset : offset + output.nbytes].view(output.torch_dtype).reshape(output.shape)
+        offset += padded(output.nbytes)
 
 
 def _unpack(packed: Tensor, offset: int, message: Iterable[Output]) -> dict[str, Piece]:

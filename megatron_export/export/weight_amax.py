@@ -77,7 +77,7 @@ def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tens
     cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
     rows = tuple(range(cut.start, cut.stop) for cut in cuts)
     real = source.layout.real(shard, index, len(item.ranks))
-    summed = checksum_of(real.to(source.dtype), rows, columns[0].start if columns else 0)
+    summed = checksum_of(real.to(source.torch_dtype), rows, columns[0].start if columns else 0)
     if not item.smoothed.vectors:
         return _amax(real, summed)
     parts = item.split(shard, index, measured(item, calibration, here.device)).values()

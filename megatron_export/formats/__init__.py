@@ -7,6 +7,8 @@ form     settled options -> Form
 A format of the KV cache is a module too, whose FORM is a `KvForm`. docs/add-a-format.md shows how to add a format.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -14,11 +16,11 @@ from functools import partial
 from itertools import product
 from math import prod
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 
+from ..common.dtypes import torch_dtypes
 from ..common.errors import ExportError
 from ..common.options import flag_of, options_of, told_by
 from ..common.piece import Amax, Axis, Piece
@@ -46,6 +48,9 @@ from . import (
 )
 from .cpu import empty
 from .form import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Options, Smoothing, Stacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS: dict[str, ModuleType] = {
     module.NAME: module
@@ -148,7 +153,8 @@ def chosen_kv(name: str, scale: float | None = None, least: float = 0.0) -> KvFo
     form = _found(KV_FORMATS, name)
     if form is None or (scale is None and not least):
         return form
-    return replace(form, encode=partial(_given, form, scale, least), calibrated=scale is None)
+    scales = () if scale is not None and scale == form.implied else form.scales
+    return replace(form, scales=scales, encode=partial(_given, form, scale, least), calibrated=scale is None)
 
 
 def _given(form: KvForm, scale: float | None, least: float, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
@@ -171,10 +177,10 @@ def _in_strips(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
     strips = list(shared_strips(weight, form.tile[0]))
     if len(strips) == 1:
         return form.encode(weight, amax.strip(strips[0], form.tile[0]))
-    planned = form.pieces_of(tuple(weight.shape))
+    shape, dtypes = tuple(weight.shape), torch_dtypes()
     whole = {
-        suffix: Piece(empty(piece.data.shape, piece.data.dtype, weight.device), piece.axes)
-        for suffix, piece in planned.items()
+        suffix: Piece(empty(one.shape(shape), dtypes[one.dtype], weight.device), one.axes)
+        for suffix, one in form.stored.items()
     }
 
     def put(number: int) -> None:

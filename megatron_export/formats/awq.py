@@ -11,18 +11,24 @@ What a checkpoint and a calibration file hold is p = 1 / s, float32: the quantiz
 The search for alpha is in calibration/awq_search.py. Source: AWQ, arXiv 2306.00978; constants and roundings are ModelOpt 0.47's.
 """
 
+from __future__ import annotations
+
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.strips import row_strips
 from . import cuda_kernels, int4, nvfp4
 
-ALPHAS = tuple(torch.arange(0, 1.1, 0.1).tolist())  # 0 to 1 in float32 steps
-_TINY = torch.finfo(torch.float32).tiny
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALPHAS = struct.unpack("11f", struct.pack("11f", *(0.1 * step for step in range(11))))  # 0 to 1 in float32 steps
+_TINY = 2.0**-126  # the least normal float32
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,19 @@ by at most 2^-12 of itself, at random, and a loss by some 4e-6 of it. Outputs in
 they are scaled, which there are none of here, move a loss by some 1e-3 of it, for neighbouring alphas nearly alike.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.strips import row_strips
 from . import awq, cuda_gram, cuda_kernels
 from .awq import ALPHAS, Search
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDTH = 1024  # channels of a block of the square
 LARGEST = 2.0**15  # of what float16 is given of a weight
@@ -47,7 +52,7 @@ class Square:
     blocks: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, inputs: Tensor) -> "Square":
+    def of(cls, inputs: Tensor) -> Square:
         """Of bfloat16 inputs [tokens, in]."""
         norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
         inverses = torch.where(norms == 0, 0, 1 / norms)

@@ -1,10 +1,16 @@
 """BF16: the weights as they are, `weight` bfloat16 [out, in]. Also how every format writes what it does not quantize."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import AS_HF, Arithmetic, Form, Options, not_rounded
+from .form import AS_HF, Arithmetic, Form, Options, Stored, not_rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "bf16"
 OPTIONS = ()
@@ -29,13 +35,14 @@ FORM = Form(
     name=NAME,
     tile=(1, 1),
     ragged=False,
+    stored={"weight": Stored("BF16", 1, 1)},
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={},
     numbers=None,
     native=None,
-    arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+    arithmetic=Arithmetic(not_rounded, "BF16"),
     least_snr=40.0,
     latent=True,
     stack=AS_HF,

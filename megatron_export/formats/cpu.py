@@ -3,15 +3,19 @@
 Memory of a strip's size comes from the system anew each time, page by page, which takes longer than what is done in it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import prod
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLED = 1 << 16  # weights from which on a table of all bfloat16 numbers is worth making
 KEPT = 1 << 20  # elements of the largest tensor whose memory is kept

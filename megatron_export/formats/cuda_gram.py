@@ -1,9 +1,15 @@
 """What awq_gram.py does to weights for every alpha beside its products, on CUDA: each pass reads and writes a number once."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from .cuda_kernels import kernels, launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TILE = {"ROWS": 16, "COLUMNS": 256}  # of a program
 

@@ -25,16 +25,17 @@ overflows when it is smoothed gives numbers that are not finite either way, and 
 Squares are added up in float64 as in plain torch, in another order.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.piece import Amax, Piece
@@ -42,6 +43,9 @@ from ..common.storage import kind_of, shortage
 from . import fp8, fp8_pb, fp8_pc_pt, int4, mxfp4, mxfp8, nvfp4, w4a8_awq, w4a8_nvfp4_fp8, w4a16_nvfp4
 from .e8m0 import MX_BLOCK
 from .form import Form
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CAPABILITY = (8, 9)
 TILE = 4096  # elements of a program, but for fp8_pb's whole blocks
@@ -52,8 +56,7 @@ LIMITS = {
     "fp8_pc_pt": OWN,
     "nvfp4": (2.0**-30, 2.0**6),  # of weight_scale_2, whatever the elements
     "four_over_six": (2.0**-30, 2.0**-8),  # of weight_scale_2, so that 2^126 times the scale of a block is a number
-    "int4": OWN,
-    "int4_rounded": OWN,  # of 7 / amax
+    **dict.fromkeys(("int4", "int4_rounded"), OWN),  # the latter of 7 / amax
 }
 SMOOTHED_ROWS, SMOOTHED_COLUMNS = 32, 128  # of a program that smooths a weight
 LANES, STEPS = 32, 4  # of a program of nvfp4: a block for each thread of a warp, in turn
@@ -81,9 +84,8 @@ def readable(weight: Tensor) -> bool:
 
 def made_for(form: Form) -> Callable[[Tensor, Amax], dict[str, Piece]] | None:
     """The kernel of a format, without a look at what there is to run it."""
-    plain, settings = (
-        (form.encode.func, form.encode.keywords) if isinstance(form.encode, partial) else (form.encode, {})
-    )
+    of_options = isinstance(form.encode, partial)
+    plain, settings = (form.encode.func, form.encode.keywords) if of_options else (form.encode, {})
     return partial(KERNELS[plain], **settings) if plain in KERNELS else None
 
 
@@ -124,14 +126,13 @@ def _check(*tensors: Tensor) -> None:
         if not why and tensor.device != tensors[0].device:
             why = f"it is on {tensor.device}, and others on {tensors[0].device}"
         if why:
-            raise ExportError(
-                f"no kernel can read a tensor: {why}. This is a mistake of megatron_export: please report it"
-            )
+            said = f"no kernel can read a tensor: {why}"
+            raise ExportError(f"{said}. This is a mistake of megatron_export: please report it")
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
     """Run so many programs of a kernel: the one place where kernels start."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     _check(*tensors)
     with torch.cuda.device_of(tensors[0]):
         kernel[programs,](*arguments, **settings)

@@ -4,12 +4,17 @@ Source: OCP Microscaling specification 1.0, with the rounding of ModelOpt 0.47: 
 largest code. The specification's own conversion rounds down.
 """
 
+from __future__ import annotations
+
 import struct
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Axis, Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MX_BLOCK = 32
 _DOUBLING = 1 << 23  # from the bits of a positive float32 to those of twice as much

@@ -1,15 +1,17 @@
-"""What a format is to the rest of the program: one value that says all of itself, and what is read off its encoder."""
+"""What a format is to the rest of the program: one value that says all of itself, and what follows from that."""
 
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..common.dtypes import SIZES, torch_dtypes
 from ..common.options import option
 from ..common.piece import Amax, Axis, Piece
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # A vector of AWQ that the input is multiplied by: no format's own, written beside any.
 PRE_QUANT_SCALE = "pre_quant_scale"
@@ -89,13 +91,19 @@ class Stacked:
         """The tensor of a suffix."""
         return stack + self.tails.get(suffix, "" if suffix in ("weight", "bias") else f"_{suffix}")
 
-    def slice(self, rows: Tensor, suffix: str) -> Tensor:
+    def slice(self, rows: "Tensor", suffix: str) -> "Tensor":
         """An expert's slice of it, from the expert's rows [out, n], or [out]."""
         if self.codes:
             return rows.unflatten(1, (-1, self.codes)) if suffix == "weight" else rows
         return rows.T.contiguous() if rows.dim() == 2 else rows
 
-    def rows(self, slice: Tensor) -> Tensor:
+    def slice_shape(self, rows: tuple[int, ...], suffix: str) -> tuple[int, ...]:
+        """The shape of `slice`, from that of the rows."""
+        if self.codes:
+            return (rows[0], rows[1] // self.codes, self.codes) if suffix == "weight" else rows
+        return rows[::-1]
+
+    def rows(self, slice: "Tensor") -> "Tensor":
         """The inverse of `slice`."""
         if self.codes:
             return slice.flatten(1)
@@ -110,11 +118,16 @@ class Arithmetic:
     """How an engine multiplies with a format, as `verify` emulates it.
 
     inputs  (input [..., in] of any float dtype, input_scale float32 [] or None) -> the float32 input that is multiplied
-    weight  dtype that the decoded weight is rounded to before it is multiplied
+    weight  dtype that the decoded weight is rounded to before it is multiplied, as safetensors names it
     """
 
-    inputs: Callable[[Tensor, Tensor | None], Tensor]
-    weight: torch.dtype
+    inputs: "Callable[[Tensor, Tensor | None], Tensor]"
+    weight: str
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """`weight`, as torch calls it."""
+        return torch_dtypes()[self.weight]
 
 
 @dataclass(frozen=True)
@@ -122,12 +135,31 @@ class Stored:
     """One tensor that a format makes of a weight.
 
     rows, columns  how many of the weight's one entry is about; None where the tensor does not follow that axis
+    spaced         whether a dim of size 1 follows each dim
     """
 
-    dtype: torch.dtype
-    dims: int
-    rows: int | None
-    columns: int | None
+    dtype: str
+    rows: int | None = None
+    columns: int | None = None
+    spaced: bool = False
+
+    @property
+    def axes(self) -> tuple[Axis | None, ...]:
+        """The weight axis that each dim follows; None of a dim of size 1."""
+        followed = [axis for axis, each in ((Axis.OUT, self.rows), (Axis.IN, self.columns)) if each]
+        return tuple(one for axis in followed for one in ((axis, None) if self.spaced else (axis,)))
+
+    @property
+    def dims(self) -> int:
+        return len(self.axes)
+
+    def shape(self, weight: tuple[int, int]) -> tuple[int, ...]:
+        """Its shape, of a weight [out, in] whose last tile may be partial."""
+        sizes = {Axis.OUT: -(-weight[0] // (self.rows or 1)), Axis.IN: -(-weight[1] // (self.columns or 1)), None: 1}
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+ONE_NUMBER = Stored("F32")  # of a whole weight, or of its input
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,8 +170,9 @@ class Form:
     name          what the user types
     tile          (out, in): the block of the weight that must not be cut before it is quantized
     ragged        whether the last tile of a row or column may be partial
-    encode        one linear, bfloat16 [out, in] -> pieces by suffix; pure. `weight` has the codes; the first suffix that begins
-                  with `weight_scale` the scale of every block; a format that writes `input_scale` needs the amax of the input
+    stored        what `encode` makes, by suffix. `weight` has the codes; the first suffix that begins with `weight_scale` the scale
+                  of every block; a format that writes `input_scale` needs the amax of the input
+    encode        one linear, bfloat16 [out, in] -> those pieces by suffix; pure
     decode        pieces -> the float32 [out, in] weight that an engine multiplies with
     requantize    (float32 [out, in] weight, pieces on disk) -> the float32 weight that `decode` would give, had these scales been
                   given codes of that weight. For the scales of `encode`, the result is that of `encode` and `decode` to the bit
@@ -160,9 +193,10 @@ class Form:
     name: str
     tile: tuple[int, int]
     ragged: bool
-    encode: Callable[[Tensor, Amax], dict[str, Piece]]
-    decode: Callable[[dict[str, Piece]], Tensor]
-    requantize: Callable[[Tensor, dict[str, Piece]], Tensor]
+    stored: dict[str, Stored]
+    encode: "Callable[[Tensor, Amax], dict[str, Piece]]"
+    decode: "Callable[[dict[str, Piece]], Tensor]"
+    requantize: "Callable[[Tensor, dict[str, Piece]], Tensor]"
     quantization: dict
     numbers: dict | None
     native: Native | None
@@ -188,34 +222,7 @@ class Form:
         """The `quant_algo` of both quantization configs; None for a format that quantizes nothing."""
         return self.quantization.get("quant_algo")
 
-    def _made(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        """What `encode` makes of a tile, or a part of one. A weight on meta would bring torch's compiler, which takes a second to
-        import; a larger one its threads, which a process that forks must not have.
-        """
-        one = torch.ones(())
-        return self.encode(torch.ones(shape, dtype=torch.bfloat16), Amax(one, one))
-
-    @cached_property
-    def _tile(self) -> tuple[tuple[int, ...], dict[str, Piece]]:
-        shape = tuple(1 if size == WHOLE_ROW else size for size in self.tile)
-        return shape, self._made(shape)
-
-    @cached_property
-    def stored(self) -> dict[str, Stored]:
-        """What `encode` makes of a weight, by suffix."""
-        tile, made = self._tile
-        return {suffix: _stored(piece, tile) for suffix, piece in made.items()}
-
-    def pieces_of(self, shape: tuple[int, int]) -> dict[str, Piece]:
-        """What `encode` makes of a weight [out, in], on the meta device: that of its tiles."""
-        tile, made = self._tile
-        last = tuple(size % block or block for size, block in zip(shape, tile, strict=True))
-        before = [(size - rest) // block for size, rest, block in zip(shape, last, tile, strict=True)]
-        times = dict(zip((Axis.OUT, Axis.IN), before, strict=True))
-        ends = made if last == tile else self._made(last)
-        return {suffix: _extended(ends[suffix], piece, times) for suffix, piece in made.items()}
-
-    @cached_property
+    @property
     def scale(self) -> str:
         """The suffix of the scales of blocks, of a format that quantizes."""
         return next(suffix for suffix in self.stored if suffix.startswith("weight_scale"))
@@ -251,21 +258,7 @@ class Form:
     def bits(self) -> int:
         """Of one code."""
         codes = self.stored["weight"]
-        return 8 * codes.dtype.itemsize // (codes.rows * codes.columns)
-
-
-def _stored(piece: Piece, shape: tuple[int, ...]) -> Stored:
-    rows, columns = (
-        size // piece.data.shape[piece.axes.index(axis)] if axis in piece.axes else None
-        for axis, size in zip((Axis.OUT, Axis.IN), shape, strict=True)
-    )
-    return Stored(piece.data.dtype, piece.data.dim(), rows, columns)
-
-
-def _extended(end: Piece, each: Piece, times: dict[Axis, int]) -> Piece:
-    sizes = zip(end.data.shape, each.data.shape, each.axes, strict=True)
-    shape = [last + times.get(axis, 0) * size for last, size, axis in sizes]
-    return Piece(torch.empty(shape, dtype=each.data.dtype, device="meta"), each.axes)
+        return 8 * SIZES[codes.dtype] // (codes.rows * codes.columns)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -277,7 +270,8 @@ class KvForm:
     scheme     `kv_cache_scheme` of config.json
     bits       of one number, by which a scheme that is a table is told from others
     implied    the scale that all engines take where the checkpoint has none; None where one of them needs it
-    encode     amax of the keys and of the values, float32 [] each -> their scales by name under `self_attn`
+    scales     the names of its scales under `self_attn`; float32 [] each
+    encode     amax of the keys and of the values, float32 [] each -> those scales by name
     rounded    (keys or values [..., channels], their scale float32 []) -> what the cache holds of them, float32
     calibrated whether `encode` looks at the maxima
     """
@@ -287,11 +281,12 @@ class KvForm:
     scheme: dict | str
     bits: int
     implied: float | None
-    encode: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    rounded: Callable[[Tensor, Tensor], Tensor]
+    scales: tuple[str, ...]
+    encode: "Callable[[Tensor, Tensor], dict[str, Tensor]]"
+    rounded: "Callable[[Tensor, Tensor], Tensor]"
     calibrated: bool = True
 
 
-def not_rounded(values: Tensor, scale: Tensor | None = None) -> Tensor:
+def not_rounded(values: "Tensor", scale: "Tensor | None" = None) -> "Tensor":
     """The values themselves, in float32: inputs of a format that quantizes weights alone."""
     return values.float()

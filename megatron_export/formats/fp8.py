@@ -12,14 +12,19 @@ does on the CPU; the quotient saturates at +-448. An amax of zero is replaced by
 Source: ModelOpt 0.47 unified checkpoint, quant_algo FP8.
 """
 
+from __future__ import annotations
+
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
 from .cpu import looked_up
-from .form import AS_HF, Arithmetic, Form, Options
+from .form import AS_HF, ONE_NUMBER, Arithmetic, Form, Options, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "fp8"
 OPTIONS = ()
@@ -86,13 +91,14 @@ FORM = Form(
     name=NAME,
     tile=(1, 1),
     ragged=False,
+    stored={"weight": Stored("F8_E4M3", 1, 1), "weight_scale": ONE_NUMBER, "input_scale": ONE_NUMBER},
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "FP8"},
     numbers={"dynamic": False, "num_bits": 8, "type": "float"},
     native=None,
-    arithmetic=Arithmetic(rounded, torch.float32),
+    arithmetic=Arithmetic(rounded, "F32"),
     least_snr=20.0,
     latent=False,
     stack=AS_HF,

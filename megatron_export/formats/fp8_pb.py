@@ -14,15 +14,19 @@ TensorRT-LLM all read, dense and MoE. ModelOpt's spelling, on request, has the s
 under quant_algo FP8_PB_WO. Source: ModelOpt 0.47 unified checkpoint, fp8_pb_wo; DeepSeek-V3's inference code.
 """
 
+from __future__ import annotations
+
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Arithmetic, Form, Native, Options
+from .form import Arithmetic, Form, Native, Options, Stored
 from .fp8 import E4M3_MAX, rounded, scale_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "fp8_pb"
 BLOCK = 128
@@ -34,7 +38,7 @@ NATIVE = Native(DIALECT, sign="weight_block_size")
 def encode(weight: Tensor, amax: Amax | None = None, native: bool = True) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix. Of `amax`, `scales` are used."""
     out, columns = weight.shape
-    padded = pad(weight.float(), (0, -columns % BLOCK, 0, -out % BLOCK))
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -out % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [out/128, 128, in/128, 128]
     given = amax.scales if amax else None
     scale = scale_of(blocks.abs().amax(dim=(1, 3), keepdim=True)) if given is None else given[:, None, :, None]
@@ -71,7 +75,7 @@ def _spread(pieces: dict[str, Piece], shape: torch.Size) -> Tensor:
 def round_inputs(values: Tensor, scale: None = None) -> Tensor:
     """Values as e4m3 holds them under a scale of their own for every 128 of the last dim, in float32."""
     size = values.shape[-1]
-    groups = pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    groups = torch.nn.functional.pad(values.float(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
     return rounded(groups, scale_of(groups.abs().amax(dim=-1, keepdim=True))).flatten(-2)[..., :size]
 
 
@@ -80,17 +84,19 @@ def form(options: Options) -> Form:
     """The format in the spelling `options.fp8_pb_spelling`: "native" or "modelopt"."""
     native = options.fp8_pb_spelling == "native"
     algorithm = {"quant_algo": "FP8_BLOCK_SCALES", "group_size": BLOCK} if native else {"quant_algo": "FP8_PB_WO"}
+    scale = {f"weight_scale{'_inv' * native}": Stored("F32", BLOCK, BLOCK, spaced=not native)}
     return Form(
         name=NAME,
         tile=(BLOCK, BLOCK),
         ragged=True,
+        stored={"weight": Stored("F8_E4M3", 1, 1)} | scale,
         encode=partial(encode, native=native),
         decode=decode,
         requantize=requantize,
         quantization=algorithm,
         numbers=None,
         native=NATIVE if native else None,
-        arithmetic=Arithmetic(round_inputs, torch.float32),
+        arithmetic=Arithmetic(round_inputs, "F32"),
         least_snr=20.0,
         latent=True,
         stack=None,

@@ -9,12 +9,18 @@ The byte of an element is e4m3(float32(w) / scale), one rounding to nearest even
 Source: ModelOpt 0.47 unified checkpoint, quant_algo FP8_PER_CHANNEL_PER_TOKEN.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import WHOLE_ROW, Arithmetic, Form, Options
+from .form import WHOLE_ROW, Arithmetic, Form, Options, Stored
 from .fp8 import E4M3_MAX, rounded, scale_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "fp8_pc_pt"
 OPTIONS = ()
@@ -51,13 +57,14 @@ FORM = Form(
     name=NAME,
     tile=(1, WHOLE_ROW),
     ragged=True,
+    stored={"weight": Stored("F8_E4M3", 1, 1), "weight_scale": Stored("F32", 1)},
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
     numbers=None,
     native=None,
-    arithmetic=Arithmetic(round_inputs, torch.float32),
+    arithmetic=Arithmetic(round_inputs, "F32"),
     least_snr=20.0,
     latent=False,
     stack=None,

@@ -8,15 +8,19 @@ then its ratio times its largest magnitude, and codes beyond saturate. Value: co
 `out` must be even and `in` a multiple of the group. Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
-from .form import Form, Options, Smoothing
+from .form import ONE_NUMBER, Form, Options, Smoothing, Stored
 from .fp8 import scale_of
 from .packing import pack, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INT4_MAX = 7.0
 INT4_MIN = -8.0
@@ -69,15 +73,17 @@ def rounded(weight: Tensor, group: int, clip: Tensor | None = None) -> Tensor:
     return (codes / scale).flatten(1).to(torch.bfloat16)
 
 
-def awq_form(name: str, algorithm: str, options: Options, **own: Any) -> Form:
-    """An AWQ format on groups of `options.group_size`: smoothed, its vectors folded into norms alone. `own` are the fields of
-    `Form` that are its own: what it does to numbers.
+def awq_form(name: str, algorithm: str, options: Options, numbers: tuple[str, ...] = (), **own: Any) -> Form:
+    """An AWQ format on groups of `options.group_size`: smoothed, its vectors folded into norms alone. `numbers` are the
+    suffixes of single numbers that it stores, `own` the fields of `Form` that are its own: what it does to weights.
     """
     group = options.group_size
     return Form(
         name=name,
         tile=(2, group),
         ragged=False,
+        stored={"weight": Stored("U8", 2, 1), "weight_scale": Stored("F32", 1, group)}
+        | dict.fromkeys(numbers, ONE_NUMBER),
         quantization={"quant_algo": algorithm, "group_size": group, "has_zero_point": False, "pre_quant_scale": True},
         numbers=None,
         native=None,

@@ -14,8 +14,6 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_AWQ; AWQ is arXiv 230
 
 from functools import cache, partial
 
-import torch
-
 from . import int4
 from .form import Arithmetic, Form, Options, not_rounded
 
@@ -33,5 +31,5 @@ def form(options: Options) -> Form:
         encode=partial(int4.encode, group=options.group_size),
         decode=int4.decode,
         requantize=int4.requantize,
-        arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+        arithmetic=Arithmetic(not_rounded, "BF16"),
     )

@@ -9,15 +9,22 @@ take 1 where there is none. Source: ModelOpt 0.47 unified checkpoint, kv_cache_q
 layers/quantization/kv_cache.py.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from .form import KvForm
 from .fp8 import rounded, scale_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+
 
 def encode(k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
     """Two amax scalars -> the tensors above, by their name under `self_attn`."""
-    return {"k_proj.k_scale": scale_of(k_amax), "v_proj.v_scale": scale_of(v_amax)}
+    return dict(zip(SCALES, (scale_of(k_amax), scale_of(v_amax)), strict=True))
 
 
 FORM = KvForm(
@@ -26,6 +33,7 @@ FORM = KvForm(
     scheme={"dynamic": False, "num_bits": 8, "type": "float"},
     bits=8,
     implied=1.0,
+    scales=SCALES,
     encode=encode,
     rounded=rounded,
 )

@@ -10,9 +10,16 @@ Source: ModelOpt 0.47 unified checkpoint, kv_cache_quant_algo NVFP4.
 """
 
 from .form import KvForm
-from .kv_fp8 import encode
+from .kv_fp8 import SCALES, encode
 from .nvfp4 import round_inputs
 
 FORM = KvForm(
-    name="nvfp4", algorithm="NVFP4", scheme="NVFP4", bits=4, implied=None, encode=encode, rounded=round_inputs
+    name="nvfp4",
+    algorithm="NVFP4",
+    scheme="NVFP4",
+    bits=4,
+    implied=None,
+    scales=SCALES,
+    encode=encode,
+    rounded=round_inputs,
 )

@@ -12,14 +12,20 @@ OpenAI's GPT-OSS has the same numbers, 16 bytes and a scale for a block, in tens
 Source: ModelOpt 0.47 unified checkpoint, quant_algo mxfp4; OCP Microscaling specification 1.0.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import nvfp4
 from .e8m0 import MX_BLOCK, pieces, scales_of, spread
-from .form import Arithmetic, Form, Options, not_rounded
+from .form import Arithmetic, Form, Options, Stored, not_rounded
 from .packing import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "mxfp4"
 OPTIONS = ()
@@ -58,13 +64,14 @@ FORM = Form(
     name=NAME,
     tile=(1, MX_BLOCK),
     ragged=False,
+    stored={"weight": Stored("U8", 1, 2), "weight_scale": Stored("U8", 1, MX_BLOCK)},
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "MXFP4", "group_size": MX_BLOCK},
     numbers=None,
     native=None,
-    arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+    arithmetic=Arithmetic(not_rounded, "BF16"),
     least_snr=10.0,
     latent=False,
     stack=None,

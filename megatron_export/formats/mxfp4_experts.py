@@ -17,16 +17,21 @@ written with the bytes that they have, except where several bytes mean the same:
 Source: openai/gpt-oss-20b; integrations/mxfp4.py of transformers 5.23.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import mxfp4, nvfp4
 from .e8m0 import MX_BLOCK, pieces, scales_of, spread
 from .form import Native, Stacked
 from .packing import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = mxfp4.NAME
 

@@ -15,17 +15,22 @@ original's where a block's largest one is 4 or 6; in others the scale is smaller
 utils/numeric_utils.py) keeps the original's codes and scales: other bytes, and the same values.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import nvfp4
 from .form import Form
 from .fp8 import E4M3_MAX, scale_of
 from .packing import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 8  # power of two of the largest block's scale
 LEAST = -116  # power of two of weight_scale_2: the least value, 2^-10 times that, is a normal float32

@@ -10,13 +10,19 @@ The byte of an element is e4m3(float32(w) / scale), one rounding to nearest even
 Source: ModelOpt 0.47 unified checkpoint, quant_algo MXFP8; OCP Microscaling specification 1.0.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from .e8m0 import MX_BLOCK, pieces, scales_of, spread
-from .form import Arithmetic, Form, Options
+from .form import Arithmetic, Form, Options, Stored
 from .fp8 import E4M3_MAX, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "mxfp8"
 OPTIONS = ()
@@ -50,13 +56,14 @@ FORM = Form(
     name=NAME,
     tile=(1, MX_BLOCK),
     ragged=False,
+    stored={"weight": Stored("F8_E4M3", 1, 1), "weight_scale": Stored("U8", 1, MX_BLOCK)},
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "MXFP8", "group_size": MX_BLOCK},
     numbers=None,
     native=None,
-    arithmetic=Arithmetic(round_inputs, torch.float32),
+    arithmetic=Arithmetic(round_inputs, "F32"),
     least_snr=20.0,
     latent=False,
     stack=None,

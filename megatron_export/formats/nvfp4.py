@@ -31,17 +31,22 @@ Source: ModelOpt 0.47 on the CPU, presets nvfp4_w4a4_weight_mse_fp8_sweep and nv
 compute_fp4_scales in kernels/quantization/gemm/fp4_kernel.py, quantization/qtensor/nvfp4_tensor.py.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Axis, Piece
 from .cpu import above, below_zero, divided, in_float32, largest, magnitudes
-from .form import AS_HF, Arithmetic, Form, Options
+from .form import AS_HF, ONE_NUMBER, Arithmetic, Form, Options, Stored
 from .fp8 import E4M3_MAX, scale_of
 from .packing import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "nvfp4"
 BLOCK = 16
@@ -210,13 +215,19 @@ FORM = Form(
     name=NAME,
     tile=(1, BLOCK),
     ragged=False,
+    stored={
+        "weight": Stored("U8", 1, 2),
+        "weight_scale": Stored("F8_E4M3", 1, BLOCK),
+        "weight_scale_2": ONE_NUMBER,
+        "input_scale": ONE_NUMBER,
+    },
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "NVFP4", "group_size": BLOCK},
     numbers={"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
     native=None,
-    arithmetic=Arithmetic(round_inputs, torch.float32),
+    arithmetic=Arithmetic(round_inputs, "F32"),
     least_snr=10.0,
     latent=False,
     stack=AS_HF,

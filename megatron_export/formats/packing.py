@@ -1,7 +1,13 @@
 """Two four-bit codes in a byte: the first in the low nibble, the second in the high nibble, along rows or columns."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack(codes: Tensor, dim: int) -> Tensor:

@@ -4,12 +4,16 @@ On disk, for a linear `[out, in]`, `in` a multiple of 16: `weight`, `weight_scal
 and no `input_scale`. Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A16_NVFP4.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ..common.piece import Amax, Piece
 from . import nvfp4
 from .form import AS_HF, Arithmetic, Form, Options, not_rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "w4a16_nvfp4"
 OPTIONS = nvfp4.OPTIONS
@@ -29,13 +33,14 @@ FORM = Form(
     name=NAME,
     tile=nvfp4.FORM.tile,
     ragged=False,
+    stored={suffix: one for suffix, one in nvfp4.FORM.stored.items() if suffix != "input_scale"},
     encode=encode,
     decode=nvfp4.decode,
     requantize=nvfp4.requantize,
     quantization={"quant_algo": "W4A16_NVFP4", "group_size": nvfp4.BLOCK},
     numbers=nvfp4.FORM.numbers,
     native=None,
-    arithmetic=Arithmetic(not_rounded, torch.bfloat16),
+    arithmetic=Arithmetic(not_rounded, "BF16"),
     least_snr=nvfp4.FORM.least_snr,
     latent=False,
     stack=AS_HF,

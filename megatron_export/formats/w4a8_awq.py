@@ -13,15 +13,18 @@ input_scale; both scalars are shared by the linears that engines fuse. An amax o
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_AWQ.
 """
 
-from functools import cache, partial
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from ..common.piece import Amax, Piece
 from . import int4
 from .form import Arithmetic, Form, Options
 from .fp8 import rounded, scale_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "w4a8_awq"
 OPTIONS = ("group_size", "awq_clip")
@@ -59,8 +62,9 @@ def form(options: Options) -> Form:
         NAME,
         "W4A8_AWQ",
         options,
+        ("weight_scale_2", "input_scale"),
         encode=partial(encode, group=options.group_size),
         decode=decode,
         requantize=requantize,
-        arithmetic=Arithmetic(rounded, torch.float32),
+        arithmetic=Arithmetic(rounded, "F32"),
     )

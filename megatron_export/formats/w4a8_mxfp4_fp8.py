@@ -5,14 +5,17 @@ Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_MXFP4_FP8, which has n
 W4A8MXFP4FP8LinearMethod, which takes the amax of its input.
 """
 
-from dataclasses import replace
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from . import mxfp4
 from .form import Arithmetic, Form, Options
 from .fp8 import rounded, scale_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "w4a8_mxfp4_fp8"
 OPTIONS = ()
@@ -27,7 +30,7 @@ FORM = replace(
     mxfp4.FORM,
     name=NAME,
     quantization={"quant_algo": "W4A8_MXFP4_FP8", "group_size": mxfp4.MX_BLOCK},
-    arithmetic=Arithmetic(round_inputs, torch.float32),
+    arithmetic=Arithmetic(round_inputs, "F32"),
 )
 
 

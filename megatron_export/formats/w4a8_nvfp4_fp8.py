@@ -12,14 +12,20 @@ weight_scale fits e4m3, to which it is rounded. Value: e4m3(e2m1 * weight_scale)
 Source: ModelOpt 0.47 unified checkpoint, quant_algo W4A8_NVFP4_FP8; TensorRT-LLM's W4A8NVFP4FP8LinearMethod.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from ..common.piece import Amax, Piece
 from . import nvfp4
-from .form import Arithmetic, Form, Options
+from .form import ONE_NUMBER, Arithmetic, Form, Options, Stored
 from .fp8 import rounded, scale_of
 from .packing import pack, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "w4a8_nvfp4_fp8"
 BLOCK = 32
@@ -55,13 +61,19 @@ FORM = Form(
     name=NAME,
     tile=(1, BLOCK),
     ragged=False,
+    stored={
+        "weight": Stored("U8", 1, 2),
+        "weight_scale": Stored("F8_E4M3", 1, BLOCK),
+        "weight_scale_2": ONE_NUMBER,
+        "input_scale": ONE_NUMBER,
+    },
     encode=encode,
     decode=decode,
     requantize=requantize,
     quantization={"quant_algo": "W4A8_NVFP4_FP8", "group_size": BLOCK},
     numbers=None,
     native=None,
-    arithmetic=Arithmetic(rounded, torch.float32),
+    arithmetic=Arithmetic(rounded, "F32"),
     least_snr=10.0,
     latent=False,
     stack=None,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint.hf_folder import files_to_copy, find_model, of_folder, tokenizer_remarks
 from ..checkpoint.original import Original
+from ..common.dtypes import dtype_names
 from ..common.errors import ExportError
 from ..common.file_names import GENERATION_CONFIG
 from ..models import ARCHITECTURES, architecture_of, mtp_prefixes, settings_of, without_mtp
@@ -42,7 +43,8 @@ def original_of(
     if isinstance(tokenizer, str | Path) and not Path(tokenizer).is_dir():
         raise ExportError(f"tokenizer {tokenizer}: no such folder. Give a folder, or a tokenizer of transformers")
     copied = tuple(
-        Output(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in copied_tensors(model, config).items()
+        Output(name, dtype_names()[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in copied_tensors(model, config).items()
     )
     if into:
         _put(model, [one for one in (folder, tokenizer) if one is not None], into)

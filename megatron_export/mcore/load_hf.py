@@ -46,7 +46,7 @@ def load_hf_weights(
     with SourceWeights(place, config=config) as weights:
         wide = wide_of(weights, config)
         sources = {name: source.as_stored(wide) for name, source in parameters_of(config).items()}
-        _widen(model, {name for name, one in sources.items() if one.rule.as_stored and one.dtype is torch.float32})
+        _widen(model, {name for name, one in sources.items() if one.rule.as_stored and one.dtype == "F32"})
         shards = fillable(shards_of(model).live | copies_of(model), topology.device)
         weights.check_model(config, dropped)
         weights.check_shared(config, topology.rank, topology.world)

@@ -1,14 +1,14 @@
 """How one Megatron tensor is cut into HF tensors, and joined again. Pure functions; every layout is invertible."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
-from ..common.piece import cat
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Layout(Protocol):
@@ -22,6 +22,10 @@ class Layout(Protocol):
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         """HF part -> its rows that the shard holds."""
+
+    def part_rows(self, rows: int, index: int, count: int) -> dict[str, int]:
+        """HF part -> how many of its rows a shard of so many rows holds: those that `split` gives."""
+        return dict.fromkeys(self.parts, rows)
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         """The shard of `rows` rows from its HF parts: the inverse of `split`."""
@@ -60,7 +64,7 @@ def chunk(size: int, index: int, count: int) -> slice:
 
 def stacked(parts: list[Tensor], woven: bool) -> Tensor:
     """One expert's rows of all its parts: one part after the other, or rows of the parts in turn if `woven`."""
-    return cat([part.unsqueeze(1) for part in parts], 1).flatten(0, 1) if woven else cat(parts)
+    return torch.cat([part.unsqueeze(1) for part in parts], 1).flatten(0, 1) if woven else torch.cat(parts)
 
 
 def stacked_rows(rows: slice, size: int, part: int, parts: int, woven: bool) -> slice:
@@ -104,8 +108,11 @@ class Vocab(Layout):
     parts: tuple[str, ...] = ("",)
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        real = self.source(self.vocab, index, count, shard.shape[0])
-        return dict.fromkeys(self.parts, shard[: real.stop - real.start])
+        return {part: shard[:rows] for part, rows in self.part_rows(shard.shape[0], index, count).items()}
+
+    def part_rows(self, rows: int, index: int, count: int) -> dict[str, int]:
+        real = self.source(self.vocab, index, count, rows)
+        return dict.fromkeys(self.parts, real.stop - real.start)
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return pad_rows(parts[""], rows)
@@ -129,6 +136,10 @@ class Split(Layout):
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         return dict(zip(self.parts, shard.chunk(len(self.parts)), strict=True))
+
+    def part_rows(self, rows: int, index: int, count: int) -> dict[str, int]:
+        cuts = ((part, chunk(rows, n, len(self.parts))) for n, part in enumerate(self.parts))
+        return {part: cut.stop - cut.start for part, cut in cuts}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return torch.cat([parts[part] for part in self.parts])
@@ -169,6 +180,10 @@ class QKV(Layout):
             blocks["q"] = two.transpose(1, 2)
         return {part: block.reshape(-1, *rest) for part, block in blocks.items()}
 
+    def part_rows(self, rows: int, index: int, count: int) -> dict[str, int]:
+        each = (self._q_rows, self.head_dim, self.head_dim)
+        return {part: rows // sum(each) * size for part, size in zip(self.parts, each, strict=True)}
+
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         groups, rest = parts["k"].shape[0] // self.head_dim, parts["k"].shape[1:]
         blocks = {part: parts[part].reshape(groups, -1, *rest) for part in self.parts}
@@ -191,75 +206,11 @@ class QKV(Layout):
         return groups.mean(dim=1, keepdim=True).expand_as(groups).reshape(-1)
 
 
-@dataclass(frozen=True)
-class ByPart(Layout):
-    """The parts of a whole of `size` rows one after the other, each cut by itself into chunks of rows, as FSDP2 and the DTensors of
-    tensor parallelism cut HF's tensors. A shard has a chunk of every part; a chunk that is shorter is padded.
-
-    whole  how Megatron's tensor is made of the parts
-    """
-
-    whole: Layout
-    size: int
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.whole.parts
-
-    def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        found, start = {}, 0
-        for part, size in _part_sizes(self.whole, self.size).items():
-            own = chunk(size, index, count)
-            found[part] = shard[start : start + own.stop - own.start]
-            start += -(-size // count)
-        return found
-
-    def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
-        return torch.cat([parts[part] for part in self.parts])
-
-    def shard_rows(self, count: int) -> int:
-        """The rows of each of `count` shards."""
-        return sum(-(-size // count) for size in _part_sizes(self.whole, self.size).values())
-
-    def source(self, part_rows: int, index: int, count: int, shard_rows: int) -> slice:
-        return chunk(part_rows, index, count)
-
-    def rows(self, size: int, index: int, count: int, shard_rows: int) -> tuple[slice, ...]:
-        return _runs(self.whole, self.size, index, count)
-
-    def real(self, shard: Tensor, index: int, count: int) -> Tensor:
-        return torch.cat(list(self.split(shard, index, count).values()))
-
-    @property
-    def queries_per_group(self) -> int:
-        """Of q, k and v."""
-        return self.whole.queries_per_group
-
-    def first_queries(self, values: Tensor) -> Tensor:
-        """From one value per row of all queries, those of each group's first query."""
-        return self.whole.first_queries(values)
-
-
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """A tensor with zeros behind it, so that it has so many rows; itself if it has them: an embedding is no small thing to copy."""
     if tensor.shape[0] == rows:
         return tensor
     return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - tensor.shape[0]))
-
-
-@cache
-def _part_sizes(whole: Layout, size: int) -> dict[str, int]:
-    """Part -> its rows, of a whole of `size` rows."""
-    return {part: len(rows) for part, rows in whole.split(torch.empty(size, device="meta"), 0, 1).items()}
-
-
-@cache
-def _runs(whole: Layout, size: int, index: int, count: int) -> tuple[slice, ...]:
-    """Which rows of a whole chunk `index` of each of its parts has, in the order of the parts."""
-    numbers = [rows[chunk(len(rows), index, count)] for rows in whole.split(torch.arange(size), 0, 1).values()]
-    held = torch.cat(numbers)
-    ends = [*(torch.nonzero(held.diff() != 1).flatten() + 1).tolist(), len(held)]
-    return tuple(slice(int(held[a]), int(held[b - 1]) + 1) for a, b in pairwise([0, *ends]) if b > a)
 
 
 @dataclass(frozen=True)
@@ -272,7 +223,7 @@ class Fused(Layout):
     views: ClassVar[bool] = False
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        return {"": cat(list(self.inner.split(shard, 0, 1).values()))}
+        return {"": torch.cat(list(self.inner.split(shard, 0, 1).values()))}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return self.inner.join(dict(zip(self.inner.parts, parts[""].split(self.sizes), strict=True)), rows)

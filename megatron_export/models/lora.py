@@ -4,13 +4,18 @@ The product is taken in float64 from whole factors. Float64 holds products and s
 they differ by more than 2^30, so every topology merges to the same bytes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.strips import row_strips
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-import torch
-
 from ..common.piece import Axis
 from .layer_kinds import FEED_FORWARD, MIXERS, Kind
 from .shape import ModelShape
@@ -189,7 +187,7 @@ PADDED = (
 )  # fmt: skip
 # Megatron's local spec cuts these; those of Transformer Engine and ModelOpt hold them whole. Their shapes show which.
 EITHER = ("linear_q_down_proj", "linear_kv_down_proj")
-KEPT = {"expert_bias": torch.float32, "d2t": torch.int64}  # everything else becomes bfloat16
+KEPT = {"expert_bias": "F32", "d2t": "I64"}  # everything else becomes bfloat16
 _LAYER, _EXPERT = re.compile(r"\.layers\.\d+\."), re.compile(r"\.experts\.\d+\.")
 _HEAD = re.compile(r"^medusa_heads\.\d+\.")
 

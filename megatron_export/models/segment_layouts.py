@@ -1,14 +1,17 @@
 """Layouts of linear attention and Mamba: a tensor of segments that are cut each by itself, and a norm with another zero."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
-from ..common.piece import cat
 from .layouts import Layout, even_cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def segment_rows(sizes: tuple[int, ...], index: int, count: int) -> tuple[slice, ...]:
@@ -30,12 +33,13 @@ class Segments(Layout):
     parts: tuple[str, ...] = ("",)
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        return dict(zip(self.parts, shard.split(self._part_rows(shard.shape[0])), strict=True))
+        sizes = self.part_rows(shard.shape[0], index, count)
+        return dict(zip(self.parts, shard.split(list(sizes.values())), strict=True))
 
-    def _part_rows(self, rows: int) -> list[int]:
-        """How many of a shard's rows belong to each part."""
+    def part_rows(self, rows: int, index: int, count: int) -> dict[str, int]:
         sizes = iter(self.sizes)
-        return [sum(islice(sizes, many)) * rows // sum(self.sizes) for many in self.held]
+        own = [sum(islice(sizes, many)) * rows // sum(self.sizes) for many in self.held]
+        return dict(zip(self.parts, own, strict=True))
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         return torch.cat([parts[part] for part in self.parts])
@@ -66,7 +70,7 @@ class Heads(Layout):
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
         heads, rest = shard.shape[0] // sum(self.widths), shard.shape[1:]
         segments = shard.split([heads * width for width in self.widths])
-        return {"": cat([one.reshape(heads, -1, *rest) for one in segments], dim=1).reshape(-1, *rest)}
+        return {"": torch.cat([one.reshape(heads, -1, *rest) for one in segments], dim=1).reshape(-1, *rest)}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:
         rest = parts[""].shape[1:]
@@ -86,7 +90,7 @@ class OneMore(Layout):
     views: ClassVar[bool] = False
 
     def split(self, shard: Tensor, index: int, count: int) -> dict[str, Tensor]:
-        numbers = shard.is_floating_point() and not shard.is_meta  # those of rows are as they are
+        numbers = shard.is_floating_point()  # those of rows are as they are
         return {"": (shard.float() + 1).to(shard.dtype) if numbers else shard}
 
     def join(self, parts: dict[str, Tensor], rows: int) -> Tensor:

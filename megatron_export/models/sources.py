@@ -1,14 +1,17 @@
 """The parameters of one model, from its config.json: how each is cut and shaped in Megatron, and what it is called in HF."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from math import prod
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 
+from ..common.dtypes import torch_dtypes
 from ..common.errors import report
 from ..common.piece import Axis
 from .architecture import Architecture
@@ -19,6 +22,10 @@ from .predicting import before_layers
 from .rules import Rule
 from .shape import ModelShape
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shared = TypeVar("Shared", Layout, Rule)
 MOST_PARAMETERS = 100_000  # of all layers and experts: Kimi K2, the largest that is known, has 47,000
 MOST_NUMBERS = 1 << 34  # in one of them
 
@@ -49,8 +56,13 @@ class Source:
     layer: int | None = None
     expert: int | None = None
     either: bool = False
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "BF16"
     stack: Stack | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype`, as torch calls it."""
+        return torch_dtypes()[self.dtype]
 
     def names(self) -> Mapping[str, str]:
         """Layout part -> HF tensor name; all who ask share it."""
@@ -66,10 +78,10 @@ class Source:
             for part in self.layout.parts
         }
 
-    def as_stored(self, wide: frozenset[str]) -> "Source":
+    def as_stored(self, wide: frozenset[str]) -> Source:
         """The same in float32, if it stays as the original has it, and `wide` are the HF names of what is float32 there."""
         kept = self.rule.as_stored and wide >= {*self.names().values()}
-        return replace(self, dtype=torch.float32) if kept else self
+        return replace(self, dtype="F32") if kept else self
 
     def share(
         self, rows: int, shape: tuple[int, ...], index: int, count: int
@@ -133,9 +145,8 @@ def _parameters_of(architecture: Architecture, text: str) -> dict[str, Source]:
         own = {name: _of_layer(rules[name], layer, shape, architecture) for name in here}
         sources += [_source(name, own[name], shape, layer) for name in here if "{e}" not in name]
         experts = [name for name in here if "{e}" in name]
-        sources += [
-            _source(name, own[name], shape, layer, expert) for expert in range(shape.experts) for name in experts
-        ]
+        of_first = {name: _source(name, own[name], shape, layer, 0) for name in experts}
+        sources += [_of_expert(of_first[name], name, n) for n in range(shape.experts) for name in experts]
     sources += [_source(name, rules[name], shape) for name in outside]
     sources += [_of_head(name, rules[name], shape, head) for head in range(shape.medusa) for name in heads]
     return {source.canonical: source for source in sources}
@@ -146,7 +157,9 @@ def _of_layer(rule: Rule, layer: int, shape: ModelShape, architecture: Architect
     before = before_layers(architecture)
     if layer < shape.layers or not architecture.predicting or not rule.hf.startswith(before):
         return rule
-    return replace(rule, hf=f"{architecture.predicting}{layer - shape.layers}{rule.hf.removeprefix(before + '{l}')}")
+    return _shared(
+        replace(rule, hf=f"{architecture.predicting}{layer - shape.layers}{rule.hf.removeprefix(before + '{l}')}")
+    )
 
 
 def stored_names(config: dict) -> frozenset[str]:
@@ -207,14 +220,37 @@ def _source(name: str, rule: Rule, shape: ModelShape, layer: int | None = None, 
         cut=Axis.OUT if rule.cut_shape else parameter.cut,
         shape=(rule.cut_shape or parameter.shape)(shape),
         padded=name in PADDED,
-        layout=rule.layout(shape),
+        layout=_shared(rule.layout(shape)),
         rule=rule,
         layer=layer,
         expert=expert,
         either=any(f".{module}." in name for module in EITHER),
-        dtype=KEPT.get(name.rpartition(".")[2], torch.bfloat16),
+        dtype=KEPT.get(name.rpartition(".")[2], "BF16"),
         stack=Stack(rule.stack.format(l=layer), expert, shape.experts, rule.woven) if rule.stack else None,
     )
+
+
+def _of_expert(first: Source, name: str, expert: int) -> Source:
+    """A parameter of one expert, from that of the first of its layer: but for names they are the same."""
+    return Source(
+        name.format(l=first.layer, e=expert),
+        first.cut,
+        first.shape,
+        first.padded,
+        first.layout,
+        first.rule,
+        first.layer,
+        expert,
+        first.either,
+        first.dtype,
+        replace(first.stack, index=expert) if first.stack else None,
+    )
+
+
+@cache
+def _shared(made: Shared) -> Shared:
+    """One for all that are equal, so that who asks whether two are can compare identities: a large model has 50,000."""
+    return made
 
 
 def _of_head(name: str, rule: Rule, shape: ModelShape, head: int) -> Source:
@@ -236,18 +272,19 @@ def split_shapes(
     layout: Layout, shape: tuple[int, ...], index: int = 0, count: int = 1
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """The parts of shard `index` of `count`, which has this shape, and their shapes."""
-    parts = layout.split(torch.empty(shape, device="meta"), index, count)
-    return tuple((part, tuple(tensor.shape)) for part, tensor in parts.items())
+    return tuple((part, (rows, *shape[1:])) for part, rows in layout.part_rows(shape[0], index, count).items())
 
 
 def expected_shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
     """HF tensor name -> the shape that config.json means it to have."""
-    found = {}
+    found, known = {}, {}
     for source in sources:
-        shapes = part_shapes(source)
-        out, *inputs = first = next(iter(shapes.values()))
+        key = id(source.layout), source.shape  # which the experts of a layer have in common
+        if key not in known:
+            known[key] = [shape for _, shape in split_shapes(source.layout, source.shape)]
         if source.stack:
-            found[source.stack.name] = (source.stack.count, *inputs, out * len(shapes))
-        else:
-            found |= {name: shapes.get(part, first) for part, name in source.names().items()}
+            out, *inputs = known[key][0]
+            found[source.stack.name] = (source.stack.count, *inputs, out * len(known[key]))
+            continue
+        found.update(zip(source.names().values(), known[key], strict=True))
     return found

@@ -8,7 +8,7 @@ from ..models import Source, feeders_of, is_linear_weight, other_readers_of, rea
 from ..models.layouts import Fused
 from ..models.segment_layouts import Heads, Segments
 from ..models.statistic_names import codes_key, ratio_key, vector_key
-from .parameter import Smoothed
+from .smoothed import Smoothed
 
 
 def smoothing(sources: dict[str, Source], forms: dict[str, Form]) -> dict[str, Smoothed]:

@@ -6,12 +6,13 @@ token (calibration/sensitivity.py); bfloat16 costs none. Bytes are at most bits 
 depends on config.json, the request and the statistics alone, so it is the same on every topology and on every rank.
 """
 
+from __future__ import annotations
+
 import json
 from bisect import bisect_right
 from dataclasses import dataclass
 from math import inf
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..common.errors import ExportError, report
 from ..formats import PLAIN, Form
@@ -22,6 +23,9 @@ from .parameter import Item
 from .plan import tile_problems
 from .recipe import Line, Recipe
 from .request import RECIPE_OPTIONS, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_STATES = 2048  # that the knapsack keeps
 

@@ -5,9 +5,6 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, INDEX, QUANT_CONFIG
 from ..common.folder_kinds import refuse_adapters
@@ -31,8 +28,8 @@ def of_plan(plan: Plan) -> CheckpointView:
 
 
 @cache  # alike tensors share one
-def _header(dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
-    return Header(SPELLED[dtype], shape)
+def _header(dtype: str, shape: tuple[int, ...]) -> Header:
+    return Header(dtype, shape)
 
 
 def of_folder(folder: Path) -> CheckpointView:

@@ -49,14 +49,14 @@ class Policy:
     problems: tuple[str, ...]
 
 
-def modules(source: Source, stacked: bool = False) -> list[str]:
+def modules(source: Source, stacked: bool = False) -> tuple[str, ...]:
     """The HF modules whose weights a parameter becomes, or the stack that it becomes a part of."""
     if stacked and source.stack:
-        return [source.stack.name]
-    return [name.removesuffix(".weight") for name in source.names().values()]
+        return (source.stack.name,)
+    return tuple(name.removesuffix(".weight") for name in source.names().values())
 
 
-def _linears(sources: dict[str, Source], stacked: bool) -> dict[str, list[str]]:
+def _linears(sources: dict[str, Source], stacked: bool) -> dict[str, tuple[str, ...]]:
     """Linear -> the HF modules that it becomes."""
     return {name: modules(source, stacked) for name, source in sources.items() if is_linear_weight(name)}
 
@@ -149,7 +149,7 @@ def _names_head(line: Line, head: str) -> bool:
     return line.glob.endswith(head.rpartition(".")[2]) and fnmatchcase(head, line.glob)
 
 
-def _insisted(linears: dict[str, list[str]], lines: tuple[Line, ...]) -> set[str]:
+def _insisted(linears: dict[str, tuple[str, ...]], lines: tuple[Line, ...]) -> set[str]:
     """Linears that a line of `--set` quantizes by name, not with all of a layer: whoever writes one knows the engine it is for."""
     own = [
         line
@@ -203,7 +203,7 @@ def fused_with(name: str) -> str:
 
 
 def named_formats(
-    linears: dict[str, list[str]], never: tuple[str, ...], lines: tuple[Line, ...]
+    linears: dict[str, tuple[str, ...]], never: tuple[str, ...], lines: tuple[Line, ...]
 ) -> tuple[dict[str, str], list[str]]:
     """Canonical linear -> the name of its format, by the last of `lines` that matches its HF modules; what is wrong with the lines.
 

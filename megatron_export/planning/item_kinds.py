@@ -5,7 +5,8 @@ from dataclasses import replace
 from ..common.piece import Axis
 from ..formats import Form, KvForm, groups_of
 from ..models import Source
-from .parameter import Item, Smoothed
+from .parameter import Item
+from .smoothed import Smoothed
 
 
 def item_of(
@@ -25,7 +26,7 @@ def item_of(
     """
     how = (smoothed.columns is None, tuple(part for part, _ in smoothed.rows), smoothed.kept)
     stack = source.stack.index == 0 if stacked else None  # the first has the numbers that all share
-    shape = (source.rule, source.shape, source.layout, source.cut, source.dtype, shard_shape, len(ranks))
+    shape = (id(source.rule), source.shape, id(source.layout), source.cut, source.dtype, shard_shape, len(ranks))
     kind = (*shape, form, kv, how, stack)
     if first := firsts.get(kind):
         return Item(source, ranks, shard_shape, form, kv, first.gather_first, smoothed, stacked, cast, first=first)

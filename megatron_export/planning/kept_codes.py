@@ -4,17 +4,22 @@ A part of a fused parameter has its own blocks. They can have the parameter's sc
 the parameter's blocks; this is decided from shapes alone. A code is then found again: under its scale, its value is nearest to it.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..common.blocks import Blocks
 from ..formats import Form
 from ..models.layouts import Layout
 from .parameter import Item
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def keeps(item: Item, blocks: Blocks | None) -> bool:
@@ -29,7 +34,7 @@ def keeps(item: Item, blocks: Blocks | None) -> bool:
 @cache
 def blocks_of(form: Form) -> Blocks | None:
     """How the codes of a format share scales, if e4m3 codes and one scale for each block are all that it makes of a weight."""
-    if form.stored["weight"].dtype != torch.float8_e4m3fn or len(form.stored) != 2:
+    if form.stored["weight"].dtype != "F8_E4M3" or len(form.stored) != 2:
         return None
     scale = form.stored[form.scale]
     return Blocks(form.tile, scale.dtype) if (scale.rows, scale.columns) == form.tile else None

@@ -1,15 +1,16 @@
 """One Megatron parameter on its way to HF tensors: split on the shard, smoothed, encoded, sent, joined.
 
-Shapes are not written down twice: an item runs the real layouts on meta tensors, and takes what the real encoder makes of a tile,
-to know what ranks send and receive.
+What ranks send and receive is known from what layouts and formats say of shapes; they are asked once for each kind of item.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .. import formats
 from ..common.piece import Amax, Axis, Piece, join
@@ -18,55 +19,11 @@ from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
 from ..models.layouts import even_cut, stacked
 from .part_specs import axes_of, encode_specs, plain, split_specs, whole_specs
+from .smoothed import UNSMOOTHED, Measured, Smoothed
 from .tensor_spec import Output
 
-ONE = torch.ones(())
-
-
-@dataclass(frozen=True)
-class Smoothed:
-    """What AWQ does to one parameter. Vectors (float32 [in] of some linear), ratio and codes are names of statistics.
-
-    columns  the vector that the parameter's own columns are divided by
-    rows     (layout part, vector that its rows are multiplied with, as it feeds the linear of that vector)
-    kept     whether `pre_quant_scale` is written, because nothing before the parameter took its vector over
-    ratio    what the weight's amax is clipped to, or None
-    codes    (layout part, what the amaxes of its groups are clipped to)
-    """
-
-    columns: str | None = None
-    rows: tuple[tuple[str, str], ...] = ()
-    kept: bool = False
-    ratio: str | None = None
-    codes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def vectors(self) -> set[str]:
-        """The names of all vectors."""
-        return {vector for _, vector in self.rows} | ({self.columns} if self.columns else set())
-
-
-UNSMOOTHED = Smoothed()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What calibration says of one item: the same on every rank, on this rank's device.
-
-    input    amax of the linear's input, after smoothing; float32 []
-    kv       amax of the keys and of the values, if the item has the scales of the cache
-    vectors  name -> smoothing vector that the item names, float32 [in] of some linear
-    ratio    what the weight's amax is clipped to, float32 []
-    codes    layout part -> codes of its groups' ratios, uint8 [out, in/group]
-    scales   layout part -> scales of the blocks of this rank's shard, of an item that keeps them
-    """
-
-    input: Tensor
-    kv: tuple[Tensor, ...] = ()
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    ratio: Tensor | None = None
-    codes: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +52,7 @@ class Item:
     cast: bool = False
     kept: bool = False
     rows: tuple[int, int] | None = None
-    first: "Item | None" = field(default=None, repr=False, compare=False)
+    first: Item | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +86,7 @@ class Item:
 
     def split(self, shard: Tensor, index: int, measured: Measured) -> dict[str, Piece]:
         """HF name -> smoothed part of shard `index`, in the source's dtype; canonical name -> shard, if it cannot be split."""
-        dtype, vectors = self.source.dtype, measured.vectors
+        dtype, vectors = self.source.torch_dtype, measured.vectors
         if not self.splits:
             smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
             return {self.source.canonical: plain(smoothed, dtype)}
@@ -261,26 +218,36 @@ class Item:
 
     @cached_property
     def _slices(self) -> tuple[Output, ...]:
-        whole = {o.name: Piece(torch.empty(o.shape, dtype=o.dtype, device="meta"), o.axes) for o in self.pieces}
-        return tuple(output for output, _ in self.assembled(whole))
+        stack, made = self.source.stack, []
+        for suffix, pieces in self._alike({output.name: output for output in self.pieces}):
+            first, name = pieces[0], self.stacking.name(stack.name, suffix)
+            if first.axes:
+                rows = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+                shape = self.stacking.slice_shape(rows, suffix)
+                made.append(Output(name, first.dtype, shape, (), stack.index, stack.count))
+            elif stack.index == 0:  # one number for all experts
+                made.append(Output(name, first.dtype, ()))
+        return tuple(made)
+
+    def _alike(self, whole: dict[str, Any]) -> list[tuple[str, list]]:
+        """Suffix -> what `whole` has by that suffix of each part, of an expert."""
+        prefixes = [name.rpartition(".")[0] for name in self.source.names().values()]
+        suffixes = [name.rpartition(".")[2] for name in whole if name.startswith(f"{prefixes[0]}.")]
+        return [(suffix, [whole[f"{prefix}.{suffix}"] for prefix in prefixes]) for suffix in suffixes]
 
     def assembled(self, whole: dict[str, Piece]) -> list[tuple[Output, Tensor]]:
         """The tensors of the checkpoint, or this expert's slices of them, from whole encoded parts."""
-        stack = self.source.stack
         if not self.stacked:
-            return [(Output(n, p.data.dtype, tuple(p.data.shape), p.axes), p.data) for n, p in whole.items()]
-        prefixes = [name.rpartition(".")[0] for name in self.source.names().values()]
-        suffixes = [name.rpartition(".")[2] for name in whole if name.startswith(f"{prefixes[0]}.")]
+            planned = {output.name: output for output in self.pieces}
+            return [(planned[name], piece.data) for name, piece in whole.items()]
         made = []
-        for suffix in suffixes:
-            pieces = [whole[f"{prefix}.{suffix}"] for prefix in prefixes]
-            name = self.stacking.name(stack.name, suffix)
+        for suffix, pieces in self._alike(whole):
             if pieces[0].axes:
-                data = self.stacking.slice(stacked([piece.data for piece in pieces], stack.woven), suffix)
-                made.append((Output(name, data.dtype, tuple(data.shape), (), stack.index, stack.count), data))
-            elif stack.index == 0:  # one number for all experts
-                made.append((Output(name, pieces[0].data.dtype, ()), pieces[0].data))
-        return made
+                rows = stacked([piece.data for piece in pieces], self.source.stack.woven)
+                made.append(self.stacking.slice(rows, suffix))
+            elif self.source.stack.index == 0:
+                made.append(pieces[0].data)
+        return list(zip(self._slices, made, strict=True))
 
     def _encoded(self, specs: tuple) -> tuple[Output, ...]:
         """The tensors that parts become, of each of which there is the layout's name, shape and axes."""
@@ -288,12 +255,11 @@ class Item:
         names = self.source.names()
         for part, shape, _ in specs if self.form else ():
             prefix = names[part].removesuffix("weight")
-            encoded += [Output(prefix + suffix, *spec) for suffix, spec in encode_specs(self.form, shape)]
+            encoded += [one.named(prefix + suffix) for suffix, one in encode_specs(self.form, shape)]
             if self.smoothed.kept:
-                encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", torch.bfloat16, shape[1:], (Axis.IN,)))
+                encoded.append(Output(f"{prefix}{PRE_QUANT_SCALE}", "BF16", shape[1:], (Axis.IN,)))
         encoded += self._named(specs) if self.form is None else ()
         if self.kv is not None:
             attention = names[specs[0][0]].rsplit(".", 2)[0]
-            scales = self.kv.encode(ONE, ONE)
-            encoded += [Output(f"{attention}.{name}", scale.dtype, (), ()) for name, scale in scales.items()]
+            encoded += [Output(f"{attention}.{name}", "F32", (), ()) for name in self.kv.scales]
         return tuple(encoded)

@@ -14,16 +14,17 @@ from ..common.piece import Axis
 from ..common.text import parse_size
 from ..formats import Form, KvForm
 from ..models import Source, format_problems, keeps_keys, parameters_of, shape_of
-from ..models.layouts import ByPart
+from ..models.part_layouts import ByPart
 from .awq_folding import clip_problems, smoothing
 from .exclusions import modules, settle
 from .item_kinds import item_of, tile_problems
 from .kept_codes import keeps, kept_remarks
 from .mxfp4_casts import cast_remarks, casts
-from .parameter import UNSMOOTHED, Item
+from .parameter import Item
 from .rank_placement import PAD_VOCAB_TO, grid_of
 from .request import Request
 from .shard_files import Bucket, buckets_of, files_of, writers_of
+from .smoothed import UNSMOOTHED
 from .tensor_spec import Output
 
 
@@ -90,14 +91,9 @@ class Plan:
         return next((form for form in self.forms if form.smoothing), None)
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
-        """File name -> the bytes of its tensors."""
-        return {file: sum(output.nbytes for output in outputs) for file, outputs in self.files.items()}
-
-    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors in the checkpoint."""
-        return sum(self.sizes.values())
+        return sum(item.nbytes for item in self.items) + sum(output.nbytes for output in self.copied)
 
     @cached_property
     def source_nbytes(self) -> int:
@@ -246,17 +242,23 @@ def _held_problems(sources: dict[str, Source], held: dict[str, Held]) -> list[st
     problems += [
         f"the model has a parameter {name} that config.json does not call for" for name in held if name in extra
     ]
+    fitting: set[tuple] = set()  # of alike parameters, one is looked at
     for name in (name for name in sources if name in held):
         source, shard = sources[name], held[name]
+        kind = id(shard), source.shape, source.cut, source.padded, id(source.layout)
+        if kind in fitting:
+            continue
         problems += [shard.odd] if shard.odd else []
         whole, count = list(shard.shape), len(shard.ranks)
         if source.cut:
             whole[1 if source.cut is Axis.IN else 0] *= count
         if source.padded and whole[0] >= source.shape[0]:
             whole[0] = source.shape[0]
-        if isinstance(source.layout, ByPart) and shard.shape[0] == source.layout.shard_rows(count):
+        if type(source.layout) is ByPart and shard.shape[0] == source.layout.shard_rows(count):
             whole[0] = source.shape[0]
         if tuple(whole) != source.shape:
             has = f"{name} is {tuple(shard.shape)} on each of {count} ranks"
             problems.append(f"{has}, but config.json means {source.shape} in all")
+        elif not shard.odd:
+            fitting.add(kind)
     return problems

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-import torch
-
+from ..common.dtypes import NORMAL
 from ..common.errors import ExportError
 from ..common.options import checked, made, option, options_of, told_by, values_of
 from ..common.safe_files import shown
@@ -236,8 +235,7 @@ class Request:
 
 def _scale(flag: str, value: float) -> float:
     """A scale, if float32 has it."""
-    limits = torch.finfo(torch.float32)
-    if not isinstance(value, (int, float)) or not limits.tiny <= value <= limits.max:  # NaN is neither
+    if not isinstance(value, (int, float)) or not NORMAL[0] <= value <= NORMAL[1]:  # NaN is neither
         raise ExportError(f"{flag} must be a number above 0 that float32 holds, not {shown(value)}")
     return value
 

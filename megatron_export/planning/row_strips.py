@@ -4,15 +4,20 @@ A strip has the same rows of every part of every shard. Its first rows are at di
 different rows. The bytes are those of the whole, as a strip has whole tiles of its format.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..common.piece import Axis, Piece, join
-from .parameter import UNSMOOTHED, Item
+from .parameter import Item
 from .part_specs import split_specs
+from .smoothed import UNSMOOTHED
 from .tensor_spec import Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def strips_of(item: Item, limit: int, known: dict[int, tuple[Item, ...]]) -> tuple[Item, ...]:
@@ -70,4 +75,4 @@ def _strip(item: Item, whole: Output, index: int, data: Tensor) -> tuple[Output,
     )  # rows of the weight that an entry is about
     entry = (sum(_part_rows(item)[:index]) + item.rows[0]) // each
     first = entry * (whole.nbytes // whole.shape[0])
-    return replace(whole, shape=tuple(data.shape), first=first, rows=whole.shape[0]), data
+    return whole._replace(shape=tuple(data.shape), first=first, rows=whole.shape[0]), data

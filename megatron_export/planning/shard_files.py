@@ -9,6 +9,8 @@ left over alone.
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import itemgetter
 
 from ..common.errors import ExportError
 from .parameter import Item
@@ -31,8 +33,9 @@ class Bucket:
 
 def files_of(items: Sequence[Item], copied: tuple[Output, ...], max_bytes: int) -> dict[str, tuple[Output, ...]]:
     """File name -> its tensors: at most `max_bytes`, or what must share a file and is larger."""
-    groups = _groups(items) + [[output] for output in copied]
-    sizes = [sum(output.nbytes for output in group) for group in groups]
+    groups, sizes = _groups(items)
+    groups += [[output] for output in copied]
+    sizes += [output.nbytes for output in copied]
     files = _filled(sizes, max_bytes)
     count = min(-(-len(files) // LANES) * LANES, max(len(files), sum(sizes) // SMALL_BYTES))
     even = -(-sum(sizes) // count)
@@ -117,32 +120,50 @@ def _cut(items: list[Item], writer: int, limit: int) -> list[Bucket]:
 
 
 def _homes(files: dict[str, tuple[Output, ...]]) -> dict[str, str]:
-    return {output.name: file for file, outputs in files.items() for output in outputs}
+    homes: dict[str, str] = {}
+    for file, outputs in files.items():
+        homes.update(zip(map(itemgetter(0), outputs), repeat(file)))  # by name
+    return homes
 
 
-def _groups(items: Sequence[Item]) -> list[list[Output]]:
-    """What must share a file, in order: the tensors of an item, and those of a module."""
+def _groups(items: Sequence[Item]) -> tuple[list[list[Output]], list[int]]:
+    """What must share a file, in order: the tensors of an item, and those of a module; and the bytes of each group."""
     groups: list[list[Output]] = []
+    sizes: list[int] = []
     where: dict[str, int] = {}  # module -> its group
     whole: set[str] = set()  # tensors that are made of slices
     for item in items:
         stack = item.source.stack.name if item.stacked else ""
-        modules = {stack} if stack else {output.name.rpartition(".")[0] for output in item.outputs}
-        known = sorted({where[module] for module in modules if module in where})
-        home = known[0] if known else len(groups)
+        modules = {stack} if stack else _modules(item)
+        known = {where[module] for module in modules if module in where}
+        home, *others = sorted(known) if known else (len(groups),)
         if not known:
             groups.append([])
-        for other in known[1:]:
+            sizes.append(0)
+        for other in others:
             groups[home] += groups[other]
+            sizes[home] += sizes[other]
             groups[other] = []
             where |= {module: home for module, group in where.items() if group == other}
-        where |= dict.fromkeys(modules, home)
+        for module in modules:
+            where[module] = home
         if not item.stacked:
             groups[home] += item.outputs
+            sizes[home] += item.nbytes
             continue
-        groups[home] += [output.whole for output in item.outputs if output.name not in whole]
+        begun = [output.whole for output in item.outputs if output.name not in whole]
+        groups[home] += begun
+        sizes[home] += sum(output.nbytes for output in begun)
         whole |= {output.name for output in item.outputs}
-    return [group for group in groups if group]
+    kept = [number for number, group in enumerate(groups) if group]
+    return [groups[number] for number in kept], [sizes[number] for number in kept]
+
+
+def _modules(item: Item) -> set[str]:
+    """The modules that its tensors are in."""
+    if item.kv is None:  # what is made of a part stands beside it
+        return {name.rpartition(".")[0] for name in item.source.names().values()}
+    return {output.name.rpartition(".")[0] for output in item.outputs}
 
 
 def _filled(sizes: list[int], max_bytes: int) -> list[slice]:

@@ -178,7 +178,7 @@ def _quantized(found: Finished) -> dict[str, dict[str, str]]:
     return {
         module: tensors
         for module, tensors in modules.items()
-        if module and (len(tensors) > 1 or ("weight" in tensors and found.dtype(tensors["weight"]) in _CODES))
+        if module and (len(tensors) > 1 or ("weight" in tensors and found.spelled(tensors["weight"]) in _CODES))
     }
 
 
@@ -190,8 +190,8 @@ def _algorithm(found: Finished, quantized: dict[str, dict[str, str]], claims: se
             form = ALGORITHMS[algorithm]
             scale = form.stored[form.scale]
             votes[algorithm] += (
-                ("weight" in tensors and found.dtype(tensors["weight"]) == form.stored["weight"].dtype)
-                + (form.scale in tensors and found.dtype(tensors[form.scale]) == scale.dtype)
+                ("weight" in tensors and found.spelled(tensors["weight"]) == form.stored["weight"].dtype)
+                + (form.scale in tensors and found.spelled(tensors[form.scale]) == scale.dtype)
                 + (form.scale in tensors and len(found.shape(tensors[form.scale])) == scale.dims)
                 + (_SECOND & tensors.keys() == _SECOND & form.stored.keys())
                 + (_group_of(found, tensors, form) == scale.columns)

@@ -1,11 +1,8 @@
 """Which dialects of `quantization_config` are judged, which are only decoded, and which are not known here."""
 
-import torch
-
 from ..checkpoint.compressed_tensors import dialects_in
 from ..checkpoint.dialects import Dialect
 from ..checkpoint.hf_folder import of_the_whole
-from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.safe_files import shown
@@ -44,7 +41,7 @@ def check_judged(found: Finished) -> None:
             f"{found.folder} is quantized in the dialect {COMPRESSED!r}, which is decoded here but not judged. {way}"
         )
     blocks = (name for name in found if name.endswith(".weight_scale_inv"))
-    odd = sorted(name for name in blocks if found.spelled(name) != SPELLED[torch.float32])
+    odd = sorted(name for name in blocks if found.spelled(name) != "F32")
     if odd:
         raise ExportError(
             f"{found.folder}: {odd[0]} is {found.spelled(odd[0])}, not float32, so it cannot be judged which codes are the "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.hf_folder import of_the_whole, quantized_as
-from ..common.dtypes import DTYPES
+from ..common.dtypes import SIZES
 from ..common.errors import ExportError, report
 from ..common.file_names import CONFIG, QUANT_CONFIG
 from ..common.piece import Piece
@@ -52,7 +52,7 @@ class EmulatedLinear(nn.Module):
     def decoded(self) -> Tensor:
         """The weight that is multiplied with, float32 [out, in]."""
         pieces = {suffix: Piece(getattr(self, suffix), ()) for suffix in self.suffixes}
-        return self.form.decode(pieces).to(self.arithmetic.weight).float()
+        return self.form.decode(pieces).to(self.arithmetic.torch_dtype).float()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -231,16 +231,15 @@ def bits_per_weight(folder: Path, every: bool = False) -> float:
 
     `every`: also of the linears of layers that stay in bfloat16.
     """
-    modules: dict[str, dict[str, tuple[torch.dtype | None, int]]] = {}
+    modules: dict[str, dict[str, tuple[str, int]]] = {}
     for path in files_of(folder):
         for name, (spelled, shape) in headers(path).items():
             module, local = module_of(name)
-            dtype = DTYPES.get(spelled)
-            modules.setdefault(module, {})[local] = dtype, prod(shape) * (dtype.itemsize if dtype else 0)
+            modules.setdefault(module, {})[local] = spelled, prod(shape) * SIZES.get(spelled, 0)
     bits, weights, forms = 0, 0, described(Finished(folder)).forms
     for module, tensors in modules.items():
-        dtype, nbytes = tensors.get("weight", (None, 0))
-        if (form := forms.get(module)) and dtype is form.stored["weight"].dtype:
+        dtype, nbytes = tensors.get("weight", ("", 0))
+        if (form := forms.get(module)) and dtype == form.stored["weight"].dtype:
             bits += 8 * sum(tensors[suffix][1] for suffix in ("weight", *SUFFIXES) if suffix in tensors)
             weights += 8 * nbytes // form.bits
         elif every and module.endswith(LINEARS) and ".layers." in module:

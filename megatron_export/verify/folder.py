@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.dtypes import DTYPES
+from ..common.dtypes import torch_dtypes
 from ..common.errors import ExportError
 from ..common.file_names import INDEX
 from ..common.safe_files import check_readable, exists, inside, not_read, opened, read_index, read_table
@@ -84,7 +84,7 @@ class Finished:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype; None for one that no checkpoint of these formats has."""
-        return DTYPES.get(self.spelled(name))
+        return torch_dtypes().get(self.spelled(name))
 
     def nbytes(self) -> int:
         """Bytes of all files with tensors."""

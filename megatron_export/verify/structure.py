@@ -12,7 +12,6 @@ from torch import Tensor
 from ..checkpoint import hf_folder
 from ..checkpoint.hf_weights import SourceWeights, copied_tensors
 from ..checkpoint.original import wide_in
-from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.options import options_of, values_of
@@ -122,8 +121,8 @@ def _tensors(found: Finished, plan: Plan) -> Iterator[str]:
             yield f"{name} is not part of this model in {plan.format}"
     for name in sorted(expected.keys() & set(found)):
         output, dtype, shape = expected[name], found.spelled(name), found.shape(name)
-        if dtype != SPELLED[output.dtype]:
-            yield f"{name} is {dtype}, not {SPELLED[output.dtype]}"
+        if dtype != output.dtype:
+            yield f"{name} is {dtype}, not {output.dtype}"
         elif shape != output.shape and not (torch.Size(shape).numel() == torch.Size(output.shape).numel() == 1):
             yield f"{name} is {list(shape)}, not {list(output.shape)}"
 

@@ -55,7 +55,7 @@ class Sides:
 
     def _is_there(self, item: Item, output: Output) -> bool:
         name = self._on_disk(item, output)
-        if name not in self.found or self.found.dtype(name) is not output.dtype:
+        if name not in self.found or self.found.spelled(name) != output.dtype:
             return False
         shape, count = self.found.shape(name), torch.Size(output.shape).numel()
         if item.stacked and output.axes:
@@ -126,7 +126,7 @@ class Sides:
         made, factors = self._divided(item, part, rows), self.factors(item, part)
         if factors is not None:
             made = item.source.scaled(made, factors[rows])
-        return made.to(item.source.dtype).float()
+        return made.to(item.source.torch_dtype).float()
 
     def prepare(self, item: Item, part: str) -> None:
         """Know the vectors that `target` of a part needs."""

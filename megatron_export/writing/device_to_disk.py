@@ -9,17 +9,21 @@ The thread that sends has a turn of Python after every operation of torch, and w
 single numbers of a GPU are sent together.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..planning.tensor_spec import Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 32 << 20  # as each costs some turns of Python, for which all threads wait
 SLOTS = 8
@@ -41,7 +45,7 @@ class _Load(NamedTuple):
 
     slot: _Slot
     chunks: list[tuple[Output, int, memoryview]]
-    copied: "torch.cuda.Event | None"
+    copied: torch.cuda.Event | None
 
 
 class Conveyor:
@@ -70,7 +74,7 @@ class Conveyor:
         for _ in range(0 if self.pinned else SLOTS):
             self.free.put(_Slot())
 
-    def __enter__(self) -> "Conveyor":
+    def __enter__(self) -> Conveyor:
         self.threads = [threading.Thread(target=self._work, name=f"write_{n}", daemon=True) for n in range(THREADS)]
         if self.pinned:
             self.threads.append(threading.Thread(target=self._pin, name="pin", daemon=True))

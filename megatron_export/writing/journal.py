@@ -6,18 +6,22 @@ and the checksums of its tensors; each line begins with a checksum of itself. Ra
 the command measured and has not used yet.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..common.errors import ExportError
 from .crc32 import crc32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOURNAL, STATISTICS = "journal.jsonl", "statistics.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -114,6 +118,8 @@ def kept(target: Path) -> int:
 
 def kept_statistics(target: Path) -> dict[str, Tensor] | None:
     """The statistics that an interrupted export into `target` completed files with, None if it completed none."""
+    from safetensors.torch import load_file  # which imports torch
+
     with naming(target):
         said = read_journal(target)
         try:

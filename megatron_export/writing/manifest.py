@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..common.dtypes import SPELLED
 from ..common.errors import ExportError
 from ..common.file_names import MANIFEST
 from ..common.safe_files import exists, shown
@@ -37,7 +36,7 @@ def manifest(
     tensors = {
         output.name: {
             "file": file,
-            "dtype": SPELLED[output.dtype],
+            "dtype": output.dtype,
             "shape": list(output.shape),
             "crc32": spelled(found[file].tensors[output.name]),
         }

@@ -4,6 +4,8 @@ In every file the header must be the plan's, and the checksum of every tensor th
 Inf (e4m3 codes: no NaN), and scales must be above zero. `quantized_modules.py` judges all files together.
 """
 
+from __future__ import annotations
+
 import os
 from bisect import bisect_right
 from collections import defaultdict, deque
@@ -11,11 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from ..common.dtypes import SIZES
 from ..common.errors import report
 from ..common.progress import Progress, quiet
 from ..planning.contents import Contents
@@ -25,7 +27,9 @@ from .crc32 import crc32, crc32_of_file, joined_crc32
 from .journal import Checks
 from .quantized_modules import is_scale, module_problems
 from .safetensors_file import header_of
-from .staging import Staging
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 CHUNK = 8 << 20  # what is read and judged at a time
 BLOCK = 4 << 20  # of it, what is looked at twice while it is in a cache
@@ -75,7 +79,7 @@ class ReadBack:
         self.slices = contents.slices
         self.reading: dict[str, Future[_Found]] = {}
 
-    def __enter__(self) -> "ReadBack":
+    def __enter__(self) -> ReadBack:
         self.readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
         self.judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         return self
@@ -207,19 +211,19 @@ def _judge(
     return _Judged([(*key, *one) for key, one in found.items()], problems)
 
 
-_EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
 def _wrong_values(file: str, output: Output, chunk: memoryview) -> list[str]:
     """What no engine can use of the numbers in a chunk. Compared as integers: numpy knows neither bfloat16 nor float8."""
-    if output.dtype is torch.uint8 and is_scale(output.name):  # e8m0, whose zero is a power of two
+    if output.dtype == "U8" and is_scale(output.name):  # e8m0, whose zero is a power of two
         return [f"{file}: {output.name} holds NaN or Inf"] if 0xFF in np.frombuffer(chunk, dtype=np.uint8) else []
-    if output.dtype in (torch.uint8, torch.int64) or len(chunk) < output.dtype.itemsize:
+    if output.dtype in ("U8", "I64") or len(chunk) < SIZES[output.dtype]:
         return []
-    codes = output.dtype is torch.float8_e4m3fn  # which has NaN, and no Inf
-    signs = 1 << 8 * output.dtype.itemsize - 1
-    whole = len(chunk) // output.dtype.itemsize  # of a file that was cut off, half a number may be left
-    bits = np.frombuffer(chunk, dtype=f"<u{output.dtype.itemsize}", count=whole)
+    codes = output.dtype == "F8_E4M3"  # which has NaN, and no Inf
+    signs = 1 << 8 * SIZES[output.dtype] - 1
+    whole = len(chunk) // SIZES[output.dtype]  # of a file that was cut off, half a number may be left
+    bits = np.frombuffer(chunk, dtype=f"<u{SIZES[output.dtype]}", count=whole)
     least = 0x7F if codes else _EXPONENTS[output.dtype]  # what is no number begins here, but for its sign
     wrong = int(bits.view(f"<i{bits.itemsize}").max()) >= least or int(bits.max()) >= signs + least
     problems = [f"{file}: {output.name} holds NaN or Inf"] if wrong else []

@@ -4,18 +4,20 @@ import json
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import accumulate
+from math import prod
+from operator import itemgetter
 
-import torch
-
-from ..common.dtypes import SPELLED
+from ..common.dtypes import SIZES
 from ..planning.tensor_spec import Output
 from .byte_sink import Sheet
 from .crc32 import crc32, joined_crc32
 from .journal import Checks
 
-_quoted = json.JSONEncoder().encode
+_FIRST = '"__metadata__":{"format":"pt"}'
+_quoted = json.encoder.encode_basestring_ascii
 
 
 def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
@@ -24,22 +26,34 @@ def header_of(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int]]:
     Tensors stand in the given order, so that the file grows from its start. Those whose size is no multiple of 8 bytes come last,
     from large dtypes to small ones, so that every tensor is aligned.
     """
-    entries, starts, offset = ['"__metadata__":{"format":"pt"}'], {}, 0
-    sized = [(output, output.nbytes) for output in outputs]
-    for output, nbytes in sorted(sized, key=lambda one: one[1] % 8 and 8 - one[0].dtype.itemsize):
+    entries, starts, offset = [_FIRST], {}, 0
+    told = [(output.name, *_told(output.dtype, output.shape)) for output in outputs]
+    for name, _, nbytes, said in sorted(told, key=itemgetter(1)):
         end = offset + nbytes
-        entries.append(f"{_quoted(output.name)}:{{{_described(output.dtype, output.shape)}:[{offset},{end}]}}")
-        starts[output.name], offset = offset, end
+        entries.append(f"{_quoted(name)}:{{{said}:[{offset},{end}]}}")
+        starts[name], offset = offset, end
     text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, {name: start + 8 + len(text) for name, start in starts.items()}
 
 
+def file_bytes(outputs: Sequence[Output]) -> int:
+    """Bytes of that file, with its header, of which only the length is found out: a large model has 200,000 tensors."""
+    names = sum(len(_quoted(output.name)) for output in outputs)
+    told = sorted((_told(output.dtype, output.shape) for output in outputs), key=itemgetter(0))
+    places = list(accumulate((nbytes for _, nbytes, _ in told), initial=0))
+    digits = list(map(len, map(str, places)))
+    said = sum(len(one) + len(",:{:[,]}") for _, _, one in told) + sum(digits[:-1]) + sum(digits[1:])
+    length = len(_FIRST) + len("{}") + names + said
+    return 8 + -(-length // 8) * 8 + places[-1]
+
+
 @cache
-def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """What a header says of a tensor, up to its place."""
-    said = json.dumps({"dtype": SPELLED[dtype], "shape": shape}, separators=(",", ":"))
-    return f'{said[1:-1]},"data_offsets"'
+def _told(dtype: str, shape: tuple[int, ...]) -> tuple[int, int, str]:
+    """Of a tensor, its turn in the file, its bytes, and what a header says of it up to its place."""
+    nbytes = SIZES[dtype] * prod(shape)
+    said = json.dumps({"dtype": dtype, "shape": shape}, separators=(",", ":"))
+    return nbytes % 8 and 8 - SIZES[dtype], nbytes, f'{said[1:-1]},"data_offsets"'
 
 
 class SafetensorsFile:

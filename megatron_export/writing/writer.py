@@ -96,8 +96,8 @@ class CheckpointWriter:
         for output, tensor in tensors:
             if not self.wants(output):
                 continue
-            assert (tensor.dtype, tuple(tensor.shape)) == (output.dtype, output.shape), (
-                f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, and was planned as {output.dtype} {output.shape}"
+            assert (tensor.dtype, tuple(tensor.shape)) == (output.torch_dtype, output.shape), (
+                f"{output.name} is {tensor.dtype} {tuple(tensor.shape)}, and was planned as {output.torch_dtype} {output.shape}"
             )
             self._begin(self.homes[output.name])
             yield output, tensor

@@ -103,7 +103,7 @@ def transformers_own(source: Path, maxima: dict[str, Tensor]) -> dict[str, float
                     inputs, output = seen[name]
                     pieces = form.encode(weight, amax)
                     scale = pieces["input_scale"].data if "input_scale" in pieces else None
-                    rounded = form.decode(pieces).to(form.arithmetic.weight).float()
+                    rounded = form.decode(pieces).to(form.arithmetic.torch_dtype).float()
                     change = form.arithmetic.inputs(inputs.detach(), scale) @ rounded.T - inputs @ weight.float().T
                     slope += (output.grad * change).sum(-1).detach()
                 costs[f"{module}.sensitivity.{form.name}"] = slope.square().sum().item() / (2 * ids.numel())

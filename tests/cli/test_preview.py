@@ -24,15 +24,15 @@ def shown(folder: Path, config: dict, **settings: object) -> Preview:
 
 
 @pytest.mark.whole
-def test_a_671b_model_is_planned_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
-    """On 256 ranks, each expert cut in 8. In seconds of a processor, as others may be using it too, and of one that adds
-    fifteen million numbers in a second; a slower one has as much longer.
+def test_a_671b_model_is_planned_in_four_seconds_and_300_megabytes(tmp_path: Path) -> None:
+    """On 256 ranks, each expert cut in 8, from the start of Python. In seconds of a processor, as others may be using it too, and
+    of one that adds fifteen million numbers in a second; a slower one has as much longer.
     """
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     script = """
 import sys, time
-from megatron_export.cli.commands import main
-assert main(print, sys.argv[1:]) == 0
+from megatron_export.__main__ import script
+assert script() == 0
 with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM")).split()[1]
 planned = time.process_time()
@@ -46,10 +46,10 @@ print(planned, peak, max(1, (time.process_time() - planned) / 0.4), file=sys.std
         done = python("-c", script, *flags)
         assert done.returncode == 0, done.stderr
         seconds, kilobytes, slower = map(float, done.stderr.split())
-        if seconds < 10 * slower:
+        if seconds < 4 * slower:
             break
-    assert seconds < 10 * slower
-    assert kilobytes < 1_000_000
+    assert seconds < 4 * slower
+    assert kilobytes < 300_000
     said = json.loads(done.stdout)
     assert said["topology"]["world"] == len(said["peak_gpu_memory"]) == len(said["wire"]["to_writers"]) == 256
     assert said["quantized"]["model.layers.*.mlp.experts.*.down_proj"] == 59 * 256

@@ -26,7 +26,7 @@ def test_any_other_exception_says_its_type_and_where_it_came_from() -> None:
 
 
 def test_an_assertion_of_the_package_is_a_sentence_about_the_tensor() -> None:
-    planned = Output("model.norm.weight", torch.float8_e4m3fn, (4,), (Axis.OUT,))
+    planned = Output("model.norm.weight", "F8_E4M3", (4,), (Axis.OUT,))
     with pytest.raises(AssertionError) as caught:
         transport._packed([planned], [torch.ones(4, dtype=torch.bfloat16)])
     said = message_of(caught.value)

@@ -5,8 +5,25 @@ import re
 import pytest
 import torch
 
+from megatron_export.common.dtypes import dtype_names
 from megatron_export.common.piece import Amax, Axis, join
-from megatron_export.formats import ALGORITHMS, FORMATS, SCALES, SUFFIXES, VARIANTS, Form, Options, chosen, encode
+from megatron_export.formats import (
+    ALGORITHMS,
+    AS_HF,
+    FORMATS,
+    KV_FORMATS,
+    PUBLISHED,
+    SCALES,
+    SUFFIXES,
+    VARIANTS,
+    Form,
+    KvForm,
+    Options,
+    Stacked,
+    chosen,
+    chosen_kv,
+    encode,
+)
 from megatron_export.formats.awq import SEARCHES
 from megatron_export.formats.form import WHOLE_ROW
 from megatron_export.models.statistic_names import module_of, vector_key
@@ -38,21 +55,41 @@ def test_it_makes_the_tensors_that_it_says(form: Form) -> None:
     assert pieces["weight"].axes == AXES
     for suffix, piece in pieces.items():
         said = form.stored[suffix]
-        assert (piece.data.dtype, piece.data.dim()) == (said.dtype, said.dims), suffix
-        assert len(piece.axes) == piece.data.dim(), suffix
+        assert (dtype_names()[piece.data.dtype], piece.data.dim()) == (said.dtype, said.dims), suffix
+        assert piece.axes == said.axes, suffix
         for axis, size, each in zip(AXES, weight.shape, (said.rows, said.columns), strict=True):
             length = piece.data.shape[piece.axes.index(axis)] if axis in piece.axes else None
             assert length == (each and -(-size // each)), suffix
 
 
 @every_form
-def test_the_pieces_of_a_shape_are_those_that_it_makes(form: Form) -> None:
+def test_the_shapes_that_it_says_are_those_that_it_makes(form: Form) -> None:
     down, across = size_of(form)
     for weight in (weight_of(form), torch.ones(down - down % form.tile[0], across // 2, dtype=torch.bfloat16)):
-        for suffix, piece in form.pieces_of(tuple(weight.shape)).items():
-            made = encoded(form, weight)[suffix]
-            assert (piece.data.dtype, piece.data.shape, piece.axes) == (made.data.dtype, made.data.shape, made.axes)
-            assert piece.data.is_meta
+        made = encoded(form, weight)
+        for suffix, said in form.stored.items():
+            assert said.shape(tuple(weight.shape)) == tuple(made[suffix].data.shape), suffix
+
+
+@pytest.mark.parametrize("stacked", [AS_HF, PUBLISHED["mxfp4"].stack])
+@pytest.mark.parametrize("suffix", ["weight", "weight_scale"])
+@pytest.mark.parametrize("shape", [(6, 32), (6,)])
+def test_the_slices_of_stacks_have_the_shapes_that_are_said(
+    stacked: Stacked, suffix: str, shape: tuple[int, ...]
+) -> None:
+    if stacked.codes and suffix == "weight" and len(shape) == 1:
+        return  # codes are in rows
+    assert stacked.slice_shape(shape, suffix) == tuple(stacked.slice(torch.ones(shape), suffix).shape)
+
+
+@pytest.mark.parametrize("form", [form for form in KV_FORMATS.values() if form], ids=lambda form: form.name)
+def test_a_cache_has_the_scales_that_are_said(form: KvForm) -> None:
+    amax = torch.tensor(3.0)
+    for given in ({}, {"scale": 1.0}, {"scale": 2.0}, {"least": 1.0}):
+        one = chosen_kv(form.name, **given)
+        made = one.encode(amax, amax)
+        assert tuple(made) == one.scales
+        assert all((scale.dtype, scale.shape) == (torch.float32, ()) for scale in made.values())
 
 
 @every_form

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_export.common.dtypes import dtype_names
 from megatron_export.common.piece import Amax, Axis, join
 from megatron_export.formats import Options, chosen, encode, nvfp4
 from megatron_export.formats.mxfp4_to_nvfp4 import cast_of
@@ -44,7 +45,7 @@ def test_values_are_the_same_to_the_bit_where_the_scale_is_one_of_e4m3(
     values[3, :32] = values[3, :32].sign() * 2.0 ** powers[1]  # code 2 alone, in its own block's unit
     amax = values.abs().max()
     pieces = encode(cast_of(form), values.bfloat16(), Amax(amax, ONE))
-    assert {suffix: piece.data.dtype for suffix, piece in pieces.items()} == {
+    assert {suffix: dtype_names()[piece.data.dtype] for suffix, piece in pieces.items()} == {
         suffix: stored.dtype for suffix, stored in form.stored.items()
     }
     second = pieces["weight_scale_2"].data

@@ -83,7 +83,9 @@ def test_weights_reach_the_gpu_in_pieces_as_they_are_in_the_files(monkeypatch: p
     sources, whole = parameters_of(read_json(EXAMPLE / "config.json")), alone().cut(False)
     with SourceWeights(EXAMPLE) as weights:
         for source in sources.values():
-            on_cpu, there = (torch.empty(source.shape, dtype=source.dtype, device=where) for where in ("cpu", "cuda"))
+            on_cpu, there = (
+                torch.empty(source.shape, dtype=source.torch_dtype, device=where) for where in ("cpu", "cuda")
+            )
             assert all(load_hf._read(weights, source, shard, whole)() for shard in (on_cpu, there))
             assert same(there.cpu(), on_cpu)
         there = torch.full((1000, 100), torch.nan, dtype=torch.bfloat16).pin_memory()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_export.models.layouts import QKV, Fused, Identity, Layout, Split, Vocab
-from megatron_export.models.segment_layouts import Heads, Segments
+from megatron_export.models.layouts import QKV, Copies, Fused, Identity, Layout, Split, Vocab
+from megatron_export.models.part_layouts import ByPart
+from megatron_export.models.segment_layouts import Heads, OneMore, Segments
 
 LAYOUTS = {
     "identity": (Identity(), 48),
@@ -43,6 +44,37 @@ def test_shards_split_into_the_rows_that_source_names_and_join_again(name: str, 
             assert torch.equal(tensor, parts[part][layout.source(parts[part].shape[0], index, count, shard.shape[0])])
         assert torch.equal(layout.join(held, shard.shape[0]), shard)
         assert torch.equal(torch.cat([whole[cut] for cut in layout.rows(rows, index, count, shard.shape[0])]), shard)
+
+
+EVERY = {
+    **LAYOUTS,
+    "copies": (Copies(("", "a")), 48),
+    "one more": (OneMore(), 48),
+    "fused": (Fused(Split(("gate", "up")), (24, 24)), 48),
+    "two segments in a part": (Segments((8, 16, 4), (2, 1), ("zx", "dt")), 28),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_rows_of_parts_are_as_many_as_split_gives(name: str, count: int) -> None:
+    layout, rows = EVERY[name]
+    for index, shard in enumerate(shards_of(layout, torch.arange(rows), count)):
+        if count > 1 and not layout.splits(len(shard)):
+            continue
+        assert layout.part_rows(len(shard), index, count) == {
+            part: len(tensor) for part, tensor in layout.split(shard, index, count).items()
+        }
+
+
+@pytest.mark.parametrize("whole", [Split(("gate", "up")), QKV(2, 3)])
+def test_so_they_are_where_parts_are_cut_by_themselves_or_rows_are_padded(whole: Layout) -> None:
+    by_part, padded = ByPart(whole, 48), Vocab(21, ("", "copy"))
+    for index in range(4):
+        shard = torch.zeros(by_part.shard_rows(4), 2)
+        found = {part: len(tensor) for part, tensor in by_part.split(shard, index, 4).items()}
+        assert by_part.part_rows(len(shard), index, 4) == found
+        assert padded.part_rows(6, index, 4) == dict.fromkeys(("", "copy"), 3 if index == 3 else 6)
 
 
 def test_a_gate_lies_behind_its_own_query_in_hf_and_behind_all_queries_of_its_group_in_megatron() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_export.common.dtypes import DTYPES
+from megatron_export.common.dtypes import torch_dtypes
 from megatron_export.common.file_names import INDEX
 from megatron_export.engines import CheckpointView, Header
 from megatron_export.planning.engine_check import expected_of, of_plan
@@ -55,7 +55,7 @@ def planned(config: dict, **settings: Any) -> CheckpointView:
 
 def written(said: Said, folder: Path) -> Path:
     """A folder with these headers and configs, and ones in every tensor."""
-    kinds = DTYPES | {"I8": torch.int8}
+    kinds = torch_dtypes() | {"I8": torch.int8}
     folder.mkdir(parents=True)
     for file, tensors in said["files"].items():
         save_file({name: torch.ones(shape).to(kinds[dtype]) for name, (dtype, shape) in tensors.items()}, folder / file)

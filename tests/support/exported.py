@@ -11,9 +11,10 @@ from megatron_export.common.file_names import INDEX
 from megatron_export.common.piece import Piece
 from megatron_export.formats import Options
 from megatron_export.models import copied_prefixes
-from megatron_export.planning.parameter import Item, Measured
+from megatron_export.planning.parameter import Item
 from megatron_export.planning.plan import Plan
 from megatron_export.planning.quant_config import config_json, hf_quant_config
+from megatron_export.planning.smoothed import Measured
 from megatron_export.writing.writer import write_json
 
 from .models import read_json, tensors

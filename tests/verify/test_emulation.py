@@ -159,7 +159,7 @@ def test_a_linear_multiplies_its_rounded_input_with_its_decoded_weight(
     for name, linear in emulated.items():
         pieces = {key.rpartition(".")[2]: t for key, t in found.items() if key.rpartition(".")[0] == name}
         weight = form.decode({suffix: formats.Piece(tensor, ()) for suffix, tensor in pieces.items()})
-        if form.arithmetic.weight is torch.bfloat16:
+        if form.arithmetic.weight == "BF16":
             weight = weight.to(torch.bfloat16).float()
         inputs = torch.randn(2, 5, weight.shape[1]).to(torch.bfloat16)
         inputs[0, 0] = 0

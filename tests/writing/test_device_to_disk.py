@@ -24,7 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tensors(*names: str) -> list[tuple[Output, torch.Tensor]]:
     """Each is of the file that its first letter names."""
-    return [(Output(name, torch.uint8, (SIZE,)), torch.arange(SIZE, dtype=torch.uint8)) for name in names]
+    return [(Output(name, "U8", (SIZE,)), torch.arange(SIZE, dtype=torch.uint8)) for name in names]
 
 
 def file_of(output: Output) -> str:
@@ -75,7 +75,7 @@ def test_what_is_written_is_held_no_longer() -> None:
     with Conveyor(torch.device("cpu"), lambda output, start, data: None, file_of) as conveyor:
         arrays = [np.zeros(SIZE, np.uint8) for _ in range(4)]
         alive = [weakref.ref(array) for array in arrays]
-        named = [(Output(f"a{n}", torch.uint8, (SIZE,)), torch.from_numpy(array)) for n, array in enumerate(arrays)]
+        named = [(Output(f"a{n}", "U8", (SIZE,)), torch.from_numpy(array)) for n, array in enumerate(arrays)]
         conveyor.put(named)
         conveyor.flush()
         del arrays, named

@@ -46,7 +46,7 @@ def plan() -> Plan:
 def sound(plan: Plan) -> dict[str, Tensor]:
     """A tensor for every name: ones, and zeros for codes."""
     outputs = (output for item in plan.items for output in item.outputs)
-    return {o.name: (torch.zeros if o.dtype is torch.uint8 else torch.ones)(o.shape).to(o.dtype) for o in outputs}
+    return {o.name: (torch.zeros if o.dtype == "U8" else torch.ones)(o.shape).to(o.torch_dtype) for o in outputs}
 
 
 def read_back(staging: Staging, plan: Plan) -> dict[str, Verified]:
@@ -155,13 +155,13 @@ def test_one_bit_that_turned_on_the_way_to_the_disk_is_found(name: str, plan: Pl
 
 
 def test_every_byte_that_turned_in_a_small_file_is_found(tmp_path: Path) -> None:
-    outputs = (Output("a.weight_scale", torch.float32, (3,)), Output("b.weight", torch.uint8, (2, 5)))
+    outputs = (Output("a.weight_scale", "F32", (3,)), Output("b.weight", "U8", (2, 5)))
     contents = SimpleNamespace(copied=frozenset(), slices={"a.weight_scale": 1, "b.weight": 2})
     path = tmp_path / "small.safetensors"
     file = SafetensorsFile(path.name, lambda nbytes: OnDisk(path, nbytes, False), outputs, contents.slices, True)
     file.write(outputs[0], 0, memoryview(torch.ones(3).numpy()).cast("B"))
     for index in range(2):
-        file.write(Output("b.weight", torch.uint8, (5,), index=index, count=2), 0, memoryview(b"abcde"))
+        file.write(Output("b.weight", "U8", (5,), index=index, count=2), 0, memoryview(b"abcde"))
 
     def damages() -> tuple[str, ...]:
         with ReadBack(contents) as back:

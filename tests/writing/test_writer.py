@@ -14,6 +14,7 @@ from megatron_export.common.errors import ExportError
 from megatron_export.planning.contents import contents_of
 from megatron_export.planning.plan import Plan
 from megatron_export.planning.tensor_spec import Output
+from megatron_export.writing.safetensors_file import file_bytes, header_of
 from megatron_export.writing.staging import Staging
 from megatron_export.writing.target import check_target
 from megatron_export.writing.writer import CheckpointWriter, complete
@@ -35,7 +36,7 @@ def content(plan: Plan) -> list[tuple[Output, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     outputs = [output for item in plan.items for output in item.outputs]
     bytes_of = (torch.randint(0, 255, (o.nbytes,), generator=generator, dtype=torch.uint8) for o in outputs)
-    return [(o, found.view(o.dtype).reshape(o.shape)) for o, found in zip(outputs, bytes_of, strict=True)]
+    return [(o, found.view(o.torch_dtype).reshape(o.shape)) for o, found in zip(outputs, bytes_of, strict=True)]
 
 
 IDENTITY = {"settings": "a", "model": "b"}
@@ -60,6 +61,17 @@ def export(target: Path, plan: Plan, **options: bool) -> None:
     with exporting(target, plan, **options) as writer:
         writer.write((output, tensor) for output, tensor in content(plan) if writer.wants(output))
         publish(writer)
+
+
+def test_a_file_has_the_bytes_that_are_forecast(plan: Plan) -> None:
+    files = [
+        *plan.files.values(),
+        (Output('of "quotes" \u00e9', "U8", (3, 5)), Output("b", "F32", ()), Output("c", "BF16", (7,))),
+    ]
+    for outputs in files:
+        header, starts = header_of(outputs)
+        assert file_bytes(outputs) == len(header) + sum(output.nbytes for output in outputs)
+        assert min(starts.values()) == len(header)
 
 
 def test_a_file_to_copy_that_cannot_be_read_is_blamed_and_not_the_target(plan: Plan, tmp_path: Path) -> None:
