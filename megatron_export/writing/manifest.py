@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def accelerators() -> dict[str, str]:
     return found
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Of Python and of every package that took part and is installed."""
     found = {"python": platform.python_version(), "megatron_export": __version__}
