@@ -74,6 +74,20 @@ def below_zero(values: Tensor) -> Tensor:
     return found.view(torch.uint8)
 
 
+def unequal(one: Tensor, other: Tensor) -> Tensor:
+    """Where float32 values of one shape differ, bool; NaN differs from all."""
+    if one.device.type != "cpu":
+        return one != other
+    return torch.from_numpy(np.not_equal(one.detach().numpy(), other.detach().numpy()))
+
+
+def count(found: Tensor) -> Tensor:
+    """How many of a bool tensor are true, int64 []."""
+    if found.device.type != "cpu":
+        return found.count_nonzero()
+    return torch.tensor(np.count_nonzero(found.numpy()))
+
+
 def magnitudes(values: Tensor) -> Tensor:
     """Those of float32 values; on a CPU in memory that the next call takes again."""
     if values.device.type != "cpu":

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..formats import PRE_QUANT_SCALE, Form, chosen
+from ..formats.cpu import count, unequal
 from ..models import is_linear_weight
 from ..planning.parameter import Item
-from .weight_pairs import Sides, block_sums, total
+from .block_sums import block_sums, totals, turned, turned_sums, turns
+from .weight_pairs import Sides
 
 EXPLAINED = 4.0  # a block's noise, in that of rounding
 HALF = 0.5  # of what is in a block may be noise: the worst group of int4 has 0.4, beside an outlier
@@ -153,23 +155,30 @@ def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], star
     if item.form:
         scale = item.form.stored[item.form.scale]
         high, wide = scale.rows or high, scale.columns or wide
-    odd = mine != again
-    noise, rest = ((one - target).square_() for one in (mine, again))
-    noise, rest, signal, dot, size = (
-        block_sums(values, high, wide) for values in (noise, rest, target * target, mine * target, mine * mine)
-    )
-    floor = total(signal) / signal.numel() * 1e-3  # what is less than this in a block counts as this
+    rows, columns = mine.shape
+    odd, sums = unequal(mine, again), partial(block_sums, high=high, wide=wide)
+    others = count(odd)
+    rounded = others.device.type == "cpu" and not others  # what is on disk errs as rounding does, to the bit
+    if high == 1 and turns(mine, wide):
+        mine, target = turned(mine, wide), turned(target, wide)
+        again, odd = (again, odd) if rounded else (turned(again, wide), turned(odd, wide))
+        sums = partial(turned_sums, rows=rows)
+    noise = sums((mine - target).square_())
+    rest = noise if rounded else sums((again - target).square_())
+    signal, dot, size = map(sums, (target * target, mine * target, mine * mine))
+    whole = totals(signal, noise, dot, size)
+    floor = whole[0] / signal.numel() * 1e-3  # what is less than this in a block counts as this
     wrong = ~(noise <= EXPLAINED * rest + tolerance**2 * signal)  # NaN is wrong too
-    others = odd.count_nonzero()
     if item.form:
         least = floor.float()
-        codes = block_sums(odd.float(), high, wide)
-        codes /= _sizes(mine, high, wide)
-        wrong |= (noise > HALF * signal.clamp(min=least)) | ((codes > MOST) & (signal > least))
+        wrong |= noise > HALF * signal.clamp(min=least)
+        if not rounded:
+            codes = sums(odd.float()) / _sizes((rows, columns), high, wide, mine.device)
+            wrong |= (codes > MOST) & (signal > least)
     quotient = torch.where(noise == 0, torch.inf, signal.clamp(min=floor.float()) / noise)
-    sums = [*(total(values) for values in (signal, noise, dot, size)), others, wrong.sum(), quotient.min()]
     places = wrong.flatten().int().argmax(), quotient.flatten().argmin()
-    told = torch.stack([one.double() for one in (*sums, *places)]).tolist()  # one transfer from a GPU
+    found_here = *whole, others, wrong.sum(), quotient.min(), *places
+    told = torch.stack([one.double() for one in found_here]).tolist()  # one transfer from a GPU
     found.signal, found.noise, found.dot, found.size = told[:4]
     found.codes, found.wrong, found.blocks = int(told[4]), int(told[5]), noise.numel()
     first, at = (divmod(int(place), noise.shape[1]) for place in told[7:])
@@ -179,20 +188,24 @@ def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], star
         found.worst, found.at = low, (start + at[0] * high, at[1] * wide)
 
 
-def _sizes(values: Tensor, high: int, wide: int) -> Tensor:
+def _sizes(shape: tuple[int, int], high: int, wide: int, device: torch.device) -> Tensor:
     """How many elements each block has, but for those at the end as many as any; broadcasts to the blocks."""
     rows, columns = (
-        torch.full((-(-size // block),), float(block), device=values.device)
-        for size, block in zip(values.shape, (high, wide), strict=True)
+        torch.full((-(-size // block),), float(block), device=device)
+        for size, block in zip(shape, (high, wide), strict=True)
     )
-    rows[-1] -= -values.shape[0] % high
-    columns[-1] -= -values.shape[1] % wide
+    rows[-1] -= -shape[0] % high
+    columns[-1] -= -shape[1] % wide
     return rows[:, None] * columns
 
 
 def _add_scales(found: Likeness, scales: Tensor) -> None:
+    many = None
+    if scales.element_size() == 1:  # each of 256 numbers is looked at once
+        many = torch.bincount(scales.view(torch.uint8).flatten(), minlength=256).double()
+        scales = torch.arange(256, dtype=torch.uint8, device=scales.device).view(scales.dtype)
     values = scales.float().flatten()
     powers = torch.frexp(values)[1] - 1 - BINS[0]
     powers = torch.where(values > 0, powers, 0).masked_fill_(values == torch.inf, len(BINS) - 1)
-    counts = torch.bincount(powers.clamp(0, len(BINS) - 1).long(), minlength=len(BINS))
-    found.scales = counts.tolist()
+    counts = torch.bincount(powers.clamp(0, len(BINS) - 1).long(), many, len(BINS))
+    found.scales = counts.long().tolist()

@@ -27,6 +27,7 @@ from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
 from ..planning.plan import Plan
 from ..planning.tensor_spec import Output
+from .block_sums import block_sums
 from .folder import Finished
 
 STRIP_ROWS = 128  # a strip's rows are a multiple of it
@@ -181,29 +182,3 @@ class Sides:
         theirs = theirs.nan_to_num(0)
         length, along = (block_sums(product, 1, mine.shape[1])[:, 0] for product in (theirs * theirs, mine * theirs))
         return torch.where(length == 0, 1.0, along / length)
-
-
-def block_sums(values: Tensor, high: int, wide: int) -> Tensor:
-    """The sum of every block of `high` rows and `wide` columns of a float32 [out, in]; the last ones may be partial.
-
-    Halves are added to halves, so that every device adds in the same order; `values` are overwritten.
-    """
-    rows, columns = values.shape
-    if columns % wide or rows % high:
-        values = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
-    return _folded(_folded(values.unflatten(1, (-1, wide)), 2).unflatten(0, (-1, high)), 1)
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum of all, float64 [], in an order that is the same on every device."""
-    return _folded(values.double().flatten(), 0)
-
-
-def _folded(values: Tensor, dim: int) -> Tensor:
-    """The sums along a dim, which is left out; `values` are overwritten."""
-    while (size := values.shape[dim]) > 1:
-        half = (size + 1) // 2
-        first, rest = values.narrow(dim, 0, half), values.narrow(dim, half, size - half)
-        first.narrow(dim, 0, size - half).add_(rest)
-        values = first
-    return values.squeeze(dim)

@@ -33,6 +33,15 @@ def test_bounds_are_counted_as_torch_compares() -> None:
     assert torch.equal(cpu.below_zero(values), (values < 0).to(torch.uint8))
 
 
+def test_what_differs_is_found_as_torch_compares() -> None:
+    """NaN differs from itself, and a zero not from a negative one."""
+    one, other = EVERY.float(), EVERY.float().roll(3)
+    other[:100], other[0x8000] = one[:100], 0.0
+    found = cpu.unequal(one, other)
+    assert torch.equal(found, one != other)
+    assert int(cpu.count(found)) == int((one != other).sum()) < len(EVERY) - 100
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_largest_of_a_block_is_its_amax(dtype: torch.dtype) -> None:
     blocks = FINITE[torch.randperm(len(FINITE), generator=torch.Generator().manual_seed(0))][: 4000 * 16].view(

@@ -12,7 +12,6 @@ from megatron_export.common.strips import strips_of
 from megatron_export.common.threads import threads
 from megatron_export.verify import snr, weight_pairs
 from megatron_export.verify.judge import judge
-from megatron_export.verify.weight_pairs import block_sums, total
 
 from ..support.exported import exported
 from ..support.models import make_model
@@ -105,14 +104,3 @@ def test_an_exception_comes_in_its_results_place() -> None:
         assert [next(results), next(results)] == [-0.5, -1.0]
         with pytest.raises(ZeroDivisionError):
             next(results)
-
-
-@pytest.mark.parametrize(("high", "wide"), [(1, 16), (1, 37), (8, 16), (5, 7), (10, 37)])
-def test_sums_of_blocks_are_exact_on_whole_numbers(high: int, wide: int) -> None:
-    values = torch.arange(10 * 37, dtype=torch.float32).view(10, 37)
-    said = [
-        [float(values[row : row + high, column : column + wide].sum()) for column in range(0, 37, wide)]
-        for row in range(0, 10, high)
-    ]
-    assert block_sums(values.clone(), high, wide).tolist() == said
-    assert float(total(values)) == 370 * 369 / 2
