@@ -11,7 +11,7 @@ from math import prod
 
 from ..common.strips import strip_elements
 from ..formats import awq_gram
-from ..models import is_expert
+from ..models import HEAD, is_expert
 from ..models.hf_config import text_of
 from ..planning.parameter import Item
 from ..planning.plan import Plan
@@ -24,8 +24,10 @@ RESIDUAL = 18
 HEADS = 10  # of queries, keys and values: as computed, as rotated, repeated for each head
 SCORES = 14  # a buffer and its product in bfloat16, in float32 what the softmax is given and gives, in bfloat16 its rounded result
 GATED = {"cpu": 12, "cuda": 8}  # gate and up, silu(gate), their product; a CPU has gate and up in float32 too
-LOGITS = {"cpu": 6, "cuda": 4}  # as computed, and transposed, or on a CPU in float32
-LOGITS_WITH_LOSS = 12  # in float32 for the loss of layers that predict one more token
+LOGITS = {
+    "cpu": 6,
+    "cuda": 4,
+}  # as computed, and transposed, or on a CPU in float32; where the input of the output layer is measured
 SEARCHED = {"input": 4, "output": 10}  # bfloat16 and smoothed; bfloat16, and in float32 twice
 SQUARED = {"cpu": 12, "cuda": 4}  # inputs of a linear whose square is made: as gathered, on a CPU in float32 too
 SQUARE = {"cpu": 12, "cuda": 6}  # what is kept of it, and a block in float32
@@ -52,7 +54,8 @@ def calibration_bytes(plan: Plan, grid: Grid, batch: MicroBatch, device: str) ->
     sizes = (shape.nope_dim + shape.rope_dim, shape.v_dim) if shape.kv_lora else (shape.head_dim, shape.head_dim)
     heads = -(-shape.heads // tp)
     attention = SCORES * heads * batch.samples * batch.length**2 + HEADS * heads * tokens * sum((*sizes, sizes[0]))
-    logits = (LOGITS_WITH_LOSS if shape.mtp else LOGITS[device]) * tokens * -(-shape.vocab // tp)
+    called = any(item.form and item.source.canonical == HEAD for item in plan.items)
+    logits = called * LOGITS[device] * tokens * -(-shape.vocab // tp)
     mlp = GATED[device] * tokens * max(shape.ffn, shape.shared_ffn) // tp
     layer = max(attention, mlp, logits, _experts(plan, grid, batch, device))
     return RESIDUAL * tokens * shape.hidden + layer + max(_searched(plan, grid, batch, device), default=0)

@@ -14,15 +14,17 @@ from megatron_export.planning.plan import assumed
 from megatron_export.planning.rank_placement import grid_of
 
 from ..cli.test_plan_command import peak_of
-from ..support.configs import LLAMA, QWEN_MOE, SMALL_V3
+from ..support.configs import LLAMA, QWEN_MOE
 from ..support.models import EXAMPLE, make_model
 from ..support.plans import plan_for
 
 SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
-CASES = {  # which takes most: sizes, samples of a micro-batch, tokens
-    "logits": (SMALL | {"vocab_size": 64000}, 8, 256),
-    "scores": (SMALL | {"num_attention_heads": 16, "num_key_value_heads": 16}, 4, 1024),
-    "gate and up": (SMALL | {"hidden_size": 256, "intermediate_size": 16384}, 8, 512),
+WIDE = SMALL | {"vocab_size": 64000}
+CASES = {  # which takes most: sizes, samples of a micro-batch, tokens, what is set beside the format
+    "logits": (WIDE, 8, 256, "lm_head=fp8"),
+    "no logits": (WIDE | {"hidden_size": 256}, 16, 512, "lm_head=bf16"),
+    "scores": (SMALL | {"num_attention_heads": 16, "num_key_value_heads": 16}, 4, 1024, "lm_head=bf16"),
+    "gate and up": (SMALL | {"hidden_size": 256, "intermediate_size": 16384}, 8, 512, "lm_head=bf16"),
 }
 
 
@@ -33,14 +35,15 @@ def test_a_calibration_run_takes_at_most_what_was_told_and_half_as_much_at_least
 
     oneDNN packs weights for a multiplication as suits the CPU: up to 8 % of all that was told on those seen so far.
     """
-    sizes, samples, length = CASES[name]
+    sizes, samples, length, line = CASES[name]
     source = make_model(tmp_path, "qwen2", **sizes)
     save_file({"input_ids": torch.arange(samples * length).view(samples, length) % 500}, tmp_path / "ids.safetensors")
-    file, flags = tmp_path / "statistics.safetensors", ["--hf-model", str(source), "--format", "fp8", "--device", "cpu"]
+    file = tmp_path / "statistics.safetensors"
+    flags = ["--hf-model", str(source), "--format", "fp8", "--set", line, "--device", "cpu"]
     data = ["--calib-data", str(tmp_path / "ids.safetensors"), "--calib-batch-size", str(samples)]
     with_run = peak_of(*flags, *data, "--save-calibration", str(file), "--output", str(tmp_path / "one"))
     without = peak_of(*flags, "--load-calibration", str(file), "--output", str(tmp_path / "other"))
-    settings = {"hf_model": str(source), "format": "fp8", "device": "cpu", "dry_run": True}
+    settings = {"hf_model": str(source), "format": "fp8", "set": (line,), "device": "cpu", "dry_run": True}
     shape = {"calib_batch_size": samples, "calib_seq_len": length}
     (told,), (plain,) = (
         previewed(configured(**settings, **shape, **more), EXAMPLE, 1).forecast.host
@@ -50,26 +53,27 @@ def test_a_calibration_run_takes_at_most_what_was_told_and_half_as_much_at_least
     assert 0.5 * (told - plain) < with_run - without < 1.1 * (told - plain) + 20_000_000
 
 
-def told(config: dict, batch: MicroBatch, form: str = "fp8", options: Options | None = None, **sizes: int) -> int:
+def told(
+    config: dict, batch: MicroBatch, form: str = "fp8", options: Options | None = None, head: bool = False, **sizes: int
+) -> int:
     sizes = {"tp": 1} | sizes
-    plan = plan_for(config, assumed(config, **sizes), format=form, **({"options": options} if options else {}))
+    more = ({"options": options} if options else {}) | ({"set": ("lm_head=fp8",)} if head else {})
+    plan = plan_for(config, assumed(config, **sizes), format=form, **more)
     return calibration_bytes(plan, grid_of(config, **sizes), batch, "cuda")
 
 
 def test_it_grows_with_the_samples_and_shrinks_with_tensor_parallelism() -> None:
     wide = LLAMA | {"hidden_size": 64, "vocab_size": 128_000}
-    one, two = (told(wide, MicroBatch(samples, 128)) for samples in (4, 8))
+    one, two = (told(wide, MicroBatch(samples, 128), head=True) for samples in (4, 8))
     assert two == 2 * one
-    assert told(wide, MicroBatch(8, 128), tp=4) < two // 3
+    assert told(wide, MicroBatch(8, 128), head=True, tp=4) < two // 3
+    assert told(wide, MicroBatch(8, 128)) < two // 3  # no logits
 
 
 def test_it_knows_experts_their_exchange_losses_and_searches() -> None:
     batch = MicroBatch(4, 128)
     wide = QWEN_MOE | {"moe_intermediate_size": 8192}
     assert told(wide, batch, ep=4) > told(wide, batch, ep=2) > told(wide, batch)
-    vocabulary = {"vocab_size": 128_000}
-    with_mtp, without = (told(SMALL_V3 | vocabulary | {"num_nextn_predict_layers": n}, batch) for n in (1, 0))
-    assert with_mtp - without == 8 * batch.tokens * 128_000
     searched, clipped = (told(LLAMA, batch, "nvfp4_awq", Options(awq_clip=clip)) for clip in (False, True))
     assert clipped - searched == 1 << 30
     assert searched > told(LLAMA, batch)

@@ -89,6 +89,8 @@ class Subject:
             with ExitStack() as stack:
                 if gradients:
                     stack.enter_context(only_activations(self.model))
+                elif not head:
+                    stack.enter_context(_without_logits(chunks))
                 stack.enter_context(watching(here, self.model, observer, len(run), all_experts, head, gradients))
                 get_forward_backward_func()(
                     forward_step_func=partial(_step_with_loss if gradients else _step, here),
@@ -101,11 +103,24 @@ class Subject:
                 )
 
 
+@contextmanager
+def _without_logits(chunks: list[nn.Module]) -> Iterator[None]:
+    """While open, the model returns the hidden states of its last layer: the output layer, which nobody observes, is not called."""
+    ends = [chunk for chunk in chunks if chunk.post_process]
+    for chunk in ends:
+        chunk.post_process = False
+    try:
+        yield
+    finally:
+        for chunk in ends:
+            chunk.post_process = True
+
+
 def _step(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
     ids = next(batches).to(here.device)
     # layers that predict one more token only run where there is something to predict
     output = _called(chunk, ids, ids if chunk.config.mtp_num_layers else None)
-    return output, lambda logits: (logits.new_zeros(()), {})
+    return output, lambda made: (made.new_zeros(()), {})
 
 
 def _step_with_loss(here: Topology, batches: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Callable]:
