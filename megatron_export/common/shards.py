@@ -72,7 +72,7 @@ def fillable(live: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
 def unreadable(name: str, tensor: Tensor, device: torch.device) -> str:
     """Why a rank that works on `device` cannot read a parameter; "" if it can. Reads no number."""
     kind, (there, here) = kind_of(tensor), ((one.type, one.index or 0) for one in (tensor.device, device))
-    if kind and type(tensor).dequantize is Tensor.dequantize:
+    if kind and type(tensor).dequantize is torch.Tensor.dequantize:
         return (
             f"{name} is a {kind}, which only that class can read, and it has no dequantize() of its own. Give the class one, "
             f"{_OTHERWISE}"
