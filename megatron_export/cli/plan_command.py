@@ -83,10 +83,12 @@ def run(say: Say, parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
         parser.error(f"--world must be at least 1, not {world}")
     config = config_of(parser, values | {"dry_run": True})
     with no_garbage_collection():
-        found = previewed(config, EXAMPLE_MODEL, world)
-        said = json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan")
-    say(said, flush=True)
+        say(_shown(previewed(config, EXAMPLE_MODEL, world), shown_as_json), flush=True)  # and nothing keeps the plan
     return 0
+
+
+def _shown(found: Preview, shown_as_json: bool) -> str:
+    return json.dumps(as_json(found), indent=2) if shown_as_json else terminal.rows(rows(found), "plan")
 
 
 def previewed(config: ExportConfig, example_model: Path, world: int | None) -> Preview:

@@ -198,7 +198,8 @@ class CheckpointView:
         for file in sorted(files):
             tensors |= self.files[file]
         modules, kv = _modules(tensors)
-        linears = {name: module for name, module in modules.items() if not name.startswith(_SEES + self.copied)}
+        others = _SEES + self.copied
+        linears = {name: module for name, module in modules.items() if not name.startswith(others)}
         return View(tensors, modules, tuple(_groups(linears, self.layers)), kv, self.expected or {})
 
 

@@ -213,16 +213,13 @@ def named_formats(
     for name, found in linears.items():
         joined.setdefault(fused_with(name), []).extend(found)
     known = [module for found in joined.values() for module in found]
-    own: dict[str, list[str]] = {}  # a name -> the modules that it names: itself, or the experts of a layer
-    for module in known:
-        own.setdefault(module, []).append(module)
-        if ".experts." in module:
-            own.setdefault(experts_module(module), []).append(module)
+    plain = any(_is_plain(line.glob) for line in lines)
+    own = _named_by(known) if plain else {}
 
     def matched(glob: str) -> set[str]:
-        if not any(letter in glob for letter in "*?["):
+        if _is_plain(glob):
             return set(own.get(glob, ()))
-        return {module for module in known if _is_named(module, glob)}
+        return set(known) if glob == "*" else {module for module in known if _is_named(module, glob)}
 
     hits = [matched(line.glob) for line in lines]
     problems = [
@@ -246,6 +243,20 @@ def named_formats(
             apart.append(_apart(mine, counts))
     problems += [f"{first}, and {len(apart) - 1} more such" if len(apart) > 1 else first for first in apart[:1]]
     return {name: formats[fused_with(name)] for name in linears}, problems
+
+
+def _is_plain(glob: str) -> bool:
+    return not any(letter in glob for letter in "*?[")
+
+
+def _named_by(modules: list[str]) -> dict[str, list[str]]:
+    """A name -> the modules that it names: itself, or the experts of a layer."""
+    own: dict[str, list[str]] = {}
+    for module in modules:
+        own.setdefault(module, []).append(module)
+        if ".experts." in module:
+            own.setdefault(experts_module(module), []).append(module)
+    return own
 
 
 def _apart(formats: dict[str, str], counts: dict[str, Line]) -> str:

@@ -160,7 +160,7 @@ def make_plan(
             held[name].ranks if source.cut else held[name].ranks[:1],  # one of those that hold it whole is enough
             held[name].shape,
             policy.forms.get(name),
-            kv if keeps_keys(name, config) else None,
+            kv if kv and keeps_keys(name, config) else None,
             smoothed.get(name, UNSMOOTHED),
             stacked=policy.stacked and source.stack is not None,
             cast=name in cast,
