@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import _redistribute, debug
 
 from megatron_export.cli import export_command, flags
 from megatron_export.common.optional import part
@@ -143,9 +144,14 @@ def _forget_world() -> None:
     """Let go of what holds groups of a world that has ended: each has a thread of gloo's, which wakes a hundred times a second.
 
     Megatron-Core caches what its rotary embeddings gave, and with it up to 32 of them, and leaves some groups in its globals.
+    DTensor caches how tensors go from one placement to another, and with it their mesh.
     """
     for kind in ROTARY:
         kind.forward.cache_clear()
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    if "clear_redistribute_planner_cache" in vars(_redistribute):  # of torch 2.10 or later
+        _redistribute.clear_redistribute_planner_cache()
     for name, value in vars(parallel_state).items():
         if isinstance(value, ProcessGroup):
             setattr(parallel_state, name, None)
