@@ -21,7 +21,8 @@ def drawn(rows: Iterable[Row]) -> str:
     memory = ("GB of GPU above the model", lambda row: row.gpu / GB)
     runs: dict[str, list[Row]] = {}
     for row in rows:
-        label = f"{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
+        tool = "" if row.tool == "megatron_export" else f"{row.tool}: "
+        label = f"{tool}{row.model}, {row.format}, ranks {row.ranks}, {'fsync' if row.fsync else 'no fsync'}"
         runs.setdefault(label, []).append(row)
     seconds = {label: _line(some, lambda row: row.seconds) for label, some in runs.items()}
     seconds |= {

@@ -112,8 +112,9 @@ def export(flags: argparse.Namespace) -> None:
 
 def scale(flags: argparse.Namespace) -> None:
     """Measure models of the same shape and ever more layers."""
-    others = [row for file in flags.others for row in read_rows(file)]
-    rows = others + _measured(flags, flags.sizes)
+    measured = _measured(flags, flags.sizes)
+    again = {row.case for row in measured}
+    rows = [row for file in flags.others for row in read_rows(file) if row.case not in again] + measured
     _show(flags, rows)
     if flags.svg and os.environ["RANK"] == "0":
         flags.svg.write_text(drawn(rows))

@@ -55,6 +55,11 @@ class Row:
     def seconds(self) -> float:
         return median(self.times)
 
+    @property
+    def case(self) -> tuple[str | int, ...]:
+        """What was measured, wherever and however often."""
+        return self.tool, self.model, self.layers, self.format, self.ranks, self.writers, self.fsync
+
     def tell(self) -> None:
         """Say on rank 0 what was found, as soon as it was: what follows may fail, or be stopped."""
         if dist.get_rank() == 0:

@@ -36,7 +36,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     """The flags of `peer`."""
     parser.set_defaults(run=peer, tp=1, pp=1, ep=1, etp=None, writers="rank0", alone=True)
     parser.add_argument("--formats", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: fp8 nvfp4")
-    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
+    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="one or more, not as many as the model has")
     add_common(parser)
 
 
@@ -46,13 +46,14 @@ def peer(flags: argparse.Namespace) -> None:
 
     quantization, peers = modelopt()
     alone()
+    rows = []
     with TemporaryDirectory() as temporary:
-        config = config_of(flags.shape, flags.hf_model, flags.layers)
-        source = write_config(Path(temporary), config)
-        cases = [case_of(flags, config, name, source) for name in flags.formats]
+        configs = [config_of(flags.shape, flags.hf_model, layers) for layers in flags.layers]
+        cases = [case_of(flags, config, name, Path(temporary)) for config in configs for name in flags.formats]
         refuse(flags, cases)
         with parallel_state.started(1, 1, flags.device):
-            rows = [row for case in cases for row in _rows(flags, case, source, quantization, peers)]
+            for case in cases:
+                rows += _rows(flags, case, write_config(Path(temporary), case.config), quantization, peers)
     print("\n".join(table(rows)), flush=True)
     if flags.json:
         write_rows(flags.json, rows)

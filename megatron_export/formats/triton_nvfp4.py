@@ -84,7 +84,7 @@ def nvfp4(
         tl.store(input_scale, scale_of(of_input, E2M1 * E4M3))
     usual = (tensor >= low) & (tensor <= high)
     tensor_rough, tensor_rest = inverted_above(tensor * E2M1)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, loop_unroll_factor=2):
         after = first + tl.where(step + 1 < STEPS, BLOCKS, 0)  # in the last step these once more
         next_left, next_right = words_of(weight, after, lane, blocks, EVEN)
         zeroth, second = tl.split(left)
