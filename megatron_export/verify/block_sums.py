@@ -41,9 +41,11 @@ def turned_sums(values: Tensor, rows: int) -> Tensor:
     return _folded(torch.view_as_real(halves), 1).reshape(rows, -1)
 
 
-def totals(*values: Tensor) -> Tensor:
-    """The sum of all numbers of each tensor, float64, in an order that is the same on every device; all have one size."""
-    return _folded(torch.stack([one.double().flatten() for one in values]), 1)
+def totals(*values: Tensor, strips: int = 1) -> Tensor:
+    """The sums of so many equal runs of the numbers of each tensor, float64 [tensors, strips], in the same order on every
+    device; all tensors have one size.
+    """
+    return _folded(torch.stack([one.double().reshape(strips, -1) for one in values]), 2)
 
 
 def _folded(values: Tensor, dim: int) -> Tensor:

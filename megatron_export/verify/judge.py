@@ -31,7 +31,7 @@ from .dialects import check_judged
 from .folder import Finished, json_of
 from .snr import Likeness, likenesses, tolerance
 from .structure import bad_numbers, faults, plan_of, unequal, without_place
-from .weight_pairs import Sides
+from .weight_pairs import Sides, threads_for
 
 CODES, CODES_SMOOTHED = 0.002, 0.1  # share of codes that may be others than the nearest
 DIAGNOSED = 20  # weights; beyond, only the numbers are told
@@ -93,7 +93,9 @@ def judge(
             for _, bad in zip(progress("numbers", names), each(partial(bad_numbers, found), names), strict=True):
                 problems += bad
             problems += unequal(found, plan)
-            _compare(judged, Sides(plan, found, weights, torch.device(device), each), min_snr, progress)
+        device = torch.device(device)
+        with threads(threads_for(device)) as each:
+            _compare(judged, Sides(plan, found, weights, device, each), min_snr, progress)
     judged.scalars = {
         name: float(found.read(name))
         for name in found

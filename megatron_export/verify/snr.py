@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..common.piece import Axis
 from ..formats import PRE_QUANT_SCALE, Form, chosen
 from ..formats.cpu import count, unequal
 from ..models import is_linear_weight
@@ -99,16 +100,17 @@ def finite(decibels: float) -> float | None:
 def likenesses(sides: Sides, parts: list[tuple[Item, str]]) -> Iterator[Likeness]:
     """Compare parts of items, strip by strip, by `sides.each`; the figures do not depend on how many threads that has."""
 
-    def strips() -> Iterator[tuple[Item, str, slice]]:
+    def strips() -> Iterator[tuple[Item, str, slice, int]]:
         for item, part in parts:
             sides.prepare(item, part)
-            yield from ((item, part, rows) for rows in sides.strips(item, part))
+            yield from ((item, part, *several) for several in sides.strips(item, part))
 
     compared = sides.each(partial(_compared, sides), strips())
     for item, part in parts:
         found = _nothing(sides, item, part)
         for _ in sides.strips(item, part):
-            found.add(next(compared))
+            for strip in next(compared):
+                found.add(strip)
         yield found
 
 
@@ -118,10 +120,11 @@ def _nothing(sides: Sides, item: Item, part: str) -> Likeness:
     return Likeness(item.source.names()[part], form, smoothed, sides.shape(item, part))
 
 
-def _compared(sides: Sides, strip: tuple[Item, str, slice]) -> Likeness:
-    """What a strip adds."""
-    item, part, rows = strip
-    found = _nothing(sides, item, part)
+def _compared(sides: Sides, several: tuple[Item, str, slice, int]) -> list[Likeness]:
+    """What each of several strips adds, which have as many rows."""
+    item, part, rows, strips = several
+    added = [_nothing(sides, item, part) for _ in range(strips)]
+    found = added[0]
     pieces = sides.pieces(item, part, rows)
     mine = item.form.decode(pieces) if item.form else next(iter(pieces.values())).data.float()
     target = sides.target(item, part, rows)
@@ -131,10 +134,10 @@ def _compared(sides: Sides, strip: tuple[Item, str, slice]) -> Likeness:
     if mine.dim() != 2:
         mine, target, again = (values.reshape(len(values), -1) for values in (mine, target, again))
     if mine.numel():
-        _add(found, item, (mine, target, again), rows.start, tolerance(sides, item, part))
-    if item.form:
+        _add(added, item, (mine, target, again), rows.start, tolerance(sides, item, part))
+    if item.form and (Axis.OUT in pieces[item.form.scale].axes or not rows.start):  # one of the whole tensor counts once
         _add_scales(found, pieces[item.form.scale].data)
-    return found
+    return added
 
 
 def tolerance(sides: Sides, item: Item, part: str) -> float:
@@ -149,43 +152,49 @@ def tolerance(sides: Sides, item: Item, part: str) -> float:
     return FITTED if fitted or part in dict(item.smoothed.rows) else READ_OFF
 
 
-def _add(found: Likeness, item: Item, three: tuple[Tensor, Tensor, Tensor], start: int, tolerance: float) -> None:
+def _add(
+    added: list[Likeness], item: Item, three: tuple[Tensor, Tensor, Tensor], start: int, tolerance: float
+) -> None:
     mine, target, again = three
     high, wide = 1, mine.shape[1]  # of a block: what shares a scale, or a row
     if item.form:
         scale = item.form.stored[item.form.scale]
         high, wide = scale.rows or high, scale.columns or wide
-    rows, columns = mine.shape
-    odd, sums = unequal(mine, again), partial(block_sums, high=high, wide=wide)
-    others = count(odd)
-    rounded = others.device.type == "cpu" and not others  # what is on disk errs as rounding does, to the bit
+    (rows, columns), strips = mine.shape, len(added)
+    odd, across = unequal(mine, again), -(-columns // wide)
+    others = torch.stack([count(part) for part in odd.chunk(strips)])
+    rounded = others.device.type == "cpu" and not others.any()  # what is on disk errs as rounding does, to the bit
+    summed = partial(block_sums, high=high, wide=wide)
     if high == 1 and turns(mine, wide):
         mine, target = turned(mine, wide), turned(target, wide)
         again, odd = (again, odd) if rounded else (turned(again, wide), turned(odd, wide))
-        sums = partial(turned_sums, rows=rows)
+        summed = partial(turned_sums, rows=rows)
+
+    def sums(values: Tensor) -> Tensor:
+        """Of the blocks of each strip: [strips, blocks]."""
+        return summed(values).reshape(strips, -1)
+
     noise = sums((mine - target).square_())
     rest = noise if rounded else sums((again - target).square_())
     signal, dot, size = map(sums, (target * target, mine * target, mine * mine))
-    whole = totals(signal, noise, dot, size)
-    floor = whole[0] / signal.numel() * 1e-3  # what is less than this in a block counts as this
+    whole = totals(signal, noise, dot, size, strips=strips)
+    floor = (whole[0] / signal.shape[1] * 1e-3).float()[:, None]  # what is less than this in a block counts as this
     wrong = ~(noise <= EXPLAINED * rest + tolerance**2 * signal)  # NaN is wrong too
     if item.form:
-        least = floor.float()
-        wrong |= noise > HALF * signal.clamp(min=least)
+        wrong |= noise > HALF * torch.maximum(signal, floor)
         if not rounded:
-            codes = sums(odd.float()) / _sizes((rows, columns), high, wide, mine.device)
-            wrong |= (codes > MOST) & (signal > least)
-    quotient = torch.where(noise == 0, torch.inf, signal.clamp(min=floor.float()) / noise)
-    places = wrong.flatten().int().argmax(), quotient.flatten().argmin()
-    found_here = *whole, others, wrong.sum(), quotient.min(), *places
-    told = torch.stack([one.double() for one in found_here]).tolist()  # one transfer from a GPU
-    found.signal, found.noise, found.dot, found.size = told[:4]
-    found.codes, found.wrong, found.blocks = int(told[4]), int(told[5]), noise.numel()
-    first, at = (divmod(int(place), noise.shape[1]) for place in told[7:])
-    if found.wrong:
-        found.first = (start + first[0] * high, first[1] * wide)
-    if (low := decibels(told[6], 1.0)) < found.worst:
-        found.worst, found.at = low, (start + at[0] * high, at[1] * wide)
+            codes = sums(odd.float()) / _sizes((rows, columns), high, wide, mine.device).reshape(strips, -1)
+            wrong |= (codes > MOST) & (signal > floor)
+    quotient = torch.where(noise == 0, torch.inf, torch.maximum(signal, floor) / noise)
+    places = wrong.int().argmax(dim=1), quotient.argmin(dim=1)
+    told = torch.stack([one.double() for one in (*whole, others, wrong.sum(dim=1), quotient.amin(dim=1), *places)])
+    for number, (found, mine) in enumerate(zip(added, told.T.tolist(), strict=True)):  # one transfer from a GPU
+        found.signal, found.noise, found.dot, found.size = mine[:4]
+        found.codes, found.wrong, found.blocks = int(mine[4]), int(mine[5]), noise.shape[1]
+        first, at = (divmod(number * found.blocks + int(place), across) for place in mine[7:])
+        if found.wrong:
+            found.first = (start + first[0] * high, first[1] * wide)
+        found.worst, found.at = decibels(mine[6], 1.0), (start + at[0] * high, at[1] * wide)
 
 
 def _sizes(shape: tuple[int, int], high: int, wide: int, device: torch.device) -> Tensor:

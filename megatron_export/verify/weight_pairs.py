@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.piece import Axis, Piece
 from ..common.strips import strips_of
-from ..common.threads import Each
+from ..common.threads import MOST, Each
 from ..formats import PRE_QUANT_SCALE
 from ..models import feeders_of, is_linear_weight
 from ..planning.parameter import Item
@@ -31,6 +31,8 @@ from .block_sums import block_sums
 from .folder import Finished
 
 STRIP_ROWS = 128  # a strip's rows are a multiple of it
+CUDA_STRIPS = 16  # that a GPU compares at once: each operation costs the host as long, whatever its size
+CUDA_THREADS = 4  # that give it work; each holds a dozen float32 copies of its strips there
 
 
 class Sides:
@@ -83,9 +85,14 @@ class Sides:
         name = item.source.names()[part]
         return next(output.shape for output in item.parts if output.name == name)
 
-    def strips(self, item: Item, part: str) -> Iterator[slice]:
-        """Rows of a part, in strips of whole tiles of the format."""
-        return strips_of(self.shape(item, part), lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1))
+    def strips(self, item: Item, part: str) -> Iterator[tuple[slice, int]]:
+        """Rows of a part, and how many strips of whole tiles of the format they are; of several, all have as many rows."""
+        strips = list(strips_of(self.shape(item, part), lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1)))
+        most = at_once(self.device)
+        while strips:
+            several = [one for one in strips[:most] if one.stop - one.start == strips[0].stop - strips[0].start]
+            yield slice(several[0].start, several[-1].stop), len(several)
+            strips = strips[len(several) :]
 
     def pieces(self, item: Item, part: str, rows: slice) -> dict[str, Piece]:
         """What is on disk of some rows of a part, by suffix."""
@@ -173,7 +180,8 @@ class Sides:
         if item.source.canonical.endswith(".bias"):  # of v: as its weight
             return self.factors(self.items[item.source.canonical.removesuffix("bias") + "weight"], part)
         self.columns(item, part)  # not by several at once
-        return torch.cat([*self.each(partial(self._fitted_rows, item, part), self.strips(item, part))])
+        strips = (rows for rows, _ in self.strips(item, part))
+        return torch.cat([*self.each(partial(self._fitted_rows, item, part), strips)])
 
     def _fitted_rows(self, item: Item, part: str, rows: slice) -> Tensor:
         mine, theirs = self.decoded(item, part, rows), self._divided(item, part, rows)
@@ -182,3 +190,13 @@ class Sides:
         theirs = theirs.nan_to_num(0)
         length, along = (block_sums(product, 1, mine.shape[1])[:, 0] for product in (theirs * theirs, mine * theirs))
         return torch.where(length == 0, 1.0, along / length)
+
+
+def at_once(device: torch.device) -> int:
+    """How many strips are compared at once there."""
+    return CUDA_STRIPS if device.type == "cuda" else 1
+
+
+def threads_for(device: torch.device) -> int:
+    """How many threads compare strips there, at most."""
+    return CUDA_THREADS if device.type == "cuda" else MOST

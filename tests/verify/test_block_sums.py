@@ -31,7 +31,8 @@ def test_sums_of_blocks_are_exact_on_whole_numbers(high: int, wide: int) -> None
         for row in range(0, 10, high)
     ]
     assert block_sums(values.clone(), high, wide).tolist() == said
-    assert totals(values, -values).tolist() == [370 * 369 / 2, -370 * 369 / 2]
+    assert totals(values, -values).tolist() == [[370 * 369 / 2], [-370 * 369 / 2]]
+    assert totals(values, strips=2).tolist() == [[185 * 184 / 2, (370 * 369 - 185 * 184) / 2]]
 
 
 @pytest.mark.parametrize("wide", [8, 16, 32])
@@ -68,7 +69,7 @@ def test_what_is_as_rounding_gives_it_has_the_figures_of_the_long_way(
     for count in (snr.count, lambda odd: torch.tensor(1)):
         monkeypatch.setattr(snr, "count", count)
         found.append(snr.Likeness(name, form, False, tuple(weight.shape)))
-        snr._add(found[-1], replace(item, form=form), three, 0, 2.0**-8)
+        snr._add(found[-1:], replace(item, form=form), three, 0, 2.0**-8)
     short, long = map(vars, found)
     assert (short.pop("codes"), long.pop("codes")) == (0, 1)
     assert short == long

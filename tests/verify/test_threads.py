@@ -49,6 +49,20 @@ def test_one_thread_and_four_find_the_same_figures(format: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("strips_of_eight_rows")
+@pytest.mark.parametrize("format", ["bf16", "fp8", "nvfp4", "int4_awq", "mxfp8"])
+def test_strips_that_a_gpu_compares_at_once_give_the_figures_of_each(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = make_model(tmp_path / "reference", "qwen3", hidden_size=128, intermediate_size=128)
+    exported(reference, tmp_path / "out", format)
+    found = []
+    for most in (1, 3, 1000):
+        monkeypatch.setattr(weight_pairs, "at_once", lambda device, most=most: most)
+        found.append([vars(one) for one in judge(tmp_path / "out", reference).weights])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.usefixtures("strips_of_eight_rows")
 def test_no_more_strips_are_held_than_there_are_threads_whatever_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
