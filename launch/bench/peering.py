@@ -36,7 +36,9 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     """The flags of `peer`."""
     parser.set_defaults(run=peer, tp=1, pp=1, ep=1, etp=None, writers="rank0", alone=True)
     parser.add_argument("--formats", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: fp8 nvfp4")
-    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="one or more, not as many as the model has")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[None], help="one or more, not as many as the model has"
+    )
     add_common(parser)
 
 

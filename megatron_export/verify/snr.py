@@ -135,7 +135,9 @@ def _compared(sides: Sides, several: tuple[Item, str, slice, int]) -> list[Liken
         mine, target, again = (values.reshape(len(values), -1) for values in (mine, target, again))
     if mine.numel():
         _add(added, item, (mine, target, again), rows.start, tolerance(sides, item, part))
-    if item.form and (Axis.OUT in pieces[item.form.scale].axes or not rows.start):  # one of the whole tensor counts once
+    if item.form and (
+        Axis.OUT in pieces[item.form.scale].axes or not rows.start
+    ):  # one of the whole tensor counts once
         _add_scales(found, pieces[item.form.scale].data)
     return added
 
@@ -152,9 +154,7 @@ def tolerance(sides: Sides, item: Item, part: str) -> float:
     return FITTED if fitted or part in dict(item.smoothed.rows) else READ_OFF
 
 
-def _add(
-    added: list[Likeness], item: Item, three: tuple[Tensor, Tensor, Tensor], start: int, tolerance: float
-) -> None:
+def _add(added: list[Likeness], item: Item, three: tuple[Tensor, Tensor, Tensor], start: int, tolerance: float) -> None:
     mine, target, again = three
     high, wide = 1, mine.shape[1]  # of a block: what shares a scale, or a row
     if item.form:
