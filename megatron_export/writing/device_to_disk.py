@@ -151,7 +151,7 @@ class Conveyor:
         copied = None
         if self.pinned:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.device))  # which need not be the current device
         file = self.file_of(self.load[0][0])
         with self.choosing:
             self.waiting.setdefault(file, deque()).append(_Load(self.slot, self.load, copied))
