@@ -57,8 +57,8 @@ class Row:
 
     @property
     def case(self) -> tuple[str | int, ...]:
-        """What was measured, wherever and however often."""
-        return self.tool, self.model, self.layers, self.format, self.ranks, self.writers, self.fsync
+        """What was measured, however often."""
+        return self.tool, self.model, self.layers, self.format, self.device, self.ranks, self.writers, self.fsync
 
     def tell(self) -> None:
         """Say on rank 0 what was found, as soon as it was: what follows may fail, or be stopped."""

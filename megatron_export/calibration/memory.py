@@ -84,9 +84,13 @@ def _searched(plan: Plan, grid: Grid, batch: MicroBatch, device: str) -> Iterato
     for item in {_size_of(item): item for item in plan.items if item.form is plan.awq}.values():
         tokens = _exchanged(grid, batch) if is_expert(item.source.canonical) else batch.tokens
         out, inputs = item.shard_shape
-        held = tokens * (SEARCHED["input"] * inputs + SEARCHED["output"] * out)
+        squared = 0
         if not is_expert(item.source.canonical) and awq_gram.pays(tokens, *item.source.shape):
-            held = _squared(item, tokens, device)
+            squared, tokens = _squared(item, tokens, device), awq_gram.most_by_outputs(*item.source.shape)
+        by_outputs = tokens * (
+            SEARCHED["input"] * inputs + SEARCHED["output"] * out
+        )  # as the last micro-batch may be smaller
+        held = max(squared, by_outputs)
         strip = STRIP_COPIES * min(strip_elements(device), out * inputs)
         yield held + strip + COPIES[device] * prod(item.shard_shape) + CLIP_BYTES * plan.awq.smoothing.clip
 

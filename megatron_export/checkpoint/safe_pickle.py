@@ -38,7 +38,8 @@ _SETS = ("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.f
 @cache
 def _dtypes() -> dict[str, torch.dtype]:
     """Of torch, by the names in pickles."""
-    return {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+    dtype = torch.dtype  # before what torch has is looked at: it may not be imported yet
+    return {str(found): found for found in vars(torch).values() if isinstance(found, dtype)}
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,10 @@ def preview_of(
     calibration = calibration_bytes(plan, grid, batch, device) if batch else 0
     if batch:
         shape = f"{batch.samples} x {batch.length} tokens"
+        kept = ", without the activations of all layers that --effective-bits keeps and their logits"
         remarks += (
-            f"counted with a calibration run of {shape} at a time: at most {readable(calibration)} beside the weights",
+            f"counted with a calibration run of {shape} at a time: at most {readable(calibration)} beside the weights"
+            + kept * (config.request.effective_bits is not None),
         )
     if device == "cpu":
         remarks += (

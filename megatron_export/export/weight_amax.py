@@ -18,7 +18,7 @@ from ..models.statistic_names import weight_key
 from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.fingerprint import added, checksum, checksum_of, forget, of_settings
+from ..writing.fingerprint import added, checksum, checksum_of, forgetting, of_settings
 
 
 def survey(
@@ -30,7 +30,7 @@ def survey(
     Weights are rounded to bfloat16 before they are quantized, so their maxima are too.
     """
     mine = [item for item in plan.items if here.rank in item.ranks]
-    with together(here, "read the weights"):
+    with together(here, "read the weights"), forgetting():
         largest, summed, scales_of = [], [], {}
         for item in heeded(mine):
             shard = shards[item.source.canonical]  # once: it may be read from disk
@@ -45,7 +45,6 @@ def survey(
         report([f"NaN or Inf in {', '.join(item.source.names().values())}" for item in bad])
         numbers = torch.stack(summed).tolist() if summed else []
         sums = scales_of | {item.source.canonical: number for item, number in zip(mine, numbers, strict=True)}
-        forget()
     return _agreed(here, plan, mine, values, calibration), _digest(collectives.at_first(here, sums))
 
 

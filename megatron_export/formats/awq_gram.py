@@ -10,12 +10,14 @@ made, and those above it count twice. It lives as long as one call of one linear
 
 On CUDA the products are of float16, added up in float32. For that G is divided by the norms of its channels, which makes it a
 matrix of correlations, and D is multiplied by them and by a number that brings it below 2^15. Rounding to float16 moves each number
-by at most 2^-12 of itself, at random, and a loss by some 4e-6 of it. Outputs in bfloat16 and inputs that are rounded once more when
-they are scaled, which there are none of here, move a loss by some 1e-3 of it, for neighbouring alphas nearly alike.
+by at most 2^-12 of itself, at random, and a loss by some 4e-6 of it, or 2e-4 where one token or channel makes most of it. The other
+way moves a loss by some 1e-3 of it, for neighbouring alphas nearly alike: it rounds outputs to bfloat16, and inputs once more when
+they are scaled.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,9 +36,17 @@ LARGEST = 2.0**15  # of what float16 is given of a weight
 
 def pays(tokens: int, rows: int, columns: int) -> bool:
     """Whether a whole linear, [rows, columns], takes fewer operations so: by sizes alone, which every rank and device has."""
-    share = (1 + min(WIDTH / columns, 1)) / 2  # of the square, that is made
-    squared = (tokens + len(ALPHAS) * rows) * columns * share
-    return squared < (len(ALPHAS) + 1) * tokens * rows
+    return tokens > most_by_outputs(rows, columns)
+
+
+def most_by_outputs(rows: int, columns: int) -> int:
+    """The most tokens with which outputs of a whole linear take no more operations than squares do:
+
+    (tokens + alphas * rows) * columns * share >= (alphas + 1) * tokens * rows, of the square the share that is made
+    """
+    halves = columns + min(WIDTH, columns)  # columns * share, twice
+    more = 2 * (len(ALPHAS) + 1) * rows - halves  # operations of outputs beyond those of the square, for each token
+    return len(ALPHAS) * rows * halves // more if more > 0 else sys.maxsize
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A checkpoint judged against the model that it was made from: structure first, then every number, read once, in strips.
 
-`weight_pairs.py` says how the smoothing of AWQ is undone, `snr.py` what counts as explained by rounding. Memory is bounded by a
-strip of a tensor, and a row of numbers for each smoothing vector.
+`weight_pairs.py` says how the smoothing of AWQ is undone, `snr.py` what counts as explained by rounding. Memory is bounded by
+the strips that threads compare, and a row of numbers for each smoothing vector.
 """
 
 from concurrent.futures import ThreadPoolExecutor

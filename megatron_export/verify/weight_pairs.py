@@ -13,14 +13,14 @@ The linears that read a norm show whether it took the right vector over.
 
 from collections.abc import Iterator
 from functools import partial
-from math import lcm
+from math import lcm, prod
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.hf_weights import SourceWeights
 from ..common.piece import Axis, Piece
-from ..common.strips import strips_of
+from ..common.strips import STRIP_ELEMENTS, strips_of
 from ..common.threads import MOST, Each
 from ..formats import PRE_QUANT_SCALE
 from ..models import feeders_of, is_linear_weight
@@ -31,7 +31,9 @@ from .block_sums import block_sums
 from .folder import Finished
 
 STRIP_ROWS = 128  # a strip's rows are a multiple of it
-CUDA_STRIPS = 16  # that a GPU compares at once: each operation costs the host as long, whatever its size
+CUDA_WEIGHTS = (
+    16 * STRIP_ELEMENTS
+)  # that a GPU compares at once: each operation costs the host as long, whatever its size
 CUDA_THREADS = 4  # that give it work; each holds a dozen float32 copies of its strips there
 
 
@@ -88,7 +90,7 @@ class Sides:
     def strips(self, item: Item, part: str) -> Iterator[tuple[slice, int]]:
         """Rows of a part, and how many strips of whole tiles of the format they are; of several, all have as many rows."""
         strips = list(strips_of(self.shape(item, part), lcm(STRIP_ROWS, item.form.tile[0] if item.form else 1)))
-        most = at_once(self.device)
+        most = at_once(self.device, prod(self.shape(item, part)) // len(strips)) if strips else 1
         while strips:
             several = [one for one in strips[:most] if one.stop - one.start == strips[0].stop - strips[0].start]
             yield slice(several[0].start, several[-1].stop), len(several)
@@ -192,9 +194,9 @@ class Sides:
         return torch.where(length == 0, 1.0, along / length)
 
 
-def at_once(device: torch.device) -> int:
-    """How many strips are compared at once there."""
-    return CUDA_STRIPS if device.type == "cuda" else 1
+def at_once(device: torch.device, weights: int) -> int:
+    """How many strips of so many weights are compared at once there."""
+    return max(CUDA_WEIGHTS // max(weights, 1), 1) if device.type == "cuda" else 1
 
 
 def threads_for(device: torch.device) -> int:

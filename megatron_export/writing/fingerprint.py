@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,9 +62,13 @@ def _mixed(numbers: tuple[range, ...], device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 31)).to(device)
 
 
-def forget() -> None:
-    """Give back what was kept for shards that are alike: a GPU has nothing to spare for later."""
-    _mixed.cache_clear()
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Give back at the end what is kept for shards that are alike: a GPU has nothing to spare for later."""
+    try:
+        yield
+    finally:
+        _mixed.cache_clear()
 
 
 def added(checksums: Iterable[int]) -> int:

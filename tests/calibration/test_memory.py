@@ -88,3 +88,10 @@ def test_a_search_of_many_tokens_takes_a_square_of_inputs_in_place_of_outputs(mo
     assert searched == 4 * batch.tokens * 14336 + square + 4 * 4096 * 1024 + 8 * 4096 * 14336 + strip
     monkeypatch.setattr(awq_gram, "pays", lambda *sizes: False)
     assert told(config, batch, "int4_awq") > told(config, batch) + 2 * searched
+
+
+def test_more_samples_never_take_less_as_the_last_micro_batch_may_have_fewer() -> None:
+    """Near the number of tokens from which squares pay, which take less than the outputs of the tokens just before."""
+    of_8b = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128, "max_position_embeddings": 1024}
+    found = [told(LLAMA | of_8b, MicroBatch(samples, 512), "int4_awq") for samples in range(1, 24)]
+    assert found == sorted(found)

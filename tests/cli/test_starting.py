@@ -61,3 +61,12 @@ def test_check_and_help_import_nothing_that_takes_long(flags: tuple) -> None:
 
 def test_other_commands_have_torch_from_the_start() -> None:
     assert "torch._C for" in imported_by("verify", "--help")
+
+
+def test_what_looks_through_torch_finds_all_of_it_where_it_is_imported_late() -> None:
+    done = python(
+        "-c",
+        "from megatron_export.common.later import import_later; import_later('torch', 'numpy'); "
+        "from megatron_export.checkpoint.safe_pickle import _dtypes; print(sorted(_dtypes()))",
+    )
+    assert "'torch.bfloat16'" in done.stdout, done.stderr

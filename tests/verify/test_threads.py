@@ -57,9 +57,15 @@ def test_strips_that_a_gpu_compares_at_once_give_the_figures_of_each(
     exported(reference, tmp_path / "out", format)
     found = []
     for most in (1, 3, 1000):
-        monkeypatch.setattr(weight_pairs, "at_once", lambda device, most=most: most)
+        monkeypatch.setattr(weight_pairs, "at_once", lambda device, weights, most=most: most)
         found.append([vars(one) for one in judge(tmp_path / "out", reference).weights])
     assert found[0] == found[1] == found[2]
+
+
+def test_a_gpu_holds_as_many_weights_at_once_whatever_the_width() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [weight_pairs.at_once(cuda, 128 * width) for width in (8192, 28672, 1 << 20)] == [16, 4, 1]
+    assert weight_pairs.at_once(cpu, 128 * 64) == 1
 
 
 @pytest.mark.usefixtures("strips_of_eight_rows")
