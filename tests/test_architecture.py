@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .mutations import mutations
+
 PACKAGE = Path(__file__).parents[1] / "megatron_export"
 ROOMS = """
 common
@@ -132,3 +134,11 @@ def test_style() -> None:
     for check in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *check, "."], cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_mutation_has_its_place() -> None:
+    """A text that the code has no more would be tried in vain, and only where somebody tries them."""
+    texts = {
+        mutation.title: (PACKAGE.parent / mutation.file).read_text().count(mutation.old) for mutation in mutations()
+    }
+    assert {title: count for title, count in texts.items() if count != 1} == {}
