@@ -19,7 +19,7 @@ FORMATS = ("int4_awq", "nvfp4_awq")  # whose searches serve w4a8_awq too
 
 def searched() -> list[dict[str, Tensor]]:
     """In a rank: what is found by outputs, and by squares."""
-    batches = read_samples(EXAMPLE / "calibration.txt", EXAMPLE, samples=8, length=256).split(4)
+    batches = read_samples(EXAMPLE / "calibration.txt", EXAMPLE, samples=4, length=256).split(2)
     found = []
     with loaded(EXAMPLE, length=256) as (model, _):
         for squares in (False, True):

@@ -29,7 +29,10 @@ CASES = {  # which takes most: sizes, samples of a micro-batch, tokens, what is 
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("gate and up", "scores") else name for name in CASES],
+)
 def test_a_calibration_run_takes_at_most_what_was_told_and_half_as_much_at_least(name: str, tmp_path: Path) -> None:
     """Beside the weights: of the whole command, from the first import on, with a run and with its statistics loaded.
 

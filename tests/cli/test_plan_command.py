@@ -238,7 +238,7 @@ def peak_of(*flags: str) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8_pb"])
+@pytest.mark.parametrize("form", ["bf16", pytest.param("fp8_pb", marks=pytest.mark.slow)])
 def test_so_is_that_of_reading_a_checkpoint_without_a_model(ranks: Ranks, tmp_path: Path, form: str) -> None:
     source, saved, out = tmp_path / "source", tmp_path / "saved", tmp_path / "out"
     hollow(source, MODELS["qwen3"])

@@ -100,7 +100,7 @@ class Exporting:
             self.handle = None
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_losses_after_an_export_are_those_of_a_run_without(
     tp: int, pp: int, ranks: Ranks, models: dict, tmp_path: Path
 ) -> None:
