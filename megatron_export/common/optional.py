@@ -12,8 +12,8 @@ _MEGATRON = "Megatron models need megatron-core, which is not installed here. In
 _NEEDED = {
     "megatron": _MEGATRON,
     "megatron.core": _MEGATRON,
-    "triton": "models with layers of Mamba need triton, which Megatron-Core imports for them and torch for CPUs does not bring. "
-    "Install it: pip install triton",
+    "triton": "Megatron-Core imports triton, since 0.19 for all models and before for those with layers of Mamba; torch for CPUs "
+    "does not bring it. Install it: pip install triton",
 }
 
 

@@ -61,7 +61,7 @@ def _is_hybrid(config: dict) -> bool:
 
 
 def _hybrids() -> ModuleType:
-    """The module that builds hybrid models: Megatron-Core's Mamba imports triton, which no other model needs."""
+    """The module that builds hybrid models: Megatron-Core's Mamba imports triton, which before 0.19 no other model needs."""
     return part("mcore.hybrid")
 
 

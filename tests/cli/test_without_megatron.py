@@ -1,9 +1,12 @@
 """Where Megatron-Core is not installed: all that needs no Megatron model works, and what needs one says what to install."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from megatron_export.engines.checks import release_of
 
 from ..support.command_line import python
 from ..support.exported import exported
@@ -103,16 +106,24 @@ def test_so_does_the_library(folders: tuple[Path, Path, Path], tmp_path: Path) -
     assert done.stdout.splitlines() == [TOLD, TOLD], done.stderr
 
 
-def test_triton_is_needed_for_layers_of_mamba_alone() -> None:
-    """torch for CPUs does not bring it, and Megatron-Core's Mamba imports it."""
+def test_triton_is_asked_for_where_megatron_core_imports_it() -> None:
+    """torch for CPUs does not bring it. Before 0.19 layers of Mamba alone need it."""
     hide = HIDE.replace('"megatron"', '"triton"')
-    done = python(
-        "-c",
-        hide
-        + "from megatron_export.mcore import build\ntry:\n    build._hybrids()\nexcept Exception as error:\n    print(error)",
+    lines = (
+        "from importlib.metadata import version",
+        "from megatron_export.common.optional import part",
+        "try:",
+        "    build = part('mcore.build')",
+        "    print(version('megatron-core'))",
+        "    build._hybrids()",
+        "except Exception as error:",
+        "    print(error)",
     )
+    done = python("-c", hide + "\n".join(lines))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (
-        "models with layers of Mamba need triton, which Megatron-Core imports for them and torch for CPUs does not bring. "
-        "Install it: pip install triton\n"
+    *built, said = done.stdout.splitlines()
+    assert said == (
+        "Megatron-Core imports triton, since 0.19 for all models and before for those with layers of Mamba; torch for CPUs "
+        "does not bring it. Install it: pip install triton"
     )
+    assert bool(built) == (release_of(version("megatron-core")) < (0, 19))
