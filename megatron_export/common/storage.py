@@ -16,6 +16,12 @@ def kind_of(tensor: Tensor) -> str:
     return "" if kind in (torch.Tensor, torch.nn.Parameter) else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a plain tensor, in its order: uint8 [bytes]; the same memory, if it is contiguous."""
+    flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return flat.view(-1).view(torch.uint8)
+
+
 def shortage(tensor: Tensor) -> str:
     """Why the memory of a plain tensor cannot hold what it says; "" if it can. Reads no number, and waits for no device."""
     if tensor.layout is not torch.strided:

@@ -15,7 +15,7 @@ from ..common.blocks import blocks_in
 from ..common.errors import ExportError
 from ..common.piece import Piece
 from ..common.shards import Shards
-from ..common.storage import kind_of
+from ..common.storage import bytes_of, kind_of
 from ..distributed.collectives import everyone
 from ..distributed.topology import Topology
 from ..formats.cpu import empty
@@ -165,7 +165,7 @@ def _packed(message: Sequence[Output], tensors: Sequence[Tensor]) -> Tensor:
         assert (data.dtype, tuple(data.shape)) == (output.torch_dtype, output.shape), (
             f"{output.name} is {data.dtype} {tuple(data.shape)}, and was planned as {output.torch_dtype} {output.shape}"
         )
-        packed[offset : offset + output.nbytes] = data.contiguous().reshape(-1).view(torch.uint8)
+        packed[offset : offset + output.nbytes] = bytes_of(data)
         offset += padded(output.nbytes)
     return packed
 

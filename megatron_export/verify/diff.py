@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG, GENERATION_CONFIG, QUANT_CONFIG
 from ..common.progress import Progress, quiet
+from ..common.storage import bytes_of
 from ..common.strips import strips_of
 from .diff_sides import Side, side_of
 from .folder import Finished, json_of
@@ -107,11 +107,7 @@ def _same(name: str, one: Side, other: Side) -> bool:
         return False
     strips = ((one.found.strips(mine[suffix]), other.found.strips(theirs[suffix])) for suffix in mine)
     pairs = (pair for each in strips for pair in zip(*each, strict=False))
-    return all(a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return all(a.dtype == b.dtype and torch.equal(bytes_of(a), bytes_of(b)) for a, b in pairs)
 
 
 def rows(found: Differences, one: Path, other: Path) -> list[tuple[str, str]]:

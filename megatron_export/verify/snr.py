@@ -188,13 +188,13 @@ def _add(added: list[Likeness], item: Item, three: tuple[Tensor, Tensor, Tensor]
     quotient = torch.where(noise == 0, torch.inf, torch.maximum(signal, floor) / noise)
     places = wrong.int().argmax(dim=1), quotient.argmin(dim=1)
     told = torch.stack([one.double() for one in (*whole, others, wrong.sum(dim=1), quotient.amin(dim=1), *places)])
-    for number, (found, mine) in enumerate(zip(added, told.T.tolist(), strict=True)):  # one transfer from a GPU
-        found.signal, found.noise, found.dot, found.size = mine[:4]
-        found.codes, found.wrong, found.blocks = int(mine[4]), int(mine[5]), noise.shape[1]
-        first, at = (divmod(number * found.blocks + int(place), across) for place in mine[7:])
+    for number, (found, its) in enumerate(zip(added, told.T.tolist(), strict=True)):  # one transfer from a GPU
+        found.signal, found.noise, found.dot, found.size = its[:4]
+        found.codes, found.wrong, found.blocks = int(its[4]), int(its[5]), noise.shape[1]
+        first, at = (divmod(number * found.blocks + int(place), across) for place in its[7:])
         if found.wrong:
             found.first = (start + first[0] * high, first[1] * wide)
-        found.worst, found.at = decibels(mine[6], 1.0), (start + at[0] * high, at[1] * wide)
+        found.worst, found.at = decibels(its[6], 1.0), (start + at[0] * high, at[1] * wide)
 
 
 def _sizes(shape: tuple[int, int], high: int, wide: int, device: torch.device) -> Tensor:

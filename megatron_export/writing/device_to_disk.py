@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..common.storage import bytes_of
 from ..planning.tensor_spec import Output
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class Conveyor:
             if self.pinned and not tensor.dim():
                 numbers[tensor.dtype].append((output, tensor))
                 continue
-            data = _bytes_of(tensor)
+            data = bytes_of(tensor)
             for start in range(0, len(data), CHUNK):
                 self._add([output], start, data if len(data) <= CHUNK else data[start : start + CHUNK])
         for found in numbers.values():
             outputs, alike = zip(*found, strict=True)
-            self._add(outputs, 0, _bytes_of(torch.stack(alike)))
+            self._add(outputs, 0, bytes_of(torch.stack(alike)))
         self._send()
 
     def flush(self) -> None:
@@ -197,9 +198,3 @@ class Conveyor:
     def _check(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, uint8 [bytes]."""
-    flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return flat.view(-1).view(torch.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.storage import bytes_of
 from ..common.strips import cached_strips
 from ..common.threads import each
 
@@ -99,5 +100,5 @@ def of_statistics(statistics: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(statistics.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
