@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
+CACHED_ELEMENTS = 1 << 19
 CUDA_STRIP_ELEMENTS = 1 << 22
 SHARED_ELEMENTS = 1 << 22  # of all strips that are encoded side by side on the CPU
 
@@ -32,7 +33,9 @@ def shared_strips(weight: Tensor, rows: int) -> Iterator[slice]:
 
 def cached_strips(tensor: Tensor) -> Iterator[slice]:
     """Those that a CPU reads more than once before the next; on a GPU, which is not to be waited for, all at once."""
-    return iter([slice(0, tensor.shape[0])]) if tensor.is_cuda and tensor.dim() else strips_of(tensor.shape)
+    if tensor.is_cuda and tensor.dim():
+        return iter([slice(0, tensor.shape[0])])
+    return strips_of(tensor.shape, elements=CACHED_ELEMENTS)
 
 
 def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENTS) -> Iterator[slice]:

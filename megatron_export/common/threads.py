@@ -82,18 +82,22 @@ def threads(most: int = MOST) -> Iterator[Each]:
 
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[None]:
-    """Meanwhile `each` has as many threads as torch has here, where tensors are on the CPU. Each of them works alone: torch's own
-    threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that write and read.
+    """Meanwhile `each` has as many threads as torch has here, this one among them, where tensors are on the CPU. Each of them works
+    alone: torch's own threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that
+    write and read.
     """
-    count = min(torch.get_num_threads(), MOST)
+    before = torch.get_num_threads()
+    count = min(before, MOST)
     if count == 1 or device.type != "cpu":
         yield
         return
-    with _started(count) as pool:
+    with _started(count - 1) as pool:
+        torch.set_num_threads(1)
         tokens = _pool.set(pool), _working.set(count)
         try:
             yield
         finally:
+            torch.set_num_threads(before)
             _pool.reset(tokens[0])
             _working.reset(tokens[1])
 
@@ -104,7 +108,7 @@ def working() -> int:
 
 
 def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -> list[Result]:
-    """What `work` gives for each job, in their order; at most `most` at a time."""
+    """What `work` gives for each job, in their order; at most `most` at a time, one of them by this thread."""
     pool, todo = _pool.get(), list(jobs)
     if pool is None or len(todo) == 1 or most == 1:
         return [work(job) for job in todo]
@@ -117,8 +121,11 @@ def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -
             for number in numbers:
                 found[number] = work(todo[number])
 
-    threads = [pool.submit(some) for _ in range(min(MOST, most, len(todo)))]
-    wait(threads)
-    for thread in threads:
-        thread.result()
+    others = [pool.submit(some) for _ in range(min(working(), most, len(todo)) - 1)]
+    try:
+        some()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
     return [found[number] for number in range(len(todo))]

@@ -1,6 +1,6 @@
 """One pass over this rank's weights before any is encoded: their maxima, agreed over ranks, and a checksum of the whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
 from ..distributed.topology import Topology
-from ..formats.cpu import amax_of
+from ..formats.cpu import Largest
 from ..models.statistic_names import weight_key
 from ..planning.kept_codes import blocks_of, by_row
 from ..planning.parameter import Item
 from ..planning.plan import Plan
-from ..writing.fingerprint import added, checksum, checksum_of, forgetting, of_settings
+from ..writing.fingerprint import Checksum, added, checksum, forgetting, of_settings
 
 
 def survey(
@@ -76,24 +76,26 @@ def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tens
     cuts, columns = source.share(source.shape[0], tuple(shard.shape), index, len(item.ranks))
     rows = tuple(range(cut.start, cut.stop) for cut in cuts)
     real = source.layout.real(shard, index, len(item.ranks))
-    summed = checksum_of(real.to(source.torch_dtype), rows, columns[0].start if columns else 0)
+    summed = Checksum(real.to(source.torch_dtype), rows, columns[0].start if columns else 0)
     if not item.smoothed.vectors:
         return _amax(real, summed)
     parts = item.split(shard, index, measured(item, calibration, here.device)).values()
     return torch.stack([_amax(part.data)[0] for part in parts]).amax(), _amax(real, summed)[1]
 
 
-def _amax(values: Tensor, summed: Callable[[slice], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible. And the sum of what `summed` says of all
-    rows, which are in the cache then, int64 [].
+def _amax(values: Tensor, summed: Checksum | None = None) -> tuple[Tensor, Tensor]:
+    """The largest magnitude as bfloat16 holds it, float32 []; NaN or Inf stay visible. And the checksum of all rows, which are in
+    the cache then, int64 [].
     """
     nothing = torch.zeros((), dtype=torch.int64, device=values.device)
     if values.numel() == 0:
         return nothing.float(), nothing
     values = values if values.dim() else values.reshape(1)
-    found = each(lambda rows: (amax_of(values[rows]), summed(rows) if summed else nothing), cached_strips(values))
-    largest, sums = zip(*found, strict=True)
-    return torch.stack(largest).amax(), torch.stack(sums).sum()
+    strips, largest = list(cached_strips(values)), Largest(values)
+    if summed is None:
+        return largest.total(each(largest.of_strip, strips)), nothing
+    amaxes, sums = zip(*each(lambda rows: (largest.of_strip(rows), summed.of_strip(rows)), strips), strict=True)
+    return largest.total(amaxes), summed.total(sums)
 
 
 def _checksum_of_scales(here: Topology, item: Item, scales: Tensor) -> int:

@@ -29,6 +29,7 @@ from ..common.text import near
 from ..common.threads import each
 from . import (
     bf16,
+    cpu_kernels,
     cuda_kernels,
     fp8,
     fp8_pb,
@@ -165,9 +166,9 @@ def _given(form: KvForm, scale: float | None, least: float, k_amax: Tensor, v_am
 
 
 def encode(form: Form, weight: Tensor, amax: Amax) -> dict[str, Piece]:
-    """`form.encode` in strips of whole tiles; on CUDA by a kernel with the same result, where there is one."""
-    kernel = cuda_kernels.kernel_of(form, weight, amax) or partial(_in_strips, form)
-    made = kernel(weight, amax)
+    """`form.encode` in strips of whole tiles; by a kernel with the same result, where there is one."""
+    kernel = cuda_kernels.kernel_of(form, weight, amax) or cpu_kernels.kernel_of(form, weight)
+    made = (kernel or partial(_in_strips, form))(weight, amax)
     if form.input_scale is not None:
         made["input_scale"] = Piece(torch.full_like(made["input_scale"].data, form.input_scale), ())
     return made

@@ -1,15 +1,14 @@
-"""What torch does slowly on a CPU: the same numbers by numpy and Arrow, which use its vector units, in memory that a thread keeps.
+"""What torch does slowly on a CPU: the same numbers by numpy, which uses its vector units, in memory that a thread keeps.
 
 Memory of a strip's size comes from the system anew each time, page by page, which takes longer than what is done in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from math import prod
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLED = 1 << 16  # weights from which on a table of all bfloat16 numbers is worth making
 KEPT = 1 << 20  # elements of the largest tensor whose memory is kept
 
 _mine = local()
@@ -118,38 +116,30 @@ def largest(blocks: Tensor) -> Tensor:
     return sizes.amax(-1).view(torch.bfloat16).float()
 
 
-def amax_of(values: Tensor) -> Tensor:
-    """The largest magnitude of numbers of any float dtype as bfloat16 holds it, float32 []; NaN or Inf stay visible."""
-    if values.device.type != "cpu" or values.dtype != torch.bfloat16:
-        low, high = torch.aminmax(values)
-        return torch.maximum(-low, high).to(torch.bfloat16).float()
-    bits = values.detach().view(torch.int16).numpy()
-    negative = int(bits.view(np.uint16).max()) & 0x7FFF  # or the largest there is, if none is
-    return torch.tensor(max(int(bits.max()), negative), dtype=torch.int16).view(torch.bfloat16).float()
+class Largest:
+    """The largest magnitude of numbers of any float dtype as bfloat16 holds it; NaN or Inf stay visible.
 
-
-def looked_up(weight: Tensor, codes_of: Callable[[Tensor, Tensor], Tensor], scale: Tensor) -> Tensor:
-    """`codes_of(weight, scale)`, a byte for each number of a weight: of a large bfloat16 one on the CPU, from a table of the codes
-    of all such numbers.
+    On a CPU bfloat16 numbers are compared by numpy, for several threads that work on strips of rows: after every operation of torch
+    a thread waits for its turn of Python, and a few more of them take half of the speed.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() < TABLED:
-        return codes_of(weight, scale)
-    import pyarrow as pa
-    import pyarrow.compute as pc
 
-    table, dtype = _table(codes_of, float(scale))
-    numbers = pa.py_buffer(weight.detach().contiguous().view(torch.int16).numpy())
-    indices = pa.Array.from_buffers(pa.uint16(), weight.numel(), [None, numbers])
-    found = pc.take(table, indices, boundscheck=False)
-    codes = np.frombuffer(found.buffers()[1], np.uint8, weight.numel())
-    return torch.from_numpy(codes).view(dtype).view(weight.shape)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.detach()
+        self.signed: np.ndarray | None = None
+        if values.device.type == "cpu" and values.dtype == torch.bfloat16:
+            self.signed = self.values.view(torch.int16).numpy()
+            self.unsigned = self.signed.view(np.uint16)
 
+    def of_strip(self, rows: slice) -> Tensor | int:
+        """Of some rows: float32 [], or the bits of a bfloat16 number."""
+        if self.signed is None:
+            low, high = torch.aminmax(self.values[rows])
+            return torch.maximum(-low, high).to(torch.bfloat16).float()
+        negative = int(self.unsigned[rows].max()) & 0x7FFF  # or the largest there is, if none is
+        return max(int(self.signed[rows].max()), negative)
 
-@lru_cache(maxsize=8)  # strips of one weight, and linears that engines fuse, have one scale
-def _table(codes_of: Callable[[Tensor, Tensor], Tensor], scale: float) -> tuple[Any, torch.dtype]:
-    """The codes of all bfloat16 numbers, in the order of their bits, as an array of Arrow's, and their dtype."""
-    import pyarrow as pa
-
-    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    codes = codes_of(numbers, torch.tensor(scale))
-    return pa.array(codes.view(torch.uint8).numpy()), codes.dtype
+    def total(self, strips: Sequence[Tensor | int]) -> Tensor:
+        """Of all rows, from what `of_strip` says of strips of them, float32 []."""
+        if self.signed is None:
+            return torch.stack(strips).amax()
+        return torch.tensor(max(strips), dtype=torch.int16).view(torch.bfloat16).float()

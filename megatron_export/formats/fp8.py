@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..common.piece import Amax, Axis, Piece
-from .cpu import looked_up
 from .form import AS_HF, ONE_NUMBER, Arithmetic, Form, Options, Stored
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def scale_of(amax: Tensor, largest: float = E4M3_MAX) -> Tensor:
 def encode(weight: Tensor, amax: Amax) -> dict[str, Piece]:
     """Quantize one linear: `weight` bfloat16 [out, in] -> the tensors above, by suffix."""
     scale = scale_of(amax.weight)
-    return pieces(looked_up(weight, codes_of, scale), scale, scale_of(amax.input))
+    return pieces(codes_of(weight, scale), scale, scale_of(amax.input))
 
 
 def codes_of(weight: Tensor, scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from megatron_export import formats
 from megatron_export.common import threads
 from megatron_export.common.piece import Amax
-from megatron_export.formats import cpu, fp8
+from megatron_export.formats import cpu, cpu_kernels, fp8
 
 EVERY = (
     torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -18,9 +18,21 @@ FINITE = EVERY[EVERY.isfinite()]
 def test_fp8_codes_from_a_table_are_those_of_two_roundings(amax: float) -> None:
     scale = fp8.scale_of(torch.tensor(amax))
     weight = torch.cat([FINITE, FINITE.flip(0)]).view(2, -1)
-    assert weight.numel() >= cpu.TABLED
+    given, form = Amax(torch.tensor(amax), scale), formats.chosen("fp8")
+    assert cpu_kernels.kernel_of(form, weight) is cpu_kernels.encode_fp8
     rounded = (weight.float() / scale).to(torch.bfloat16).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(fp8.encode(weight, Amax(torch.tensor(amax), scale))["weight"].data.float(), rounded.float())
+    for found in (fp8.encode(weight, given), formats.encode(form, weight, given)):
+        assert torch.equal(found["weight"].data.float(), rounded.float())
+    turned = weight.T.contiguous().T  # in another order in memory
+    assert torch.equal(formats.encode(form, turned, given)["weight"].data.float(), rounded.float())
+
+
+def test_no_table_is_made_where_it_would_take_longer_or_could_not_serve() -> None:
+    form, large = formats.chosen("fp8"), torch.zeros(256, 256, dtype=torch.bfloat16)
+    assert cpu_kernels.kernel_of(form, large)
+    for weight in (large[:128], large.float(), large.to("meta")):
+        assert cpu_kernels.kernel_of(form, weight) is None
+    assert cpu_kernels.kernel_of(formats.chosen("nvfp4"), large) is None
 
 
 def test_bounds_are_counted_as_torch_compares() -> None:
@@ -50,20 +62,26 @@ def test_the_largest_of_a_block_is_its_amax(dtype: torch.dtype) -> None:
     assert torch.equal(cpu.largest(blocks.to(dtype)), blocks.float().abs().amax(-1))
 
 
+def amax_of(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude, from strips of one number."""
+    largest = cpu.Largest(values)
+    return largest.total([largest.of_strip(slice(n, n + 1)) for n in range(len(values))])
+
+
 @pytest.mark.parametrize(
     "numbers", [[-3.0, 2.0], [3.0, -2.0], [-3.0], [2.0], [-0.0], [1.0, float("inf")], [float("-inf"), 1.0]]
 )
 def test_the_largest_magnitude_is_found_whatever_the_signs(numbers: list[float]) -> None:
     values = torch.tensor(numbers)
-    assert torch.equal(cpu.amax_of(values.to(torch.bfloat16)), values.abs().amax())
-    assert torch.equal(cpu.amax_of(values), values.abs().amax())
+    assert torch.equal(amax_of(values.to(torch.bfloat16)), values.abs().amax())
+    assert torch.equal(amax_of(values), values.abs().amax())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_number_that_is_none_stays_visible(dtype: torch.dtype, sign: float) -> None:
     values = torch.tensor([1.0, torch.nan, -2.0]).copysign(torch.tensor(sign)).to(dtype)
-    assert cpu.amax_of(values).isnan()
+    assert amax_of(values).isnan()
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_awq", "fp8_pb"])
