@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from threading import Barrier
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ MOST = 8  # threads; each holds what it works on
 SPARED = 31 << 20  # glibc keeps memory of up to so many bytes for the next use, once it was given such a piece back
 
 _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
-_working: ContextVar[int] = ContextVar("working", default=1)  # threads of that pool
+_working: ContextVar[int] = ContextVar("working", default=1)  # threads of that pool, and the one that started it
+_begun: ContextVar[_Begun | None] = ContextVar("begun", default=None)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -129,3 +131,61 @@ def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -
     for other in others:
         other.result()
     return [found[number] for number in range(len(todo))]
+
+
+class _Begun:
+    """Work that was begun, and what does it."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self.waiting: deque[Callable[[], None]] = deque()
+        self.helpers: list[Future] = []
+
+    def add(self, work: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
+        found: list[Any] = [None] * len(jobs)
+        inference = torch.is_inference_mode_enabled()
+
+        def do(number: int) -> None:
+            with torch.inference_mode(inference):
+                found[number] = work(jobs[number])
+
+        self.waiting += (partial(do, number) for number in range(len(jobs)))
+        self.helpers += (self.pool.submit(self.help) for _ in range(min(working() - 1, len(jobs))))
+        return found
+
+    def help(self) -> None:
+        """Do what waits; several threads at once."""
+        while self.waiting:
+            try:
+                do = self.waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            do()
+
+
+@contextmanager
+def gathered() -> Iterator[None]:
+    """What is begun meanwhile is done when this ends; what it raised is raised then. So this thread prepares the next work while
+    others do the last, and helps them at the end.
+    """
+    pool = _pool.get()
+    if pool is None or _begun.get() is not None:
+        yield
+        return
+    begun = _Begun(pool)
+    token = _begun.set(begun)
+    try:
+        yield
+        begun.help()
+    finally:
+        _begun.reset(token)
+        begun.waiting.clear()
+        wait(begun.helpers)
+    for helper in begun.helpers:
+        helper.result()
+
+
+def begin(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+    """What `work` gives for each job, in their order; within `gathered`, in a list that is full when that has ended."""
+    begun = _begun.get()
+    return each(work, jobs) if begun is None else begun.add(work, list(jobs))

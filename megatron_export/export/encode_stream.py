@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..calibration.lookup import measured, numbers_on
 from ..common.piece import Piece
+from ..common.threads import gathered
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..planning.kept_codes import blocks_of, scales_of_parts
@@ -105,7 +106,8 @@ class Stream:
 
     def _quantized(self, bucket: Bucket, split: _Split) -> Parcel:
         encoded = {}
-        for name, parts in split.parts.items():
-            item, amax = split.mine[name], self.work.amaxes.get(name)
-            encoded[name] = item.encode(parts, item.ranks.index(self.here.rank), amax, split.numbers[name])
+        with gathered():
+            for name, parts in split.parts.items():
+                item, amax = split.mine[name], self.work.amaxes.get(name)
+                encoded[name] = item.encode(parts, item.ranks.index(self.here.rank), amax, split.numbers[name])
         return transport.parcel_to_writer(self.here, bucket, encoded)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..common.piece import Amax, Piece
-from ..common.strips import at_once, shared_strips
-from ..common.threads import each
+from ..common.strips import shared_strips
+from ..common.threads import begin
 from . import fp8
 from .cpu import empty
 from .form import Form
@@ -35,7 +34,7 @@ def kernel_of(form: Form, weight: Tensor) -> Callable[[Tensor, Amax], dict[str, 
 
 
 def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
-    """fp8.encode."""
+    """fp8.encode; within `gathered`, its codes are there when that has ended."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -50,8 +49,7 @@ def encode_fp8(weight: Tensor, amax: Amax) -> dict[str, Piece]:
         found = pc.take(table, indices, boundscheck=False).buffers()[1]
         codes[rows] = np.frombuffer(found, np.uint8, mine.size).reshape(mine.shape)
 
-    strips = list(shared_strips(weight, 1))
-    each(put, strips, at_once(prod(weight[strips[0]].shape)))
+    begin(put, shared_strips(weight, 1))
     return fp8.pieces(made, scale, fp8.scale_of(amax.input))
 
 

@@ -1,5 +1,7 @@
 """What is done by numpy and Arrow on a CPU is what torch does there."""
 
+import time
+
 import pytest
 import torch
 
@@ -113,6 +115,49 @@ def test_what_one_strip_raises_is_raised() -> None:
             assert threads.each(work, [0, 1, 2]) == [0, 0, 1]
             with pytest.raises(ZeroDivisionError):
                 threads.each(work, range(9))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_begun_is_done_when_the_gathering_ends() -> None:
+    weights = [torch.randn(700, 1024, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in range(3)]
+    form, amax = formats.chosen("fp8"), Amax(torch.tensor(5.0), torch.tensor(3.0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with threads.side_by_side(torch.device("cpu")), torch.inference_mode():
+            with threads.gathered():
+                found = [formats.encode(form, weight, amax) for weight in weights]
+                squares = threads.begin(lambda number: number**2, range(100))
+                assert threads.each(lambda number: number + 1, range(9)) == list(range(1, 10))
+            assert squares == [number**2 for number in range(100)]
+        with threads.gathered():  # without threads, at once
+            assert threads.begin(lambda number: number**2, range(3)) == [0, 1, 4]
+    finally:
+        torch.set_num_threads(before)
+    for weight, pieces in zip(weights, found, strict=True):
+        assert torch.equal(pieces["weight"].data.float(), fp8.encode(weight, amax)["weight"].data.float())
+
+
+@pytest.mark.parametrize("where", ["a strip", "what gathers"])
+def test_what_fails_while_work_is_gathered_is_raised_after_all_have_stopped(where: str) -> None:
+    running: list[int] = []
+
+    def work(number: int) -> None:
+        running.append(number)
+        assert where != "a strip" or number != 5
+        time.sleep(0.01)
+        running.remove(number)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with threads.side_by_side(torch.device("cpu")):
+            with pytest.raises(AssertionError), threads.gathered():
+                threads.begin(work, range(100))
+                assert where == "a strip"
+            assert running == ([5] if where == "a strip" else [])
+            assert threads.each(lambda number: number, range(9)) == list(range(9))  # the threads serve on
     finally:
         torch.set_num_threads(before)
 
