@@ -85,8 +85,8 @@ def threads(most: int = MOST) -> Iterator[Each]:
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[None]:
     """Meanwhile `each` has as many threads as torch has here, this one among them, where tensors are on the CPU. Each of them works
-    alone: torch's own threads wait for one another after every operation, and spin meanwhile, which takes the cores from those that
-    write and read.
+    alone, and so does every thread that first uses torch now: torch's own threads wait for one another after every operation, and
+    spin meanwhile, which takes the cores from those that write and read.
     """
     before = torch.get_num_threads()
     count = min(before, MOST)
@@ -94,14 +94,25 @@ def side_by_side(device: torch.device) -> Iterator[None]:
         yield
         return
     with _started(count - 1) as pool:
-        torch.set_num_threads(1)
         tokens = _pool.set(pool), _working.set(count)
         try:
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(before)
             _pool.reset(tokens[0])
             _working.reset(tokens[1])
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Meanwhile torch has its threads again, for large tensors that this thread works on alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, working()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def working() -> int:
@@ -110,27 +121,43 @@ def working() -> int:
 
 
 def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -> list[Result]:
-    """What `work` gives for each job, in their order; at most `most` at a time, one of them by this thread."""
+    """What `work` gives for each job, in their order; at most `most` at a time, one by this thread. It must not call this."""
     pool, todo = _pool.get(), list(jobs)
-    if pool is None or len(todo) == 1 or most == 1:
+    if pool is None or len(todo) == 1:
         return [work(job) for job in todo]
+    if most == 1:
+        with torchs_own():
+            return [work(job) for job in todo]
     found: dict[int, Result] = {}
-    numbers = iter(range(len(todo)))  # from which every thread takes its next one
+    numbers = deque(range(len(todo)))  # from which every thread takes its next one
     inference = torch.is_inference_mode_enabled()  # which each thread has of its own
 
     def some() -> None:
         with torch.inference_mode(inference):
-            for number in numbers:
+            while numbers:
+                try:
+                    number = numbers.popleft()
+                except IndexError:  # another thread was faster
+                    return
                 found[number] = work(todo[number])
 
     others = [pool.submit(some) for _ in range(min(working(), most, len(todo)) - 1)]
     try:
         some()
     finally:
+        numbers.clear()
         wait(others)
-    for other in others:
-        other.result()
+    _raised(others)
     return [found[number] for number in range(len(todo))]
+
+
+def _raised(futures: list[Future]) -> None:
+    """Raises what one of them did. Nothing here keeps the frames that its traceback leads to."""
+    try:
+        while futures:
+            futures.pop().result()
+    finally:
+        futures.clear()
 
 
 class _Begun:
@@ -181,11 +208,12 @@ def gathered() -> Iterator[None]:
         _begun.reset(token)
         begun.waiting.clear()
         wait(begun.helpers)
-    for helper in begun.helpers:
-        helper.result()
+    _raised(begun.helpers)
 
 
 def begin(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
-    """What `work` gives for each job, in their order; within `gathered`, in a list that is full when that has ended."""
+    """What `work` gives for each job, in their order; within `gathered`, in a list that is full when that has ended. It must
+    not call this.
+    """
     begun = _begun.get()
     return each(work, jobs) if begun is None else begun.add(work, list(jobs))

@@ -39,31 +39,26 @@ class Checksum:
         bits = matrix.contiguous().view(torch.int16)
         height, width = bits.shape
         words = range(column // _WORD, -(-(column + width) // _WORD))
-        self.of_rows = _mixed(rows or (range(height),), bits.device) | 1
-        self.of_columns = _mixed((words,), bits.device) << 1
-        if width % _WORD == column % _WORD == bits.data_ptr() % 8 == 0:
+        of_rows = _mixed(rows or (range(height),), bits.device) | 1
+        of_columns = _mixed((words,), bits.device) << 1
+        if width % _WORD == column % _WORD == bits.stride(0) % _WORD == bits.data_ptr() % 8 == 0:
             numbers = bits.view(torch.int64)
         else:
             columns = torch.arange(column, column + width, device=bits.device)
             numbers = (bits.to(torch.int64) & 0xFFFF) << (16 * (columns % _WORD))
-            self.of_columns = self.of_columns[columns // _WORD - words.start]
-        self.numbers: Any = numbers if bits.is_cuda else numbers.numpy()
+            of_columns = of_columns[columns // _WORD - words.start]
+        made = numbers, of_rows, of_columns
+        self.numbers, self.of_rows, self.of_columns = made if bits.is_cuda else (one.numpy() for one in made)
 
     def of_strip(self, rows: slice) -> tuple[Any, Any]:
-        """The sums of some rows, and those of columns over them; of tensors or arrays."""
+        """What some rows, and columns over them, add to the checksum, of int64; of a GPU, which is not waited for, tensors []."""
         mine = self.numbers[rows]
-        return mine.sum(1), mine.sum(0)
+        return (mine.sum(1) * self.of_rows[rows]).sum(), (mine.sum(0) * self.of_columns).sum()
 
     def total(self, strips: Iterable[tuple[Any, Any]]) -> Tensor:
-        """The checksum, from what `of_strip` says of all rows in their order; int64 [] on their device, so that a GPU need not be
-        waited for.
-        """
-        by_row, by_column = zip(*strips, strict=True)
-        if self.of_rows.is_cuda:
-            rows, columns = torch.cat(by_row), torch.stack(by_column).sum(0)
-        else:
-            rows, columns = map(torch.from_numpy, (np.concatenate(by_row), np.sum(by_column, axis=0)))
-        return (rows * self.of_rows).sum() + (columns * self.of_columns).sum()
+        """The checksum, from what `of_strip` says of all rows; int64 [] on the shard's device."""
+        found = [one for pair in strips for one in pair]
+        return torch.stack(found).sum() if isinstance(found[0], Tensor) else torch.tensor(np.array(found).sum())
 
 
 def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> int:

@@ -115,6 +115,9 @@ def test_what_one_strip_raises_is_raised() -> None:
             assert threads.each(work, [0, 1, 2]) == [0, 0, 1]
             with pytest.raises(ZeroDivisionError):
                 threads.each(work, range(9))
+            assert threads.each(lambda _: torch.get_num_threads(), range(9)) == [1] * 9
+            assert threads.each(lambda _: torch.get_num_threads(), range(9), most=1) == [2] * 9
+            assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 
