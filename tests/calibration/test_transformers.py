@@ -37,7 +37,8 @@ CLOSE = {
     **dict.fromkeys(("input_amax", "k_amax", "v_amax"), 1e-6),
     **dict.fromkeys(("input_channel_amax", "v_channel_amax"), 2**-7),
     **dict.fromkeys(("tokens", "alpha", "clip", "clip_ratio"), 0.0),
-    **dict.fromkeys(("losses", "sensitivity"), 1e-2),
+    # Of few tokens: an input between two codes is rounded to either, by last bits that differ with the processor. 1.2 % was seen.
+    **dict.fromkeys(("losses", "sensitivity"), 3e-2),
     "pre_quant_scale": 1e-3,  # of mean magnitudes: many channels
 }
 
