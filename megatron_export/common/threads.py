@@ -106,13 +106,15 @@ def side_by_side(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def torchs_own() -> Iterator[None]:
-    """Meanwhile torch has its threads again, for large tensors that this thread works on alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, working()))
+    """Meanwhile torch has the threads of `each`, for large tensors that this thread works on alone."""
+    if working() == 1:
+        yield
+        return
+    torch.set_num_threads(working())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(1)
 
 
 def working() -> int:
@@ -128,60 +130,58 @@ def each(work: Callable[[Job], Result], jobs: Iterable[Job], most: int = MOST) -
     if most == 1:
         with torchs_own():
             return [work(job) for job in todo]
-    found: dict[int, Result] = {}
-    numbers = deque(range(len(todo)))  # from which every thread takes its next one
-    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
-
-    def some() -> None:
-        with torch.inference_mode(inference):
-            while numbers:
-                try:
-                    number = numbers.popleft()
-                except IndexError:  # another thread was faster
-                    return
-                found[number] = work(todo[number])
-
-    others = [pool.submit(some) for _ in range(min(working(), most, len(todo)) - 1)]
-    try:
-        some()
-    finally:
-        numbers.clear()
-        wait(others)
-    _raised(others)
-    return [found[number] for number in range(len(todo))]
+    with _done_at_the_end(pool) as begun:
+        return begun.add(work, todo, min(working(), most) - 1)
 
 
-def _raised(futures: list[Future]) -> None:
-    """Raises what one of them did. Nothing here keeps the frames that its traceback leads to."""
-    try:
-        while futures:
-            futures.pop().result()
-    finally:
-        futures.clear()
+def begin(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+    """What `work` gives for each job, in their order; within `gathered`, in a list that is full when that has ended. It must
+    not call this.
+    """
+    begun = _begun.get()
+    return each(work, jobs) if begun is None else begun.add(work, list(jobs), working() - 1)
+
+
+@contextmanager
+def gathered() -> Iterator[None]:
+    """What is begun meanwhile is done when this ends; what it raised is raised then. So this thread prepares the next work while
+    others do the last, and helps them at the end.
+    """
+    pool = _pool.get()
+    if pool is None:
+        yield
+        return
+    with _done_at_the_end(pool) as begun:
+        token = _begun.set(begun)
+        try:
+            yield
+        finally:
+            _begun.reset(token)
 
 
 class _Begun:
-    """Work that was begun, and what does it."""
+    """Work that was begun, and the threads that do it."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.pool = pool
         self.waiting: deque[Callable[[], None]] = deque()
         self.helpers: list[Future] = []
 
-    def add(self, work: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
+    def add(self, work: Callable[[Job], Result], jobs: list[Job], helpers: int) -> list[Result]:
+        """Begin it in at most so many threads of the pool; the results are there at the end."""
         found: list[Any] = [None] * len(jobs)
-        inference = torch.is_inference_mode_enabled()
+        inference = torch.is_inference_mode_enabled()  # which each thread has of its own
 
         def do(number: int) -> None:
             with torch.inference_mode(inference):
                 found[number] = work(jobs[number])
 
         self.waiting += (partial(do, number) for number in range(len(jobs)))
-        self.helpers += (self.pool.submit(self.help) for _ in range(min(working() - 1, len(jobs))))
+        self.helpers += (self.pool.submit(self.help) for _ in range(min(helpers, len(jobs))))
         return found
 
     def help(self) -> None:
-        """Do what waits; several threads at once."""
+        """Do what waits, in turns with other threads."""
         while self.waiting:
             try:
                 do = self.waiting.popleft()
@@ -191,29 +191,17 @@ class _Begun:
 
 
 @contextmanager
-def gathered() -> Iterator[None]:
-    """What is begun meanwhile is done when this ends; what it raised is raised then. So this thread prepares the next work while
-    others do the last, and helps them at the end.
-    """
-    pool = _pool.get()
-    if pool is None or _begun.get() is not None:
-        yield
-        return
+def _done_at_the_end(pool: ThreadPoolExecutor) -> Iterator[_Begun]:
+    """What is begun is done, also by this thread, when this ends; after a failure the rest is not begun."""
     begun = _Begun(pool)
-    token = _begun.set(begun)
     try:
-        yield
+        yield begun
         begun.help()
     finally:
-        _begun.reset(token)
         begun.waiting.clear()
         wait(begun.helpers)
-    _raised(begun.helpers)
-
-
-def begin(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
-    """What `work` gives for each job, in their order; within `gathered`, in a list that is full when that has ended. It must
-    not call this.
-    """
-    begun = _begun.get()
-    return each(work, jobs) if begun is None else begun.add(work, list(jobs))
+    try:
+        while begun.helpers:  # none is left, as what one raises leads to this frame, and would lead back
+            begun.helpers.pop().result()
+    finally:
+        begun.helpers.clear()

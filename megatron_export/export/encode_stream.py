@@ -1,14 +1,13 @@
 """Buckets on their way through all ranks: split, smoothed, quantized on the shards, and delivered to the ranks that write them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..calibration.lookup import measured, numbers_on
 from ..common.piece import Piece
-from ..common.threads import gathered, torchs_own
+from ..common.threads import gathered
 from ..distributed.collectives import together
 from ..distributed.topology import Topology
 from ..planning.kept_codes import blocks_of, scales_of_parts
@@ -102,8 +101,7 @@ class Stream:
             if item.kept:
                 scales = work.shards.scales(name, blocks_of(item.form))
                 numbers[name] = replace(numbers[name], scales=scales_of_parts(item, scales, index[name]))
-        with torchs_own() if any(item.smoothed.vectors for item in mine.values()) else nullcontext():
-            parts = {name: item.split(work.shards[name], index[name], numbers[name]) for name, item in mine.items()}
+        parts = {name: item.split(work.shards[name], index[name], numbers[name]) for name, item in mine.items()}
         return _Split(mine, numbers, parts)
 
     def _quantized(self, bucket: Bucket, split: _Split) -> Parcel:

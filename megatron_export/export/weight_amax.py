@@ -8,7 +8,7 @@ from torch import Tensor
 from ..calibration.lookup import measured
 from ..common.errors import report
 from ..common.strips import cached_strips
-from ..common.threads import each, torchs_own
+from ..common.threads import each
 from ..distributed import collectives
 from ..distributed.collectives import together
 from ..distributed.signals import heeded
@@ -79,8 +79,7 @@ def _read(here: Topology, item: Item, shard: Tensor, calibration: dict[str, Tens
     summed = Checksum(real.to(source.torch_dtype), rows, columns[0].start if columns else 0)
     if not item.smoothed.vectors:
         return _amax(real, summed)
-    with torchs_own():
-        parts = item.split(shard, index, measured(item, calibration, here.device)).values()
+    parts = item.split(shard, index, measured(item, calibration, here.device)).values()
     return torch.stack([_amax(part.data)[0] for part in parts]).amax(), _amax(real, summed)[1]
 
 

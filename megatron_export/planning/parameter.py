@@ -5,6 +5,7 @@ What ranks send and receive is known from what layouts and formats say of shapes
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -14,6 +15,7 @@ import torch
 
 from .. import formats
 from ..common.piece import Amax, Axis, Piece, join
+from ..common.threads import torchs_own
 from ..formats import AS_HF, PRE_QUANT_SCALE, Form, KvForm, Stacked
 from ..formats.mxfp4_to_nvfp4 import cast_of
 from ..models import Source
@@ -86,6 +88,10 @@ class Item:
 
     def split(self, shard: Tensor, index: int, measured: Measured) -> dict[str, Piece]:
         """HF name -> smoothed part of shard `index`, in the source's dtype; canonical name -> shard, if it cannot be split."""
+        with torchs_own() if self.smoothed.vectors else nullcontext():
+            return self._split(shard, index, measured)
+
+    def _split(self, shard: Tensor, index: int, measured: Measured) -> dict[str, Piece]:
         dtype, vectors = self.source.torch_dtype, measured.vectors
         if not self.splits:
             smoothed = self._smooth_rows(self._smooth_columns(shard.to(dtype), index, vectors), index, vectors)
