@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 20
-CACHED_ELEMENTS = 1 << 19
 CUDA_STRIP_ELEMENTS = 1 << 22
 SHARED_ELEMENTS = 1 << 22  # of all strips that are encoded side by side on the CPU
 
@@ -31,11 +30,11 @@ def shared_strips(weight: Tensor, rows: int) -> Iterator[slice]:
     return strips_of(weight.shape, rows, min(elements, SHARED_ELEMENTS // working()))
 
 
-def cached_strips(tensor: Tensor) -> Iterator[slice]:
+def survey_strips(tensor: Tensor) -> Iterator[slice]:
     """Those that a CPU reads more than once before the next; on a GPU, which is not to be waited for, all at once."""
     if tensor.is_cuda and tensor.dim():
         return iter([slice(0, tensor.shape[0])])
-    return strips_of(tensor.shape, elements=CACHED_ELEMENTS)
+    return strips_of(tensor.shape)
 
 
 def strips_of(shape: Sequence[int], rows: int = 1, elements: int = STRIP_ELEMENTS) -> Iterator[slice]:

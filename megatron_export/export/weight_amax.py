@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..calibration.lookup import measured
 from ..common.errors import report
-from ..common.strips import cached_strips
+from ..common.strips import survey_strips
 from ..common.threads import each
 from ..distributed import collectives
 from ..distributed.collectives import together
@@ -91,7 +91,7 @@ def _amax(values: Tensor, summed: Checksum | None = None) -> tuple[Tensor, Tenso
     if values.numel() == 0:
         return nothing.float(), nothing
     values = values if values.dim() else values.reshape(1)
-    strips, largest = list(cached_strips(values)), Largest(values)
+    strips, largest = list(survey_strips(values)), Largest(values)
     if summed is None:
         return largest.total(each(largest.of_strip, strips)), nothing
     amaxes, sums = zip(*each(lambda rows: (largest.of_strip(rows), summed.of_strip(rows)), strips), strict=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.storage import bytes_of
-from ..common.strips import cached_strips
+from ..common.strips import survey_strips
 from ..common.threads import each
 
 THREADS = 8  # files whose sha256 is made at a time
@@ -64,7 +64,7 @@ class Checksum:
 def checksum(shard: Tensor, rows: tuple[range, ...] | None = None, column: int = 0) -> int:
     """The `Checksum` of all rows of a shard."""
     made = Checksum(shard, rows, column)
-    return added([int(made.total(each(made.of_strip, cached_strips(shard))))]) if shard.numel() else 0
+    return added([int(made.total(each(made.of_strip, survey_strips(shard))))]) if shard.numel() else 0
 
 
 @lru_cache(maxsize=64)  # layers are alike
