@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the ranks, one small checkpoint per architecture, and one to damage."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = config.option.markexpr.removeprefix(NOT_WHOLE)
     if "loadscopereorder" in config.option:  # pytest-xdist would have the files with most tests first
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays, and is not looked through again and again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.hf_folder import lacks_tokenizer
-from ..common.cpu_products import fast_products
 from ..common.errors import ExportError
 from ..common.file_names import CONFIG
 from ..common.host_memory import available
@@ -116,8 +115,7 @@ def score(
     losses: list[tuple[Tensor, Tensor]] = []
     divergences: list[Tensor] = []
     for batch in progress("score", rows.to(device).split(BATCH)):
-        with fast_products():
-            theirs, mine = (model(batch, use_cache=False).logits for model in models)
+        theirs, mine = (model(batch, use_cache=False).logits for model in models)
         for ours, original, ids in zip(mine, theirs, batch, strict=True):
             loss, divergence = of_window(ours, original, ids)
             losses.append((of_window(original, original, ids)[0], loss))

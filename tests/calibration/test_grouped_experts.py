@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatron_export import calibrate
 from megatron_export.mcore.model import experts_of
 
+from ..support.covering import covering
 from ..support.live import loaded
 from ..support.models import assert_same
 from ..support.ranks import Ranks
@@ -57,9 +58,9 @@ def both(source: Path, ep: int, all_experts: bool) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("all_experts", [False, True])
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "ep", "all_experts"), covering(["qwen3_moe", "deepseek_v3"], [1, 2], [False, True], together=2)
+)
 def test_grouped_experts_have_the_statistics_of_single_ones(
     name: str, ep: int, all_experts: bool, models: dict, ranks: Ranks
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from launch.bench.serving import leave_inputs
 from megatron_export.checkpoint.hf_weights import SourceWeights
+from megatron_export.common.cpu_products import fast_products
 from megatron_export.common.errors import ExportError
 from megatron_export.formats import fp8
 from megatron_export.models.layouts import stacked_rows
@@ -41,7 +42,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def theirs(name: str, folder: Path) -> Tensor:
     """Logits of transformers' own model; experts one after the other, where it can be asked for that."""
     how = {} if name in STACKED else {"experts_implementation": "eager"}
-    return auto_model(name).from_pretrained(folder, dtype=torch.bfloat16, **how)(IDS).logits.float()
+    with fast_products():  # as `load` multiplies
+        return auto_model(name).from_pretrained(folder, dtype=torch.bfloat16, **how)(IDS).logits.float()
 
 
 def decoded(source: Path, folder: Path, plan: Plan, made: Path) -> Path:
