@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays, and is not looked through again and again
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries say at the end that it leaked
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the lowest rooms come first: with -x, a mistake is seen where it is. Of several processes, the longest files."""
     order = {room: number for number, room in enumerate(LOWEST_FIRST)}

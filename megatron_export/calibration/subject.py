@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..common.cpu_products import fast_products
@@ -93,8 +94,8 @@ def subject_of(model: Model) -> Subject:
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, these are in evaluation mode, and fast on any CPU; afterwards every attribute of each is what it was.
+def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """While open, these are in evaluation mode, and fast if `device` is a CPU; afterwards every attribute of each is what it was.
 
     That takes more than the mode: Megatron's schedules leave numbers of micro-batches and received activations in modules.
     """
@@ -103,7 +104,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     for module in modules:
         module.training = False
     try:
-        with fast_products():
+        with fast_products(device):
             yield
     finally:
         for module, were in zip(modules, attributes, strict=True):

@@ -22,11 +22,14 @@ PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.badd
 COMPOSED = {_aten.linear.default, _aten.matmul.default}  # of products, which torch calls itself but in inference mode
 
 
-def fast_products() -> AbstractContextManager:
-    """While open, this thread multiplies bfloat16 matrices on the CPU in float32, where that is faster. That takes, beside what
-    torch takes, a float32 copy of the left matrix, and of the right one and the product `ELEMENTS` numbers.
+def fast_products(device: torch.device | str) -> AbstractContextManager:
+    """While open, this thread multiplies bfloat16 matrices in float32, where `device` is a CPU on which that is faster. That takes,
+    beside what torch takes, a float32 copy of the left matrix, and of the right one and the product `ELEMENTS` numbers.
+
+    For a GPU nothing is changed: every operation would wait for Python, whatever CPU its host has.
     """
-    return _InFloat32() if torch.backends.cpu.get_cpu_capability() in SLOW else nullcontext()
+    slow = torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in SLOW
+    return _InFloat32() if slow else nullcontext()
 
 
 class _InFloat32(TorchDispatchMode):

@@ -105,16 +105,16 @@ def load(folder: Path, device: torch.device | str = "cpu") -> "PreTrainedModel":
         [f"{folder}: tensor {name} is missing" for name in sorted({tensors.on_disk(name) for name in missing})]
         + [f"{folder}: tensor {name} is not expected by this model and its quant_algo" for name in sorted(tensors.left)]
     )
-    model.forward = _fast(model.forward)
+    model.forward = _fast(model.forward, device)
     return model
 
 
-def _fast(forward: Callable) -> Callable:
-    """The same function, fast on any CPU."""
+def _fast(forward: Callable, device: torch.device | str) -> Callable:
+    """The same function, fast on any CPU that is `device`."""
 
     @wraps(forward)
     def called(*arguments: Any, **named: Any) -> Any:
-        with fast_products():
+        with fast_products(device):
             return forward(*arguments, **named)
 
     return called

@@ -26,7 +26,7 @@ def made(*shape, dtype=torch.bfloat16):
 @pytest.mark.parametrize("mode", MODES)
 def test_each_sum_is_added_in_float32_and_rounded_once(mode):
     inputs, weight, bias, stack = made(2, 5, 64), made(32, 64), made(32), made(3, 64, 7)
-    with MODES[mode](), fast_products():
+    with MODES[mode](), fast_products("cpu"):
         found = (
             nn.functional.linear(inputs, weight, bias),
             torch.matmul(inputs, weight.t()),
@@ -47,14 +47,14 @@ def test_each_sum_is_added_in_float32_and_rounded_once(mode):
 def test_gradients_are_such_products_too():
     linear, inputs = nn.Linear(64, 32, dtype=torch.bfloat16), made(5, 64).requires_grad_()
     told = made(5, 32)
-    with fast_products():
+    with fast_products("cpu"):
         linear(inputs).backward(told)
     assert torch.equal(inputs.grad, (told.float() @ linear.weight.float()).to(torch.bfloat16))
     assert torch.equal(linear.weight.grad, (told.float().t() @ inputs.float()).to(torch.bfloat16))
 
 
 def test_other_numbers_are_left_alone():
-    with fast_products():
+    with fast_products("cpu"):
         assert torch.equal(made(5, 64).double() @ made(64, 7).double(), made(5, 64).double() @ made(64, 7).double())
         assert (made(5, 64, dtype=torch.float16) @ made(64, 7, dtype=torch.float16)).dtype == torch.float16
         assert torch.equal(made(5, 64) + made(5, 64), 2 * made(5, 64))
@@ -63,7 +63,7 @@ def test_other_numbers_are_left_alone():
 def test_a_model_that_is_calibrated_multiplies_so(monkeypatch):
     seen, linear = [], nn.Linear(64, 32, dtype=torch.bfloat16)
     monkeypatch.setattr(cpu_products, "_is_slow", lambda one: seen.append(one) or False)
-    with evaluating([linear]):
+    with evaluating([linear], torch.device("cpu")):
         linear(made(5, 64))
     assert seen
     seen.clear()
@@ -73,4 +73,8 @@ def test_a_model_that_is_calibrated_multiplies_so(monkeypatch):
 
 def test_a_processor_with_bfloat16_keeps_its_own_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert isinstance(fast_products(), nullcontext)
+    assert isinstance(fast_products("cpu"), nullcontext)
+
+
+def test_a_gpu_keeps_its_own_products():
+    assert isinstance(fast_products("cuda"), nullcontext)

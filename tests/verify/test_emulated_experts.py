@@ -42,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def theirs(name: str, folder: Path) -> Tensor:
     """Logits of transformers' own model; experts one after the other, where it can be asked for that."""
     how = {} if name in STACKED else {"experts_implementation": "eager"}
-    with fast_products():  # as `load` multiplies
+    with fast_products("cpu"):  # as `load` multiplies
         return auto_model(name).from_pretrained(folder, dtype=torch.bfloat16, **how)(IDS).logits.float()
 
 

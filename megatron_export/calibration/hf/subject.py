@@ -54,7 +54,7 @@ class Subject:
         if len({len(theirs) for theirs in shapes}) > 1:
             raise ExportError(f"ranks have {sorted({len(theirs) for theirs in shapes})} batches. Give all as many")
         shape = shape_of(self.config)
-        with evaluating(self.model.modules()):
+        with evaluating(self.model.modules(), here.device):
             try:
                 yield Facts(
                     weights=self.linears,

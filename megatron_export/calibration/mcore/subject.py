@@ -52,7 +52,8 @@ class Subject:
     def measured(self, here: Topology, batches: list[Tensor]) -> Iterator[Facts]:
         check_replicas(here, self.model, batches)
         finish_gathering(self.model)
-        with evaluating(module for chunk in self.chunks for module in chunk.modules()), without_cuda(here.device):
+        modules = (module for chunk in self.chunks for module in chunk.modules())
+        with evaluating(modules, here.device), without_cuda(here.device):
             config = self.chunks[0].config
             # without sequence parallelism, all tensor-parallel ranks send the same token on
             repeats = here.experts.size * (1 if config.sequence_parallel else here.tp_size)
