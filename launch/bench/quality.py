@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_export.cli.export_command import EXAMPLE_MODEL, bar
+from megatron_export.common.cpu_products import fast_products
 from megatron_export.common.errors import ExportError
 from megatron_export.common.optional import part
 from megatron_export.formats import FORMATS, KV_FORMATS
@@ -217,7 +218,8 @@ def compare_tokens(score: Score, logits: Tensor, reference: Tensor, batch: Tenso
 def compare_layers(score: Score, model: nn.Module, calls: list[Call]) -> None:
     """Add the signal and the noise of every layer, given what the reference's layer was given."""
     pairs = zip(model.base_model.layers, calls, strict=True)
-    wrong = [square(layer(*call.args, **call.kwargs), call.output) for layer, call in pairs]
+    with fast_products(calls[0].output.device):  # as the models multiply, of which these layers are called alone
+        wrong = [square(layer(*call.args, **call.kwargs), call.output) for layer, call in pairs]
     score.signal = score.signal + torch.stack([square(call.output, call.args[0]) for call in calls])
     score.noise = score.noise + torch.stack(wrong)
 
