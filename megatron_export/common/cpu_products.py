@@ -24,7 +24,8 @@ COMPOSED = {_aten.linear.default, _aten.matmul.default}  # of products, which to
 
 def fast_products(device: torch.device | str) -> AbstractContextManager:
     """While open, this thread multiplies bfloat16 matrices in float32, where `device` is a CPU on which that is faster. That takes,
-    beside what torch takes, a float32 copy of the left matrix, and of the right one and the product `ELEMENTS` numbers.
+    beside what torch takes, float32 copies: of the left matrix, and of `ELEMENTS` numbers of the right one and of the product. Of
+    stacks of matrices it takes those of as many numbers of each, or of one matrix that has more.
 
     For a GPU nothing is changed: every operation would wait for Python, whatever CPU its host has.
     """
